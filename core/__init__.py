@@ -1,0 +1,1 @@
+"""VRAMancer's engine: one large language model across devices that do not match."""

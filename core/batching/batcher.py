@@ -1,0 +1,395 @@
+"""The engine: one thread that schedules, runs and publishes, step after step.
+
+Other threads reach it through its inbox alone (submit, abort, call), and it reaches them through their handles. So the
+scheduler, the blocks and the block tables need no locks.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import structlog
+
+from core.batching.breaker import CircuitBreaker
+from core.batching.output import Detokenizer, RequestHandle, RequestWriter, Sink
+from core.batching.scheduler import Scheduler, SequenceUpdate
+from core.batching.sequence import Request, Sequence
+from core.errors import ConflictError, EngineDeadError, QueueFullError, StepFailedError, VRAMancerError
+from core.execution.schedule import Runner, SchedulerOutput, StepOutput
+from core.request import SequenceDelta
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+
+class EngineMetrics(Protocol):
+    """Events that the engine reports."""
+
+    def observe_first_token(self, seconds: float) -> None: ...
+
+    def observe_inter_token(self, seconds: float) -> None: ...
+
+    def observe_finished(self, seconds: float, prompt_tokens: int, output_tokens: int, reason: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class BatcherStats:
+    """Snapshot for monitoring, replaced as a whole after each step. Rates are over the last few seconds."""
+
+    steps: int = 0
+    running: int = 0
+    waiting: int = 0
+    batch_tokens: int = 0
+    batch_size: int = 0
+    tokens_per_s: float = 0.0
+    total_tokens: int = 0
+    preemptions: int = 0
+    queried_tokens: int = 0
+    hit_tokens: int = 0
+    blocks_total: int = 0
+    blocks_free: int = 0
+    blocks_cached: int = 0
+    evictions: int = 0
+    failed_steps: int = 0
+    last_error: str | None = None
+
+
+@dataclass(slots=True)
+class _Call:
+    """Work for the engine thread between two steps."""
+
+    function: Callable[[], Any]
+    future: Future[Any]
+
+
+@dataclass(slots=True)
+class _Abort:
+    request_id: str
+
+
+class _Stop:
+    """End the thread after the current step."""
+
+
+class ContinuousBatcher:
+    """Requests join and leave at every step. `start` it once, `stop` it once."""
+
+    RATE_WINDOW_S = 5.0
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        detokenizer: Detokenizer,
+        *,
+        max_queue: int,
+        breaker: CircuitBreaker,
+        metrics: EngineMetrics | None = None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.breaker = breaker
+        self.error: BaseException | None = None
+        self._runner = runner
+        self._detokenizer = detokenizer
+        self._max_queue = max_queue
+        self._metrics = metrics
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._writers: dict[str, RequestWriter] = {}
+        self._lock = threading.Lock()
+        self._ids: set[str] = set()
+        self._arrivals = 0
+        self._dead = False
+        self._stats = BatcherStats(blocks_total=scheduler.kv.pool.num_blocks, blocks_free=scheduler.kv.pool.num_free)
+        self._recent: deque[tuple[float, int]] = deque()
+        self._thread = threading.Thread(target=self._run, name="vrm-engine", daemon=True)
+
+    # -- any thread -------------------------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._dead
+
+    @property
+    def stats(self) -> BatcherStats:
+        return self._stats
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests submitted and not finished."""
+        return len(self._ids)
+
+    def matching(self, request_id: str) -> list[str]:
+        """Unfinished requests with this id, or submitted together under it."""
+        with self._lock:
+            if request_id in self._ids:
+                return [request_id]
+            return [name for name in self._ids if name.rpartition("-")[0] == request_id]
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, requests: list[Request], *, sink: Sink | None = None) -> list[RequestHandle]:
+        """Queue requests, all or none. Raises `QueueFullError`, `CircuitOpenError` or `EngineDeadError`."""
+        self.breaker.check()
+        with self._lock:
+            if self._dead:
+                raise self._death()
+            if len(self._ids) + len(requests) > self._max_queue + self.scheduler.limits.max_batch_size:
+                raise QueueFullError(
+                    f"{len(self._ids)} requests are running or waiting, and the queue takes {self._max_queue} beside "
+                    f"{self.scheduler.limits.max_batch_size} running ones; try again later.",
+                    retry_after_s=self._retry_after_s(),
+                )
+            taken = self._ids.intersection(request.request_id for request in requests)
+            if taken:
+                raise ConflictError(f"A request with id {sorted(taken)[0]} is running already.")
+            self._ids.update(request.request_id for request in requests)
+            handles = []
+            for index, request in enumerate(requests):
+                request.arrival = self._arrivals
+                self._arrivals += 1
+                request.submitted_s = time.monotonic()
+                handles.append(RequestHandle(request.request_id, request.params, self.abort, sink, index))
+                self._inbox.put((request, handles[-1]))
+        return handles
+
+    def _retry_after_s(self) -> float:
+        """Guess from the measured rate: when a queued request's worth of tokens has been produced."""
+        rate = self._stats.tokens_per_s
+        return max(1.0, min(60.0, 64.0 / rate)) if rate > 0 else 1.0
+
+    def abort(self, request_id: str) -> None:
+        self._inbox.put(_Abort(request_id))
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run a function on the engine thread between two steps."""
+        future: Future[T] = Future()
+        with self._lock:
+            if self._dead:
+                raise self._death()
+            self._inbox.put(_Call(function, future))
+        return future
+
+    def stop(self, *, drain_s: float = 0.0) -> None:
+        """Let requests finish for up to `drain_s`, then fail what is left and end the thread."""
+        deadline = time.monotonic() + drain_s
+        while self._ids and self.alive and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self._inbox.put(_Stop())
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _death(self) -> EngineDeadError:
+        reason = f": {self.error}" if self.error is not None else ""
+        return EngineDeadError(f"The engine has stopped{reason}.")
+
+    # -- the engine thread ------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._read_inbox():
+                output = self.scheduler.schedule()
+                if output is None:
+                    if self.scheduler.has_work:
+                        raise RuntimeError("sequences wait, but none of them can be scheduled")
+                    continue
+                result = self._execute(output)
+                if result is not None:
+                    self._publish(self.scheduler.update_from_output(output, result))
+                self._take_stats(output, result)
+        except BaseException as error:  # the thread's last words: whatever it was, waiting clients must hear of it
+            self.error = error
+            log.error("engine stopped", error=repr(error), exc_info=True)
+        finally:
+            self._die()
+
+    def _read_inbox(self) -> bool:
+        """Take in what arrived, waiting for something if there is nothing to run. False ends the loop."""
+        block = not self.scheduler.has_work
+        while True:
+            try:
+                message = self._inbox.get(block=block)
+            except queue.Empty:
+                return True
+            block = False
+            if isinstance(message, _Stop):
+                return False
+            if isinstance(message, _Abort):
+                self._abort_now(message.request_id)
+            elif isinstance(message, _Call):
+                self._call_now(message)
+            else:
+                self._add_now(*message)
+            block = not self.scheduler.has_work
+
+    def _add_now(self, request: Request, handle: RequestHandle) -> None:
+        self._writers[request.request_id] = RequestWriter(request, handle, self._detokenizer)
+        self.scheduler.add(request)
+
+    def _abort_now(self, request_id: str) -> None:
+        writer = self._writers.get(request_id)
+        if writer is None:
+            return
+        for sequence in writer.request.sequences:
+            self.scheduler.finish(sequence, "abort")
+        self._close(writer, [])
+        self._refresh_counts()
+
+    def _call_now(self, call: _Call) -> None:
+        if not call.future.set_running_or_notify_cancel():
+            return
+        try:
+            call.future.set_result(call.function())
+        except Exception as error:  # handed to the caller, who waits on the future
+            call.future.set_exception(error)
+
+    def _execute(self, output: SchedulerOutput) -> StepOutput | None:
+        """Run the step; if it raises, its sequences fail and the engine goes on."""
+        try:
+            result = self._runner.execute(output)
+        except Exception as error:  # any failure of a forward pass is this batch's alone
+            log.error("step failed", step=output.step, sequences=len(output.sequences), exc_info=True)
+            self.breaker.record_failure(repr(error))
+            self._fail(self.scheduler.fail(output), error)
+            return None
+        self.breaker.record_success()
+        return result
+
+    def _fail(self, sequences: list[Sequence], error: Exception) -> None:
+        message = error if isinstance(error, VRAMancerError) else StepFailedError(f"The forward pass failed: {error}")
+        for sequence in sequences:
+            writer = self._writers.get(sequence.request.request_id)
+            if writer is not None:
+                self._fail_request(writer, message)
+
+    def _fail_request(self, writer: RequestWriter, error: VRAMancerError) -> None:
+        for sibling in writer.request.sequences:
+            self.scheduler.finish(sibling, "error")
+        writer.handle.put(error)
+        self._forget(writer, "error")
+
+    def _publish(self, updates: list[SequenceUpdate]) -> None:
+        """Turn a step's tokens into outputs, one message per request."""
+        deltas: dict[str, list[SequenceDelta]] = {}
+        for update in updates:
+            writer = self._writers[update.sequence.request.request_id]
+            delta, matched_stop = writer.token(update)
+            if matched_stop is not None:
+                update.sequence.finish_reason = None
+                self._finish_by_text(update.sequence, matched_stop)
+            mine = deltas.setdefault(writer.request.request_id, [])
+            mine.append(delta)
+            if update.sequence.finished:
+                closing = writer.ended(update.sequence)
+                if closing is not None:
+                    mine.append(closing)
+        for request_id, mine in deltas.items():
+            writer = self._writers[request_id]
+            self._observe_tokens(writer)
+            if writer.request.finished:
+                self._close(writer, mine)
+            else:
+                writer.write(mine)
+
+    def _finish_by_text(self, sequence: Sequence, stop: str) -> None:
+        if sequence.finished:
+            sequence.finish_reason, sequence.stop_reason = "stop", stop
+        else:
+            self.scheduler.finish(sequence, "stop", stop)
+
+    def _observe_tokens(self, writer: RequestWriter) -> None:
+        now = time.monotonic()
+        if self._metrics is not None:
+            if writer.last_token_s is None:
+                self._metrics.observe_first_token(now - writer.request.submitted_s)
+            else:
+                self._metrics.observe_inter_token(now - writer.last_token_s)
+        if writer.first_token_s is None:
+            writer.first_token_s = now
+        writer.last_token_s = now
+
+    def _close(self, writer: RequestWriter, deltas: list[SequenceDelta]) -> None:
+        """Send the last output of a request, with a closing delta for each sequence that had none."""
+        for sequence in writer.request.sequences:
+            closing = writer.ended(sequence)
+            if closing is not None:
+                deltas.append(closing)
+        writer.write(deltas)
+        self._forget(writer, str(writer.request.sequences[0].finish_reason))
+
+    def _forget(self, writer: RequestWriter, reason: str) -> None:
+        request = writer.request
+        del self._writers[request.request_id]
+        with self._lock:
+            self._ids.discard(request.request_id)
+        if self._metrics is not None:
+            output_tokens = sum(len(sequence.output_token_ids) for sequence in request.sequences)
+            seconds = time.monotonic() - request.submitted_s
+            self._metrics.observe_finished(seconds, len(request.prompt_token_ids), output_tokens, reason)
+
+    def _take_stats(self, output: SchedulerOutput, result: StepOutput | None) -> None:
+        now, produced = time.monotonic(), len(result.sampled) if result is not None else 0
+        self._recent.append((now, produced))
+        while self._recent[0][0] < now - self.RATE_WINDOW_S:
+            self._recent.popleft()
+        span = max(now - self._recent[0][0], 1e-3)
+        rate = sum(tokens for _, tokens in self._recent) / span if len(self._recent) > 1 else 0.0
+        pool = self.scheduler.kv.pool.stats()
+        stats = self._stats
+        self._stats = replace(
+            stats,
+            steps=output.step,
+            running=self.scheduler.num_running,
+            waiting=self.scheduler.num_waiting,
+            batch_tokens=output.num_tokens,
+            batch_size=len(output.sequences),
+            tokens_per_s=rate,
+            total_tokens=stats.total_tokens + produced,
+            preemptions=self.scheduler.num_preemptions,
+            queried_tokens=self.scheduler.kv.prefix.queried_tokens,
+            hit_tokens=self.scheduler.kv.prefix.hit_tokens,
+            blocks_free=pool.num_free,
+            blocks_cached=pool.num_cached_free,
+            evictions=pool.evictions,
+            failed_steps=stats.failed_steps + (result is None),
+            last_error=self.breaker.last_error,
+        )
+
+    def _refresh_counts(self) -> None:
+        """After an abort between steps, so that an idle engine does not show it as running."""
+        self._stats = replace(
+            self._stats,
+            running=self.scheduler.num_running,
+            waiting=self.scheduler.num_waiting,
+            blocks_free=self.scheduler.kv.pool.num_free,
+        )
+
+    def _die(self) -> None:
+        """Refuse what comes and fail what waits."""
+        with self._lock:
+            self._dead = True
+        error = self._death()
+        for writer in list(self._writers.values()):
+            writer.handle.put(error)
+            for sequence in writer.request.sequences:
+                self.scheduler.finish(sequence, "error")
+            self._forget(writer, "error")
+        while True:
+            try:
+                message = self._inbox.get(block=False)
+            except queue.Empty:
+                return
+            if isinstance(message, _Call):
+                if message.future.set_running_or_notify_cancel():
+                    message.future.set_exception(error)
+            elif isinstance(message, tuple):
+                message[1].put(error)
+                with self._lock:
+                    self._ids.discard(message[0].request_id)

@@ -1,0 +1,321 @@
+"""Which sequences compute which tokens in the next step, and what becomes of them afterwards.
+
+A sequence is a list of tokens of which some have KV; a step computes some of the others. Decoding, prefill, chunked
+prefill and recomputation after a preemption are all that one thing. In order:
+
+1. running sequences that need a single token (decodes), so that a long prompt never delays them;
+2. running sequences with more to compute, in chunks;
+3. waiting sequences by priority and arrival, while the batch, the token budget and the blocks last.
+
+When a running sequence needs a block and none is free, the running sequence that is served last gives up its blocks
+and waits, to be recomputed (mostly from the prefix cache). Siblings of one request (`n`, `best_of`) fork once the
+first has its prompt computed: they share its blocks and recompute the last prompt token alone.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from core.batching.sequence import Request, Sequence, SequenceStatus
+from core.execution.schedule import ScheduledSequence, SchedulerOutput, StepOutput
+from core.kv_cache.manager import KVCacheManager
+from core.request import FinishReason, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """Sizes of a step, in sequences and tokens. `max_model_len` caps prompt plus output."""
+
+    max_batch_size: int
+    max_num_batched_tokens: int
+    prefill_chunk_size: int
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceUpdate:
+    """What a step did to one sequence; the batcher turns it into output."""
+
+    sequence: Sequence
+    token_id: int | None = None
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(slots=True)
+class _Step:
+    """The step being put together."""
+
+    budget: int
+    chosen: dict[int, tuple[Sequence, int]] = field(default_factory=dict)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+
+class Scheduler:
+    """Owns the waiting queue, the running list and the block tables. Used by the engine thread alone."""
+
+    def __init__(self, kv: KVCacheManager, limits: SchedulerLimits) -> None:
+        self.kv = kv
+        self.limits = limits
+        self.num_preemptions = 0
+        self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
+        self._running: list[Sequence] = []
+        self._forking: list[Sequence] = []
+        self._ended: list[int] = []
+        self._steps = 0
+        self._blocked: tuple[int, int] | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running or self._forking)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting) + len(self._forking)
+
+    def add(self, request: Request) -> None:
+        """Queue a request's sequences; the second and later ones wait for the first one's prompt."""
+        first, *siblings = request.sequences
+        self._enqueue(first)
+        for sibling in siblings:
+            sibling.status = SequenceStatus.FORKING
+            self._forking.append(sibling)
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        sequence.status = SequenceStatus.WAITING
+        heapq.heappush(self._waiting, (sequence.sort_key, sequence))
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> SchedulerOutput | None:
+        """Decide the next step; None if there is nothing that could run now."""
+        step = _Step(self.limits.max_num_batched_tokens)
+        ready = [sequence for sequence in self._running if not sequence.in_flight]
+        for sequence in [s for s in ready if s.num_uncomputed == 1]:
+            self._schedule_running(step, sequence)
+        for sequence in [s for s in ready if s.num_uncomputed > 1]:
+            self._schedule_running(step, sequence)
+        self._admit(step)
+        if not step.chosen:
+            return None
+        return self._output(step)
+
+    def _schedule_running(self, step: _Step, sequence: Sequence) -> None:
+        """Give a running sequence its tokens, preempting those served after it if blocks run out."""
+        if sequence.status is not SequenceStatus.RUNNING or step.budget == 0:
+            return
+        num_new = min(sequence.num_uncomputed, step.budget, self.limits.prefill_chunk_size)
+        while not self._grow(step, sequence, num_new):
+            victim = self._victim()
+            if victim is None:
+                return
+            self._preempt(step, victim)
+            if victim is sequence:
+                return
+
+    def _grow(self, step: _Step, sequence: Sequence, num_new: int) -> bool:
+        start = sequence.num_computed_tokens
+        copies = self.kv.grow(sequence.seq_id, start, start + num_new)
+        if copies is None:
+            return False
+        step.copies.extend(copies)
+        step.chosen[sequence.seq_id] = (sequence, num_new)
+        step.budget -= num_new
+        return True
+
+    def _victim(self) -> Sequence | None:
+        """The running sequence that is served last; None while all of them are in flight."""
+        return max((s for s in self._running if not s.in_flight), key=lambda s: s.sort_key, default=None)
+
+    def _preempt(self, step: _Step, sequence: Sequence) -> None:
+        chosen = step.chosen.pop(sequence.seq_id, None)
+        if chosen is not None:
+            step.budget += chosen[1]
+        self._running.remove(sequence)
+        self.kv.close(sequence.seq_id)
+        self._ended.append(sequence.seq_id)
+        sequence.num_computed_tokens = 0
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self._enqueue(sequence)
+
+    def _admit(self, step: _Step) -> None:
+        """Start waiting sequences in order; the first that does not fit ends it, so nobody is overtaken for ever."""
+        while self._waiting and step.budget > 0 and len(self._running) < self.limits.max_batch_size:
+            sequence = self._waiting[0][1]
+            if self._blocked == (sequence.seq_id, self.kv.pool.num_free) and self._running:
+                return
+            if not self._start(step, sequence):
+                self._blocked = (sequence.seq_id, self.kv.pool.num_free)
+                return
+            heapq.heappop(self._waiting)
+
+    def _start(self, step: _Step, sequence: Sequence) -> bool:
+        """Take a sequence's cached prefix and first chunk; with nothing else running it may take the last block."""
+        request = sequence.request
+        cached = self.kv.open(
+            sequence.seq_id, sequence.token_ids, read_prefix=request.params.prompt_logprobs is None
+        )
+        num_new = min(len(sequence.token_ids) - cached, step.budget, self.limits.prefill_chunk_size)
+        reserve = len(self._running) if self._running else 0
+        needed = self.kv.blocks_needed(sequence.seq_id, cached, len(sequence.token_ids))
+        if needed + reserve > self.kv.pool.num_free and self._running:
+            self.kv.close(sequence.seq_id)
+            return False
+        sequence.num_computed_tokens = cached
+        if not self._grow(step, sequence, num_new):
+            self.kv.close(sequence.seq_id)
+            sequence.num_computed_tokens = 0
+            return False
+        if sequence.num_preemptions == 0 and sequence.index == 0:
+            request.num_cached_tokens = min(cached, sequence.num_prompt_tokens)
+            self.kv.prefix.queried_tokens += sequence.num_prompt_tokens
+            self.kv.prefix.hit_tokens += request.num_cached_tokens
+        sequence.status = SequenceStatus.RUNNING
+        self._running.append(sequence)
+        return True
+
+    def _output(self, step: _Step) -> SchedulerOutput:
+        chosen = sorted(step.chosen.values(), key=lambda item: item[1] > 1)
+        scheduled = tuple(self._scheduled(sequence, num_new) for sequence, num_new in chosen)
+        for sequence, _ in chosen:
+            sequence.in_flight = True
+        self._steps += 1
+        ended, self._ended = tuple(self._ended), []
+        return SchedulerOutput(self._steps, scheduled, tuple(step.copies), ended)
+
+    def _scheduled(self, sequence: Sequence, num_new: int) -> ScheduledSequence:
+        request, start = sequence.request, sequence.num_computed_tokens
+        reported = len(request.prompt_logprobs) if request.prompt_logprobs is not None else 0
+        return ScheduledSequence(
+            seq_id=sequence.seq_id,
+            start=start,
+            token_ids=sequence.token_ids[start : start + num_new],
+            block_table=self.kv.table(sequence.seq_id).snapshot(),
+            params=request.params,
+            seed=sequence.seed,
+            sample=num_new == sequence.num_uncomputed,
+            prompt_token_ids=request.prompt_token_ids,
+            output_token_ids=sequence.output_token_ids,
+            suppress_token_ids=request.suppressed(sequence),
+            prompt_logprobs=sequence.index == 0 and 0 < reported < len(request.prompt_token_ids),
+        )
+
+    # -- after the step ---------------------------------------------------------------------------------------------
+
+    def update_from_output(self, output: SchedulerOutput, result: StepOutput) -> list[SequenceUpdate]:
+        """Advance the step's sequences; returns one update for each that gained a token."""
+        running = {sequence.seq_id: sequence for sequence in self._running}
+        updates = []
+        for item in output.sequences:
+            sequence = running.get(item.seq_id)
+            if sequence is None:
+                continue
+            sequence.in_flight = False
+            if sequence.finished:
+                self._leave(sequence)
+                continue
+            sequence.num_computed_tokens = item.end
+            self.kv.commit(item.seq_id, sequence.token_ids, item.end)
+            self._record_prompt_logprobs(sequence, item, result)
+            self._fork_siblings(sequence)
+            sampled = result.sampled.get(item.seq_id)
+            if sampled is not None:
+                sequence.append(sampled.token_id)
+                self._check_stop(sequence, sampled.token_id)
+                updates.append(SequenceUpdate(sequence, sampled.token_id, sampled.logprob))
+        return updates
+
+    def _record_prompt_logprobs(self, sequence: Sequence, item: ScheduledSequence, result: StepOutput) -> None:
+        rows = result.prompt_logprobs.get(item.seq_id)
+        recorded = sequence.request.prompt_logprobs
+        if rows is None or recorded is None:
+            return
+        recorded.extend(rows[len(recorded) - item.start - 1 :])
+
+    def _check_stop(self, sequence: Sequence, token_id: int) -> None:
+        request, produced = sequence.request, len(sequence.output_token_ids)
+        if produced >= request.params.min_tokens:
+            if token_id in request.stop_token_ids:
+                return self.finish(sequence, "stop", token_id)
+            if token_id in request.eos_token_ids and not request.params.ignore_eos:
+                return self.finish(sequence, "stop")
+        if produced >= request.max_tokens or len(sequence.token_ids) >= self.limits.max_model_len:
+            self.finish(sequence, "length")
+        return None
+
+    def _fork_siblings(self, sequence: Sequence) -> None:
+        """Once the first sequence's prompt has KV, its siblings start from it."""
+        if not self._forking or sequence.index != 0 or sequence.num_computed_tokens < sequence.num_prompt_tokens:
+            return
+        siblings = [s for s in self._forking if s.request is sequence.request]
+        for sibling in siblings:
+            self._forking.remove(sibling)
+            if len(self._running) < self.limits.max_batch_size:
+                sibling.num_computed_tokens = sibling.num_prompt_tokens - 1
+                self.kv.fork(sequence.seq_id, sibling.seq_id, sibling.num_computed_tokens)
+                sibling.status = SequenceStatus.RUNNING
+                self._running.append(sibling)
+            else:
+                self._enqueue(sibling)
+
+    def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """End a sequence. Its blocks go back at once, or when the step it is part of comes back."""
+        if sequence.finished:
+            return
+        was, sequence.status = sequence.status, SequenceStatus.FINISHED
+        sequence.finish_reason, sequence.stop_reason = reason, stop_reason
+        if was is SequenceStatus.FORKING:
+            self._forking.remove(sequence)
+        elif was is SequenceStatus.RUNNING and not sequence.in_flight:
+            self._release_siblings_of(sequence)
+            self._leave(sequence)
+        elif was is SequenceStatus.WAITING:
+            self._waiting = [entry for entry in self._waiting if entry[1] is not sequence]
+            heapq.heapify(self._waiting)
+            self._release_siblings_of(sequence)
+
+    def _release_siblings_of(self, sequence: Sequence) -> None:
+        """Siblings that still wait for this sequence's prompt must compute it themselves."""
+        if sequence.index != 0:
+            return
+        for sibling in [s for s in self._forking if s.request is sequence.request]:
+            self._forking.remove(sibling)
+            self._enqueue(sibling)
+
+    def _leave(self, sequence: Sequence) -> None:
+        if sequence in self._running:
+            self._running.remove(sequence)
+            self.kv.close(sequence.seq_id)
+            self._ended.append(sequence.seq_id)
+
+    def fail(self, output: SchedulerOutput) -> list[Sequence]:
+        """The step failed: end its sequences and return them, so that their requests can be told."""
+        running = {sequence.seq_id: sequence for sequence in self._running}
+        failed = [running[item.seq_id] for item in output.sequences if item.seq_id in running]
+        for sequence in failed:
+            sequence.in_flight = False
+            if sequence.finished:
+                self._leave(sequence)
+            else:
+                self.finish(sequence, "error")
+        return failed
+
+    def live_sequences(self) -> Iterable[Sequence]:
+        """Every sequence that is not finished."""
+        yield from (sequence for _, sequence in self._waiting)
+        yield from self._forking
+        yield from self._running
+
+    def check_invariants(self) -> None:
+        """Raise `AssertionError` unless exactly the running sequences hold blocks and all ref-counts agree."""
+        self.kv.check_invariants(sequence.seq_id for sequence in self._running)
+        for sequence in self._running:
+            held = len(self.kv.table(sequence.seq_id)) * self.kv.block_size
+            if held < sequence.num_computed_tokens:
+                raise AssertionError(f"sequence {sequence.seq_id} has KV for more tokens than its blocks hold")

@@ -1,0 +1,91 @@
+"""A request on its way through the engine, and the sequences it generates."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from itertools import count
+
+from core.request import FinishReason, SamplingParams, TokenLogprob
+
+_sequence_ids = count()
+
+
+class SequenceStatus(enum.Enum):
+    """WAITING holds no blocks (also after preemption); FORKING waits for its sibling's prompt; RUNNING holds blocks."""
+
+    WAITING = "waiting"
+    FORKING = "forking"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One generated continuation.
+
+    `token_ids` is prompt plus output and only grows. `num_computed_tokens` of them have KV. Set by the scheduler,
+    except where a field says otherwise.
+    """
+
+    request: Request
+    index: int
+    seed: int
+    token_ids: list[int]
+    seq_id: int = field(default_factory=lambda: next(_sequence_ids))
+    output_token_ids: list[int] = field(default_factory=list)
+    status: SequenceStatus = SequenceStatus.WAITING
+    num_computed_tokens: int = 0
+    in_flight: bool = False
+    num_preemptions: int = 0
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def finished(self) -> bool:
+        return self.status is SequenceStatus.FINISHED
+
+    @property
+    def sort_key(self) -> tuple[int, int, int]:
+        """Lower is served earlier: priority, then arrival, then index."""
+        return (self.request.priority, self.request.arrival, self.index)
+
+    def append(self, token_id: int) -> None:
+        self.token_ids.append(token_id)
+        self.output_token_ids.append(token_id)
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One prompt with its parameters. `arrival` is a running number given by the batcher."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_tokens: int
+    priority: int = 0
+    arrival: int = 0
+    submitted_s: float = 0.0
+    stop_token_ids: frozenset[int] = frozenset()
+    eos_token_ids: frozenset[int] = frozenset()
+    sequences: list[Sequence] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.finished for sequence in self.sequences)
+
+    def suppressed(self, sequence: Sequence) -> tuple[int, ...]:
+        """Token ids that may not be sampled because `min_tokens` is not reached."""
+        if len(sequence.output_token_ids) >= self.params.min_tokens:
+            return ()
+        return tuple(self.stop_token_ids | self.eos_token_ids)

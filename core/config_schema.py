@@ -1,0 +1,243 @@
+"""Every setting VRAMancer has: its type, bounds, default, description, flag and environment variable.
+
+Nothing is read here; `core.config` reads YAML, the environment and flags into these frozen models. The sample
+`config.yaml`, the flags of the command line and their help are all generated from this file.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+KIB = 1024
+MIB = 1024 * KIB
+
+_TRUE = frozenset({"1", "true"})
+_FALSE = frozenset({"0", "false"})
+
+
+def _setting(
+    default: Any,
+    description: str,
+    *,
+    flag: str | None = None,
+    env: str | None = None,
+    shown_default: str | None = None,
+    **bounds: Any,
+) -> Any:
+    """A pydantic field; `flag` and `env` replace the names that are derived from the field's own.
+
+    `flag=""` means that there is no flag; a callable `default` is a factory, shown as `shown_default` in help texts.
+    """
+    extra = {"flag": flag, "env": env, "shown_default": shown_default}
+    keywords: dict[str, Any] = {"description": description, "json_schema_extra": extra, **bounds}
+    if callable(default):
+        return Field(default_factory=default, **keywords)
+    return Field(default=default, **keywords)
+
+
+class Section(BaseModel):
+    """A frozen group of settings. Text values (environment, flags) are read as what the field's type says."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_text(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = field_kinds(cls.model_fields[info.field_name or ""])
+        if bool in kinds:
+            return _read_bool(value)
+        if isinstance(value, bool):
+            raise ValueError("Input should not be a boolean")  # noqa: TRY004 (pydantic reports ValueError only)
+        if isinstance(value, str):
+            if tuple in kinds:
+                return tuple(part.strip() for part in value.split(",") if part.strip())
+            if Path in kinds:
+                return Path(value).expanduser()
+        return value
+
+
+def field_kinds(field: FieldInfo) -> tuple[Any, ...]:
+    """The plain types that a field's annotation is made of: `int | None` gives `(int, NoneType)`."""
+    annotation = field.annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        members = typing.get_args(annotation)
+    else:
+        members = (annotation,)
+    return tuple(typing.get_origin(member) or member for member in members)
+
+
+def _read_bool(value: Any) -> bool:
+    text = str(value).strip().lower()
+    if isinstance(value, (bool, int, str)) and text in _TRUE | _FALSE:
+        return text in _TRUE
+    raise ValueError("Input should be 1, 0, true or false")
+
+
+class ModelSettings(Section):
+    """Which model is served, and how."""
+
+    name: str | None = _setting(
+        None,
+        "Model to serve: a Hugging Face hub id or a directory holding config.json and safetensors. "
+        "Not set: the demo model that comes with VRAMancer.",
+        flag="model",
+        min_length=1,
+    )
+    served_model_name: tuple[str, ...] = _setting((), "Further names under which clients may ask for the model.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = _setting(
+        "auto", "Number format of weights and KV cache; auto takes the checkpoint's own."
+    )
+    max_model_len: int | None = _setting(
+        None, "Longest prompt plus answer, in tokens. Not set: what the model was made for.", ge=1
+    )
+    revision: str | None = _setting(None, "Branch, tag or commit of a hub model.", min_length=1)
+    chat_template: Path | None = _setting(None, "File with a Jinja chat template that replaces the model's own.")
+
+
+class DeviceSettings(Section):
+    """Which devices hold the model."""
+
+    devices: str | None = _setting(
+        None,
+        'Devices and their memory limits, such as "cuda:0=24GiB,cuda:1=16GiB", "cpu=2GiB,cpu=1GiB" or '
+        '"sim=24GiB@936GB/s/71TFLOPS" (an emulated card). Not set: whatever the machine has.',
+        min_length=1,
+    )
+    num_gpus: int | None = _setting(None, "GPUs to use of those found. Not set: all of them.", ge=1)
+    placement: Literal["vram"] = _setting("vram", "How layers are split over the devices: vram, by free memory.")
+    memory_fraction: float = _setting(
+        0.9, "Share of a device's free memory to use where no limit is given (0 to 1).", gt=0.0, le=1.0
+    )
+    cpu_threads: int | None = _setting(
+        None, "Threads that a CPU device computes with. Not set: chosen by torch.", ge=1, le=4096
+    )
+
+
+class EngineSettings(Section):
+    """Batching, the KV cache and the circuit breaker."""
+
+    max_batch_size: int = _setting(64, "Sequences that run at the same time.", ge=1, le=65536)
+    max_num_batched_tokens: int = _setting(512, "Tokens computed in one step, over all sequences.", ge=1, le=1 << 20)
+    prefill_chunk_size: int | None = _setting(
+        None, "Prompt tokens of one request computed in one step. Not set: up to max_num_batched_tokens.", ge=1
+    )
+    max_queue: int = _setting(256, "Requests that may wait; further ones are answered 429.", ge=1, le=1 << 20)
+    block_size: int = _setting(16, "Tokens per block of the KV cache.", ge=1, le=1024)
+    kv_cache_tokens: int | None = _setting(None, "Size of the KV cache in tokens. Not set: as many as fit.", ge=1)
+    enable_prefix_caching: bool = _setting(True, "Reuse the KV cache of prompts that begin alike.")
+    native_kernels: bool = _setting(True, "Use the compiled CPU kernels where they can be built.")
+    breaker_failures: int = _setting(5, "Failed steps in a row after which requests are refused.", ge=1, le=1000)
+    breaker_reset_s: float = _setting(10.0, "Seconds until refused requests are tried again.", gt=0.0, le=3600.0)
+
+
+class ApiSettings(Section):
+    """Where and how the HTTP API listens."""
+
+    host: str = _setting("127.0.0.1", "Address to listen on; 0.0.0.0 is every interface.", min_length=1)
+    port: int = _setting(5000, "Port of the API.", ge=0, le=65535)
+    metrics_port: int = _setting(
+        9108, "Port of a second listener for Prometheus metrics; 0 is none.", env="VRM_METRICS_PORT", ge=0, le=65535
+    )
+    token: SecretStr | None = _setting(
+        None, "Token that clients send. Not set: one is generated and kept in token_file.", flag=""
+    )
+    token_file: Path | None = _setting(
+        None, "File that keeps the generated token. Not set: api-token in runtime.state_dir."
+    )
+    max_body_bytes: int = _setting(10 * MIB, "Largest request body, in bytes.", ge=KIB, le=1024 * MIB)
+    max_batch_prompts: int = _setting(256, "Most prompts in one batch request.", ge=1, le=65536)
+    threads: int = _setting(64, "Threads that answer requests; each open stream takes one.", ge=2, le=4096)
+    keepalive_comment_s: float = _setting(
+        15.0, "Seconds of silence in a stream after which a comment line keeps it open.", gt=0.0, le=3600.0
+    )
+    cors_origins: tuple[str, ...] = _setting((), "Web origins whose pages may call the API.")
+    drain_timeout_s: float = _setting(
+        30.0, "Seconds that running requests are given to finish at shutdown.", ge=0.0, le=86400.0
+    )
+    server: Literal["gunicorn", "werkzeug"] = _setting(
+        "gunicorn", "Web server; werkzeug is for Windows and development."
+    )
+
+
+class SecuritySettings(Section):
+    """How strict the server is."""
+
+    production: bool = _setting(False, "Strict mode: refuses to start on a weak setting.", env="VRM_PRODUCTION")
+    read_only: bool = _setting(False, "Refuse every request that would change something.", env="VRM_READ_ONLY")
+    disable_rate_limit: bool = _setting(False, "No rate limiting.", env="VRM_DISABLE_RATE_LIMIT")
+
+
+class LoggingSettings(Section):
+    """What is logged, and how."""
+
+    level: Literal["debug", "info", "warning", "error"] = _setting(
+        "info", "Least severe level logged.", flag="log-level"
+    )
+    json_output: bool = _setting(False, "One JSON object per log line.", flag="log-json", env="VRM_LOG_JSON")
+
+
+class RuntimeSettings(Section):
+    """Test modes and where files are kept."""
+
+    minimal_test: bool = _setting(
+        False,
+        "Test mode: the demo model on two logical CPU devices, where nothing else is asked for.",
+        env="VRM_MINIMAL_TEST",
+    )
+    test_mode: bool = _setting(False, "Test conveniences: requests that give no seed get seed 0.", env="VRM_TEST_MODE")
+    default_seed: int | None = _setting(
+        None, "Seed of requests that give none. Not set: a different one each time.", ge=0, le=2**63 - 1
+    )
+    cache_dir: Path = _setting(
+        lambda: Path("~/.cache/vramancer").expanduser(),
+        "Directory for what can be made again: compiled kernels, measurements.",
+        shown_default="~/.cache/vramancer",
+    )
+    state_dir: Path = _setting(
+        lambda: Path("~/.local/state/vramancer").expanduser(),
+        "Directory for what must be kept: the generated token.",
+        shown_default="~/.local/state/vramancer",
+    )
+
+
+class Settings(BaseModel):
+    """All settings, frozen. Made by `core.config.load_settings`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    devices: DeviceSettings = Field(default_factory=DeviceSettings)
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+    api: ApiSettings = Field(default_factory=ApiSettings)
+    security: SecuritySettings = Field(default_factory=SecuritySettings)
+    logging: LoggingSettings = Field(default_factory=LoggingSettings)
+    runtime: RuntimeSettings = Field(default_factory=RuntimeSettings)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Settings:
+        if self.api.metrics_port and self.api.metrics_port == self.api.port:
+            raise ValueError(f"api.metrics_port must differ from api.port, both are {self.api.port}")
+        chunk, budget = self.engine.prefill_chunk_size, self.engine.max_num_batched_tokens
+        if chunk is not None and chunk > budget:
+            raise ValueError(f"engine.prefill_chunk_size ({chunk}) must not exceed max_num_batched_tokens ({budget})")
+        if self.security.production:
+            self._check_production()
+        return self
+
+    def _check_production(self) -> None:
+        """Production mode takes no bypass and no development server."""
+        for weak, key in (
+            (self.security.disable_rate_limit, "security.disable_rate_limit"),
+            (self.runtime.minimal_test, "runtime.minimal_test"),
+            (self.runtime.test_mode, "runtime.test_mode"),
+            (self.api.server == "werkzeug", "api.server=werkzeug"),
+            ("*" in self.api.cors_origins, 'api.cors_origins="*"'),
+        ):
+            if weak:
+                raise ValueError(f"{key} is not allowed together with security.production")

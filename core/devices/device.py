@@ -1,0 +1,129 @@
+"""What the layers above see of hardware: logical devices, each with a memory budget. No torch here."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from core.errors import OutOfDeviceMemoryError
+
+DeviceKind = Literal["cpu", "cuda", "rocm", "mps", "sim"]
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def format_bytes(count: int) -> str:
+    """`count` bytes for people: "512 B", "1.5 GiB"."""
+    size = float(count)
+    for unit in _UNITS:
+        if abs(size) < 1024 or unit == _UNITS[-1]:
+            break
+        size /= 1024
+    return f"{count} B" if unit == "B" else f"{size:.4g} {unit}"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpeed:
+    """How fast an emulated device reads its memory (bytes/s) and computes (floating-point operations/s)."""
+
+    bandwidth_bytes_s: float
+    flops: float
+
+    def roofline_s(self, bytes_read: int, flops: int) -> float:
+        """Seconds that the work takes at best: `max(bytes / bandwidth, flops / compute)`."""
+        return max(bytes_read / self.bandwidth_bytes_s, flops / self.flops)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A physical device, or a part of one.
+
+    Attributes:
+        name: unique in a process: "cuda:0", or "cuda:0#1" for the second part of a carved device.
+        index: position in the list of devices in use.
+        kind: what it is; "sim" computes on the CPU and waits for as long as the emulated card would have taken.
+        torch_device: where its tensors live: "cpu", "cuda:0", "mps".
+        memory_limit_bytes: what may be allocated on it.
+        speed: given for emulated devices only.
+    """
+
+    name: str
+    index: int
+    kind: DeviceKind
+    torch_device: str
+    memory_limit_bytes: int
+    speed: DeviceSpeed | None = None
+
+    def pace(self, started_s: float, bytes_read: int, flops: int) -> None:
+        """Emulated devices: sleep until the roofline's time has passed since `started_s` (of `time.perf_counter()`)."""
+        if self.speed is None:
+            return
+        remaining_s = started_s + self.speed.roofline_s(bytes_read, flops) - time.perf_counter()
+        if remaining_s > 0:
+            time.sleep(remaining_s)
+
+
+class DeviceBudget:
+    """The ledger of one device's memory: who reserved how many bytes, never more than the limit. Thread-safe."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._used: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def reserve(self, purpose: str, nbytes: int) -> None:
+        """Set `nbytes` aside, before they are allocated.
+
+        Raises:
+            OutOfDeviceMemoryError: they do not fit; nothing is reserved.
+        """
+        if nbytes < 0:
+            raise ValueError(f"cannot reserve {nbytes} bytes")
+        with self._lock:
+            free = self.device.memory_limit_bytes - sum(self._used.values())
+            if nbytes > free:
+                holders = ", ".join(f"{name} {format_bytes(used)}" for name, used in self._used.items())
+                raise OutOfDeviceMemoryError(
+                    f"{self.device.name}: {purpose} needs {format_bytes(nbytes)} ({nbytes} bytes), but "
+                    f"{format_bytes(free)} of {format_bytes(self.device.memory_limit_bytes)} are free"
+                    + (f" (in use: {holders})." if holders else ".")
+                )
+            self._used[purpose] = self._used.get(purpose, 0) + nbytes
+
+    def release(self, purpose: str, nbytes: int | None = None) -> None:
+        """Give `nbytes` of a purpose back; None gives all of them, and nothing where there are none."""
+        with self._lock:
+            held = self._used.get(purpose, 0)
+            given_back = held if nbytes is None else nbytes
+            if not 0 <= given_back <= held:
+                raise ValueError(f"{self.device.name}: {purpose} holds {held} bytes, cannot release {given_back}")
+            self._used[purpose] = held - given_back
+            if self._used[purpose] == 0:
+                del self._used[purpose]
+
+    def used_by_purpose(self) -> dict[str, int]:
+        """A snapshot: bytes by purpose, without those that hold none."""
+        with self._lock:
+            return dict(self._used)
+
+    @property
+    def used_bytes(self) -> int:
+        with self._lock:
+            return sum(self._used.values())
+
+    @property
+    def free_bytes(self) -> int:
+        return self.device.memory_limit_bytes - self.used_bytes
+
+    def check_invariants(self) -> None:
+        """Raise `AssertionError` unless every purpose holds something and all together stay within the limit."""
+        with self._lock:
+            used = dict(self._used)
+        if any(nbytes <= 0 for nbytes in used.values()):
+            raise AssertionError(f"{self.device.name}: a purpose holds no bytes: {used}")
+        if sum(used.values()) > self.device.memory_limit_bytes:
+            raise AssertionError(
+                f"{self.device.name}: {used} is more than the limit of {self.device.memory_limit_bytes} bytes"
+            )

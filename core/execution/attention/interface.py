@@ -1,0 +1,106 @@
+"""Joins transformers' attention interface to the pages: the function that every model's attention modules call.
+
+A stage binds one `LayerAttention` to each of its attention modules at load; the step's metadata is set on the stage's
+`AttentionContext` before the forward pass, which one thread at a time runs. No mask function is registered under the
+name, so transformers builds no masks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from core.errors import UnsupportedModelError
+from core.execution.attention.metadata import AttentionMetadata, AttentionSpec
+
+ATTENTION_NAME = "vramancer_paged"
+_BOUND = "_vramancer_attention"
+
+
+class AttentionBackend(Protocol):
+    """A way to write and read pages. Shapes as in `core.execution.attention.torch_paged`."""
+
+    name: str
+
+    def write(
+        self, key: torch.Tensor, value: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> None: ...  # fmt: skip
+
+    def attend(
+        self, query: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, metadata: AttentionMetadata,
+        spec: AttentionSpec,
+    ) -> torch.Tensor: ...  # fmt: skip
+
+
+class AttentionContext:
+    """What a stage's attention modules share. `metadata` is set by the stage before each forward pass."""
+
+    def __init__(self, backend: AttentionBackend) -> None:
+        self.backend = backend
+        self.metadata: AttentionMetadata | None = None
+
+
+class LayerAttention:
+    """One layer's pages and window, bound to its attention module."""
+
+    def __init__(
+        self, context: AttentionContext, k_pages: torch.Tensor, v_pages: torch.Tensor, window: int | None
+    ) -> None:
+        self.context = context
+        self.k_pages = k_pages
+        self.v_pages = v_pages
+        self.window = window
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: AttentionSpec
+    ) -> torch.Tensor:
+        """`query` `[1, Hq, T, D]`, `key`, `value` `[1, Hkv, T, D]` to `[1, T, Hq, Dv]`."""
+        metadata, backend = self.context.metadata, self.context.backend
+        if metadata is None:
+            raise RuntimeError("attention is called outside a step")
+        key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        if key.shape[1:] != self.k_pages.shape[2:] or value.shape[1:] != self.v_pages.shape[2:]:
+            raise UnsupportedModelError(
+                f"the model's KV heads {tuple(key.shape[1:])}, {tuple(value.shape[1:])} are not the "
+                f"{tuple(self.k_pages.shape[2:])}, {tuple(self.v_pages.shape[2:])} that its config announces."
+            )
+        backend.write(key, value, self.k_pages, self.v_pages, metadata)
+        return backend.attend(query[0].transpose(0, 1), self.k_pages, self.v_pages, metadata, spec)[None]
+
+
+def bind(model: nn.Module, layers: dict[int, LayerAttention]) -> None:
+    """Give each attention module (they carry a `layer_idx`) its pages. Raises `UnsupportedModelError` if one has none."""
+    bound = set()
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and index in layers:
+            setattr(module, _BOUND, layers[index])
+            bound.add(index)
+    if bound != set(layers):
+        raise UnsupportedModelError(f"{type(model).__name__} has layers without attention: {sorted(set(layers) - bound)}.")
+
+
+def _paged_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The registered function. A window passed by the model wins over the config's."""
+    layer: LayerAttention = getattr(module, _BOUND)
+    window = kwargs.get("sliding_window", layer.window)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    return layer(query, key, value, AttentionSpec(scale, window, softcap or None, s_aux)), None
+
+
+AttentionInterface.register(ATTENTION_NAME, _paged_attention)

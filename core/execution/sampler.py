@@ -1,0 +1,193 @@
+"""Choosing the next token of every row of a step.
+
+::
+
+    logits -> float32 -> raw log-probabilities (if asked for)
+           -> logit_bias -> suppressed tokens -> repetition, frequency, presence penalty
+           -> greedy: argmax
+           -> else:   / temperature -> min_p -> top_k -> top_p -> draw
+
+A row's token depends on its logits, parameters, seed and position, never on the rest of the batch: random numbers are
+hashes of (seed, position) and each operation works on rows one by one. What nobody in a step uses costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from core.errors import StepFailedError
+from core.execution.sampling import row_ops
+from core.execution.sampling.filters import Filters, draw_filtered, is_filtered
+from core.execution.sampling.logit_edits import LogitEditor, is_edited
+from core.execution.sampling.logprobs import prompt_logprobs, rows_per_chunk, token_logprobs
+from core.execution.sampling.random import derive_seed, fresh_seed, uniforms
+from core.execution.schedule import SampledToken
+from core.request import SamplingParams, TokenLogprob
+
+__all__ = [
+    "NonFiniteLogitsError",
+    "SampledToken",
+    "Sampler",
+    "SamplingRow",
+    "derive_seed",
+    "fresh_seed",
+    "prompt_logprobs",
+]
+
+GREEDY_TEMPERATURE = 1e-5
+"""Temperatures below this are greedy, as in vLLM: dividing by them would overflow."""
+
+
+class NonFiniteLogitsError(StepFailedError):
+    """Rows whose logits hold a NaN or an infinity above, or no token that may be chosen.
+
+    `seq_ids` names them. Nothing is kept of the failed call: the other rows may be sampled again, with equal results.
+    """
+
+    def __init__(self, seq_ids: Sequence[int]) -> None:
+        names = ", ".join(str(seq_id) for seq_id in seq_ids)
+        super().__init__(f"The model produced logits that cannot be sampled (NaN or infinite) for sequence {names}.")
+        self.seq_ids = tuple(seq_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """One row to be sampled. Written by the runner from what the scheduler decided.
+
+    `seed` is the sequence's own, resolved; `position` counts the tokens before the sampled one, prompt and output.
+    `suppress_token_ids` may not be chosen (end tokens while `min_tokens` is not reached).
+    """
+
+    seq_id: int
+    params: SamplingParams
+    seed: int
+    position: int
+    prompt_token_ids: Sequence[int] = ()
+    output_token_ids: Sequence[int] = ()
+    suppress_token_ids: tuple[int, ...] = ()
+
+    @property
+    def greedy(self) -> bool:
+        return self.params.temperature < GREEDY_TEMPERATURE
+
+
+class Sampler:
+    """Samples batches of rows. Keeps counts for sequences with penalties until `forget`. One thread at a time."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = torch.device(device)
+        self._editor = LogitEditor(vocab_size, self._device)
+
+    @property
+    def num_tracked_sequences(self) -> int:
+        """Sequences for which state is held."""
+        return self._editor.num_tracked
+
+    def forget(self, seq_ids: Iterable[int]) -> None:
+        """Drop the state of sequences that ended or were preempted; it is rebuilt when one comes back."""
+        self._editor.forget(seq_ids)
+
+    def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+        """Choose a token for each row of `logits` `[R, V]` (any float type; left as they are).
+
+        Columns from `vocab_size` up are padding and never chosen. Raises `NonFiniteLogitsError`, naming the sequences.
+        """
+        if logits.dim() != 2 or logits.shape[0] != len(rows) or logits.shape[1] < self._vocab_size:
+            raise ValueError(f"logits {tuple(logits.shape)} do not fit {len(rows)} rows, {self._vocab_size} tokens")
+        if not rows:
+            return []
+        logits = logits[:, : self._vocab_size]
+        if all(row.greedy and row.params.logprobs is None and not is_edited(row) for row in rows):
+            token_ids = _argmax(logits).tolist()
+            sampled = [SampledToken(token) for token in token_ids]
+        else:
+            step = rows_per_chunk(self._vocab_size, self._device)
+            sampled = []
+            for start in range(0, len(rows), step):
+                sampled += self._sample_chunk(logits[start : start + step], rows[start : start + step])
+        failed = [row.seq_id for row, item in zip(rows, sampled, strict=True) if item.token_id < 0]
+        if failed:
+            raise NonFiniteLogitsError(failed)
+        return sampled
+
+    def _sample_chunk(self, raw: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+        reported = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
+        logprobs = torch.log_softmax(_select(raw, reported).to(torch.float32), dim=1) if reported else None
+        token_ids = self._choose(self._edited(raw, rows), rows)
+        sampled = [SampledToken(token) for token in token_ids.tolist()]
+        if logprobs is not None:
+            chosen = _select(token_ids, reported).clamp(min=0)
+            tops = [rows[index].params.logprobs or 0 for index in reported]
+            for index, record in zip(reported, token_logprobs(logprobs, chosen, tops), strict=True):
+                sampled[index] = SampledToken(sampled[index].token_id, _checked(record, sampled[index]))
+        return sampled
+
+    def _edited(self, raw: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+        """Logits as float32, with biases and penalties; `raw` itself if nothing changes it."""
+        logits = raw.to(torch.float32)
+        if any(is_edited(row) for row in rows):
+            if logits is raw or not logits.is_contiguous():
+                logits = logits.clone(memory_format=torch.contiguous_format)
+            self._editor.apply(logits, rows)
+        return logits
+
+    def _choose(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+        """Token ids, int64 `[R]`, -1 where there is none to choose."""
+        greedy = [index for index, row in enumerate(rows) if row.greedy]
+        drawn = [index for index, row in enumerate(rows) if not row.greedy]
+        if not drawn:
+            return _argmax(logits)
+        if not greedy:
+            return self._draw(logits, rows)
+        token_ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+        token_ids[greedy] = _argmax(_select(logits, greedy))
+        token_ids[drawn] = self._draw(_select(logits, drawn), [rows[index] for index in drawn])
+        return token_ids
+
+    def _draw(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+        temperatures = [row.params.temperature for row in rows]
+        if any(temperature != 1.0 for temperature in temperatures):
+            logits = logits / torch.tensor(temperatures, dtype=torch.float32, device=logits.device)[:, None]
+        probs = torch.softmax(logits, dim=1)
+        sums = row_ops.block_sums(probs)
+        totals = sums.cumsum(dim=1)[:, -1]
+        uniform = torch.from_numpy(uniforms([row.seed for row in rows], [row.position for row in rows]))
+        uniform = uniform.to(logits.device)
+
+        filtered = [index for index, row in enumerate(rows) if is_filtered(row.params, self._vocab_size)]
+        free = [index for index, row in enumerate(rows) if not is_filtered(row.params, self._vocab_size)]
+        token_ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+        if free:
+            token_ids[free] = row_ops.draw_by_weight(
+                _select(probs, free), _select(sums, free), _select(uniform, free)
+            )
+        if filtered:
+            filters = Filters.of([rows[index].params for index in filtered], self._vocab_size)
+            token_ids[filtered] = draw_filtered(
+                _select(logits, filtered),
+                _select(probs, filtered),
+                _select(totals, filtered),
+                _select(uniform, filtered),
+                filters,
+            )
+        return torch.where(totals.isfinite(), token_ids, -1)
+
+
+def _argmax(logits: torch.Tensor) -> torch.Tensor:
+    """Most likely token of each row, int64 `[R]`; -1 if the largest logit is not finite (a NaN counts as largest)."""
+    token_ids = row_ops.argmax(logits)
+    finite = logits.gather(1, token_ids[:, None]).squeeze(1).isfinite()
+    return torch.where(finite, token_ids, -1)
+
+
+def _select(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """The named rows, in ascending order; no copy if they are all of them."""
+    return tensor if len(rows) == tensor.shape[0] else tensor[rows]
+
+
+def _checked(record: TokenLogprob, sampled: SampledToken) -> TokenLogprob | None:
+    return record if sampled.token_id >= 0 else None

@@ -1,0 +1,1 @@
+"""Parts of the sampler: random numbers, edits of logits, filters and draws, log-probabilities."""

@@ -1,0 +1,173 @@
+"""What changes logits before temperature: logit_bias, suppressed tokens, then the three penalties.
+
+A penalty changes only tokens that a sequence has already seen, so the work per step follows the number of distinct
+tokens in the contexts, not the vocabulary. Counts are kept per sequence, from the first step that needs them, and
+extended by the tokens that were added since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from core.request import SamplingParams
+
+
+class EditedRow(Protocol):
+    """The part of a `SamplingRow` that edits read."""
+
+    @property
+    def seq_id(self) -> int: ...
+    @property
+    def params(self) -> SamplingParams: ...
+    @property
+    def prompt_token_ids(self) -> Sequence[int]: ...
+    @property
+    def output_token_ids(self) -> Sequence[int]: ...
+    @property
+    def suppress_token_ids(self) -> tuple[int, ...]: ...
+
+
+def is_penalized(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
+def is_edited(row: EditedRow) -> bool:
+    """Whether the row's logits differ from the model's before temperature."""
+    return bool(row.params.logit_bias) or bool(row.suppress_token_ids) or is_penalized(row.params)
+
+
+class TokenCounts:
+    """Distinct tokens of one sequence and how often each occurs in its output.
+
+    `ids` and `counts` grow by doubling; the first `size` entries are in use. Tokens of the prompt alone count 0.
+    """
+
+    def __init__(self, prompt_token_ids: Sequence[int], vocab_size: int) -> None:
+        seen = np.unique(np.asarray(prompt_token_ids, dtype=np.int64))
+        seen = seen[(seen >= 0) & (seen < vocab_size)]
+        self.num_output_tokens = 0
+        self._vocab_size = vocab_size
+        self._size = len(seen)
+        self._ids = np.zeros(max(64, 2 * len(seen)), dtype=np.int64)
+        self._ids[: len(seen)] = seen
+        self._counts = np.zeros(len(self._ids), dtype=np.int32)
+        self._entries = {token: entry for entry, token in enumerate(seen.tolist())}
+
+    @property
+    def ids(self) -> npt.NDArray[np.int64]:
+        return self._ids[: self._size]
+
+    @property
+    def counts(self) -> npt.NDArray[np.int32]:
+        return self._counts[: self._size]
+
+    def extend(self, output_token_ids: Sequence[int]) -> None:
+        """Count the output tokens that were added since the last call."""
+        for token in output_token_ids[self.num_output_tokens :]:
+            if 0 <= token < self._vocab_size:
+                self._counts[self._entry(token)] += 1
+        self.num_output_tokens = len(output_token_ids)
+
+    def _entry(self, token: int) -> int:
+        entry = self._entries.get(token)
+        if entry is None:
+            entry = self._size
+            if entry == len(self._ids):
+                self._ids = np.concatenate((self._ids, np.zeros_like(self._ids)))
+                self._counts = np.concatenate((self._counts, np.zeros_like(self._counts)))
+            self._ids[entry] = token
+            self._entries[token] = entry
+            self._size += 1
+        return entry
+
+
+class LogitEditor:
+    """Applies edits to a batch in place. Holds per-sequence state until `forget`."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._counts: dict[int, TokenCounts] = {}
+        self._biases: dict[int, tuple[Mapping[int, float], npt.NDArray[np.int64], npt.NDArray[np.float32]]] = {}
+
+    @property
+    def num_tracked(self) -> int:
+        """Sequences that have state here."""
+        return len(self._counts.keys() | self._biases.keys())
+
+    def forget(self, seq_ids: Iterable[int]) -> None:
+        for seq_id in seq_ids:
+            self._counts.pop(seq_id, None)
+            self._biases.pop(seq_id, None)
+
+    def apply(self, logits: torch.Tensor, rows: Sequence[EditedRow]) -> None:
+        """Edit contiguous float32 `logits` `[R, V]` in place."""
+        flat = logits.view(-1)
+        self._add_biases(flat, rows)
+        self._suppress(flat, rows)
+        self._penalize(flat, rows)
+
+    def _add_biases(self, flat: torch.Tensor, rows: Sequence[EditedRow]) -> None:
+        found = [(index, *self._bias(row)) for index, row in enumerate(rows) if row.params.logit_bias]
+        if found:
+            positions = np.concatenate([ids + index * self._vocab_size for index, ids, _ in found])
+            values = np.concatenate([values for _, _, values in found])
+            flat.index_add_(0, self._tensor(positions), self._tensor(values))
+
+    def _bias(self, row: EditedRow) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        bias = row.params.logit_bias
+        known = self._biases.get(row.seq_id)
+        if known is None or known[0] is not bias:
+            ids = np.fromiter(bias.keys(), dtype=np.int64, count=len(bias))
+            values = np.fromiter(bias.values(), dtype=np.float32, count=len(bias))
+            inside = (ids >= 0) & (ids < self._vocab_size)
+            known = (bias, ids[inside], values[inside])
+            self._biases[row.seq_id] = known
+        return known[1], known[2]
+
+    def _suppress(self, flat: torch.Tensor, rows: Sequence[EditedRow]) -> None:
+        positions = [
+            index * self._vocab_size + token
+            for index, row in enumerate(rows)
+            for token in row.suppress_token_ids
+            if 0 <= token < self._vocab_size
+        ]
+        if positions:
+            flat.index_fill_(0, self._tensor(np.array(positions, dtype=np.int64)), -torch.inf)
+
+    def _penalize(self, flat: torch.Tensor, rows: Sequence[EditedRow]) -> None:
+        penalized = [(index, row) for index, row in enumerate(rows) if is_penalized(row.params)]
+        found = [(index, row.params, self._token_counts(row)) for index, row in penalized]
+        if not found:
+            return
+        sizes = [len(counts.ids) for _, _, counts in found]
+
+        def per_token(values: list[float]) -> torch.Tensor:
+            return self._tensor(np.repeat(np.array(values, dtype=np.float32), sizes))
+
+        positions = self._tensor(np.concatenate([counts.ids + index * self._vocab_size for index, _, counts in found]))
+        counts = self._tensor(np.concatenate([counts.counts for _, _, counts in found])).to(torch.float32)
+        repetition = per_token([params.repetition_penalty for _, params, _ in found])
+        frequency = per_token([params.frequency_penalty for _, params, _ in found])
+        presence = per_token([params.presence_penalty for _, params, _ in found])
+        values = flat[positions]
+        values = torch.where(values > 0, values / repetition, values * repetition)
+        values -= frequency * counts
+        values -= presence * (counts > 0)
+        flat[positions] = values
+
+    def _token_counts(self, row: EditedRow) -> TokenCounts:
+        counts = self._counts.get(row.seq_id)
+        if counts is None or counts.num_output_tokens > len(row.output_token_ids):
+            counts = TokenCounts(row.prompt_token_ids, self._vocab_size)
+            self._counts[row.seq_id] = counts
+        counts.extend(row.output_token_ids)
+        return counts
+
+    def _tensor(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device)

@@ -1,0 +1,137 @@
+"""One pipeline stage: some layers of the model, with their pages, on one device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.devices import Device, DeviceBudget
+from core.execution.attention.interface import (
+    ATTENTION_NAME,
+    AttentionBackend,
+    AttentionContext,
+    LayerAttention,
+    bind,
+)
+from core.execution.input_batch import InputBatch
+from core.kv_cache.paged_kv_cache import PagedKVCache
+from core.models.architecture import Architecture
+from core.models.stage_model import StageSlice, find_decoder, load_stage
+
+
+class Stage:
+    """Weights and KV of layers `part.first .. part.last - 1`. One thread at a time runs `forward`."""
+
+    WEIGHTS = "weights"
+
+    def __init__(self, architecture: Architecture, part: StageSlice, device: Device, budget: DeviceBudget) -> None:
+        self.architecture = architecture
+        self.part = part
+        self.device = device
+        self.torch_device = torch.device(device.torch_device)
+        self.weight_bytes = 0
+        self.num_parameters = 0
+        self.kv: PagedKVCache | None = None
+        self.busy_s = 0.0
+        self.forwards = 0
+        self._budget = budget
+        self._model: Any = None
+        self._context: AttentionContext | None = None
+        self._received: torch.Tensor | None = None
+
+    def load(
+        self, path: Path, expected_bytes: int, on_read: Callable[[int], None], adapt: Callable[[nn.Module], None]
+    ) -> None:
+        """Reserve, then read the weights; `adapt` may replace modules by faster ones for this device."""
+        self._budget.reserve(self.WEIGHTS, expected_bytes)
+        self.weight_bytes = expected_bytes
+        self._model = load_stage(
+            self.architecture, path, self.part, self.torch_device, attention=ATTENTION_NAME, on_read=on_read
+        )
+        actual = _parameter_bytes(self._model)
+        if actual > expected_bytes:
+            self._budget.reserve(self.WEIGHTS, actual - expected_bytes)
+            self.weight_bytes = actual
+        self.num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
+        adapt(self._model)
+        if not self.part.is_first:
+            decoder, name = find_decoder(self._model, self.part.num_layers)
+            getattr(decoder, name)[self.part.first].register_forward_pre_hook(self._enter, with_kwargs=True)
+
+    def allocate_kv(self, num_blocks: int, block_size: int, backend: AttentionBackend) -> None:
+        """Allocate the pages of this stage's layers and bind them to its attention modules."""
+        layers = range(self.part.first, self.part.last)
+        shapes = {index: self.architecture.kv_shapes[index] for index in layers}
+        self.kv = PagedKVCache(
+            shapes, num_blocks, block_size, self.architecture.dtype, self.torch_device, self._budget
+        )
+        self._context = AttentionContext(backend)
+        windows = self.architecture.sliding_windows
+        bound = {index: LayerAttention(self._context, *self.kv.layer(index), windows[index]) for index in layers}
+        bind(self._model, bound)
+
+    def _enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before this stage's first layer: put what the previous stage sent where `forward` has its embeddings."""
+        if args:
+            return (self._received, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._received}
+
+    @torch.inference_mode()
+    def forward(
+        self, batch: InputBatch, hidden: torch.Tensor | None, logit_rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Run a step's tokens through the layers.
+
+        Args:
+            hidden: `[1, T, hidden_size]` from the previous stage; None for the first.
+            logit_rows: int64 `[R]`, rows of the packed batch whose logits are wanted from the last stage; None asks
+                for hidden states.
+
+        Returns:
+            `[1, R, vocab]` logits or `[1, T, hidden_size]` hidden states (after the final norm on the last stage).
+        """
+        started_s = time.perf_counter()
+        assert self._context is not None
+        self._context.metadata, self._received = batch.attention, hidden
+        inputs = {"input_ids": batch.input_ids} if hidden is None else {"inputs_embeds": hidden}
+        try:
+            if logit_rows is None or not self.part.is_last:
+                result = self._model.base_model(position_ids=batch.position_ids, use_cache=False, **inputs)[0]
+            else:
+                result = self._model(
+                    position_ids=batch.position_ids, use_cache=False, logits_to_keep=logit_rows, **inputs
+                ).logits
+        finally:
+            self._context.metadata = self._received = None
+        self._account(started_s, batch)
+        return result  # type: ignore[no-any-return]
+
+    def _account(self, started_s: float, batch: InputBatch) -> None:
+        """Keep an emulated device's pace, and the time spent."""
+        assert self.kv is not None
+        slots = self.kv.num_blocks * self.kv.block_size
+        kv_bytes = self.kv.nbytes // slots * batch.num_kv_tokens
+        self.device.pace(started_s, self.weight_bytes + kv_bytes, 2 * self.num_parameters * batch.num_tokens)
+        self.busy_s += time.perf_counter() - started_s
+        self.forwards += 1
+
+    def free(self) -> None:
+        """Give weights and pages back to the device."""
+        if self.kv is not None:
+            self.kv.free()
+        self.kv = self._model = self._context = None
+        self._budget.release(self.WEIGHTS)
+        if self.torch_device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _parameter_bytes(model: nn.Module) -> int:
+    unique = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in model.parameters()}
+    return sum(unique.values())

@@ -1,0 +1,398 @@
+"""The composition root: load a model, serve it, swap it, shut down. Constructs every subsystem, holds no algorithm."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+
+from core import status
+from core.batching.batcher import BatcherStats
+from core.batching.output import RequestHandle, Sink
+from core.batching.sequence import Request
+from core.batching.sequence import Sequence as TokenSequence
+from core.config import Settings
+from core.devices import Device, DeviceReader, open_devices
+from core.errors import (
+    ConflictError,
+    ContextLengthError,
+    EngineDeadError,
+    InvalidRequestError,
+    ModelNotLoadedError,
+    VRAMancerError,
+)
+from core.execution.sampler import derive_seed, fresh_seed
+from core.logs import get_logger
+from core.metrics import MetricsRegistry
+from core.model_engine import LoadedModel, ModelEngine, ModelPlan, checkpoint_bytes, load_engine, plan_model
+from core.models.resolve import available_models, resolve_model
+from core.placement import PlacementPlan
+from core.raw_inference import run_raw
+from core.request import SamplingParams
+from core.transfer import TransferManager
+
+logger = get_logger(__name__)
+
+ProgressCall = Callable[[int, int], None]
+
+
+def plan_placement(settings: Settings) -> PlacementPlan:
+    """Where `settings.model` would go, without reading weights. Raises what a load would raise."""
+    resolved = resolve_model(settings.model.name, settings.model.revision)
+    return plan_model(resolved, open_devices(settings.devices, allocate=False), settings).placement
+
+
+class InferencePipeline:
+    """Thread-safe. `on_progress(done_bytes, total_bytes)` is told of weights as they are read."""
+
+    def __init__(self, settings: Settings, *, on_progress: ProgressCall | None = None) -> None:
+        self.settings = settings
+        self.metrics = MetricsRegistry()
+        self.transfer = TransferManager(self.metrics)
+        self.reader = DeviceReader()
+        self._on_progress = on_progress
+        self._engine: ModelEngine | None = None
+        self._load_lock = threading.Lock()
+        self._closing = False
+        self.metrics.set_snapshot_source(lambda: status.metrics_snapshot(self))
+        if settings.devices.cpu_threads is not None:
+            torch.set_num_threads(settings.devices.cpu_threads)
+
+    # -- the model --------------------------------------------------------------------------------------------------
+
+    @property
+    def engine(self) -> ModelEngine:
+        """The running engine. Raises `ModelNotLoadedError`, or `EngineDeadError` if its thread has ended."""
+        engine = self._engine
+        if engine is None:
+            raise ModelNotLoadedError("No model is loaded. Load one with POST /api/models/load.")
+        return engine
+
+    @property
+    def model(self) -> LoadedModel:
+        return self.engine.model
+
+    @property
+    def loaded(self) -> bool:
+        return self._engine is not None
+
+    @property
+    def loading(self) -> bool:
+        return self._load_lock.locked()
+
+    def load(
+        self,
+        model: str | None = None,
+        *,
+        num_gpus: int | None = None,
+        dtype: str | None = None,
+        devices: str | None = None,
+        max_model_len: int | None = None,
+    ) -> LoadedModel:
+        """Load a model and serve it in place of the present one, which goes on serving if anything fails.
+
+        What is not given comes from the settings (the model's name and its length only on the first load). Raises
+        the `ModelError` family, `DeviceError`, and `ConflictError` while another load is under way.
+        """
+        settings = self._load_settings(model, num_gpus, dtype, devices, max_model_len)
+        if not self._load_lock.acquire(blocking=False):
+            raise ConflictError("A model is being loaded already; wait for it to finish.")
+        try:
+            self._swap(settings)
+        finally:
+            self._load_lock.release()
+        return self.model
+
+    def _load_settings(
+        self, model: str | None, num_gpus: int | None, dtype: str | None, devices: str | None, max_model_len: int | None
+    ) -> Settings:
+        base = self.settings
+        changes: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
+        if model is not None:
+            changes |= {"name": model, "max_model_len": max_model_len}
+            if model != base.model.name:
+                changes |= {"revision": None, "served_model_name": (), "chat_template": None}
+        elif max_model_len is not None:
+            changes["max_model_len"] = max_model_len
+        placed = {key: value for key, value in (("num_gpus", num_gpus), ("devices", devices)) if value is not None}
+        return base.model_copy(
+            update={
+                "model": type(base.model).model_validate(base.model.model_dump() | changes),
+                "devices": type(base.devices).model_validate(base.devices.model_dump() | placed),
+            }
+        )
+
+    def _swap(self, settings: Settings) -> None:
+        """Beside the present model if both fit; else the present one is drained first and restored on failure."""
+        resolved = resolve_model(settings.model.name, settings.model.revision)
+        total = checkpoint_bytes(resolved.path)
+        old = self._engine
+        alone = self._devices(settings, old, beside=False)
+        plan = plan_model(resolved, alone, settings)
+        if old is None:
+            self._engine = self._start(plan, settings, total)
+            return
+        try:
+            plan = plan_model(resolved, self._devices(settings, old, beside=True), settings)
+        except VRAMancerError:
+            self._replace(old, plan, settings, total)
+            return
+        self._engine = self._start(plan, settings, total)
+        old.close(drain_s=self.settings.api.drain_timeout_s)
+
+    def _replace(self, old: ModelEngine, plan: ModelPlan, settings: Settings, total: int) -> None:
+        """Make room by closing the old engine; if the new one does not start, load the old model again."""
+        logger.info("the new model does not fit beside the present one; draining it first", old=old.model.name)
+        self._engine = None
+        old.close(drain_s=self.settings.api.drain_timeout_s)
+        try:
+            self._engine = self._start(plan, settings, total)
+        except VRAMancerError:
+            self._engine = self._start(old.plan, old.settings, checkpoint_bytes(old.plan.resolved.path))
+            raise
+
+    def _devices(self, settings: Settings, old: ModelEngine | None, *, beside: bool) -> tuple[Device, ...]:
+        """Devices with the limits a load may use. Given limits count what the old engine holds; free memory as it is
+        measured does not.
+        """
+        devices = open_devices(settings.devices)
+        if old is None:
+            return devices
+        explicit = settings.devices.devices is not None
+        held = {name: budget.used_bytes for name, budget in old.budgets.items()}
+        change = -1 if explicit and beside else 1 if not explicit and not beside else 0
+        return tuple(
+            Device(
+                device.name, device.index, device.kind, device.torch_device,
+                max(0, device.memory_limit_bytes + change * held.get(device.name, 0)), device.speed,
+            )
+            for device in devices
+        )  # fmt: skip
+
+    def _start(self, plan: ModelPlan, settings: Settings, total_bytes: int) -> ModelEngine:
+        """Load the weights, then generate one token, so that readiness means that the model works."""
+        done = _Progress(total_bytes, self._on_progress)
+        engine = load_engine(plan, settings, transfer=self.transfer, metrics=self.metrics, on_read=done.add)
+        try:
+            self._warm_up(engine)
+        except BaseException:
+            engine.close()
+            raise
+        logger.info(
+            "model loaded",
+            model=engine.model.name,
+            seconds=round(engine.load_s, 2),
+            stages=[f"{s.device_name}:{s.first_layer}-{s.last_layer - 1}" for s in plan.placement.stages],
+            kv_tokens=plan.placement.kv_tokens,
+            attention=engine.backends[0],
+        )
+        return engine
+
+    def _warm_up(self, engine: ModelEngine) -> None:
+        params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+        (handle,) = engine.batcher.submit([self._request(engine, [0], params, 0, "warm-up")])
+        engine.produced_token = bool(handle.result().completions[0].token_ids)
+
+    def unload(self) -> None:
+        """Stop serving and free the model's memory. Raises `ModelNotLoadedError`, `ConflictError`."""
+        engine = self.engine
+        if not self._load_lock.acquire(blocking=False):
+            raise ConflictError("A model is being loaded; wait for it to finish.")
+        try:
+            self._engine = None
+            engine.close(drain_s=self.settings.api.drain_timeout_s)
+        finally:
+            self._load_lock.release()
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        request_id: str | None = None,
+    ) -> RequestHandle:
+        """Start one request. A lower `priority` is served earlier.
+
+        Raises, before anything is allocated, `InvalidRequestError`, `ContextLengthError`, `QueueFullError`,
+        `CircuitOpenError`, `EngineDeadError` or `ModelNotLoadedError`.
+        """
+        engine = self.engine
+        request_id = request_id or f"req-{uuid.uuid4().hex}"
+        return engine.batcher.submit([self._request(engine, prompt_token_ids, params, priority, request_id)])[0]
+
+    def submit_many(
+        self,
+        requests: Sequence[tuple[Sequence[int], SamplingParams]],
+        *,
+        priority: int = 0,
+        request_id: str | None = None,
+        sink: Sink | None = None,
+    ) -> list[RequestHandle]:
+        """Start several requests, all or none. With `sink`, their outputs arrive there as `(index, message)`."""
+        engine = self.engine
+        base = request_id or f"req-{uuid.uuid4().hex}"
+        made = [
+            self._request(engine, tokens, params, priority, f"{base}-{index}")
+            for index, (tokens, params) in enumerate(requests)
+        ]
+        return engine.batcher.submit(made, sink=sink)
+
+    def _request(
+        self,
+        engine: ModelEngine,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        priority: int,
+        request_id: str,
+    ) -> Request:
+        if self._closing:
+            raise EngineDeadError("The server is shutting down.")
+        tokens = list(prompt_token_ids)
+        params.validate(engine.model.vocab_size)
+        _check_prompt(tokens, engine)
+        room = engine.capacity_tokens - len(tokens)
+        max_tokens = min(params.max_tokens, room) if params.max_tokens is not None else room
+        if params.max_tokens is not None and params.max_tokens > room:
+            raise ContextLengthError(
+                f"This model's context holds {engine.capacity_tokens} tokens; the prompt has {len(tokens)} and "
+                f"{params.max_tokens} more were asked for.",
+                param="max_tokens",
+            )
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=tokens,
+            params=params,
+            max_tokens=max_tokens,
+            priority=priority,
+            stop_token_ids=frozenset(params.stop_token_ids),
+            eos_token_ids=frozenset(engine.model.eos_token_ids),
+            prompt_logprobs=[None] if params.prompt_logprobs is not None else None,
+        )
+        seed = params.seed if params.seed is not None else self._default_seed()
+        request.sequences = [
+            TokenSequence(request, index, derive_seed(seed, index), list(tokens))
+            for index in range(params.num_sequences)
+        ]
+        return request
+
+    def _default_seed(self) -> int:
+        configured = self.settings.runtime.default_seed
+        return configured if configured is not None else fresh_seed()
+
+    def cancel(self, request_id: str) -> bool:
+        """Abort a request, or all that were submitted under the id as `<id>-0`, `<id>-1`... False if there is none."""
+        batcher = self.engine.batcher
+        matching = batcher.matching(request_id)
+        for name in matching:
+            batcher.abort(name)
+        return bool(matching)
+
+    def infer(
+        self,
+        token_ids: Sequence[int],
+        *,
+        output: Literal["logits", "hidden_states"] = "logits",
+        positions: Literal["last", "all"] = "last",
+    ) -> torch.Tensor:
+        """One raw forward pass over the tokens. Returns fp32 on the CPU, `[P, vocab]` or `[P, hidden_size]`.
+
+        Raises `InvalidRequestError`, `ContextLengthError`, and `QueueFullError` if no KV blocks are free for it.
+        """
+        engine = self.engine
+        tokens = list(token_ids)
+        _check_prompt(tokens, engine, reserve=0)
+        future = engine.batcher.call(lambda: run_raw(engine, tokens, output, positions))
+        return future.result()
+
+    # -- state ------------------------------------------------------------------------------------------------------
+
+    def available_models(self) -> list[dict[str, Any]]:
+        """Models that could be loaded by name, and the loaded one."""
+        engine = self._engine
+        found = [entry | {"loaded": False} for entry in available_models()]
+        if engine is not None:
+            path = str(engine.model.path)
+            found = [entry for entry in found if entry["path"] != path]
+            size = checkpoint_bytes(engine.model.path)
+            found.insert(0, {"id": engine.model.name, "path": path, "size_bytes": size, "loaded": True})
+        return found
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether the loaded model has really produced a token and its engine is alive, and if not, why."""
+        engine = self._engine
+        if engine is None:
+            return False, "a model is being loaded" if self.loading else "no model is loaded"
+        if not engine.batcher.alive:
+            return False, "the engine has stopped"
+        if not engine.produced_token:
+            return False, "no token has been produced yet"
+        return True, "ready"
+
+    def stats(self) -> BatcherStats | None:
+        engine = self._engine
+        return engine.batcher.stats if engine is not None else None
+
+    def health(self) -> dict[str, Any]:
+        return status.health(self)
+
+    def pipeline_status(self) -> dict[str, Any]:
+        return status.pipeline_status(self)
+
+    def queue_status(self) -> dict[str, Any]:
+        return status.queue_status(self)
+
+    def batcher_stats(self) -> dict[str, Any]:
+        return status.batcher_stats(self)
+
+    def device_status(self) -> list[dict[str, Any]]:
+        return status.device_status(self)
+
+    @property
+    def current_engine(self) -> ModelEngine | None:
+        """The running engine, if there is one."""
+        return self._engine
+
+    def shutdown(self, *, drain_s: float = 0.0) -> None:
+        """Refuse new requests, let running ones finish for up to `drain_s`, free everything. Safe to call twice."""
+        self._closing = True
+        with self._load_lock:
+            engine, self._engine = self._engine, None
+            if engine is not None:
+                engine.close(drain_s=drain_s)
+
+
+class _Progress:
+    """Adds up bytes read by several threads."""
+
+    def __init__(self, total: int, report: ProgressCall | None) -> None:
+        self._total = total
+        self._report = report
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+            if self._report is not None:
+                self._report(self._done, self._total)
+
+
+def _check_prompt(tokens: list[int], engine: ModelEngine, *, reserve: int = 1) -> None:
+    """A prompt has tokens, all of them in the vocabulary, and leaves room for `reserve` more."""
+    if not tokens:
+        raise InvalidRequestError("The prompt is empty.", param="prompt")
+    vocab = engine.model.vocab_size
+    for token in tokens:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
+            raise InvalidRequestError(f"Token ids must be integers from 0 to {vocab - 1}, got {token!r}.", param="prompt")
+    if len(tokens) + reserve > engine.capacity_tokens:
+        raise ContextLengthError(
+            f"This model's context holds {engine.capacity_tokens} tokens, but the prompt has {len(tokens)}.",
+            param="prompt",
+        )

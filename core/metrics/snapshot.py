@@ -1,0 +1,47 @@
+"""The state of the engine at one moment, as metrics show it. Made by the pipeline at each scrape, never changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """One logical device. `total_bytes` is its memory limit, `index` its number among those of its backend."""
+
+    name: str
+    backend: str
+    index: int
+    used_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVPages:
+    """KV cache pages of one device; cached pages that nobody uses count as free."""
+
+    device: str
+    used: int
+    free: int
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsSnapshot:
+    """Counters (`*_total`) count since the engine started; everything else is the value now.
+
+    Filled by the pipeline: `devices` from its device list, the rest from the batcher's statistics and the runner's
+    stages. `batch_size` is the sequences of the last step; `stage_busy` maps a stage's name to a share of 0 to 1.
+    """
+
+    devices: tuple[DeviceMemory, ...] = ()
+    kv_pages: tuple[KVPages, ...] = ()
+    batch_size: int = 0
+    requests_running: int = 0
+    requests_waiting: int = 0
+    throughput_tok_s: float = 0.0
+    preemptions_total: int = 0
+    prefix_cache_queries_total: int = 0
+    prefix_cache_hits_total: int = 0
+    kv_evictions_total: int = 0
+    stage_busy: Mapping[str, float] = field(default_factory=dict)

@@ -1,0 +1,215 @@
+"""Cutting a Hugging Face causal model into stages, each loaded straight onto its own device.
+
+A stage is the architecture's own class with the parts that other stages hold taken out while the model is still on
+`meta`. So `forward` stays the library's: scaling, rotary variants and the final norm are whatever the architecture
+does. Layers of other stages become pass-throughs under their own index, because several architectures look up masks
+and rotary embeddings by position in the list. What a stage receives is put in front of its first layer, behind
+anything that `forward` does to embeddings (granite multiplies them, gpt2 and opt add positions), so it is done once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from core.errors import CheckpointError, UnsupportedModelError
+from core.models.architecture import Architecture
+from core.models.checkpoint import Checkpoint
+
+# Modules beside the layers, by the names that architectures give them.
+_BEFORE_LAYERS = {
+    "embed_tokens", "embed_positions", "wte", "wpe", "embed_in", "word_embeddings", "tok_embeddings", "project_in",
+}  # fmt: skip
+_AFTER_LAYERS = {"norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm", "project_out"}
+
+
+@dataclass(frozen=True, slots=True)
+class StageSlice:
+    """Layers `first .. last - 1` of `num_layers`; the first stage also embeds, the last one has the norm and the head."""
+
+    first: int
+    last: int
+    num_layers: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.first == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.last == self.num_layers
+
+
+class PassThrough(nn.Module):
+    """Stands where another stage's layer would be. Keeps the layer's plain attributes, which `forward` may look at."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        for name, value in vars(layer).items():
+            if isinstance(value, (str, int, bool)) and name != "training":
+                setattr(self, name, value)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+
+class NoEmbedding(nn.Module):
+    """Stands where a later stage needs no embedding: whatever `forward` makes of it is replaced before layer one."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(())
+
+
+def find_decoder(model: nn.Module, num_layers: int) -> tuple[nn.Module, str]:
+    """The module that owns the list of decoder layers, and the list's name."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == num_layers:
+                return module, name
+    raise UnsupportedModelError(f"{type(model).__name__} has no list of {num_layers} decoder layers.")
+
+
+def _prune(model: Any, part: StageSlice) -> None:
+    decoder, list_name = find_decoder(model, part.num_layers)
+    layers = getattr(decoder, list_name)
+    for index in range(part.num_layers):
+        if not part.first <= index < part.last:
+            layers[index] = PassThrough(layers[index])
+    keeps_embedding = part.is_first or (part.is_last and model.config.get_text_config().tie_word_embeddings)
+    for name, child in list(decoder.named_children()):
+        if name == list_name:
+            continue
+        if name in _BEFORE_LAYERS:
+            is_tokens = isinstance(child, nn.Embedding) and child is model.get_input_embeddings()
+            if not part.is_first and not (is_tokens and keeps_embedding):
+                setattr(decoder, name, nn.Identity() if name == "project_in" else NoEmbedding())
+        elif name in _AFTER_LAYERS:
+            if not part.is_last:
+                setattr(decoder, name, nn.Identity())
+        elif any(True for _ in child.parameters()):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cannot be split: the role of its part {name!r} is not known. "
+                "It can be served on a single device."
+            )
+    if not part.is_last:
+        _drop_head(model)
+
+
+def _drop_head(model: Any) -> None:
+    head = model.get_output_embeddings()
+    for name, child in list(model.named_children()):
+        if child is head:
+            setattr(model, name, nn.Identity())
+    model.all_tied_weights_keys = {}
+
+
+def stage_class(architecture: Architecture, part: StageSlice) -> type[Any]:
+    """A subclass of the architecture's class whose instances hold one stage alone."""
+    base = architecture.model_class
+    if part.is_first and part.is_last:
+        return base
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        _prune(self, part)
+
+    # transformers looks up weight conversions by class name and tells library classes from custom code by module.
+    return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
+
+
+def load_stage(
+    architecture: Architecture,
+    path: Path,
+    part: StageSlice,
+    device: torch.device,
+    *,
+    attention: str,
+    on_read: Callable[[int], None] = lambda nbytes: None,
+) -> Any:
+    """Read one stage's tensors from safetensors onto `device`. Returns the causal model, cut, in eval mode.
+
+    Raises `CheckpointError` if the checkpoint lacks tensors or their shapes do not fit the config.
+    """
+    device_map = None if device.type == "cpu" else {"": device}
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with Checkpoint(path, on_read) as checkpoint:
+            model, info = stage_class(architecture, part).from_pretrained(
+                None,
+                config=architecture.config,
+                state_dict=checkpoint.tensors(),
+                dtype=architecture.dtype,
+                device_map=device_map,
+                attn_implementation=attention,
+                generation_config=GenerationConfig(),
+                output_loading_info=True,
+            )
+    except (RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{path.name} does not match its config: {error}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    _check_complete(path, info)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.eval()
+
+
+def _check_complete(path: Path, info: dict[str, Any]) -> None:
+    missing, mismatched = sorted(info["missing_keys"]), sorted(str(item) for item in info["mismatched_keys"])
+    if missing:
+        raise CheckpointError(f"{path.name} lacks {len(missing)} tensors, such as {missing[0]}.")
+    if mismatched:
+        raise CheckpointError(f"{path.name} has tensors of the wrong shape: {mismatched[0]}.")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelBytes:
+    """Weight bytes in the serving dtype: before the layers, each layer, after them. With tied embeddings `head` is
+    what a last stage that is not also the first needs beside `after`.
+    """
+
+    embedding: int
+    layers: tuple[int, ...]
+    after: int
+    head: int
+    tied: bool
+    num_parameters: int
+
+    def stage(self, first: int, last: int) -> int:
+        """Bytes of a stage with layers `first .. last - 1`."""
+        total = sum(self.layers[first:last])
+        is_last = last == len(self.layers)
+        if first == 0:
+            total += self.embedding
+        if is_last:
+            total += self.after + (0 if self.tied and first == 0 else self.head)
+        return total
+
+
+def measure_bytes(architecture: Architecture) -> ModelBytes:
+    """Count every parameter on `meta`, without weights."""
+    with torch.device("meta"):
+        model = architecture.model_class._from_config(architecture.config, dtype=architecture.dtype)
+    decoder, list_name = find_decoder(model, architecture.num_layers)
+    layers = tuple(_nbytes(layer) for layer in getattr(decoder, list_name))
+    after = sum(_nbytes(child) for name, child in decoder.named_children() if name in _AFTER_LAYERS)
+    before = _nbytes(decoder) - sum(layers) - after
+    head = _nbytes(model.get_output_embeddings())
+    unique = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    return ModelBytes(before, layers, after, head, architecture.tied, sum(unique.values()))
+
+
+def _nbytes(module: nn.Module | None) -> int:
+    if module is None:
+        return 0
+    tensors = list(module.parameters()) + list(module.buffers())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,82 @@
+"""What placement works from, and what it decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCosts:
+    """Bytes of a model by part. With `tied` embeddings, a single stage needs no `head_bytes` of its own.
+
+    `kv_bytes_per_token[l]` is what layer `l` keeps for one token; `workspace_bytes` is what any stage needs beside
+    weights and KV, `head_workspace_bytes` what the last one needs on top (logits).
+    """
+
+    embedding_bytes: int
+    layer_bytes: tuple[int, ...]
+    after_bytes: int
+    head_bytes: int
+    tied: bool
+    kv_bytes_per_token: tuple[int, ...]
+    workspace_bytes: int = 0
+    head_workspace_bytes: int = 0
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_bytes)
+
+    def weight_bytes(self, first: int, last: int) -> int:
+        """Weights of a stage with layers `first .. last - 1`."""
+        total = sum(self.layer_bytes[first:last])
+        if first == 0:
+            total += self.embedding_bytes
+        if last == self.num_layers:
+            total += self.after_bytes + (0 if self.tied and first == 0 else self.head_bytes)
+        return total
+
+    def stage_workspace_bytes(self, last: int) -> int:
+        return self.workspace_bytes + (self.head_workspace_bytes if last == self.num_layers else 0)
+
+    def stage_kv_bytes_per_token(self, first: int, last: int) -> int:
+        return sum(self.kv_bytes_per_token[first:last])
+
+    def needed_bytes(self, first: int, last: int, kv_tokens: int) -> int:
+        """All that a stage allocates on its device."""
+        kv = self.stage_kv_bytes_per_token(first, last) * kv_tokens
+        return self.weight_bytes(first, last) + kv + self.stage_workspace_bytes(last)
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """Layers `first_layer .. last_layer - 1` on one device, with the bytes they take there."""
+
+    device_name: str
+    device_index: int
+    first_layer: int
+    last_layer: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    kv_bytes: int
+    workspace_bytes: int
+    limit_bytes: int
+
+    @property
+    def num_layers(self) -> int:
+        return self.last_layer - self.first_layer
+
+    @property
+    def free_bytes(self) -> int:
+        """What stays unused of the device's limit."""
+        return self.limit_bytes - self.weight_bytes - self.kv_bytes - self.workspace_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementPlan:
+    """Stages in the order of execution. `kv_tokens` tokens of KV fit on every stage."""
+
+    model_name: str
+    strategy: str
+    stages: tuple[StagePlan, ...]
+    kv_tokens: int
+    unused_devices: tuple[str, ...] = ()

@@ -1,0 +1,49 @@
+"""Raw tensor inference: token ids in, logits or hidden states out, without a place in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from core.errors import QueueFullError
+from core.execution.schedule import ScheduledSequence, SchedulerOutput
+from core.request import SamplingParams
+
+if TYPE_CHECKING:
+    from core.model_engine import ModelEngine
+
+_RAW_SEQ_ID = -1
+
+
+def run_raw(engine: ModelEngine, tokens: Sequence[int], output: str, positions: str) -> torch.Tensor:
+    """Called on the engine thread between two steps. Blocks are borrowed for the time of the call.
+
+    Returns fp32 on the CPU: `[P, vocab]` or `[P, hidden_size]`, P being 1 or the number of tokens.
+    """
+    kv, chunk = engine.kv, engine.settings.engine.max_num_batched_tokens
+    kv.open(_RAW_SEQ_ID, tokens, read_prefix=False)
+    try:
+        if kv.grow(_RAW_SEQ_ID, 0, len(tokens)) is None:
+            raise QueueFullError("The KV cache has no free blocks for this call; try again later.")
+        table = kv.table(_RAW_SEQ_ID).snapshot()
+        parts = []
+        for start in range(0, len(tokens), chunk):
+            part = tokens[start : start + chunk]
+            item = ScheduledSequence(_RAW_SEQ_ID, start, part, table, SamplingParams(), 0, sample=False)
+            rows = list(range(len(part))) if positions == "all" else [len(part) - 1]
+            wanted = positions == "all" or start + chunk >= len(tokens)
+            result = _forward(engine, SchedulerOutput(0, (item,)), output, rows if wanted else None)
+            if wanted:
+                parts.append(result.float().cpu())
+        return torch.cat(parts)
+    finally:
+        kv.close(_RAW_SEQ_ID)
+
+
+def _forward(engine: ModelEngine, step: SchedulerOutput, output: str, rows: list[int] | None) -> torch.Tensor:
+    if output == "logits" and rows is not None:
+        return engine.runner.logits(step, rows)
+    hidden = engine.runner.hidden_states(step)
+    return hidden if rows is None else hidden[rows]

@@ -1,0 +1,204 @@
+"""What a client asks (`SamplingParams`) and what it gets back (`RequestOutput`), shared by every layer.
+
+Only plain values live here: no tensors, no locks, so that every package may import it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from core.errors import InvalidRequestError
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+MAX_N = 128
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 64
+MAX_STOP_LENGTH = 1024
+MAX_STOP_TOKEN_IDS = 1024
+MAX_LOGIT_BIAS = 1024
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen and when a sequence ends. Names follow OpenAI's and, beyond it, vLLM's API.
+
+    `top_k` 0 and `top_p` 1 and `min_p` 0 mean off; `temperature` 0 is greedy. `max_tokens` None runs to the end of
+    the context. `logprobs` is the number of alternatives reported beside the sampled token (0: the token alone).
+    """
+
+    n: int = 1
+    best_of: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    detokenize: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that are generated for one prompt (`best_of` of which the best `n` are returned)."""
+        return self.best_of if self.best_of is not None else self.n
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    def validate(self, vocab_size: int) -> None:
+        """Raise `InvalidRequestError` naming the first parameter that is out of range."""
+        for name, low, high in _INTEGER_RANGES:
+            _check_number(name, getattr(self, name), low, high, integer=True)
+        for name, low, high in _FLOAT_RANGES:
+            _check_number(name, getattr(self, name), low, high, integer=False)
+        if self.repetition_penalty <= 0:
+            raise InvalidRequestError("repetition_penalty must be above 0.", param="repetition_penalty")
+        if self.best_of is not None and self.best_of < self.n:
+            raise InvalidRequestError(f"best_of ({self.best_of}) must be at least n ({self.n}).", param="best_of")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens}).", param="min_tokens"
+            )
+        self._validate_stops(vocab_size)
+        self._validate_logit_bias(vocab_size)
+
+    def _validate_stops(self, vocab_size: int) -> None:
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidRequestError(f"stop takes at most {MAX_STOP_STRINGS} strings.", param="stop")
+        if any(not text or len(text) > MAX_STOP_LENGTH for text in self.stop):
+            raise InvalidRequestError(
+                f"each stop string must have between 1 and {MAX_STOP_LENGTH} characters.", param="stop"
+            )
+        if self.stop and not self.detokenize:
+            raise InvalidRequestError("stop strings need detokenize to be true.", param="stop")
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequestError(
+                f"stop_token_ids takes at most {MAX_STOP_TOKEN_IDS} ids.", param="stop_token_ids"
+            )
+        if any(not 0 <= token < vocab_size for token in self.stop_token_ids):
+            raise InvalidRequestError(
+                f"stop_token_ids must lie between 0 and {vocab_size - 1}.", param="stop_token_ids"
+            )
+
+    def _validate_logit_bias(self, vocab_size: int) -> None:
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise InvalidRequestError(f"logit_bias takes at most {MAX_LOGIT_BIAS} tokens.", param="logit_bias")
+        for token, bias in self.logit_bias.items():
+            if not 0 <= token < vocab_size:
+                raise InvalidRequestError(
+                    f"logit_bias names token {token}; ids lie between 0 and {vocab_size - 1}.", param="logit_bias"
+                )
+            if not -100 <= bias <= 100:
+                raise InvalidRequestError("logit_bias values must lie between -100 and 100.", param="logit_bias")
+
+
+_INTEGER_RANGES: tuple[tuple[str, int, int], ...] = (
+    ("n", 1, MAX_N),
+    ("best_of", 1, MAX_N),
+    ("max_tokens", 1, 2**31 - 1),
+    ("min_tokens", 0, 2**31 - 1),
+    ("top_k", 0, 2**31 - 1),
+    ("seed", -MAX_SEED - 1, MAX_SEED),
+    ("logprobs", 0, MAX_LOGPROBS),
+    ("prompt_logprobs", 0, MAX_LOGPROBS),
+)
+_FLOAT_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("temperature", 0.0, 2.0),
+    ("top_p", 1e-8, 1.0),
+    ("min_p", 0.0, 1.0),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
+    ("repetition_penalty", 0.0, 10.0),
+)
+
+
+def _check_number(name: str, value: float | None, low: float, high: float, *, integer: bool) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
+        kind = "an integer" if integer else "a number"
+        raise InvalidRequestError(f"{name} must be {kind}.", param=name)
+    if not math.isfinite(value) or not low <= value <= high:
+        raise InvalidRequestError(f"{name} must lie between {low} and {high}, got {value}.", param=name)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of one token under the raw model distribution, with the `top` alternatives, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceDelta:
+    """What one sequence gained since the previous output. Written by the batcher."""
+
+    index: int
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """One message from the engine to a request's handle.
+
+    `prompt_logprobs` comes once, with the first output; its first entry is None (nothing precedes it).
+    `num_cached_tokens` counts prompt tokens whose KV was found in the prefix cache.
+    """
+
+    request_id: str
+    deltas: tuple[SequenceDelta, ...]
+    num_prompt_tokens: int
+    num_cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    finished: bool = False
+
+
+@dataclass(slots=True)
+class Completion:
+    """One finished sequence."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def cumulative_logprob(self) -> float:
+        return sum(item.logprob for item in self.logprobs)
+
+
+@dataclass(slots=True)
+class GenerationResult:
+    """A whole request, gathered: the best `n` completions, in order of index."""
+
+    request_id: str
+    completions: list[Completion]
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_generated_tokens: int
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None

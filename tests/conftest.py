@@ -1,0 +1,61 @@
+"""Shared fixtures. Every test must leave no engine thread, process or listening socket behind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import transformers
+
+from core.config import load_settings
+from core.inference_pipeline import InferencePipeline
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+def _engine_threads() -> set[str]:
+    return {thread.name for thread in threading.enumerate() if thread.name.startswith("vrm-")}
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Threads and child processes that a test starts end with it (module-wide fixtures keep theirs until then)."""
+    threads, children = _engine_threads(), {child.pid for child in psutil.Process().children(recursive=True)}
+    yield
+    left = sorted(_engine_threads() - threads)
+    assert not left or "shared_pipelines" in request.fixturenames, f"threads left behind: {left}"
+    orphans = [child for child in psutil.Process().children(recursive=True) if child.pid not in children]
+    assert not orphans, f"processes left behind: {orphans}"
+
+
+def make_settings(**overrides: Any) -> Any:
+    """Settings from defaults and `section__field=value` overrides alone, whatever the machine's environment says."""
+    values = {name.replace("__", "."): value for name, value in overrides.items()}
+    return load_settings(config_file=None, environ={"XDG_CONFIG_HOME": "/nonexistent"}, overrides=values)
+
+
+@pytest.fixture
+def open_pipeline(tmp_path: Path) -> Iterator[Callable[..., InferencePipeline]]:
+    """Start pipelines on logical CPU devices; each is audited and shut down at the end of the test."""
+    opened: list[InferencePipeline] = []
+
+    def start(model: Path | None = None, **overrides: Any) -> InferencePipeline:
+        defaults = {"devices__devices": "cpu=64MiB", "runtime__cache_dir": tmp_path / "cache"}
+        named = {} if model is None else {"model__name": str(model)}
+        pipeline = InferencePipeline(make_settings(**{**defaults, **named, **overrides}))
+        opened.append(pipeline)
+        pipeline.load()
+        return pipeline
+
+    yield start
+    for pipeline in opened:
+        if pipeline.current_engine is not None and pipeline.current_engine.batcher.alive:
+            pipeline.current_engine.check_invariants()
+        pipeline.shutdown()

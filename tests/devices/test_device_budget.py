@@ -1,0 +1,116 @@
+"""The ledger of a device's memory, and the pace of an emulated device."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from core.devices import Device, DeviceBudget, DeviceSpeed, format_bytes
+from core.errors import OutOfDeviceMemoryError
+
+
+def make_device(limit_bytes: int = 100, speed: DeviceSpeed | None = None) -> Device:
+    return Device("cpu#0", 0, "sim" if speed else "cpu", "cpu", limit_bytes, speed)
+
+
+def test_what_does_not_fit_is_refused_with_numbers_and_changes_nothing() -> None:
+    budget = DeviceBudget(make_device(100))
+    budget.reserve("weights", 60)
+    budget.reserve("kv_cache", 30)
+    with pytest.raises(OutOfDeviceMemoryError) as caught:
+        budget.reserve("workspace", 11)
+    for part in ("cpu#0", "workspace needs 11 B", "10 B of 100 B are free", "weights 60 B", "kv_cache 30 B"):
+        assert part in caught.value.message
+    assert (budget.used_bytes, budget.free_bytes) == (90, 10)
+    budget.reserve("workspace", 10)
+    assert budget.free_bytes == 0
+    budget.check_invariants()
+
+
+def test_release_gives_back_some_or_all() -> None:
+    budget = DeviceBudget(make_device(100))
+    budget.reserve("weights", 60)
+    budget.reserve("weights", 20)
+    budget.release("weights", 30)
+    assert budget.used_by_purpose() == {"weights": 50}
+    budget.release("weights")
+    budget.release("weights")
+    assert budget.used_by_purpose() == {}
+    assert budget.free_bytes == 100
+
+
+def test_impossible_amounts_are_refused() -> None:
+    budget = DeviceBudget(make_device(100))
+    budget.reserve("weights", 5)
+    with pytest.raises(ValueError, match="holds 5 bytes, cannot release 6"):
+        budget.release("weights", 6)
+    with pytest.raises(ValueError, match="-1"):
+        budget.release("weights", -1)
+    with pytest.raises(ValueError, match="-1"):
+        budget.reserve("weights", -1)
+    assert budget.used_bytes == 5
+
+
+def test_the_audit_finds_a_broken_ledger() -> None:
+    budget = DeviceBudget(make_device(100))
+    budget._used["weights"] = 101
+    with pytest.raises(AssertionError, match="more than the limit"):
+        budget.check_invariants()
+    budget._used["weights"] = -1
+    with pytest.raises(AssertionError, match="holds no bytes"):
+        budget.check_invariants()
+
+
+def test_threads_together_never_exceed_the_limit() -> None:
+    budget = DeviceBudget(make_device(1000))
+    refused = []
+
+    def take() -> None:
+        for _ in range(400):
+            try:
+                budget.reserve("kv_cache", 1)
+            except OutOfDeviceMemoryError:
+                refused.append(1)
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert budget.used_bytes == 1000
+    assert len(refused) == 600
+
+
+def test_roofline_is_the_slower_of_memory_and_compute() -> None:
+    speed = DeviceSpeed(bandwidth_bytes_s=1e9, flops=1e12)
+    assert speed.roofline_s(2 * 10**9, 10**12) == 2.0
+    assert speed.roofline_s(10**9, 3 * 10**12) == 3.0
+
+
+def test_an_emulated_device_takes_its_time() -> None:
+    device = make_device(speed=DeviceSpeed(bandwidth_bytes_s=1e6, flops=1e9))
+    started_s = time.perf_counter()
+    device.pace(started_s, bytes_read=50_000, flops=0)
+    assert 0.05 <= time.perf_counter() - started_s < 1.0
+
+
+def test_time_already_spent_counts() -> None:
+    device = make_device(speed=DeviceSpeed(bandwidth_bytes_s=1e6, flops=1e9))
+    before_s = time.perf_counter()
+    device.pace(before_s - 10.0, bytes_read=1_000_000, flops=0)
+    assert time.perf_counter() - before_s < 0.5
+
+
+def test_real_devices_are_not_paced() -> None:
+    before_s = time.perf_counter()
+    make_device().pace(before_s, bytes_read=10**15, flops=10**18)
+    assert time.perf_counter() - before_s < 0.5
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 1024**3, "3 GiB"), (2**50, "1024 TiB")]
+)
+def test_bytes_for_people(count: int, text: str) -> None:
+    assert format_bytes(count) == text

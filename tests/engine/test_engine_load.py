@@ -1,0 +1,169 @@
+"""The engine under pressure: small pools, vanishing clients, full queues, failing steps."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import VOCAB, build_tiny
+
+from core.errors import CircuitOpenError, EngineDeadError, QueueFullError, StepFailedError
+from core.execution.schedule import SchedulerOutput, StepOutput
+from core.inference_pipeline import InferencePipeline
+from core.request import SamplingParams
+
+OpenPipeline = Callable[..., InferencePipeline]
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, detokenize=False)
+BLOCK = 4
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    build_tiny("llama", path)
+    return path
+
+
+def prompts(count: int, length: int = 8) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(3, VOCAB, (count, length), generator=generator).tolist()
+
+
+def wait_idle(pipeline: InferencePipeline) -> None:
+    deadline = time.monotonic() + 30
+    while pipeline.engine.batcher.num_unfinished and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert pipeline.engine.batcher.num_unfinished == 0
+
+
+def used_blocks(pipeline: InferencePipeline) -> int:
+    """Blocks in use, counted on the engine thread."""
+    pool = pipeline.engine.kv.pool
+    return pipeline.engine.batcher.call(lambda: pool.num_blocks - pool.num_free).result(10)
+
+
+def test_64_requests_over_a_pool_for_8_all_get_the_right_tokens(llama: Path, open_pipeline: OpenPipeline) -> None:
+    roomy = open_pipeline(llama, engine__kv_cache_tokens=4096, engine__block_size=BLOCK)
+    expected = [roomy.submit(prompt, GREEDY).result(60).completions[0].token_ids for prompt in prompts(64)]
+
+    tight = open_pipeline(
+        llama, engine__kv_cache_tokens=8 * 20, engine__block_size=BLOCK, engine__enable_prefix_caching=False
+    )
+    handles = [tight.submit(prompt, GREEDY) for prompt in prompts(64)]
+    assert [handle.result(120).completions[0].token_ids for handle in handles] == expected
+    assert tight.engine.batcher.stats.preemptions > 0
+    assert used_blocks(tight) == 0
+
+
+def test_200_clients_that_leave_in_mid_stream_leak_nothing(llama: Path, open_pipeline: OpenPipeline) -> None:
+    pipeline = open_pipeline(llama, engine__kv_cache_tokens=2048, engine__block_size=BLOCK)
+    rng = random.Random(0)
+    long = replace(GREEDY, max_tokens=200, n=1)
+    steady = pipeline.submit([5, 6, 7], GREEDY)
+    for index in range(200):
+        handle = pipeline.submit(prompts(200)[index], replace(long, n=rng.choice([1, 1, 3])))
+        for _ in range(rng.randrange(3)):
+            handle.get(10)
+        handle.abort()
+    wait_idle(pipeline)
+    assert used_blocks(pipeline) == 0
+    assert len(steady.result(30).completions[0].token_ids) == 12, "the neighbour is unharmed"
+
+
+def test_an_abort_takes_effect_within_two_steps(llama: Path, open_pipeline: OpenPipeline) -> None:
+    pipeline = open_pipeline(llama, engine__block_size=BLOCK)
+    handle = pipeline.submit([5, 6, 7], replace(GREEDY, max_tokens=400))
+    assert handle.get(10) is not None
+    batcher = pipeline.engine.batcher
+    handle.abort()
+    steps = batcher.call(lambda: batcher.scheduler._steps).result(10)
+    wait_idle(pipeline)
+    assert batcher.call(lambda: batcher.scheduler._steps).result(10) <= steps + 2
+
+
+def test_a_full_queue_refuses_with_a_time_to_come_back(llama: Path, open_pipeline: OpenPipeline) -> None:
+    pipeline = open_pipeline(llama, engine__max_queue=2, engine__max_batch_size=1)
+    handles = [pipeline.submit([5, 6], replace(GREEDY, max_tokens=300)) for _ in range(3)]
+    with pytest.raises(QueueFullError) as caught:
+        pipeline.submit([5, 6], GREEDY)
+    assert caught.value.retry_after_s is not None
+    assert caught.value.retry_after_s >= 1
+    for handle in handles:
+        handle.abort()
+
+
+def test_lower_priority_values_are_served_earlier(llama: Path, open_pipeline: OpenPipeline) -> None:
+    pipeline = open_pipeline(llama, engine__max_batch_size=1)
+    running = pipeline.submit([5, 6], replace(GREEDY, max_tokens=60))
+    late, early = pipeline.submit([7, 8], GREEDY, priority=5), pipeline.submit([9, 9], GREEDY, priority=-5)
+    running.result(30)
+    early.result(30)
+    assert not late.finished
+    late.result(30)
+
+
+class FailingRunner:
+    """Fails the steps that compute a given token; the rest goes to the real runner."""
+
+    def __init__(self, runner: object, poison: int) -> None:
+        self._runner = runner
+        self._poison = poison
+
+    def execute(self, output: SchedulerOutput) -> StepOutput:
+        if any(self._poison in item.token_ids for item in output.sequences):
+            raise RuntimeError("the forward pass broke")
+        return self._runner.execute(output)  # type: ignore[attr-defined]
+
+    def forget(self, seq_ids: object) -> None:
+        self._runner.forget(seq_ids)  # type: ignore[attr-defined]
+
+
+def test_a_failing_step_fails_its_batch_alone(llama: Path, open_pipeline: OpenPipeline) -> None:
+    pipeline = open_pipeline(llama, engine__block_size=BLOCK)
+    batcher = pipeline.engine.batcher
+    batcher._runner = FailingRunner(batcher._runner, poison=90)
+    with pytest.raises(StepFailedError, match="the forward pass broke"):
+        pipeline.submit([5, 90], replace(GREEDY, n=2)).result(30)
+    assert len(pipeline.submit([5, 6], GREEDY).result(30).completions[0].token_ids) == 12
+    assert batcher.stats.failed_steps == 1
+    assert used_blocks(pipeline) == 0
+
+
+def test_steps_that_fail_in_a_row_open_the_breaker_and_it_closes_again(
+    llama: Path, open_pipeline: OpenPipeline
+) -> None:
+    pipeline = open_pipeline(llama, engine__breaker_failures=2, engine__breaker_reset_s=0.2)
+    batcher = pipeline.engine.batcher
+    batcher._runner = FailingRunner(batcher._runner, poison=90)
+    for _ in range(2):
+        with pytest.raises(StepFailedError):
+            pipeline.submit([90], GREEDY).result(30)
+    with pytest.raises(CircuitOpenError):
+        pipeline.submit([5], GREEDY)
+    assert pipeline.health()["checks"]["engine"]["status"] == "error"
+    assert pipeline.queue_status()["circuit_breaker"]["state"] == "open"
+    time.sleep(0.25)
+    pipeline.submit([5], GREEDY).result(30)
+    assert pipeline.queue_status()["circuit_breaker"]["state"] == "closed"
+
+
+def test_a_dead_engine_tells_its_clients_and_health(
+    llama: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = open_pipeline(llama)
+    handle = pipeline.submit([5, 6], replace(GREEDY, max_tokens=400))
+    handle.get(10)
+    monkeypatch.setattr(pipeline.engine.batcher.scheduler, "schedule", lambda: 1 / 0)
+    with pytest.raises(EngineDeadError, match="division by zero"):
+        handle.result(30)
+    with pytest.raises(EngineDeadError):
+        pipeline.submit([5], GREEDY)
+    report = pipeline.health()
+    assert report["status"] == "error"
+    assert "division by zero" in report["checks"]["engine"]["detail"]
+    assert pipeline.ready()[0] is False
