@@ -279,7 +279,13 @@ class ContinuousBatcher:
         """Turn a step's tokens into outputs, one message per request."""
         deltas: dict[str, list[SequenceDelta]] = {}
         for update in updates:
-            writer = self._writers[update.sequence.request.request_id]
+            writer = self._writers.get(update.sequence.request.request_id)
+            if writer is None:
+                continue  # a sibling failed in this step, and the request with it
+            if update.error is not None:
+                deltas.pop(writer.request.request_id, None)
+                self._fail_request(writer, update.error)
+                continue
             delta, matched_stop = writer.token(update)
             if matched_stop is not None:
                 update.sequence.finish_reason = None

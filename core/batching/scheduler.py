@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from core.batching.sequence import Request, Sequence, SequenceStatus
+from core.errors import VRAMancerError
 from core.execution.schedule import ScheduledSequence, SchedulerOutput, StepOutput
 from core.kv_cache.manager import KVCacheManager
 from core.request import FinishReason, TokenLogprob
@@ -36,11 +37,12 @@ class SchedulerLimits:
 
 @dataclass(frozen=True, slots=True)
 class SequenceUpdate:
-    """What a step did to one sequence; the batcher turns it into output."""
+    """What a step did to one sequence, a new token or an error; the batcher turns it into output."""
 
     sequence: Sequence
     token_id: int | None = None
     logprob: TokenLogprob | None = None
+    error: VRAMancerError | None = None
 
 
 @dataclass(slots=True)
@@ -209,7 +211,7 @@ class Scheduler:
     # -- after the step ---------------------------------------------------------------------------------------------
 
     def update_from_output(self, output: SchedulerOutput, result: StepOutput) -> list[SequenceUpdate]:
-        """Advance the step's sequences; returns one update for each that gained a token."""
+        """Advance the step's sequences; returns one update for each that gained a token or failed."""
         running = {sequence.seq_id: sequence for sequence in self._running}
         updates = []
         for item in output.sequences:
@@ -224,8 +226,11 @@ class Scheduler:
             self.kv.commit(item.seq_id, sequence.token_ids, item.end)
             self._record_prompt_logprobs(sequence, item, result)
             self._fork_siblings(sequence)
-            sampled = result.sampled.get(item.seq_id)
-            if sampled is not None:
+            sampled, error = result.sampled.get(item.seq_id), result.failed.get(item.seq_id)
+            if error is not None:
+                self.finish(sequence, "error")
+                updates.append(SequenceUpdate(sequence, error=error))
+            elif sampled is not None:
                 sequence.append(sampled.token_id)
                 self._check_stop(sequence, sampled.token_id)
                 updates.append(SequenceUpdate(sequence, sampled.token_id, sampled.logprob))

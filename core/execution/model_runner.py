@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from core.execution.input_batch import InputBatch, build_batch
-from core.execution.sampler import Sampler, SamplingRow, prompt_logprobs
+from core.execution.sampler import NonFiniteLogitsError, Sampler, SamplingRow, prompt_logprobs
 from core.execution.schedule import ScheduledSequence, SchedulerOutput, StepOutput
 from core.execution.stage import Stage
 from core.request import TokenLogprob
@@ -71,12 +71,24 @@ class ModelRunner:
         for item, first, count in rows.prompt:
             result.prompt_logprobs[item.seq_id] = self._prompt_logprobs(item, logits[first : first + count])
         if rows.sampled:
-            sampled = self._sampler.sample(
-                logits[[row for _, row in rows.sampled]], [_sampling_row(item) for item, _ in rows.sampled]
-            )
-            for (item, _), token in zip(rows.sampled, sampled, strict=True):
-                result.sampled[item.seq_id] = token
+            self._sample_rows(logits, rows.sampled, result)
         return result
+
+    def _sample_rows(
+        self, logits: torch.Tensor, sampled: Sequence[tuple[ScheduledSequence, int]], result: StepOutput
+    ) -> None:
+        """Sample; sequences whose logits are not finite fail alone, and the others are sampled without them."""
+        indices = torch.tensor([row for _, row in sampled], device=logits.device)
+        try:
+            tokens = self._sampler.sample(logits[indices], [_sampling_row(item) for item, _ in sampled])
+        except NonFiniteLogitsError as error:
+            result.failed.update(dict.fromkeys(error.seq_ids, error))
+            sound = [(item, row) for item, row in sampled if item.seq_id not in result.failed]
+            if sound:
+                self._sample_rows(logits, sound, result)
+            return
+        for (item, _), token in zip(sampled, tokens, strict=True):
+            result.sampled[item.seq_id] = token
 
     def _prompt_logprobs(self, item: ScheduledSequence, logits: torch.Tensor) -> list[TokenLogprob]:
         following = item.prompt_token_ids[item.start + 1 : item.start + 1 + logits.shape[0]]

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from core.errors import VRAMancerError
 from core.request import SamplingParams, TokenLogprob
 
 
@@ -72,10 +73,13 @@ class SampledToken:
 
 @dataclass(slots=True)
 class StepOutput:
-    """What a step produced, by sequence id. Written by the runner."""
+    """What a step produced, by sequence id. Written by the runner. `failed` holds sequences whose own numbers went
+    wrong while the rest of the step is sound.
+    """
 
     step: int
     sampled: dict[int, SampledToken] = field(default_factory=dict)
+    failed: dict[int, VRAMancerError] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
 
 

@@ -167,3 +167,26 @@ def test_a_dead_engine_tells_its_clients_and_health(
     assert report["status"] == "error"
     assert "division by zero" in report["checks"]["engine"]["detail"]
     assert pipeline.ready()[0] is False
+
+
+def test_a_sequence_with_broken_logits_fails_alone(
+    llama: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = open_pipeline(llama, engine__block_size=BLOCK)
+    runner = pipeline.engine.runner
+    forward = runner._forward
+
+    def break_rows(batch: object, rows: torch.Tensor | None) -> torch.Tensor:
+        logits = forward(batch, rows)  # type: ignore[arg-type]
+        if rows is not None:
+            tokens = batch.input_ids[0, rows]  # type: ignore[attr-defined]
+            logits = torch.where((tokens == 90)[:, None], float("nan"), logits)
+        return logits
+
+    monkeypatch.setattr(runner, "_forward", break_rows)
+    neighbour = pipeline.submit([5, 6, 7], replace(GREEDY, max_tokens=40, logit_bias={90: -100.0}))
+    neighbour.get(10)
+    with pytest.raises(StepFailedError, match="NaN"):
+        pipeline.submit([5, 90], replace(GREEDY, n=2)).result(30)
+    assert len(neighbour.result(30).completions[0].token_ids) in (39, 40)
+    assert used_blocks(pipeline) == 0

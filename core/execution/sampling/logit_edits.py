@@ -70,7 +70,8 @@ class TokenCounts:
         """Count the output tokens that were added since the last call."""
         for token in output_token_ids[self.num_output_tokens :]:
             if 0 <= token < self._vocab_size:
-                self._counts[self._entry(token)] += 1
+                entry = self._entry(token)  # may replace the arrays
+                self._counts[entry] += 1
         self.num_output_tokens = len(output_token_ids)
 
     def _entry(self, token: int) -> int:
