@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -175,12 +176,13 @@ class InferencePipeline:
     def _start(self, plan: ModelPlan, settings: Settings, total_bytes: int) -> ModelEngine:
         """Load the weights, then generate one token, so that readiness means that the model works."""
         done = _Progress(total_bytes, self._on_progress)
-        engine = load_engine(plan, settings, transfer=self.transfer, metrics=self.metrics, on_read=done.add)
+        engine = load_engine(plan, settings, transfer=self.transfer, on_read=done.add)
         try:
             self._warm_up(engine)
         except BaseException:
             engine.close()
             raise
+        engine.batcher.report_to(self.metrics)
         logger.info(
             "model loaded",
             model=engine.model.name,
@@ -264,6 +266,8 @@ class InferencePipeline:
                 f"{params.max_tokens} more were asked for.",
                 param="max_tokens",
             )
+        if params.num_sequences > params.n and params.logprobs is None:
+            params = replace(params, logprobs=0)  # the best are chosen by log-probability
         request = Request(
             request_id=request_id,
             prompt_token_ids=tokens,

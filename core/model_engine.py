@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.batching.batcher import ContinuousBatcher, EngineMetrics
+from core.batching.batcher import ContinuousBatcher
 from core.batching.breaker import CircuitBreaker
 from core.batching.scheduler import Scheduler, SchedulerLimits
 from core.config import Settings
@@ -171,7 +171,6 @@ def load_engine(
     settings: Settings,
     *,
     transfer: TransferManager,
-    metrics: EngineMetrics | None,
     on_read: Callable[[int], None] = lambda nbytes: None,
 ) -> ModelEngine:
     """Load a planned model and start its batcher. On failure everything allocated so far is freed."""
@@ -196,7 +195,7 @@ def load_engine(
         for stage in stages:
             stage.free()
         raise
-    return _assemble(plan, settings, budgets, stages, transfer, tokenizer, metrics, backends, started_s)
+    return _assemble(plan, settings, budgets, stages, transfer, tokenizer, backends, started_s)
 
 
 def _no_adapter(model: nn.Module) -> None:
@@ -210,7 +209,6 @@ def _assemble(
     stages: list[Stage],
     transfer: TransferManager,
     tokenizer: Tokenizer,
-    metrics: EngineMetrics | None,
     backends: list[str],
     started_s: float,
 ) -> ModelEngine:
@@ -232,7 +230,7 @@ def _assemble(
     )
     breaker = CircuitBreaker(engine.breaker_failures, engine.breaker_reset_s)
     batcher = ContinuousBatcher(
-        runner, Scheduler(kv, limits), tokenizer, max_queue=engine.max_queue, breaker=breaker, metrics=metrics
+        runner, Scheduler(kv, limits), tokenizer, max_queue=engine.max_queue, breaker=breaker
     )
     batcher.start()
     return ModelEngine(

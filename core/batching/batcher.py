@@ -91,7 +91,6 @@ class ContinuousBatcher:
         *,
         max_queue: int,
         breaker: CircuitBreaker,
-        metrics: EngineMetrics | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.breaker = breaker
@@ -99,7 +98,7 @@ class ContinuousBatcher:
         self._runner = runner
         self._detokenizer = detokenizer
         self._max_queue = max_queue
-        self._metrics = metrics
+        self._metrics: EngineMetrics | None = None
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._writers: dict[str, RequestWriter] = {}
         self._lock = threading.Lock()
@@ -134,6 +133,10 @@ class ContinuousBatcher:
 
     def start(self) -> None:
         self._thread.start()
+
+    def report_to(self, metrics: EngineMetrics) -> None:
+        """From now on tell `metrics` of tokens and finished requests."""
+        self._metrics = metrics
 
     def submit(self, requests: list[Request], *, sink: Sink | None = None) -> list[RequestHandle]:
         """Queue requests, all or none. Raises `QueueFullError`, `CircuitOpenError` or `EngineDeadError`."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from core.errors import CheckpointError, UnsupportedModelError
@@ -66,7 +66,7 @@ def read_architecture(path: Path, dtype: str = "auto") -> Architecture:
         hidden_size=int(text_config.hidden_size),
         num_heads=int(text_config.num_attention_heads),
         vocab_size=int(text_config.vocab_size),
-        max_position=int(getattr(text_config, "max_position_embeddings", None) or 2048),
+        max_position=_max_position(text_config),
         dtype=_dtype(config, dtype),
         kv_shapes=(_kv_shape(text_config),) * num_layers,
         sliding_windows=_sliding_windows(text_config, num_layers),
@@ -79,7 +79,7 @@ def _read_config(path: Path) -> PreTrainedConfig:
         raise CheckpointError(f"{path} has no config.json; a Hugging Face model directory is expected.")
     try:
         raw, _ = PreTrainedConfig.get_config_dict(str(path), local_files_only=True)
-        if "auto_map" in raw and raw.get("model_type") not in AutoConfig._model_mapping_names():
+        if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING:
             raise UnsupportedModelError(
                 f"{path.name} needs code from its own repository (auto_map); remote code is never run."
             )
@@ -146,3 +146,17 @@ def _sliding_windows(config: PreTrainedConfig, num_layers: int) -> tuple[int | N
     if not layer_types:
         return (int(window),) * num_layers
     return tuple(int(window) if kind == "sliding_attention" else None for kind in layer_types)
+
+
+def _max_position(config: PreTrainedConfig) -> int:
+    """Positions the model is made for. Rotary embeddings whose frequencies change with the longest sequence at hand
+    (`dynamic`, `longrope`) would make a request depend on its neighbours; they serve up to where the change begins.
+    """
+    most = int(getattr(config, "max_position_embeddings", None) or 2048)
+    rope = getattr(config, "rope_parameters", None) or {}
+    layers = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    if not any(part.get("rope_type") in ("dynamic", "longrope") for part in layers):
+        return most
+    original = [part.get("original_max_position_embeddings") for part in layers]
+    original.append(getattr(config, "original_max_position_embeddings", None))
+    return min([most, *(int(limit) for limit in original if limit)])

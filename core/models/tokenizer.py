@@ -1,10 +1,153 @@
-"""placeholder"""
+"""Text to token ids and back, over a checkpoint's own fast tokenizer.
+
+Transformers reads the files and renders chat templates; encoding and decoding go straight to the `tokenizers` object.
+That object is never changed after loading, so any number of threads may use one `Tokenizer` (transformers' own
+`__call__` switches truncation and padding on it, which fails with "Already borrowed" when threads meet).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import tokenizers
 from transformers import AutoTokenizer
+
+from core.errors import ChatTemplateError, CheckpointError, InvalidRequestError, UnsupportedModelError
+from core.models.token_pieces import TokenPieces
+from core.models.token_stream import TokenStream
+
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RecursionError,
+)
+"""What rendering raises for messages that a template does not expect: Jinja runs the template as Python code."""
+
+
 class Tokenizer:
-    def __init__(self, t): self.t=t; self.eos_token_id=t.eos_token_id
+    """A model's tokenizer and chat template."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """`tokenizer` is a transformers tokenizer with a `tokenizers` backend; no one else may change it afterwards."""
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, tokenizers.Tokenizer):
+            raise UnsupportedModelError(
+                f"The tokenizer {type(tokenizer).__name__} has no fast version; a tokenizer.json is needed."
+            )
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = False
+        self._hf = tokenizer
+        self._backend = backend
+        self._pieces = TokenPieces(backend)
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.eos_token_id: int | None = tokenizer.eos_token_id
+        self.bos_token_id: int | None = tokenizer.bos_token_id
+        parameters = inspect.signature(tokenizer.apply_chat_template).parameters
+        self._reserved_kwargs = frozenset(parameters) | {"messages", "self"}
+
     @classmethod
-    def from_directory(cls, path, chat_template=None): return cls(AutoTokenizer.from_pretrained(str(path)))
-    def stream(self, p, *, skip_special_tokens): return _S()
-class _S:
-    def push(self, t): return ""
-    def flush(self): return ""
+    def from_directory(cls, path: str | Path, chat_template: str | None = None) -> Tokenizer:
+        """Load from local files; `chat_template`, Jinja source, replaces the checkpoint's own.
+
+        Code that comes with the checkpoint is never run. Raises `UnsupportedModelError` for tokenizers that need it or
+        that have no fast version, and `CheckpointError` for files that are missing or damaged.
+        """
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # the Rust library raises plain Exception for a malformed tokenizer.json
+            if "custom code" in str(error):
+                raise UnsupportedModelError(f"The tokenizer in {path} needs its own code, which is not run.") from error
+            raise CheckpointError(f"Cannot load a tokenizer from {path}: {error}") from error
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        return cls(tokenizer)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._hf.chat_template is not None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`. Special tokens written out in it are recognised, as in Hugging Face's tokenizers.
+
+        Raises `InvalidRequestError` for text that is not valid Unicode (lone surrogates).
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"The text is not valid Unicode: lone surrogate at character {error.start}.", param="prompt"
+            ) from error
+        # A batch of one, because `encode` would hold the interpreter's lock all the time.
+        encoding = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        return list(encoding.ids)
+
+    def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of `token_ids`; ids beyond the vocabulary have none."""
+        return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for within a text, its leading space included; empty beyond the vocabulary."""
+        return self._pieces.token_bytes(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        """One token's own text; bytes that are no whole character appear as U+FFFD."""
+        return self._pieces.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def stream(self, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool) -> TokenStream:
+        """Incremental decoder of what follows `prompt_token_ids`. For one thread."""
+        return TokenStream(self._backend, prompt_token_ids, skip_special_tokens=skip_special_tokens)
+
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation under the model's chat template, rendered in transformers' sandbox.
+
+        Raises `ChatTemplateError` if there is no template or it refuses the messages, and `InvalidRequestError` for
+        `chat_template_kwargs` that are not plain scalars or would replace what the server sets.
+        """
+        kwargs = dict(chat_template_kwargs or {})
+        self._check_kwargs(kwargs)
+        if not self.has_chat_template:
+            raise ChatTemplateError("The model has no chat template; use /v1/completions instead.", param="messages")
+        try:
+            text = self._hf.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **kwargs,
+            )
+        except _TEMPLATE_ERRORS as error:
+            reason = str(error) or type(error).__name__
+            raise ChatTemplateError(f"The chat template refused the messages: {reason}", param="messages") from error
+        try:
+            return self.encode(text, add_special_tokens=False)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(error.message, param="messages") from error
+
+    def _check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
+        for name, value in kwargs.items():
+            if name in self._reserved_kwargs:
+                raise InvalidRequestError(
+                    f"chat_template_kwargs may not set {name}.", param="chat_template_kwargs"
+                )
+            if value is not None and not isinstance(value, (bool, int, float, str)):
+                raise InvalidRequestError(
+                    f"chat_template_kwargs takes strings, numbers, booleans and null; {name} is a "
+                    f"{type(value).__name__}.",
+                    param="chat_template_kwargs",
+                )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 from torch import nn
@@ -10,10 +11,19 @@ from core.config import Settings
 from core.devices import Device
 from core.execution.attention.interface import AttentionBackend
 from core.execution.attention.torch_paged import TorchPagedAttention
+from core.logs import get_logger
+
+logger = get_logger(__name__)
 
 LinearAdapter = Callable[[nn.Module], None]
 
 
 def select_attention(device: Device, settings: Settings) -> tuple[AttentionBackend, LinearAdapter | None]:
     """The attention backend for a device, and what replaces its linear layers (None: nothing)."""
+    if device.kind in ("cuda", "rocm"):
+        if importlib.util.find_spec("triton") is not None:
+            from core.execution.attention.triton_paged import TritonPagedAttention
+
+            return TritonPagedAttention(), None
+        logger.info("attention in plain torch", device=device.name, reason="Triton is not installed")
     return TorchPagedAttention(), None

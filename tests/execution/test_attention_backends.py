@@ -1,0 +1,91 @@
+"""Every attention backend gives the definition's answer. The Triton kernel runs in Triton's interpreter here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from execution.paged_cases import CASES, dense, make, tolerance
+
+from core.execution.attention.torch_paged import TorchPagedAttention
+
+_INTERPRETED = """
+import sys
+sys.path.insert(0, {tests!r})
+from execution.paged_cases import CASES, dense, make, tolerance
+from core.execution.attention.triton_paged import TritonPagedAttention
+import torch
+for name, case in CASES.items():
+    if case.dtype is torch.bfloat16:
+        continue  # numpy, which the interpreter computes with, has none: the test on a GPU covers it
+    inputs = make(case)
+    got, expected = TritonPagedAttention().attend(*inputs).double(), dense(*inputs)
+    worst = (got - expected).abs().max().item()
+    assert worst < tolerance(case), (name, worst)
+    print("checked", name)
+"""
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_torch_backend(name: str) -> None:
+    case = CASES[name]
+    inputs = make(case)
+    got = TorchPagedAttention().attend(*inputs).double()
+    torch.testing.assert_close(got, dense(*inputs), atol=tolerance(case), rtol=0)
+
+
+def test_writing_goes_to_the_slots() -> None:
+    query, k_pages, v_pages, metadata, _ = make(CASES["prefill"])
+    slots = torch.randperm(k_pages.shape[0] * k_pages.shape[1])[: query.shape[0]]
+    key, value = torch.randn(query.shape[0], 2, 16), torch.randn(query.shape[0], 2, 16)
+    metadata = type(metadata)(
+        slots, metadata.block_tables, metadata.query_start, metadata.seq_lens, 0, metadata.host_query_start,
+        metadata.host_seq_lens,
+    )  # fmt: skip
+    before = k_pages.flatten(0, 1).clone()
+    TorchPagedAttention().write(key, value, k_pages, v_pages, metadata)
+    assert torch.equal(k_pages.flatten(0, 1)[slots], key)
+    assert torch.equal(v_pages.flatten(0, 1)[slots], value)
+    others = torch.ones(len(before), dtype=torch.bool)
+    others[slots] = False
+    assert torch.equal(k_pages.flatten(0, 1)[others], before[others])
+
+
+def test_triton_kernel_in_the_interpreter(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    tests = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", _INTERPRETED.format(tests=str(tests))],
+        env={"TRITON_INTERPRET": "1", "PYTHONPATH": str(tests.parent), "PATH": os.defpath, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("checked") == len(CASES) - 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_triton_kernel_on_a_gpu(name: str) -> None:
+    from core.execution.attention.triton_paged import TritonPagedAttention
+
+    case = CASES[name]
+    query, k_pages, v_pages, metadata, spec = make(case)
+    expected = dense(query, k_pages, v_pages, metadata, spec)
+    moved = type(metadata)(
+        *(tensor.cuda() for tensor in (
+            metadata.slot_mapping, metadata.block_tables, metadata.query_start, metadata.seq_lens,
+        )),
+        metadata.num_decodes, metadata.host_query_start, metadata.host_seq_lens,
+    )  # fmt: skip
+    sinks = spec.sinks.cuda() if spec.sinks is not None else None
+    on_gpu = type(spec)(spec.scale, spec.window, spec.softcap, sinks)
+    got = TritonPagedAttention().attend(query.cuda(), k_pages.cuda(), v_pages.cuda(), moved, on_gpu)
+    torch.testing.assert_close(got.cpu().double(), expected, atol=tolerance(case), rtol=0)
