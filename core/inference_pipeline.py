@@ -29,7 +29,7 @@ from core.execution.sampler import derive_seed, fresh_seed
 from core.logs import get_logger
 from core.metrics import MetricsRegistry
 from core.model_engine import LoadedModel, ModelEngine, ModelPlan, checkpoint_bytes, load_engine, plan_model
-from core.models.resolve import available_models, resolve_model
+from core.models.resolve import DEMO_NAME, available_models, resolve_model
 from core.placement import PlacementPlan
 from core.raw_inference import run_raw
 from core.request import SamplingParams
@@ -114,7 +114,7 @@ class InferencePipeline:
         changes: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
         if model is not None:
             changes |= {"name": model, "max_model_len": max_model_len}
-            if model != base.model.name:
+            if model != (base.model.name or DEMO_NAME):
                 changes |= {"revision": None, "served_model_name": (), "chat_template": None}
         elif max_model_len is not None:
             changes["max_model_len"] = max_model_len

@@ -162,9 +162,7 @@ class Sampler:
         free = [index for index, row in enumerate(rows) if not is_filtered(row.params, self._vocab_size)]
         token_ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
         if free:
-            token_ids[free] = row_ops.draw_by_weight(
-                _select(probs, free), _select(sums, free), _select(uniform, free)
-            )
+            token_ids[free] = row_ops.draw_by_weight(_select(probs, free), _select(sums, free), _select(uniform, free))
         if filtered:
             filters = Filters.of([rows[index].params for index in filtered], self._vocab_size)
             token_ids[filtered] = draw_filtered(

@@ -142,9 +142,7 @@ class Tokenizer:
     def _check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
         for name, value in kwargs.items():
             if name in self._reserved_kwargs:
-                raise InvalidRequestError(
-                    f"chat_template_kwargs may not set {name}.", param="chat_template_kwargs"
-                )
+                raise InvalidRequestError(f"chat_template_kwargs may not set {name}.", param="chat_template_kwargs")
             if value is not None and not isinstance(value, (bool, int, float, str)):
                 raise InvalidRequestError(
                     f"chat_template_kwargs takes strings, numbers, booleans and null; {name} is a "
