@@ -26,7 +26,8 @@
     └── UnavailableError                503  service_unavailable (Retry-After)
         ├── EngineDeadError             503  code=engine_dead
         ├── CircuitOpenError            503  code=circuit_open
-        └── ModelNotLoadedError         503  code=model_not_loaded
+        ├── ModelNotLoadedError         503  code=model_not_loaded
+        └── ModelChangedError           503  code=model_changed
 
 The HTTP status and the OpenAI-shaped ``type`` and ``code`` live on the class, so there is one map from error to answer.
 """
@@ -52,9 +53,7 @@ class VRAMancerError(Exception):
 
     def to_openai(self) -> dict[str, Any]:
         """The body OpenAI clients expect: ``{"error": {"message", "type", "param", "code"}}``."""
-        return {
-            "error": {"message": self.message, "type": self.type, "param": self.param, "code": self.error_code}
-        }
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.error_code}}
 
 
 class ConfigError(VRAMancerError):
@@ -235,3 +234,12 @@ class ModelNotLoadedError(UnavailableError):
     """No model is loaded."""
 
     code = "model_not_loaded"
+
+
+class ModelChangedError(UnavailableError):
+    """The model that a request was read for has been swapped in the meantime; trying again reaches the new one."""
+
+    code = "model_changed"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retry_after_s=1.0)

@@ -17,7 +17,7 @@ from core.batching.breaker import CircuitBreaker
 from core.batching.scheduler import Scheduler, SchedulerLimits
 from core.config import Settings
 from core.devices import Device, DeviceBudget
-from core.errors import ContextLengthError
+from core.errors import ContextLengthError, InvalidRequestError
 from core.execution.attention.select import LinearAdapter, select_attention
 from core.execution.model_runner import ModelRunner
 from core.execution.stage import Stage
@@ -37,7 +37,9 @@ _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_pena
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """What clients may know of the model being served."""
+    """What clients may know of the model being served. `max_model_len` is the longest prompt plus answer: the context,
+    or all of the KV cache if that is smaller.
+    """
 
     name: str
     aliases: tuple[str, ...]
@@ -146,11 +148,6 @@ class ModelEngine:
         """Seconds since the engine started."""
         return time.monotonic() - self.started_s
 
-    @property
-    def capacity_tokens(self) -> int:
-        """Longest sequence that can run: the context, or all of the KV cache if that is smaller."""
-        return min(self.model.max_model_len, self.kv.capacity_tokens)
-
     def check_invariants(self) -> None:
         """Audit blocks and budgets. Call it while the engine is idle."""
         self.batcher.call(self.batcher.scheduler.check_invariants).result()
@@ -226,12 +223,10 @@ def _assemble(
         engine.max_batch_size,
         engine.max_num_batched_tokens,
         engine.prefill_chunk_size or engine.max_num_batched_tokens,
-        min(model.max_model_len, kv.capacity_tokens),
+        model.max_model_len,
     )
     breaker = CircuitBreaker(engine.breaker_failures, engine.breaker_reset_s)
-    batcher = ContinuousBatcher(
-        runner, Scheduler(kv, limits), tokenizer, max_queue=engine.max_queue, breaker=breaker
-    )
+    batcher = ContinuousBatcher(runner, Scheduler(kv, limits), tokenizer, max_queue=engine.max_queue, breaker=breaker)
     batcher.start()
     return ModelEngine(
         model, plan, settings, budgets, stages, transfer, runner, kv, batcher, tuple(backends),
@@ -256,14 +251,12 @@ def _describe(plan: ModelPlan, settings: Settings, tokenizer: Tokenizer) -> Load
         aliases=settings.model.served_model_name,
         path=plan.resolved.path,
         created=int(time.time()),
-        max_model_len=plan.max_model_len,
+        max_model_len=min(plan.max_model_len, plan.placement.kv_tokens),
         vocab_size=vocab,
         dtype=str(plan.architecture.dtype).removeprefix("torch."),
         num_parameters=plan.weights.num_parameters,
         eos_token_ids=tuple(sorted({int(token) for token in ids if token is not None and 0 <= int(token) < vocab})),
-        generation_defaults={
-            name: generation[name] for name in _SAMPLING_DEFAULTS if generation.get(name) is not None
-        },
+        generation_defaults={name: generation[name] for name in _SAMPLING_DEFAULTS if generation.get(name) is not None},
         tokenizer=tokenizer,
     )
 
@@ -277,6 +270,23 @@ def _generation_config(path: Path) -> dict[str, Any]:
     return loaded if isinstance(loaded, dict) else {}
 
 
+def check_prompt(tokens: Sequence[object], model: LoadedModel, *, reserve: int = 1) -> None:
+    """A prompt has tokens, all of them in the vocabulary, and leaves room for `reserve` more."""
+    if not tokens:
+        raise InvalidRequestError("The prompt is empty.", param="prompt")
+    vocab = model.vocab_size
+    for token in tokens:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
+            raise InvalidRequestError(
+                f"Token ids must be integers from 0 to {vocab - 1}, got {token!r}.", param="prompt"
+            )
+    if len(tokens) + reserve > model.max_model_len:
+        raise ContextLengthError(
+            f"This model's context holds {model.max_model_len} tokens, but the prompt has {len(tokens)}.",
+            param="prompt",
+        )
+
+
 def checkpoint_bytes(path: Path) -> int:
     """Bytes of a checkpoint's safetensors files; also checks that they are there."""
     return Checkpoint(path).total_bytes
@@ -287,6 +297,7 @@ __all__ = [
     "LoadedModel",
     "ModelEngine",
     "ModelPlan",
+    "check_prompt",
     "checkpoint_bytes",
     "layer_costs",
     "load_engine",

@@ -66,8 +66,8 @@ class SamplingParams:
         """Raise `InvalidRequestError` naming the first parameter that is out of range."""
         for name, low, high in _INTEGER_RANGES:
             _check_number(name, getattr(self, name), low, high, integer=True)
-        for name, low, high in _FLOAT_RANGES:
-            _check_number(name, getattr(self, name), low, high, integer=False)
+        for name, lowest, highest in _FLOAT_RANGES:
+            _check_number(name, getattr(self, name), lowest, highest, integer=False)
         if self.repetition_penalty <= 0:
             raise InvalidRequestError("repetition_penalty must be above 0.", param="repetition_penalty")
         if self.best_of is not None and self.best_of < self.n:
@@ -89,9 +89,7 @@ class SamplingParams:
         if self.stop and not self.detokenize:
             raise InvalidRequestError("stop strings need detokenize to be true.", param="stop")
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise InvalidRequestError(
-                f"stop_token_ids takes at most {MAX_STOP_TOKEN_IDS} ids.", param="stop_token_ids"
-            )
+            raise InvalidRequestError(f"stop_token_ids takes at most {MAX_STOP_TOKEN_IDS} ids.", param="stop_token_ids")
         if any(not 0 <= token < vocab_size for token in self.stop_token_ids):
             raise InvalidRequestError(
                 f"stop_token_ids must lie between 0 and {vocab_size - 1}.", param="stop_token_ids"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from core.batching.batcher import BatcherStats
+from core.batching.stats import BatcherStats
 from core.metrics.snapshot import DeviceMemory, KVPages, MetricsSnapshot
 
 if TYPE_CHECKING:
@@ -185,7 +185,11 @@ def metrics_snapshot(pipeline: InferencePipeline) -> MetricsSnapshot:
     return MetricsSnapshot(
         devices=tuple(
             DeviceMemory(
-                device.name, device.kind, device.index, engine.budgets[device.name].used_bytes, device.memory_limit_bytes
+                device.name,
+                device.kind,
+                device.index,
+                engine.budgets[device.name].used_bytes,
+                device.memory_limit_bytes,
             )
             for device in engine.plan.devices
         ),

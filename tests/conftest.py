@@ -5,14 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import torch
 import transformers
+from plain_settings import make_settings
 
-from core.config import load_settings
 from core.inference_pipeline import InferencePipeline
 
 torch.set_num_threads(1)
@@ -35,18 +34,12 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     assert not orphans, f"processes left behind: {orphans}"
 
 
-def make_settings(**overrides: Any) -> Any:
-    """Settings from defaults and `section__field=value` overrides alone, whatever the machine's environment says."""
-    values = {name.replace("__", "."): value for name, value in overrides.items()}
-    return load_settings(config_file=None, environ={"XDG_CONFIG_HOME": "/nonexistent"}, overrides=values)
-
-
 @pytest.fixture
 def open_pipeline(tmp_path: Path) -> Iterator[Callable[..., InferencePipeline]]:
     """Start pipelines on logical CPU devices; each is audited and shut down at the end of the test."""
     opened: list[InferencePipeline] = []
 
-    def start(model: Path | None = None, **overrides: Any) -> InferencePipeline:
+    def start(model: Path | None = None, **overrides: object) -> InferencePipeline:
         defaults = {"devices__devices": "cpu=64MiB", "runtime__cache_dir": tmp_path / "cache"}
         named = {} if model is None else {"model__name": str(model)}
         pipeline = InferencePipeline(make_settings(**{**defaults, **named, **overrides}))

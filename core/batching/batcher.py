@@ -15,18 +15,18 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
-import structlog
-
 from core.batching.breaker import CircuitBreaker
 from core.batching.output import Detokenizer, RequestHandle, RequestWriter, Sink
 from core.batching.scheduler import Scheduler, SequenceUpdate
 from core.batching.sequence import Request, Sequence
+from core.batching.stats import BatcherStats
 from core.errors import ConflictError, EngineDeadError, QueueFullError, StepFailedError, VRAMancerError
 from core.execution.schedule import Runner, SchedulerOutput, StepOutput
+from core.logs import get_logger
 from core.request import SequenceDelta
 
 T = TypeVar("T")
-log = structlog.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 class EngineMetrics(Protocol):
@@ -37,28 +37,6 @@ class EngineMetrics(Protocol):
     def observe_inter_token(self, seconds: float) -> None: ...
 
     def observe_finished(self, seconds: float, prompt_tokens: int, output_tokens: int, reason: str) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class BatcherStats:
-    """Snapshot for monitoring, replaced as a whole after each step. Rates are over the last few seconds."""
-
-    steps: int = 0
-    running: int = 0
-    waiting: int = 0
-    batch_tokens: int = 0
-    batch_size: int = 0
-    tokens_per_s: float = 0.0
-    total_tokens: int = 0
-    preemptions: int = 0
-    queried_tokens: int = 0
-    hit_tokens: int = 0
-    blocks_total: int = 0
-    blocks_free: int = 0
-    blocks_cached: int = 0
-    evictions: int = 0
-    failed_steps: int = 0
-    last_error: str | None = None
 
 
 @dataclass(slots=True)
@@ -209,7 +187,7 @@ class ContinuousBatcher:
                 self._take_stats(output, result)
         except BaseException as error:  # the thread's last words: whatever it was, waiting clients must hear of it
             self.error = error
-            log.error("engine stopped", error=repr(error), exc_info=True)
+            logger.error("engine stopped", error=repr(error), exc_info=True)
         finally:
             self._die()
 
@@ -233,7 +211,14 @@ class ContinuousBatcher:
             block = not self.scheduler.has_work
 
     def _add_now(self, request: Request, handle: RequestHandle) -> None:
-        self._writers[request.request_id] = RequestWriter(request, handle, self._detokenizer)
+        try:
+            writer = RequestWriter(request, handle, self._detokenizer)
+        except Exception as error:  # noqa: BLE001  whatever is wrong with this request is its own affair
+            handle.put(_as_failure("The request could not be started", error))
+            with self._lock:
+                self._ids.discard(request.request_id)
+            return
+        self._writers[request.request_id] = writer
         self.scheduler.add(request)
 
     def _abort_now(self, request_id: str) -> None:
@@ -250,7 +235,7 @@ class ContinuousBatcher:
             return
         try:
             call.future.set_result(call.function())
-        except Exception as error:  # handed to the caller, who waits on the future
+        except Exception as error:  # noqa: BLE001  handed to the caller, who waits on the future
             call.future.set_exception(error)
 
     def _execute(self, output: SchedulerOutput) -> StepOutput | None:
@@ -258,7 +243,7 @@ class ContinuousBatcher:
         try:
             result = self._runner.execute(output)
         except Exception as error:  # any failure of a forward pass is this batch's alone
-            log.error("step failed", step=output.step, sequences=len(output.sequences), exc_info=True)
+            logger.error("step failed", step=output.step, sequences=len(output.sequences), exc_info=True)
             self.breaker.record_failure(repr(error))
             self._fail(self.scheduler.fail(output), error)
             return None
@@ -266,7 +251,7 @@ class ContinuousBatcher:
         return result
 
     def _fail(self, sequences: list[Sequence], error: Exception) -> None:
-        message = error if isinstance(error, VRAMancerError) else StepFailedError(f"The forward pass failed: {error}")
+        message = _as_failure("The forward pass failed", error)
         for sequence in sequences:
             writer = self._writers.get(sequence.request.request_id)
             if writer is not None:
@@ -289,16 +274,13 @@ class ContinuousBatcher:
                 deltas.pop(writer.request.request_id, None)
                 self._fail_request(writer, update.error)
                 continue
-            delta, matched_stop = writer.token(update)
-            if matched_stop is not None:
-                update.sequence.finish_reason = None
-                self._finish_by_text(update.sequence, matched_stop)
-            mine = deltas.setdefault(writer.request.request_id, [])
-            mine.append(delta)
-            if update.sequence.finished:
-                closing = writer.ended(update.sequence)
-                if closing is not None:
-                    mine.append(closing)
+            try:
+                new = self._deltas_of(writer, update)
+            except Exception as error:  # noqa: BLE001  text that cannot be made fails its own request alone
+                deltas.pop(writer.request.request_id, None)
+                self._fail_request(writer, _as_failure("The answer could not be decoded", error))
+                continue
+            deltas.setdefault(writer.request.request_id, []).extend(new)
         for request_id, mine in deltas.items():
             writer = self._writers[request_id]
             self._observe_tokens(writer)
@@ -306,6 +288,14 @@ class ContinuousBatcher:
                 self._close(writer, mine)
             else:
                 writer.write(mine)
+
+    def _deltas_of(self, writer: RequestWriter, update: SequenceUpdate) -> list[SequenceDelta]:
+        """What a token adds to the answer, and the closing delta if it was the last."""
+        delta, matched_stop = writer.token(update)
+        if matched_stop is not None:
+            self._finish_by_text(update.sequence, matched_stop)
+        closing = writer.ended(update.sequence) if update.sequence.finished else None
+        return [delta] if closing is None else [delta, closing]
 
     def _finish_by_text(self, sequence: Sequence, stop: str) -> None:
         if sequence.finished:
@@ -402,3 +392,7 @@ class ContinuousBatcher:
                 message[1].put(error)
                 with self._lock:
                     self._ids.discard(message[0].request_id)
+
+
+def _as_failure(what: str, error: Exception) -> VRAMancerError:
+    return error if isinstance(error, VRAMancerError) else StepFailedError(f"{what}: {error}")

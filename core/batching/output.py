@@ -64,15 +64,19 @@ class SequenceWriter:
     def _emit(self, text: str) -> str:
         if self.matched_stop is not None or not text:
             return ""
-        emitted, self.matched_stop = self._stops.push(text)
+        emitted, matched = self._stops.push(text)
+        self.matched_stop = matched
         return emitted
 
     def flush(self) -> str:
-        """The text still held back, once the sequence has ended."""
+        """The text still held back, once the sequence has ended. May complete a stop string."""
         if self._stream is None or self.matched_stop is not None:
             return ""
         text = self._emit(self._stream.flush())
-        return text if self.matched_stop is not None else text + self._stops.flush()
+        return text if self._has_stopped() else text + self._stops.flush()
+
+    def _has_stopped(self) -> bool:
+        return self.matched_stop is not None
 
 
 class RequestHandle:
@@ -218,7 +222,10 @@ class RequestWriter:
         if sequence.index in self._reported:
             return None
         self._reported.add(sequence.index)
-        text = self._writers[sequence.index].flush() if sequence.finish_reason in ("stop", "length") else ""
+        writer = self._writers[sequence.index]
+        text = writer.flush() if sequence.finish_reason in ("stop", "length") else ""
+        if writer.matched_stop is not None:
+            sequence.finish_reason, sequence.stop_reason = "stop", writer.matched_stop
         return SequenceDelta(
             sequence.index, text, finish_reason=sequence.finish_reason, stop_reason=sequence.stop_reason
         )

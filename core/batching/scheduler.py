@@ -160,9 +160,7 @@ class Scheduler:
     def _start(self, step: _Step, sequence: Sequence) -> bool:
         """Take a sequence's cached prefix and first chunk; with nothing else running it may take the last block."""
         request = sequence.request
-        cached = self.kv.open(
-            sequence.seq_id, sequence.token_ids, read_prefix=request.params.prompt_logprobs is None
-        )
+        cached = self.kv.open(sequence.seq_id, sequence.token_ids, read_prefix=request.params.prompt_logprobs is None)
         num_new = min(len(sequence.token_ids) - cached, step.budget, self.limits.prefill_chunk_size)
         reserve = len(self._running) if self._running else 0
         needed = self.kv.blocks_needed(sequence.seq_id, cached, len(sequence.token_ids))

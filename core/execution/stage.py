@@ -67,9 +67,7 @@ class Stage:
         """Allocate the pages of this stage's layers and bind them to its attention modules."""
         layers = range(self.part.first, self.part.last)
         shapes = {index: self.architecture.kv_shapes[index] for index in layers}
-        self.kv = PagedKVCache(
-            shapes, num_blocks, block_size, self.architecture.dtype, self.torch_device, self._budget
-        )
+        self.kv = PagedKVCache(shapes, num_blocks, block_size, self.architecture.dtype, self.torch_device, self._budget)
         self._context = AttentionContext(backend)
         windows = self.architecture.sliding_windows
         bound = {index: LayerAttention(self._context, *self.kv.layer(index), windows[index]) for index in layers}
@@ -84,9 +82,7 @@ class Stage:
         return args, {**kwargs, "hidden_states": self._received}
 
     @torch.inference_mode()
-    def forward(
-        self, batch: InputBatch, hidden: torch.Tensor | None, logit_rows: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(self, batch: InputBatch, hidden: torch.Tensor | None, logit_rows: torch.Tensor | None) -> torch.Tensor:
         """Run a step's tokens through the layers.
 
         Args:

@@ -50,7 +50,7 @@ class PagedKVCache:
         return self._keys[index], self._values[index]
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copy whole blocks, `(source, target)`, in order: a block may be the target of one and the source of the next."""
+        """Copy whole blocks, `(source, target)`, in order: a target may be the source of the next."""
         for source, target in copies:
             for pages in (*self._keys.values(), *self._values.values()):
                 pages[target].copy_(pages[source])

@@ -83,12 +83,10 @@ class Checkpoint:
         found: dict[str, LazyTensor] = {}
         for file in self.files:
             try:
-                handle = self._stack.enter_context(
-                    safe_open(str(file), framework="pt", device="cpu", backend="pread")
-                )
+                handle = self._stack.enter_context(safe_open(str(file), framework="pt", device="cpu", backend="pread"))
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file.name} is damaged or not a safetensors file: {error}") from error
-            found.update((name, LazyTensor(handle, name, self._on_read)) for name in handle.keys())
+            found.update((name, LazyTensor(handle, name, self._on_read)) for name in handle.keys())  # noqa: SIM118  not a dictionary
         return found
 
 

@@ -32,7 +32,7 @@ _AFTER_LAYERS = {"norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f"
 
 @dataclass(frozen=True, slots=True)
 class StageSlice:
-    """Layers `first .. last - 1` of `num_layers`; the first stage also embeds, the last one has the norm and the head."""
+    """Layers `first .. last - 1` of `num_layers`; the first stage also embeds, the last has norm and head."""
 
     first: int
     last: int

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import psutil
 import pytest
 import torch
 
 from core.config import DeviceSettings
-from core.devices import Machine, PhysicalDevice, choose_devices, open_devices, probe_machine
+from core.devices import Machine, PhysicalDevice, choose_devices, discovery, open_devices, probe_machine
 from core.errors import DeviceError
 
 GIB = 1024**3
@@ -109,3 +112,16 @@ def test_gpus_are_found() -> None:
     devices = open_devices(DeviceSettings())
     assert {device.kind for device in devices} <= {"cuda", "rocm", "mps"}
     assert all(device.memory_limit_bytes > 0 for device in devices)
+
+
+@pytest.mark.parametrize(("text", "total"), [("1073741824\n", GIB), ("max\n", None), (None, None), (str(2**62), None)])
+def test_a_containers_limit_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str | None, total: int | None
+) -> None:
+    path = tmp_path / "memory.max"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr(discovery, "_CGROUP_LIMIT", path)
+    cpu = probe_machine().cpu
+    assert cpu.total_bytes == (total or psutil.virtual_memory().total)
+    assert cpu.free_bytes <= cpu.total_bytes

@@ -190,3 +190,28 @@ def test_a_sequence_with_broken_logits_fails_alone(
         pipeline.submit([5, 90], replace(GREEDY, n=2)).result(30)
     assert len(neighbour.result(30).completions[0].token_ids) in (39, 40)
     assert used_blocks(pipeline) == 0
+
+
+def test_text_that_cannot_be_decoded_fails_its_own_request(
+    llama: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = open_pipeline(llama, engine__block_size=BLOCK)
+    neighbour = pipeline.submit([5, 6, 7], replace(GREEDY, max_tokens=40))
+    neighbour.get(10)
+    stream = type(pipeline.model.tokenizer).stream
+
+    def broken(self: object, prompt: list[int], **options: bool) -> object:
+        if prompt[0] == 80:
+            raise ValueError("no stream")
+        opened = stream(self, prompt, **options)
+        if prompt[0] == 81:
+            monkeypatch.setattr(opened, "push", lambda token: 1 / 0, raising=False)
+        return opened
+
+    monkeypatch.setattr(type(pipeline.model.tokenizer), "stream", broken)
+    for token, said in ((80, "no stream"), (81, "division by zero|read-only")):
+        with pytest.raises(StepFailedError, match=said):
+            pipeline.submit([token, 5], replace(GREEDY, detokenize=True)).result(30)
+    assert len(neighbour.result(30).completions[0].token_ids) in (39, 40)
+    assert pipeline.engine.batcher.num_unfinished == 0
+    assert used_blocks(pipeline) == 0

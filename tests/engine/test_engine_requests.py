@@ -27,7 +27,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Modu
 
 @pytest.fixture
 def pipeline(model: tuple[Path, torch.nn.Module], open_pipeline: OpenPipeline) -> InferencePipeline:
-    return open_pipeline(model[0], engine__block_size=4, engine__kv_cache_tokens=1024, devices__devices="cpu=64MiB,cpu=64MiB")
+    return open_pipeline(
+        model[0], engine__block_size=4, engine__kv_cache_tokens=1024, devices__devices="cpu=64MiB,cpu=64MiB"
+    )
 
 
 def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(pipeline: InferencePipeline) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_settings
+from plain_settings import make_settings
 from safetensors.torch import save_file
 from tiny_models import build_tiny, word_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from core.errors import (
     CheckpointError,
     InsufficientMemoryError,
+    ModelChangedError,
     ModelNotFoundError,
     ModelNotLoadedError,
     UnsupportedModelError,
@@ -45,7 +46,8 @@ def peak():
 Path("/proc/self/clear_refs").write_text("5")
 before = psutil.Process().memory_info().rss
 pipeline.load()
-own = sum(sum(budget.used_by_purpose().get(p, 0) for p in ("weights", "kv_cache")) for budget in pipeline.engine.budgets.values())
+held = [budget.used_by_purpose() for budget in pipeline.engine.budgets.values()]
+own = sum(used["weights"] + used["kv_cache"] for used in held)
 print(json.dumps({"extra": peak() - before - own, "own": own, "reports": reports}))
 pipeline.shutdown()
 """
@@ -229,3 +231,40 @@ def test_a_model_that_only_fits_alone_replaces_the_old_one(tiny: Path, open_pipe
     assert pipeline.model.name == DEMO_NAME
     pipeline.load(str(tiny))
     assert pipeline.model.name == tiny.name
+
+
+def test_a_request_read_for_the_old_model_never_reaches_the_new_one(tiny: Path, open_pipeline: OpenPipeline) -> None:
+    pipeline = open_pipeline(tiny)
+    read_for = pipeline.model
+    pipeline.load(DEMO_NAME)
+    with pytest.raises(ModelChangedError, match="replaced by vramancer-demo"):
+        pipeline.submit_many([([5, 6], GREEDY)], model=read_for)
+    pipeline.submit_many([([5, 6], GREEDY)], model=pipeline.model)[0].result(30)
+
+
+def test_generation_config_gives_end_tokens_and_defaults(tiny: Path, tmp_path: Path, open_pipeline: OpenPipeline) -> None:
+    path = copy_model(tiny, tmp_path / "configured")
+    (path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [7, 9], "temperature": 0.6, "top_p": 0.8, "do_sample": True})
+    )
+    model = open_pipeline(path).model
+    assert {7, 9} <= set(model.eos_token_ids)
+    assert model.generation_defaults == {"temperature": 0.6, "top_p": 0.8}
+
+
+def test_an_emulated_device_takes_at_least_the_rooflines_time(tiny: Path, open_pipeline: OpenPipeline) -> None:
+    pipeline = open_pipeline(tiny, devices__devices="sim=64MiB@0.01GB/s/1TFLOPS")
+    (stage,) = pipeline.engine.stages
+    forwards, busy_s = stage.forwards, stage.busy_s
+    pipeline.submit([5, 6], GREEDY).result(60)
+    steps = stage.forwards - forwards
+    assert steps == 4
+    assert stage.busy_s - busy_s >= steps * stage.weight_bytes / 0.01e9
+
+
+def test_transfers_between_stages_are_counted(tiny: Path, open_pipeline: OpenPipeline) -> None:
+    pipeline = open_pipeline(tiny, devices__devices="cpu=8MiB,cpu=8MiB")
+    pipeline.submit([5, 6], GREEDY).result(30)
+    (stats,) = pipeline.transfer.stats().values()
+    assert stats.ops >= 4
+    assert stats.bytes == (1 + 2 + 3) * 32 * 4, "warm-up, prompt and three more tokens, 32 wide, fp32"

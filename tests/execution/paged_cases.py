@@ -43,7 +43,9 @@ CASES = {
 }
 
 
-def make(case: Case, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionMetadata, AttentionSpec]:
+def make(
+    case: Case, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionMetadata, AttentionSpec]:
     """Query `[T, heads, key_dim]`, K and V pages (garbage where no sequence writes), metadata, spec."""
     generator = torch.Generator().manual_seed(seed)
     needed = [-(-length // case.block_size) for _, length in case.sequences]

@@ -21,9 +21,7 @@ LENGTHS = (3, 9, 14, 1, 8)
 DEVICES = {1: "cpu=64MiB", 2: "cpu=64MiB,cpu=64MiB", 3: "cpu=64MiB,cpu=64MiB,cpu=64MiB"}
 LOGPROB_TOLERANCE = 2e-4  # fp32 noise of two orders of summation
 
-GREEDY = SamplingParams(
-    max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, detokenize=False, logprobs=0
-)
+GREEDY = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, detokenize=False, logprobs=0)
 
 
 @dataclass
@@ -96,9 +94,7 @@ def test_arrivals_prefix_hits_and_forks(
         time.sleep(0.003)
     check(reference, [handle.result(60) for handle in staggered])
 
-    forked = SamplingParams(
-        n=3, max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, detokenize=False, logprobs=0
-    )
+    forked = SamplingParams(n=3, max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, detokenize=False, logprobs=0)
     results = [handle.result(60) for handle in submit_all(pipeline, reference, forked)]
     assert all(len(result.completions) == 3 for result in results)
     check(reference, results)

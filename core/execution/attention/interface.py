@@ -73,7 +73,10 @@ class LayerAttention:
 
 
 def bind(model: nn.Module, layers: dict[int, LayerAttention]) -> None:
-    """Give each attention module (they carry a `layer_idx`) its pages. Raises `UnsupportedModelError` if one has none."""
+    """Give each attention module (they carry a `layer_idx`) its pages.
+
+    Raises `UnsupportedModelError` if one has none.
+    """
     bound = set()
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
@@ -81,7 +84,9 @@ def bind(model: nn.Module, layers: dict[int, LayerAttention]) -> None:
             setattr(module, _BOUND, layers[index])
             bound.add(index)
     if bound != set(layers):
-        raise UnsupportedModelError(f"{type(model).__name__} has layers without attention: {sorted(set(layers) - bound)}.")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has layers without attention: {sorted(set(layers) - bound)}."
+        )
 
 
 def _paged_attention(

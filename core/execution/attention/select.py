@@ -10,7 +10,9 @@ from torch import nn
 from core.config import Settings
 from core.devices import Device
 from core.execution.attention.interface import AttentionBackend
+from core.execution.attention.native_paged import NativePagedAttention
 from core.execution.attention.torch_paged import TorchPagedAttention
+from core.execution.native import NativeKernels, load_native, swap_linears
 from core.logs import get_logger
 
 logger = get_logger(__name__)
@@ -26,4 +28,12 @@ def select_attention(device: Device, settings: Settings) -> tuple[AttentionBacke
 
             return TritonPagedAttention(), None
         logger.info("attention in plain torch", device=device.name, reason="Triton is not installed")
+    if device.kind in ("cpu", "sim") and settings.engine.native_kernels:
+        kernels = load_native(settings.runtime.cache_dir / "kernels")
+        if kernels is not None:
+            return NativePagedAttention(kernels), lambda model: _use_kernels(model, kernels)
     return TorchPagedAttention(), None
+
+
+def _use_kernels(model: nn.Module, kernels: NativeKernels) -> None:
+    swap_linears(model, kernels)

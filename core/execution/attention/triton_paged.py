@@ -7,6 +7,8 @@ page with an online softmax in fp32 (Milakov and Gimelshein 2018, as in FlashAtt
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -100,7 +102,7 @@ class TritonPagedAttention:
     ) -> torch.Tensor:  # fmt: skip
         """One launch for the whole packed batch."""
         starts = metadata.host_query_start
-        longest = max(last - first for first, last in zip(starts, starts[1:], strict=False))
+        longest = max(last - first for first, last in itertools.pairwise(starts))
         query = query if query.stride(-1) == 1 else query.contiguous()
         output = query.new_empty(query.shape[0], query.shape[1], v_pages.shape[-1])
         kv_heads, group = k_pages.shape[2], query.shape[1] // k_pages.shape[2]

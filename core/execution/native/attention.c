@@ -5,26 +5,11 @@
  * the batch or on the number of threads, and a row's arithmetic never depends on the rows beside it, so a sequence gets
  * the same result whatever runs next to it.
  */
-#include "common.h"
+#include "attention_inner.h"
 
-#define CHUNK 64        /* keys per softmax step */
 #define SPLIT 1024      /* keys per partial result, a multiple of CHUNK */
 #define MAX_TILE 32     /* query rows (tokens x grouped heads) per pass over the keys */
 #define MAX_DIM 512     /* largest head dimension */
-
-typedef struct {
-    int dt, causal;
-    int64_t seqs, heads, kv_heads, dim, dim_v, block_size, max_blocks;
-    int64_t q_row, q_head;                     /* strides in elements */
-    int64_t k_block, k_token, k_head, v_block, v_token, v_head;
-    const char *q, *k, *v;
-    const int32_t *tables, *query_start, *seq_lens;
-    const float *sinks; /* may be NULL */
-    char *out;          /* [T, heads, dim_v], contiguous */
-    float *lse;         /* [T, heads] */
-    float scale, softcap;
-    int64_t window;
-} Attention;
 
 /* One tile: `rows` rows = (token, head of the group) pairs of one sequence and one kv head. */
 typedef struct {
@@ -39,9 +24,12 @@ typedef struct {
     float out[]; /* [rows, dim_v rounded up to 16], in load order */
 } Partial;
 
-INLINE int64_t round16(int64_t n) { return (n + 15) / 16 * 16; }
 INLINE size_t partial_size(const Attention *a) {
     return (sizeof(Partial) + (size_t)(MAX_TILE * round16(a->dim_v)) * 4 + 63) / 64 * 64;
+}
+/* What one thread needs: two partials and a chunk of keys and values. */
+INLINE size_t work_size(const Attention *a) {
+    return 2 * partial_size(a) + (size_t)((a->dim + a->dim_v) * CHUNK * elem_size(a->dt) + 63) / 64 * 64;
 }
 INLINE int64_t group(const Attention *a) { return a->heads / a->kv_heads; }
 INLINE int64_t query_len(const Attention *a, int64_t s) { return a->query_start[s + 1] - a->query_start[s]; }
@@ -51,134 +39,6 @@ INLINE void visible(const Attention *a, int64_t s, int64_t t, int64_t *lo, int64
     const int64_t len = a->seq_lens[s], pos = len - query_len(a, s) + t;
     *hi = a->causal ? max64(0, min64(len, pos + 1)) : len;
     *lo = a->window > 0 ? min64(*hi, max64(0, pos - a->window + 1)) : 0;
-}
-
-/* acc[r][c] = q[r] . k[c]; q holds `rows` rows of `padded` floats in load order, scaled already. */
-INLINE void dot_keys(int dt, int rows, int keys, const float *q, int64_t padded, const char *const *k, int64_t dim,
-                     v8f acc[4][2]) {
-    const int64_t es = elem_size(dt);
-    char tail[2][64];
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < keys; c++) acc[r][c] = splat8(0.0f);
-    for (int64_t d = 0; d < dim; d += 16) {
-        const char *src[2];
-#pragma GCC unroll 2
-        for (int c = 0; c < keys; c++) {
-            src[c] = k[c] + d * es;
-            if (dim - d < 16) {
-                copy_tail(dt, tail[c], src[c], dim - d);
-                src[c] = tail[c];
-            }
-        }
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            v8f wide[2];
-#pragma GCC unroll 2
-            for (int c = 0; c < keys; c++) wide[c] = load_half(dt, src[c], half);
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) {
-                v8f qv = load8(q + r * padded + d + 8 * half);
-#pragma GCC unroll 2
-                for (int c = 0; c < keys; c++) acc[r][c] = fma8(qv, wide[c], acc[r][c]);
-            }
-        }
-    }
-}
-
-/* s[j * rows + r] = score of key j for row r. */
-INLINE void scores(const Attention *a, int dt, int rows, const float *q, const char *const *k, int64_t n, float *s) {
-    const int64_t padded = round16(a->dim);
-    v8f acc[4][2];
-    int64_t j = 0;
-    for (; j < n; j += 2) {
-        const int keys = n - j > 1 ? 2 : 1;
-        if (keys == 2) dot_keys(dt, rows, 2, q, padded, k + j, a->dim, acc);
-        else dot_keys(dt, rows, 1, q, padded, k + j, a->dim, acc);
-        for (int c = 0; c < keys; c++) {
-            v4f sum = lane_sums(acc[0][c], acc[rows > 1][c], acc[rows > 2 ? 2 : 0][c], acc[rows > 2 ? 3 : 0][c]);
-            for (int r = 0; r < rows; r++) s[(j + c) * rows + r] = sum[r];
-        }
-    }
-}
-
-/* cap * tanh(s / cap) through exp. */
-INLINE v8f soft_cap(v8f s, float cap) {
-    v8f e = exp8(s * splat8(2.0f / cap));
-    return splat8(cap) * (splat8(1.0f) - splat8(2.0f) / (e + splat8(1.0f)));
-}
-
-/* out[r] += sum over j of p[j, r] v[j]. */
-INLINE void weigh_values(const Attention *a, int dt, int rows, const float *p, const char *const *v, int64_t n,
-                         float *out) {
-    const int64_t es = elem_size(dt), padded = round16(a->dim_v);
-    for (int64_t d = 0; d < padded; d += 16) {
-        const int64_t left = a->dim_v - d;
-        v8f acc[4][2];
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++)
-            for (int h = 0; h < 2; h++) acc[r][h] = load8(out + r * padded + d + 8 * h);
-        for (int64_t j = 0; j < n; j++) {
-            char tail[64];
-            const char *src = v[j] + d * es;
-            if (__builtin_expect(left < 16, 0)) {
-                copy_tail(dt, tail, src, left);
-                src = tail;
-            }
-            const v8f v0 = load_half(dt, src, 0), v1 = load_half(dt, src, 1);
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) {
-                const v8f w = splat8(p[j * rows + r]);
-                acc[r][0] = fma8(w, v0, acc[r][0]);
-                acc[r][1] = fma8(w, v1, acc[r][1]);
-            }
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++)
-            for (int h = 0; h < 2; h++) store8(out + r * padded + d + 8 * h, acc[r][h]);
-    }
-}
-
-/* One online-softmax step: keys [j0, j0 + n) for `rows` rows; lo and hi bound what each row sees. */
-INLINE void step(const Attention *a, int dt, int rows, const float *q, const char *const *k, const char *const *v,
-                 int64_t j0, int64_t n, const int64_t *lo, const int64_t *hi, float *max, float *sum, float *out) {
-    float s[4 * CHUNK + 8];
-    const int64_t count = n * rows, padded = round16(a->dim_v);
-    scores(a, dt, rows, q, k, n, s);
-    for (int64_t i = count; i % 8; i++) s[i] = -INFINITY;
-    if (a->softcap > 0)
-        for (int64_t i = 0; i < count; i += 8) store8(s + i, soft_cap(load8(s + i), a->softcap));
-    for (int64_t i = count; i % 8; i++) s[i] = -INFINITY;
-    for (int r = 0; r < rows; r++) {
-        for (int64_t j = 0; j < min64(n, lo[r] - j0); j++) s[j * rows + r] = -INFINITY;
-        for (int64_t j = max64(0, hi[r] - j0); j < n; j++) s[j * rows + r] = -INFINITY;
-    }
-    float top[8], base[8], lanes[8];
-    v8f best = load8(s);
-    for (int64_t i = 8; i < count; i += 8) {
-        v8f next = load8(s + i);
-        v8i greater = next > best;
-        best = (v8f)((greater & (v8i)next) | (~greater & (v8i)best));
-    }
-    store8(lanes, best);
-    for (int r = 0; r < rows; r++) {
-        top[r] = max[r];
-        for (int i = r; i < 8; i += rows) top[r] = lanes[i] > top[r] ? lanes[i] : top[r];
-    }
-    for (int i = 0; i < 8; i++) base[i] = top[i % rows] == -INFINITY ? 0.0f : top[i % rows];
-    const v8f shift = load8(base);
-    for (int64_t i = 0; i < count; i += 8) store8(s + i, exp8(load8(s + i) - shift));
-    for (int r = 0; r < rows; r++) {
-        float total = 0;
-        for (int64_t j = 0; j < n; j++) total += s[j * rows + r];
-        if (top[r] != max[r]) {
-            const v8f fade = max[r] == -INFINITY ? splat8(0.0f) : exp8(splat8(max[r] - top[r]));
-            for (int64_t d = 0; d < padded; d += 8) store8(out + r * padded + d, load8(out + r * padded + d) * fade);
-            sum[r] *= fade[0];
-            max[r] = top[r];
-        }
-        sum[r] += total;
-    }
-    weigh_values(a, dt, rows, s, v, n, out);
 }
 
 /* Adds `from` to `into`, in place: out = sum of out_i e^(max_i - max), likewise sum. */
@@ -197,12 +57,20 @@ INLINE void merge(const Attention *a, int64_t rows, Partial *into, const Partial
     }
 }
 
+/* Rows that are handled together when `left` remain. */
+INLINE int64_t rows_at_once(int64_t left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+
 /* Widened, scaled query rows of a tile, and what each may see. */
 INLINE void load_queries(const Attention *a, int dt, const Tile *t, float *q, int64_t *lo, int64_t *hi) {
     const int64_t g = group(a), es = elem_size(dt), padded = round16(a->dim);
     const v8f scale = splat8(a->scale);
-    for (int64_t r = 0; r < t->rows; r++) {
+    for (int64_t r = 0, first = 0, rows = 0; r < t->rows; r++) {
         const int64_t token = (t->first_row + r) / g, head = t->kv_head * g + (t->first_row + r) % g;
+        if (r == first + rows) {
+            first = r;
+            rows = rows_at_once(t->rows - r);
+        }
+        float *dst = q + first * padded + (r - first) * 16;
         const char *src = a->q + ((a->query_start[t->seq] + token) * a->q_row + head * a->q_head) * es;
         for (int64_t d = 0; d < padded; d += 16) {
             char tail[64];
@@ -211,46 +79,75 @@ INLINE void load_queries(const Attention *a, int dt, const Tile *t, float *q, in
                 copy_tail(dt, tail, part, a->dim - d);
                 part = tail;
             }
-            store8(q + r * padded + d, load_half(dt, part, 0) * scale);
-            store8(q + r * padded + d + 8, load_half(dt, part, 1) * scale);
+            store8(dst + d * rows, load_half(dt, part, 0) * scale);
+            store8(dst + d * rows + 8, load_half(dt, part, 1) * scale);
         }
         visible(a, t->seq, token, lo + r, hi + r);
     }
 }
 
-/* One split of one tile into `p`. */
-INLINE void attend_split(const Attention *a, int dt, const Tile *t, int64_t split, const float *q, const int64_t *lo,
-                         const int64_t *hi, Partial *p) {
-    const int64_t es = elem_size(dt), pq = round16(a->dim), pv = round16(a->dim_v);
-    const int32_t *table = a->tables + t->seq * a->max_blocks;
+/* Fills in the chunk that begins at `first` and ends at `end` or sooner. */
+INLINE void locate(const Attention *a, const Tile *t, int64_t first, int64_t end, Chunk *c) {
+    const int64_t es = elem_size(a->dt);
+    const int32_t *table = a->tables + t->seq * a->max_blocks + first / a->block_size;
+    int64_t slot = first % a->block_size, j = 0;
+    c->first = first;
+    c->n = min64(CHUNK, end - first);
+    for (; j < c->n; table++, slot = 0) {
+        const char *key = a->k + ((int64_t)*table * a->k_block + slot * a->k_token + t->kv_head * a->k_head) * es;
+        const char *value = a->v + ((int64_t)*table * a->v_block + slot * a->v_token + t->kv_head * a->v_head) * es;
+        for (; slot < a->block_size && j < c->n; slot++, j++, key += a->k_token * es, value += a->v_token * es) {
+            c->k[j] = key;
+            c->v[j] = value;
+        }
+    }
+    for (; j < CHUNK; j++) {
+        c->k[j] = c->k[0];
+        c->v[j] = c->v[0];
+    }
+}
+
+/* Copies a chunk together: rows of one head lie a multiple of a large power of two apart in the pages, where they evict
+ * each other from L1 before the next query rows read them again. */
+INLINE void copy_chunk(const Attention *a, Chunk *c, char *copy) {
+    const int64_t k_size = a->dim * elem_size(a->dt), v_size = a->dim_v * elem_size(a->dt);
+    for (int64_t j = 0; j < c->n; j++) {
+        memcpy(copy, c->k[j], (size_t)k_size);
+        c->k[j] = copy;
+        memcpy(copy + k_size, c->v[j], (size_t)v_size);
+        c->v[j] = copy + k_size;
+        copy += k_size + v_size;
+    }
+}
+
+/* One split of one tile into `p`. `copy` has room for a chunk of keys and values. */
+static void attend_split(const Attention *a, const Tile *t, int64_t split, const float *q, const int64_t *lo,
+                         const int64_t *hi, Partial *p, char *copy) {
+    const int64_t pq = round16(a->dim), pv = round16(a->dim_v);
     const int64_t end = min64(t->hi, (split + 1) * SPLIT);
     for (int64_t r = 0; r < t->rows; r++) {
         p->max[r] = -INFINITY;
         p->sum[r] = 0;
     }
     memset(p->out, 0, (size_t)(t->rows * pv) * 4);
-    for (int64_t c = max64(t->lo, split * SPLIT) / CHUNK * CHUNK; c < end; c += CHUNK) {
-        const int64_t n = min64(CHUNK, end - c);
-        const char *k[CHUNK], *v[CHUNK];
-        for (int64_t j = 0; j < n; j++) {
-            const int64_t blk = table[(c + j) / a->block_size], slot = (c + j) % a->block_size;
-            k[j] = a->k + (blk * a->k_block + slot * a->k_token + t->kv_head * a->k_head) * es;
-            v[j] = a->v + (blk * a->v_block + slot * a->v_token + t->kv_head * a->v_head) * es;
-            for (int64_t b = 0; b < a->dim_v * es; b += 64) __builtin_prefetch(v[j] + b);
-        }
-        for (int64_t r = 0; r < t->rows;) {
-            const int64_t left = t->rows - r;
+    const int64_t begin = max64(t->lo, split * SPLIT) / CHUNK * CHUNK;
+    if (begin >= end) return;
+    Chunk chunks[2], *now = chunks, *next = chunks + 1;
+    locate(a, t, begin, end, next);
+    for (int64_t c = begin; c < end; c += CHUNK) {
+        Chunk *free = now;
+        now = next;
+        next = free;
+        if (c + CHUNK < end) locate(a, t, c + CHUNK, end, next);
+        else next = now;
+        if (t->rows > 4) copy_chunk(a, now, copy);
+        const Chunk *ahead = t->rows > 4 ? now : next;
+        for (int64_t r = 0, rows; r < t->rows; r += rows) {
             float *out = p->out + r * pv;
-            if (left >= 4) {
-                step(a, dt, 4, q + r * pq, k, v, c, n, lo + r, hi + r, p->max + r, p->sum + r, out);
-                r += 4;
-            } else if (left >= 2) {
-                step(a, dt, 2, q + r * pq, k, v, c, n, lo + r, hi + r, p->max + r, p->sum + r, out);
-                r += 2;
-            } else {
-                step(a, dt, 1, q + r * pq, k, v, c, n, lo + r, hi + r, p->max + r, p->sum + r, out);
-                r += 1;
-            }
+            rows = rows_at_once(t->rows - r);
+            if (rows == 4) step(a, 4, q + r * pq, now, ahead, lo + r, hi + r, p->max + r, p->sum + r, out);
+            else if (rows == 2) step(a, 2, q + r * pq, now, ahead, lo + r, hi + r, p->max + r, p->sum + r, out);
+            else step(a, 1, q + r * pq, now, ahead, lo + r, hi + r, p->max + r, p->sum + r, out);
         }
     }
 }
@@ -280,15 +177,16 @@ INLINE void attend(const Attention *a, int dt, const Tile *t, int64_t first, int
                    Partial *scratch) {
     _Alignas(64) float q[MAX_TILE * MAX_DIM];
     int64_t lo[MAX_TILE], hi[MAX_TILE];
+    char *copy = (char *)work + 2 * partial_size(a);
     load_queries(a, dt, t, q, lo, hi);
     if (!whole) {
-        attend_split(a, dt, t, first, q, lo, hi, scratch);
+        attend_split(a, t, first, q, lo, hi, scratch, copy);
         return;
     }
     Partial *next = (Partial *)((char *)work + partial_size(a));
-    attend_split(a, dt, t, first, q, lo, hi, work);
+    attend_split(a, t, first, q, lo, hi, work, copy);
     for (int64_t s = first + 1; s < last; s++) {
-        attend_split(a, dt, t, s, q, lo, hi, next);
+        attend_split(a, t, s, q, lo, hi, next, copy);
         merge(a, t->rows, work, next);
     }
     finish(a, dt, t, work);
@@ -341,7 +239,24 @@ static int64_t cut(Tile *tiles, int64_t count, int threads, Unit *units, int64_t
     return n;
 }
 
-INLINE int run(const Attention *a, int dt, int threads) {
+/* What threads call: the element type becomes a constant here, below OpenMP's outlined functions. */
+static void attend_unit(const Attention *a, const Tile *t, int64_t split, Partial *work, char *scratch) {
+    const int whole = split < 0;
+    const int64_t first = t->split0 + (whole ? 0 : split), last = t->split0 + t->splits;
+    Partial *into = whole ? NULL : (Partial *)(scratch + partial_size(a) * (size_t)(t->scratch + split));
+    if (a->dt == DT_BF16) attend(a, DT_BF16, t, first, last, whole, work, into);
+    else if (a->dt == DT_FP16) attend(a, DT_FP16, t, first, last, whole, work, into);
+    else attend(a, DT_FP32, t, first, last, whole, work, into);
+}
+
+static void merge_splits(const Attention *a, const Tile *t, char *scratch) {
+    const size_t size = partial_size(a);
+    Partial *first = (Partial *)(scratch + size * (size_t)t->scratch);
+    for (int64_t s = 1; s < t->splits; s++) merge(a, t->rows, first, (Partial *)((char *)first + size * (size_t)s));
+    finish(a, a->dt, t, first);
+}
+
+static int run(const Attention *a, int threads) {
     const int64_t count = plan(a, NULL);
     if (count == 0) return 0;
     const size_t size = partial_size(a);
@@ -351,31 +266,20 @@ INLINE int run(const Attention *a, int dt, int threads) {
     plan(a, tiles);
     const int64_t n = cut(tiles, count, threads, NULL, &partials);
     Unit *units = malloc((size_t)n * sizeof(Unit));
-    char *memory = aligned_alloc(64, size * (size_t)(partials + 2 * threads));
+    char *memory = aligned_alloc(64, size * (size_t)partials + work_size(a) * (size_t)threads);
     int status = !units || !memory;
     if (!status) {
         cut(tiles, count, threads, units, &partials);
-        char *scratch = memory + 2 * size * (size_t)threads;
+        char *scratch = memory + work_size(a) * (size_t)threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
-            Partial *work = (Partial *)(memory + 2 * size * (size_t)thread_index());
+            Partial *work = (Partial *)(memory + work_size(a) * (size_t)thread_index());
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t i = 0; i < n; i++) {
-                const Tile *t = tiles + units[i].tile;
-                const int64_t s = units[i].split;
-                if (s < 0) attend(a, dt, t, t->split0, t->split0 + t->splits, 1, work, NULL);
-                else attend(a, dt, t, t->split0 + s, 0, 0, work, (Partial *)(scratch + size * (size_t)(t->scratch + s)));
-            }
+            for (int64_t i = 0; i < n; i++) attend_unit(a, tiles + units[i].tile, units[i].split, work, scratch);
             if (partials > 0) {
 #pragma omp for schedule(dynamic, 1)
-                for (int64_t i = 0; i < count; i++) {
-                    const Tile *t = tiles + i;
-                    if (t->scratch < 0) continue;
-                    Partial *first = (Partial *)(scratch + size * (size_t)t->scratch);
-                    for (int64_t s = 1; s < t->splits; s++)
-                        merge(a, t->rows, first, (Partial *)((char *)first + size * (size_t)s));
-                    finish(a, dt, t, first);
-                }
+                for (int64_t i = 0; i < count; i++)
+                    if (tiles[i].scratch >= 0) merge_splits(a, tiles + i, scratch);
             }
         }
     }
@@ -398,7 +302,5 @@ EXPORT int vrm_paged_attention(int dt, const int64_t *sizes, const int64_t *stri
                    .v_head = strides[7], .q = q, .k = k, .v = v, .tables = tables, .query_start = query_start,
                    .seq_lens = seq_lens, .sinks = sinks, .scale = scale, .softcap = softcap, .out = out, .lse = lse};
     if (a.dim > MAX_DIM) return 2;
-    if (dt == DT_BF16) return run(&a, DT_BF16, threads);
-    if (dt == DT_FP16) return run(&a, DT_FP16, threads);
-    return run(&a, DT_FP32, threads);
+    return run(&a, threads);
 }

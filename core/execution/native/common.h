@@ -50,6 +50,13 @@ INLINE v8f fma8(v8f a, v8f b, v8f c) {
 #endif
 }
 
+/* Keeps a loaded vector in a register; compilers would rather load it again for each use, and loads are the limit. */
+#if defined(__AVX__)
+#define IN_REGISTER(v) __asm__("" : "+x"(v))
+#else
+#define IN_REGISTER(v) (void)0
+#endif
+
 INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -77,12 +84,28 @@ INLINE v8f half8(const void *p) {
 #endif
 }
 
+#if defined(__AVX2__)
+static const v8u HIGH_HALVES = {0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u,
+                                0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
+#endif
+
+/* The upper 16 bits of each lane. The mask stays in memory: in a 4 x 3 micro-kernel it would be the 17th register, and
+ * the accumulator spilt for it costs half the speed. */
+INLINE v8f high_halves(v8u raw) {
+#if defined(__AVX2__)
+    __asm__("vpand %1, %0, %0" : "+x"(raw) : "m"(HIGH_HALVES));
+    return (v8f)raw;
+#else
+    return (v8f)(raw & 0xffff0000u);
+#endif
+}
+
 /* One half (0 or 1) of a block of 16 elements, widened to fp32. bf16 blocks come as their even (0) and odd (1)
  * elements, which needs no shuffle: `element_index` gives the order. Both operands of a product are loaded this way. */
 INLINE v8f load_half(int dt, const void *p, int half) {
     if (dt == DT_BF16) {
         v8u raw = *(const v8u_u *)p;
-        return half ? (v8f)(raw & 0xffff0000u) : (v8f)(raw << 16);
+        return half ? high_halves(raw) : (v8f)(raw << 16);
     }
     if (dt == DT_FP16) return half8((const char *)p + 16 * half);
     return load8((const float *)p + 8 * half);
@@ -118,6 +141,22 @@ INLINE void store_one(int dt, void *p, float value) {
         memcpy(p, &h, 2);
     } else {
         memcpy(p, &value, 4);
+    }
+}
+
+/* store_one for eight consecutive elements. */
+INLINE void store_eight(int dt, void *p, v8f v) {
+    if (dt == DT_BF16) {
+        typedef uint16_t v8h __attribute__((vector_size(16)));
+        v8u u = (v8u)v;
+        v8u rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+        v8u nan = (v8u)(v != v);
+        v8h h = __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), v8h);
+        memcpy(p, &h, 16);
+    } else if (dt == DT_FP16) {
+        for (int i = 0; i < 8; i++) store_one(dt, (char *)p + 2 * i, v[i]);
+    } else {
+        store8(p, v);
     }
 }
 

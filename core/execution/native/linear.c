@@ -11,7 +11,8 @@
 #define ROW_TILE 4        /* rows of x per micro-kernel */
 #define COL_TILE 3        /* rows of W per micro-kernel: 4 x 3 accumulators fit 16 registers */
 #define COL_CHUNK 96      /* rows of W kept in L2 while the rows of x pass over them */
-#define ROW_CHUNK 8       /* rows of x kept in L1 meanwhile */
+#define TILE_CHUNK 2      /* row tiles kept in L1 meanwhile */
+#define PREFETCH 1024     /* bytes ahead, when W is streamed */
 #define MAX_ROWS 64       /* rows of x per pass over the weights */
 
 typedef struct {
@@ -20,10 +21,16 @@ typedef struct {
     const char *x, *w, *bias;
     char *y;
     float *packed; /* fp32 x: per ROW_TILE rows, per block, per row, 16 values */
+    float *sums;   /* per thread, MAX_ROWS x COL_CHUNK */
     int64_t blocks; /* ceil(k / 16) */
 } Linear;
 
-INLINE int64_t linear_tile_rows(const Linear *p, int64_t row) { return min64(ROW_TILE, p->m - row); }
+/* Rows are dealt out in bands of MAX_ROWS, and a band's rows evenly to its tiles: 5 rows are 2 + 3, not 4 + 1. */
+INLINE int64_t band_rows(const Linear *p, int64_t band) { return min64(MAX_ROWS, p->m - band * MAX_ROWS); }
+INLINE int64_t band_tiles(const Linear *p, int64_t band) { return (band_rows(p, band) + ROW_TILE - 1) / ROW_TILE; }
+INLINE int64_t tile_row(const Linear *p, int64_t band, int64_t i) {
+    return band * MAX_ROWS + band_rows(p, band) * i / band_tiles(p, band);
+}
 
 /* Widens rows [row, row + rows) of x; elements past K become zero. */
 INLINE void pack_rows(const Linear *p, int dt, int64_t row, int64_t rows) {
@@ -45,49 +52,55 @@ INLINE void pack_rows(const Linear *p, int dt, int64_t row, int64_t rows) {
     }
 }
 
-/* acc[r][c] += x[r] . w[c] over `blocks` blocks of 16. */
-INLINE void dot_blocks(int dt, int rows, int cols, const float *xp, const char *const *w, int64_t blocks,
-                       v8f acc[ROW_TILE][4]) {
+/* acc[r][c] += x[r] . w[c] over one half of each of `blocks` blocks of 16. What the next tile needs lies `ahead`. */
+INLINE void dot_half(int dt, int half, int rows, int cols, const float *xp, const char *const *w, int64_t blocks,
+                     int64_t ahead, v8f acc[ROW_TILE][COL_TILE]) {
     const int64_t step = 16 * elem_size(dt);
     for (int64_t b = 0; b < blocks; b++) {
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            v8f wide[4];
+        v8f wide[COL_TILE];
 #pragma GCC unroll 4
-            for (int c = 0; c < cols; c++) wide[c] = load_half(dt, w[c] + b * step, half);
+        for (int c = 0; c < cols; c++) {
+            wide[c] = load_half(dt, w[c] + b * step, half);
+            if (half == 0) __builtin_prefetch(w[c] + b * step + ahead);
+        }
 #pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) {
-                v8f xv = load8(xp + (b * rows + r) * 16 + 8 * half);
+        for (int r = 0; r < rows; r++) {
+            v8f xv = load8(xp + (b * rows + r) * 16 + 8 * half);
+            IN_REGISTER(xv);
 #pragma GCC unroll 4
-                for (int c = 0; c < cols; c++) acc[r][c] = fma8(xv, wide[c], acc[r][c]);
-            }
+            for (int c = 0; c < cols; c++) acc[r][c] = fma8(xv, wide[c], acc[r][c]);
         }
     }
 }
 
 /* One partial sum: chunk `kb` of K for `rows` rows from `row` and `cols` columns from `col`. */
 INLINE void dot_chunk(const Linear *p, int dt, int rows, int cols, int64_t row, int64_t col, int64_t kb,
-                      v8f acc[ROW_TILE][4]) {
+                      v8f acc[2][ROW_TILE][COL_TILE]) {
     const int64_t es = elem_size(dt), first = kb * BLOCKS;
     const int64_t whole = min64(p->k / 16, first + BLOCKS) - first; /* blocks that need no padding */
+    const int padded = first + whole < min64(p->blocks, first + BLOCKS);
     const float *xp = p->packed + row * p->blocks * 16 + first * rows * 16;
-    const char *w[4];
+    const char *w[COL_TILE], *t[COL_TILE];
+    char tail[COL_TILE][64];
 #pragma GCC unroll 4
-    for (int c = 0; c < cols; c++) w[c] = p->w + ((col + c) * p->ldw + first * 16) * es;
+    for (int c = 0; c < cols; c++) {
+        w[c] = p->w + ((col + c) * p->ldw + first * 16) * es;
+        t[c] = tail[c];
+        if (padded) copy_tail(dt, tail[c], w[c] + whole * 16 * es, p->k - (first + whole) * 16);
+    }
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        v8f sum[ROW_TILE][COL_TILE];
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; r++)
+        for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int c = 0; c < cols; c++) acc[r][c] = splat8(0.0f);
-    dot_blocks(dt, rows, cols, xp, w, whole, acc);
-    if (first + whole < min64(p->blocks, first + BLOCKS)) {
-        char tail[4][64];
-        const char *t[4];
+            for (int c = 0; c < cols; c++) sum[r][c] = splat8(0.0f);
+        dot_half(dt, half, rows, cols, xp, w, whole, cols * p->ldw * es, sum);
+        if (padded) dot_half(dt, half, rows, cols, xp + whole * rows * 16, t, 1, 0, sum);
 #pragma GCC unroll 4
-        for (int c = 0; c < cols; c++) {
-            copy_tail(dt, tail[c], w[c] + whole * 16 * es, p->k - (first + whole) * 16);
-            t[c] = tail[c];
-        }
-        dot_blocks(dt, rows, cols, xp + whole * rows * 16, t, 1, acc);
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int c = 0; c < cols; c++) acc[half][r][c] = sum[r][c];
     }
 }
 
@@ -97,113 +110,172 @@ INLINE void put(const Linear *p, int dt, int64_t row, int64_t col, float sum) {
     store_one(dt, p->y + (row * p->ldy + col) * es, sum);
 }
 
-/* One row of x: columns [c0, c1), four at a time, streaming each row of W from end to end. */
-INLINE void gemv(const Linear *p, int dt, int64_t c0, int64_t c1) {
-    const int64_t chunks = (p->blocks + BLOCKS - 1) / BLOCKS;
-    v8f acc[ROW_TILE][4];
-    int64_t col = c0;
-    for (; col + 4 <= c1; col += 4) {
-        v4f sum = {0, 0, 0, 0};
-        for (int64_t kb = 0; kb < chunks; kb++) {
-            dot_chunk(p, dt, 1, 4, 0, col, kb, acc);
-            sum += lane_sums(acc[0][0], acc[0][1], acc[0][2], acc[0][3]);
+INLINE void put_eight(const Linear *p, int dt, int64_t row, int64_t col, const float *sums, int64_t stride) {
+    const int64_t es = elem_size(dt);
+    v8f v;
+    for (int i = 0; i < 8; i++) v[i] = sums[i * stride];
+    if (p->bias)
+        for (int i = 0; i < 8; i++) v[i] += load_one(dt, p->bias + (col + i) * es);
+    store_eight(dt, p->y + (row * p->ldy + col) * es, v);
+}
+
+/* acc[r][half] += x[r] . w over `blocks` blocks: one row of W read in order, the fastest way through memory. */
+INLINE void stream_blocks(int dt, int rows, const float *xp, const char *w, int64_t blocks, v8f acc[ROW_TILE][2]) {
+    const int64_t step = 16 * elem_size(dt);
+#pragma GCC unroll 2
+    for (int64_t b = 0; b < blocks; b++) {
+        if (dt == DT_FP32 || b % 2 == 0) __builtin_prefetch(w + b * step + PREFETCH);
+        const v8f w0 = load_half(dt, w + b * step, 0), w1 = load_half(dt, w + b * step, 1);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            acc[r][0] = fma8(load8(xp + (b * rows + r) * 16), w0, acc[r][0]);
+            acc[r][1] = fma8(load8(xp + (b * rows + r) * 16 + 8), w1, acc[r][1]);
         }
-        for (int c = 0; c < 4; c++) put(p, dt, 0, col + c, sum[c]);
     }
-    for (; col < c1; col++) {
-        float sum = 0;
-        for (int64_t kb = 0; kb < chunks; kb++) {
-            dot_chunk(p, dt, 1, 1, 0, col, kb, acc);
-            sum += lane_sums(acc[0][0], acc[0][0], acc[0][0], acc[0][0])[0];
+}
+
+/* At most ROW_TILE rows of x: columns [c0, c1) one after the other. */
+INLINE void stream(const Linear *p, int dt, int rows, int64_t c0, int64_t c1) {
+    const int64_t es = elem_size(dt), full = p->k / 16;
+    for (int64_t col = c0; col < c1; col++) {
+        const char *w = p->w + col * p->ldw * es;
+        v4f total = {0, 0, 0, 0};
+        for (int64_t first = 0; first < p->blocks; first += BLOCKS) {
+            const float *xp = p->packed + first * rows * 16;
+            const int64_t whole = min64(full, first + BLOCKS) - first;
+            v8f acc[ROW_TILE][2];
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = splat8(0.0f);
+            stream_blocks(dt, rows, xp, w + first * 16 * es, whole, acc);
+            if (first + whole < min64(p->blocks, first + BLOCKS)) {
+                char tail[64 + PREFETCH];
+                copy_tail(dt, tail, w + full * 16 * es, p->k - full * 16);
+                stream_blocks(dt, rows, xp + whole * rows * 16, tail, 1, acc);
+            }
+            const v8f s0 = acc[0][0] + acc[0][1], s1 = rows > 1 ? acc[1][0] + acc[1][1] : s0;
+            const v8f s2 = rows > 2 ? acc[2][0] + acc[2][1] : s0, s3 = rows > 3 ? acc[3][0] + acc[3][1] : s0;
+            total += lane_sums(s0, s1, s2, s3);
         }
-        put(p, dt, 0, col, sum);
+        for (int r = 0; r < rows; r++) put(p, dt, r, col, total[r]);
     }
 }
 
 /* Adds one micro-tile to sums[(col, row)]; the four rows of a column lie together. */
 INLINE void tile(const Linear *p, int dt, int rows, int cols, int64_t row, int64_t col, int64_t kb, float *sums,
                  int64_t stride) {
-    v8f acc[ROW_TILE][4];
+    v8f acc[2][ROW_TILE][COL_TILE];
     dot_chunk(p, dt, rows, cols, row, col, kb, acc);
 #pragma GCC unroll 4
     for (int c = 0; c < cols; c++) {
-        v4f s = lane_sums(acc[0][c], acc[rows > 1 ? 1 : 0][c], acc[rows > 2 ? 2 : 0][c], acc[rows > 3 ? 3 : 0][c]);
+        v8f s[ROW_TILE];
+#pragma GCC unroll 4
+        for (int r = 0; r < ROW_TILE; r++) s[r] = acc[0][r < rows ? r : 0][c] + acc[1][r < rows ? r : 0][c];
         v4f_u *out = (v4f_u *)(sums + c * stride);
-        *out += s;
+        *out += lane_sums(s[0], s[1], s[2], s[3]);
     }
 }
 
-/* Rows [row, row + rows) of x, at most ROW_CHUNK, against `cols` columns: the weights stay in L1 from tile to tile. */
-INLINE void tile_rows(const Linear *p, int dt, int cols, int64_t row, int64_t end, int64_t col, int64_t kb, float *sums,
-                      int64_t stride) {
-    for (; row < end; row += ROW_TILE, sums += ROW_TILE) {
-        switch (linear_tile_rows(p, row)) {
-        case 4: tile(p, dt, 4, cols, row, col, kb, sums, stride); break;
-        case 3: tile(p, dt, 3, cols, row, col, kb, sums, stride); break;
-        case 2: tile(p, dt, 2, cols, row, col, kb, sums, stride); break;
-        default: tile(p, dt, 1, cols, row, col, kb, sums, stride);
+/* Tiles [first, last) of a band against `cols` columns: the weights stay in L1 from tile to tile. */
+INLINE void tile_rows(const Linear *p, int dt, int cols, int64_t band, int64_t first, int64_t last, int64_t col,
+                      int64_t kb, float *sums, int64_t stride) {
+    for (int64_t i = first; i < last; i++) {
+        const int64_t row = tile_row(p, band, i);
+        float *out = sums + i * ROW_TILE;
+        switch (tile_row(p, band, i + 1) - row) {
+        case 4: tile(p, dt, 4, cols, row, col, kb, out, stride); break;
+        case 3: tile(p, dt, 3, cols, row, col, kb, out, stride); break;
+        case 2: tile(p, dt, 2, cols, row, col, kb, out, stride); break;
+        default: tile(p, dt, 1, cols, row, col, kb, out, stride);
         }
     }
 }
 
-/* Rows [r0, r1) (r0 a multiple of ROW_TILE) and columns [c0, c1), at most COL_CHUNK of them. `sums` holds
- * COL_CHUNK x (r1 - r0, rounded up to ROW_TILE) floats. */
-INLINE void block(const Linear *p, int dt, int64_t r0, int64_t r1, int64_t c0, int64_t c1, float *sums) {
-    const int64_t chunks = (p->blocks + BLOCKS - 1) / BLOCKS;
-    const int64_t stride = (r1 - r0 + ROW_TILE - 1) / ROW_TILE * ROW_TILE;
+/* Columns [c0, c1), at most COL_CHUNK of them, for the rows of a band. */
+INLINE void block(const Linear *p, int dt, int64_t band, int64_t c0, int64_t c1, float *sums) {
+    const int64_t chunks = (p->blocks + BLOCKS - 1) / BLOCKS, tiles = band_tiles(p, band), stride = tiles * ROW_TILE;
     memset(sums, 0, (size_t)(stride * (c1 - c0)) * sizeof(float));
     for (int64_t kb = 0; kb < chunks; kb++)
-        for (int64_t row = r0; row < r1; row += ROW_CHUNK) {
-            const int64_t end = min64(r1, row + ROW_CHUNK);
+        for (int64_t i = 0; i < tiles; i += TILE_CHUNK) {
+            const int64_t end = min64(tiles, i + TILE_CHUNK);
             int64_t col = c0;
             for (; col + COL_TILE <= c1; col += COL_TILE)
-                tile_rows(p, dt, COL_TILE, row, end, col, kb, sums + (col - c0) * stride + row - r0, stride);
-            for (; col < c1; col++)
-                tile_rows(p, dt, 1, row, end, col, kb, sums + (col - c0) * stride + row - r0, stride);
+                tile_rows(p, dt, COL_TILE, band, i, end, col, kb, sums + (col - c0) * stride, stride);
+            for (; col < c1; col++) tile_rows(p, dt, 1, band, i, end, col, kb, sums + (col - c0) * stride, stride);
         }
-    for (int64_t row = r0; row < r1; row++)
-        for (int64_t col = c0; col < c1; col++) put(p, dt, row, col, sums[(col - c0) * stride + row - r0]);
+    for (int64_t i = 0; i < tiles; i++)
+        for (int64_t row = tile_row(p, band, i); row < tile_row(p, band, i + 1); row++) {
+            const float *in = sums + i * ROW_TILE + row - tile_row(p, band, i);
+            int64_t col = c0;
+            for (; col + 8 <= c1; col += 8) put_eight(p, dt, row, col, in + (col - c0) * stride, stride);
+            for (; col < c1; col++) put(p, dt, row, col, in[(col - c0) * stride]);
+        }
 }
 
 /* First column of share `i` of `parts`, a multiple of the column tiles. */
 INLINE int64_t share(int64_t n, int64_t i, int64_t parts) {
-    return i == parts ? n : n * i / parts / (4 * COL_TILE) * (4 * COL_TILE);
+    return i == parts ? n : n * i / parts / COL_TILE * COL_TILE;
 }
 
-INLINE void run(const Linear *p, int dt, int threads) {
-    if (p->m == 1) {
-        pack_rows(p, dt, 0, 1);
+/* What threads call: the element type becomes a constant here, below OpenMP's outlined functions. */
+static void pack_any(const Linear *p, int64_t row, int64_t end) {
+    if (p->dt == DT_BF16) pack_rows(p, DT_BF16, row, end - row);
+    else if (p->dt == DT_FP16) pack_rows(p, DT_FP16, row, end - row);
+    else pack_rows(p, DT_FP32, row, end - row);
+}
+
+INLINE void stream_rows(const Linear *p, int dt, int64_t c0, int64_t c1) {
+    if (p->m == 1) stream(p, dt, 1, c0, c1);
+    else if (p->m == 2) stream(p, dt, 2, c0, c1);
+    else if (p->m == 3) stream(p, dt, 3, c0, c1);
+    else stream(p, dt, 4, c0, c1);
+}
+
+static void stream_any(const Linear *p, int64_t c0, int64_t c1) {
+    if (p->dt == DT_BF16) stream_rows(p, DT_BF16, c0, c1);
+    else if (p->dt == DT_FP16) stream_rows(p, DT_FP16, c0, c1);
+    else stream_rows(p, DT_FP32, c0, c1);
+}
+
+static void block_any(const Linear *p, int64_t band, int64_t chunk, float *sums) {
+    const int64_t c0 = chunk * COL_CHUNK, c1 = min64(p->n, c0 + COL_CHUNK);
+    if (p->dt == DT_BF16) block(p, DT_BF16, band, c0, c1, sums);
+    else if (p->dt == DT_FP16) block(p, DT_FP16, band, c0, c1, sums);
+    else block(p, DT_FP32, band, c0, c1, sums);
+}
+
+static void run(const Linear *p, int threads) {
+    if (p->m <= ROW_TILE) {
+        pack_any(p, 0, p->m);
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
-        for (int t = 0; t < threads; t++) gemv(p, dt, share(p->n, t, threads), share(p->n, t + 1, threads));
+        for (int t = 0; t < threads; t++) stream_any(p, share(p->n, t, threads), share(p->n, t + 1, threads));
         return;
     }
-    const int64_t row_tiles = (p->m + ROW_TILE - 1) / ROW_TILE;
-    const int64_t height = min64(p->m, MAX_ROWS), bands = (p->m + MAX_ROWS - 1) / MAX_ROWS;
-    const int64_t col_chunks = (p->n + COL_CHUNK - 1) / COL_CHUNK;
+    const int64_t bands = (p->m + MAX_ROWS - 1) / MAX_ROWS, col_chunks = (p->n + COL_CHUNK - 1) / COL_CHUNK;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float *sums = aligned_alloc(64, (size_t)((height + ROW_TILE - 1) / ROW_TILE * ROW_TILE * COL_CHUNK) * 4);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < row_tiles; i++) pack_rows(p, dt, i * ROW_TILE, linear_tile_rows(p, i * ROW_TILE));
+        float *sums = p->sums + (int64_t)thread_index() * MAX_ROWS * COL_CHUNK;
+        for (int64_t band = 0; band < bands; band++) {
+            const int64_t tiles = band_tiles(p, band);
+#pragma omp for schedule(static) nowait
+            for (int64_t i = 0; i < tiles; i++) pack_any(p, tile_row(p, band, i), tile_row(p, band, i + 1));
+        }
+#pragma omp barrier
 #pragma omp for schedule(dynamic, 1) collapse(2)
         for (int64_t band = 0; band < bands; band++)
-            for (int64_t i = 0; i < col_chunks; i++)
-                block(p, dt, band * MAX_ROWS, min64(p->m, (band + 1) * MAX_ROWS), i * COL_CHUNK,
-                      min64(p->n, (i + 1) * COL_CHUNK), sums);
-        free(sums);
+            for (int64_t i = 0; i < col_chunks; i++) block_any(p, band, i, sums);
     }
 }
 
 /* Returns 0, or 1 when scratch memory could not be had. Leading dimensions are in elements; `bias` may be NULL. */
 EXPORT int vrm_linear(int dt, int64_t m, int64_t n, int64_t k, const void *x, int64_t ldx, const void *w, int64_t ldw,
                       const void *bias, void *y, int64_t ldy, int threads) {
-    Linear p = {dt, m, n, k, ldx, ldw, ldy, x, w, bias, y, NULL, (k + 15) / 16};
+    const int64_t blocks = (k + 15) / 16, packed = m * blocks * 16;
+    const int64_t sums = m > ROW_TILE ? (int64_t)threads * MAX_ROWS * COL_CHUNK : 0;
     if (m < 1 || n < 1) return 0;
-    p.packed = aligned_alloc(64, (size_t)(m * p.blocks * 64 + 64) / 64 * 64);
-    if (!p.packed) return 1;
-    if (dt == DT_BF16) run(&p, DT_BF16, threads);
-    else if (dt == DT_FP16) run(&p, DT_FP16, threads);
-    else run(&p, DT_FP32, threads);
-    free(p.packed);
+    float *memory = aligned_alloc(64, (size_t)(packed + sums) * 4);
+    if (!memory) return 1;
+    const Linear p = {dt, m, n, k, ldx, ldw, ldy, x, w, bias, y, memory, memory + packed, blocks};
+    run(&p, threads);
+    free(memory);
     return 0;
 }

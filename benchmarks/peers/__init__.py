@@ -1,0 +1,23 @@
+"""The engines under test, by the names ``--peers`` takes."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from benchmarks.peers.base import Peer
+
+PEERS = {
+    "ours": "benchmarks.peers.ours:OursPeer",
+    "generate": "benchmarks.peers.transformers_generate:GeneratePeer",
+    "transformers-cb": "benchmarks.peers.transformers_cb:ContinuousBatchingPeer",
+    "llama.cpp": "benchmarks.peers.llama_cpp:LlamaCppPeer",
+    "llama.cpp-f16": "benchmarks.peers.llama_cpp:LlamaCppF16Peer",
+}
+DEFAULT_PEERS = ("ours", "generate", "transformers-cb", "llama.cpp")
+
+
+def create_peer(name: str) -> Peer:
+    """A fresh, unloaded peer. Its module is imported here and not before, so no peer pays for another's imports."""
+    module_name, class_name = PEERS[name].split(":")
+    peer: Peer = getattr(import_module(module_name), class_name)()
+    return peer

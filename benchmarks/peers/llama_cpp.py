@@ -1,0 +1,129 @@
+"""llama.cpp through llama-cpp-python's low-level API: one context, several sequences in one batch."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.peers.base import PeerUnavailable, RequestTrace, RunResult
+
+BATCH_TOKENS = 512
+
+
+class LlamaCppPeer:
+    """Prompts go through in batches of 512 tokens, then every step decodes one token of each sequence together."""
+
+    name = "llama.cpp"
+    dtype = "bf16"
+    flash_attention = True
+
+    def load(self, model_dir: Path, threads: int, max_streams: int, max_context: int) -> dict[str, Any]:
+        """Convert the checkpoint to GGUF beside itself (once) and open a context with room for every stream."""
+        try:
+            import llama_cpp
+
+            from benchmarks.gguf_export import export_gguf
+
+            target = model_dir.parent / "gguf" / f"{model_dir.name}-{self.dtype}.gguf"
+            path = export_gguf(model_dir, target, self.dtype)
+        except ImportError as error:
+            raise PeerUnavailable(f"{error.name} is not installed (pip install llama-cpp-python gguf)") from error
+        except ValueError as error:
+            raise PeerUnavailable(str(error)) from error
+        self._lib = llama_cpp
+        self._silence = llama_cpp.llama_log_callback(lambda _level, _text, _data: None)
+        llama_cpp.llama_log_set(self._silence, None)
+        llama_cpp.llama_backend_init()
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        if not self._model:
+            raise RuntimeError(f"llama.cpp could not load {path}")
+        self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        self._context = llama_cpp.llama_init_from_model(
+            self._model, self._context_params(threads, max_streams, max_context)
+        )
+        if not self._context:
+            raise RuntimeError("llama.cpp could not create a context")
+        self._batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
+        return {
+            "engine": f"llama-cpp-python {llama_cpp.__version__}",
+            "dtype": self.dtype,
+            "flash_attention": self.flash_attention,
+            "kv_cache": "f16",
+            "system": llama_cpp.llama_print_system_info().decode().strip(),
+        }
+
+    def _context_params(self, threads: int, max_streams: int, max_context: int) -> Any:
+        lib = self._lib
+        params = lib.llama_context_default_params()
+        params.n_ctx = max_streams * (-(-max_context // 256) * 256)
+        params.n_batch = params.n_ubatch = BATCH_TOKENS
+        params.n_seq_max = max_streams
+        params.n_threads = params.n_threads_batch = threads
+        params.kv_unified = False  # a buffer per sequence: attention then never reads another sequence's cells
+        params.flash_attn_type = (
+            lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if self.flash_attention else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        return params
+
+    def _decode(self, tokens: list[tuple[int, int, int, bool]]) -> dict[int, npt.NDArray[np.float32]]:
+        """Process (token, position, sequence, wants logits) records; returns views of the logits by sequence."""
+        batch, lib = self._batch, self._lib
+        batch.n_tokens = len(tokens)
+        for i, (token, position, sequence, wants_logits) in enumerate(tokens):
+            batch.token[i], batch.pos[i] = token, position
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+            batch.logits[i] = wants_logits
+        status = lib.llama_decode(self._context, batch)
+        if status != 0:
+            raise RuntimeError(f"llama_decode failed with status {status}")
+        return {
+            sequence: np.ctypeslib.as_array(lib.llama_get_logits_ith(self._context, i), shape=(self._vocab,))
+            for i, (_, _, sequence, wants_logits) in enumerate(tokens)
+            if wants_logits
+        }
+
+    def run(self, prompts: list[list[int]], max_tokens: int) -> RunResult:
+        """Prefill every prompt, then decode all sequences in lockstep."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), False)
+        start_s = time.perf_counter()
+        traces = [RequestTrace() for _ in prompts]
+
+        def take(logits: dict[int, npt.NDArray[np.float32]]) -> None:
+            for sequence, row in logits.items():
+                traces[sequence].token_ids.append(int(row.argmax()))
+                traces[sequence].times_s.append(time.perf_counter() - start_s)
+
+        queue = [
+            (token, position, sequence, position == len(prompt) - 1)
+            for sequence, prompt in enumerate(prompts)
+            for position, token in enumerate(prompt)
+        ]
+        for first in range(0, len(queue), BATCH_TOKENS):
+            take(self._decode(queue[first : first + BATCH_TOKENS]))
+        for step in range(max_tokens - 1):
+            take(
+                self._decode(
+                    [
+                        (trace.token_ids[-1], len(prompt) + step, sequence, True)
+                        for sequence, (prompt, trace) in enumerate(zip(prompts, traces, strict=True))
+                    ]
+                )
+            )
+        return RunResult(time.perf_counter() - start_s, traces)
+
+    def close(self) -> None:
+        """Free the batch, the context and the model."""
+        self._lib.llama_batch_free(self._batch)
+        self._lib.llama_free(self._context)
+        self._lib.llama_model_free(self._model)
+
+
+class LlamaCppF16Peer(LlamaCppPeer):
+    """The same with fp16 weights: equal in size, and some CPUs convert them faster."""
+
+    name = "llama.cpp-f16"
+    dtype = "f16"

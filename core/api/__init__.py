@@ -1,0 +1,62 @@
+"""The HTTP API: `create_app(pipeline)` makes the Flask application."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flask import Flask
+from flask_cors import CORS
+
+from core.api import management, monitoring, native, tokens
+from core.api.context import EXTENSION, ApiContext
+from core.api.errors import register_error_handlers
+from core.api.hooks import REQUEST_ID_HEADER, register_hooks
+from core.api.live import LiveRequests
+from core.api.openai import batch, chat, completions, models
+from core.security.token import resolve_token
+
+if TYPE_CHECKING:
+    from core.inference_pipeline import InferencePipeline
+
+__all__ = ["create_app"]
+
+BLUEPRINTS = (
+    completions.blueprint,
+    chat.blueprint,
+    batch.blueprint,
+    models.blueprint,
+    native.blueprint,
+    tokens.blueprint,
+    management.blueprint,
+    monitoring.blueprint,
+)
+
+
+def create_app(pipeline: InferencePipeline, *, token: str | None = None) -> Flask:
+    """The application that serves `pipeline`.
+
+    Args:
+        token: what clients have to send; None takes it from the settings, or the generated one from its file.
+
+    Raises:
+        ConfigError: there is no usable token.
+    """
+    settings = pipeline.settings
+    if token is None:
+        token, _, _ = resolve_token(settings)
+    app = Flask(__name__, static_folder=None)
+    # One more than is accepted: Werkzeug cuts a chunked body off there, and `read_request` then knows it is too long.
+    app.config["MAX_CONTENT_LENGTH"] = settings.api.max_body_bytes + 1
+    app.extensions[EXTENSION] = ApiContext(pipeline, token, LiveRequests())
+    register_error_handlers(app)
+    register_hooks(app)
+    for blueprint in BLUEPRINTS:
+        app.register_blueprint(blueprint)
+    if settings.api.cors_origins:
+        CORS(
+            app,
+            origins=list(settings.api.cors_origins),
+            allow_headers=["Authorization", "Content-Type", "X-API-TOKEN", REQUEST_ID_HEADER],
+            expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
+        )
+    return app

@@ -1,0 +1,152 @@
+"""Request bodies: read once, as strict JSON, into a schema. Whatever is wrong with one is a 4xx that says what."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import Any, NoReturn, TypeVar
+
+from flask import g, request
+from pydantic import ValidationError
+
+from core.api.context import api_context
+from core.api.errors import from_validation_error
+from core.api.schema import RequestModel
+from core.errors import InvalidRequestError, PayloadTooLargeError, UnsupportedMediaTypeError
+
+MAX_DEPTH = 64  # nested lists and objects
+MAX_DISCARDED_BYTES = 64 * 1024 * 1024
+MAX_DISCARD_S = 10.0
+DISCARD_STEP_BYTES = 64 * 1024
+
+Schema = TypeVar("Schema", bound=RequestModel)
+
+
+def read_request(schema: type[Schema]) -> Schema:
+    """The current request's body as `schema`.
+
+    Raises:
+        UnsupportedMediaTypeError: not application/json in UTF-8.
+        PayloadTooLargeError: longer than api.max_body_bytes; known before it is read.
+        InvalidRequestError: not JSON, not an object, or not what the schema says.
+        UnsupportedParameterError: a parameter that is known but not honoured.
+    """
+    body = parse_object(_read_bytes())
+    schema.refuse_unsupported(body)
+    try:
+        return schema.model_validate(body)
+    except ValidationError as error:
+        raise from_validation_error(error) from None
+
+
+def _read_bytes() -> bytes:
+    if request.mimetype != "application/json":
+        raise UnsupportedMediaTypeError("The body must be JSON, sent with Content-Type: application/json.")
+    if request.mimetype_params.get("charset", "utf-8").lower() not in ("utf-8", "utf8"):
+        raise UnsupportedMediaTypeError("The body must be encoded in UTF-8.")
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaTypeError("The body must not be compressed.")
+    limit = api_context().pipeline.settings.api.max_body_bytes
+    if (request.content_length or 0) > limit:
+        raise PayloadTooLargeError(f"The body has {request.content_length} bytes; this server accepts {limit}.")
+    data = request.get_data(cache=False)
+    if len(data) > limit:  # only a chunked body, whose length is not known beforehand
+        raise PayloadTooLargeError(f"The body has more than the {limit} bytes that this server accepts.")
+    g.body_read = True
+    return data
+
+
+def discard_unread_body() -> None:
+    """Read and drop what no route has read, within bounds: most clients look for an answer only when all is sent."""
+    if g.get("body_read") or (request.content_length is None and "Transfer-Encoding" not in request.headers):
+        return
+    stream = request.environ["wsgi.input"]
+    left_bytes = min(
+        request.content_length if request.content_length is not None else MAX_DISCARDED_BYTES, MAX_DISCARDED_BYTES
+    )
+    deadline_s = time.monotonic() + MAX_DISCARD_S
+    while left_bytes > 0 and time.monotonic() < deadline_s:
+        try:
+            data = stream.read(min(left_bytes, DISCARD_STEP_BYTES))
+        except OSError:  # the client left, or sent a broken chunk
+            return
+        if not data:
+            return
+        left_bytes -= len(data)
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """A JSON object with unique keys, finite numbers, text that UTF-8 can express, and at most `MAX_DEPTH` levels."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"The body is not UTF-8: byte {error.start} cannot be decoded.") from None
+    try:
+        body = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
+    except json.JSONDecodeError as error:
+        raise InvalidRequestError(f"The body is not valid JSON: {error}.") from None
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError:  # int() refuses thousands of digits
+        raise InvalidRequestError("The body holds a number with too many digits.") from None
+    if not isinstance(body, dict):
+        raise InvalidRequestError("The body must be a JSON object.")
+    _check_values(body, may_hold_surrogates="\\u" in text)
+    return body
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise InvalidRequestError(f"The body gives {_shown(twice)} twice.", param=_shown(twice))
+    return values
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise InvalidRequestError(f"The body is not valid JSON: {name} is not a JSON number.")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise InvalidRequestError("The body holds a number that is too large.")
+    return value
+
+
+def _too_deep() -> InvalidRequestError:
+    return InvalidRequestError(f"The body is nested more than {MAX_DEPTH} levels deep.")
+
+
+def _check_values(body: dict[str, Any], *, may_hold_surrogates: bool) -> None:
+    """Check depth, level by level, and surrogates, which only a backslash escape can bring in."""
+    level: list[Any] = [body]
+    for _ in range(MAX_DEPTH):
+        children: list[Any] = []
+        for container in level:
+            if isinstance(container, dict):
+                if may_hold_surrogates:
+                    _check_text(container)
+                container = container.values()
+            if may_hold_surrogates:
+                _check_text(container)
+            children.extend(value for value in container if isinstance(value, (dict, list)))
+        if not children:
+            return
+        level = children
+    raise _too_deep()
+
+
+def _check_text(values: Any) -> None:
+    for value in values:
+        if isinstance(value, str):
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError:
+                raise InvalidRequestError("The body holds half of a surrogate pair, which is not text.") from None
+
+
+def _shown(key: str) -> str:
+    return key[:64].encode("utf-8", "replace").decode()

@@ -1,0 +1,101 @@
+"""One map from errors to answers, all in OpenAI's shape `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from flask import Flask, Response
+from pydantic import ValidationError
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+
+from core.api.answers import json_response
+from core.errors import (
+    AuthenticationError,
+    InvalidRequestError,
+    NotFoundError,
+    PayloadTooLargeError,
+    VRAMancerError,
+)
+from core.logs import get_logger
+
+log = get_logger(__name__)
+
+MAX_PARAM_LENGTH = 256  # the name of an unknown field is the client's, and may be as long as a body
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left; nobody reads the answer, metrics and logs do
+
+
+class ClientDisconnectedError(Exception):
+    """The client closed its connection before the answer was complete."""
+
+
+def register_error_handlers(app: Flask) -> None:
+    """Every error of a request goes through one of these."""
+    app.register_error_handler(VRAMancerError, _answer_error)
+    app.register_error_handler(HTTPException, _answer_http)
+    app.register_error_handler(ClientDisconnectedError, _answer_disconnected)
+    app.register_error_handler(Exception, _answer_unexpected)
+
+
+def from_validation_error(error: ValidationError) -> InvalidRequestError:
+    """The first problem that pydantic found, as a 400 that names the field: `messages[0].role`."""
+    detail = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    param = _param(detail["loc"])
+    message = detail["msg"].removeprefix("Value error, ")
+    return InvalidRequestError(f"{param}: {message}" if param else message, param=param or None)
+
+
+def unexpected_error_body() -> dict[str, Any]:
+    """What a client is told of a bug: nothing. The log has the cause, under the request's id."""
+    return VRAMancerError("The server failed; the cause is in its log.", code="internal_error").to_openai()
+
+
+def _param(location: tuple[int | str, ...]) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return text.removeprefix(".")[:MAX_PARAM_LENGTH]
+
+
+def _answer_error(error: VRAMancerError) -> Response:
+    response = json_response(error.to_openai(), error.status)
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, AuthenticationError):
+        response.headers["WWW-Authenticate"] = "Bearer"
+    if error.status >= 500:
+        log.error("request failed", error=error.message, code=error.error_code)
+    return response
+
+
+def _answer_http(error: HTTPException) -> Response | HTTPException:
+    """Flask's and Werkzeug's own errors: no such route, wrong method, body too large, and so on."""
+    status = error.code or 500
+    if status < 400:  # a redirect
+        return error
+    response = json_response(_http_body(error, status), status)
+    for name, value in error.get_headers():
+        if name.lower() not in ("content-type", "content-length"):
+            response.headers[name] = value
+    return response
+
+
+def _http_body(error: HTTPException, status: int) -> dict[str, Any]:
+    if isinstance(error, RequestEntityTooLarge):
+        return PayloadTooLargeError("The request body is larger than this server accepts.").to_openai()
+    if status == 404:
+        return NotFoundError("There is no such route.").to_openai()
+    code = error.name.lower().replace(" ", "_")
+    body = (InvalidRequestError if status < 500 else VRAMancerError)(error.description or error.name, code=code)
+    return body.to_openai()
+
+
+def _answer_disconnected(_: ClientDisconnectedError) -> Response:
+    log.info("client left before the answer was complete")
+    return Response(status=CLIENT_CLOSED_REQUEST)
+
+
+def _answer_unexpected(error: Exception) -> Response:
+    """A bug. Registered for Exception, as the last resort of every request."""
+    log.error("request failed unexpectedly", error=repr(error), exc_info=error)
+    return json_response(unexpected_error_body(), 500)

@@ -1,0 +1,138 @@
+"""Health, metrics, and the state of the engine and of the machine. Nothing here changes anything."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import psutil
+from flask import Blueprint, Response, g, request
+from prometheus_client.exposition import choose_encoder
+
+from core.api.answers import json_response
+from core.api.context import api_context
+
+blueprint = Blueprint("monitoring", __name__)
+
+
+@blueprint.get("/live")
+def live() -> Response:
+    """The process answers."""
+    return json_response({"status": "alive"})
+
+
+@blueprint.get("/ready")
+def ready() -> Response:
+    """200 once the loaded model has really produced a token, else 503."""
+    is_ready, reason = api_context().pipeline.ready()
+    body = {"status": "ready" if is_ready else "not_ready", "reason": reason}
+    return json_response(body, 200 if is_ready else 503)
+
+
+@blueprint.get("/health")
+def health() -> Response:
+    """503 when a check has status error. Without the token, checks are named but not described."""
+    report = api_context().pipeline.health()
+    body: dict[str, Any] = {
+        "status": report["status"],
+        "failed": [name for name, check in report["checks"].items() if check["status"] == "error"],
+    }
+    if g.authenticated:
+        body = {**report, **body}
+    else:
+        body["checks"] = {name: {"status": check["status"]} for name, check in report["checks"].items()}
+    return json_response(body, 503 if report["status"] == "error" else 200)
+
+
+@blueprint.get("/metrics")
+def metrics() -> Response:
+    encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+    return Response(encode(api_context().pipeline.metrics.registry), content_type=content_type)
+
+
+@blueprint.get("/api/pipeline/status")
+def pipeline_status() -> Response:
+    return json_response(api_context().pipeline.pipeline_status())
+
+
+@blueprint.get("/api/queue/status")
+def queue_status() -> Response:
+    return json_response(api_context().pipeline.queue_status())
+
+
+@blueprint.get("/api/batcher/stats")
+def batcher_stats() -> Response:
+    return json_response(api_context().pipeline.batcher_stats())
+
+
+@blueprint.get("/api/gpu")
+def gpu_status() -> Response:
+    """Every logical device, with its memory and utilisation."""
+    context = api_context()
+    context.pipeline.metrics.count_environment_hit()
+    return json_response({"devices": context.pipeline.device_status()})
+
+
+@blueprint.get("/api/system")
+def system_status() -> Response:
+    context = api_context()
+    context.pipeline.metrics.count_environment_hit()
+    memory = psutil.virtual_memory()
+    disk_path = _existing(context.pipeline.settings.runtime.cache_dir)
+    disk = psutil.disk_usage(str(disk_path))
+    process = psutil.Process()
+    body = {
+        "hostname": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpu": {
+            "count": os.cpu_count(),
+            "physical_count": psutil.cpu_count(logical=False),
+            "utilization_percent": psutil.cpu_percent(interval=None),  # since the last time somebody asked
+            "load_average": list(psutil.getloadavg()),
+        },
+        "memory": {
+            "total_bytes": memory.total,
+            "available_bytes": memory.available,
+            "used_bytes": memory.used,
+            "used_percent": memory.percent,
+        },
+        "disk": {
+            "path": str(disk_path),
+            "total_bytes": disk.total,
+            "free_bytes": disk.free,
+            "used_percent": disk.percent,
+        },
+        "process": {
+            "pid": process.pid,
+            "resident_bytes": process.memory_info().rss,
+            "threads": process.num_threads(),
+            "uptime_s": time.time() - process.create_time(),
+        },
+    }
+    return json_response(body)
+
+
+@blueprint.get("/api/nodes")
+def nodes() -> Response:
+    """This node, alone: discovery of others is off."""
+    context = api_context()
+    context.pipeline.metrics.count_environment_hit()
+    hostname = socket.gethostname()
+    node = {
+        "id": str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{uuid.getnode():012x}.{hostname}")),
+        "hostname": hostname,
+        "roles": ["api", "engine"],
+        "devices": context.pipeline.device_status(),
+    }
+    return json_response({"nodes": [node], "discovery": {"status": "disabled"}})
+
+
+def _existing(path: Path) -> Path:
+    """The path, or its nearest parent that is there already."""
+    return next(candidate for candidate in (path, *path.absolute().parents) if candidate.exists())

@@ -1,0 +1,1 @@
+"""OpenAI's API: schemas, routes, and the shapes of their answers."""

@@ -1,0 +1,250 @@
+"""`POST /v1/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flask import Blueprint, Response
+
+from core.api.answers import json_response
+from core.api.body import read_request
+from core.api.context import api_context, served_model
+from core.api.generation import EngineRequest, start_generation
+from core.api.openai.format import TextOffsets, Usage, completion_logprobs, envelope
+from core.api.openai.schemas import CompletionFields, CompletionRequest
+from core.api.openai.sse import stream_response
+from core.api.sampling import default_max_tokens, encode_prompt, sampling_params
+from core.errors import InvalidRequestError
+from core.request import GenerationResult, RequestOutput, SequenceDelta, TokenLogprob
+
+if TYPE_CHECKING:
+    from core.model_engine import LoadedModel
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+blueprint = Blueprint("openai_completions", __name__)
+
+
+@blueprint.post("/v1/completions")
+def create_completion() -> Response:
+    fields = read_request(CompletionRequest)
+    model = served_model(fields.model)
+    prompts = split_prompts(fields.prompt, limit=api_context().pipeline.settings.api.max_batch_prompts)
+    job = CompletionJob.prepare(fields, prompts, model, param="prompt")
+    generation = start_generation(job.requests, job.model, prefix="cmpl", priority=fields.priority)
+    head = envelope(generation.id, "text_completion", model, fields.model)
+    if fields.stream:
+        return stream_response(generation, CompletionStream(job, head))
+    with closing(generation):
+        results = generation.gather()
+    usage = Usage()
+    choices = []
+    for index, result in enumerate(results):
+        job.count(usage, result)
+        choices += job.choices(index, result, first=index * job.n)
+    return json_response({**head, "choices": choices, "usage": usage.to_openai()})
+
+
+def split_prompts(prompt: Any, *, limit: int) -> list[str | list[int]]:
+    """The prompts in OpenAI's four forms: text, texts, token ids, lists of token ids."""
+    if prompt is None:
+        raise InvalidRequestError("prompt is missing.", param="prompt")
+    if isinstance(prompt, list) and prompt and all(type(item) is int for item in prompt):
+        return [prompt]
+    prompts = prompt if isinstance(prompt, list) else [prompt]
+    check_prompts(prompts, limit=limit, param="prompt")
+    return prompts
+
+
+def check_prompts(prompts: list[Any], *, limit: int, param: str) -> None:
+    """Raise `InvalidRequestError` unless there is a prompt, all are texts or all lists of ids, and not too many."""
+    if not prompts:
+        raise InvalidRequestError(f"{param} must not be empty.", param=param)
+    if len(prompts) > limit:
+        raise InvalidRequestError(f"{param} takes at most {limit} prompts, got {len(prompts)}.", param=param)
+    if all(isinstance(item, str) for item in prompts):
+        return
+    if not all(isinstance(item, list) and all(type(token) is int for token in item) for item in prompts):
+        raise InvalidRequestError(f"{param} must be text or token ids, or a list of one of them.", param=param)
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionJob:
+    """What a text completion asks for, prompt by prompt, and how its choices are shown."""
+
+    fields: CompletionFields
+    model: LoadedModel
+    prompts: Sequence[str | list[int]]
+    requests: Sequence[EngineRequest]
+
+    @classmethod
+    def prepare(
+        cls, fields: CompletionFields, prompts: Sequence[str | list[int]], model: LoadedModel, *, param: str
+    ) -> CompletionJob:
+        """Check and tokenize. Raises `InvalidRequestError`."""
+        _check_fields(fields)
+        requests = []
+        for prompt in prompts:
+            token_ids = encode_prompt(
+                prompt, model, add_special_tokens=fields.add_special_tokens is not False, param=param
+            )
+            max_tokens = fields.max_tokens
+            if max_tokens is None:
+                max_tokens = default_max_tokens(token_ids, model, DEFAULT_MAX_TOKENS)
+            params = sampling_params(
+                fields,
+                model,
+                max_tokens=max(1, max_tokens),  # the engine generates at least one; `choices` drops it again
+                logprobs=fields.logprobs,
+                prompt_logprobs=fields.logprobs if fields.echo else None,
+            )
+            requests.append((token_ids, params))
+        return cls(fields, model, prompts, requests)
+
+    @property
+    def n(self) -> int:
+        return self.fields.n or 1
+
+    @property
+    def prompt_only(self) -> bool:
+        """Whether the prompt is all there is to show (`echo` with `max_tokens` 0)."""
+        return self.fields.max_tokens == 0
+
+    def count(self, usage: Usage, result: GenerationResult) -> None:
+        generated = 0 if self.prompt_only else result.num_generated_tokens
+        usage.add_result(
+            GenerationResult(result.request_id, [], result.num_prompt_tokens, result.num_cached_tokens, generated)
+        )
+
+    def choices(self, prompt_index: int, result: GenerationResult, *, first: int) -> list[dict[str, Any]]:
+        """The choices of one prompt, numbered from `first`."""
+        choices = []
+        for completion in result.completions:
+            writer = ChoiceWriter(self, prompt_index)
+            text, logprobs = writer.echo(result.prompt_logprobs)
+            if not self.prompt_only:
+                text += completion.text
+                logprobs = _joined(logprobs, writer.logprobs(completion.token_ids, completion.logprobs))
+            choices.append(
+                {
+                    "index": first + completion.index,
+                    "text": text,
+                    "logprobs": logprobs,
+                    "finish_reason": "length" if self.prompt_only else completion.finish_reason,
+                    "stop_reason": None if self.prompt_only else completion.stop_reason,
+                }
+            )
+        return choices
+
+
+def _check_fields(fields: CompletionFields) -> None:
+    if fields.max_tokens == 0 and not fields.echo:
+        raise InvalidRequestError("max_tokens must be at least 1, unless echo is true.", param="max_tokens")
+    if fields.stream_options is not None and not fields.stream:
+        raise InvalidRequestError("stream_options needs stream to be true.", param="stream_options")
+    if fields.stream and fields.best_of is not None and fields.best_of > (fields.n or 1):
+        raise InvalidRequestError("best_of above n cannot be streamed: the best are known at the end.", param="best_of")
+
+
+class ChoiceWriter:
+    """Text and log-probabilities of one choice, in the order in which they come."""
+
+    def __init__(self, job: CompletionJob, prompt_index: int) -> None:
+        self._job = job
+        self._prompt = job.prompts[prompt_index]
+        self._token_ids = list(job.requests[prompt_index][0])
+        self._offsets: TextOffsets | None = None
+        self._echoed_characters = 0
+
+    def echo(self, prompt_logprobs: Sequence[TokenLogprob | None] | None) -> tuple[str, dict[str, list[Any]] | None]:
+        """The prompt's text and log-probabilities, if the client wants the prompt back."""
+        fields, tokenizer = self._job.fields, self._job.model.tokenizer
+        if not fields.echo:
+            return "", None
+        prompt = self._prompt
+        text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip_special_tokens=False)
+        self._echoed_characters = len(text)
+        if fields.logprobs is None or prompt_logprobs is None:
+            return text, None
+        # Special tokens that encoding a text added are no part of it; those among given token ids are.
+        offsets = TextOffsets(tokenizer, [], skip_special_tokens=isinstance(prompt, str))
+        return text, completion_logprobs(tokenizer, self._token_ids, prompt_logprobs, offsets, num_top=fields.logprobs)
+
+    def logprobs(
+        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] | None
+    ) -> dict[str, list[Any]] | None:
+        """Log-probabilities of generated tokens, if the client wants them."""
+        fields, tokenizer = self._job.fields, self._job.model.tokenizer
+        if fields.logprobs is None:
+            return None
+        if self._offsets is None:
+            self._offsets = TextOffsets(
+                tokenizer, self._token_ids, skip_special_tokens=fields.skip_special_tokens is not False
+            )
+            self._offsets.start_at(self._echoed_characters)
+        return completion_logprobs(tokenizer, token_ids, logprobs or (), self._offsets, num_top=fields.logprobs)
+
+
+def _joined(first: dict[str, list[Any]] | None, second: dict[str, list[Any]] | None) -> dict[str, list[Any]] | None:
+    if first is None or second is None:
+        return first or second
+    return {name: first[name] + second[name] for name in first}
+
+
+class CompletionStream:
+    """Chunks of a streamed text completion: text as it comes, then one chunk per choice with its finish reason."""
+
+    def __init__(self, job: CompletionJob, head: dict[str, Any]) -> None:
+        self._job = job
+        self._head = head
+        self._usage = Usage()
+        self._writers: dict[int, ChoiceWriter] = {}
+        if job.fields.include_usage:
+            self._head = {**head, "usage": None}
+
+    def chunks(self, index: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
+        self._usage.add_output(index, output)
+        if index * self._job.n not in self._writers:  # the first output of this prompt
+            for number in range(self._job.n):
+                writer = self._writers[index * self._job.n + number] = ChoiceWriter(self._job, index)
+                text, logprobs = writer.echo(output.prompt_logprobs)
+                if text:
+                    yield self._chunk(index * self._job.n + number, text, logprobs)
+        for delta in output.deltas:
+            yield from self._delta_chunks(index * self._job.n + delta.index, delta)
+
+    def _delta_chunks(self, choice: int, delta: SequenceDelta) -> Iterator[dict[str, Any]]:
+        if not self._job.prompt_only:
+            logprobs = self._writers[choice].logprobs(delta.token_ids, delta.logprobs) if delta.token_ids else None
+            if delta.text or logprobs is not None:
+                yield self._chunk(choice, delta.text, logprobs)
+        if delta.finish_reason is not None:
+            reason = "length" if self._job.prompt_only else delta.finish_reason
+            yield self._chunk(choice, "", None, finish_reason=reason, stop_reason=delta.stop_reason)
+
+    def closing(self) -> Iterator[dict[str, Any]]:
+        if self._job.fields.include_usage:
+            if self._job.prompt_only:
+                self._usage.completion_tokens = 0
+            yield {**self._head, "choices": [], "usage": self._usage.to_openai()}
+
+    def _chunk(
+        self,
+        choice: int,
+        text: str,
+        logprobs: dict[str, list[Any]] | None,
+        *,
+        finish_reason: str | None = None,
+        stop_reason: int | str | None = None,
+    ) -> dict[str, Any]:
+        shown = {
+            "index": choice,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+            "stop_reason": stop_reason,
+        }
+        return {**self._head, "choices": [shown]}

@@ -1,0 +1,71 @@
+"""From request fields to `SamplingParams`, and from prompts to token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from core.api.schema import SamplingFields
+from core.errors import InvalidRequestError
+from core.request import SamplingParams
+
+if TYPE_CHECKING:
+    from core.model_engine import LoadedModel
+
+MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of generation_config.json
+COPIED = (
+    "n",
+    "best_of",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "stop",
+    "stop_token_ids",
+    "min_tokens",
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "seed",
+)
+
+
+def sampling_params(fields: SamplingFields, model: LoadedModel, **others: Any) -> SamplingParams:
+    """What the request says; where it says nothing, the model's own defaults, then OpenAI's.
+
+    `others` are the parameters that each route reads in its own way (max_tokens, logprobs, ...).
+    """
+    values = {name: getattr(fields, name) for name in (*COPIED, *MODEL_DEFAULTS)}
+    for name in MODEL_DEFAULTS:
+        if values[name] is None:
+            values[name] = model.generation_defaults.get(name)
+    if values["top_k"] == -1:  # vLLM's way of writing off
+        values["top_k"] = 0
+    values.update(others)
+    best_of, n = values["best_of"], values["n"] or 1
+    if best_of is not None and best_of > n and values.get("logprobs") is None:
+        values["logprobs"] = 0  # the best are chosen by log-probability
+    return SamplingParams(**{name: value for name, value in values.items() if value is not None})
+
+
+def default_max_tokens(prompt_token_ids: Sequence[int], model: LoadedModel, default: int) -> int:
+    """`default`, or what is left of the context if that is less; at least 1, for the pipeline to refuse."""
+    return max(1, min(default, model.max_model_len - len(prompt_token_ids)))
+
+
+def encode_prompt(prompt: str | list[int], model: LoadedModel, *, add_special_tokens: bool, param: str) -> list[int]:
+    """Token ids of a prompt, none of them out of range. Raises `InvalidRequestError`, also for an empty prompt."""
+    if not prompt:
+        raise InvalidRequestError(f"{param} must not be empty.", param=param)
+    if isinstance(prompt, list):
+        return check_token_ids(prompt, model, param=param)
+    token_ids = model.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+    if not token_ids:
+        raise InvalidRequestError(f"{param} has no tokens.", param=param)
+    return token_ids
+
+
+def check_token_ids(token_ids: list[int], model: LoadedModel, *, param: str) -> list[int]:
+    """The ids unchanged, if all of them are in the vocabulary."""
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < model.vocab_size):
+        raise InvalidRequestError(f"{param}: token ids lie between 0 and {model.vocab_size - 1}.", param=param)
+    return token_ids

@@ -1,0 +1,68 @@
+"""`POST /tokenize` and `POST /detokenize`, shaped as vLLM's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Blueprint, Response
+
+from core.api.answers import json_response
+from core.api.body import read_request
+from core.api.context import served_model
+from core.api.openai.messages import encode_messages
+from core.api.openai.schemas import ChatMessage
+from core.api.sampling import check_token_ids
+from core.api.schema import ModelName, RequestModel
+from core.errors import InvalidRequestError
+
+blueprint = Blueprint("tokens", __name__)
+
+
+class TokenizeRequest(RequestModel):
+    """Either `prompt` or `messages`."""
+
+    model: ModelName | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(RequestModel):
+    model: ModelName | None = None
+    tokens: list[int]
+
+
+@blueprint.post("/tokenize")
+def tokenize() -> Response:
+    fields = read_request(TokenizeRequest)
+    model = served_model(fields.model)
+    if (fields.prompt is None) == (fields.messages is None):
+        raise InvalidRequestError("Give either prompt or messages.", param="prompt")
+    if fields.messages is not None:
+        token_ids = encode_messages(
+            fields.messages,
+            model,
+            add_generation_prompt=fields.add_generation_prompt,
+            continue_final_message=fields.continue_final_message,
+            chat_template_kwargs=fields.chat_template_kwargs,
+        )
+    else:
+        token_ids = model.tokenizer.encode(
+            fields.prompt or "", add_special_tokens=fields.add_special_tokens is not False
+        )
+    names = [model.tokenizer.token_text(token_id) for token_id in token_ids] if fields.return_token_strs else None
+    return json_response(
+        {"tokens": token_ids, "count": len(token_ids), "max_model_len": model.max_model_len, "token_strs": names}
+    )
+
+
+@blueprint.post("/detokenize")
+def detokenize() -> Response:
+    fields = read_request(DetokenizeRequest)
+    model = served_model(fields.model)
+    token_ids = check_token_ids(fields.tokens, model, param="tokens")
+    return json_response({"prompt": model.tokenizer.decode(token_ids, skip_special_tokens=False)})

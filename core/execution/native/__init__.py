@@ -1,0 +1,9 @@
+"""CPU kernels in C, compiled on the machine that runs them: linear layers, paged attention and row-wise helpers.
+
+`load_native(cache_dir)` builds and loads them, or returns None where no C compiler works; torch then does the work.
+"""
+
+from core.execution.native.kernels import NativeKernels, load_native
+from core.execution.native.modules import NativeLinear, swap_linears
+
+__all__ = ["NativeKernels", "NativeLinear", "load_native", "swap_linears"]

@@ -1,0 +1,196 @@
+"""Calls into the compiled library. Every call releases the GIL and uses `torch.get_num_threads()` threads."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from core.execution.native.build import build_library, is_safe
+from core.logs import get_logger
+
+logger = get_logger(__name__)
+
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+MAX_HEAD_DIM = 512
+MAX_FLOAT32_ROWS = 64
+
+_int, _i64, _ptr, _float = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+
+
+def load_native(cache_dir: Path) -> NativeKernels | None:
+    """Build (or find under `cache_dir`) and load the kernels; None, with a logged reason, where that is impossible."""
+    path = build_library(cache_dir)
+    if path is None:
+        return None
+    if not is_safe(path):
+        logger.warning("native kernels are off", reason=f"others can write to {path.parent}")
+        return None
+    try:
+        return NativeKernels(path)
+    except (OSError, AttributeError) as error:
+        logger.warning("native kernels are off", reason=str(error))
+        return None
+
+
+def choose_torch(dtype: torch.dtype, rows: int, columns: int) -> bool:
+    """Whether `torch.nn.functional.linear` beats the kernel for `rows` rows of x."""
+    return dtype is torch.float32 and rows > MAX_FLOAT32_ROWS
+
+
+def _check(status: int) -> None:
+    if status:
+        raise MemoryError("no scratch memory for a native kernel")
+
+
+class NativeKernels:
+    """The compiled kernels. Stateless, so any number of threads may share one."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._linear = self._library.vrm_linear
+        self._linear.argtypes = [_int, _i64, _i64, _i64, _ptr, _i64, _ptr, _i64, _ptr, _ptr, _i64, _int]
+        self._attention = self._library.vrm_paged_attention
+        self._attention.argtypes = [_int, *[_ptr] * 9, _float, _float, _ptr, _ptr, _int]
+        self._write_kv = self._library.vrm_write_kv
+        self._write_kv.argtypes = [_ptr] * 6
+        self._write_kv.restype = None
+        self._rms_norm = self._library.vrm_rms_norm
+        self._rms_norm.argtypes = [_int, _i64, _i64, _ptr, _i64, _ptr, _float, _float, _int, _ptr]
+        self._rms_norm.restype = None
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`x` `[..., K]` times `weight` `[N, K]` transposed, plus `bias` `[N]`; sums in fp32, result in `x`'s dtype.
+
+        What the kernel does not cover, or torch does faster, goes to torch.
+        """
+        if (
+            weight.dtype not in DTYPES or x.dtype != weight.dtype or not (x.is_cpu and weight.is_cpu)
+            or weight.stride(1) != 1 or x.shape[-1] != weight.shape[1] or not x.numel() or not weight.numel()
+            or (bias is not None and (bias.dtype != x.dtype or bias.stride(0) != 1))
+            or choose_torch(x.dtype, x.numel() // weight.shape[1], weight.shape[0])
+        ):  # fmt: skip
+            return F.linear(x, weight, bias)
+        return self.linear_native(x, weight, bias)
+
+    def linear_native(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`linear`, always in the kernel: a row's result never depends on the other rows. All in one dtype."""
+        n, k = weight.shape
+        rows = x if x.dim() == 2 else x.reshape(-1, k)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        out = x.new_empty((*x.shape[:-1], n))
+        status = self._linear(
+            DTYPES[x.dtype], rows.shape[0], n, k, rows.data_ptr(), rows.stride(0), weight.data_ptr(), weight.stride(0),
+            None if bias is None else bias.data_ptr(), out.data_ptr(), n, torch.get_num_threads(),
+        )  # fmt: skip
+        if status:
+            _check(status)
+        return out
+
+    def paged_attention(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
+        query_start: torch.Tensor, seq_lens: torch.Tensor, scale: float, *, sliding_window: int = 0,
+        softcap: float = 0.0, sinks: torch.Tensor | None = None, causal: bool = True,
+        out: torch.Tensor | None = None, lse: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Attention of packed queries over paged keys and values, all in one dtype (bf16, fp16 or fp32), on the CPU.
+
+        Args:
+            q: `[T, Hq, D]`, any strides over rows and heads.
+            k_cache, v_cache: `[num_blocks, block_size, Hkv, D]` and `[..., Dv]`, any strides but the last.
+            block_tables: int32 `[S, max_blocks]`. query_start: int32 `[S + 1]`, the rows of `q` of each sequence.
+            seq_lens: int32 `[S]`, keys of each sequence, the queries' own (already written) included.
+            scale: multiplies the scores.
+            sliding_window: a query at position i sees keys j with `i - window < j <= i`; 0: all `j <= i`.
+            softcap: scores become `cap * tanh(score / cap)`; 0: they do not.
+            sinks: fp32 `[Hq]`, logits that join the softmax's denominator without a value.
+            causal: False lets every query see all `seq_lens` keys (for attention over pages of another site).
+            out, lse: where to write; contiguous, and every row is written.
+
+        Returns:
+            `[T, Hq, Dv]` in `q`'s dtype, and fp32 `[T, Hq]`: the natural log of the sum of exponentials of the scores,
+            sinks left out, so that partial results merge; a row that sees no key gets zeros and -inf.
+
+        Each sequence's result is the same whatever else is in the batch and however many threads there are.
+        """
+        tokens, heads, dim = q.shape
+        block_size, kv_heads, dim_v = k_cache.shape[1], k_cache.shape[2], v_cache.shape[3]
+        if not (dim <= MAX_HEAD_DIM and k_cache.shape[3] == dim and heads % kv_heads == 0):
+            raise ValueError(f"queries {tuple(q.shape)} do not fit keys {tuple(k_cache.shape)}")
+        if q.dtype != k_cache.dtype or q.dtype != v_cache.dtype:
+            raise TypeError(f"queries, keys and values differ in dtype: {q.dtype}, {k_cache.dtype}, {v_cache.dtype}")
+        if not (block_tables.dtype == query_start.dtype == seq_lens.dtype == torch.int32):
+            raise TypeError("block tables, query starts and lengths are int32")
+        if q.stride(2) != 1:
+            q = q.contiguous()
+        block_tables = block_tables.contiguous()
+        if out is None:
+            out = q.new_empty((tokens, heads, dim_v))
+        if lse is None:
+            lse = q.new_empty((tokens, heads), dtype=torch.float32)
+        sinks_ptr = None
+        if sinks is not None:
+            sinks = sinks.to(torch.float32).contiguous()
+            sinks_ptr = sinks.data_ptr()
+        k_strides, v_strides = k_cache.stride(), v_cache.stride()
+        sizes = (_i64 * 9)(
+            len(seq_lens), heads, kv_heads, dim, dim_v, block_size, block_tables.shape[1], sliding_window, causal
+        )
+        strides = (_i64 * 8)(q.stride(0), q.stride(1), *k_strides[:3], *v_strides[:3])
+        status = self._attention(
+            DTYPES[q.dtype], sizes, strides, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
+            block_tables.data_ptr(), query_start.data_ptr(), seq_lens.data_ptr(), sinks_ptr, scale, softcap,
+            out.data_ptr(), lse.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        _check(status)
+        return out, lse
+
+    def write_kv(
+        self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Store rows of `k` `[T, Hkv, D]` and `v` `[T, Hkv, Dv]` at int64 `slot_mapping` `[T]`, but for negative slots.
+
+        Slot s is offset `s % block_size` of block `s // block_size` of caches `[num_blocks, block_size, Hkv, D]`.
+        """
+        if k.stride(2) != 1 or v.stride(2) != 1:
+            k, v = k.contiguous(), v.contiguous()
+        sizes = [k.shape[0], k.shape[1], k_cache.shape[1]]
+        for rows, cache in ((k, k_cache), (v, v_cache)):
+            if rows.dtype != cache.dtype:
+                raise TypeError(f"rows are {rows.dtype}, the cache {cache.dtype}")
+            width = rows.element_size()
+            sizes += (rows.shape[2] * width, rows.stride(0) * width, rows.stride(1) * width)
+            block, token, head, _ = cache.stride()
+            sizes += (block * width, token * width, head * width)
+        self._write_kv(
+            (_i64 * 15)(*sizes), k.data_ptr(), v.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
+            slot_mapping.data_ptr(),
+        )  # fmt: skip
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, *, offset: float = 0.0, cast_first: bool = True
+    ) -> torch.Tensor:
+        """`x` `[..., K]` over its root mean square, times `weight` `[K]` `+ offset`; sums in fp32.
+
+        `cast_first` rounds the normalised row to `x`'s dtype before the product, as Llama's modules do; without it the
+        product is rounded once, as Gemma's do (with `offset` 1).
+        """
+        k = x.shape[-1]
+        rows = x.reshape(-1, k)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        out = x.new_empty(x.shape)
+        self._rms_norm(
+            DTYPES[x.dtype], rows.shape[0], k, rows.data_ptr(), rows.stride(0), weight.data_ptr(), eps, offset,
+            cast_first, out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+
+def supports(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the kernels know these tensors' dtype and place."""
+    return all(tensor.is_cpu and tensor.dtype in DTYPES for tensor in tensors)

@@ -1,0 +1,109 @@
+"""The text on which the bundled demo model is trained.
+
+All of it is written or generated here, so the project owns it. `documents()` yields an endless, seeded stream of
+conversations and plain texts as segments, each marked by whether the model has to learn to write it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from random import Random
+
+from . import dialogs, general, numbers, product, stories, tables
+
+BOS, PAD, END = "<|bos|>", "<|pad|>", "<|end|>"
+SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
+SPECIAL_TOKENS = [PAD, BOS, END, SYSTEM, USER, ASSISTANT]
+
+Segments = list[tuple[str, bool]]
+
+_POLITE = ("Please", "Hi,", "Hello,", "Hey,", "Quick question:", "Tell me,", "I want to know:", "So,", "Ok,")
+
+
+def vary(rng: Random, text: str) -> str:
+    """The same question as people really type it: lower case, no punctuation, a polite word."""
+    roll = rng.random()
+    if roll < 0.55:
+        return text
+    if roll < 0.68:
+        return text[0].lower() + text[1:]
+    if roll < 0.80:
+        return text.rstrip(".?!") or text
+    if roll < 0.88:
+        return (text[0].lower() + text[1:]).rstrip(".?!") or text
+    if roll < 0.94 and len(text) > 6:
+        return f"{rng.choice(_POLITE)} {text[0].lower() + text[1:] if not text.startswith('VRM') else text}"
+    if roll < 0.97 and text[-1] in ".?":
+        return f"{text[:-1]}, please{text[-1]}"
+    return text.lower() if "VRM_" not in text else text
+
+
+def render(system: str | None, turns: list[tuple[str, str]]) -> Segments:
+    """A conversation in the chat format; the assistant's words are what is learnt."""
+    segments: Segments = [(BOS, False)]
+    if system:
+        segments.append((f"{SYSTEM}{system}{END}", False))
+    for question, answer in turns:
+        segments.append((f"{USER}{question}{END}{ASSISTANT}", False))
+        segments.append((f"{answer}{END}", True))
+    return segments
+
+
+def chat(rng: Random, turns: int | None = None, focus: bool = False) -> Segments:
+    """One conversation."""
+    system, parts = dialogs.conversation(rng, turns, focus)
+    return render(system, [(vary(rng, question), answer) for question, answer in parts])
+
+
+def plain(rng: Random) -> Segments:
+    """A plain text, for completion without a chat."""
+    kind = rng.randrange(7)
+    if kind == 0:
+        text = " ".join(stories.tell(rng) for _ in range(rng.choice((1, 1, 2))))
+    elif kind == 1:
+        pairs = rng.sample(tuple(tables.CAPITALS.items()), 4)
+        text = " ".join(f"The capital of {country} is {city}." for country, city in pairs)
+    elif kind == 2:
+        text = "\n".join(numbers.arithmetic(rng)[1].rstrip(".") for _ in range(5))
+    elif kind == 3:
+        text = " ".join(general.word_fact(rng)[1] for _ in range(4))
+    elif kind == 4:
+        start = rng.choice((1, 1, rng.randint(0, 10)))
+        text = rng.choice(
+            (
+                ", ".join(str(n) for n in range(start, start + rng.randint(8, 20))),
+                ", ".join(tables.DAYS),
+                ", ".join(tables.MONTHS),
+            )
+        )
+    elif kind == 5:
+        text = " ".join(fact.answer for fact in rng.sample(product.OVERVIEW + product.ENGINE, 3))
+    else:
+        text = " ".join(rng.sample(tuple(tables.DEFINITIONS.values()), 4))
+    return [(BOS, False), (text + END, True)]
+
+
+def drill(rng: Random) -> Segments:
+    """A dozen equations of which only the results are learnt: the quickest way to the tables."""
+    segments: Segments = [(BOS, False)]
+    for _ in range(12):
+        a, b, op, result = numbers.operands(rng, focus=True)
+        segments += [(f"{a} {op} {b} =", False), (f" {result}", True), ("\n", False)]
+    return segments
+
+
+def documents(seed: int, focus: bool = False) -> Iterator[Segments]:
+    """Endless conversations and plain texts; with focus more of what takes longest to learn."""
+    rng = Random(seed)
+    while True:
+        if focus and rng.random() < 0.28:
+            yield drill(rng)
+        else:
+            yield plain(rng) if rng.random() < 0.06 else chat(rng, focus=focus)
+
+
+def long_documents(seed: int) -> Iterator[Segments]:
+    """Endless long conversations, so that far positions are learnt as well."""
+    rng = Random(seed)
+    while True:
+        yield chat(rng, rng.randint(12, 30))

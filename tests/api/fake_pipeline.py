@@ -1,0 +1,231 @@
+"""A pipeline that answers from a script instead of a model, so that the API's tests need no engine.
+
+Its tokens are bytes (ids 0 to 255) with a begin and an end token, so one character may take several tokens.
+"""
+
+from __future__ import annotations
+
+import codecs
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from core.batching.output import RequestHandle
+from core.config import Settings
+from core.errors import ChatTemplateError, ContextLengthError, ModelNotLoadedError, VRAMancerError
+from core.metrics import MetricsRegistry
+from core.model_engine import LoadedModel
+from core.models.tokenizer import Tokenizer
+from core.request import RequestOutput, SamplingParams, SequenceDelta, TokenLogprob
+
+BOS, EOS, VOCAB = 256, 257, 258
+CONTEXT = 512
+HIDDEN = 8
+
+
+class ByteStream:
+    def __init__(self, skip_special_tokens: bool) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._skip = skip_special_tokens
+
+    def push(self, token_id: int) -> str:
+        if token_id >= BOS:
+            return "" if self._skip else SPECIAL[token_id]
+        return self._decoder.decode(bytes([token_id]))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+SPECIAL = {BOS: "<s>", EOS: "</s>"}
+
+
+class ByteTokenizer:
+    vocab_size = VOCAB
+    bos_token_id = BOS
+    eos_token_id = EOS
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return ([BOS] if add_special_tokens and text else []) + list(text.encode())
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        stream = ByteStream(skip_special_tokens)
+        return "".join(stream.push(token_id) for token_id in token_ids) + stream.flush()
+
+    def token_text(self, token_id: int) -> str:
+        return SPECIAL.get(token_id) or bytes([token_id]).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return SPECIAL[token_id].encode() if token_id in SPECIAL else bytes([token_id])
+
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[int]:
+        if any(message["role"] == "tool" for message in messages):
+            raise ChatTemplateError("The template knows no tools.", param="messages")
+        text = "".join(f"{message['role'][0]}:{message['content']}\n" for message in messages)
+        return self.encode(text + ("a:" if add_generation_prompt else ""))
+
+    def stream(self, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> ByteStream:
+        return ByteStream(skip_special_tokens)
+
+
+def fake_model(name: str = "demo") -> LoadedModel:
+    return LoadedModel(
+        name=name,
+        aliases=("org/demo",),
+        path=Path("demo"),
+        created=1_700_000_000,
+        max_model_len=CONTEXT,
+        vocab_size=VOCAB,
+        dtype="float32",
+        num_parameters=1000,
+        eos_token_ids=(EOS,),
+        generation_defaults={},
+        tokenizer=cast(Tokenizer, ByteTokenizer()),
+    )
+
+
+class FakePipeline:
+    """Answers `reply` to every prompt; `hold` keeps the answer back, `error` puts one after `tokens_before_error`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = MetricsRegistry()
+        self.fake_model: LoadedModel | None = fake_model()
+        self.reply = "Hello"
+        self.hold = False
+        self.refusal: VRAMancerError | None = None
+        self.failing: dict[int, VRAMancerError] = {}
+        self.tokens_before_error = 2
+        self.submitted: list[tuple[list[int], SamplingParams]] = []
+        self.priorities: list[int] = []
+        self.running: dict[str, RequestHandle] = {}
+        self.aborted: list[str] = []
+        self.abort_seen = threading.Event()
+        self.loads: list[tuple[str, dict[str, Any]]] = []
+        self.health_status = "ok"
+
+    @property
+    def model(self) -> LoadedModel:
+        if self.fake_model is None:
+            raise ModelNotLoadedError("No model is loaded.")
+        return self.fake_model
+
+    @property
+    def loaded(self) -> bool:
+        return self.fake_model is not None
+
+    def submit_many(
+        self, requests: Any, *, priority: int = 0, request_id: str = "r", sink: Any = None, model: Any = None
+    ) -> list[RequestHandle]:
+        if self.refusal is not None:
+            raise self.refusal
+        for token_ids, params in requests:
+            params.validate(self.model.vocab_size)
+            room = self.model.max_model_len - len(token_ids)
+            if (params.max_tokens or 1) > room:
+                raise ContextLengthError(f"The context holds {self.model.max_model_len} tokens.", param="max_tokens")
+        handles = []
+        for index, (token_ids, params) in enumerate(requests):
+            self.submitted.append((list(token_ids), params))
+            self.priorities.append(priority)
+            handle = RequestHandle(f"{request_id}-{index}", params, self._abort, sink, index)
+            self.running[handle.request_id] = handle
+            handles.append(handle)
+            if not self.hold:
+                self._answer(handle, list(token_ids), params, self.failing.get(index))
+        return handles
+
+    def _answer(
+        self, handle: RequestHandle, prompt: list[int], params: SamplingParams, error: VRAMancerError | None
+    ) -> None:
+        tokens = list(self.reply.encode())
+        limit = params.max_tokens or CONTEXT
+        streams = [ByteStream(True) for _ in range(params.num_sequences)]
+        for position, token in enumerate(tokens[:limit]):
+            if error is not None and position == self.tokens_before_error:
+                handle.put(error)
+                return
+            deltas = [
+                SequenceDelta(index, stream.push(token), (token,), self._logprobs(token, index, params.logprobs))
+                for index, stream in enumerate(streams)
+            ]
+            last = position + 1 == min(limit, len(tokens))
+            if last:
+                reason = "length" if limit <= len(tokens) else "stop"
+                deltas += [SequenceDelta(index, finish_reason=reason) for index in range(len(streams))]
+            prompt_logprobs = self._prompt_logprobs(prompt, params) if position == 0 else None
+            handle.put(RequestOutput(handle.request_id, tuple(deltas), len(prompt), 1, prompt_logprobs, last))
+
+    @staticmethod
+    def _logprobs(token: int, index: int, count: int | None) -> tuple[TokenLogprob, ...] | None:
+        """Later sequences are likelier, so that `best_of` has something to choose."""
+        if count is None:
+            return None
+        value = -1.0 / (index + 1)
+        return (TokenLogprob(token, value, ((token, value), ((token + 1) % BOS, value - 1), (EOS, -9e99))[:count]),)
+
+    def _prompt_logprobs(self, prompt: list[int], params: SamplingParams) -> Any:
+        if params.prompt_logprobs is None:
+            return None
+        later = [self._logprobs(token, 0, params.prompt_logprobs) for token in prompt[1:]]
+        return (None, *(item[0] for item in later if item))
+
+    def _abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+        self.abort_seen.set()
+
+    def cancel(self, request_id: str) -> bool:
+        matching = [name for name in self.running if name == request_id or name.rpartition("-")[0] == request_id]
+        for name in matching:
+            handle = self.running.pop(name)
+            if handle.finished:
+                continue
+            closing = SequenceDelta(0, finish_reason="abort")
+            handle.put(RequestOutput(name, (closing,), 3, finished=True))
+        return bool(matching)
+
+    def infer(self, token_ids: Sequence[int], *, output: str, positions: str) -> torch.Tensor:
+        rows = len(token_ids) if positions == "all" else 1
+        values = torch.zeros(rows, VOCAB if output == "logits" else HIDDEN)
+        values[0, 0] = float("-inf")
+        return values
+
+    def load(self, model: str, **options: Any) -> LoadedModel:
+        self.loads.append((model, options))
+        self.fake_model = fake_model(model)
+        return self.fake_model
+
+    def unload(self) -> None:
+        self.fake_model = None
+
+    def available_models(self) -> list[dict[str, Any]]:
+        return [{"id": "demo", "path": "demo", "loaded": True, "size_bytes": 1}]
+
+    def health(self) -> dict[str, Any]:
+        engine = {"status": self.health_status, "detail": "a secret detail"}
+        return {"status": self.health_status, "checks": {"engine": engine, "disk": {"status": "ok", "detail": "free"}}}
+
+    def ready(self) -> tuple[bool, str]:
+        return self.loaded, "ready" if self.loaded else "no model is loaded"
+
+    def pipeline_status(self) -> dict[str, Any]:
+        return {"ready": True, "stages": []}
+
+    def queue_status(self) -> dict[str, Any]:
+        return {"waiting": 0}
+
+    def batcher_stats(self) -> dict[str, Any]:
+        return {"steps": 0}
+
+    def device_status(self) -> list[dict[str, Any]]:
+        return [{"name": "cpu:0", "limit_bytes": 1024, "used_bytes": 512}]

@@ -1,0 +1,159 @@
+"""VRAMancer's own routes: generate, infer, tokenize, models, cancel."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+from api_client import ApiClient, openai_error
+from fake_pipeline import BOS, CONTEXT, HIDDEN, VOCAB, FakePipeline
+from safetensors.torch import load
+
+from core.api import native
+
+
+def test_generate_answer(client: ApiClient) -> None:
+    body = client.post("/api/generate", {"prompt": "a", "logprobs": 1, "prompt_logprobs": 0, "n": 2}).get_json()
+    assert body["id"].startswith("gen-")
+    first, second = body["outputs"]
+    assert (first["index"], second["index"]) == (0, 1)
+    assert first["text"] == "Hello"
+    assert first["token_ids"] == list(b"Hello")
+    assert first["finish_reason"] == "stop"
+    entry = {"token_id": 72, "token": "H", "logprob": -1.0}
+    assert first["logprobs"][0] == {**entry, "top": [entry]}
+    assert body["prompt_logprobs"] == [None, {"token_id": 97, "token": "a", "logprob": -1.0, "top": []}]
+    assert body["usage"]["completion_tokens"] == 10
+    timings = body["timings"]
+    assert 0 < timings["time_to_first_token_s"] <= timings["total_s"]
+
+
+@pytest.mark.parametrize(
+    ("body", "tokens"),
+    [
+        ({"prompt": "ab"}, [BOS, 97, 98]),
+        ({"prompt": "ab", "add_special_tokens": False}, [97, 98]),
+        ({"prompt_token_ids": [1, 2]}, [1, 2]),
+        ({"messages": [{"role": "user", "content": "x"}]}, [BOS, *b"u:x\na:"]),
+    ],
+)
+def test_generate_input_forms(client: ApiClient, pipeline: FakePipeline, body: Any, tokens: list[int]) -> None:
+    assert client.post("/api/generate", {**body, "detokenize": True}).status_code == 200
+    assert pipeline.submitted[0][0] == tokens
+    assert pipeline.submitted[0][1].max_tokens is None
+
+
+@pytest.mark.parametrize("body", [{"prompt": "a", "prompt_token_ids": [1]}, {"prompt": ""}, {"prompt_token_ids": []}])
+def test_generate_wants_one_prompt(client: ApiClient, body: Any) -> None:
+    client.error("/api/generate", body, status=400)
+
+
+def test_generate_stream(client: ApiClient) -> None:
+    *chunks, last, done = client.events("/api/generate", {"prompt": "a", "logprobs": 0})
+    assert done == "[DONE]"
+    assert "".join(chunk["text"] for chunk in chunks) == "Hello"
+    assert [token for chunk in chunks for token in chunk["token_ids"]] == list(b"Hello")
+    assert chunks[-1]["finish_reason"] == "stop"
+    assert last["done"] is True
+    assert last["usage"]["completion_tokens"] == 5
+    assert last["timings"]["total_s"] > 0
+
+
+def test_infer_json(client: ApiClient) -> None:
+    body = client.post("/api/infer", {"token_ids": [1, 2, 3], "positions": "all"}).get_json()
+    assert body["shape"] == [3, VOCAB]
+    assert body["data"][0][0] is None
+    assert body["data"][2] == [0.0] * VOCAB
+    body = client.post("/api/infer", {"token_ids": [1, 2, 3], "output": "hidden_states"}).get_json()
+    assert (body["output"], body["shape"]) == ("hidden_states", [1, HIDDEN])
+
+
+@pytest.mark.parametrize("accept", ["application/x-safetensors", "application/octet-stream"])
+def test_infer_safetensors(client: ApiClient, accept: str) -> None:
+    response = client.post("/api/infer", {"token_ids": [1, 2], "positions": "all"}, headers={"Accept": accept})
+    assert response.mimetype == accept
+    tensors = load(response.data)
+    assert tensors["logits"].shape == (2, VOCAB)
+    assert tensors["logits"][0, 0] == float("-inf")
+
+
+def test_infer_bounds(client: ApiClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ({"token_ids": []}, {"token_ids": "a"}, {"token_ids": [1], "output": "x"}, {"token_ids": [1.0]}):
+        client.error("/api/infer", wrong, status=400)
+    error = client.error("/api/infer", {"token_ids": [1] * (CONTEXT + 1)}, status=400)
+    assert error["code"] == "context_length_exceeded"
+    monkeypatch.setattr(native, "MAX_JSON_VALUES", HIDDEN * 2)
+    client.error("/api/infer", {"token_ids": [1]}, status=400)
+    body = {"token_ids": [1] * 3, "output": "hidden_states", "positions": "all"}
+    assert client.error("/api/infer", body, status=400)["param"] == "positions"
+
+
+def test_infer_offers_no_other_format(client: ApiClient) -> None:
+    client.error("/api/infer", {"token_ids": [1]}, status=406, headers={"Accept": "image/png"})
+
+
+def test_tokenize_and_detokenize(client: ApiClient) -> None:
+    body = client.post("/tokenize", {"prompt": "ab", "return_token_strs": True}).get_json()
+    assert body == {"tokens": [BOS, 97, 98], "count": 3, "max_model_len": CONTEXT, "token_strs": ["<s>", "a", "b"]}
+    body = client.post("/tokenize", {"prompt": "ab", "add_special_tokens": False}).get_json()
+    assert (body["tokens"], body["token_strs"]) == ([97, 98], None)
+    body = client.post("/tokenize", {"messages": [{"role": "user", "content": "x"}]}).get_json()
+    assert bytes(body["tokens"][1:]) == b"u:x\na:"
+    assert client.post("/detokenize", {"tokens": [BOS, 97]}).get_json() == {"prompt": "<s>a"}
+    client.error("/tokenize", {}, status=400)
+    client.error("/tokenize", {"prompt": "a", "messages": []}, status=400)
+    client.error("/detokenize", {}, status=400)
+
+
+def test_openai_models(client: ApiClient, pipeline: FakePipeline) -> None:
+    body = client.get("/v1/models").get_json()
+    assert [card["id"] for card in body["data"]] == ["demo", "org/demo"]
+    card = client.get("/v1/models/org/demo").get_json()
+    assert (card["object"], card["owned_by"], card["root"]) == ("model", "vramancer", "demo")
+    response = client.get("/v1/models/other")
+    assert response.status_code == 404
+    assert openai_error(response)["code"] == "model_not_found"
+    pipeline.fake_model = None
+    assert client.get("/v1/models").get_json() == {"object": "list", "data": []}
+    assert client.get("/v1/models/demo").status_code == 404
+
+
+def test_load_list_unload(client: ApiClient, pipeline: FakePipeline) -> None:
+    options = {"num_gpus": 2, "dtype": "float32", "devices": "cpu=1GiB", "max_model_len": 99}
+    assert client.post("/api/models/load", {"model": "other", **options}).get_json()["id"] == "other"
+    assert pipeline.loads == [("other", options)]
+    body = client.get("/api/models").get_json()
+    assert body["loaded"] == "other"
+    assert body["data"][0]["id"] == "demo"
+    assert client.post("/api/models/unload").get_json() == {"unloaded": "other"}
+    assert client.post("/api/models/unload").status_code == 503
+    assert client.get("/api/models").get_json()["loaded"] is None
+
+
+@pytest.mark.parametrize("extra", [{"num_gpus": 0}, {"dtype": "int3"}, {"devices": 3}, {"max_model_len": 0}])
+def test_load_checks_its_parameters(client: ApiClient, pipeline: FakePipeline, extra: Any) -> None:
+    assert client.error("/api/models/load", {"model": "m", **extra}, status=400)["param"] == next(iter(extra))
+    client.error("/api/models/load", {}, status=400)
+    assert not pipeline.loads
+
+
+@pytest.mark.parametrize("by", ["request id", "answer id"])
+def test_cancel_ends_a_running_request(client: ApiClient, pipeline: FakePipeline, by: str) -> None:
+    pipeline.hold = True
+    answers: list[Any] = []
+    thread = threading.Thread(
+        target=lambda: answers.append(client.post("/v1/completions", {"prompt": "a"}, headers={"X-Request-ID": "mine"}))
+    )
+    thread.start()
+    while not pipeline.running:
+        time.sleep(0.01)
+    name = "mine" if by == "request id" else next(iter(pipeline.running)).rpartition("-")[0]
+    response = (
+        client.delete(f"/api/requests/{name}") if by == "answer id" else client.post(f"/api/requests/{name}/cancel")
+    )
+    assert response.status_code == 200
+    thread.join(10)
+    assert answers[0].get_json()["choices"][0]["finish_reason"] == "abort"
+    assert client.post(f"/api/requests/{name}/cancel").status_code == 404

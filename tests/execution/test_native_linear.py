@@ -1,0 +1,168 @@
+"""The compiled linear kernels against float64, and what they promise about neighbours and threads."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from core.execution.native import NativeKernels, NativeLinear, load_native, swap_linears
+from core.execution.native.kernels import choose_torch
+
+BOUNDS = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-6}
+DTYPES = sorted(BOUNDS, key=str)
+SHAPES = [(1, 1), (3, 16), (5, 7), (13, 33), (100, 512), (97, 1030), (200, 1536)]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
+    found = load_native(tmp_path_factory.getbasetemp().parent / "kernels")
+    if found is None:
+        pytest.skip("no C compiler here")
+    return found
+
+
+def make(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(m * 7919 + n * 31 + k)
+    x, weight, bias = (torch.randn(size, generator=generator).to(dtype) for size in ((m, k), (n, k), (n,)))
+    return x, weight, bias
+
+
+def assert_close(got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    scale = expected.abs() + x.shape[-1] ** 0.5
+    assert ((got.double() - expected).abs() / scale).max() < BOUNDS[x.dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 9, 16, 65, 130])
+def test_equals_float64(kernels: NativeKernels, dtype: torch.dtype, m: int) -> None:
+    for n, k in SHAPES:
+        x, weight, bias = make(m, n, k, dtype)
+        assert_close(kernels.linear_native(x, weight, bias), x, weight, bias)
+        assert_close(kernels.linear(x, weight), x, weight, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_does_not_depend_on_its_neighbours(kernels: NativeKernels, dtype: torch.dtype) -> None:
+    for n, k in SHAPES:
+        x, weight, bias = make(70, n, k, dtype)
+        whole = kernels.linear_native(x, weight, bias)
+        for m in (1, 2, 3, 4, 5, 7, 8, 16, 33, 64):
+            torch.testing.assert_close(kernels.linear_native(x[:m], weight, bias), whole[:m], rtol=0, atol=0)
+
+
+def test_the_number_of_threads_changes_nothing(kernels: NativeKernels) -> None:
+    before = torch.get_num_threads()
+    try:
+        for m in (1, 16, 70):
+            x, weight, bias = make(m, 201, 1536, torch.bfloat16)
+            results = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(kernels.linear_native(x, weight, bias))
+            assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_views_and_leading_dimensions(kernels: NativeKernels) -> None:
+    x, weight, bias = make(6, 40, 64, torch.bfloat16)
+    wide_x, wide_weight = torch.full((6, 100), float("nan")).bfloat16(), torch.full((40, 90), float("nan")).bfloat16()
+    wide_x[:, 7:71], wide_weight[:, 3:67] = x, weight
+    expected = kernels.linear(x, weight, bias)
+    assert torch.equal(kernels.linear(wide_x[:, 7:71], wide_weight[:, 3:67], bias), expected)
+    assert torch.equal(kernels.linear(x.view(2, 3, 64), weight, bias), expected.view(2, 3, 40))
+    assert torch.equal(kernels.linear(x.T.contiguous().T, weight, bias), expected)
+    assert torch.equal(kernels.linear(x, weight.T.contiguous().T, bias), nn.functional.linear(x, weight, bias))
+    assert kernels.linear(x[:0], weight, bias).shape == (0, 40)
+
+
+def test_rows_that_torch_computes_are_close_too(kernels: NativeKernels) -> None:
+    x, weight, bias = make(700, 64, 96, torch.float32)
+    assert choose_torch(torch.float32, 700, 64)
+    assert_close(kernels.linear(x, weight, bias), x, weight, bias)
+
+
+def test_special_values(kernels: NativeKernels) -> None:
+    for dtype in DTYPES:
+        x, weight = torch.ones(5, 16, dtype=dtype), torch.ones(4, 16, dtype=dtype)
+        x[1, 3], x[2, 5] = float("nan"), float("inf")
+        got = kernels.linear(x, weight)
+        assert got[1].isnan().all() and got[2].isposinf().all() and (got[[0, 3, 4]] == 16).all()
+
+
+def test_concurrent_callers(kernels: NativeKernels) -> None:
+    cases = [make(m, 97, 700, torch.bfloat16) for m in (1, 3, 16, 20)]
+    expected = [kernels.linear(*case) for case in cases]
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        torch.set_num_threads(1)
+        wrong.extend(index for _ in range(50) if not torch.equal(kernels.linear(*cases[index]), expected[index]))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(cases))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_modules_keep_their_parameters(kernels: NativeKernels) -> None:
+    model = nn.Sequential(nn.Linear(32, 48), nn.Sequential(nn.ReLU(), nn.Linear(48, 8, bias=False))).bfloat16()
+    before, x = dict(model.named_parameters()), torch.randn(3, 32).bfloat16()
+    expected = model(x)
+    assert swap_linears(model, kernels) == 2
+    assert isinstance(model[0], NativeLinear)
+    after = dict(model.named_parameters())
+    assert list(before) == list(after) and all(before[name] is after[name] for name in before)
+    assert model(x).requires_grad
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), expected, rtol=2e-2, atol=2e-2)
+    assert swap_linears(model, kernels) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm(kernels: NativeKernels, dtype: torch.dtype) -> None:
+    for rows, k in ((1, 1), (3, 17), (5, 1280)):
+        x, weight, _ = make(rows, 1, k, dtype)
+        weight = weight[0]
+        wide = x.float()
+        normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+        bounds = {"rtol": 2.0**-7 if dtype == torch.bfloat16 else 2e-3, "atol": 1e-5}
+        torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-5), weight * normal.to(dtype), **bounds)
+        gemma = (normal * (1.0 + weight.float())).to(dtype)
+        torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-5, offset=1.0, cast_first=False), gemma, **bounds)
+
+
+def test_cache_is_reused(kernels: NativeKernels, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.getbasetemp().parent / "kernels"
+    stamps = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert load_native(folder) is not None
+    assert stamps == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert load_native(tmp_path) is None
+
+
+def test_with_a_broken_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("core.execution.native.build.find_compilers", lambda: [["false"], ["/nonexistent/cc"]])
+    assert load_native(tmp_path) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_with_a_damaged_or_foreign_library(
+    kernels: NativeKernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged = tmp_path / "damaged.so"
+    damaged.write_bytes(b"not a library")
+    monkeypatch.setattr("core.execution.native.kernels.build_library", lambda folder: damaged)
+    assert load_native(tmp_path) is None
+    damaged.chmod(0o666)
+    assert load_native(tmp_path) is None

@@ -1,0 +1,161 @@
+"""Every metric moves when what it counts happens, and only then."""
+
+from __future__ import annotations
+
+import threading
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client import generate_latest
+
+from core.errors import ConfigError
+from core.metrics import DeviceMemory, KVPages, MetricsRegistry, MetricsServer, MetricsSnapshot
+
+SNAPSHOT = MetricsSnapshot(
+    devices=(DeviceMemory("cuda:0", "cuda", 0, 3, 8), DeviceMemory("cpu:0", "cpu", 0, 1, 2)),
+    kv_pages=(KVPages("cuda:0", 1, 3), KVPages("cpu:0", 1, 3)),
+    batch_size=5,
+    requests_running=6,
+    requests_waiting=7,
+    throughput_tok_s=8.5,
+    preemptions_total=9,
+    prefix_cache_queries_total=10,
+    prefix_cache_hits_total=4,
+    kv_evictions_total=2,
+    stage_busy={"0:cuda:0": 0.75},
+)
+
+
+@pytest.fixture
+def metrics() -> MetricsRegistry:
+    return MetricsRegistry()
+
+
+def value(metrics: MetricsRegistry, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(f"vramancer_{name}", labels)
+
+
+def test_finished_requests(metrics: MetricsRegistry) -> None:
+    metrics.observe_finished(2.0, 10, 20, "stop")
+    metrics.observe_finished(3.0, 1, 2, "error")
+    metrics.observe_finished(9.0, 1, 0, "abort")
+    assert value(metrics, "infer_total") == 3
+    assert value(metrics, "infer_errors_total") == 1
+    assert value(metrics, "requests_aborted_total") == 1
+    assert value(metrics, "prompt_tokens_total") == 12
+    assert value(metrics, "generation_tokens_total") == 22
+    assert value(metrics, "infer_latency_seconds_count") == 2
+    assert value(metrics, "infer_latency_seconds_sum") == 5.0
+
+
+def test_token_latencies(metrics: MetricsRegistry) -> None:
+    metrics.observe_first_token(0.5)
+    metrics.observe_inter_token(0.02)
+    assert value(metrics, "time_to_first_token_seconds_sum") == 0.5
+    assert value(metrics, "inter_token_latency_seconds_bucket", le="0.025") == 1
+    assert value(metrics, "inter_token_latency_seconds_bucket", le="0.01") == 0
+
+
+def test_latencies_beyond_the_alerts_thresholds_have_buckets(metrics: MetricsRegistry) -> None:
+    for threshold in ("5.0", "10.0", "30.0"):
+        assert value(metrics, "infer_latency_seconds_bucket", le=threshold) == 0
+
+
+def test_transfers(metrics: MetricsRegistry) -> None:
+    for _ in range(2):
+        metrics.observe_transfer("staged", "cuda:0", "cuda:1", 10**9, 4.0)
+    assert value(metrics, "gpu_transfer_ops_total", method="staged", src="cuda:0", dst="cuda:1") == 2
+    assert value(metrics, "gpu_transfer_bandwidth_gbps", method="staged") == pytest.approx(2.0)
+    metrics.observe_transfer("p2p", "cuda:0", "cuda:1", 10, 0.0)
+    assert value(metrics, "gpu_transfer_bandwidth_gbps", method="p2p") is None
+
+
+def test_http(metrics: MetricsRegistry) -> None:
+    metrics.observe_http("/v1/models", "GET", 200, 0.1)
+    metrics.count_environment_hit()
+    assert value(metrics, "api_latency_seconds_count", path="/v1/models", method="GET", status="200") == 1
+    assert value(metrics, "env_endpoint_hits_total") == 1
+
+
+def test_snapshot_is_read_at_each_scrape(metrics: MetricsRegistry) -> None:
+    snapshots = iter([SNAPSHOT, MetricsSnapshot(requests_waiting=1)])
+    metrics.set_snapshot_source(lambda: next(snapshots))
+    text = generate_latest(metrics.registry).decode()
+    for line in (
+        'gpu_memory_used_bytes{gpu="cuda:0"} 3.0',
+        'gpu_memory_total_bytes{gpu="cuda:0"} 8.0',
+        'device_info{backend="cpu",index="0",name="cpu:0"} 1.0',
+        'paged_kv_used_pages{device="cpu:0"} 1.0',
+        'paged_kv_free_pages{device="cpu:0"} 3.0',
+        "kv_cache_usage_ratio 0.25",
+        "kv_cache_evictions_total 2.0",
+        "batcher_batch_size 5.0",
+        "batcher_queue_depth 7.0",
+        "batcher_throughput_tok_s 8.5",
+        "requests_running 6.0",
+        "requests_waiting 7.0",
+        "preemptions_total 9.0",
+        "prefix_cache_queries_total 10.0",
+        "prefix_cache_hits_total 4.0",
+        'stage_busy_ratio{stage="0:cuda:0"} 0.75',
+    ):
+        assert f"vramancer_{line}\n" in text
+    assert value(metrics, "requests_waiting") == 1
+
+
+def test_without_an_engine_its_metrics_are_absent(metrics: MetricsRegistry) -> None:
+    metrics.set_snapshot_source(lambda: SNAPSHOT)
+    metrics.set_snapshot_source(None)
+    assert "batcher" not in generate_latest(metrics.registry).decode()
+
+
+def test_registries_do_not_share(metrics: MetricsRegistry) -> None:
+    metrics.observe_first_token(1.0)
+    assert value(MetricsRegistry(), "time_to_first_token_seconds_count") == 0
+
+
+def test_all_names_have_the_prefix(metrics: MetricsRegistry) -> None:
+    metrics.set_snapshot_source(lambda: SNAPSHOT)
+    names = [line.split()[2] for line in generate_latest(metrics.registry).decode().splitlines() if "# TYPE" in line]
+    assert names
+    assert all(name.startswith("vramancer_") for name in names)
+
+
+# -- the listener ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(metrics: MetricsRegistry) -> Iterator[MetricsServer]:
+    server = MetricsServer(metrics, "127.0.0.1", 0)
+    server.start()
+    yield server
+    server.stop()
+
+
+def fetch(server: MetricsServer) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=10) as response:
+        text: str = response.read().decode()
+        return text
+
+
+def test_listener_serves_the_registry(metrics: MetricsRegistry, server: MetricsServer) -> None:
+    metrics.count_environment_hit()
+    assert "vramancer_env_endpoint_hits_total 1.0" in fetch(server)
+
+
+def test_listener_ends_with_its_thread(metrics: MetricsRegistry) -> None:
+    before = threading.active_count()
+    server = MetricsServer(metrics, "127.0.0.1", 0)
+    server.start()
+    fetch(server)
+    server.stop()
+    server.stop()
+    assert threading.active_count() == before
+    with pytest.raises(OSError, match="refused"):
+        fetch(server)
+
+
+def test_a_port_that_is_taken_names_the_setting(metrics: MetricsRegistry, server: MetricsServer) -> None:
+    with pytest.raises(ConfigError, match="VRM_METRICS_PORT"):
+        MetricsServer(metrics, "127.0.0.1", server.port).start()

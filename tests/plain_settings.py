@@ -1,0 +1,11 @@
+"""Settings for tests, from defaults and overrides alone."""
+
+from __future__ import annotations
+
+from core.config import Settings, load_settings
+
+
+def make_settings(**overrides: object) -> Settings:
+    """Settings from defaults and `section__field=value` overrides alone, whatever the machine's environment says."""
+    values = {name.replace("__", "."): value for name, value in overrides.items()}
+    return load_settings(config_file=None, environ={"XDG_CONFIG_HOME": "/nonexistent"}, overrides=values)

@@ -1,0 +1,148 @@
+"""Where the token comes from, and what is refused as one."""
+
+from __future__ import annotations
+
+import stat
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.config import Settings, load_settings
+from core.errors import AuthenticationError, ConfigError
+from core.security.policy import is_mutation, is_public
+from core.security.token import bearer_token, check_bind, check_token, is_loopback, resolve_token
+
+MakeSettings = Callable[..., Settings]
+
+
+@pytest.fixture
+def make_settings(tmp_path: Path) -> MakeSettings:
+    config_file = tmp_path / "config.yaml"
+    config_file.touch()
+
+    def make(**environ: str) -> Settings:
+        return load_settings(config_file, {"HOME": str(tmp_path), **environ})
+
+    return make
+
+
+def test_a_token_in_the_settings_is_used_as_it_is(make_settings: MakeSettings) -> None:
+    assert resolve_token(make_settings(VRM_API_TOKEN="short")) == ("short", False, None)
+
+
+def test_a_generated_token_is_stored_for_its_owner_and_kept(make_settings: MakeSettings, tmp_path: Path) -> None:
+    token, created, path = resolve_token(make_settings())
+    assert created
+    assert path == tmp_path / ".local/state/vramancer/api-token"
+    assert len(token) >= 43
+    assert resolve_token(make_settings()) == (token, False, path)
+    assert [item.name for item in path.parent.iterdir()] == ["api-token"]
+    if sys.platform != "win32":
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_the_file_may_be_elsewhere(make_settings: MakeSettings, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "token"
+    assert resolve_token(make_settings(VRM_API_TOKEN_FILE=str(path)))[1:] == (True, path)
+
+
+def test_processes_that_start_together_agree(make_settings: MakeSettings) -> None:
+    results: list[Any] = []
+    settings = make_settings()
+    threads = [threading.Thread(target=lambda: results.append(resolve_token(settings))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({token for token, _, _ in results}) == 1
+    assert sum(created for _, created, _ in results) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
+def test_a_file_that_others_may_read_is_refused(make_settings: MakeSettings) -> None:
+    _, _, path = resolve_token(make_settings())
+    assert path is not None
+    path.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        resolve_token(make_settings())
+
+
+def test_an_empty_file_is_refused(make_settings: MakeSettings) -> None:
+    _, _, path = resolve_token(make_settings())
+    assert path is not None
+    path.write_text("\n")
+    with pytest.raises(ConfigError, match="not empty"):
+        resolve_token(make_settings())
+
+
+def test_a_place_that_cannot_be_written_is_refused(make_settings: MakeSettings, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="VRM_API_TOKEN"):
+        resolve_token(make_settings(VRM_API_TOKEN_FILE=str(tmp_path / "file" / "token")))
+
+
+@pytest.mark.parametrize("token", ["with space", "umläut", "tab\t"])
+def test_a_token_that_no_header_can_carry_is_refused(make_settings: MakeSettings, token: str) -> None:
+    with pytest.raises(ConfigError, match="ASCII"):
+        resolve_token(make_settings(VRM_API_TOKEN=token))
+
+
+def test_production_refuses_a_weak_token(make_settings: MakeSettings) -> None:
+    with pytest.raises(ConfigError, match="16 characters"):
+        resolve_token(make_settings(VRM_API_TOKEN="x" * 15, VRM_PRODUCTION="1"))
+    assert resolve_token(make_settings(VRM_API_TOKEN="x" * 16, VRM_PRODUCTION="1"))[0] == "x" * 16
+    assert resolve_token(make_settings(VRM_PRODUCTION="1"))[1]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "myhost"])
+def test_other_machines_need_a_token_that_was_chosen(make_settings: MakeSettings, host: str) -> None:
+    with pytest.raises(ConfigError, match="VRM_API_TOKEN"):
+        check_bind(make_settings(VRM_API_HOST=host))
+    check_bind(make_settings(VRM_API_HOST=host, VRM_API_TOKEN="x"))
+    assert not is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "::1", "[::1]"])
+def test_loopback_needs_none(make_settings: MakeSettings, host: str) -> None:
+    check_bind(make_settings(VRM_API_HOST=host))
+
+
+def test_check_token() -> None:
+    check_token((None, "right"), "right")
+    check_token(("wrong", "right"), "right")
+    with pytest.raises(AuthenticationError) as missing:
+        check_token((None, ""), "right")
+    assert missing.value.error_code == "missing_api_key"
+    for wrong in ("wrong", "right ", "\udcff", "é"):
+        with pytest.raises(AuthenticationError) as refused:
+            check_token((wrong,), "right")
+        assert refused.value.error_code == "invalid_api_key"
+
+
+@pytest.mark.parametrize(
+    ("header", "token"),
+    [
+        (None, None),
+        ("", None),
+        ("Bearer", None),
+        ("Bearer  x ", "x"),
+        ("BEARER x", "x"),
+        ("Basic x", None),
+        ("x", None),
+    ],
+)
+def test_bearer_token(header: str | None, token: str | None) -> None:
+    assert bearer_token(header) == token
+
+
+def test_what_is_written_nowhere_is_private_and_a_change() -> None:
+    assert not is_public("/api/new", "GET")
+    assert not is_public(None, "GET")
+    assert is_mutation("/api/new", "POST")
+    assert is_mutation(None, "DELETE")
+    assert not is_mutation("/api/new", "GET")
+    assert not is_mutation("/v1/completions", "POST")

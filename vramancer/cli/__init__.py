@@ -1,0 +1,42 @@
+"""The subcommands. Heavy modules are imported by the command that needs them, so that `--help` is quick."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vramancer import __version__
+from vramancer.cli.bench import bench
+from vramancer.cli.chat import run
+from vramancer.cli.plan import plan
+from vramancer.cli.serve import serve
+from vramancer.cli.status import status
+
+app = typer.Typer(
+    help="Run one large language model across GPUs that do not match, behind an OpenAI-compatible API.",
+    epilog="`python -m vramancer.main --api` is `vramancer serve`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(serve)
+app.command()(run)
+app.command()(plan)
+app.command()(status)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(bench)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vramancer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """The flags that come before a command."""

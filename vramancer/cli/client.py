@@ -1,0 +1,98 @@
+"""A small client of the HTTP API, for the commands that talk to a running server."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from core.config import Settings
+from core.errors import ConfigError, UnavailableError, VRAMancerError
+
+_CONNECT_TIMEOUT_S = 10.0
+_WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
+
+
+class ApiClient:
+    """Requests to one server. Errors come as `VRAMancerError` with the server's own message."""
+
+    def __init__(self, url: str, token: str | None) -> None:
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"--url: {url!r} is not like http://127.0.0.1:5000.")
+        self.url = url
+        self._parts = parts
+        self._token = token
+
+    @classmethod
+    def for_settings(cls, settings: Settings, url: str | None) -> ApiClient:
+        """The server at `url`, or the one that these settings would start; with the token that it would use."""
+        host = _WILDCARDS.get(settings.api.host, settings.api.host)
+        host = f"[{host}]" if ":" in host else host
+        return cls(url or f"http://{host}:{settings.api.port}", read_token(settings))
+
+    def get(self, path: str) -> Any:
+        """The JSON that GET `path` answers."""
+        with self._request("GET", path, None) as response:
+            return json.loads(response.read())
+
+    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The events that POST `path` streams, as they come. Closing the iterator closes the connection."""
+        with self._request("POST", path, body) as response:
+            for line in response:
+                name, _, value = line.decode("utf-8").strip().partition(":")
+                if name != "data":
+                    continue  # a comment that keeps the connection open, or the empty line after an event
+                if value.strip() == "[DONE]":
+                    return
+                event = json.loads(value)
+                if "error" in event:
+                    raise VRAMancerError(event["error"]["message"])
+                yield event
+        raise UnavailableError(f"{self.url} ended the stream too early.")
+
+    @contextmanager
+    def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> Iterator[http.client.HTTPResponse]:
+        secure = self._parts.scheme == "https"
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        connection = kind(self._parts.hostname or "", self._parts.port, timeout=_CONNECT_TIMEOUT_S)
+        headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        payload = None
+        if body is not None:
+            payload, headers["Content-Type"] = json.dumps(body), "application/json"
+        try:
+            connection.connect()
+            connection.sock.settimeout(None)  # an answer takes as long as it takes
+            connection.request(method, self._parts.path.rstrip("/") + path, payload, headers)
+            response = connection.getresponse()
+            if response.status >= 400:
+                raise VRAMancerError(f"{self.url}: {_error_message(response)}")
+            yield response
+        except (OSError, http.client.HTTPException) as error:
+            raise UnavailableError(f"no answer from {self.url}: {str(error) or type(error).__name__}.") from error
+        finally:
+            connection.close()
+
+
+def _error_message(response: http.client.HTTPResponse) -> str:
+    text = response.read().decode("utf-8", "replace")
+    try:
+        return str(json.loads(text)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"status {response.status} {response.reason}"
+
+
+def read_token(settings: Settings) -> str | None:
+    """The configured token, or the one that a server on this machine generated; None where there is none."""
+    if settings.api.token is not None:
+        return settings.api.token.get_secret_value()
+    path = settings.api.token_file or settings.runtime.state_dir / "api-token"
+    try:
+        return path.read_text(encoding="utf-8").strip() or None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path}: the token cannot be read: {error.strerror}.") from error

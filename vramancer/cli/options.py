@@ -1,0 +1,104 @@
+"""Flags for settings: one per setting, made from `core.config`, so that help, YAML and environment never differ."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from core.config import SettingInfo, iter_settings, load_settings
+from core.errors import ConfigError, VRAMancerError
+
+Section = Literal["model", "devices", "engine", "api", "security", "logging", "runtime"]
+_CONFIG = "config"
+_MODEL = "model_argument"
+
+
+def settings_command(*sections: Section, model_argument: bool = False) -> Callable[..., Callable[..., None]]:
+    """Turn `command(settings, ...)` into one that takes a flag for every setting of `sections`.
+
+    The command's further parameters stay typer's; what it returns is the exit status (None: 0). Our own errors end
+    the program with their message: status 2 for a wrong setting, 1 otherwise.
+    """
+
+    def decorate(command: Callable[..., int | None]) -> Callable[..., None]:
+        infos = [info for info in iter_settings() if info.key.split(".")[0] in sections and info.flag]
+
+        def run(**arguments: Any) -> None:
+            given = {info.key: arguments.pop(_parameter_name(info)) for info in infos}
+            overrides = {key: value for key, value in given.items() if value is not None}
+            try:
+                _take_model(arguments.pop(_MODEL, None), overrides)
+                settings = load_settings(config_file=arguments.pop(_CONFIG), overrides=overrides)
+                status = command(settings, **arguments)
+            except VRAMancerError as error:
+                fail(error.message, status=2 if isinstance(error, ConfigError) else 1)
+            raise typer.Exit(status or 0)
+
+        run.__name__ = command.__name__
+        run.__doc__ = command.__doc__
+        run.__annotations__ = {}
+        setattr(run, "__signature__", _signature(command, infos, model_argument))  # noqa: B010 (mypy has no such attribute)
+        return run
+
+    return decorate
+
+
+def fail(message: str, *, status: int = 1) -> None:
+    """Say what is wrong on standard error and exit with `status`."""
+    for line in message.splitlines():
+        typer.secho(f"error: {line}", fg=typer.colors.RED, err=True)
+    raise typer.Exit(status)
+
+
+def _take_model(argument: str | None, overrides: dict[str, Any]) -> None:
+    if argument is None:
+        return
+    if "model.name" in overrides:
+        raise ConfigError(f"the model is given twice: {argument!r} and --model {overrides['model.name']!r}.")
+    overrides["model.name"] = argument
+
+
+def _signature(command: Callable[..., Any], infos: list[SettingInfo], model_argument: bool) -> inspect.Signature:
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]  # without `settings`
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in [*own, *map(_option, infos)]]
+    if model_argument:
+        kind = Annotated[str | None, typer.Argument(metavar="MODEL", help="The same as --model.")]
+        parameters.insert(0, _keyword(_MODEL, kind))
+    config = Annotated[Path | None, typer.Option("--config", metavar="PATH", help="Settings file to read.")]
+    parameters.append(_keyword(_CONFIG, config))
+    return inspect.Signature(parameters)
+
+
+def _option(info: SettingInfo) -> inspect.Parameter:
+    panel = f"Settings: {info.key.split('.')[0]}"
+    if bool in info.kinds:
+        names = f"{info.flag}/--no-{(info.flag or '').removeprefix('--')}"
+        switch = typer.Option(names, help=_help_text(info), rich_help_panel=panel)
+        return _keyword(_parameter_name(info), Annotated[bool | None, switch])
+    option = typer.Option(info.flag, help=_help_text(info), metavar=_metavar(info), rich_help_panel=panel)
+    return _keyword(_parameter_name(info), Annotated[str | None, option])
+
+
+def _help_text(info: SettingInfo) -> str:
+    default = "" if info.default_text in ("null", "[]") else f"Default: {info.default_text}."
+    allowed = f"Allowed: {info.allowed}." if info.allowed else ""
+    return " ".join(part for part in (info.description, allowed, default, f"({info.env})") if part)
+
+
+def _keyword(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _metavar(info: SettingInfo) -> str:
+    for kind, word in ((int, "INTEGER"), (float, "NUMBER"), (Path, "PATH"), (tuple, "A,B,...")):
+        if kind in info.kinds:
+            return word
+    return "TEXT"
+
+
+def _parameter_name(info: SettingInfo) -> str:
+    return "setting_" + info.key.replace(".", "_")
