@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 import transformers
-from plain_settings import make_settings
+from plain_settings import CACHE_DIR, make_settings
 
 from core.inference_pipeline import InferencePipeline
 
@@ -35,12 +35,12 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
-def open_pipeline(tmp_path: Path) -> Iterator[Callable[..., InferencePipeline]]:
+def open_pipeline() -> Iterator[Callable[..., InferencePipeline]]:
     """Start pipelines on logical CPU devices; each is audited and shut down at the end of the test."""
     opened: list[InferencePipeline] = []
 
     def start(model: Path | None = None, **overrides: object) -> InferencePipeline:
-        defaults = {"devices__devices": "cpu=64MiB", "runtime__cache_dir": tmp_path / "cache"}
+        defaults = {"devices__devices": "cpu=64MiB", "runtime__cache_dir": CACHE_DIR}
         named = {} if model is None else {"model__name": str(model)}
         pipeline = InferencePipeline(make_settings(**{**defaults, **named, **overrides}))
         opened.append(pipeline)

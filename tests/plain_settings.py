@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from core.config import Settings, load_settings
+
+CACHE_DIR = Path(__file__).parent.parent / ".pytest_cache" / "vramancer"
+"""Compiled kernels, kept between test runs: building them takes seconds."""
 
 
 def make_settings(**overrides: object) -> Settings:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from plain_settings import CACHE_DIR
 
 TOKEN = "a-token-for-tests-only"
 
@@ -47,7 +48,7 @@ def start_server(directory: Path, *flags: str, **environment: str) -> Server:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("VRM_", "XDG_"))}
     environ = {
         **inherited, "VRM_API_TOKEN": TOKEN, "XDG_CONFIG_HOME": str(directory), "XDG_STATE_HOME": str(directory),
-        "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment,
+        "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VRM_RUNTIME_CACHE_DIR": str(CACHE_DIR), **environment,
     }  # fmt: skip
     command = [
         sys.executable, "-m", "vramancer.main", "--api", "--port", str(port), "--metrics-port", str(free_port()),

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from core.execution.native import NativeKernels, NativeLinear, load_native, swap_linears
-from core.execution.native.kernels import choose_torch
+from core.execution.native import NativeKernels, NativeLinear, NativeRMSNorm, load_native, swap_linears, swap_norms
+from core.execution.native.kernels import MAX_ROWS
 
 BOUNDS = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-6}
 DTYPES = sorted(BOUNDS, key=str)
@@ -82,9 +82,9 @@ def test_views_and_leading_dimensions(kernels: NativeKernels) -> None:
 
 
 def test_rows_that_torch_computes_are_close_too(kernels: NativeKernels) -> None:
-    x, weight, bias = make(700, 64, 96, torch.float32)
-    assert choose_torch(torch.float32, 700, 64)
+    x, weight, bias = make(MAX_ROWS[torch.float32] + 1, 64, 96, torch.float32)
     assert_close(kernels.linear(x, weight, bias), x, weight, bias)
+    assert_close(kernels.linear_native(x, weight, bias), x, weight, bias)
 
 
 def test_special_values(kernels: NativeKernels) -> None:
@@ -123,7 +123,18 @@ def test_modules_keep_their_parameters(kernels: NativeKernels) -> None:
     assert model(x).requires_grad
     with torch.inference_mode():
         torch.testing.assert_close(model(x), expected, rtol=2e-2, atol=2e-2)
+        for parameter in model.parameters():
+            parameter.data = parameter.data * 2
+        torch.testing.assert_close(model[0](x), nn.functional.linear(x, model[0].weight, model[0].bias))
+        assert model.float()(x.float()).dtype is torch.float32
     assert swap_linears(model, kernels) == 0
+
+
+def test_a_module_in_two_places_stays_one(kernels: NativeKernels) -> None:
+    shared = nn.Linear(8, 8)
+    model = nn.Sequential(shared, nn.Sequential(shared))
+    assert swap_linears(model, kernels) == 1
+    assert model[0] is model[1][0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -137,6 +148,31 @@ def test_rms_norm(kernels: NativeKernels, dtype: torch.dtype) -> None:
         torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-5), weight * normal.to(dtype), **bounds)
         gemma = (normal * (1.0 + weight.float())).to(dtype)
         torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-5, offset=1.0, cast_first=False), gemma, **bounds)
+
+
+def test_norms_of_a_model_keep_their_meaning(kernels: NativeKernels) -> None:
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+
+    class OtherRMSNorm(LlamaRMSNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 2
+
+    norms = [LlamaRMSNorm(80, 1e-6), Gemma3RMSNorm(80, 1e-6), Olmo2RMSNorm(80, 1e-6), OtherRMSNorm(80)]
+    model = nn.ModuleList(norms).bfloat16()
+    for norm in norms:
+        norm.weight.data.normal_()
+    names = list(model.state_dict())
+    x = torch.randn(2, 3, 80).bfloat16()
+    with torch.inference_mode():
+        expected = [norm(x) for norm in model]
+        assert swap_norms(model, kernels) == 3
+        assert [isinstance(norm, NativeRMSNorm) for norm in model] == [True, True, True, False]
+        for norm, answer in zip(model, expected, strict=True):
+            torch.testing.assert_close(norm(x), answer, rtol=2.0**-7, atol=1e-5)
+    assert names == list(model.state_dict()) and swap_norms(model, kernels) == 0
+    assert model[0](x).requires_grad
 
 
 def test_cache_is_reused(kernels: NativeKernels, tmp_path_factory: pytest.TempPathFactory) -> None:

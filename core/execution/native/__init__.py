@@ -5,5 +5,6 @@
 
 from core.execution.native.kernels import NativeKernels, load_native
 from core.execution.native.modules import NativeLinear, swap_linears
+from core.execution.native.norms import NativeRMSNorm, swap_norms
 
-__all__ = ["NativeKernels", "NativeLinear", "load_native", "swap_linears"]
+__all__ = ["NativeKernels", "NativeLinear", "NativeRMSNorm", "load_native", "swap_linears", "swap_norms"]

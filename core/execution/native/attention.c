@@ -7,9 +7,9 @@
  */
 #include "attention_inner.h"
 
-#define SPLIT 1024      /* keys per partial result, a multiple of CHUNK */
-#define MAX_TILE 32     /* query rows (tokens x grouped heads) per pass over the keys */
-#define MAX_DIM 512     /* largest head dimension */
+#define SPLIT 1024  /* keys per partial result, a multiple of CHUNK */
+#define MAX_TILE 32 /* query rows (tokens x grouped heads) per pass over the keys */
+#define MAX_DIM 512 /* largest head dimension */
 
 /* One tile: `rows` rows = (token, head of the group) pairs of one sequence and one kv head. */
 typedef struct {
@@ -27,10 +27,12 @@ typedef struct {
 INLINE size_t partial_size(const Attention *a) {
     return (sizeof(Partial) + (size_t)(MAX_TILE * round16(a->dim_v)) * 4 + 63) / 64 * 64;
 }
+
 /* What one thread needs: two partials and a chunk of keys and values. */
 INLINE size_t work_size(const Attention *a) {
     return 2 * partial_size(a) + (size_t)((a->dim + a->dim_v) * CHUNK * elem_size(a->dt) + 63) / 64 * 64;
 }
+
 INLINE int64_t group(const Attention *a) { return a->heads / a->kv_heads; }
 INLINE int64_t query_len(const Attention *a, int64_t s) { return a->query_start[s + 1] - a->query_start[s]; }
 

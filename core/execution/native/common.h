@@ -144,19 +144,41 @@ INLINE void store_one(int dt, void *p, float value) {
     }
 }
 
+/* bf16 rounded to nearest even, in the upper half of each lane. */
+INLINE v8u round_bf16(v8f v) {
+    const v8u u = (v8u)v, nan = (v8u)(v != v);
+    return (nan & 0x7fc00000u) | (~nan & (u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u);
+}
+
+/* Values as they are after a trip through the element type. */
+INLINE v8f round8(int dt, v8f v) {
+    if (dt == DT_BF16) return (v8f)round_bf16(v);
+    if (dt == DT_FP16)
+        for (int i = 0; i < 8; i++) v[i] = (float)(_Float16)v[i];
+    return v;
+}
+
 /* store_one for eight consecutive elements. */
 INLINE void store_eight(int dt, void *p, v8f v) {
     if (dt == DT_BF16) {
         typedef uint16_t v8h __attribute__((vector_size(16)));
-        v8u u = (v8u)v;
-        v8u rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-        v8u nan = (v8u)(v != v);
-        v8h h = __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), v8h);
+        v8h h = __builtin_convertvector(round_bf16(v) >> 16, v8h);
         memcpy(p, &h, 16);
     } else if (dt == DT_FP16) {
         for (int i = 0; i < 8; i++) store_one(dt, (char *)p + 2 * i, v[i]);
     } else {
         store8(p, v);
+    }
+}
+
+/* Stores the two halves of a block of 16 as `load_half` reads them. */
+INLINE void store_block(int dt, char *p, v8f half0, v8f half1) {
+    if (dt == DT_BF16) {
+        const v8u both = (round_bf16(half0) >> 16) | round_bf16(half1);
+        memcpy(p, &both, 32);
+    } else {
+        store_eight(dt, p, half0);
+        store_eight(dt, p + 8 * elem_size(dt), half1);
     }
 }
 

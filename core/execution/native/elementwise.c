@@ -26,32 +26,44 @@ EXPORT void vrm_write_kv(const int64_t *sizes, const void *k, const void *v, voi
     scatter(sizes[0], sizes[1], b[0], v, b[1], b[2], v_cache, b[3], b[4], b[5], sizes[2], slots);
 }
 
-INLINE float round_to(int dt, float value) {
-    char cell[4];
-    store_one(dt, cell, value);
-    return load_one(dt, cell);
+/* One block of 16: x times `inverse`, rounded if asked, times the weight. */
+INLINE void norm_block(int dt, const char *x, const char *w, float inverse, float offset, int cast_first, char *y) {
+    v8f out[2];
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        v8f value = load_half(dt, x, half) * splat8(inverse);
+        if (cast_first) value = round8(dt, value);
+        out[half] = value * (load_half(dt, w, half) + splat8(offset));
+    }
+    store_block(dt, y, out[0], out[1]);
 }
 
 INLINE void rms_norm(int dt, int64_t rows, int64_t k, const char *x, int64_t ldx, const char *w, float eps, float offset,
                      int cast_first, char *y) {
-    const int64_t es = elem_size(dt);
+    const int64_t es = elem_size(dt), whole = k / 16 * 16;
+    char x_tail[64], w_tail[64], y_tail[64];
+    if (whole < k) copy_tail(dt, w_tail, w + whole * es, k - whole);
     for (int64_t r = 0; r < rows; r++) {
         const char *src = x + r * ldx * es;
         char *dst = y + r * k * es;
-        v8f squares = splat8(0.0f);
-        int64_t i = 0;
-        for (; i + 16 <= k; i += 16)
+        v8f squares[2] = {splat8(0.0f), splat8(0.0f)};
+        if (whole < k) {
+            copy_tail(dt, x_tail, src + whole * es, k - whole);
+            for (int half = 0; half < 2; half++) squares[half] = load_half(dt, x_tail, half) * load_half(dt, x_tail, half);
+        }
+        for (int64_t i = 0; i < whole; i += 16)
+#pragma GCC unroll 2
             for (int half = 0; half < 2; half++) {
-                v8f part = load_half(dt, src + i * es, half);
-                squares = fma8(part, part, squares);
+                const v8f part = load_half(dt, src + i * es, half);
+                squares[half] = fma8(part, part, squares[half]);
             }
-        float sum = lane_sums(squares, squares, squares, squares)[0];
-        for (; i < k; i++) sum += load_one(dt, src + i * es) * load_one(dt, src + i * es);
-        const float inverse = 1.0f / sqrtf(sum / (float)k + eps);
-        for (i = 0; i < k; i++) {
-            float value = load_one(dt, src + i * es) * inverse;
-            if (cast_first) value = round_to(dt, value);
-            store_one(dt, dst + i * es, value * (load_one(dt, w + i * es) + offset));
+        const v8f both = squares[0] + squares[1];
+        const float inverse = 1.0f / sqrtf(lane_sums(both, both, both, both)[0] / (float)k + eps);
+        for (int64_t i = 0; i < whole; i += 16)
+            norm_block(dt, src + i * es, w + i * es, inverse, offset, cast_first, dst + i * es);
+        if (whole < k) {
+            norm_block(dt, x_tail, w_tail, inverse, offset, cast_first, y_tail);
+            memcpy(dst + whole * es, y_tail, (size_t)((k - whole) * es));
         }
     }
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +15,9 @@ logger = get_logger(__name__)
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MAX_HEAD_DIM = 512
-MAX_FLOAT32_ROWS = 64
+# Rows of x up to which the kernel beats torch.
+MAX_ROWS = {torch.bfloat16: 1 << 30, torch.float16: 1 << 30, torch.float32: 64}
+_NO_MEMORY = "no scratch memory for a native kernel"
 
 _int, _i64, _ptr, _float = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
@@ -36,23 +37,13 @@ def load_native(cache_dir: Path) -> NativeKernels | None:
         return None
 
 
-def choose_torch(dtype: torch.dtype, rows: int, columns: int) -> bool:
-    """Whether `torch.nn.functional.linear` beats the kernel for `rows` rows of x."""
-    return dtype is torch.float32 and rows > MAX_FLOAT32_ROWS
-
-
-def _check(status: int) -> None:
-    if status:
-        raise MemoryError("no scratch memory for a native kernel")
-
-
 class NativeKernels:
     """The compiled kernels. Stateless, so any number of threads may share one."""
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
         self._linear = self._library.vrm_linear
-        self._linear.argtypes = [_int, _i64, _i64, _i64, _ptr, _i64, _ptr, _i64, _ptr, _ptr, _i64, _int]
+        self._linear.argtypes = [_ptr, _i64, _ptr, _i64, _ptr, _int]
         self._attention = self._library.vrm_paged_attention
         self._attention.argtypes = [_int, *[_ptr] * 9, _float, _float, _ptr, _ptr, _int]
         self._write_kv = self._library.vrm_write_kv
@@ -67,29 +58,13 @@ class NativeKernels:
 
         What the kernel does not cover, or torch does faster, goes to torch.
         """
-        if (
-            weight.dtype not in DTYPES or x.dtype != weight.dtype or not (x.is_cpu and weight.is_cpu)
-            or weight.stride(1) != 1 or x.shape[-1] != weight.shape[1] or not x.numel() or not weight.numel()
-            or (bias is not None and (bias.dtype != x.dtype or bias.stride(0) != 1))
-            or choose_torch(x.dtype, x.numel() // weight.shape[1], weight.shape[0])
-        ):  # fmt: skip
-            return F.linear(x, weight, bias)
-        return self.linear_native(x, weight, bias)
+        if PreparedLinear.covers(weight, bias):
+            return PreparedLinear(self, weight, bias)(x)
+        return F.linear(x, weight, bias)
 
     def linear_native(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`linear`, always in the kernel: a row's result never depends on the other rows. All in one dtype."""
-        n, k = weight.shape
-        rows = x if x.dim() == 2 else x.reshape(-1, k)
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        out = x.new_empty((*x.shape[:-1], n))
-        status = self._linear(
-            DTYPES[x.dtype], rows.shape[0], n, k, rows.data_ptr(), rows.stride(0), weight.data_ptr(), weight.stride(0),
-            None if bias is None else bias.data_ptr(), out.data_ptr(), n, torch.get_num_threads(),
-        )  # fmt: skip
-        if status:
-            _check(status)
-        return out
+        return PreparedLinear(self, weight, bias).run(x)
 
     def paged_attention(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
@@ -146,7 +121,8 @@ class NativeKernels:
             block_tables.data_ptr(), query_start.data_ptr(), seq_lens.data_ptr(), sinks_ptr, scale, softcap,
             out.data_ptr(), lse.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        _check(status)
+        if status:
+            raise MemoryError(_NO_MEMORY)
         return out, lse
 
     def write_kv(
@@ -191,6 +167,47 @@ class NativeKernels:
         return out
 
 
-def supports(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether the kernels know these tensors' dtype and place."""
-    return all(tensor.is_cpu and tensor.dtype in DTYPES for tensor in tensors)
+class PreparedLinear:
+    """A weight `[N, K]` (and bias `[N]`) with what the kernel has to know of it worked out once."""
+
+    __slots__ = ("_address", "_call", "_facts", "_max_rows", "bias", "dtype", "k", "n", "weight", "weight_address")
+
+    def __init__(self, kernels: NativeKernels, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.weight, self.bias, self.dtype = weight, bias, weight.dtype
+        self.n, self.k = weight.shape
+        self.weight_address = weight.data_ptr()
+        bias_address = 0 if bias is None else bias.data_ptr()
+        self._facts = (_i64 * 6)(
+            DTYPES[weight.dtype], self.n, self.k, weight.stride(0), self.weight_address, bias_address
+        )
+        self._address = ctypes.addressof(self._facts)
+        self._call = kernels._linear
+        self._max_rows = MAX_ROWS[weight.dtype]
+
+    @staticmethod
+    def covers(weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        """Whether the kernel can work with these."""
+        return (
+            weight.dtype in DTYPES and weight.is_cpu and weight.stride(1) == 1 and weight.numel() > 0
+            and (bias is None or (bias.dtype == weight.dtype and bias.is_cpu and bias.stride(0) == 1))
+        )  # fmt: skip
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` `[..., K]` to `[..., N]`, by torch where that is faster or where the kernel cannot."""
+        shape = x.shape
+        if x.dtype is self.dtype and shape[-1] == self.k and x.is_cpu and 0 < x.numel() <= self._max_rows * self.k:
+            return self.run(x)
+        return F.linear(x, self.weight, self.bias)
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` `[..., K]`, of the weight's dtype, to `[..., N]`, by the kernel."""
+        shape = x.shape
+        rows = x if len(shape) == 2 else x.reshape(-1, self.k)
+        lead, step = rows.stride()
+        if step != 1:
+            rows = rows.contiguous()
+            lead = self.k
+        out = x.new_empty((*shape[:-1], self.n))
+        if self._call(self._address, rows.shape[0], rows.data_ptr(), lead, out.data_ptr(), torch.get_num_threads()):
+            raise MemoryError(_NO_MEMORY)
+        return out

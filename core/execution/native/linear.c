@@ -13,6 +13,7 @@
 #define COL_CHUNK 96      /* rows of W kept in L2 while the rows of x pass over them */
 #define TILE_CHUNK 2      /* row tiles kept in L1 meanwhile */
 #define PREFETCH 1024     /* bytes ahead, when W is streamed */
+#define SMALL (1 << 16)   /* multiplications that are not worth waking a second thread */
 #define MAX_ROWS 64       /* rows of x per pass over the weights */
 
 typedef struct {
@@ -266,15 +267,18 @@ static void run(const Linear *p, int threads) {
     }
 }
 
-/* Returns 0, or 1 when scratch memory could not be had. Leading dimensions are in elements; `bias` may be NULL. */
-EXPORT int vrm_linear(int dt, int64_t m, int64_t n, int64_t k, const void *x, int64_t ldx, const void *w, int64_t ldw,
-                      const void *bias, void *y, int64_t ldy, int threads) {
-    const int64_t blocks = (k + 15) / 16, packed = m * blocks * 16;
-    const int64_t sums = m > ROW_TILE ? (int64_t)threads * MAX_ROWS * COL_CHUNK : 0;
+/* `weights`: element type, N, K, leading dimension of W, address of W, address of the bias or 0. Leading dimensions are
+ * in elements. Returns 0, or 1 when scratch memory could not be had. */
+EXPORT int vrm_linear(const int64_t *weights, int64_t m, const void *x, int64_t ldx, void *y, int threads) {
+    const int64_t n = weights[1], k = weights[2], blocks = (k + 15) / 16, packed = m * blocks * 16;
     if (m < 1 || n < 1) return 0;
+    if (m * n * k < SMALL) threads = 1;
+    const int64_t sums = m > ROW_TILE ? (int64_t)threads * MAX_ROWS * COL_CHUNK : 0;
     float *memory = aligned_alloc(64, (size_t)(packed + sums) * 4);
     if (!memory) return 1;
-    const Linear p = {dt, m, n, k, ldx, ldw, ldy, x, w, bias, y, memory, memory + packed, blocks};
+    const Linear p = {.dt = (int)weights[0], .m = m, .n = n, .k = k, .ldx = ldx, .ldw = weights[3], .ldy = n, .x = x,
+                      .w = (const char *)(intptr_t)weights[4], .bias = (const char *)(intptr_t)weights[5], .y = y,
+                      .packed = memory, .sums = memory + packed, .blocks = blocks};
     run(&p, threads);
     free(memory);
     return 0;
