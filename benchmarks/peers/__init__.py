@@ -9,7 +9,9 @@ from benchmarks.peers.base import Peer
 PEERS = {
     "ours": "benchmarks.peers.ours:OursPeer",
     "generate": "benchmarks.peers.transformers_generate:GeneratePeer",
+    "generate-f32": "benchmarks.peers.transformers_generate:GenerateF32Peer",
     "transformers-cb": "benchmarks.peers.transformers_cb:ContinuousBatchingPeer",
+    "transformers-cb-f32": "benchmarks.peers.transformers_cb:ContinuousBatchingF32Peer",
     "llama.cpp": "benchmarks.peers.llama_cpp:LlamaCppPeer",
     "llama.cpp-f16": "benchmarks.peers.llama_cpp:LlamaCppF16Peer",
 }

@@ -6,6 +6,7 @@
  * the same result whatever runs next to it.
  */
 #include "attention_inner.h"
+#include "pool.h"
 
 #define SPLIT 1024  /* keys per partial result, a multiple of CHUNK */
 #define MAX_TILE 32 /* query rows (tokens x grouped heads) per pass over the keys */
@@ -258,6 +259,25 @@ static void merge_splits(const Attention *a, const Tile *t, char *scratch) {
     finish(a, a->dt, t, first);
 }
 
+typedef struct {
+    const Attention *a;
+    Tile *tiles;
+    Unit *units;
+    char *memory, *scratch;
+} Job;
+
+static void unit_share(void *context, int64_t i, int thread) {
+    const Job *j = context;
+    Partial *work = (Partial *)(j->memory + work_size(j->a) * (size_t)thread);
+    attend_unit(j->a, j->tiles + j->units[i].tile, j->units[i].split, work, j->scratch);
+}
+
+static void merge_share(void *context, int64_t i, int thread) {
+    const Job *j = context;
+    (void)thread;
+    if (j->tiles[i].scratch >= 0) merge_splits(j->a, j->tiles + i, j->scratch);
+}
+
 static int run(const Attention *a, int threads) {
     const int64_t count = plan(a, NULL);
     if (count == 0) return 0;
@@ -272,18 +292,9 @@ static int run(const Attention *a, int threads) {
     int status = !units || !memory;
     if (!status) {
         cut(tiles, count, threads, units, &partials);
-        char *scratch = memory + work_size(a) * (size_t)threads;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-        {
-            Partial *work = (Partial *)(memory + work_size(a) * (size_t)thread_index());
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t i = 0; i < n; i++) attend_unit(a, tiles + units[i].tile, units[i].split, work, scratch);
-            if (partials > 0) {
-#pragma omp for schedule(dynamic, 1)
-                for (int64_t i = 0; i < count; i++)
-                    if (tiles[i].scratch >= 0) merge_splits(a, tiles + i, scratch);
-            }
-        }
+        Job job = {a, tiles, units, memory, memory + work_size(a) * (size_t)threads};
+        vrm_parallel(unit_share, &job, n, threads);
+        if (partials > 0) vrm_parallel(merge_share, &job, count, threads);
     }
     free(memory);
     free(units);

@@ -1,7 +1,6 @@
 """Compiles the C sources with the system's compiler, once per source, compiler and CPU.
 
-The library must share torch's OpenMP runtime: a second one would bring its own threads and ignore
-`torch.set_num_threads`. So objects are compiled with OpenMP and linked against the runtime file that torch has loaded.
+Threads come from `pool.c`, not from OpenMP; each call is told how many it may use.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -18,15 +16,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from core.logs import get_logger
 
 logger = get_logger(__name__)
 
-SOURCES = ("linear.c", "attention.c", "elementwise.c")
-HEADERS = ("common.h", "attention_inner.h")
-_BASE_FLAGS = ("-O3", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fvisibility=hidden", "-w")
+SOURCES = ("linear.c", "attention.c", "elementwise.c", "pool.c")
+HEADERS = ("common.h", "attention_inner.h", "pool.h")
+_BASE_FLAGS = ("-O3", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fvisibility=hidden", "-pthread", "-w")
 _TIMEOUT_S = 180
 
 
@@ -41,31 +37,10 @@ def find_compilers() -> list[list[str]]:
     return found
 
 
-def torch_openmp() -> Path | None:
-    """The OpenMP runtime that torch brings or has loaded, None if there is none to be found."""
-    maps = Path("/proc/self/maps")
-    if maps.exists():
-        for line in maps.read_text(errors="replace").splitlines():
-            path = line.split(maxsplit=5)[-1]
-            if re.search(r"/lib(gomp|iomp5|omp)[-.\w]*\.so[.\d]*$", path) and Path(path).exists():
-                return Path(path)
-    package = Path(torch.__file__).parent
-    for folder in (package / "lib", package.parent / "torch.libs"):
-        for pattern in ("libgomp*.so*", "libiomp5.so*", "libomp.so*"):
-            for match in sorted(folder.glob(pattern)):
-                return match
-    return None
-
-
-def _flag_sets(openmp: Path | None) -> Iterator[tuple[list[str], list[str]]]:
-    """Compile and link flags to try, best first."""
-    native = ["-mcpu=native"] if platform.machine() in ("arm64", "aarch64") else ["-march=native"]
-    if openmp is not None:
-        link = [str(openmp), f"-Wl,-rpath,{openmp.parent}"]
-        yield [*native, "-fopenmp"], link
-        yield ["-fopenmp"], link
-    yield native, []
-    yield [], []
+def _flag_sets() -> Iterator[list[str]]:
+    """Flags to try, best first."""
+    yield ["-mcpu=native"] if platform.machine() in ("arm64", "aarch64") else ["-march=native"]
+    yield []
 
 
 def _cpu_model() -> str:
@@ -86,7 +61,7 @@ def _run(command: list[str]) -> tuple[bool, str]:
     return done.returncode == 0, (done.stderr or done.stdout).strip()
 
 
-def _compile(compiler: list[str], flags: list[str], link: list[str], target: Path) -> str | None:
+def _compile(compiler: list[str], flags: list[str], target: Path) -> str | None:
     """Build `target` and put it in place in one step. Returns the compiler's complaint, None on success."""
     source_dir = Path(__file__).parent
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
@@ -97,7 +72,7 @@ def _compile(compiler: list[str], flags: list[str], link: list[str], target: Pat
             if not ok:
                 return message
         built = Path(folder) / target.name
-        ok, message = _run([*compiler, "-shared", *objects, *link, "-lm", "-o", str(built)])
+        ok, message = _run([*compiler, "-shared", "-pthread", *objects, "-lm", "-o", str(built)])
         if not ok:
             return message
         built.replace(target)
@@ -112,19 +87,18 @@ def build_library(cache_dir: Path) -> Path | None:
         return None
     source_dir = Path(__file__).parent
     sources = b"".join((source_dir / name).read_bytes() for name in (*HEADERS, *SOURCES))
-    openmp = torch_openmp()
     complaint = ""
     try:
         cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         for compiler in compilers:
             _, version = _run([*compiler, "-dumpfullversion", "-dumpversion"])
-            parts = (shlex.join(compiler), _run([*compiler, "--version"])[1], version, _cpu_model(), str(openmp))
-            for flags, link in _flag_sets(openmp):
-                key = hashlib.sha256(sources + repr((parts, _BASE_FLAGS, flags, link)).encode()).hexdigest()[:32]
+            parts = (shlex.join(compiler), _run([*compiler, "--version"])[1], version, _cpu_model())
+            for flags in _flag_sets():
+                key = hashlib.sha256(sources + repr((parts, _BASE_FLAGS, flags)).encode()).hexdigest()[:32]
                 target = cache_dir / f"{key}.so"
                 if target.exists():
                     return target
-                failure = _compile(compiler, flags, link, target)
+                failure = _compile(compiler, flags, target)
                 if failure is None:
                     logger.info("native kernels built", compiler=compiler[0], flags=" ".join(flags), path=str(target))
                     return target

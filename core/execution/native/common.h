@@ -10,9 +10,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
@@ -222,14 +219,6 @@ INLINE v8f exp8(v8f x) {
     p = p * r * r + r + splat8(1.0f);
     v8i scaled = (v8i)p + (((v8i)shifted - (v8i)magic) << 23);
     return (v8f)(scaled & ~tiny);
-}
-
-INLINE int thread_index(void) {
-#if defined(_OPENMP)
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
 }
 
 #endif

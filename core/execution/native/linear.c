@@ -5,6 +5,7 @@
  * its neighbours.
  */
 #include "common.h"
+#include "pool.h"
 
 #define KC 512            /* elements of K per partial sum (a multiple of 16) */
 #define BLOCKS (KC / 16)  /* 16-element blocks in it */
@@ -14,6 +15,8 @@
 #define TILE_CHUNK 2      /* row tiles kept in L1 meanwhile */
 #define PREFETCH 1024     /* bytes ahead, when W is streamed */
 #define SMALL (1 << 16)   /* multiplications that are not worth waking a second thread */
+#define SHARES 4         /* of the columns per thread, so that a late thread holds up little */
+#define MIN_SHARE 32     /* columns worth a share of their own */
 #define MAX_ROWS 64       /* rows of x per pass over the weights */
 
 typedef struct {
@@ -24,6 +27,7 @@ typedef struct {
     float *packed; /* fp32 x: per ROW_TILE rows, per block, per row, 16 values */
     float *sums;   /* per thread, MAX_ROWS x COL_CHUNK */
     int64_t blocks; /* ceil(k / 16) */
+    int64_t shares; /* of the columns, when W is streamed */
 } Linear;
 
 /* Rows are dealt out in bands of MAX_ROWS, and a band's rows evenly to its tiles: 5 rows are 2 + 3, not 4 + 1. */
@@ -244,27 +248,35 @@ static void block_any(const Linear *p, int64_t band, int64_t chunk, float *sums)
     else block(p, DT_FP32, band, c0, c1, sums);
 }
 
-static void run(const Linear *p, int threads) {
+static void stream_share(void *context, int64_t i, int thread) {
+    const Linear *p = context;
+    (void)thread;
+    stream_any(p, share(p->n, i, p->shares), share(p->n, i + 1, p->shares));
+}
+
+static void pack_share(void *context, int64_t i, int thread) {
+    const Linear *p = context;
+    const int64_t per_band = MAX_ROWS / ROW_TILE + 1, band = i / per_band, tile = i % per_band;
+    (void)thread;
+    if (tile < band_tiles(p, band)) pack_any(p, tile_row(p, band, tile), tile_row(p, band, tile + 1));
+}
+
+static void block_share(void *context, int64_t i, int thread) {
+    const Linear *p = context;
+    const int64_t col_chunks = (p->n + COL_CHUNK - 1) / COL_CHUNK;
+    block_any(p, i / col_chunks, i % col_chunks, p->sums + (int64_t)thread * MAX_ROWS * COL_CHUNK);
+}
+
+static void run(Linear *p, int threads) {
     if (p->m <= ROW_TILE) {
         pack_any(p, 0, p->m);
-#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
-        for (int t = 0; t < threads; t++) stream_any(p, share(p->n, t, threads), share(p->n, t + 1, threads));
+        p->shares = max64(1, min64(threads * SHARES, p->n / MIN_SHARE));
+        vrm_parallel(stream_share, p, p->shares, threads);
         return;
     }
     const int64_t bands = (p->m + MAX_ROWS - 1) / MAX_ROWS, col_chunks = (p->n + COL_CHUNK - 1) / COL_CHUNK;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        float *sums = p->sums + (int64_t)thread_index() * MAX_ROWS * COL_CHUNK;
-        for (int64_t band = 0; band < bands; band++) {
-            const int64_t tiles = band_tiles(p, band);
-#pragma omp for schedule(static) nowait
-            for (int64_t i = 0; i < tiles; i++) pack_any(p, tile_row(p, band, i), tile_row(p, band, i + 1));
-        }
-#pragma omp barrier
-#pragma omp for schedule(dynamic, 1) collapse(2)
-        for (int64_t band = 0; band < bands; band++)
-            for (int64_t i = 0; i < col_chunks; i++) block_any(p, band, i, sums);
-    }
+    vrm_parallel(pack_share, p, bands * (MAX_ROWS / ROW_TILE + 1), threads);
+    vrm_parallel(block_share, p, bands * col_chunks, threads);
 }
 
 /* `weights`: element type, N, K, leading dimension of W, address of W, address of the bias or 0. Leading dimensions are
@@ -276,7 +288,7 @@ EXPORT int vrm_linear(const int64_t *weights, int64_t m, const void *x, int64_t 
     const int64_t sums = m > ROW_TILE ? (int64_t)threads * MAX_ROWS * COL_CHUNK : 0;
     float *memory = aligned_alloc(64, (size_t)(packed + sums) * 4);
     if (!memory) return 1;
-    const Linear p = {.dt = (int)weights[0], .m = m, .n = n, .k = k, .ldx = ldx, .ldw = weights[3], .ldy = n, .x = x,
+    Linear p = {.dt = (int)weights[0], .m = m, .n = n, .k = k, .ldx = ldx, .ldw = weights[3], .ldy = n, .x = x,
                       .w = (const char *)(intptr_t)weights[4], .bias = (const char *)(intptr_t)weights[5], .y = y,
                       .packed = memory, .sums = memory + packed, .blocks = blocks};
     run(&p, threads);
