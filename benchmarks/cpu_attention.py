@@ -68,9 +68,9 @@ def per_sequence(inputs: Inputs) -> torch.Tensor:
         key, value = (p[table].flatten(0, 1)[:length].transpose(0, 1)[None] for p in (k_pages, v_pages))
         mask = None if count == 1 else torch.ones(count, length, dtype=torch.bool).tril(length - count)
         q = query[rows].transpose(0, 1)[None]
-        out[rows] = F.scaled_dot_product_attention(
-            q, key, value, attn_mask=mask, scale=spec.scale, enable_gqa=True
-        )[0].transpose(0, 1)
+        out[rows] = F.scaled_dot_product_attention(q, key, value, attn_mask=mask, scale=spec.scale, enable_gqa=True)[
+            0
+        ].transpose(0, 1)
     return out
 
 
@@ -129,7 +129,7 @@ def main() -> None:
         for name, sequences in CASES.items():
             inputs, cells, base = make(sequences), [], 0.0
             expected = native.attend(*inputs).float()
-            for way_name, way in ways.items():
+            for way in ways.values():
                 try:
                     error = (way(inputs).float() - expected).abs().max().item()
                     seconds = measure(way, inputs, arguments.repeats)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ def positive(text: str) -> int:
     return value
 
 
+def positives(text: str) -> list[int]:
+    """``1,16`` as numbers."""
+    return [positive(part) for part in comma_list(text)]
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -45,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model", default="443m", help="443m, small, or a folder with a Hugging Face checkpoint")
-    parser.add_argument("--streams", default="1,16", help="numbers of concurrent requests to measure")
+    parser.add_argument("--streams", type=positives, default="1,16", help="numbers of concurrent requests to measure")
     parser.add_argument("--prompt-tokens", type=positive, default=128, help="tokens in each prompt")
     parser.add_argument("--new-tokens", type=positive, default=33, help="tokens generated for each request")
     parser.add_argument("--peers", default=",".join(DEFAULT_PEERS), help=f"engines, of {', '.join(PEERS)}")
@@ -102,8 +108,11 @@ def check_complete(name: str, result: RunResult, max_tokens: int) -> None:
 
 def measure(
     workers: dict[str, Worker], streams: list[int], vocab_size: int, arguments: argparse.Namespace, console: Console
-) -> list[Series]:
-    """Warm everything up, then go round; every round starts with another engine and brings new prompts."""
+) -> Iterator[list[Series]]:
+    """Warm everything up, then go round; every round starts with another engine and brings new prompts.
+
+    Yields everything measured so far after each round.
+    """
     names = list(workers)
     series = {(name, count): Series(name, count) for count in streams for name in names}
     for name in names:
@@ -128,7 +137,7 @@ def measure(
                 console.print(
                     f"[dim]{label}: {summary.output_tok_s:.1f} tok/s, others {others:.0%}[/]", highlight=False
                 )
-    return [series[name, count] for count in streams for name in names]
+        yield [series[name, count] for count in streams for name in names]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [name for name in names if name not in PEERS]
     if unknown:
         parser.error(f"unknown engine {unknown[0]!r}; there are {', '.join(PEERS)}")
-    streams = [positive(text) for text in comma_list(arguments.streams)]
+    streams: list[int] = arguments.streams
     progress, console = Console(stderr=True), Console(width=None if sys.stdout.isatty() else 140)
     with progress.status(f"preparing {arguments.model}"):
         model_dir = resolve_model(arguments.model, arguments.workdir)
@@ -151,15 +160,20 @@ def main(argv: list[str] | None = None) -> int:
     if not workers:
         progress.print("[red]no engine to measure[/]")
         return 1
+    baseline = arguments.baseline if arguments.baseline in workers else next(iter(workers))
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    all_series: list[Series] = []
     try:
-        all_series = measure(workers, streams, vocab_size, arguments, progress)
+        for all_series in measure(workers, streams, vocab_size, arguments, progress):
+            if arguments.json:
+                data = as_json(all_series, baseline, machine, settings, info)
+                arguments.json.write_text(json.dumps(data, indent=2) + "\n")
     except WorkerError as error:
         progress.print(f"[red]{error}[/]", highlight=False)
         return 1
     finally:
         for worker in workers.values():
             worker.close()
-    baseline = arguments.baseline if arguments.baseline in workers else next(iter(workers))
     for count in streams:
         console.print(streams_table(all_series, count, baseline))
     console.print(
@@ -169,10 +183,6 @@ def main(argv: list[str] | None = None) -> int:
         style="dim",
         highlight=False,
     )
-    if arguments.json:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-        data = as_json(all_series, baseline, machine, settings, info)
-        arguments.json.write_text(json.dumps(data, indent=2) + "\n")
     return 0
 
 

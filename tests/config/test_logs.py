@@ -21,6 +21,7 @@ def start() -> Iterator[Start]:
     """Configures logging into a buffer; the root logger is put back afterwards."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
+    structlog.contextvars.clear_contextvars()  # a request served in this thread leaves its id bound
 
     def configure(stream: io.StringIO | None = None, **settings: object) -> io.StringIO:
         stream = stream or io.StringIO()

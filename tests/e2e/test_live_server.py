@@ -82,7 +82,7 @@ def test_every_documented_route_answers(server: Server) -> None:
     assert len(body["data"]) == 2
     status, body = call(server, "POST", "/api/generate", {"prompt": "The sky is", "max_tokens": 4})
     assert status == 200
-    assert body["choices"][0]["token_ids"]
+    assert body["outputs"][0]["token_ids"]
     status, body = call(server, "POST", "/tokenize", {"prompt": "The sky is blue"})
     assert status == 200
     assert call(server, "POST", "/detokenize", {"tokens": body["tokens"]})[1]["prompt"] == "The sky is blue"

@@ -242,7 +242,9 @@ def test_a_request_read_for_the_old_model_never_reaches_the_new_one(tiny: Path, 
     pipeline.submit_many([([5, 6], GREEDY)], model=pipeline.model)[0].result(30)
 
 
-def test_generation_config_gives_end_tokens_and_defaults(tiny: Path, tmp_path: Path, open_pipeline: OpenPipeline) -> None:
+def test_generation_config_gives_end_tokens_and_defaults(
+    tiny: Path, tmp_path: Path, open_pipeline: OpenPipeline
+) -> None:
     path = copy_model(tiny, tmp_path / "configured")
     (path / "generation_config.json").write_text(
         json.dumps({"eos_token_id": [7, 9], "temperature": 0.6, "top_p": 0.8, "do_sample": True})
