@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -183,17 +184,16 @@ class InferencePipeline:
     def _start(self, plan: ModelPlan, settings: Settings, total_bytes: int) -> ModelEngine:
         """Load the weights, then generate one token, so that readiness means that the model works."""
         done = _Progress(total_bytes, self._on_progress)
-        # OpenMP keeps one team per calling thread and, with more threads in teams than cores, lets idle ones sleep
-        # instead of spin, which made every kernel call cost 0.1 ms more. So the engine thread alone has a team.
-        torch.set_num_threads(1)
-        engine = load_engine(plan, settings, transfer=self.transfer, on_read=done.add)
-        engine.batcher.call(lambda: torch.set_num_threads(self._cpu_threads)).result()
+        engine = load_engine(plan, settings, transfer=self.transfer, cpu_threads=self._cpu_threads, on_read=done.add)
+        engine.batcher.call(lambda: torch.set_num_threads(engine.torch_threads(self._cpu_threads))).result()
         try:
             self._warm_up(engine)
         except BaseException:
             engine.close()
             raise
         engine.batcher.report_to(self.metrics)
+        gc.collect()
+        gc.freeze()  # modules live as long as the model: the collector need not walk them in mid-stream
         logger.info(
             "model loaded",
             model=engine.model.name,
@@ -217,6 +217,7 @@ class InferencePipeline:
         try:
             self._engine = None
             engine.close(drain_s=self.settings.api.drain_timeout_s)
+            gc.unfreeze()
         finally:
             self._load_lock.release()
 
@@ -386,6 +387,7 @@ class InferencePipeline:
             engine, self._engine = self._engine, None
             if engine is not None:
                 engine.close(drain_s=drain_s)
+            gc.unfreeze()
 
 
 class _Progress:

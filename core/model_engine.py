@@ -148,6 +148,15 @@ class ModelEngine:
         """Seconds since the engine started."""
         return time.monotonic() - self.started_s
 
+    def torch_threads(self, cpu_threads: int) -> int:
+        """Threads for torch's own operations in the engine thread.
+
+        One, where the native kernels do all products: torch's idle OpenMP threads spin for milliseconds after each of
+        its operations and would take the cores from the kernels' threads. In fp32, torch does the larger products.
+        """
+        products_are_native = all(name == "native" for name in self.backends)
+        return 1 if products_are_native and self.plan.architecture.dtype != torch.float32 else cpu_threads
+
     def check_invariants(self) -> None:
         """Audit blocks and budgets. Call it while the engine is idle."""
         self.batcher.call(self.batcher.scheduler.check_invariants).result()
@@ -168,6 +177,7 @@ def load_engine(
     settings: Settings,
     *,
     transfer: TransferManager,
+    cpu_threads: int,
     on_read: Callable[[int], None] = lambda nbytes: None,
 ) -> ModelEngine:
     """Load a planned model and start its batcher. On failure everything allocated so far is freed."""
@@ -182,7 +192,7 @@ def load_engine(
             part = StageSlice(stage_plan.first_layer, stage_plan.last_layer, plan.architecture.num_layers)
             stage = Stage(plan.architecture, part, device, budgets[device.name])
             stages.append(stage)
-            attention, adapter = select_attention(device, settings)
+            attention, adapter = select_attention(device, settings, cpu_threads)
             stage.load(plan.resolved.path, stage_plan.weight_bytes, on_read, adapter or _no_adapter)
             budgets[device.name].reserve("workspace", stage_plan.workspace_bytes)
             blocks = plan.placement.kv_tokens // settings.engine.block_size

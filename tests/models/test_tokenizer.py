@@ -236,7 +236,7 @@ def test_stream_equals_decoding_everything(kind, text, cut, skip, specials):
     pieces, streamed = stream_text(tokenizer, prompt, output, skip)
     expected = tokenizer.decode(ids, skip_special_tokens=skip)[len(before) :]
     if kind == "metaspace" and "\N{REPLACEMENT CHARACTER}" in expected:
-        return  # byte fallback marks a whole run of bytes as broken, characters before the break that were sent included
+        return  # byte fallback marks a whole run of bytes as broken, characters that were already sent included
     assert streamed == expected
     if specials == 0:  # a special token may stand inside a character, which then is broken
         assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)

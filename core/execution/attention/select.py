@@ -20,8 +20,11 @@ logger = get_logger(__name__)
 LinearAdapter = Callable[[nn.Module], None]
 
 
-def select_attention(device: Device, settings: Settings) -> tuple[AttentionBackend, LinearAdapter | None]:
-    """The attention backend for a device, and what replaces its linear layers (None: nothing)."""
+def select_attention(device: Device, settings: Settings, threads: int) -> tuple[AttentionBackend, LinearAdapter | None]:
+    """The attention backend for a device, and what replaces its linear layers (None: nothing).
+
+    `threads` is how many a CPU device computes with.
+    """
     if device.kind in ("cuda", "rocm"):
         if importlib.util.find_spec("triton") is not None:
             from core.execution.attention.triton_paged import TritonPagedAttention
@@ -29,7 +32,7 @@ def select_attention(device: Device, settings: Settings) -> tuple[AttentionBacke
             return TritonPagedAttention(), None
         logger.info("attention in plain torch", device=device.name, reason="Triton is not installed")
     if device.kind in ("cpu", "sim") and settings.engine.native_kernels:
-        kernels = load_native(settings.runtime.cache_dir / "kernels")
+        kernels = load_native(settings.runtime.cache_dir / "kernels", threads)
         if kernels is not None:
             return NativePagedAttention(kernels), lambda model: _use_kernels(model, kernels)
     return TorchPagedAttention(), None

@@ -1,4 +1,4 @@
-"""Calls into the compiled library. Every call releases the GIL and uses `torch.get_num_threads()` threads."""
+"""Calls into the compiled library. Every call releases the GIL."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _NO_MEMORY = "no scratch memory for a native kernel"
 _int, _i64, _ptr, _float = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
 
-def load_native(cache_dir: Path) -> NativeKernels | None:
+def load_native(cache_dir: Path, threads: int | None = None) -> NativeKernels | None:
     """Build (or find under `cache_dir`) and load the kernels; None, with a logged reason, where that is impossible."""
     path = build_library(cache_dir)
     if path is None:
@@ -46,7 +46,7 @@ def load_native(cache_dir: Path) -> NativeKernels | None:
         logger.warning("native kernels are off", reason=f"others can write to {path.parent}")
         return None
     try:
-        return NativeKernels(path)
+        return NativeKernels(path, threads)
     except (OSError, AttributeError) as error:
         logger.warning("native kernels are off", reason=str(error))
         return None
@@ -64,9 +64,13 @@ def _rms_norm_in_torch(
 
 
 class NativeKernels:
-    """The compiled kernels. Stateless, so any number of threads may share one."""
+    """The compiled kernels. Stateless, so any number of threads may share one.
 
-    def __init__(self, path: Path) -> None:
+    Each call computes with up to `threads` threads (None: as many as torch does in the calling thread).
+    """
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        self.num_threads = torch.get_num_threads if threads is None else lambda: threads
         self._library = ctypes.CDLL(str(path))
         self._linear = self._library.vrm_linear
         self._linear.argtypes = [_ptr, _i64, _ptr, _i64, _ptr, _int]
@@ -145,7 +149,7 @@ class NativeKernels:
         status = self._attention(
             DTYPES[q.dtype], sizes, strides, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
             block_tables.data_ptr(), query_start.data_ptr(), seq_lens.data_ptr(), sinks_ptr, scale, softcap,
-            out.data_ptr(), lse.data_ptr(), torch.get_num_threads(),
+            out.data_ptr(), lse.data_ptr(), self.num_threads(),
         )  # fmt: skip
         if status:
             raise MemoryError(_NO_MEMORY)
@@ -198,7 +202,19 @@ class NativeKernels:
 class PreparedLinear:
     """A weight `[N, K]` (and bias `[N]`) with what the kernel has to know of it worked out once."""
 
-    __slots__ = ("_address", "_call", "_facts", "_max_rows", "bias", "dtype", "k", "n", "weight", "weight_address")
+    __slots__ = (
+        "_address",
+        "_call",
+        "_facts",
+        "_max_rows",
+        "_threads",
+        "bias",
+        "dtype",
+        "k",
+        "n",
+        "weight",
+        "weight_address",
+    )
 
     def __init__(self, kernels: NativeKernels, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.weight, self.bias, self.dtype = weight, bias, weight.dtype
@@ -210,6 +226,7 @@ class PreparedLinear:
         )
         self._address = ctypes.addressof(self._facts)
         self._call = kernels._linear
+        self._threads = kernels.num_threads
         self._max_rows = MAX_ROWS[weight.dtype]
 
     @staticmethod
@@ -236,6 +253,6 @@ class PreparedLinear:
             rows = rows.contiguous()
             lead = self.k
         out = x.new_empty((*shape[:-1], self.n))
-        if self._call(self._address, rows.shape[0], rows.data_ptr(), lead, out.data_ptr(), torch.get_num_threads()):
+        if self._call(self._address, rows.shape[0], rows.data_ptr(), lead, out.data_ptr(), self._threads()):
             raise MemoryError(_NO_MEMORY)
         return out
