@@ -235,7 +235,7 @@ def test_stream_equals_decoding_everything(kind, text, cut, skip, specials):
         return  # a prompt that ends within a character has its own test
     pieces, streamed = stream_text(tokenizer, prompt, output, skip)
     expected = tokenizer.decode(ids, skip_special_tokens=skip)[len(before) :]
-    if kind == "metaspace" and "\N{REPLACEMENT CHARACTER}" in expected:
+    if kind != "byte_level" and "\N{REPLACEMENT CHARACTER}" in expected:
         return  # byte fallback marks a whole run of bytes as broken, characters that were already sent included
     assert streamed == expected
     if specials == 0:  # a special token may stand inside a character, which then is broken
