@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -31,8 +31,10 @@ from core.logs import get_logger
 from core.metrics import MetricsRegistry
 from core.model_engine import (
     LoadedModel,
+    LoadProgress,
     ModelEngine,
     ModelPlan,
+    ProgressCall,
     check_prompt,
     checkpoint_bytes,
     load_engine,
@@ -45,8 +47,6 @@ from core.request import SamplingParams
 from core.transfer import TransferManager
 
 logger = get_logger(__name__)
-
-ProgressCall = Callable[[int, int], None]
 
 
 def plan_placement(settings: Settings) -> PlacementPlan:
@@ -159,7 +159,7 @@ class InferencePipeline:
         old.close(drain_s=self.settings.api.drain_timeout_s)
         try:
             self._engine = self._start(plan, settings, total)
-        except VRAMancerError:
+        except BaseException:  # whatever it was, the old model has to be back before it is reported
             self._engine = self._start(old.plan, old.settings, checkpoint_bytes(old.plan.resolved.path))
             raise
 
@@ -183,7 +183,7 @@ class InferencePipeline:
 
     def _start(self, plan: ModelPlan, settings: Settings, total_bytes: int) -> ModelEngine:
         """Load the weights, then generate one token, so that readiness means that the model works."""
-        done = _Progress(total_bytes, self._on_progress)
+        done = LoadProgress(total_bytes, self._on_progress)
         engine = load_engine(plan, settings, transfer=self.transfer, cpu_threads=self._cpu_threads, on_read=done.add)
         engine.batcher.call(lambda: torch.set_num_threads(engine.torch_threads(self._cpu_threads))).result()
         try:
@@ -388,19 +388,3 @@ class InferencePipeline:
             if engine is not None:
                 engine.close(drain_s=drain_s)
             gc.unfreeze()
-
-
-class _Progress:
-    """Adds up bytes read by several threads."""
-
-    def __init__(self, total: int, report: ProgressCall | None) -> None:
-        self._total = total
-        self._report = report
-        self._done = 0
-        self._lock = threading.Lock()
-
-    def add(self, nbytes: int) -> None:
-        with self._lock:
-            self._done += nbytes
-            if self._report is not None:
-                self._report(self._done, self._total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from core.batching.breaker import CircuitBreaker
 from core.batching.scheduler import Scheduler, SchedulerLimits
 from core.config import Settings
 from core.devices import Device, DeviceBudget
-from core.errors import ContextLengthError, InvalidRequestError
+from core.errors import CheckpointError, ContextLengthError, InvalidRequestError
 from core.execution.attention.select import LinearAdapter, select_attention
 from core.execution.model_runner import ModelRunner
 from core.execution.stage import Stage
@@ -29,6 +30,8 @@ from core.models.stage_model import ModelBytes, StageSlice, measure_bytes
 from core.models.tokenizer import Tokenizer
 from core.placement import LayerCosts, PlacementPlan, split_by_memory
 from core.transfer import TransferManager
+
+ProgressCall = Callable[[int, int], None]
 
 _MIN_KV_TOKENS = 512
 _CPU_KV_SHARE = 4
@@ -68,6 +71,22 @@ class ModelPlan:
     placement: PlacementPlan
     devices: tuple[Device, ...]
     max_model_len: int
+
+
+class LoadProgress:
+    """Adds up bytes read by several threads."""
+
+    def __init__(self, total: int, report: ProgressCall | None) -> None:
+        self._total = total
+        self._report = report
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+            if self._report is not None:
+                self._report(self._done, self._total)
 
 
 def layer_costs(architecture: Architecture, weights: ModelBytes, settings: Settings) -> LayerCosts:
@@ -276,7 +295,10 @@ def _generation_config(path: Path) -> dict[str, Any]:
     file = path / "generation_config.json"
     if not file.is_file():
         return {}
-    loaded = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        loaded = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"generation_config.json of {path.name} is damaged: {error}") from error
     return loaded if isinstance(loaded, dict) else {}
 
 
@@ -304,9 +326,11 @@ def checkpoint_bytes(path: Path) -> int:
 
 __all__ = [
     "LinearAdapter",
+    "LoadProgress",
     "LoadedModel",
     "ModelEngine",
     "ModelPlan",
+    "ProgressCall",
     "check_prompt",
     "checkpoint_bytes",
     "layer_costs",

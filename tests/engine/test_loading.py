@@ -270,3 +270,23 @@ def test_transfers_between_stages_are_counted(tiny: Path, open_pipeline: OpenPip
     (stats,) = pipeline.transfer.stats().values()
     assert stats.ops >= 4
     assert stats.bytes == (1 + 2 + 3) * 32 * 4, "warm-up, prompt and three more tokens, 32 wide, fp32"
+
+
+def test_the_old_model_comes_back_whatever_stops_the_new_one(
+    tiny: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = open_pipeline(tiny, devices__devices="cpu=24MiB")
+    start = pipeline._warm_up
+    calls = iter([MemoryError("no more"), None])
+
+    def fail_once(engine: object) -> None:
+        error = next(calls)
+        if error is not None:
+            raise error
+        start(engine)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pipeline, "_warm_up", fail_once)
+    with pytest.raises(MemoryError):
+        pipeline.load(DEMO_NAME)
+    assert pipeline.model.name == tiny.name
+    assert pipeline.submit([5, 6], GREEDY).result(30).completions[0].token_ids
