@@ -21,6 +21,7 @@ from core.devices import Device, DeviceBudget
 from core.errors import CheckpointError, ContextLengthError, InvalidRequestError
 from core.execution.attention.select import LinearAdapter, select_attention
 from core.execution.model_runner import ModelRunner
+from core.execution.native import do_all_products
 from core.execution.stage import Stage
 from core.kv_cache.manager import KVCacheManager
 from core.models.architecture import Architecture, read_architecture
@@ -171,10 +172,11 @@ class ModelEngine:
         """Threads for torch's own operations in the engine thread.
 
         One, where the native kernels do all products: torch's idle OpenMP threads spin for milliseconds after each of
-        its operations and would take the cores from the kernels' threads. In fp32, torch does the larger products.
+        its operations and would take the cores from the kernels' threads. In fp32, and on processors that multiply
+        bf16 in hardware, torch does the larger products.
         """
         products_are_native = all(name == "native" for name in self.backends)
-        return 1 if products_are_native and self.plan.architecture.dtype != torch.float32 else cpu_threads
+        return 1 if products_are_native and do_all_products(self.plan.architecture.dtype) else cpu_threads
 
     def check_invariants(self) -> None:
         """Audit blocks and budgets. Call it while the engine is idle."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from core.execution.native import NativeKernels, NativeLinear, NativeRMSNorm, load_native, swap_linears, swap_norms
+from core.execution.native import kernels as native_kernels
 from core.execution.native.kernels import MAX_ROWS
 
 BOUNDS = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-6}
@@ -200,3 +201,16 @@ def test_with_a_damaged_or_foreign_library(
     assert load_native(tmp_path) is None
     damaged.chmod(0o666)
     assert load_native(tmp_path) is None
+
+
+def test_who_multiplies_follows_from_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's threads are kept out of the way only where torch has no product to compute."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(native_kernels, "MAX_ROWS", native_kernels._max_rows())
+    assert not native_kernels.do_all_products(torch.bfloat16)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    monkeypatch.setattr(native_kernels.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(native_kernels, "MAX_ROWS", native_kernels._max_rows())
+    assert native_kernels.do_all_products(torch.bfloat16)
+    assert not native_kernels.do_all_products(torch.float32)

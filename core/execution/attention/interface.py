@@ -89,6 +89,11 @@ def bind(model: nn.Module, layers: dict[int, LayerAttention]) -> None:
         )
 
 
+def bound_attention(module: object) -> LayerAttention | None:
+    """What `bind` gave a module."""
+    return getattr(module, _BOUND, None)
+
+
 def _paged_attention(
     module: nn.Module,
     query: torch.Tensor,

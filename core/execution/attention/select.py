@@ -12,7 +12,7 @@ from core.devices import Device
 from core.execution.attention.interface import AttentionBackend
 from core.execution.attention.native_paged import NativePagedAttention
 from core.execution.attention.torch_paged import TorchPagedAttention
-from core.execution.native import NativeKernels, load_native, swap_linears, swap_norms
+from core.execution.native import NativeKernels, load_native, swap_layers, swap_linears, swap_norms
 from core.logs import get_logger
 
 logger = get_logger(__name__)
@@ -41,3 +41,4 @@ def select_attention(device: Device, settings: Settings, threads: int) -> tuple[
 def _use_kernels(model: nn.Module, kernels: NativeKernels) -> None:
     swap_linears(model, kernels)
     swap_norms(model, kernels)
+    swap_layers(model, kernels)

@@ -3,8 +3,18 @@
 `load_native(cache_dir)` builds and loads them, or returns None where no C compiler works; torch then does the work.
 """
 
-from core.execution.native.kernels import NativeKernels, load_native
+from core.execution.native.kernels import NativeKernels, do_all_products, load_native
+from core.execution.native.layers import swap_layers
 from core.execution.native.modules import NativeLinear, swap_linears
 from core.execution.native.norms import NativeRMSNorm, swap_norms
 
-__all__ = ["NativeKernels", "NativeLinear", "NativeRMSNorm", "load_native", "swap_linears", "swap_norms"]
+__all__ = [
+    "NativeKernels",
+    "NativeLinear",
+    "NativeRMSNorm",
+    "do_all_products",
+    "load_native",
+    "swap_layers",
+    "swap_linears",
+    "swap_norms",
+]

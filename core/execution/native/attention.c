@@ -6,6 +6,7 @@
  * the same result whatever runs next to it.
  */
 #include "attention_inner.h"
+#include "kernels.h"
 #include "pool.h"
 
 #define SPLIT 1024  /* keys per partial result, a multiple of CHUNK */

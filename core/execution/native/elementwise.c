@@ -1,5 +1,6 @@
-/* Row-wise work that surrounds a linear layer: scattering K and V into pages, RMS norm, gated SiLU. */
+/* Row-wise work that surrounds a linear layer: scattering K and V into pages, RMS norm. */
 #include "common.h"
+#include "kernels.h"
 
 /* Row t of k [tokens, heads, dim] goes to slot slots[t] of a cache viewed as [slots, heads, dim]. A cache slot is
  * (block, offset) with separate strides; strides are in bytes, `width` is the bytes of one head. Negative slots are

@@ -10,12 +10,16 @@ import torch
 import torch.nn.functional as F
 
 from core.execution.native.build import build_library, is_safe
+from core.execution.native.dtypes import DTYPES
+from core.execution.native.structs import Weights, address
 from core.logs import get_logger
 
 logger = get_logger(__name__)
 
-DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MAX_HEAD_DIM = 512
+
+
+_EVERY_ROW = 1 << 30
 
 
 def _max_rows() -> dict[torch.dtype, int]:
@@ -27,11 +31,18 @@ def _max_rows() -> dict[torch.dtype, int]:
     """
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     fast = any(getattr(torch.cpu, name, bool)() for name in probes) or platform.machine() in ("arm64", "aarch64")
-    half = 4 if fast else 1 << 30
+    half = 4 if fast else _EVERY_ROW
     return {torch.bfloat16: half, torch.float16: half, torch.float32: 32}
 
 
 MAX_ROWS = _max_rows()
+
+
+def do_all_products(dtype: torch.dtype) -> bool:
+    """Whether every linear layer of `dtype` runs in the kernels, whatever its number of rows."""
+    return MAX_ROWS.get(dtype, 0) >= _EVERY_ROW
+
+
 _NO_MEMORY = "no scratch memory for a native kernel"
 
 _int, _i64, _ptr, _float = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
@@ -82,6 +93,10 @@ class NativeKernels:
         self._rms_norm = self._library.vrm_rms_norm
         self._rms_norm.argtypes = [_int, _i64, _i64, _ptr, _i64, _ptr, _float, _float, _int, _ptr]
         self._rms_norm.restype = None
+        self._attention_layer = self._library.vrm_attention_layer
+        self._attention_layer.argtypes = [_ptr, _ptr, _ptr, _i64, _ptr, _ptr, _ptr, _int]
+        self._gated_mlp = self._library.vrm_gated_mlp
+        self._gated_mlp.argtypes = [_ptr, _int, _i64, _ptr, _i64, _ptr, _int]
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`x` `[..., K]` times `weight` `[N, K]` transposed, plus `bias` `[N]`; sums in fp32, result in `x`'s dtype.
@@ -198,6 +213,16 @@ class NativeKernels:
         )  # fmt: skip
         return out
 
+    def attention_layer(self, layer: int, step: int, x: int, ldx: int, cos: int, sin: int, out: int) -> None:
+        """`vrm_attention_layer` of `layer.c`; all but `ldx` are addresses."""
+        if self._attention_layer(layer, step, x, ldx, cos, sin, out, self.num_threads()):
+            raise MemoryError(_NO_MEMORY)
+
+    def gated_mlp(self, weights: int, activation: int, rows: int, x: int, ldx: int, out: int) -> None:
+        """`vrm_gated_mlp` of `layer.c`; `weights`, `x` and `out` are addresses."""
+        if self._gated_mlp(weights, activation, rows, x, ldx, out, self.num_threads()):
+            raise MemoryError(_NO_MEMORY)
+
 
 class PreparedLinear:
     """A weight `[N, K]` (and bias `[N]`) with what the kernel has to know of it worked out once."""
@@ -220,11 +245,8 @@ class PreparedLinear:
         self.weight, self.bias, self.dtype = weight, bias, weight.dtype
         self.n, self.k = weight.shape
         self.weight_address = weight.data_ptr()
-        bias_address = 0 if bias is None else bias.data_ptr()
-        self._facts = (_i64 * 6)(
-            DTYPES[weight.dtype], self.n, self.k, weight.stride(0), self.weight_address, bias_address
-        )
-        self._address = ctypes.addressof(self._facts)
+        self._facts = Weights.of(weight, bias)
+        self._address = address(self._facts)
         self._call = kernels._linear
         self._threads = kernels.num_threads
         self._max_rows = MAX_ROWS[weight.dtype]

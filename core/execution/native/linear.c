@@ -5,6 +5,7 @@
  * its neighbours.
  */
 #include "common.h"
+#include "kernels.h"
 #include "pool.h"
 
 #define KC 512            /* elements of K per partial sum (a multiple of 16) */
@@ -279,18 +280,16 @@ static void run(Linear *p, int threads) {
     vrm_parallel(block_share, p, bands * col_chunks, threads);
 }
 
-/* `weights`: element type, N, K, leading dimension of W, address of W, address of the bias or 0. Leading dimensions are
- * in elements. Returns 0, or 1 when scratch memory could not be had. */
-EXPORT int vrm_linear(const int64_t *weights, int64_t m, const void *x, int64_t ldx, void *y, int threads) {
-    const int64_t n = weights[1], k = weights[2], blocks = (k + 15) / 16, packed = m * blocks * 16;
-    if (m < 1 || n < 1) return 0;
-    if (m * n * k < SMALL) threads = 1;
+/* x has the weights' element type. Returns 0, or 1 when scratch memory could not be had. */
+EXPORT int vrm_linear(const Weights *w, int64_t m, const void *x, int64_t ldx, void *y, int threads) {
+    const int64_t blocks = (w->k + 15) / 16, packed = m * blocks * 16;
+    if (m < 1 || w->n < 1) return 0;
+    if (m * w->n * w->k < SMALL) threads = 1;
     const int64_t sums = m > ROW_TILE ? (int64_t)threads * MAX_ROWS * COL_CHUNK : 0;
     float *memory = aligned_alloc(64, (size_t)(packed + sums) * 4);
     if (!memory) return 1;
-    Linear p = {.dt = (int)weights[0], .m = m, .n = n, .k = k, .ldx = ldx, .ldw = weights[3], .ldy = n, .x = x,
-                      .w = (const char *)(intptr_t)weights[4], .bias = (const char *)(intptr_t)weights[5], .y = y,
-                      .packed = memory, .sums = memory + packed, .blocks = blocks};
+    Linear p = {.dt = (int)w->type, .m = m, .n = w->n, .k = w->k, .ldx = ldx, .ldw = w->ld, .ldy = w->n, .x = x,
+                .w = w->weight, .bias = w->bias, .y = y, .packed = memory, .sums = memory + packed, .blocks = blocks};
     run(&p, threads);
     free(memory);
     return 0;

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from core.execution.native.kernels import DTYPES, NativeKernels
+from core.execution.native.dtypes import DTYPES
+from core.execution.native.kernels import NativeKernels
+from core.execution.native.recognize import same_forward
 
 
 class NativeRMSNorm(nn.Module):
@@ -26,13 +26,11 @@ class NativeRMSNorm(nn.Module):
         return self.kernels.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
-def _body(module: type[nn.Module]) -> str:
-    return inspect.getsource(module.forward).partition("\n")[2]
-
-
 def is_llama_norm(module: nn.Module) -> bool:
-    """Whether the module computes what Llama's RMS norm does, line by line: most architectures have their own copy."""
-    return hasattr(module, "variance_epsilon") and _body(type(module)) == _body(LlamaRMSNorm)
+    """Whether the module computes what Llama's RMS norm does: most architectures have their own copy."""
+    return isinstance(module, NativeRMSNorm) or (
+        hasattr(module, "variance_epsilon") and same_forward(module, LlamaRMSNorm)
+    )
 
 
 def swap_norms(model: nn.Module, kernels: NativeKernels) -> int:

@@ -1,0 +1,19 @@
+/* The library's kernels, for the ones that are put together from others. */
+#pragma once
+#include <stdint.h>
+
+/* A linear layer: element type, rows, columns and leading dimension of W (in elements), W [n, k], and bias [n] or NULL.
+ * Filled in on the Python side, in this order. */
+typedef struct {
+    int64_t type, n, k, ld;
+    const char *weight, *bias;
+} Weights;
+
+int vrm_linear(const Weights *weights, int64_t m, const void *x, int64_t ldx, void *y, int threads);
+int vrm_paged_attention(int dt, const int64_t *sizes, const int64_t *strides, const void *q, const void *k,
+                        const void *v, const int32_t *tables, const int32_t *query_start, const int32_t *seq_lens,
+                        const float *sinks, float scale, float softcap, void *out, float *lse, int threads);
+void vrm_write_kv(const int64_t *sizes, const void *k, const void *v, void *k_cache, void *v_cache,
+                  const int64_t *slots);
+void vrm_rms_norm(int dt, int64_t rows, int64_t k, const void *x, int64_t ldx, const void *w, float eps, float offset,
+                  int cast_first, void *y);

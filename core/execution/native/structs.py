@@ -1,0 +1,60 @@
+"""The C side's structures, field by field as in `kernels.h` and `layer.c`. Pointers are addresses; strides count
+elements."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from core.execution.native.dtypes import DTYPES
+
+_i64, _double = ctypes.c_int64, ctypes.c_double
+
+
+def _fields(names: str) -> list[tuple[str, Any]]:
+    return [(name, _i64) for name in names.split()]
+
+
+class Weights(ctypes.Structure):
+    """A linear layer's weight `[n, k]` and bias `[n]`, which have to outlive it."""
+
+    _fields_ = _fields("type n k ld weight bias")
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> Weights:
+        n, k = weight.shape
+        address = 0 if bias is None else bias.data_ptr()
+        return cls(DTYPES[weight.dtype], n, k, weight.stride(0), weight.data_ptr(), address)
+
+
+class AttentionLayer(ctypes.Structure):
+    """One layer's attention: shapes, pages and projections."""
+
+    _fields_ = [
+        *_fields("type heads kv_heads dim block_size window"),
+        ("k_strides", _i64 * 3),
+        ("v_strides", _i64 * 3),
+        *_fields("k_pages v_pages sinks q_norm k_norm"),
+        *[(name, Weights) for name in "qkvo"],
+        *[(name, _double) for name in ("scale", "softcap", "norm_eps")],
+    ]
+
+
+class Step(ctypes.Structure):
+    """A step's batch, which has to outlive it."""
+
+    _fields_ = _fields("tokens seqs max_blocks tables query_start seq_lens slots")
+
+
+def address(struct: ctypes.Structure | ctypes.Array[Any]) -> int:
+    """Where the structure is."""
+    return ctypes.addressof(struct)
+
+
+def weights_array(items: Iterable[Weights]) -> ctypes.Array[Weights]:
+    """The structures one after the other."""
+    values = list(items)
+    return (Weights * len(values))(*values)
