@@ -111,6 +111,11 @@ class DeviceSettings(Section):
     )
     num_gpus: int | None = _setting(None, "GPUs to use of those found. Not set: all of them.", ge=1)
     placement: Literal["vram"] = _setting("vram", "How layers are split over the devices: vram, by free memory.")
+    sim_link: str | None = _setting(
+        None,
+        'Speed of the links between emulated devices, such as "11.6GB/s" or "11.6GB/s@30us". Not set: no delay.',
+        min_length=1,
+    )
     memory_fraction: float = _setting(
         0.9, "Share of a device's free memory to use where no limit is given (0 to 1).", gt=0.0, le=1.0
     )
@@ -126,6 +131,12 @@ class EngineSettings(Section):
     max_num_batched_tokens: int = _setting(512, "Tokens computed in one step, over all sequences.", ge=1, le=1 << 20)
     prefill_chunk_size: int | None = _setting(
         None, "Prompt tokens of one request computed in one step. Not set: up to max_num_batched_tokens.", ge=1
+    )
+    cohorts: int | None = _setting(
+        None,
+        "Steps in flight at most, so that stages work at the same time; 1: one after the other. Not set: by prediction.",
+        ge=1,
+        le=64,
     )
     max_queue: int = _setting(256, "Requests that may wait; further ones are answered 429.", ge=1, le=1 << 20)
     block_size: int = _setting(16, "Tokens per block of the KV cache.", ge=1, le=1024)

@@ -17,7 +17,7 @@ from core.batching.sequence import Request
 from core.batching.sequence import Sequence as TokenSequence
 from core.batching.stats import BatcherStats
 from core.config import Settings
-from core.devices import Device, DeviceReader, open_devices
+from core.devices import Device, DeviceReader, open_devices, parse_link
 from core.errors import (
     ConflictError,
     ContextLengthError,
@@ -61,7 +61,8 @@ class InferencePipeline:
     def __init__(self, settings: Settings, *, on_progress: ProgressCall | None = None) -> None:
         self.settings = settings
         self.metrics = MetricsRegistry()
-        self.transfer = TransferManager(self.metrics)
+        link = settings.devices.sim_link
+        self.transfer = TransferManager(self.metrics, sim_link=parse_link(link) if link else None)
         self.reader = DeviceReader()
         self._on_progress = on_progress
         self._engine: ModelEngine | None = None

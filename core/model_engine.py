@@ -15,21 +15,31 @@ from torch import nn
 
 from core.batching.batcher import ContinuousBatcher
 from core.batching.breaker import CircuitBreaker
+from core.batching.cohorts import CohortPolicy, FixedCohorts, OneCohort, PredictedCohorts
 from core.batching.scheduler import Scheduler, SchedulerLimits
 from core.config import Settings
-from core.devices import Device, DeviceBudget
+from core.devices import Device, DeviceBudget, parse_link
 from core.errors import CheckpointError, ContextLengthError, InvalidRequestError
 from core.execution.attention.select import LinearAdapter, select_attention
 from core.execution.model_runner import ModelRunner
 from core.execution.native import do_all_products
 from core.execution.stage import Stage
+from core.execution.threads import CpuThreads
 from core.kv_cache.manager import KVCacheManager
 from core.models.architecture import Architecture, read_architecture
 from core.models.checkpoint import Checkpoint
 from core.models.resolve import ResolvedModel
 from core.models.stage_model import ModelBytes, StageSlice, measure_bytes
 from core.models.tokenizer import Tokenizer
-from core.placement import LayerCosts, PlacementPlan, split_by_memory
+from core.placement import (
+    LayerCosts,
+    LinkProfile,
+    LinkTopology,
+    PlacementPlan,
+    StageCost,
+    emulated_profile,
+    split_by_memory,
+)
 from core.transfer import TransferManager
 
 ProgressCall = Callable[[int, int], None]
@@ -69,6 +79,7 @@ class ModelPlan:
     resolved: ResolvedModel
     architecture: Architecture
     weights: ModelBytes
+    costs: LayerCosts
     placement: PlacementPlan
     devices: tuple[Device, ...]
     max_model_len: int
@@ -105,6 +116,9 @@ def layer_costs(architecture: Architecture, weights: ModelBytes, settings: Setti
         kv_bytes_per_token=tuple(shape.bytes_per_token(element) for shape in architecture.kv_shapes),
         workspace_bytes=tokens * (8 * architecture.hidden_size + 3 * inner) * element,
         head_workspace_bytes=settings.engine.max_batch_size * architecture.vocab_size * 8,
+        layer_flops=tuple(2 * nbytes // element for nbytes in weights.layers),
+        head_flops=2 * weights.head // element,
+        hidden_bytes=architecture.hidden_size * element,
     )
 
 
@@ -133,7 +147,7 @@ def plan_model(resolved: ResolvedModel, devices: Sequence[Device], settings: Set
         max_kv_tokens=wanted,
         block_size=engine.block_size,
     )
-    return ModelPlan(resolved, architecture, weights, placement, tuple(devices), max_model_len)
+    return ModelPlan(resolved, architecture, weights, costs, placement, tuple(devices), max_model_len)
 
 
 def _kv_cap(costs: LayerCosts, devices: Sequence[Device], most_tokens: int, settings: Settings) -> int:
@@ -175,8 +189,7 @@ class ModelEngine:
         its operations and would take the cores from the kernels' threads. In fp32, and on processors that multiply
         bf16 in hardware, torch does the larger products.
         """
-        products_are_native = all(name == "native" for name in self.backends)
-        return 1 if products_are_native and do_all_products(self.plan.architecture.dtype) else cpu_threads
+        return 1 if _products_are_native(self.backends, self.plan) else cpu_threads
 
     def check_invariants(self) -> None:
         """Audit blocks and budgets. Call it while the engine is idle."""
@@ -187,6 +200,7 @@ class ModelEngine:
     def close(self, *, drain_s: float = 0.0) -> None:
         """Stop the batcher and give all memory back."""
         self.batcher.stop(drain_s=drain_s)
+        self.runner.close()
         for stage in self.stages:
             stage.free()
         for budget in self.budgets.values():
@@ -207,13 +221,15 @@ def load_engine(
     budgets = {device.name: DeviceBudget(device) for device in plan.devices}
     stages: list[Stage] = []
     backends: list[str] = []
+    kinds = [plan.devices[stage.device_index].kind for stage in plan.placement.stages]
+    threads = CpuThreads(cpu_threads, sum(kind in ("cpu", "sim") for kind in kinds))
     try:
         for stage_plan in plan.placement.stages:
             device = plan.devices[stage_plan.device_index]
             part = StageSlice(stage_plan.first_layer, stage_plan.last_layer, plan.architecture.num_layers)
-            stage = Stage(plan.architecture, part, device, budgets[device.name])
+            stage = Stage(plan.architecture, part, device, budgets[device.name], plan.costs)
             stages.append(stage)
-            attention, adapter = select_attention(device, settings, cpu_threads)
+            attention, adapter = select_attention(device, settings, threads)
             stage.load(plan.resolved.path, stage_plan.weight_bytes, on_read, adapter or _no_adapter)
             budgets[device.name].reserve("workspace", stage_plan.workspace_bytes)
             blocks = plan.placement.kv_tokens // settings.engine.block_size
@@ -223,7 +239,7 @@ def load_engine(
         for stage in stages:
             stage.free()
         raise
-    return _assemble(plan, settings, budgets, stages, transfer, tokenizer, backends, started_s)
+    return _assemble(plan, settings, budgets, stages, transfer, tokenizer, backends, threads, started_s)
 
 
 def _no_adapter(model: nn.Module) -> None:
@@ -238,6 +254,7 @@ def _assemble(
     transfer: TransferManager,
     tokenizer: Tokenizer,
     backends: list[str],
+    threads: CpuThreads,
     started_s: float,
 ) -> ModelEngine:
     engine = settings.engine
@@ -249,7 +266,8 @@ def _assemble(
         salt=salt,
         enable_prefix_caching=engine.enable_prefix_caching,
     )
-    runner = ModelRunner(stages, transfer, plan.architecture.vocab_size, engine.block_size)
+    torch_threads = 1 if _products_are_native(backends, plan) else threads.together
+    runner = ModelRunner(stages, transfer, plan.architecture.vocab_size, engine.block_size, threads, torch_threads)
     limits = SchedulerLimits(
         engine.max_batch_size,
         engine.max_num_batched_tokens,
@@ -257,12 +275,49 @@ def _assemble(
         model.max_model_len,
     )
     breaker = CircuitBreaker(engine.breaker_failures, engine.breaker_reset_s)
-    batcher = ContinuousBatcher(runner, Scheduler(kv, limits), tokenizer, max_queue=engine.max_queue, breaker=breaker)
+    batcher = ContinuousBatcher(
+        runner,
+        Scheduler(kv, limits),
+        tokenizer,
+        max_queue=engine.max_queue,
+        breaker=breaker,
+        policy=_cohort_policy(plan, settings),
+    )
     batcher.start()
     return ModelEngine(
         model, plan, settings, budgets, stages, transfer, runner, kv, batcher, tuple(backends),
         load_s=time.perf_counter() - started_s,
     )  # fmt: skip
+
+
+def _products_are_native(backends: Sequence[str], plan: ModelPlan) -> bool:
+    return all(name == "native" for name in backends) and do_all_products(plan.architecture.dtype)
+
+
+def _cohort_policy(plan: ModelPlan, settings: Settings) -> CohortPolicy:
+    """One stage: one step at a time. Otherwise as set, or by prediction where the devices' speeds are known."""
+    stages, chunk = plan.placement.stages, settings.engine.max_num_batched_tokens
+    if len(stages) == 1 or settings.engine.cohorts == 1:
+        return OneCohort(chunk)
+    if settings.engine.cohorts is not None:
+        return FixedCohorts(len(stages), settings.engine.cohorts, chunk)
+    devices = [plan.devices[stage.device_index] for stage in stages]
+    if any(device.speed is None for device in devices):
+        return FixedCohorts(len(stages), len(stages), chunk)
+    costs = []
+    for stage, device in zip(stages, devices, strict=True):
+        assert device.speed is not None
+        profile = emulated_profile(device.name, device.speed.bandwidth_bytes_s, device.speed.flops)
+        costs.append(StageCost(profile, stage.first_layer, stage.last_layer))
+    return PredictedCohorts(plan.costs, costs, emulated_links(settings), max_chunk=chunk)
+
+
+def emulated_links(settings: Settings) -> LinkTopology:
+    """What `devices.sim_link` says of the links between emulated devices."""
+    if settings.devices.sim_link is None:
+        return LinkTopology()
+    speed = parse_link(settings.devices.sim_link)
+    return LinkTopology(default=LinkProfile(speed.bandwidth_bytes_s, speed.latency_s, "copy", "emulated"))
 
 
 def _chat_template(settings: Settings) -> str | None:

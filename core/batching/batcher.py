@@ -9,17 +9,17 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from core.batching.breaker import CircuitBreaker
+from core.batching.cohorts import CohortPolicy
 from core.batching.output import Detokenizer, RequestHandle, RequestWriter, Sink
 from core.batching.scheduler import Scheduler, SequenceUpdate
 from core.batching.sequence import Request, Sequence
-from core.batching.stats import BatcherStats
+from core.batching.stats import BatcherStats, StatsKeeper
 from core.errors import ConflictError, EngineDeadError, QueueFullError, StepFailedError, VRAMancerError
 from core.execution.schedule import Runner, SchedulerOutput, StepOutput
 from core.logs import get_logger
@@ -52,14 +52,20 @@ class _Abort:
     request_id: str
 
 
+@dataclass(slots=True)
+class _Done:
+    """A step that was in flight has come back."""
+
+    output: SchedulerOutput
+    result: StepOutput | Exception
+
+
 class _Stop:
-    """End the thread after the current step."""
+    """End the thread once the steps in flight have come back."""
 
 
 class ContinuousBatcher:
     """Requests join and leave at every step. `start` it once, `stop` it once."""
-
-    RATE_WINDOW_S = 5.0
 
     def __init__(
         self,
@@ -69,6 +75,7 @@ class ContinuousBatcher:
         *,
         max_queue: int,
         breaker: CircuitBreaker,
+        policy: CohortPolicy,
     ) -> None:
         self.scheduler = scheduler
         self.breaker = breaker
@@ -83,8 +90,10 @@ class ContinuousBatcher:
         self._ids: set[str] = set()
         self._arrivals = 0
         self._dead = False
-        self._stats = BatcherStats(blocks_total=scheduler.kv.pool.num_blocks, blocks_free=scheduler.kv.pool.num_free)
-        self._recent: deque[tuple[float, int]] = deque()
+        self._stats = StatsKeeper(scheduler)
+        self._policy = policy
+        self._in_flight = 0
+        self._calls: list[_Call] = []
         self._thread = threading.Thread(target=self._run, name="vrm-engine", daemon=True)
 
     # -- any thread -------------------------------------------------------------------------------------------------
@@ -95,7 +104,7 @@ class ContinuousBatcher:
 
     @property
     def stats(self) -> BatcherStats:
-        return self._stats
+        return self._stats.current
 
     @property
     def num_unfinished(self) -> int:
@@ -143,14 +152,14 @@ class ContinuousBatcher:
 
     def _retry_after_s(self) -> float:
         """Guess from the measured rate: when a queued request's worth of tokens has been produced."""
-        rate = self._stats.tokens_per_s
+        rate = self.stats.tokens_per_s
         return max(1.0, min(60.0, 64.0 / rate)) if rate > 0 else 1.0
 
     def abort(self, request_id: str) -> None:
         self._inbox.put(_Abort(request_id))
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Run a function on the engine thread between two steps."""
+        """Run a function on the engine thread between two steps, when none is in flight."""
         future: Future[T] = Future()
         with self._lock:
             if self._dead:
@@ -176,39 +185,73 @@ class ContinuousBatcher:
     def _run(self) -> None:
         try:
             while self._read_inbox():
-                output = self.scheduler.schedule()
-                if output is None:
-                    if self.scheduler.has_work:
-                        raise RuntimeError("sequences wait, but none of them can be scheduled")
-                    continue
-                result = self._execute(output)
-                if result is not None:
-                    self._publish(self.scheduler.update_from_output(output, result))
-                self._take_stats(output, result)
+                self._fill()
         except BaseException as error:  # the thread's last words: whatever it was, waiting clients must hear of it
             self.error = error
             logger.error("engine stopped", error=repr(error), exc_info=True)
         finally:
             self._die()
 
+    def _fill(self) -> None:
+        """Put as many steps in flight as are wanted now. One alone runs here, without a change of threads."""
+        while not self._calls:
+            scheduler = self.scheduler
+            choice = self._policy.choose(scheduler.num_decoding, scheduler.mean_context, scheduler.prompt_tokens_left)
+            if self._in_flight >= choice.cohorts:
+                return
+            output = scheduler.schedule(choice.cohorts, choice.chunk)
+            if output is None:
+                if scheduler.has_work and not self._in_flight:
+                    raise RuntimeError("sequences wait, but none of them can be scheduled")
+                return
+            if choice.cohorts == 1:
+                self._complete(output, self._execute(output))
+                return
+            self._in_flight += 1
+            self._runner.submit(output, self._arrived)
+
+    def _arrived(self, output: SchedulerOutput, result: StepOutput | Exception) -> None:
+        """Called by the runner's threads."""
+        self._inbox.put(_Done(output, result))
+
     def _read_inbox(self) -> bool:
         """Take in what arrived, waiting for something if there is nothing to run. False ends the loop."""
-        block = not self.scheduler.has_work
+        block = self._in_flight > 0 or not self.scheduler.has_work
         while True:
             try:
                 message = self._inbox.get(block=block)
             except queue.Empty:
                 return True
-            block = False
             if isinstance(message, _Stop):
+                self._drain()
                 return False
-            if isinstance(message, _Abort):
-                self._abort_now(message.request_id)
-            elif isinstance(message, _Call):
-                self._call_now(message)
+            self._take(message)
+            block = not (self.scheduler.has_work or self._in_flight)
+
+    def _take(self, message: _Done | _Abort | _Call | tuple[Request, RequestHandle]) -> None:
+        if isinstance(message, _Done):
+            self._in_flight -= 1
+            self._complete(message.output, message.result)
+        elif isinstance(message, _Abort):
+            self._abort_now(message.request_id)
+        elif isinstance(message, _Call):
+            self._calls.append(message)
+        else:
+            self._add_now(*message)
+        while self._calls and not self._in_flight:
+            self._call_now(self._calls.pop(0))
+
+    def _drain(self) -> None:
+        """Wait for the steps in flight; whatever else arrived is left for `_die`."""
+        others = []
+        while self._in_flight:
+            message = self._inbox.get()
+            if isinstance(message, _Done):
+                self._take(message)
             else:
-                self._add_now(*message)
-            block = not self.scheduler.has_work
+                others.append(message)
+        for message in others:
+            self._inbox.put(message)
 
     def _add_now(self, request: Request, handle: RequestHandle) -> None:
         try:
@@ -228,7 +271,7 @@ class ContinuousBatcher:
         for sequence in writer.request.sequences:
             self.scheduler.finish(sequence, "abort")
         self._close(writer, [])
-        self._refresh_counts()
+        self._stats.refresh_counts()
 
     def _call_now(self, call: _Call) -> None:
         if not call.future.set_running_or_notify_cancel():
@@ -238,17 +281,22 @@ class ContinuousBatcher:
         except Exception as error:  # noqa: BLE001  handed to the caller, who waits on the future
             call.future.set_exception(error)
 
-    def _execute(self, output: SchedulerOutput) -> StepOutput | None:
-        """Run the step; if it raises, its sequences fail and the engine goes on."""
+    def _execute(self, output: SchedulerOutput) -> StepOutput | Exception:
         try:
-            result = self._runner.execute(output)
-        except Exception as error:  # any failure of a forward pass is this batch's alone
-            logger.error("step failed", step=output.step, sequences=len(output.sequences), exc_info=True)
-            self.breaker.record_failure(repr(error))
-            self._fail(self.scheduler.fail(output), error)
-            return None
-        self.breaker.record_success()
-        return result
+            return self._runner.execute(output)
+        except Exception as error:  # noqa: BLE001  any failure of a forward pass is this batch's alone
+            return error
+
+    def _complete(self, output: SchedulerOutput, result: StepOutput | Exception) -> None:
+        """Publish what a step produced; if it failed, its sequences fail and the engine goes on."""
+        if isinstance(result, Exception):
+            logger.error("step failed", step=output.step, sequences=len(output.sequences), exc_info=result)
+            self.breaker.record_failure(repr(result))
+            self._fail(self.scheduler.fail(output), result)
+        else:
+            self.breaker.record_success()
+            self._publish(self.scheduler.update_from_output(output, result))
+        self._stats.step_done(output, None if isinstance(result, Exception) else result, self.breaker.last_error)
 
     def _fail(self, sequences: list[Sequence], error: Exception) -> None:
         message = _as_failure("The forward pass failed", error)
@@ -333,43 +381,6 @@ class ContinuousBatcher:
             seconds = time.monotonic() - request.submitted_s
             self._metrics.observe_finished(seconds, len(request.prompt_token_ids), output_tokens, reason)
 
-    def _take_stats(self, output: SchedulerOutput, result: StepOutput | None) -> None:
-        now, produced = time.monotonic(), len(result.sampled) if result is not None else 0
-        self._recent.append((now, produced))
-        while self._recent[0][0] < now - self.RATE_WINDOW_S:
-            self._recent.popleft()
-        span = max(now - self._recent[0][0], 1e-3)
-        rate = sum(tokens for _, tokens in self._recent) / span if len(self._recent) > 1 else 0.0
-        pool = self.scheduler.kv.pool.stats()
-        stats = self._stats
-        self._stats = replace(
-            stats,
-            steps=output.step,
-            running=self.scheduler.num_running,
-            waiting=self.scheduler.num_waiting,
-            batch_tokens=output.num_tokens,
-            batch_size=len(output.sequences),
-            tokens_per_s=rate,
-            total_tokens=stats.total_tokens + produced,
-            preemptions=self.scheduler.num_preemptions,
-            queried_tokens=self.scheduler.kv.prefix.queried_tokens,
-            hit_tokens=self.scheduler.kv.prefix.hit_tokens,
-            blocks_free=pool.num_free,
-            blocks_cached=pool.num_cached_free,
-            evictions=pool.evictions,
-            failed_steps=stats.failed_steps + (result is None),
-            last_error=self.breaker.last_error,
-        )
-
-    def _refresh_counts(self) -> None:
-        """After an abort between steps, so that an idle engine does not show it as running."""
-        self._stats = replace(
-            self._stats,
-            running=self.scheduler.num_running,
-            waiting=self.scheduler.num_waiting,
-            blocks_free=self.scheduler.kv.pool.num_free,
-        )
-
     def _die(self) -> None:
         """Refuse what comes and fail what waits."""
         with self._lock:
@@ -380,6 +391,8 @@ class ContinuousBatcher:
             for sequence in writer.request.sequences:
                 self.scheduler.finish(sequence, "error")
             self._forget(writer, "error")
+        for call in self._calls:
+            self._inbox.put(call)
         while True:
             try:
                 message = self._inbox.get(block=False)

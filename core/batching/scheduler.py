@@ -7,6 +7,11 @@ prefill and recomputation after a preemption are all that one thing. In order:
 2. running sequences with more to compute, in chunks;
 3. waiting sequences by priority and arrival, while the batch, the token budget and the blocks last.
 
+Several steps may be in flight, one behind the other through the stages. Each takes its share of the work: sequences
+are weighed by what a decode of theirs costs, those that have waited longest go first, and what is over goes into the
+next step. So the steps in flight are the cohorts of a pipeline; a new request joins the one that has room first, and
+they even out by themselves as requests end. A long prompt may have a chunk in each.
+
 When a running sequence needs a block and none is free, the running sequence that is served last gives up its blocks
 and waits, to be recomputed (mostly from the prefix cache). Siblings of one request (`n`, `best_of`) fork once the
 first has its prompt computed: they share its blocks and recompute the last prompt token alone.
@@ -47,11 +52,26 @@ class SequenceUpdate:
 
 @dataclass(slots=True)
 class _Step:
-    """The step being put together."""
+    """The step being put together: tokens left, its share of the weight, and what it has of it."""
 
     budget: int
+    chunk: int
+    share: float = float("inf")
+    weight: float = 0.0
     chosen: dict[int, tuple[Sequence, int]] = field(default_factory=dict)
     copies: list[tuple[int, int]] = field(default_factory=list)
+
+    def has_room(self, weight: float) -> bool:
+        """Shares are rounded to whole sequences, and never to none."""
+        return not self.chosen or self.weight + weight / 2 <= self.share
+
+
+CONTEXT_WEIGHT = 1 / 2048
+"""What a token of context adds to the weight of a sequence, beside 1 for the token it computes."""
+
+
+def _weight(sequence: Sequence) -> float:
+    return 1 + CONTEXT_WEIGHT * len(sequence.token_ids)
 
 
 class Scheduler:
@@ -71,6 +91,22 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._running or self._forking)
+
+    @property
+    def prompt_tokens_left(self) -> int:
+        """Most tokens that a running or the next waiting sequence has to compute before its next one is sampled."""
+        waiting = [len(self._waiting[0][1].token_ids)] if self._waiting else []
+        return max([0, *waiting, *(s.num_unscheduled for s in self._running)])
+
+    @property
+    def num_decoding(self) -> int:
+        """Running sequences that compute one token at a time."""
+        return sum(1 for s in self._running if s.num_unscheduled <= 1)
+
+    @property
+    def mean_context(self) -> int:
+        """Mean tokens of the running sequences."""
+        return sum(len(s.token_ids) for s in self._running) // max(1, len(self._running))
 
     @property
     def num_running(self) -> int:
@@ -94,24 +130,35 @@ class Scheduler:
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    def schedule(self) -> SchedulerOutput | None:
-        """Decide the next step; None if there is nothing that could run now."""
-        step = _Step(self.limits.max_num_batched_tokens)
-        ready = [sequence for sequence in self._running if not sequence.in_flight]
-        for sequence in [s for s in ready if s.num_uncomputed == 1]:
+    def schedule(self, cohorts: int = 1, chunk: int | None = None) -> SchedulerOutput | None:
+        """Decide the next step; None if there is nothing that could run now.
+
+        It takes one of `cohorts` equal shares of the work, and at most `chunk` tokens of a prompt.
+        """
+        step = _Step(self.limits.max_num_batched_tokens, min(chunk or 1 << 30, self.limits.prefill_chunk_size))
+        if cohorts > 1:
+            step.share = self._total_weight() / cohorts
+        ready = sorted((s for s in self._running if s.num_unscheduled > 0), key=lambda s: s.last_step)
+        for sequence in [s for s in ready if s.num_unscheduled == 1]:
             self._schedule_running(step, sequence)
-        for sequence in [s for s in ready if s.num_uncomputed > 1]:
+        for sequence in [s for s in ready if s.num_unscheduled > 1]:
             self._schedule_running(step, sequence)
         self._admit(step)
         if not step.chosen:
             return None
         return self._output(step)
 
+    def _total_weight(self) -> float:
+        """Of what runs, and of what would run if blocks were plenty."""
+        room = self.limits.max_batch_size - len(self._running)
+        waiting = heapq.nsmallest(room, self._waiting) if len(self._waiting) > room else self._waiting
+        return sum(map(_weight, self._running)) + sum(_weight(sequence) for _, sequence in waiting)
+
     def _schedule_running(self, step: _Step, sequence: Sequence) -> None:
         """Give a running sequence its tokens, preempting those served after it if blocks run out."""
-        if sequence.status is not SequenceStatus.RUNNING or step.budget == 0:
+        if sequence.status is not SequenceStatus.RUNNING or step.budget == 0 or not step.has_room(_weight(sequence)):
             return
-        num_new = min(sequence.num_uncomputed, step.budget, self.limits.prefill_chunk_size)
+        num_new = min(sequence.num_unscheduled, step.budget, step.chunk)
         while not self._grow(step, sequence, num_new):
             victim = self._victim()
             if victim is None:
@@ -121,13 +168,14 @@ class Scheduler:
                 return
 
     def _grow(self, step: _Step, sequence: Sequence, num_new: int) -> bool:
-        start = sequence.num_computed_tokens
+        start = sequence.num_scheduled_tokens
         copies = self.kv.grow(sequence.seq_id, start, start + num_new)
         if copies is None:
             return False
         step.copies.extend(copies)
         step.chosen[sequence.seq_id] = (sequence, num_new)
         step.budget -= num_new
+        step.weight += _weight(sequence)
         return True
 
     def _victim(self) -> Sequence | None:
@@ -138,10 +186,11 @@ class Scheduler:
         chosen = step.chosen.pop(sequence.seq_id, None)
         if chosen is not None:
             step.budget += chosen[1]
+            step.weight -= _weight(sequence)
         self._running.remove(sequence)
         self.kv.close(sequence.seq_id)
         self._ended.append(sequence.seq_id)
-        sequence.num_computed_tokens = 0
+        sequence.rewind(0)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         self._enqueue(sequence)
@@ -150,6 +199,8 @@ class Scheduler:
         """Start waiting sequences in order; the first that does not fit ends it, so nobody is overtaken for ever."""
         while self._waiting and step.budget > 0 and len(self._running) < self.limits.max_batch_size:
             sequence = self._waiting[0][1]
+            if not step.has_room(_weight(sequence)):
+                return
             if self._blocked == (sequence.seq_id, self.kv.pool.num_free) and self._running:
                 return
             if not self._start(step, sequence):
@@ -161,16 +212,16 @@ class Scheduler:
         """Take a sequence's cached prefix and first chunk; with nothing else running it may take the last block."""
         request = sequence.request
         cached = self.kv.open(sequence.seq_id, sequence.token_ids, read_prefix=request.params.prompt_logprobs is None)
-        num_new = min(len(sequence.token_ids) - cached, step.budget, self.limits.prefill_chunk_size)
+        num_new = min(len(sequence.token_ids) - cached, step.budget, step.chunk)
         reserve = len(self._running) if self._running else 0
         needed = self.kv.blocks_needed(sequence.seq_id, cached, len(sequence.token_ids))
         if needed + reserve > self.kv.pool.num_free and self._running:
             self.kv.close(sequence.seq_id)
             return False
-        sequence.num_computed_tokens = cached
+        sequence.rewind(cached)
         if not self._grow(step, sequence, num_new):
             self.kv.close(sequence.seq_id)
-            sequence.num_computed_tokens = 0
+            sequence.rewind(0)
             return False
         if sequence.num_preemptions == 0 and sequence.index == 0:
             request.num_cached_tokens = min(cached, sequence.num_prompt_tokens)
@@ -183,14 +234,16 @@ class Scheduler:
     def _output(self, step: _Step) -> SchedulerOutput:
         chosen = sorted(step.chosen.values(), key=lambda item: item[1] > 1)
         scheduled = tuple(self._scheduled(sequence, num_new) for sequence, num_new in chosen)
-        for sequence, _ in chosen:
-            sequence.in_flight = True
         self._steps += 1
+        for sequence, num_new in chosen:
+            sequence.in_flight += 1
+            sequence.num_scheduled_tokens += num_new
+            sequence.last_step = self._steps
         ended, self._ended = tuple(self._ended), []
         return SchedulerOutput(self._steps, scheduled, tuple(step.copies), ended)
 
     def _scheduled(self, sequence: Sequence, num_new: int) -> ScheduledSequence:
-        request, start = sequence.request, sequence.num_computed_tokens
+        request, start = sequence.request, sequence.num_scheduled_tokens
         reported = len(request.prompt_logprobs) if request.prompt_logprobs is not None else 0
         return ScheduledSequence(
             seq_id=sequence.seq_id,
@@ -199,7 +252,7 @@ class Scheduler:
             block_table=self.kv.table(sequence.seq_id).snapshot(),
             params=request.params,
             seed=sequence.seed,
-            sample=num_new == sequence.num_uncomputed,
+            sample=num_new == sequence.num_unscheduled,
             prompt_token_ids=request.prompt_token_ids,
             output_token_ids=sequence.output_token_ids,
             suppress_token_ids=request.suppressed(sequence),
@@ -216,7 +269,7 @@ class Scheduler:
             sequence = running.get(item.seq_id)
             if sequence is None:
                 continue
-            sequence.in_flight = False
+            sequence.in_flight -= 1
             if sequence.finished:
                 self._leave(sequence)
                 continue
@@ -260,7 +313,7 @@ class Scheduler:
         for sibling in siblings:
             self._forking.remove(sibling)
             if len(self._running) < self.limits.max_batch_size:
-                sibling.num_computed_tokens = sibling.num_prompt_tokens - 1
+                sibling.rewind(sibling.num_prompt_tokens - 1)
                 self.kv.fork(sequence.seq_id, sibling.seq_id, sibling.num_computed_tokens)
                 sibling.status = SequenceStatus.RUNNING
                 self._running.append(sibling)
@@ -268,7 +321,7 @@ class Scheduler:
                 self._enqueue(sibling)
 
     def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
-        """End a sequence. Its blocks go back at once, or when the step it is part of comes back."""
+        """End a sequence. Its blocks go back at once, or when the steps it is part of have come back."""
         if sequence.finished:
             return
         was, sequence.status = sequence.status, SequenceStatus.FINISHED
@@ -292,17 +345,18 @@ class Scheduler:
             self._enqueue(sibling)
 
     def _leave(self, sequence: Sequence) -> None:
-        if sequence in self._running:
+        if sequence in self._running and not sequence.in_flight:
             self._running.remove(sequence)
             self.kv.close(sequence.seq_id)
             self._ended.append(sequence.seq_id)
 
     def fail(self, output: SchedulerOutput) -> list[Sequence]:
         """The step failed: end its sequences and return them, so that their requests can be told."""
+        self._ended.extend(output.ended_seq_ids)  # the runner may not have come to them
         running = {sequence.seq_id: sequence for sequence in self._running}
         failed = [running[item.seq_id] for item in output.sequences if item.seq_id in running]
         for sequence in failed:
-            sequence.in_flight = False
+            sequence.in_flight -= 1
             if sequence.finished:
                 self._leave(sequence)
             else:

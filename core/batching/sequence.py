@@ -24,8 +24,8 @@ class SequenceStatus(enum.Enum):
 class Sequence:
     """One generated continuation.
 
-    `token_ids` is prompt plus output and only grows. `num_computed_tokens` of them have KV. Set by the scheduler,
-    except where a field says otherwise.
+    `token_ids` is prompt plus output and only grows. `num_computed_tokens` of them have KV, `num_scheduled_tokens` have
+    it or will have it once the `in_flight` steps that the sequence is part of have come back. Set by the scheduler.
     """
 
     request: Request
@@ -36,7 +36,9 @@ class Sequence:
     output_token_ids: list[int] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed_tokens: int = 0
-    in_flight: bool = False
+    num_scheduled_tokens: int = 0
+    in_flight: int = 0
+    last_step: int = 0
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -46,8 +48,13 @@ class Sequence:
         return len(self.request.prompt_token_ids)
 
     @property
-    def num_uncomputed(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+    def num_unscheduled(self) -> int:
+        """Tokens that no step has computed or is computing. 0 while the next token is being sampled."""
+        return len(self.token_ids) - self.num_scheduled_tokens
+
+    def rewind(self, num_tokens: int) -> None:
+        """Only the first `num_tokens` tokens have KV from now on."""
+        self.num_computed_tokens = self.num_scheduled_tokens = num_tokens
 
     @property
     def finished(self) -> bool:

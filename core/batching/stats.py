@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections import deque
+from dataclasses import dataclass, replace
+
+from core.batching.scheduler import Scheduler
+from core.execution.schedule import SchedulerOutput, StepOutput
+
+RATE_WINDOW_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,3 +32,52 @@ class BatcherStats:
     evictions: int = 0
     failed_steps: int = 0
     last_error: str | None = None
+
+
+class StatsKeeper:
+    """Makes the snapshots; used by the engine thread, `current` may be read by any."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        pool = scheduler.kv.pool
+        self.current = BatcherStats(blocks_total=pool.num_blocks, blocks_free=pool.num_free)
+        self._scheduler = scheduler
+        self._recent: deque[tuple[float, int]] = deque()
+
+    def step_done(self, output: SchedulerOutput, result: StepOutput | None, last_error: str | None) -> None:
+        """After a step; None: it failed."""
+        now, produced = time.monotonic(), len(result.sampled) if result is not None else 0
+        self._recent.append((now, produced))
+        while self._recent[0][0] < now - RATE_WINDOW_S:
+            self._recent.popleft()
+        span = max(now - self._recent[0][0], 1e-3)
+        rate = sum(tokens for _, tokens in self._recent) / span if len(self._recent) > 1 else 0.0
+        scheduler, old = self._scheduler, self.current
+        pool = scheduler.kv.pool.stats()
+        self.current = replace(
+            old,
+            steps=output.step,
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            batch_tokens=output.num_tokens,
+            batch_size=len(output.sequences),
+            tokens_per_s=rate,
+            total_tokens=old.total_tokens + produced,
+            preemptions=scheduler.num_preemptions,
+            queried_tokens=scheduler.kv.prefix.queried_tokens,
+            hit_tokens=scheduler.kv.prefix.hit_tokens,
+            blocks_free=pool.num_free,
+            blocks_cached=pool.num_cached_free,
+            evictions=pool.evictions,
+            failed_steps=old.failed_steps + (result is None),
+            last_error=last_error,
+        )
+
+    def refresh_counts(self) -> None:
+        """After an abort between steps, so that an idle engine does not show it as running."""
+        scheduler = self._scheduler
+        self.current = replace(
+            self.current,
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            blocks_free=scheduler.kv.pool.num_free,
+        )

@@ -31,9 +31,17 @@ class DeviceSpeed:
     bandwidth_bytes_s: float
     flops: float
 
-    def roofline_s(self, bytes_read: int, flops: int) -> float:
-        """Seconds that the work takes at best: `max(bytes / bandwidth, flops / compute)`."""
-        return max(bytes_read / self.bandwidth_bytes_s, flops / self.flops)
+
+@dataclass(frozen=True, slots=True)
+class LinkSpeed:
+    """How fast emulated devices exchange data."""
+
+    bandwidth_bytes_s: float
+    latency_s: float = 0.0
+
+    def transfer_s(self, nbytes: int) -> float:
+        """Seconds for one transfer."""
+        return self.latency_s + nbytes / self.bandwidth_bytes_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +64,11 @@ class Device:
     memory_limit_bytes: int
     speed: DeviceSpeed | None = None
 
-    def pace(self, started_s: float, bytes_read: int, flops: int) -> None:
-        """Emulated devices: sleep until the roofline's time has passed since `started_s` (of `time.perf_counter()`)."""
+    def pace(self, started_s: float, duration_s: float) -> None:
+        """Emulated devices: sleep until `duration_s` have passed since `started_s` (of `time.perf_counter()`)."""
         if self.speed is None:
             return
-        remaining_s = started_s + self.speed.roofline_s(bytes_read, flops) - time.perf_counter()
+        remaining_s = started_s + duration_s - time.perf_counter()
         if remaining_s > 0:
             time.sleep(remaining_s)
 

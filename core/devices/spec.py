@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import cast
 
-from core.devices.device import DeviceKind, DeviceSpeed
+from core.devices.device import DeviceKind, DeviceSpeed, LinkSpeed
 from core.errors import DeviceError
 
 SYNTAX = (
@@ -24,6 +24,8 @@ _FLOPS_UNITS = {"GFLOPS": 1e9, "TFLOPS": 1e12, "PFLOPS": 1e15}
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _BASE = re.compile(r"(cpu|mps|sim|cuda|rocm)(?::(\d+))?")
 _SIZE = re.compile(_NUMBER + r"\s*([KMGT]?i?B)", re.IGNORECASE)
+_LINK = re.compile(_NUMBER + r"\s*([KMGT]?i?B)/s(?:@" + _NUMBER + r"\s*(ms|us|s))?", re.IGNORECASE)
+_TIME_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 _SPEED = re.compile(_NUMBER + r"\s*([KMGT]?i?B)/s/" + _NUMBER + r"\s*([GTP]FLOPS)", re.IGNORECASE)
 
 
@@ -108,6 +110,19 @@ def _parse_speed(entry: str, text: str) -> DeviceSpeed:
     if speed.bandwidth_bytes_s <= 0 or speed.flops <= 0:
         raise _refuse(entry, "a speed must be above 0")
     return speed
+
+
+def parse_link(text: str) -> LinkSpeed:
+    """The speed of an emulated link, such as "11.6GB/s" or "11.6GB/s@30us". Raises `DeviceError`."""
+    matched = _LINK.fullmatch(text.strip())
+    if matched is None or float(matched[1]) == 0:
+        raise DeviceError(
+            f'link "{text}" is not a speed. Allowed: BANDWIDTH or BANDWIDTH@LATENCY, such as "11.6GB/s" or '
+            '"11.6GB/s@30us".',
+            param="sim_link",
+        )
+    latency_s = float(matched[3]) * _unit(matched[4], _TIME_UNITS) if matched[3] else 0.0
+    return LinkSpeed(float(matched[1]) * _unit(matched[2], _SIZE_UNITS), latency_s)
 
 
 def _unit(text: str, units: dict[str, int] | dict[str, float]) -> float:

@@ -3,68 +3,153 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from core.execution.input_batch import InputBatch, build_batch
+from core.execution.pipeline import Station, StationLine
 from core.execution.sampler import NonFiniteLogitsError, Sampler, SamplingRow, prompt_logprobs
-from core.execution.schedule import ScheduledSequence, SchedulerOutput, StepOutput
+from core.execution.schedule import ScheduledSequence, SchedulerOutput, StepDone, StepOutput
 from core.execution.stage import Stage
+from core.execution.threads import CpuThreads
 from core.request import TokenLogprob
 from core.transfer import TransferManager
 
 
-class ModelRunner:
-    """Owns the stages of one loaded model. Called by the engine thread."""
+@dataclass(slots=True)
+class _Step:
+    """A step on its way through the stages. `hidden` is what the last stage so far produced."""
 
-    def __init__(self, stages: Sequence[Stage], transfer: TransferManager, vocab_size: int, block_size: int) -> None:
+    output: SchedulerOutput
+    batch: InputBatch
+    rows: _LogitRows
+    logit_rows: torch.Tensor | None
+    hidden: torch.Tensor | None = None
+    result: StepOutput | None = None
+
+
+class ModelRunner:
+    """Owns the stages of one loaded model.
+
+    The engine thread runs a step by itself with `execute`, or puts several in flight with `submit`; then every stage
+    has a thread of its own. `cpu_threads` is told which of the two it is.
+    """
+
+    def __init__(
+        self, stages: Sequence[Stage], transfer: TransferManager, vocab_size: int, block_size: int,
+        cpu_threads: CpuThreads | None = None, torch_threads: int | None = None,
+    ) -> None:  # fmt: skip
         self.stages = tuple(stages)
         self._transfer = transfer
         self._block_size = block_size
         self._sampler = Sampler(vocab_size, self.stages[-1].torch_device)
+        self._cpu_threads = cpu_threads
+        self._torch_threads = torch_threads
+        self._line: StationLine[_Step] | None = None
 
     def execute(self, output: SchedulerOutput) -> StepOutput:
-        """One step. Raises whatever the forward pass raises; the KV of the step's tokens is then undefined."""
-        self.forget(output.ended_seq_ids)
-        self._copy_blocks(output.block_copies)
+        """One step, here. Raises whatever the forward pass raises; the KV of the step's tokens is then undefined."""
+        self._overlap(False)
+        step = self._begin(output)
+        for index in range(len(self.stages)):
+            self._receive(index, step)
+            self._run_stage(index, step)
+        assert step.result is not None
+        return step.result
+
+    def submit(self, output: SchedulerOutput, done: StepDone) -> None:
+        """One step, in the stages' own threads. `done(output, result or error)` is called from the last of them."""
+        self._overlap(True)
+        if self._line is None:
+            self._line = StationLine(self._stations())
+
+        def finish(step: _Step, error: Exception | None) -> None:
+            result = error or step.result
+            assert result is not None
+            done(output, result)
+
+        self._line.submit(self._begin(output), finish)
+
+    def close(self) -> None:
+        """End the stages' threads."""
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+
+    def _overlap(self, several: bool) -> None:
+        if self._cpu_threads is not None:
+            self._cpu_threads.overlap(several)
+
+    def _stations(self) -> list[Station[_Step]]:
+        stations: list[Station[_Step]] = []
+        for index, stage in enumerate(self.stages):
+            has_link = index > 0 and self._transfer.is_slow(self.stages[index - 1].device, stage.device)
+            if has_link:
+                stations.append(Station(f"link-{index}", partial(self._receive, index)))
+            run = self._run_stage if has_link or index == 0 else self._receive_and_run
+            stations.append(Station(f"stage-{index}", partial(run, index), self._prepare_thread))
+        return stations
+
+    def _prepare_thread(self) -> None:
+        if self._torch_threads is not None:
+            torch.set_num_threads(self._torch_threads)
+
+    def _begin(self, output: SchedulerOutput) -> _Step:
         batch = build_batch(output, self._block_size)
         rows = _LogitRows(output, batch)
-        if not rows.indices:
-            self._forward(batch, None)
-            return StepOutput(output.step)
-        logits = self._forward(batch, torch.tensor(rows.indices))[0]
-        return self._sample(output, rows, logits)
+        return _Step(output, batch, rows, torch.tensor(rows.indices) if rows.indices else None)
+
+    def _receive(self, index: int, step: _Step) -> None:
+        """Bring the activations to a stage's device."""
+        if index and step.hidden is not None:
+            source, target = self.stages[index - 1], self.stages[index]
+            step.hidden = self._transfer.send(step.hidden, source.device, target.device)
+
+    def _receive_and_run(self, index: int, step: _Step) -> None:
+        self._receive(index, step)
+        self._run_stage(index, step)
+
+    def _run_layers(self, index: int, step: _Step) -> None:
+        """Copy blocks, then run a stage's layers."""
+        stage = self.stages[index]
+        if step.output.block_copies and stage.kv is not None:
+            stage.kv.copy_blocks(step.output.block_copies)
+        rows = None if step.logit_rows is None else step.logit_rows.to(stage.torch_device)
+        step.hidden = stage.forward(step.batch.to(stage.torch_device), step.hidden, rows)
+
+    def _run_stage(self, index: int, step: _Step) -> None:
+        """A stage's layers, and sampling after the last of them."""
+        self._run_layers(index, step)
+        if index < len(self.stages) - 1:
+            return
+        self._sampler.forget(step.output.ended_seq_ids)
+        assert step.hidden is not None
+        if step.logit_rows is None:
+            step.result = StepOutput(step.output.step)
+        else:
+            step.result = self._sample(step.output, step.rows, step.hidden[0])
+        step.hidden = None
 
     def hidden_states(self, output: SchedulerOutput) -> torch.Tensor:
         """Final hidden states of a step's tokens, `[T, hidden_size]`."""
-        return self._forward(build_batch(output, self._block_size), None)[0]
+        return self._forward(output, None)[0]
 
     def logits(self, output: SchedulerOutput, rows: Sequence[int]) -> torch.Tensor:
         """Raw logits of some rows of a step's tokens, `[R, vocab]`."""
-        return self._forward(build_batch(output, self._block_size), torch.tensor(rows))[0]
+        return self._forward(output, torch.tensor(rows))[0]
 
-    def forget(self, seq_ids: Sequence[int]) -> None:
-        if seq_ids:
-            self._sampler.forget(seq_ids)
-
-    def _copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        if not copies:
-            return
-        for stage in self.stages:
-            if stage.kv is not None:
-                stage.kv.copy_blocks(copies)
-
-    def _forward(self, batch: InputBatch, logit_rows: torch.Tensor | None) -> torch.Tensor:
-        hidden: torch.Tensor | None = None
-        previous: Stage | None = None
-        for stage in self.stages:
-            if hidden is not None and previous is not None:
-                hidden = self._transfer.send(hidden, previous.device, stage.device)
-            rows = None if logit_rows is None else logit_rows.to(stage.torch_device)
-            hidden = stage.forward(batch.to(stage.torch_device), hidden, rows)
-            previous = stage
-        assert hidden is not None
-        return hidden
+    def _forward(self, output: SchedulerOutput, logit_rows: torch.Tensor | None) -> torch.Tensor:
+        """A step through all stages, here, without sampling."""
+        self._overlap(False)
+        step = self._begin(output)
+        step.logit_rows = logit_rows
+        for index in range(len(self.stages)):
+            self._receive(index, step)
+            self._run_layers(index, step)
+        assert step.hidden is not None
+        return step.hidden
 
     def _sample(self, output: SchedulerOutput, rows: _LogitRows, logits: torch.Tensor) -> StepOutput:
         result = StepOutput(output.step)

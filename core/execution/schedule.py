@@ -6,7 +6,7 @@ scheduler goes on. Token lists are the sequences' own and only ever grow.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -83,13 +83,19 @@ class StepOutput:
     prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
 
 
+StepDone = Callable[[SchedulerOutput, StepOutput | Exception], None]
+
+
 class Runner(Protocol):
     """What the batcher needs of a model runner."""
 
     def execute(self, output: SchedulerOutput) -> StepOutput:
-        """Run one step on every stage and sample. Raises whatever the forward pass raises."""
+        """Run one step on every stage and sample, in the calling thread, while none is in flight.
+
+        Raises whatever the forward pass raises.
+        """
         ...
 
-    def forget(self, seq_ids: Sequence[int]) -> None:
-        """Drop per-sequence sampling state."""
+    def submit(self, output: SchedulerOutput, done: StepDone) -> None:
+        """Put a step in flight; `done` is called from another thread, in the order of submission."""
         ...

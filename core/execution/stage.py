@@ -22,6 +22,7 @@ from core.execution.input_batch import InputBatch
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.models.architecture import Architecture
 from core.models.stage_model import StageSlice, find_decoder, load_stage
+from core.placement import Batch, LayerCosts, emulated_profile, stage_s
 
 
 class Stage:
@@ -29,7 +30,9 @@ class Stage:
 
     WEIGHTS = "weights"
 
-    def __init__(self, architecture: Architecture, part: StageSlice, device: Device, budget: DeviceBudget) -> None:
+    def __init__(
+        self, architecture: Architecture, part: StageSlice, device: Device, budget: DeviceBudget, costs: LayerCosts
+    ) -> None:
         self.architecture = architecture
         self.part = part
         self.device = device
@@ -40,6 +43,12 @@ class Stage:
         self.busy_s = 0.0
         self.forwards = 0
         self._budget = budget
+        self._costs = costs
+        self._emulated = (
+            emulated_profile(device.name, device.speed.bandwidth_bytes_s, device.speed.flops)
+            if (device.speed is not None)
+            else None
+        )
         self._model: Any = None
         self._context: AttentionContext | None = None
         self._received: torch.Tensor | None = None
@@ -106,15 +115,16 @@ class Stage:
                 ).logits
         finally:
             self._context.metadata = self._received = None
-        self._account(started_s, batch)
+        self._account(started_s, batch, 0 if logit_rows is None else len(logit_rows))
         return result  # type: ignore[no-any-return]
 
-    def _account(self, started_s: float, batch: InputBatch) -> None:
+    def _account(self, started_s: float, batch: InputBatch, logit_rows: int) -> None:
         """Keep an emulated device's pace, and the time spent."""
-        assert self.kv is not None
-        slots = self.kv.num_blocks * self.kv.block_size
-        kv_bytes = self.kv.nbytes // slots * batch.num_kv_tokens
-        self.device.pace(started_s, self.weight_bytes + kv_bytes, 2 * self.num_parameters * batch.num_tokens)
+        if self._emulated is not None:
+            work = Batch(batch.num_tokens, batch.num_kv_tokens, logit_rows)
+            self.device.pace(started_s, stage_s(self._costs, self._emulated, self.part.first, self.part.last, work))
+        elif self.torch_device.type == "cuda":
+            torch.cuda.current_stream(self.torch_device).synchronize()
         self.busy_s += time.perf_counter() - started_s
         self.forwards += 1
 

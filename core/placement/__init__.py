@@ -1,6 +1,23 @@
-"""Which layers go on which device. Pure functions over bytes and budgets; no torch here."""
+"""Which layers go on which device, and how fast that will be. Pure functions over bytes, speeds and budgets; no torch."""
 
+from core.placement.cost import Batch, StageCost, best_cohorts, decode_tok_s, pipeline_s, stage_s
 from core.placement.plan import LayerCosts, PlacementPlan, StagePlan
+from core.placement.profile import DeviceProfile, LinkProfile, LinkTopology, emulated_profile
 from core.placement.splitter import split_by_memory
 
-__all__ = ["LayerCosts", "PlacementPlan", "StagePlan", "split_by_memory"]
+__all__ = [
+    "Batch",
+    "DeviceProfile",
+    "LayerCosts",
+    "LinkProfile",
+    "LinkTopology",
+    "PlacementPlan",
+    "StageCost",
+    "StagePlan",
+    "best_cohorts",
+    "decode_tok_s",
+    "emulated_profile",
+    "pipeline_s",
+    "split_by_memory",
+    "stage_s",
+]

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LayerCosts:
-    """Bytes of a model by part. With `tied` embeddings, a single stage needs no `head_bytes` of its own.
+    """Bytes and operations of a model by part. With `tied` embeddings, a single stage needs no `head_bytes` of its own.
 
     `kv_bytes_per_token[l]` is what layer `l` keeps for one token; `workspace_bytes` is what any stage needs beside
-    weights and KV, `head_workspace_bytes` what the last one needs on top (logits).
+    weights and KV, `head_workspace_bytes` what the last one needs on top (logits). `layer_flops[l]` and `head_flops`
+    are floating-point operations per token; `hidden_bytes` is what one token sends from stage to stage.
     """
 
     embedding_bytes: int
@@ -21,6 +22,9 @@ class LayerCosts:
     kv_bytes_per_token: tuple[int, ...]
     workspace_bytes: int = 0
     head_workspace_bytes: int = 0
+    layer_flops: tuple[int, ...] = ()
+    head_flops: int = 0
+    hidden_bytes: int = 0
 
     @property
     def num_layers(self) -> int:

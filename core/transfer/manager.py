@@ -7,12 +7,14 @@ Methods, best first:
 - `copy`: everything else: to and from the CPU, and between parts of one physical device, where the copy is real too,
   so that no two logical devices ever share memory.
 
-`send` returns when the data has arrived. Callers treat the returned tensor as theirs and the sent one as given away;
-with that, a later version can return a handle that is waited for instead, and transfers overlap with compute.
+`send` returns when the data has arrived. The tensor's contents must be complete when it is called. Callers treat the
+returned tensor as theirs and the sent one as given away. GPUs copy on streams of their own, so that a transfer made in
+one thread overlaps with what the devices compute for another.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -20,10 +22,13 @@ from typing import Literal, Protocol
 
 import torch
 
-from core.devices import Device
+from core.devices import Device, LinkSpeed
 
 TransferMethod = Literal["p2p", "staged", "copy"]
 Link = tuple[TransferMethod, str, str]
+
+STAGING_BYTES = 4 << 20
+"""Size of each of the two pinned buffers of a staged transfer."""
 
 
 class TransferObserver(Protocol):
@@ -44,8 +49,9 @@ class TransferStats:
 class TransferManager:
     """Copies tensors between logical devices; thread-safe."""
 
-    def __init__(self, metrics: TransferObserver | None = None) -> None:
+    def __init__(self, metrics: TransferObserver | None = None, *, sim_link: LinkSpeed | None = None) -> None:
         self._metrics = metrics
+        self._sim_link = sim_link
         self._lock = threading.Lock()
         self._stats: dict[Link, TransferStats] = {}
         self._methods: dict[tuple[str, str], TransferMethod] = {}
@@ -56,13 +62,26 @@ class TransferManager:
             return tensor
         method = self.method(src, dst)
         started_s = time.perf_counter()
-        if method == "staged":
-            arrived = _copy_staged(tensor, dst)
+        if _is_gpu(src) or _is_gpu(dst):
+            arrived = _copy_gpu(tensor, src, dst, method)
         else:
-            arrived = tensor.to(dst.torch_device, non_blocking=True, copy=True)
-        _wait(src, dst)
+            arrived = tensor.to(dst.torch_device, copy=True)
+            if "mps" in (src.kind, dst.kind):
+                torch.mps.synchronize()
+        if self._is_emulated(src, dst) and self._sim_link is not None:
+            time.sleep(max(0.0, started_s + self._sim_link.transfer_s(tensor.nbytes) - time.perf_counter()))
         self._record((method, src.name, dst.name), tensor.nbytes, time.perf_counter() - started_s)
         return arrived
+
+    def is_slow(self, src: Device, dst: Device) -> bool:
+        """Whether a transfer takes long enough to be worth a thread that waits for it."""
+        if src.name == dst.name:
+            return False
+        return _is_gpu(src) or _is_gpu(dst) or (self._is_emulated(src, dst) and self._sim_link is not None)
+
+    @staticmethod
+    def _is_emulated(src: Device, dst: Device) -> bool:
+        return "sim" in (src.kind, dst.kind)
 
     def method(self, src: Device, dst: Device) -> TransferMethod:
         """How tensors get from `src` to `dst`."""
@@ -95,17 +114,43 @@ def _choose_method(src: Device, dst: Device) -> TransferMethod:
     return "p2p" if torch.cuda.can_device_access_peer(src.torch_device, dst.torch_device) else "staged"
 
 
-def _copy_staged(tensor: torch.Tensor, dst: Device) -> torch.Tensor:
-    """Through pinned host memory; torch's host allocator keeps and reuses the buffer."""
-    buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    buffer.copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream(tensor.device).synchronize()  # the buffer is full
-    return buffer.to(dst.torch_device, non_blocking=True)
+@functools.lru_cache(maxsize=64)
+def _copy_stream(torch_device: str) -> torch.cuda.Stream:
+    """A stream for copies from or to a GPU."""
+    return torch.cuda.Stream(torch.device(torch_device))  # type: ignore[no-untyped-call]
 
 
-def _wait(*devices: Device) -> None:
-    for device in devices:
-        if _is_gpu(device):
-            torch.cuda.current_stream(device.torch_device).synchronize()
-        elif device.kind == "mps":
-            torch.mps.synchronize()
+def _copy_gpu(tensor: torch.Tensor, src: Device, dst: Device, method: TransferMethod) -> torch.Tensor:
+    """A copy to or from a GPU, or between two."""
+    if method == "staged":
+        return _copy_staged(tensor, src, dst)
+    stream = _copy_stream(src.torch_device if _is_gpu(src) else dst.torch_device)
+    with torch.cuda.stream(stream):
+        arrived = tensor.to(dst.torch_device, non_blocking=True, copy=True)
+    stream.synchronize()
+    return arrived
+
+
+def _copy_staged(tensor: torch.Tensor, src: Device, dst: Device) -> torch.Tensor:
+    """Through two pinned buffers in turn: while one is copied in, the other is copied out."""
+    flat = tensor.contiguous().view(-1)
+    out, inward = _copy_stream(src.torch_device), _copy_stream(dst.torch_device)
+    with torch.cuda.stream(inward):
+        arrived = torch.empty_like(flat, device=dst.torch_device)
+    length = max(1, min(flat.numel(), STAGING_BYTES // flat.element_size()))
+    buffers = [torch.empty(length, dtype=flat.dtype, pin_memory=True) for _ in range(2)]
+    filled, drained = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))  # type: ignore[no-untyped-call]
+    for turn, start in enumerate(range(0, flat.numel(), length)):
+        part, which = flat[start : start + length], turn % 2
+        buffer = buffers[which][: part.numel()]
+        with torch.cuda.stream(out):
+            if turn >= 2:
+                out.wait_event(drained[which])
+            buffer.copy_(part, non_blocking=True)
+            filled[which].record(out)
+        with torch.cuda.stream(inward):
+            inward.wait_event(filled[which])
+            arrived[start : start + part.numel()].copy_(buffer, non_blocking=True)
+            drained[which].record(inward)
+    inward.synchronize()
+    return arrived.view(tensor.shape)

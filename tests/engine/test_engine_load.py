@@ -13,7 +13,8 @@ import torch
 from tiny_models import VOCAB, build_tiny
 
 from core.errors import CircuitOpenError, EngineDeadError, QueueFullError, StepFailedError
-from core.execution.schedule import SchedulerOutput, StepOutput
+from core.execution.input_batch import InputBatch
+from core.execution.schedule import SchedulerOutput, StepDone, StepOutput
 from core.inference_pipeline import InferencePipeline
 from core.request import SamplingParams
 
@@ -119,8 +120,11 @@ class FailingRunner:
             raise RuntimeError("the forward pass broke")
         return self._runner.execute(output)  # type: ignore[attr-defined]
 
-    def forget(self, seq_ids: object) -> None:
-        self._runner.forget(seq_ids)  # type: ignore[attr-defined]
+    def submit(self, output: SchedulerOutput, done: StepDone) -> None:
+        if any(self._poison in item.token_ids for item in output.sequences):
+            done(output, RuntimeError("the forward pass broke"))
+        else:
+            self._runner.submit(output, done)  # type: ignore[attr-defined]
 
 
 def test_a_failing_step_fails_its_batch_alone(llama: Path, open_pipeline: OpenPipeline) -> None:
@@ -158,7 +162,7 @@ def test_a_dead_engine_tells_its_clients_and_health(
     pipeline = open_pipeline(llama)
     handle = pipeline.submit([5, 6], replace(GREEDY, max_tokens=400))
     handle.get(10)
-    monkeypatch.setattr(pipeline.engine.batcher.scheduler, "schedule", lambda: 1 / 0)
+    monkeypatch.setattr(pipeline.engine.batcher.scheduler, "schedule", lambda *_: 1 / 0)
     with pytest.raises(EngineDeadError, match="division by zero"):
         handle.result(30)
     with pytest.raises(EngineDeadError):
@@ -173,17 +177,16 @@ def test_a_sequence_with_broken_logits_fails_alone(
     llama: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = open_pipeline(llama, engine__block_size=BLOCK)
-    runner = pipeline.engine.runner
-    forward = runner._forward
+    stage = pipeline.engine.stages[-1]
+    forward = stage.forward
 
-    def break_rows(batch: object, rows: torch.Tensor | None) -> torch.Tensor:
-        logits = forward(batch, rows)  # type: ignore[arg-type]
+    def break_rows(batch: InputBatch, hidden: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor:
+        logits = forward(batch, hidden, rows)
         if rows is not None:
-            tokens = batch.input_ids[0, rows]  # type: ignore[attr-defined]
-            logits = torch.where((tokens == 90)[:, None], float("nan"), logits)
+            logits = torch.where((batch.input_ids[0, rows] == 90)[:, None], float("nan"), logits)
         return logits
 
-    monkeypatch.setattr(runner, "_forward", break_rows)
+    monkeypatch.setattr(stage, "forward", break_rows)
     neighbour = pipeline.submit([5, 6, 7], replace(GREEDY, max_tokens=40, logit_bias={90: -100.0}))
     neighbour.get(10)
     with pytest.raises(StepFailedError, match="NaN"):

@@ -20,10 +20,12 @@ logger = get_logger(__name__)
 LinearAdapter = Callable[[nn.Module], None]
 
 
-def select_attention(device: Device, settings: Settings, threads: int) -> tuple[AttentionBackend, LinearAdapter | None]:
+def select_attention(
+    device: Device, settings: Settings, threads: int | Callable[[], int]
+) -> tuple[AttentionBackend, LinearAdapter | None]:
     """The attention backend for a device, and what replaces its linear layers (None: nothing).
 
-    `threads` is how many a CPU device computes with.
+    `threads` is how many a CPU device computes with, or says so at every call.
     """
     if device.kind in ("cuda", "rocm"):
         if importlib.util.find_spec("triton") is not None:

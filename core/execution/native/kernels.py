@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ _NO_MEMORY = "no scratch memory for a native kernel"
 _int, _i64, _ptr, _float = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
 
-def load_native(cache_dir: Path, threads: int | None = None) -> NativeKernels | None:
+def load_native(cache_dir: Path, threads: int | Callable[[], int] | None = None) -> NativeKernels | None:
     """Build (or find under `cache_dir`) and load the kernels; None, with a logged reason, where that is impossible."""
     path = build_library(cache_dir)
     if path is None:
@@ -77,11 +78,14 @@ def _rms_norm_in_torch(
 class NativeKernels:
     """The compiled kernels. Stateless, so any number of threads may share one.
 
-    Each call computes with up to `threads` threads (None: as many as torch does in the calling thread).
+    Each call computes with up to `threads` threads: a number, a function that says so at every call, or None for as
+    many as torch uses in the calling thread.
     """
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
-        self.num_threads = torch.get_num_threads if threads is None else lambda: threads
+    def __init__(self, path: Path, threads: int | Callable[[], int] | None = None) -> None:
+        self.num_threads: Callable[[], int] = torch.get_num_threads
+        if threads is not None:
+            self.num_threads = threads if callable(threads) else lambda: threads
         self._library = ctypes.CDLL(str(path))
         self._linear = self._library.vrm_linear
         self._linear.argtypes = [_ptr, _i64, _ptr, _i64, _ptr, _int]

@@ -1,0 +1,109 @@
+"""How long a stage takes for a batch: a roofline per layer, plus what each launch costs.
+
+    c(a, b) = sum over layers l of [max(W_l / BW, T f_l / F(T)) + K k_l / BW + o] + o_step
+
+for T new tokens whose attention reads K tokens of KV; W_l are weight bytes, f_l operations per token, k_l KV bytes per
+token, BW and F(T) the device's bandwidth and matrix rate. The last stage adds the final norm and head for the rows that
+are sampled. Looking embeddings up is not counted: it reads T rows, not the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from core.placement.plan import LayerCosts
+from core.placement.profile import DeviceProfile, LinkTopology
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one forward pass computes: `tokens` new ones, `kv_tokens` read by attention, `logit_rows` sampled."""
+
+    tokens: int
+    kv_tokens: int
+    logit_rows: int
+
+    @classmethod
+    def decode(cls, streams: int, context: int) -> Batch:
+        """One token of each of `streams` sequences of `context` tokens."""
+        return cls(streams, streams * context, streams)
+
+
+def layer_s(costs: LayerCosts, device: DeviceProfile, layer: int, batch: Batch) -> float:
+    """Seconds of one layer."""
+    compute_s = batch.tokens * costs.layer_flops[layer] / device.flops_at(batch.tokens)
+    weights_s = costs.layer_bytes[layer] / device.bandwidth_bytes_s
+    kv_s = batch.kv_tokens * costs.kv_bytes_per_token[layer] / device.bandwidth_bytes_s
+    return max(weights_s, compute_s) + kv_s + device.layer_overhead_s
+
+
+def head_s(costs: LayerCosts, device: DeviceProfile, batch: Batch) -> float:
+    """Seconds of the final norm and the head."""
+    if batch.logit_rows == 0:
+        return 0.0
+    compute_s = batch.logit_rows * costs.head_flops / device.flops_at(batch.logit_rows)
+    return max((costs.after_bytes + costs.head_bytes) / device.bandwidth_bytes_s, compute_s)
+
+
+def stage_s(costs: LayerCosts, device: DeviceProfile, first: int, last: int, batch: Batch) -> float:
+    """Seconds of one forward pass through layers `first .. last - 1`, head included where they are the last."""
+    total = sum(layer_s(costs, device, layer, batch) for layer in range(first, last))
+    if last == costs.num_layers:
+        total += head_s(costs, device, batch)
+    return total + device.step_overhead_s
+
+
+def hop_s(costs: LayerCosts, links: LinkTopology, src: str, dst: str, batch: Batch) -> float:
+    """Seconds to hand a batch's activations from one device to the next."""
+    return links.link(src, dst).transfer_s(batch.tokens * costs.hidden_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """A stage as the cost model sees it: layers `first .. last - 1` on a device."""
+
+    device: DeviceProfile
+    first: int
+    last: int
+
+
+def pipeline_s(
+    costs: LayerCosts, stages: Sequence[StageCost], links: LinkTopology, batch: Batch
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Seconds of each stage, and of each hop between two of them, for one batch."""
+    compute = tuple(stage_s(costs, stage.device, stage.first, stage.last, batch) for stage in stages)
+    hops = tuple(hop_s(costs, links, a.device.name, b.device.name, batch) for a, b in pairwise(stages))
+    return compute, hops
+
+
+def decode_tok_s(
+    costs: LayerCosts, stages: Sequence[StageCost], links: LinkTopology, streams: int, context: int, cohorts: int
+) -> float:
+    """Tokens per second when `streams` sequences decode as `cohorts` batches in flight, dealt out evenly.
+
+    A cohort's next step begins when its last one is through all stages; a stage, and a link between two, serves one
+    cohort at a time. So a round, in which every sequence gains a token, takes as long as one cohort's way through, or
+    as the busiest stage or link needs for all of them, whichever is more.
+    """
+    sizes = [streams // cohorts + (index < streams % cohorts) for index in range(cohorts)]
+    timed = [pipeline_s(costs, stages, links, Batch.decode(size, context)) for size in sizes if size]
+    way_s = max(sum(compute) + sum(hops) for compute, hops in timed)
+    busiest_s = max(map(sum, zip(*(compute + hops for compute, hops in timed), strict=True)))
+    return streams / max(way_s, busiest_s)
+
+
+def best_cohorts(
+    costs: LayerCosts,
+    stages: Sequence[StageCost],
+    links: LinkTopology,
+    streams: int,
+    context: int,
+    *,
+    gain: float = 1.02,
+) -> int:
+    """How many batches to keep in flight: the fewest that come within a factor of `gain` of the fastest number."""
+    most = min(streams, 2 * len(stages)) if len(stages) > 1 else 1
+    rates = [decode_tok_s(costs, stages, links, streams, context, count) for count in range(1, max(1, most) + 1)]
+    return next(index for index, rate in enumerate(rates, 1) if rate * gain >= max(rates))

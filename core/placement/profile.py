@@ -1,0 +1,77 @@
+"""What is known of the speed of devices and links, measured or from a datasheet. No torch here."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+ProfileSource = Literal["measured", "datasheet", "emulated", "assumed"]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceProfile:
+    """How fast a device runs layers of one dtype.
+
+    Attributes:
+        name: of the logical device.
+        bandwidth_bytes_s: at which it reads weights and KV.
+        flops: `(rows, floating-point operations per second)` of a matrix product, rows ascending; rows between two
+            entries are interpolated, rows outside get the nearest entry.
+        layer_overhead_s: per layer and forward pass, whatever the size of the batch (launches, small operations).
+        step_overhead_s: per forward pass of a stage.
+        source: where the numbers are from.
+    """
+
+    name: str
+    bandwidth_bytes_s: float
+    flops: tuple[tuple[int, float], ...]
+    layer_overhead_s: float = 0.0
+    step_overhead_s: float = 0.0
+    source: ProfileSource = "measured"
+
+    def flops_at(self, rows: int) -> float:
+        """Operations per second for a product with `rows` rows."""
+        points = self.flops
+        index = bisect_left(points, rows, key=lambda point: point[0])
+        if index == 0:
+            return points[0][1]
+        if index == len(points):
+            return points[-1][1]
+        (low, slow), (high, fast) = points[index - 1], points[index]
+        return slow + (fast - slow) * (rows - low) / (high - low)
+
+
+def emulated_profile(name: str, bandwidth_bytes_s: float, flops: float) -> DeviceProfile:
+    """A device that keeps to a roofline exactly."""
+    return DeviceProfile(name, bandwidth_bytes_s, ((1, flops),), source="emulated")
+
+
+@dataclass(frozen=True, slots=True)
+class LinkProfile:
+    """One direction between two devices: `latency_s + bytes / bandwidth_bytes_s` for a transfer."""
+
+    bandwidth_bytes_s: float
+    latency_s: float = 0.0
+    method: str = "copy"
+    source: ProfileSource = "measured"
+
+    def transfer_s(self, nbytes: int) -> float:
+        """Seconds for one transfer."""
+        return self.latency_s + nbytes / self.bandwidth_bytes_s
+
+
+FREE_LINK = LinkProfile(float("inf"), 0.0, "none", "assumed")
+
+
+@dataclass(frozen=True, slots=True)
+class LinkTopology:
+    """Links by `(source name, destination name)`; `default` stands for those that are not listed."""
+
+    links: Mapping[tuple[str, str], LinkProfile] = field(default_factory=dict)
+    default: LinkProfile = FREE_LINK
+
+    def link(self, src: str, dst: str) -> LinkProfile:
+        """From one device to another; nothing is paid to stay on one."""
+        return FREE_LINK if src == dst else self.links.get((src, dst), self.default)

@@ -1,0 +1,163 @@
+"""Several steps in flight: stages work at the same time, and nothing else changes."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import VOCAB, build_tiny
+
+from core.errors import StepFailedError
+from core.execution.input_batch import InputBatch
+from core.execution.stage import Stage
+from core.inference_pipeline import InferencePipeline
+from core.request import SamplingParams
+
+BLOCK = 4
+THREE = "cpu=64MiB,cpu=64MiB,cpu=64MiB"
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, detokenize=False)
+
+OpenPipeline = Callable[..., InferencePipeline]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    build_tiny("llama", path)
+    return path
+
+
+def some_prompts(count: int) -> list[list[int]]:
+    source = random.Random(4)
+    shared = [source.randrange(3, VOCAB) for _ in range(9)]
+    lengths = [source.choice((1, 3, 8, 17, 40)) for _ in range(count)]
+    return [shared[: source.choice((0, 9))] + [source.randrange(3, VOCAB) for _ in range(n)] for n in lengths]
+
+
+def answers(pipeline: InferencePipeline, prompts: list[list[int]], params: SamplingParams = GREEDY) -> list[list[int]]:
+    handles = [pipeline.submit(prompt, params, priority=index % 3) for index, prompt in enumerate(prompts)]
+    return [handle.result(60).completions[0].token_ids for handle in handles]
+
+
+@pytest.mark.parametrize("cohorts", [2, 3, 7])
+@pytest.mark.parametrize("kv_tokens", [2048, 160], ids=["roomy", "tight"])
+def test_tokens_do_not_depend_on_the_number_of_cohorts(
+    llama: Path, open_pipeline: OpenPipeline, cohorts: int, kv_tokens: int
+) -> None:
+    options = {"devices__devices": THREE, "engine__block_size": BLOCK, "engine__max_num_batched_tokens": 16}
+    prompts = some_prompts(24)
+    plain = open_pipeline(llama, engine__cohorts=1, engine__kv_cache_tokens=2048, **options)
+    many = open_pipeline(llama, engine__cohorts=cohorts, engine__kv_cache_tokens=kv_tokens, **options)
+    expected = answers(plain, prompts)
+    assert answers(many, prompts) == expected
+    assert answers(many, prompts) == expected, "with the prefix cache"
+    seeded = replace(GREEDY, temperature=1.0, seed=5, presence_penalty=0.5)
+    assert answers(many, prompts, seeded) == answers(plain, prompts, seeded)
+    if kv_tokens < 1000:
+        assert many.engine.batcher.stats.preemptions > 0
+
+
+def meet(first: Stage, second: Stage, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Both stages' next forward passes wait for each other; the event says that they have met."""
+    met, barrier, waiting = threading.Event(), threading.Barrier(2, action=met.set), threading.Lock()
+
+    def patch(stage: Stage) -> None:
+        forward = stage.forward
+
+        def wait_once(batch: InputBatch, hidden: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor:
+            with waiting:
+                there = not met.is_set()
+            if there:
+                try:
+                    barrier.wait(0.5)
+                except threading.BrokenBarrierError:
+                    barrier.reset()
+            return forward(batch, hidden, rows)
+
+        monkeypatch.setattr(stage, "forward", wait_once)
+
+    patch(first)
+    patch(second)
+    return met
+
+
+@pytest.mark.parametrize("cohorts", [1, 2])
+def test_stages_work_at_the_same_time(
+    llama: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch, cohorts: int
+) -> None:
+    pipeline = open_pipeline(llama, devices__devices="cpu=64MiB,cpu=64MiB", engine__cohorts=cohorts)
+    met = meet(*pipeline.engine.stages, monkeypatch=monkeypatch)
+    answers(pipeline, [[5, 6], [7, 8]], replace(GREEDY, max_tokens=3))
+    assert met.is_set() == (cohorts == 2)
+
+
+def test_chunks_of_one_prompt_follow_each_other_through_the_stages(
+    llama: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = open_pipeline(llama, devices__devices="cpu=64MiB,cpu=64MiB", engine__max_num_batched_tokens=16)
+    prompt = [3 + i % (VOCAB - 3) for i in range(100)]
+    expected = answers(pipeline, [prompt])
+    pipeline.engine.batcher.call(pipeline.engine.kv.pool.clear_index).result(10)
+    met = meet(*pipeline.engine.stages, monkeypatch=monkeypatch)
+    assert answers(pipeline, [prompt]) == expected
+    assert met.is_set()
+
+
+def test_a_step_that_fails_in_flight_fails_alone(
+    llama: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = open_pipeline(llama, devices__devices=THREE, engine__block_size=BLOCK, engine__cohorts=6)
+    stage = pipeline.engine.stages[1]
+    forward = stage.forward
+
+    def fail_long(batch: InputBatch, hidden: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor:
+        if batch.num_tokens >= 16 and batch.attention.host_seq_lens[-1] >= 64:
+            raise RuntimeError("the link broke")
+        return forward(batch, hidden, rows)
+
+    monkeypatch.setattr(stage, "forward", fail_long)
+    neighbours = [pipeline.submit([5 + i, 6], replace(GREEDY, max_tokens=60)) for i in range(4)]
+    for handle in neighbours:
+        handle.get(10)
+    with pytest.raises(StepFailedError, match="the link broke"):
+        pipeline.submit([9] * 120, GREEDY).result(30)
+    finished = 0
+    for handle in neighbours:
+        with contextlib.suppress(StepFailedError):
+            finished += len(handle.result(30).completions[0].token_ids) in (59, 60)
+    assert finished >= 3, "no step holds two neighbours and the long prompt"
+    pool = pipeline.engine.kv.pool
+    pipeline.engine.batcher.call(pipeline.engine.batcher.scheduler.check_invariants).result(10)
+    assert pool.num_free == pool.num_blocks
+
+
+def test_aborts_in_flight_leave_nothing_behind(llama: Path, open_pipeline: OpenPipeline) -> None:
+    pipeline = open_pipeline(llama, devices__devices=THREE, engine__block_size=BLOCK, engine__cohorts=4)
+    source = random.Random(1)
+    for _ in range(40):
+        handles = [pipeline.submit(prompt, replace(GREEDY, max_tokens=200)) for prompt in some_prompts(5)]
+        handles[0].get(10)
+        source.shuffle(handles)
+        for handle in handles:
+            handle.abort()
+        for handle in handles:
+            handle.result(10)
+    pool = pipeline.engine.kv.pool
+    pipeline.engine.batcher.call(pipeline.engine.batcher.scheduler.check_invariants).result(10)
+    assert pool.num_free == pool.num_blocks
+
+
+def test_raw_inference_waits_for_the_steps_in_flight(llama: Path, open_pipeline: OpenPipeline) -> None:
+    pipeline = open_pipeline(llama, devices__devices=THREE, engine__block_size=BLOCK)
+    quiet = pipeline.infer([5, 6, 7], output="logits", positions="last")
+    handles = [pipeline.submit(prompt, replace(GREEDY, max_tokens=100)) for prompt in some_prompts(6)]
+    for _ in range(5):
+        torch.testing.assert_close(pipeline.infer([5, 6, 7], output="logits", positions="last"), quiet)
+    for handle in handles:
+        handle.result(60)
