@@ -110,7 +110,26 @@ class DeviceSettings(Section):
         min_length=1,
     )
     num_gpus: int | None = _setting(None, "GPUs to use of those found. Not set: all of them.", ge=1)
-    placement: Literal["vram"] = _setting("vram", "How layers are split over the devices: vram, by free memory.")
+    placement: str = _setting(
+        "profiled",
+        "How layers are split over the devices: profiled, for speed, by measurement; vram, by free memory; balanced, "
+        "evenly; or a strategy of your own.",
+        min_length=1,
+        max_length=64,
+    )
+    layers: str | None = _setting(
+        None, 'Layers on each device by hand, such as "20,12"; 0 leaves a device out.', min_length=1, max_length=1024
+    )
+    objective: Literal["throughput", "latency"] = _setting(
+        "throughput",
+        "What profiled placement makes best: throughput, the tokens per second of plan_streams streams together; "
+        "latency, the time between two tokens of a stream.",
+    )
+    plan_streams: int = _setting(8, "Streams that the placement and its prediction reckon with.", ge=1, le=65536)
+    plan_context: int = _setting(2048, "Tokens of context of each of these streams.", ge=1, le=1 << 24)
+    profile_seconds: float = _setting(
+        3.0, "Seconds to measure a device with, once per device and kind of model.", gt=0.0, le=600.0
+    )
     sim_link: str | None = _setting(
         None,
         'Speed of the links between emulated devices, such as "11.6GB/s" or "11.6GB/s@30us". Not set: no delay.',
@@ -134,7 +153,8 @@ class EngineSettings(Section):
     )
     cohorts: int | None = _setting(
         None,
-        "Steps in flight at most, so that stages work at the same time; 1: one after the other. Not set: by prediction.",
+        "Steps in flight at most, so that stages work at the same time; 1: one after the other. Not set: by "
+        "prediction.",
         ge=1,
         le=64,
     )

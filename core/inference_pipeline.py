@@ -33,26 +33,18 @@ from core.model_engine import (
     LoadedModel,
     LoadProgress,
     ModelEngine,
-    ModelPlan,
     ProgressCall,
     check_prompt,
     checkpoint_bytes,
     load_engine,
-    plan_model,
 )
+from core.model_plan import ModelPlan, measure_with, plan_model
 from core.models.resolve import DEMO_NAME, available_models, resolve_model
-from core.placement import PlacementPlan
 from core.raw_inference import run_raw
 from core.request import SamplingParams
 from core.transfer import TransferManager
 
 logger = get_logger(__name__)
-
-
-def plan_placement(settings: Settings) -> PlacementPlan:
-    """Where `settings.model` would go, without reading weights. Raises what a load would raise."""
-    resolved = resolve_model(settings.model.name, settings.model.revision)
-    return plan_model(resolved, open_devices(settings.devices, allocate=False), settings).placement
 
 
 class InferencePipeline:
@@ -141,12 +133,13 @@ class InferencePipeline:
         total = checkpoint_bytes(resolved.path)
         old = self._engine
         alone = self._devices(settings, old, beside=False)
-        plan = plan_model(resolved, alone, settings)
+        measure = measure_with(settings, self.transfer)
+        plan = plan_model(resolved, alone, settings, measure)
         if old is None:
             self._engine = self._start(plan, settings, total)
             return
         try:
-            plan = plan_model(resolved, self._devices(settings, old, beside=True), settings)
+            plan = plan_model(resolved, self._devices(settings, old, beside=True), settings, measure)
         except VRAMancerError:
             self._replace(old, plan, settings, total)
             return

@@ -10,42 +10,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from core.batching.batcher import ContinuousBatcher
 from core.batching.breaker import CircuitBreaker
-from core.batching.cohorts import CohortPolicy, FixedCohorts, OneCohort, PredictedCohorts
 from core.batching.scheduler import Scheduler, SchedulerLimits
 from core.config import Settings
-from core.devices import Device, DeviceBudget, parse_link
+from core.devices import DeviceBudget
 from core.errors import CheckpointError, ContextLengthError, InvalidRequestError
-from core.execution.attention.select import LinearAdapter, select_attention
+from core.execution.attention.select import select_attention
 from core.execution.model_runner import ModelRunner
 from core.execution.native import do_all_products
 from core.execution.stage import Stage
 from core.execution.threads import CpuThreads
 from core.kv_cache.manager import KVCacheManager
-from core.models.architecture import Architecture, read_architecture
+from core.model_plan import ModelPlan, cohort_policy, stage_timer
 from core.models.checkpoint import Checkpoint
-from core.models.resolve import ResolvedModel
-from core.models.stage_model import ModelBytes, StageSlice, measure_bytes
+from core.models.stage_model import StageSlice
 from core.models.tokenizer import Tokenizer
-from core.placement import (
-    LayerCosts,
-    LinkProfile,
-    LinkTopology,
-    PlacementPlan,
-    StageCost,
-    emulated_profile,
-    split_by_memory,
-)
 from core.transfer import TransferManager
 
 ProgressCall = Callable[[int, int], None]
 
-_MIN_KV_TOKENS = 512
-_CPU_KV_SHARE = 4
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -72,19 +58,6 @@ class LoadedModel:
         return name == self.name or name in self.aliases
 
 
-@dataclass(frozen=True, slots=True)
-class ModelPlan:
-    """Everything about a load that is known before a byte is allocated."""
-
-    resolved: ResolvedModel
-    architecture: Architecture
-    weights: ModelBytes
-    costs: LayerCosts
-    placement: PlacementPlan
-    devices: tuple[Device, ...]
-    max_model_len: int
-
-
 class LoadProgress:
     """Adds up bytes read by several threads."""
 
@@ -99,64 +72,6 @@ class LoadProgress:
             self._done += nbytes
             if self._report is not None:
                 self._report(self._done, self._total)
-
-
-def layer_costs(architecture: Architecture, weights: ModelBytes, settings: Settings) -> LayerCosts:
-    """Bytes per part, with room for the activations of the largest step."""
-    element = torch.empty((), dtype=architecture.dtype).element_size()
-    config = architecture.config.get_text_config()
-    inner = int(getattr(config, "intermediate_size", None) or 4 * architecture.hidden_size)
-    tokens = settings.engine.max_num_batched_tokens
-    return LayerCosts(
-        embedding_bytes=weights.embedding,
-        layer_bytes=weights.layers,
-        after_bytes=weights.after,
-        head_bytes=weights.head,
-        tied=weights.tied,
-        kv_bytes_per_token=tuple(shape.bytes_per_token(element) for shape in architecture.kv_shapes),
-        workspace_bytes=tokens * (8 * architecture.hidden_size + 3 * inner) * element,
-        head_workspace_bytes=settings.engine.max_batch_size * architecture.vocab_size * 8,
-        layer_flops=tuple(2 * nbytes // element for nbytes in weights.layers),
-        head_flops=2 * weights.head // element,
-        hidden_bytes=architecture.hidden_size * element,
-    )
-
-
-def plan_model(resolved: ResolvedModel, devices: Sequence[Device], settings: Settings) -> ModelPlan:
-    """Read the config, measure the parts on `meta` and place them. Allocates nothing.
-
-    Raises `UnsupportedModelError`, `CheckpointError`, `InsufficientMemoryError`, `ContextLengthError`.
-    """
-    architecture = read_architecture(resolved.path, settings.model.dtype)
-    weights = measure_bytes(architecture)
-    asked = settings.model.max_model_len
-    if asked is not None and asked > architecture.max_position:
-        raise ContextLengthError(
-            f"max_model_len {asked} is more than the {architecture.max_position} positions of {resolved.name}.",
-            param="max_model_len",
-        )
-    max_model_len = asked or architecture.max_position
-    costs = layer_costs(architecture, weights, settings)
-    engine = settings.engine
-    wanted = engine.kv_cache_tokens or _kv_cap(costs, devices, engine.max_batch_size * max_model_len, settings)
-    placement = split_by_memory(
-        costs,
-        [(device.name, device.memory_limit_bytes) for device in devices],
-        model_name=resolved.name,
-        min_kv_tokens=min(wanted, asked or min(max_model_len, _MIN_KV_TOKENS)),
-        max_kv_tokens=wanted,
-        block_size=engine.block_size,
-    )
-    return ModelPlan(resolved, architecture, weights, costs, placement, tuple(devices), max_model_len)
-
-
-def _kv_cap(costs: LayerCosts, devices: Sequence[Device], most_tokens: int, settings: Settings) -> int:
-    """No more KV than a full batch can use; where the CPU has no limit set, no more than a quarter of its memory."""
-    if settings.devices.devices is None and any(device.kind == "cpu" for device in devices):
-        per_token = max(1, sum(costs.kv_bytes_per_token))
-        share = sum(device.memory_limit_bytes for device in devices) // _CPU_KV_SHARE
-        return max(_MIN_KV_TOKENS, min(most_tokens, share // per_token))
-    return most_tokens
 
 
 @dataclass(slots=True)
@@ -227,7 +142,7 @@ def load_engine(
         for stage_plan in plan.placement.stages:
             device = plan.devices[stage_plan.device_index]
             part = StageSlice(stage_plan.first_layer, stage_plan.last_layer, plan.architecture.num_layers)
-            stage = Stage(plan.architecture, part, device, budgets[device.name], plan.costs)
+            stage = Stage(plan.architecture, part, device, budgets[device.name], stage_timer(plan, stage_plan))
             stages.append(stage)
             attention, adapter = select_attention(device, settings, threads)
             stage.load(plan.resolved.path, stage_plan.weight_bytes, on_read, adapter or _no_adapter)
@@ -281,7 +196,7 @@ def _assemble(
         tokenizer,
         max_queue=engine.max_queue,
         breaker=breaker,
-        policy=_cohort_policy(plan, settings),
+        policy=cohort_policy(plan, settings),
     )
     batcher.start()
     return ModelEngine(
@@ -292,32 +207,6 @@ def _assemble(
 
 def _products_are_native(backends: Sequence[str], plan: ModelPlan) -> bool:
     return all(name == "native" for name in backends) and do_all_products(plan.architecture.dtype)
-
-
-def _cohort_policy(plan: ModelPlan, settings: Settings) -> CohortPolicy:
-    """One stage: one step at a time. Otherwise as set, or by prediction where the devices' speeds are known."""
-    stages, chunk = plan.placement.stages, settings.engine.max_num_batched_tokens
-    if len(stages) == 1 or settings.engine.cohorts == 1:
-        return OneCohort(chunk)
-    if settings.engine.cohorts is not None:
-        return FixedCohorts(len(stages), settings.engine.cohorts, chunk)
-    devices = [plan.devices[stage.device_index] for stage in stages]
-    if any(device.speed is None for device in devices):
-        return FixedCohorts(len(stages), len(stages), chunk)
-    costs = []
-    for stage, device in zip(stages, devices, strict=True):
-        assert device.speed is not None
-        profile = emulated_profile(device.name, device.speed.bandwidth_bytes_s, device.speed.flops)
-        costs.append(StageCost(profile, stage.first_layer, stage.last_layer))
-    return PredictedCohorts(plan.costs, costs, emulated_links(settings), max_chunk=chunk)
-
-
-def emulated_links(settings: Settings) -> LinkTopology:
-    """What `devices.sim_link` says of the links between emulated devices."""
-    if settings.devices.sim_link is None:
-        return LinkTopology()
-    speed = parse_link(settings.devices.sim_link)
-    return LinkTopology(default=LinkProfile(speed.bandwidth_bytes_s, speed.latency_s, "copy", "emulated"))
 
 
 def _chat_template(settings: Settings) -> str | None:
@@ -379,18 +268,3 @@ def check_prompt(tokens: Sequence[object], model: LoadedModel, *, reserve: int =
 def checkpoint_bytes(path: Path) -> int:
     """Bytes of a checkpoint's safetensors files; also checks that they are there."""
     return Checkpoint(path).total_bytes
-
-
-__all__ = [
-    "LinearAdapter",
-    "LoadProgress",
-    "LoadedModel",
-    "ModelEngine",
-    "ModelPlan",
-    "ProgressCall",
-    "check_prompt",
-    "checkpoint_bytes",
-    "layer_costs",
-    "load_engine",
-    "plan_model",
-]

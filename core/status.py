@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from core.batching.stats import BatcherStats
-from core.metrics.snapshot import DeviceMemory, KVPages, MetricsSnapshot
+from core.metrics.snapshot import DeviceMemory, KVPages, MetricsSnapshot, StageWork
+from core.placement import best_cohorts, decode_tok_s
+from core.placement.engine import stage_costs
 
 if TYPE_CHECKING:
     from core.inference_pipeline import InferencePipeline
@@ -101,16 +103,36 @@ def pipeline_status(pipeline: InferencePipeline) -> dict[str, Any]:
             "attention": backend,
             "forwards": stage.forwards,
             "busy_seconds": round(stage.busy_s, 3),
+            "predicted_seconds": round(stage.predicted_s, 3) if engine.plan.is_measured else None,
         }
         for index, (plan, stage, backend) in enumerate(
             zip(placement.stages, engine.stages, engine.backends, strict=True)
         )
     ]
+    result["prediction"] = _prediction(engine)
     result["transfers"] = [
         {"method": link[0], "src": link[1], "dst": link[2], "ops": s.ops, "bytes": s.bytes, "seconds": s.seconds}
         for link, s in pipeline.transfer.stats().items()
     ]
     return result
+
+
+def _prediction(engine: ModelEngine) -> dict[str, Any] | None:
+    """What the cost model expects of the placement, beside what is measured now; None where speeds are not known."""
+    plan, stats = engine.plan, engine.batcher.stats
+    if plan.prediction is None:
+        return None
+    stages, links = stage_costs(plan.placement, plan.request), plan.request.links
+    now = None
+    if stats.running:
+        cohorts = best_cohorts(plan.costs, stages, links, stats.running, plan.request.context)
+        now = round(decode_tok_s(plan.costs, stages, links, stats.running, plan.request.context, cohorts), 2)
+    return {
+        "context": plan.prediction.context,
+        "floor_seconds": plan.prediction.floor_s,
+        "tokens_per_second": {str(rate.streams): round(rate.tok_s, 2) for rate in plan.prediction.rates},
+        "now": {"streams": stats.running, "predicted": now, "measured": round(stats.tokens_per_s, 2)},
+    }
 
 
 def queue_status(pipeline: InferencePipeline) -> dict[str, Any]:
@@ -202,5 +224,8 @@ def metrics_snapshot(pipeline: InferencePipeline) -> MetricsSnapshot:
         prefix_cache_queries_total=stats.queried_tokens,
         prefix_cache_hits_total=stats.hit_tokens,
         kv_evictions_total=stats.evictions,
-        stage_busy={f"{i}:{plan.device_name}": min(1.0, s.busy_s / alive_s) for i, (plan, s) in enumerate(stages)},
+        stages=tuple(
+            StageWork(f"{i}:{plan.device_name}", min(1.0, s.busy_s / alive_s), s.forwards, s.busy_s, s.predicted_s)
+            for i, (plan, s) in enumerate(stages)
+        ),
     )

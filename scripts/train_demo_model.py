@@ -287,7 +287,7 @@ def main() -> None:
     root = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=root / "core" / "models" / "demo", help="folder to write")
-    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps at most (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=2600, help="optimizer steps at most (default %(default)s)")
     parser.add_argument("--minutes", type=float, default=None, help="stop after this time; the schedule follows it")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per step (default %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default %(default)s)")

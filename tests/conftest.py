@@ -43,7 +43,12 @@ def open_pipeline() -> Iterator[Callable[..., InferencePipeline]]:
     opened: list[InferencePipeline] = []
 
     def start(model: Path | None = None, **overrides: object) -> InferencePipeline:
-        defaults = {"devices__devices": "cpu=64MiB", "runtime__cache_dir": CACHE_DIR}
+        defaults = {
+            "devices__devices": "cpu=64MiB",
+            "devices__placement": "vram",  # a model that fits into one device would be placed on one
+            "devices__profile_seconds": 0.02,
+            "runtime__cache_dir": CACHE_DIR,
+        }
         named = {} if model is None else {"model__name": str(model)}
         pipeline = InferencePipeline(make_settings(**{**defaults, **named, **overrides}))
         opened.append(pipeline)

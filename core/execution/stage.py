@@ -22,7 +22,7 @@ from core.execution.input_batch import InputBatch
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.models.architecture import Architecture
 from core.models.stage_model import StageSlice, find_decoder, load_stage
-from core.placement import Batch, LayerCosts, emulated_profile, stage_s
+from core.placement import Batch, StageTimer
 
 
 class Stage:
@@ -31,8 +31,10 @@ class Stage:
     WEIGHTS = "weights"
 
     def __init__(
-        self, architecture: Architecture, part: StageSlice, device: Device, budget: DeviceBudget, costs: LayerCosts
-    ) -> None:
+        self, architecture: Architecture, part: StageSlice, device: Device, budget: DeviceBudget,
+        timer: StageTimer | None = None,
+    ) -> None:  # fmt: skip
+        """`timer` predicts how long a forward pass takes; an emulated device keeps to it."""
         self.architecture = architecture
         self.part = part
         self.device = device
@@ -41,14 +43,10 @@ class Stage:
         self.num_parameters = 0
         self.kv: PagedKVCache | None = None
         self.busy_s = 0.0
+        self.predicted_s = 0.0
         self.forwards = 0
         self._budget = budget
-        self._costs = costs
-        self._emulated = (
-            emulated_profile(device.name, device.speed.bandwidth_bytes_s, device.speed.flops)
-            if (device.speed is not None)
-            else None
-        )
+        self._timer = timer
         self._model: Any = None
         self._context: AttentionContext | None = None
         self._received: torch.Tensor | None = None
@@ -119,12 +117,14 @@ class Stage:
         return result  # type: ignore[no-any-return]
 
     def _account(self, started_s: float, batch: InputBatch, logit_rows: int) -> None:
-        """Keep an emulated device's pace, and the time spent."""
-        if self._emulated is not None:
-            work = Batch(batch.num_tokens, batch.num_kv_tokens, logit_rows)
-            self.device.pace(started_s, stage_s(self._costs, self._emulated, self.part.first, self.part.last, work))
-        elif self.torch_device.type == "cuda":
+        """Keep an emulated device's pace, and the time spent beside the time predicted."""
+        predicted_s = 0.0
+        if self._timer is not None:
+            predicted_s = self._timer.seconds(Batch(batch.num_tokens, batch.num_kv_tokens, logit_rows))
+            self.device.pace(started_s, predicted_s)
+        if self.torch_device.type == "cuda":
             torch.cuda.current_stream(self.torch_device).synchronize()
+        self.predicted_s += predicted_s
         self.busy_s += time.perf_counter() - started_s
         self.forwards += 1
 

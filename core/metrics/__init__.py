@@ -2,6 +2,6 @@
 
 from core.metrics.registry import MetricsRegistry
 from core.metrics.server import MetricsServer
-from core.metrics.snapshot import DeviceMemory, KVPages, MetricsSnapshot
+from core.metrics.snapshot import DeviceMemory, KVPages, MetricsSnapshot, StageWork
 
-__all__ = ["DeviceMemory", "KVPages", "MetricsRegistry", "MetricsServer", "MetricsSnapshot"]
+__all__ = ["DeviceMemory", "KVPages", "MetricsRegistry", "MetricsServer", "MetricsSnapshot", "StageWork"]

@@ -8,11 +8,13 @@ batcher: `observe_finished`                     infer_total infer_errors_total i
 batcher: `observe_first_token`                  time_to_first_token_seconds
 batcher: `observe_inter_token`                  inter_token_latency_seconds
 transfer manager: `observe_transfer`            gpu_transfer_ops_total gpu_transfer_bandwidth_gbps
+                                                transfer_bytes_total transfer_seconds_total
 API: `observe_http`                             api_latency_seconds
 API: `count_environment_hit`                    env_endpoint_hits_total
 pipeline: the source of `set_snapshot_source`   gpu_memory_used_bytes gpu_memory_total_bytes device_info batcher_*
                                                 requests_running requests_waiting paged_kv_* kv_* preemptions_total
-                                                prefix_cache_* stage_busy_ratio
+                                                prefix_cache_* stage_busy_ratio stage_busy_seconds_total
+                                                stage_predicted_seconds_total stage_forwards_total
 prometheus_client                               process_*
 =============================================== =====================================================================
 """
@@ -74,6 +76,13 @@ class MetricsRegistry:
             namespace=NAMESPACE,
             registry=self.registry,
         )
+        labels = ("method", "src", "dst")
+        self._transfer_bytes = Counter(
+            "transfer_bytes_total", "Bytes sent between devices.", labels, namespace=NAMESPACE, registry=self.registry
+        )
+        self._transfer_seconds = Counter(
+            "transfer_seconds_total", "Time spent sending.", labels, namespace=NAMESPACE, registry=self.registry
+        )
         self._bandwidth = Gauge(
             "gpu_transfer_bandwidth_gbps",
             f"Gigabits per second over the last {BANDWIDTH_WINDOW} transfers of a method.",
@@ -126,6 +135,8 @@ class MetricsRegistry:
     def observe_transfer(self, method: str, src: str, dst: str, nbytes: int, seconds: float) -> None:
         """A tensor of `nbytes` went from device `src` to `dst` in `seconds`."""
         self._transfers.labels(method, src, dst).inc()
+        self._transfer_bytes.labels(method, src, dst).inc(nbytes)
+        self._transfer_seconds.labels(method, src, dst).inc(seconds)
         with self._recent_lock:
             recent = self._recent.setdefault(method, deque(maxlen=BANDWIDTH_WINDOW))
             recent.append((nbytes, seconds))
@@ -201,10 +212,19 @@ def _kv_metrics(snapshot: MetricsSnapshot) -> Iterable[Metric]:
 
 def _batcher_metrics(snapshot: MetricsSnapshot) -> Iterable[Metric]:
     busy = _gauge("stage_busy_ratio", "Share of the time that a stage computes.", "stage")
-    for stage, share in snapshot.stage_busy.items():
-        busy.add_metric([stage], share)
+    spent = _counter("stage_busy_seconds", "Time that a stage spent in forward passes.", "stage")
+    predicted = _counter("stage_predicted_seconds", "Time that was predicted for a stage's forward passes.", "stage")
+    forwards = _counter("stage_forwards", "Forward passes of a stage.", "stage")
+    for stage in snapshot.stages:
+        busy.add_metric([stage.name], stage.busy)
+        spent.add_metric([stage.name], stage.busy_s)
+        predicted.add_metric([stage.name], stage.predicted_s)
+        forwards.add_metric([stage.name], stage.forwards)
     return (
         busy,
+        spent,
+        predicted,
+        forwards,
         _value("batcher_batch_size", "Sequences in the last step.", snapshot.batch_size),
         _value("batcher_queue_depth", "Sequences that wait.", snapshot.requests_waiting),
         _value("batcher_throughput_tok_s", "Tokens generated per second, lately.", snapshot.throughput_tok_s),
@@ -216,6 +236,10 @@ def _batcher_metrics(snapshot: MetricsSnapshot) -> Iterable[Metric]:
 
 def _gauge(name: str, help_text: str, *labels: str) -> GaugeMetricFamily:
     return GaugeMetricFamily(f"{NAMESPACE}_{name}", help_text, labels=labels)
+
+
+def _counter(name: str, help_text: str, *labels: str) -> CounterMetricFamily:
+    return CounterMetricFamily(f"{NAMESPACE}_{name}", help_text, labels=labels)
 
 
 def _value(name: str, help_text: str, value: float) -> GaugeMetricFamily:

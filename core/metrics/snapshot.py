@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +26,23 @@ class KVPages:
 
 
 @dataclass(frozen=True, slots=True)
+class StageWork:
+    """One stage since the engine started: forward passes, seconds spent in them, and seconds that were predicted for
+    them (0 where the device's speed is not known). `busy` is the share of the time."""
+
+    name: str
+    busy: float
+    forwards: int
+    busy_s: float
+    predicted_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class MetricsSnapshot:
     """Counters (`*_total`) count since the engine started; everything else is the value now.
 
     Filled by the pipeline: `devices` from its device list, the rest from the batcher's statistics and the runner's
-    stages. `batch_size` is the sequences of the last step; `stage_busy` maps a stage's name to a share of 0 to 1.
+    stages. `batch_size` is the sequences of the last step.
     """
 
     devices: tuple[DeviceMemory, ...] = ()
@@ -44,4 +55,4 @@ class MetricsSnapshot:
     prefix_cache_queries_total: int = 0
     prefix_cache_hits_total: int = 0
     kv_evictions_total: int = 0
-    stage_busy: Mapping[str, float] = field(default_factory=dict)
+    stages: tuple[StageWork, ...] = ()

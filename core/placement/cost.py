@@ -9,6 +9,7 @@ are sampled. Looking embeddings up is not counted: it reads T rows, not the tabl
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -53,6 +54,25 @@ def stage_s(costs: LayerCosts, device: DeviceProfile, first: int, last: int, bat
     if last == costs.num_layers:
         total += head_s(costs, device, batch)
     return total + device.step_overhead_s
+
+
+class StageTimer:
+    """`stage_s` for one stage and many batches: layers that cost the same are counted once."""
+
+    def __init__(self, costs: LayerCosts, device: DeviceProfile, first: int, last: int) -> None:
+        kinds = zip(costs.layer_bytes, costs.layer_flops, costs.kv_bytes_per_token, strict=True)
+        self._counts = Counter(list(kinds)[first:last])
+        self._costs, self._device, self._has_head = costs, device, last == costs.num_layers
+        self._fixed_s = device.step_overhead_s + (last - first) * device.layer_overhead_s
+
+    def seconds(self, batch: Batch) -> float:
+        """Predicted time of one forward pass."""
+        bandwidth, rate = self._device.bandwidth_bytes_s, self._device.flops_at(batch.tokens)
+        total = self._fixed_s
+        for (weight_bytes, flops, kv_bytes), count in self._counts.items():
+            work_s = max(weight_bytes / bandwidth, batch.tokens * flops / rate)
+            total += count * (work_s + batch.kv_tokens * kv_bytes / bandwidth)
+        return total + (head_s(self._costs, self._device, batch) if self._has_head else 0.0)
 
 
 def hop_s(costs: LayerCosts, links: LinkTopology, src: str, dst: str, batch: Batch) -> float:

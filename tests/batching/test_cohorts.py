@@ -7,8 +7,8 @@ from core.placement import Batch, DeviceProfile, LayerCosts, LinkTopology, Stage
 
 GB = 10**9
 COSTS = LayerCosts(
-    embedding_bytes=0, layer_bytes=(GB,) * 8, after_bytes=0, head_bytes=0, tied=False, kv_bytes_per_token=(100_000,) * 8,
-    layer_flops=(GB,) * 8, head_flops=0, hidden_bytes=8192,
+    embedding_bytes=0, layer_bytes=(GB,) * 8, after_bytes=0, head_bytes=0, tied=False,
+    kv_bytes_per_token=(100_000,) * 8, layer_flops=(GB,) * 8, head_flops=0, hidden_bytes=8192,
 )  # fmt: skip
 CARD = DeviceProfile("card", 900 * GB, ((1, 70e12),))
 STAGES = (StageCost(CARD, 0, 4), StageCost(CARD, 4, 8))

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
-from rich.console import Console
+from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from core.config import iter_settings
-from core.placement import PlacementPlan, StagePlan
 from vramancer.cli import app
-from vramancer.cli.plan import print_plan
-
-MIB = 1024 * 1024
 
 
 @pytest.fixture(autouse=True)
@@ -26,28 +22,77 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
+def plan_json(*arguments: str) -> dict[str, Any]:
+    result = CliRunner().invoke(app, ["plan", *arguments, "--json", "--log-level", "error"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)  # type: ignore[no-any-return]
+
+
+def plan_text(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["plan", *arguments, "--log-level", "error"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of 14 billion parameters, of which only the config is there."""
+    path = tmp_path_factory.mktemp("large") / "llama-14b"
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"], vocab_size=152064, hidden_size=5120, intermediate_size=13824,
+        num_hidden_layers=48, num_attention_heads=40, num_key_value_heads=8, head_dim=128, dtype="bfloat16",
+        max_position_embeddings=32768, tie_word_embeddings=False,
+    )  # fmt: skip
+    config.save_pretrained(path)
+    return str(path)
+
+
 def test_a_plan_is_a_row_per_stage() -> None:
-    stages = (
-        StagePlan("cuda:0", 0, 0, 20, 100 * MIB, 2048, 40 * MIB, 8 * MIB, 1024 * MIB),
-        StagePlan("cuda:1", 1, 20, 32, 60 * MIB, 1024, 20 * MIB, 8 * MIB, 512 * MIB),
-    )
-    console = Console(file=io.StringIO(), width=200)
-    print_plan(PlacementPlan("tiny", "vram", stages, 20480, ("cpu",)), console)
-    assert isinstance(console.file, io.StringIO)
-    text = console.file.getvalue()
-    for part in ("tiny, strategy vram", "0-19 (20)", "20-31 (12)", "100 MiB", "876 MiB", "512 MiB", "not used: cpu"):
+    text = plan_text("--placement", "balanced", "--gpu", "16GiB@900GB/s", "--gpu", "16GiB@450GB/s")
+    for part in ("vramancer-demo, strategy balanced", "0-2 (3)", "3-5 (3)", "16 GiB", "KV cache: 131072 tokens"):
         assert part in text
-    assert "20480 tokens, 3 KiB each" in text
 
 
 def test_planning_the_demo_model_reads_no_weights_and_needs_no_such_memory() -> None:
-    devices = "sim=2048GiB@936GB/s/71TFLOPS,cpu=64MiB"
-    result = CliRunner().invoke(app, ["plan", "--devices", devices, "--json", "--log-level", "error"])
-    assert result.exit_code == 0, result.output
-    placement = json.loads(result.stdout)
+    placement = plan_json("--devices", "sim=2048GiB@936GB/s/71TFLOPS,cpu=64MiB", "--placement", "vram")
     assert [stage["device_name"] for stage in placement["stages"]] == ["sim", "cpu"]
     assert placement["stages"][0]["limit_bytes"] == 2048 * 1024**3
     assert placement["stages"][0]["first_layer"] == 0
+
+
+def test_cards_that_are_not_there_are_planned_for_from_the_config_alone(large: str) -> None:
+    plan = plan_json(large, "--gpu", "3090", "--gpu", "16GiB@896GB/s", "--max-model-len", "8192")
+    assert sum(stage["last_layer"] - stage["first_layer"] for stage in plan["stages"]) == 48
+    assert all(stage["weight_bytes"] + stage["kv_bytes"] <= stage["limit_bytes"] for stage in plan["stages"])
+    one, eight, many = plan["prediction"]["rates"]
+    assert one["streams"] == 1
+    assert one["tok_s"] < eight["tok_s"] < many["tok_s"]
+    assert one["tok_s"] == pytest.approx(1 / one["token_s"])
+    assert 1 / one["tok_s"] >= plan["prediction"]["floor_s"] > 0.03, "29 GB over 936 and 896 GB/s"
+
+
+def test_it_says_what_a_card_costs_or_brings(large: str) -> None:
+    text = plan_text("--gpu", "3090", "--gpu", "2060", "--more", "3090")
+    assert "RTX 2060 is left out: using it gives" in text
+    assert "one more RTX 3090" in text
+    assert "bottleneck" in text
+    plan = plan_json(large, "--gpu", "3090", "--gpu", "5070 Ti", "--more", "5070 Ti", "--max-model-len", "8192")
+    assert plan["one_more"][0]["gain"] > 0
+
+
+def test_layers_by_hand(large: str) -> None:
+    plan = plan_json(large, "--gpu", "24GiB@936GB/s*2", "--layers", "30,18", "--max-model-len", "2048")
+    assert [(stage["first_layer"], stage["last_layer"]) for stage in plan["stages"]] == [(0, 30), (30, 48)]
+    result = CliRunner().invoke(app, ["plan", large, "--gpu", "3090*2", "--layers", "30,19", "--log-level", "error"])
+    assert result.exit_code == 1
+    assert "48" in result.output
+
+
+def test_unknown_cards_and_strategies_are_refused() -> None:
+    for arguments, said in ((["--gpu", "3091"], "3090"), (["--gpu", "3090", "--placement", "best"], "balanced")):
+        result = CliRunner().invoke(app, ["plan", *arguments, "--log-level", "error"])
+        assert result.exit_code == 1
+        assert said in result.output
 
 
 def test_a_plan_that_does_not_fit_says_what_is_lacking() -> None:

@@ -85,8 +85,9 @@ def stop_server(server: Server) -> int:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     started = start_server(
-        tmp_path_factory.mktemp("server"), "--devices", "cpu=256MiB,cpu=128MiB", "--served-model-name", "demo,tiny"
-    )
+        tmp_path_factory.mktemp("server"), "--devices", "cpu=256MiB,cpu=128MiB", "--served-model-name", "demo,tiny",
+        "--placement", "vram", "--profile-seconds", "0.1",
+    )  # fmt: skip
     yield started
     status = stop_server(started)
     assert status == 0, started.log.read_text()[-3000:]

@@ -23,7 +23,8 @@ from core.errors import (
     ModelNotLoadedError,
     UnsupportedModelError,
 )
-from core.inference_pipeline import InferencePipeline, plan_placement
+from core.inference_pipeline import InferencePipeline
+from core.model_plan import preview
 from core.models.resolve import DEMO_NAME
 from core.request import SamplingParams
 
@@ -73,7 +74,8 @@ def test_peak_memory_stays_near_the_largest_shard_and_progress_is_reported(shard
     largest, total = max(file.stat().st_size for file in shards), sum(file.stat().st_size for file in shards)
     overrides = {
         "model.name": str(sharded), "devices.devices": "cpu=256MiB,cpu=256MiB", "engine.kv_cache_tokens": 64,
-        "engine.native_kernels": False, "runtime.cache_dir": str(tmp_path),
+        "engine.native_kernels": False, "runtime.cache_dir": str(tmp_path), "devices.placement": "vram",
+        "engine.cohorts": 1,
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", _LOAD_AND_REPORT, json.dumps(overrides)],
@@ -182,7 +184,7 @@ def test_an_unknown_name_is_not_found() -> None:
 def test_what_does_not_fit_names_the_bytes_each_device_lacks(tiny: Path) -> None:
     settings = make_settings(model__name=str(tiny), devices__devices="cpu=20KiB,cpu=30KiB")
     with pytest.raises(InsufficientMemoryError) as caught:
-        plan_placement(settings)
+        preview(settings)
     assert set(caught.value.lacking_bytes) == {"cpu#0", "cpu#1"}
     assert all(lacking > 0 for lacking in caught.value.lacking_bytes.values())
 

@@ -65,7 +65,8 @@ def test_tokens_do_not_depend_on_the_number_of_cohorts(
 
 def meet(first: Stage, second: Stage, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Both stages' next forward passes wait for each other; the event says that they have met."""
-    met, barrier, waiting = threading.Event(), threading.Barrier(2, action=met.set), threading.Lock()
+    met, waiting = threading.Event(), threading.Lock()
+    barrier = threading.Barrier(2, action=met.set)
 
     def patch(stage: Stage) -> None:
         forward = stage.forward

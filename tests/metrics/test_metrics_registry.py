@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from core.errors import ConfigError
-from core.metrics import DeviceMemory, KVPages, MetricsRegistry, MetricsServer, MetricsSnapshot
+from core.metrics import DeviceMemory, KVPages, MetricsRegistry, MetricsServer, MetricsSnapshot, StageWork
 
 SNAPSHOT = MetricsSnapshot(
     devices=(DeviceMemory("cuda:0", "cuda", 0, 3, 8), DeviceMemory("cpu:0", "cpu", 0, 1, 2)),
@@ -23,7 +23,7 @@ SNAPSHOT = MetricsSnapshot(
     prefix_cache_queries_total=10,
     prefix_cache_hits_total=4,
     kv_evictions_total=2,
-    stage_busy={"0:cuda:0": 0.75},
+    stages=(StageWork("0:cuda:0", 0.75, 40, 3.0, 2.5),),
 )
 
 
@@ -67,6 +67,9 @@ def test_transfers(metrics: MetricsRegistry) -> None:
         metrics.observe_transfer("staged", "cuda:0", "cuda:1", 10**9, 4.0)
     assert value(metrics, "gpu_transfer_ops_total", method="staged", src="cuda:0", dst="cuda:1") == 2
     assert value(metrics, "gpu_transfer_bandwidth_gbps", method="staged") == pytest.approx(2.0)
+    there = {"method": "staged", "src": "cuda:0", "dst": "cuda:1"}
+    assert value(metrics, "transfer_bytes_total", **there) == 2e9
+    assert value(metrics, "transfer_seconds_total", **there) == 8.0
     metrics.observe_transfer("p2p", "cuda:0", "cuda:1", 10, 0.0)
     assert value(metrics, "gpu_transfer_bandwidth_gbps", method="p2p") is None
 
@@ -99,6 +102,9 @@ def test_snapshot_is_read_at_each_scrape(metrics: MetricsRegistry) -> None:
         "prefix_cache_queries_total 10.0",
         "prefix_cache_hits_total 4.0",
         'stage_busy_ratio{stage="0:cuda:0"} 0.75',
+        'stage_busy_seconds_total{stage="0:cuda:0"} 3.0',
+        'stage_predicted_seconds_total{stage="0:cuda:0"} 2.5',
+        'stage_forwards_total{stage="0:cuda:0"} 40.0',
     ):
         assert f"vramancer_{line}\n" in text
     assert value(metrics, "requests_waiting") == 1

@@ -9,6 +9,7 @@ import typer
 from vramancer import __version__
 from vramancer.cli.bench import bench
 from vramancer.cli.chat import run
+from vramancer.cli.doctor import doctor
 from vramancer.cli.plan import plan
 from vramancer.cli.serve import serve
 from vramancer.cli.status import status
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(run)
 app.command()(plan)
+app.command()(doctor)
 app.command()(status)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(bench)
 

@@ -1,10 +1,10 @@
-"""`vramancer plan`: where a model's layers would go."""
+"""`vramancer plan`: where a model's layers would go, and how fast that would be."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,28 +15,66 @@ from core.devices import format_bytes
 from vramancer.cli.options import settings_command
 
 if TYPE_CHECKING:
+    from core.model_plan import Preview
     from core.placement import PlacementPlan
+    from core.placement.predict import DeviceEffect, Prediction
 
 
 @settings_command("model", "devices", "engine", "logging", "runtime", model_argument=True)
 def plan(
     settings: Settings,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--gpu",
+            metavar="CARD",
+            help='Plan for this card instead of this machine; may be repeated: "3090", "3090*2", "24GiB@936GB/s".',
+        ),
+    ] = None,
+    more: Annotated[
+        list[str] | None, typer.Option("--more", metavar="CARD", help="Also say what one more card would bring.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Print the placement of a model over the devices, without loading its weights."""
-    from core.inference_pipeline import plan_placement
+    """Print the placement of a model over devices and its predicted speed, without loading its weights."""
     from core.logs import configure_logging
+    from core.model_plan import preview
 
     configure_logging(settings.logging)
-    placement = plan_placement(settings)
+    shown = preview(settings, gpu or (), more=more or ())
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(placement), indent=2))
+        typer.echo(json.dumps(as_dict(shown), indent=2))
     else:
-        print_plan(placement, Console())
+        print_plan(shown, Console())
 
 
-def print_plan(placement: PlacementPlan, console: Console) -> None:
-    """One row per stage, in the order of execution."""
+def as_dict(shown: Preview) -> dict[str, Any]:
+    """The placement's own fields, then `prediction` and `one_more`."""
+    result = dataclasses.asdict(shown.placement)
+    prediction = shown.prediction
+    result["prediction"] = None
+    if prediction is not None:
+        result["prediction"] = dataclasses.asdict(prediction)
+        for target, rate in zip(result["prediction"]["rates"], prediction.rates, strict=True):
+            target["roofline_share"] = rate.roofline_share
+    result["one_more"] = [dataclasses.asdict(effect) | {"gain": effect.gain} for effect in shown.one_more]
+    return result
+
+
+def print_plan(shown: Preview, console: Console) -> None:
+    """Stages in the order of execution, then what to expect of them."""
+    _print_stages(shown.placement, console)
+    if shown.prediction is None:
+        console.print("One device: nothing depends on its speed, so it was not measured.")
+        return
+    _print_prediction(shown.prediction, console)
+    for effect in shown.prediction.unused:
+        console.print(f"{effect.name} is left out: {_effect(effect, 'using it')}")
+    for effect in shown.one_more:
+        console.print(f"one more {effect.name}: {_effect(effect, 'with it')}")
+
+
+def _print_stages(placement: PlacementPlan, console: Console) -> None:
     table = Table(title=f"{placement.model_name}, strategy {placement.strategy}", title_justify="left")
     table.add_column("stage", justify="right")
     for column in ("device", "layers"):
@@ -52,3 +90,28 @@ def print_plan(placement: PlacementPlan, console: Console) -> None:
     console.print(f"KV cache: {placement.kv_tokens} tokens, {format_bytes(per_token)} each over all stages")
     if placement.unused_devices:
         console.print(f"not used: {', '.join(placement.unused_devices)}")
+
+
+def _print_prediction(prediction: Prediction, console: Console) -> None:
+    table = Table(title=f"predicted decode, {prediction.context} tokens of context", title_justify="left")
+    for column in ("streams", "steps in flight", "tok/s", "ms per token", "of the roofline"):
+        table.add_column(column, justify="right")
+    table.add_column("bottleneck")
+    for rate in prediction.rates:
+        slowest = rate.bottleneck
+        table.add_row(
+            str(rate.streams),
+            str(rate.cohorts),
+            f"{rate.tok_s:.1f}",
+            f"{rate.token_s * 1e3:.1f}",
+            f"{rate.roofline_share:.0%}",
+            f"{slowest.name} ({slowest.limited_by}, busy {slowest.busy:.0%})",
+        )
+    console.print(table)
+    console.print(f"no step can be faster than {prediction.floor_s * 1e3:.1f} ms: every byte is read once per token")
+
+
+def _effect(effect: DeviceEffect, what: str) -> str:
+    if effect.tok_s is None or effect.gain is None:
+        return f"no plan {what} holds as much KV"
+    return f"{what} gives {effect.tok_s:.1f} instead of {effect.tok_s_without:.1f} tok/s ({effect.gain:+.0%})"

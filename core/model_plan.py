@@ -1,0 +1,234 @@
+"""Everything about a load that is decided before a byte is allocated: what the model costs, where it goes, how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from core.batching.cohorts import CohortPolicy, FixedCohorts, OneCohort, PredictedCohorts
+from core.config import Settings
+from core.devices import Device, open_devices
+from core.errors import ContextLengthError
+from core.execution.profiler import LayerProfiler
+from core.models.architecture import Architecture, read_architecture
+from core.models.resolve import ResolvedModel, resolve_model
+from core.models.stage_model import ModelBytes, measure_bytes
+from core.placement import (
+    DeviceProfile,
+    LayerCosts,
+    LinkProfile,
+    LinkTopology,
+    PlacementPlan,
+    StagePlan,
+    StageTimer,
+    emulated_profile,
+)
+from core.placement.cards import gpu_spec
+from core.placement.engine import PlacementDevice, PlacementRequest, parse_layers, place, stage_costs
+from core.placement.predict import DeviceEffect, Prediction, one_more, predict
+from core.transfer import TransferManager
+
+Measure = Callable[[Sequence[Device], Architecture], tuple[Sequence[DeviceProfile], LinkTopology]]
+"""Measures devices for an architecture, and the links between them."""
+
+DATASHEET_LINK = LinkProfile(11.6e9, 30e-6, "staged", "assumed")
+"""Between two cards of a plan without a machine: staged through host memory over PCIe 4.0 x8, a common board's."""
+
+_MIN_KV_TOKENS = 512
+_CPU_KV_SHARE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """A load as planned. `request` is what placement worked from; `prediction` is there if its speeds are known."""
+
+    resolved: ResolvedModel
+    architecture: Architecture
+    weights: ModelBytes
+    request: PlacementRequest
+    placement: PlacementPlan
+    devices: tuple[Device, ...]
+    max_model_len: int
+    prediction: Prediction | None
+
+    @property
+    def is_measured(self) -> bool:
+        return self.prediction is not None
+
+    @property
+    def costs(self) -> LayerCosts:
+        return self.request.costs
+
+
+def layer_costs(architecture: Architecture, weights: ModelBytes, settings: Settings) -> LayerCosts:
+    """Bytes per part, with room for the activations of the largest step."""
+    element = torch.empty((), dtype=architecture.dtype).element_size()
+    config = architecture.config.get_text_config()
+    inner = int(getattr(config, "intermediate_size", None) or 4 * architecture.hidden_size)
+    tokens = settings.engine.max_num_batched_tokens
+    return LayerCosts(
+        embedding_bytes=weights.embedding,
+        layer_bytes=weights.layers,
+        after_bytes=weights.after,
+        head_bytes=weights.head,
+        tied=weights.tied,
+        kv_bytes_per_token=tuple(shape.bytes_per_token(element) for shape in architecture.kv_shapes),
+        workspace_bytes=tokens * (8 * architecture.hidden_size + 3 * inner) * element,
+        head_workspace_bytes=settings.engine.max_batch_size * architecture.vocab_size * 8,
+        layer_flops=tuple(2 * nbytes // element for nbytes in weights.layers),
+        head_flops=2 * weights.head // element,
+        hidden_bytes=architecture.hidden_size * element,
+    )
+
+
+def plan_model(resolved: ResolvedModel, devices: Sequence[Device], settings: Settings, measure: Measure) -> ModelPlan:
+    """Read the config, count the parts on `meta` and place them. Allocates nothing that outlives the call.
+
+    `measure` is asked where the plan depends on speeds: with more than one device, unless everything is set by hand.
+    The speed of emulated devices is known anyway.
+    Raises `UnsupportedModelError`, `CheckpointError`, `InsufficientMemoryError`, `ContextLengthError`,
+    `InvalidRequestError` for a strategy or layers that do not exist.
+    """
+    architecture = read_architecture(resolved.path, settings.model.dtype)
+    weights = measure_bytes(architecture)
+    max_model_len = _max_model_len(resolved, architecture, settings)
+    placed = settings.devices
+    by_hand = settings.engine.cohorts is not None and (placed.layers is not None or placed.placement != "profiled")
+    is_emulated = all(device.speed is not None for device in devices)
+    is_measured = is_emulated or (len(devices) > 1 and not by_hand)
+    profiles, links = measure(devices, architecture) if is_measured else (_unknown(devices), LinkTopology())
+    request = plan_request(
+        resolved.name,
+        architecture,
+        weights,
+        settings,
+        max_model_len,
+        tuple(
+            PlacementDevice(device.name, device.memory_limit_bytes, profile)
+            for device, profile in zip(devices, profiles, strict=True)
+        ),
+        links,
+        shares_cpu=placed.devices is None and any(device.kind == "cpu" for device in devices),
+    )
+    placement = place(request, placed.placement)
+    prediction = predict(placement, request) if is_measured else None
+    return ModelPlan(resolved, architecture, weights, request, placement, tuple(devices), max_model_len, prediction)
+
+
+def plan_request(
+    name: str,
+    architecture: Architecture,
+    weights: ModelBytes,
+    settings: Settings,
+    max_model_len: int,
+    devices: tuple[PlacementDevice, ...],
+    links: LinkTopology,
+    *,
+    shares_cpu: bool = False,
+) -> PlacementRequest:
+    """What the settings ask of placement. `shares_cpu`: a CPU device may take what others leave, so KV is bounded."""
+    engine, placed = settings.engine, settings.devices
+    costs = layer_costs(architecture, weights, settings)
+    most = engine.max_batch_size * max_model_len
+    wanted = engine.kv_cache_tokens or (_kv_cap(costs, devices, most) if shares_cpu else most)
+    least = min(wanted, settings.model.max_model_len or min(max_model_len, _MIN_KV_TOKENS))
+    return PlacementRequest(
+        model_name=name,
+        costs=costs,
+        devices=devices,
+        links=links,
+        objective=placed.objective,
+        streams=min(placed.plan_streams, engine.max_batch_size),
+        context=min(placed.plan_context, max_model_len),
+        min_kv_tokens=least,
+        max_kv_tokens=wanted,
+        block_size=engine.block_size,
+        layers=parse_layers(placed.layers) if placed.layers is not None else None,
+    )
+
+
+def measure_with(settings: Settings, transfer: TransferManager) -> Measure:
+    """Measures devices and links, or finds what was measured before."""
+    threads = settings.devices.cpu_threads or torch.get_num_threads()
+    profiler = LayerProfiler(settings, transfer, threads, budget_s=settings.devices.profile_seconds)
+
+    def measure(devices: Sequence[Device], architecture: Architecture) -> tuple[Sequence[DeviceProfile], LinkTopology]:
+        return profiler.devices(devices, architecture), profiler.links(devices)
+
+    return measure
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A placement that nothing was loaded for. Without known speeds there is no `prediction`."""
+
+    request: PlacementRequest
+    placement: PlacementPlan
+    prediction: Prediction | None
+    one_more: tuple[DeviceEffect, ...] = ()
+
+
+def preview(settings: Settings, gpus: Sequence[str] = (), *, more: Sequence[str] = ()) -> Preview:
+    """Where `settings.model` would go, from its config alone: on this machine, or on the cards that `gpus` describes
+    (see `core.placement.cards.gpu_spec`). `more`: what each of these would bring on top. Raises what a load would.
+    """
+    resolved = resolve_model(settings.model.name, settings.model.revision)
+    if gpus:
+        architecture = read_architecture(resolved.path, settings.model.dtype)
+        length = _max_model_len(resolved, architecture, settings)
+        cards, links = gpu_spec(*gpus), LinkTopology(default=DATASHEET_LINK)
+        request = plan_request(resolved.name, architecture, measure_bytes(architecture), settings, length, cards, links)
+        placement = place(request, settings.devices.placement)
+        prediction: Prediction | None = predict(placement, request)
+    else:
+        devices = open_devices(settings.devices, allocate=False)
+        plan = plan_model(resolved, devices, settings, measure_with(settings, TransferManager()))
+        request, placement, prediction = plan.request, plan.placement, plan.prediction
+    effects = tuple(one_more(placement, request, device) for device in gpu_spec(*more)) if prediction else ()
+    return Preview(request, placement, prediction, effects)
+
+
+def _max_model_len(resolved: ResolvedModel, architecture: Architecture, settings: Settings) -> int:
+    asked = settings.model.max_model_len
+    if asked is not None and asked > architecture.max_position:
+        raise ContextLengthError(
+            f"max_model_len {asked} is more than the {architecture.max_position} positions of {resolved.name}.",
+            param="max_model_len",
+        )
+    return asked or architecture.max_position
+
+
+def _unknown(devices: Sequence[Device]) -> list[DeviceProfile]:
+    """Where speeds decide nothing."""
+    return [DeviceProfile(device.name, 1e11, ((1, 1e13),), source="assumed") for device in devices]
+
+
+def _kv_cap(costs: LayerCosts, devices: Sequence[PlacementDevice], most_tokens: int) -> int:
+    """No more KV than a full batch can use, nor than a quarter of the memory."""
+    per_token = max(1, sum(costs.kv_bytes_per_token))
+    share = sum(device.limit_bytes for device in devices) // _CPU_KV_SHARE
+    return max(_MIN_KV_TOKENS, min(most_tokens, share // per_token))
+
+
+def cohort_policy(plan: ModelPlan, settings: Settings) -> CohortPolicy:
+    """One stage: one step at a time. Otherwise as set, or by prediction where the devices' speeds are known."""
+    stages, engine = plan.placement.stages, settings.engine
+    chunk = engine.max_num_batched_tokens
+    if len(stages) == 1 or engine.cohorts == 1:
+        return OneCohort(chunk)
+    if engine.cohorts is not None or not plan.is_measured:
+        return FixedCohorts(len(stages), engine.cohorts or len(stages), chunk)
+    return PredictedCohorts(plan.costs, stage_costs(plan.placement, plan.request), plan.request.links, max_chunk=chunk)
+
+
+def stage_timer(plan: ModelPlan, stage: StagePlan) -> StageTimer | None:
+    """What predicts a stage's time; None where its device's speed is not known."""
+    device = plan.devices[stage.device_index]
+    profile = plan.request.devices[stage.device_index].profile
+    if device.speed is not None:
+        profile = emulated_profile(device.name, device.speed.bandwidth_bytes_s, device.speed.flops)
+    elif not plan.is_measured:
+        return None
+    return StageTimer(plan.costs, profile, stage.first_layer, stage.last_layer)

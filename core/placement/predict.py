@@ -1,0 +1,216 @@
+"""How fast a plan will be, what holds it back, and what other devices would bring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal
+
+from core.errors import InsufficientMemoryError
+from core.placement.cost import Batch, StageCost, best_cohorts, decode_tok_s, pipeline_s
+from core.placement.engine import PlacementDevice, PlacementRequest, place_profiled, predicted_tok_s, stage_costs
+from core.placement.plan import LayerCosts, PlacementPlan
+from core.placement.profile import DeviceProfile, LinkTopology
+
+Limit = Literal["bandwidth", "compute", "overhead", "link"]
+
+
+@dataclass(frozen=True, slots=True)
+class PartPrediction:
+    """A stage, or a link between two, for the batch of one cohort.
+
+    Attributes:
+        name: of the device, or of two: "cuda:0 -> cuda:1".
+        layers: `(first, last)` of a stage: layers `first .. last - 1`; None for a link.
+        seconds: for one batch.
+        share: of the batch's way through all stages and links.
+        busy: share of the time in which it works when all cohorts are in flight.
+        limited_by: what most of its time goes to: memory bandwidth, compute, overhead (launches), or the link.
+    """
+
+    name: str
+    layers: tuple[int, int] | None
+    seconds: float
+    share: float
+    busy: float
+    limited_by: Limit
+
+
+@dataclass(frozen=True, slots=True)
+class RatePrediction:
+    """A number of streams that decode at the same time.
+
+    Attributes:
+        streams: how many.
+        cohorts: batches in flight.
+        tok_s: tokens per second of all streams.
+        token_s: seconds between two tokens of a stream.
+        parts: stages, then links, in the order of the way, for the largest cohort.
+        bottleneck: the part that takes longest.
+        roofline_tok_s: what no number of cohorts can exceed: stages take no longer than their bytes and operations do,
+            each weight is read once for all streams, links are free.
+    """
+
+    streams: int
+    cohorts: int
+    tok_s: float
+    token_s: float
+    parts: tuple[PartPrediction, ...]
+    bottleneck: PartPrediction
+    roofline_tok_s: float
+
+    @property
+    def roofline_share(self) -> float:
+        """What is reached of `roofline_tok_s`."""
+        return self.tok_s / self.roofline_tok_s
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceEffect:
+    """What a device would change beside those of a plan, for the request's objective, streams and context.
+
+    Attributes:
+        name: of the device.
+        tok_s: of the best plan that uses it and the plan's devices, and holds as much KV; None if there is none.
+        tok_s_without: of the best plan for the plan's devices alone, with as much KV.
+        kv_tokens: that the plan with it holds; 0 where there is none.
+    """
+
+    name: str
+    tok_s: float | None
+    tok_s_without: float
+    kv_tokens: int
+
+    @property
+    def gain(self) -> float | None:
+        """0.2: a fifth more tokens per second; negative: a loss."""
+        return None if self.tok_s is None else self.tok_s / self.tok_s_without - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What to expect of a plan.
+
+    Attributes:
+        rates: by number of streams.
+        context: tokens of each stream.
+        floor_s: for one token of one stream: the sum over the stages of bytes / bandwidth (or operations / compute
+            rate where that is more). No step is faster.
+        unused: what each device that was left out would change if it had to hold at least one layer.
+    """
+
+    rates: tuple[RatePrediction, ...]
+    context: int
+    floor_s: float
+    unused: tuple[DeviceEffect, ...]
+
+
+def predict(
+    plan: PlacementPlan, request: PlacementRequest, streams: Sequence[int] = (1, 8, 32), context: int | None = None
+) -> Prediction:
+    """What to expect of `plan`, a plan for `request`, with these numbers of streams of `context` tokens each.
+
+    `context` is the request's where it is not given. `unused` is about the request's objective, streams and context.
+    """
+    context = request.context if context is None else context
+    stages = stage_costs(plan, request)
+    rates = tuple(_rate(request.costs, stages, request.links, count, context) for count in streams)
+    floor_s = 1 / _roofline_tok_s(request.costs, stages, 1, context)
+    without = _best_tok_s(plan, request) if plan.unused_devices else 0.0
+    left_out = [device for device in request.devices if device.name in plan.unused_devices]
+    unused = tuple(_forced(plan, request, device, without) for device in left_out)
+    return Prediction(rates, context, floor_s, unused)
+
+
+def one_more(plan: PlacementPlan, request: PlacementRequest, device: PlacementDevice) -> DeviceEffect:
+    """What another device beside those of the plan would bring. It may be left out, so the gain is never negative.
+
+    Its links are taken for as fast as the slowest one that is known. Its name is made unique.
+    """
+    name = device.name
+    while name in {known.name for known in request.devices}:
+        name += "+"
+    links = request.links
+    if links.links:
+        slowest = min((*links.links.values(), links.default), key=lambda link: link.bandwidth_bytes_s)
+        others = [known.name for known in request.devices]
+        added = {pair: slowest for other in others for pair in ((name, other), (other, name))}
+        links = LinkTopology({**links.links, **added}, links.default)
+    used = _used(plan, request)
+    more = replace(request, devices=(*used, replace(device, name=name)), links=links, layers=None)
+    with_it, without = place_profiled(more, least_kv_tokens=plan.kv_tokens), _best_tok_s(plan, request)
+    return DeviceEffect(device.name, max(without, predicted_tok_s(with_it, more)), without, with_it.kv_tokens)
+
+
+def _used(plan: PlacementPlan, request: PlacementRequest) -> tuple[PlacementDevice, ...]:
+    """The plan's devices, in the order of the request."""
+    return tuple(device for device in request.devices if device.name not in plan.unused_devices)
+
+
+def _best_tok_s(plan: PlacementPlan, request: PlacementRequest) -> float:
+    """Of the best plan for the devices of this one with as much KV."""
+    same = replace(request, devices=_used(plan, request), layers=None)
+    return predicted_tok_s(place_profiled(same, least_kv_tokens=plan.kv_tokens), same)
+
+
+def _forced(plan: PlacementPlan, request: PlacementRequest, device: PlacementDevice, without: float) -> DeviceEffect:
+    more = replace(request, devices=(device, *_used(plan, request)), layers=None)
+    try:
+        forced = place_profiled(more, required=frozenset({0}), least_kv_tokens=plan.kv_tokens)
+    except InsufficientMemoryError:
+        return DeviceEffect(device.name, None, without, 0)
+    return DeviceEffect(device.name, predicted_tok_s(forced, more), without, forced.kv_tokens)
+
+
+def _rate(
+    costs: LayerCosts, stages: Sequence[StageCost], links: LinkTopology, streams: int, context: int
+) -> RatePrediction:
+    cohorts = best_cohorts(costs, stages, links, streams, context)
+    tok_s = decode_tok_s(costs, stages, links, streams, context, cohorts)
+    sizes = [streams // cohorts + (index < streams % cohorts) for index in range(cohorts)]
+    batches = [Batch.decode(size, context) for size in sizes]
+    ways = [compute + hops for compute, hops in (pipeline_s(costs, stages, links, batch) for batch in batches)]
+    named: list[tuple[str, tuple[int, int] | None, Limit]] = [
+        (stage.device.name, (stage.first, stage.last), stage_limit(costs, stage, batches[0])) for stage in stages
+    ]
+    named += [(f"{src.device.name} -> {dst.device.name}", None, "link") for src, dst in pairwise(stages)]
+    parts = tuple(
+        PartPrediction(name, layers, all_s[0], all_s[0] / sum(ways[0]), sum(all_s) * tok_s / streams, limit)
+        for (name, layers, limit), all_s in zip(named, zip(*ways, strict=True), strict=True)
+    )
+    slowest = max(parts, key=lambda part: part.seconds)
+    roofline = _roofline_tok_s(costs, stages, streams, context)
+    return RatePrediction(streams, cohorts, tok_s, streams / tok_s, parts, slowest, roofline)
+
+
+def stage_limit(costs: LayerCosts, stage: StageCost, batch: Batch) -> Limit:
+    """What most of a stage's time goes to."""
+    device, rows = stage.device, batch.tokens
+    spent: dict[Limit, float] = {"bandwidth": 0.0, "compute": 0.0}
+    spent["overhead"] = device.step_overhead_s + (stage.last - stage.first) * device.layer_overhead_s
+    work = [(costs.layer_bytes[layer], costs.layer_flops[layer], rows) for layer in range(stage.first, stage.last)]
+    if stage.last == costs.num_layers:
+        work.append((costs.after_bytes + costs.head_bytes, costs.head_flops, batch.logit_rows))
+    for nbytes, flops, number in work:
+        read_s, compute_s = nbytes / device.bandwidth_bytes_s, number * flops / device.flops_at(number)
+        spent["bandwidth" if read_s >= compute_s else "compute"] += max(read_s, compute_s)
+    per_token = costs.stage_kv_bytes_per_token(stage.first, stage.last)
+    spent["bandwidth"] += batch.kv_tokens * per_token / device.bandwidth_bytes_s
+    return max(spent, key=lambda limit: spent[limit])
+
+
+def _roofline_tok_s(costs: LayerCosts, stages: Sequence[StageCost], streams: int, context: int) -> float:
+    """Every stream's token has to pass all stages, and the busiest stage has to serve all streams."""
+    way_s = sum(_roofline_s(costs, stage.device, stage, 1, context) for stage in stages)
+    busiest_s = max(_roofline_s(costs, stage.device, stage, streams, context) for stage in stages)
+    return streams / max(way_s, busiest_s)
+
+
+def _roofline_s(costs: LayerCosts, device: DeviceProfile, stage: StageCost, streams: int, context: int) -> float:
+    weights, flops = sum(costs.layer_bytes[stage.first : stage.last]), sum(costs.layer_flops[stage.first : stage.last])
+    if stage.last == costs.num_layers:
+        weights, flops = weights + costs.after_bytes + costs.head_bytes, flops + costs.head_flops
+    kv = streams * context * costs.stage_kv_bytes_per_token(stage.first, stage.last)
+    compute_s = streams * flops / max(rate for _, rate in device.flops)
+    return max((weights + kv) / device.bandwidth_bytes_s, compute_s)
