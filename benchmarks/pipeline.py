@@ -102,7 +102,7 @@ def open_pipeline(
     """A loaded pipeline over the emulated cards."""
     overrides: dict[str, Any] = {
         "model.name": str(model_dir), "devices.devices": device_list(cards, needed_bytes(streams, context)),
-        "devices.sim_link": LINK, "devices.plan_streams": streams, "devices.plan_context": context,
+        "devices.sim_link": LINK, "devices.plan_streams": streams, "devices.plan_context": context + NEW_TOKENS,
         "engine.max_batch_size": streams, "engine.kv_cache_tokens": streams * (context + NEW_TOKENS),
         "engine.max_num_batched_tokens": 256,
     }  # fmt: skip

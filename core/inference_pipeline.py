@@ -22,6 +22,7 @@ from core.errors import (
     ConflictError,
     ContextLengthError,
     EngineDeadError,
+    InsufficientMemoryError,
     ModelChangedError,
     ModelNotLoadedError,
     VRAMancerError,
@@ -136,7 +137,14 @@ class InferencePipeline:
         measure = measure_with(settings, self.transfer)
         plan = plan_model(resolved, alone, settings, measure)
         if old is None:
-            self._engine = self._start(plan, settings, total)
+            try:
+                self._engine = self._start(plan, settings, total)
+            except InsufficientMemoryError as error:
+                if settings.devices.devices is not None:
+                    raise
+                logger.warning("memory was taken since the plan was made; planning again", reason=error.message)
+                plan = plan_model(resolved, self._devices(settings, None, beside=False), settings, measure)
+                self._engine = self._start(plan, settings, total)
             return
         try:
             plan = plan_model(resolved, self._devices(settings, old, beside=True), settings, measure)

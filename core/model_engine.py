@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,11 @@ from core.batching.breaker import CircuitBreaker
 from core.batching.scheduler import Scheduler, SchedulerLimits
 from core.config import Settings
 from core.devices import DeviceBudget
-from core.errors import CheckpointError, ContextLengthError, InvalidRequestError
+from core.errors import CheckpointError, ContextLengthError, InsufficientMemoryError, InvalidRequestError
 from core.execution.attention.select import select_attention
 from core.execution.model_runner import ModelRunner
 from core.execution.native import do_all_products
+from core.execution.profiler import read_memory
 from core.execution.stage import Stage
 from core.execution.threads import CpuThreads
 from core.kv_cache.manager import KVCacheManager
@@ -122,6 +124,25 @@ class ModelEngine:
             budget.release("workspace")
 
 
+def check_memory(plan: ModelPlan) -> None:
+    """Raise `InsufficientMemoryError` if the devices no longer have the memory that the plan counts on, because
+    something else took it since."""
+    needed: dict[str, int] = defaultdict(int)
+    for stage in plan.placement.stages:
+        device = plan.devices[stage.device_index]
+        needed[device.torch_device] += stage.weight_bytes + stage.kv_bytes + stage.workspace_bytes
+    free = {
+        device.torch_device: memory.free_bytes
+        for device, memory in zip(plan.devices, read_memory(plan.devices), strict=True)
+    }
+    lacking = {name: nbytes - free[name] for name, nbytes in needed.items() if nbytes > free[name]}
+    if lacking:
+        listed = ", ".join(f"{name} has {free[name]} bytes free, {nbytes} too few" for name, nbytes in lacking.items())
+        raise InsufficientMemoryError(
+            f"Since the placement was planned, other programs have taken memory: {listed}.", lacking_bytes=lacking
+        )
+
+
 def load_engine(
     plan: ModelPlan,
     settings: Settings,
@@ -130,8 +151,12 @@ def load_engine(
     cpu_threads: int,
     on_read: Callable[[int], None] = lambda nbytes: None,
 ) -> ModelEngine:
-    """Load a planned model and start its batcher. On failure everything allocated so far is freed."""
+    """Load a planned model and start its batcher. On failure everything allocated so far is freed.
+
+    Raises `InsufficientMemoryError`, before anything is allocated, if memory was taken since the plan was made.
+    """
     started_s = time.perf_counter()
+    check_memory(plan)
     tokenizer = Tokenizer.from_directory(plan.resolved.path, _chat_template(settings))
     budgets = {device.name: DeviceBudget(device) for device in plan.devices}
     stages: list[Stage] = []
