@@ -38,7 +38,7 @@ CARDS = {
 """GiB, memory bandwidth in bytes per second, dense fp16 operations per second with fp32 sums."""
 SETUPS = (("3090", "5070 Ti"), ("3090", "5070 Ti", "3060"), ("3090", "5070 Ti", "3060", "2060"))
 LINK = f"{11.6e9 / SCALE / 1e6:g}MB/s@30us"
-NEW_TOKENS = 600
+NEW_TOKENS = 1200
 SLACK = 1.5
 """Memory of all devices together over what the model and its KV need."""
 SETTLE_S = 1.0

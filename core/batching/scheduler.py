@@ -61,9 +61,9 @@ class _Step:
     chosen: dict[int, tuple[Sequence, int]] = field(default_factory=dict)
     copies: list[tuple[int, int]] = field(default_factory=list)
 
-    def has_room(self, weight: float) -> bool:
-        """Shares are rounded to whole sequences, and never to none."""
-        return not self.chosen or self.weight + weight / 2 <= self.share
+    def has_room(self) -> bool:
+        """Shares are rounded up to whole sequences: were they not, one that is left over would never be taken."""
+        return self.weight < self.share * (1 - 1e-9)
 
 
 CONTEXT_WEIGHT = 1 / 2048
@@ -156,7 +156,7 @@ class Scheduler:
 
     def _schedule_running(self, step: _Step, sequence: Sequence) -> None:
         """Give a running sequence its tokens, preempting those served after it if blocks run out."""
-        if sequence.status is not SequenceStatus.RUNNING or step.budget == 0 or not step.has_room(_weight(sequence)):
+        if sequence.status is not SequenceStatus.RUNNING or step.budget == 0 or not step.has_room():
             return
         num_new = min(sequence.num_unscheduled, step.budget, step.chunk)
         while not self._grow(step, sequence, num_new):
@@ -199,7 +199,7 @@ class Scheduler:
         """Start waiting sequences in order; the first that does not fit ends it, so nobody is overtaken for ever."""
         while self._waiting and step.budget > 0 and len(self._running) < self.limits.max_batch_size:
             sequence = self._waiting[0][1]
-            if not step.has_room(_weight(sequence)):
+            if not step.has_room():
                 return
             if self._blocked == (sequence.seq_id, self.kv.pool.num_free) and self._running:
                 return

@@ -22,7 +22,7 @@ from core.request import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True, detokenize=False)
 THREE = "cpu=64MiB,cpu=64MiB,cpu=64MiB"
-SLOW_AND_FAST = "sim=64MiB@2GB/s/400GFLOPS,sim=64MiB@20GB/s/4000GFLOPS"
+SLOW_AND_FAST = "sim=64MiB@4MB/s/1GFLOPS,sim=64MiB@40MB/s/10GFLOPS"
 
 OpenPipeline = Callable[..., InferencePipeline]
 

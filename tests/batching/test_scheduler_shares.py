@@ -1,0 +1,103 @@
+"""How the scheduler deals the work out to several steps in flight."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import pytest
+
+from core.batching.scheduler import Scheduler, SchedulerLimits
+from core.batching.sequence import Request, Sequence
+from core.execution.schedule import SampledToken, SchedulerOutput, StepOutput
+from core.kv_cache.manager import KVCacheManager
+from core.request import SamplingParams
+
+
+def make_scheduler(count: int, prompt: int = 8) -> Scheduler:
+    """With `count` requests waiting, each for far more tokens than a test takes."""
+    scheduler = Scheduler(KVCacheManager(4096, 4, enable_prefix_caching=False), SchedulerLimits(64, 4096, 4096, 4096))
+    for index in range(count):
+        request = Request(f"r{index}", [3] * prompt, SamplingParams(ignore_eos=True), 1000, arrival=index)
+        request.sequences = [Sequence(request, 0, 0, list(request.prompt_token_ids))]
+        scheduler.add(request)
+    return scheduler
+
+
+def rounds(scheduler: Scheduler, cohorts: int, steps: int, chunk: int | None = None) -> list[SchedulerOutput]:
+    """Keep `cohorts` steps in flight; they come back in the order in which they left."""
+    in_flight: deque[SchedulerOutput] = deque()
+    seen = []
+    while len(seen) < steps:
+        while len(in_flight) < cohorts and (output := scheduler.schedule(cohorts, chunk)) is not None:
+            in_flight.append(output)
+        output = in_flight.popleft()
+        sampled = {item.seq_id: SampledToken(5) for item in output.sequences if item.sample}
+        scheduler.update_from_output(output, StepOutput(output.step, sampled))
+        seen.append(output)
+    return seen
+
+
+@pytest.mark.parametrize("count", range(1, 18))
+@pytest.mark.parametrize("cohorts", [2, 3, 4])
+def test_every_sequence_gets_its_turn(count: int, cohorts: int) -> None:
+    scheduler = make_scheduler(count)
+    rounds(scheduler, cohorts, 12 * cohorts)
+    assert scheduler.num_running == count, "nobody waits for another to end"
+    produced = [len(sequence.output_token_ids) for sequence in scheduler.live_sequences()]
+    assert max(produced) - min(produced) <= 3
+    assert min(produced) >= 8
+
+
+@pytest.mark.parametrize("cohorts", [2, 3, 4])
+def test_shares_are_about_even(cohorts: int) -> None:
+    outputs = rounds(make_scheduler(24), cohorts, 10 * cohorts)
+    sizes = [len(output.sequences) for output in outputs[2 * cohorts :]]
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) == 24 // cohorts
+
+
+def test_a_long_context_counts_for_more() -> None:
+    scheduler = make_scheduler(6)
+    long = Request("long", [3] * 3900, SamplingParams(ignore_eos=True), 1000, arrival=99)
+    long.sequences = [Sequence(long, 0, 0, list(long.prompt_token_ids))]
+    scheduler.add(long)
+    outputs = rounds(scheduler, 2, 20)
+    beside = [
+        len(o.sequences) - 1 for o in outputs[6:] if any(i.seq_id == long.sequences[0].seq_id for i in o.sequences)
+    ]
+    assert max(beside) <= 4 < 6
+
+
+def test_a_prompt_may_have_a_chunk_in_every_step() -> None:
+    scheduler = make_scheduler(1, prompt=100)
+    first, second = scheduler.schedule(2, 40), scheduler.schedule(2, 40)
+    assert first is not None
+    assert second is not None
+    assert [(o.sequences[0].start, o.sequences[0].end, o.sequences[0].sample) for o in (first, second)] == [
+        (0, 40, False),
+        (40, 80, False),
+    ]
+    third = scheduler.schedule(2, 40)
+    assert third is not None
+    assert third.sequences[0].sample
+    assert scheduler.schedule(2, 40) is None, "its next token is not known yet"
+    for output in (first, second):
+        assert scheduler.update_from_output(output, StepOutput(output.step)) == []
+    (update,) = scheduler.update_from_output(third, StepOutput(3, {third.sequences[0].seq_id: SampledToken(7)}))
+    assert update.token_id == 7
+
+
+def test_a_sequence_that_ends_in_flight_keeps_its_blocks_until_all_its_steps_are_back() -> None:
+    scheduler = make_scheduler(1, prompt=100)
+    first, second = scheduler.schedule(2, 40), scheduler.schedule(2, 40)
+    assert first is not None
+    assert second is not None
+    (sequence,) = scheduler.live_sequences()
+    scheduler.finish(sequence, "abort")
+    pool = scheduler.kv.pool
+    assert pool.num_free < pool.num_blocks
+    scheduler.update_from_output(first, StepOutput(1))
+    assert pool.num_free < pool.num_blocks, "the second step may still write"
+    scheduler.fail(second)
+    assert pool.num_free == pool.num_blocks
+    scheduler.check_invariants()
