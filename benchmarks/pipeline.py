@@ -38,7 +38,7 @@ CARDS = {
 """GiB, memory bandwidth in bytes per second, dense fp16 operations per second with fp32 sums."""
 SETUPS = (("3090", "5070 Ti"), ("3090", "5070 Ti", "3060"), ("3090", "5070 Ti", "3060", "2060"))
 LINK = f"{11.6e9 / SCALE / 1e6:g}MB/s@30us"
-NEW_TOKENS = 1200
+NEW_TOKENS = 1000
 SLACK = 1.5
 """Memory of all devices together over what the model and its KV need."""
 SETTLE_S = 1.0
@@ -167,6 +167,25 @@ def compare(model_dir: Path, cards: tuple[str, ...], streams: int, context: int,
     return Result(cards, layers, one, share, sequential, overlapped)
 
 
+def compare_real(model_dir: Path, streams: int, context: int, seconds: float) -> Result:
+    """Two parts of this machine's CPU with one core each: nothing is emulated."""
+    settings: dict[str, Any] = {
+        "model.name": str(model_dir), "devices.devices": "cpu=4GiB,cpu=4GiB", "devices.cpu_threads": 1,
+        "devices.layers": "11,11", "devices.plan_streams": streams, "devices.plan_context": context,
+        "engine.max_batch_size": streams, "engine.kv_cache_tokens": streams * (context + NEW_TOKENS),
+    }  # fmt: skip
+    rates = []
+    for cohorts in (2, 1):
+        pipeline = InferencePipeline(load_settings(overrides=settings | {"engine.cohorts": cohorts}))
+        pipeline.load()
+        try:
+            rates.append(measure(pipeline, streams, context, seconds))
+        finally:
+            pipeline.shutdown()
+    overlapped, sequential = rates
+    return Result(("cpu", "cpu"), (11, 11), sequential, float("nan"), sequential, overlapped)
+
+
 def show(results: Sequence[Result], console: Console) -> None:
     """A row per set of cards."""
     table = Table(title="emulated cards, decode", title_justify="left")
@@ -188,13 +207,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--streams", type=int, default=16, help="streams that decode together")
-    parser.add_argument("--context", type=int, default=1000, help="tokens in each prompt")
+    parser.add_argument("--context", type=int, default=1600, help="tokens in each prompt")
     parser.add_argument("--seconds", type=float, default=8.0, help="length of each measurement")
     parser.add_argument("--setups", type=int, default=len(SETUPS), help="how many of the sets of cards")
+    parser.add_argument("--real", action="store_true", help="two cores of this machine instead of emulated cards")
     parser.add_argument("--workdir", type=Path, default=default_workdir(), help="where the model is kept")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     given = parser.parse_args(arguments)
     console = Console(width=180)
+    if given.real:
+        show([compare_real(resolve_model("443m", given.workdir), given.streams, 32, given.seconds)], console)
+        return 0
     model_dir = resolve_model("stages", given.workdir)
     results = [
         compare(model_dir, cards, given.streams, given.context, given.seconds) for cards in SETUPS[: given.setups]

@@ -86,8 +86,8 @@ def layer_costs(architecture: Architecture, weights: ModelBytes, settings: Setti
 def plan_model(resolved: ResolvedModel, devices: Sequence[Device], settings: Settings, measure: Measure) -> ModelPlan:
     """Read the config, count the parts on `meta` and place them. Allocates nothing that outlives the call.
 
-    `measure` is asked where the plan depends on speeds: with more than one device, unless everything is set by hand.
-    The speed of emulated devices is known anyway.
+    `measure` is asked where the plan depends on speeds: with more than one device, unless another placement and the
+    number of cohorts are set. The speed of emulated devices is known anyway.
     Raises `UnsupportedModelError`, `CheckpointError`, `InsufficientMemoryError`, `ContextLengthError`,
     `InvalidRequestError` for a strategy or layers that do not exist.
     """
@@ -95,7 +95,7 @@ def plan_model(resolved: ResolvedModel, devices: Sequence[Device], settings: Set
     weights = measure_bytes(architecture)
     max_model_len = _max_model_len(resolved, architecture, settings)
     placed = settings.devices
-    by_hand = settings.engine.cohorts is not None and (placed.layers is not None or placed.placement != "profiled")
+    by_hand = settings.engine.cohorts is not None and placed.placement != "profiled"
     is_emulated = all(device.speed is not None for device in devices)
     is_measured = is_emulated or (len(devices) > 1 and not by_hand)
     profiles, links = measure(devices, architecture) if is_measured else (_unknown(devices), LinkTopology())

@@ -1,6 +1,6 @@
 """Logical devices: what there is, how much of it may be used, and what it is doing."""
 
-from core.devices.device import Device, DeviceBudget, DeviceKind, DeviceSpeed, LinkSpeed, format_bytes
+from core.devices.device import Device, DeviceBudget, DeviceKind, DeviceSpeed, LinkSpeed, format_bytes, wait_until
 from core.devices.discovery import Machine, PhysicalDevice, choose_devices, open_devices, probe_machine
 from core.devices.readers import DeviceReader, DeviceReading
 from core.devices.spec import DeviceSpec, parse_devices, parse_link
@@ -22,4 +22,5 @@ __all__ = [
     "parse_devices",
     "parse_link",
     "probe_machine",
+    "wait_until",
 ]

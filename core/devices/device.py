@@ -24,6 +24,19 @@ def format_bytes(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{size:.4g} {unit}"
 
 
+_COARSE_S = 0.003
+"""By how much a system may oversleep."""
+
+
+def wait_until(deadline_s: float) -> None:
+    """Wait until `time.perf_counter()` reaches `deadline_s`: asleep for most of it, then looking at the clock."""
+    remaining_s = deadline_s - time.perf_counter()
+    if remaining_s > _COARSE_S:
+        time.sleep(remaining_s - _COARSE_S)
+    while time.perf_counter() < deadline_s:
+        time.sleep(0)
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceSpeed:
     """How fast an emulated device reads its memory (bytes/s) and computes (floating-point operations/s)."""
@@ -68,9 +81,7 @@ class Device:
         """Emulated devices: sleep until `duration_s` have passed since `started_s` (of `time.perf_counter()`)."""
         if self.speed is None:
             return
-        remaining_s = started_s + duration_s - time.perf_counter()
-        if remaining_s > 0:
-            time.sleep(remaining_s)
+        wait_until(started_s + duration_s)
 
 
 class DeviceBudget:

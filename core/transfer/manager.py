@@ -22,7 +22,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from core.devices import Device, LinkSpeed
+from core.devices import Device, LinkSpeed, wait_until
 
 TransferMethod = Literal["p2p", "staged", "copy"]
 Link = tuple[TransferMethod, str, str]
@@ -69,7 +69,7 @@ class TransferManager:
             if "mps" in (src.kind, dst.kind):
                 torch.mps.synchronize()
         if self._is_emulated(src, dst) and self._sim_link is not None:
-            time.sleep(max(0.0, started_s + self._sim_link.transfer_s(tensor.nbytes) - time.perf_counter()))
+            wait_until(started_s + self._sim_link.transfer_s(tensor.nbytes))
         self._record((method, src.name, dst.name), tensor.nbytes, time.perf_counter() - started_s)
         return arrived
 
