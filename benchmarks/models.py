@@ -51,7 +51,7 @@ class Shape:
 
 SHAPES = {
     "443m": Shape(hidden=1280, intermediate=3200, layers=22, heads=20, kv_heads=5, vocab=32000),
-    "stages": Shape(hidden=256, intermediate=704, layers=24, heads=4, kv_heads=4, vocab=2048),
+    "stages": Shape(hidden=128, intermediate=352, layers=48, heads=2, kv_heads=2, vocab=2048),
     "small": Shape(hidden=512, intermediate=1408, layers=6, heads=8, kv_heads=2, vocab=8192),
 }
 

@@ -167,6 +167,79 @@ class EngineSettings(Section):
     breaker_reset_s: float = _setting(10.0, "Seconds until refused requests are tried again.", gt=0.0, le=3600.0)
 
 
+class LendingSettings(Section):
+    """Memory that devices lend each other for KV blocks."""
+
+    enabled: bool = _setting(True, "A device without room for KV blocks borrows from others.", flag="lending")
+    lend_ratio: float = _setting(
+        0.70, "Largest share of its memory that a GPU lends (0 to 1).", env="VRM_LEND_RATIO", ge=0.0, le=1.0
+    )
+    reclaim_threshold: float = _setting(
+        0.80,
+        "Share of its memory that a GPU uses itself at which it lends no more and takes back what it lent (0 to 1).",
+        env="VRM_RECLAIM_THRESHOLD",
+        gt=0.0,
+        le=1.0,
+    )
+    host_bytes: int | None = _setting(
+        None,
+        "Bytes of main memory that take KV blocks when no GPU has room; 0 is none. Not set: a quarter of what is free.",
+        flag="lending-host-bytes",
+        ge=0,
+    )
+    extent_blocks: int = _setting(
+        32, "Blocks that are borrowed and given back together.", flag="lending-extent-blocks", ge=1, le=65536
+    )
+
+
+class MemorySettings(Section):
+    """Where blocks of KV go that have no place on a device: main memory, a directory, remote storage."""
+
+    host_bytes: int | None = _setting(
+        None,
+        "Bytes of main memory for them; 0 keeps none, and nothing below it either. Not set: a tenth of the free main "
+        "memory.",
+        ge=0,
+    )
+    disk_path: Path | None = _setting(
+        None,
+        "Directory on a local disk for blocks that leave main memory; they are found again after a restart. One "
+        "process uses it at a time. Not set: none.",
+    )
+    disk_bytes: int | None = _setting(
+        None, "Largest size of all files there, in bytes. Not set: a tenth of the free space.", ge=1
+    )
+    disk_min_free_bytes: int = _setting(
+        2048 * MIB, "Free space to leave on that disk, in bytes; below it nothing is written.", ge=0
+    )
+    disk_codec: Literal["auto", "none", "lz4", "zstd"] = _setting(
+        "auto", "Compression on disk; auto measures on real blocks which one pays, if any."
+    )
+    remote_url: str | None = _setting(
+        None,
+        "Place for blocks that leave the disk: a url that fsspec reads, such as file:///mnt/share/kv or "
+        "s3://bucket/kv. Other protocols than file need their own package. Not set: none.",
+        min_length=1,
+    )
+    remote_bytes: int = _setting(64 * 1024 * MIB, "Largest size of all files there, in bytes.", ge=1)
+    remote_codec: Literal["auto", "none", "lz4", "zstd"] = _setting("auto", "Compression there.")
+    peer_codec: Literal["auto", "none", "lz4", "zstd"] = _setting("auto", "Compression in other nodes' memory.")
+    kv_quantization: Literal["none", "int8", "fp8"] = _setting(
+        "none",
+        "Store blocks below main memory in one byte per number. Halves their size and changes the numbers slightly, so "
+        "that restored prompts may be continued with other tokens.",
+    )
+    half_life_s: float = _setting(
+        600.0, "Seconds after which a use of a block counts half.", flag="kv-half-life-s", gt=0.0, le=1e7
+    )
+    write_back_bytes_s: float | None = _setting(
+        256.0 * MIB, "Bytes per second written below main memory while serving. null: no limit.", gt=0.0
+    )
+    max_queued_writes: int = _setting(
+        256, "Blocks that may wait to be written; colder ones are given up.", ge=1, le=1 << 20
+    )
+
+
 class ApiSettings(Section):
     """Where and how the HTTP API listens."""
 
@@ -245,6 +318,8 @@ class Settings(BaseModel):
     model: ModelSettings = Field(default_factory=ModelSettings)
     devices: DeviceSettings = Field(default_factory=DeviceSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
+    lending: LendingSettings = Field(default_factory=LendingSettings)
+    memory: MemorySettings = Field(default_factory=MemorySettings)
     api: ApiSettings = Field(default_factory=ApiSettings)
     security: SecuritySettings = Field(default_factory=SecuritySettings)
     logging: LoggingSettings = Field(default_factory=LoggingSettings)

@@ -23,6 +23,7 @@
     ├── DeviceError                     400  code=device_error
     │   └── OutOfDeviceMemoryError      500  code=out_of_device_memory
     ├── StepFailedError                 500  code=step_failed
+    │   └── PageMoveError               500  code=step_failed
     └── UnavailableError                503  service_unavailable (Retry-After)
         ├── EngineDeadError             503  code=engine_dead
         ├── CircuitOpenError            503  code=circuit_open
@@ -204,6 +205,10 @@ class StepFailedError(VRAMancerError):
     """The forward pass that this request was part of failed; other batches go on."""
 
     code = "step_failed"
+
+
+class PageMoveError(StepFailedError):
+    """KV pages could not be moved; every sequence whose pages may be among them has failed."""
 
 
 class UnavailableError(VRAMancerError):

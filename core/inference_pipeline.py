@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from core import status
+from core import memory_status, status
 from core.batching.output import RequestHandle, Sink
 from core.batching.sequence import Request
 from core.batching.sequence import Sequence as TokenSequence
@@ -373,6 +373,17 @@ class InferencePipeline:
 
     def batcher_stats(self) -> dict[str, Any]:
         return status.batcher_stats(self)
+
+    def memory_view(self, blocks: int = 0) -> dict[str, Any]:
+        return memory_status.memory_view(self, blocks)
+
+    def move_block(self, block: str, *, up: bool) -> None:
+        """See `core.memory_status.move_block`."""
+        memory_status.move_block(self, block, up=up)
+
+    def reclaim(self, device: str, nbytes: int | None, urgency: str) -> int:
+        """See `core.memory_status.reclaim`."""
+        return memory_status.reclaim(self, device, nbytes, urgency)
 
     def device_status(self) -> list[dict[str, Any]]:
         return status.device_status(self)

@@ -11,21 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from core.batching.batcher import ContinuousBatcher
 from core.batching.breaker import CircuitBreaker
 from core.batching.scheduler import Scheduler, SchedulerLimits
 from core.config import Settings
-from core.devices import DeviceBudget
+from core.config_schema import EngineSettings
+from core.devices import Device, DeviceBudget
 from core.errors import CheckpointError, ContextLengthError, InsufficientMemoryError, InvalidRequestError
-from core.execution.attention.select import select_attention
+from core.execution.attention.select import AttentionBackends
 from core.execution.model_runner import ModelRunner
 from core.execution.native import do_all_products
 from core.execution.profiler import read_memory
 from core.execution.stage import Stage
 from core.execution.threads import CpuThreads
 from core.kv_cache.manager import KVCacheManager
+from core.kv_memory import KVMemory, lending_host, open_kv
 from core.model_plan import ModelPlan, cohort_policy, stage_timer
 from core.models.checkpoint import Checkpoint
 from core.models.stage_model import StageSlice
@@ -87,12 +87,17 @@ class ModelEngine:
     stages: list[Stage]
     transfer: TransferManager
     runner: ModelRunner
-    kv: KVCacheManager
+    memory: KVMemory
     batcher: ContinuousBatcher
     backends: tuple[str, ...]
     load_s: float = 0.0
     produced_token: bool = field(default=False)
     started_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def kv(self) -> KVCacheManager:
+        """Blocks and block tables; the engine thread's."""
+        return self.memory.kv
 
     @property
     def alive_s(self) -> float:
@@ -120,6 +125,7 @@ class ModelEngine:
         self.runner.close()
         for stage in self.stages:
             stage.free()
+        self.memory.close()
         for budget in self.budgets.values():
             budget.release("workspace")
 
@@ -128,9 +134,10 @@ def check_memory(plan: ModelPlan) -> None:
     """Raise `InsufficientMemoryError` if the devices no longer have the memory that the plan counts on, because
     something else took it since."""
     needed: dict[str, int] = defaultdict(int)
-    for stage in plan.placement.stages:
+    for stage, local_tokens in zip(plan.placement.stages, plan.pooled.local_tokens, strict=True):
         device = plan.devices[stage.device_index]
-        needed[device.torch_device] += stage.weight_bytes + stage.kv_bytes + stage.workspace_bytes
+        kv_bytes = stage.kv_bytes_per_token * local_tokens
+        needed[device.torch_device] += stage.weight_bytes + kv_bytes + stage.workspace_bytes
     free = {
         device.torch_device: memory.free_bytes
         for device, memory in zip(plan.devices, read_memory(plan.devices), strict=True)
@@ -160,30 +167,28 @@ def load_engine(
     tokenizer = Tokenizer.from_directory(plan.resolved.path, _chat_template(settings))
     budgets = {device.name: DeviceBudget(device) for device in plan.devices}
     stages: list[Stage] = []
-    backends: list[str] = []
+    names: list[str] = []
+    host = lending_host(settings)
     kinds = [plan.devices[stage.device_index].kind for stage in plan.placement.stages]
     threads = CpuThreads(cpu_threads, sum(kind in ("cpu", "sim") for kind in kinds))
+    backends = AttentionBackends(settings, threads)
     try:
         for stage_plan in plan.placement.stages:
             device = plan.devices[stage_plan.device_index]
             part = StageSlice(stage_plan.first_layer, stage_plan.last_layer, plan.architecture.num_layers)
             stage = Stage(plan.architecture, part, device, budgets[device.name], stage_timer(plan, stage_plan))
             stages.append(stage)
-            attention, adapter = select_attention(device, settings, threads)
-            stage.load(plan.resolved.path, stage_plan.weight_bytes, on_read, adapter or _no_adapter)
+            attention, adapter = backends.of(device)
+            stage.load(plan.resolved.path, stage_plan.weight_bytes, on_read, adapter)
             budgets[device.name].reserve("workspace", stage_plan.workspace_bytes)
-            blocks = plan.placement.kv_tokens // settings.engine.block_size
-            stage.allocate_kv(blocks, settings.engine.block_size, attention)
-            backends.append(attention.name)
+            pages = plan.pooled.local_tokens[len(stages) - 1] // settings.engine.block_size
+            stage.allocate_kv(pages, settings.engine.block_size, backends, transfer, host)
+            names.append(attention.name)
     except BaseException:
         for stage in stages:
             stage.free()
         raise
-    return _assemble(plan, settings, budgets, stages, transfer, tokenizer, backends, threads, started_s)
-
-
-def _no_adapter(model: nn.Module) -> None:
-    """Devices whose modules are used as they are."""
+    return _assemble(plan, settings, budgets, stages, transfer, tokenizer, names, threads, host, started_s)
 
 
 def _assemble(
@@ -195,29 +200,20 @@ def _assemble(
     tokenizer: Tokenizer,
     backends: list[str],
     threads: CpuThreads,
+    host: Device,
     started_s: float,
 ) -> ModelEngine:
     engine = settings.engine
     model = _describe(plan, settings, tokenizer)
     salt = f"{model.path}:{plan.resolved.revision}:{model.dtype}".encode()
-    kv = KVCacheManager(
-        plan.placement.kv_tokens // engine.block_size,
-        engine.block_size,
-        salt=salt,
-        enable_prefix_caching=engine.enable_prefix_caching,
-    )
+    memory = open_kv(plan, settings, stages, budgets, host, salt)
     torch_threads = 1 if _products_are_native(backends, plan) else threads.together
     runner = ModelRunner(stages, transfer, plan.architecture.vocab_size, engine.block_size, threads, torch_threads)
-    limits = SchedulerLimits(
-        engine.max_batch_size,
-        engine.max_num_batched_tokens,
-        engine.prefill_chunk_size or engine.max_num_batched_tokens,
-        model.max_model_len,
-    )
+    limits = _limits(engine, memory.kv, model.max_model_len)
     breaker = CircuitBreaker(engine.breaker_failures, engine.breaker_reset_s)
     batcher = ContinuousBatcher(
         runner,
-        Scheduler(kv, limits),
+        Scheduler(memory.kv, limits),
         tokenizer,
         max_queue=engine.max_queue,
         breaker=breaker,
@@ -225,9 +221,20 @@ def _assemble(
     )
     batcher.start()
     return ModelEngine(
-        model, plan, settings, budgets, stages, transfer, runner, kv, batcher, tuple(backends),
+        model, plan, settings, budgets, stages, transfer, runner, memory, batcher, tuple(backends),
         load_s=time.perf_counter() - started_s,
     )  # fmt: skip
+
+
+def _limits(engine: EngineSettings, kv: KVCacheManager, max_model_len: int) -> SchedulerLimits:
+    """As set; where a stage has few pages of its own, no more than half of them for the blocks that sequences are
+    in the middle of, and half for what a step writes."""
+    half = kv.writable_blocks // 2
+    tokens = engine.max_num_batched_tokens
+    if not kv.pages.is_trivial:
+        tokens = min(tokens, half * engine.block_size)
+    batch = engine.max_batch_size if kv.pages.is_trivial else min(engine.max_batch_size, half)
+    return SchedulerLimits(batch, tokens, min(tokens, engine.prefill_chunk_size or tokens), max_model_len)
 
 
 def _products_are_native(backends: Sequence[str], plan: ModelPlan) -> bool:
@@ -251,7 +258,7 @@ def _describe(plan: ModelPlan, settings: Settings, tokenizer: Tokenizer) -> Load
         aliases=settings.model.served_model_name,
         path=plan.resolved.path,
         created=int(time.time()),
-        max_model_len=min(plan.max_model_len, plan.placement.kv_tokens),
+        max_model_len=min(plan.max_model_len, plan.pooled.tokens),
         vocab_size=vocab,
         dtype=str(plan.architecture.dtype).removeprefix("torch."),
         num_parameters=plan.weights.num_parameters,

@@ -10,8 +10,10 @@ import torch
 from core.batching.cohorts import CohortPolicy, FixedCohorts, OneCohort, PredictedCohorts
 from core.config import Settings
 from core.devices import Device, open_devices
-from core.errors import ContextLengthError
+from core.errors import ContextLengthError, InsufficientMemoryError
+from core.execution.attention.select import planned_packing
 from core.execution.profiler import LayerProfiler
+from core.execution.workspace import Workspace, measure_workspace
 from core.models.architecture import Architecture, read_architecture
 from core.models.resolve import ResolvedModel, resolve_model
 from core.models.stage_model import ModelBytes, measure_bytes
@@ -27,6 +29,7 @@ from core.placement import (
 )
 from core.placement.cards import gpu_spec
 from core.placement.engine import PlacementDevice, PlacementRequest, parse_layers, place, stage_costs
+from core.placement.pooling import PooledKV, pool_kv
 from core.placement.predict import DeviceEffect, Prediction, one_more, predict
 from core.transfer import TransferManager
 
@@ -37,12 +40,18 @@ DATASHEET_LINK = LinkProfile(11.6e9, 30e-6, "staged", "assumed")
 """Between two cards of a plan without a machine: staged through host memory over PCIe 4.0 x8, a common board's."""
 
 _MIN_KV_TOKENS = 512
+_SAMPLING_BYTES = 64
+MIN_LOCAL_BLOCKS = 16
+"""What is being written is local, so a stage needs some blocks of its own even where others lend it memory."""
+
 _CPU_KV_SHARE = 4
 
 
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
-    """A load as planned. `request` is what placement worked from; `prediction` is there if its speeds are known."""
+    """A load as planned. `request` is what placement worked from; `prediction` is there if its speeds are known;
+    `pooled` is the KV that devices hold together.
+    """
 
     resolved: ResolvedModel
     architecture: Architecture
@@ -52,6 +61,7 @@ class ModelPlan:
     devices: tuple[Device, ...]
     max_model_len: int
     prediction: Prediction | None
+    pooled: PooledKV
 
     @property
     def is_measured(self) -> bool:
@@ -65,9 +75,7 @@ class ModelPlan:
 def layer_costs(architecture: Architecture, weights: ModelBytes, settings: Settings) -> LayerCosts:
     """Bytes per part, with room for the activations of the largest step."""
     element = torch.empty((), dtype=architecture.dtype).element_size()
-    config = architecture.config.get_text_config()
-    inner = int(getattr(config, "intermediate_size", None) or 4 * architecture.hidden_size)
-    tokens = settings.engine.max_num_batched_tokens
+    workspace = _workspace(architecture, weights, settings)
     return LayerCosts(
         embedding_bytes=weights.embedding,
         layer_bytes=weights.layers,
@@ -75,12 +83,28 @@ def layer_costs(architecture: Architecture, weights: ModelBytes, settings: Setti
         head_bytes=weights.head,
         tied=weights.tied,
         kv_bytes_per_token=tuple(shape.bytes_per_token(element) for shape in architecture.kv_shapes),
-        workspace_bytes=tokens * (8 * architecture.hidden_size + 3 * inner) * element,
-        head_workspace_bytes=settings.engine.max_batch_size * architecture.vocab_size * 8,
-        layer_flops=tuple(2 * nbytes // element for nbytes in weights.layers),
-        head_flops=2 * weights.head // element,
+        workspace_bytes=workspace.layers_bytes,
+        head_workspace_bytes=workspace.head_bytes,
+        layer_flops=tuple(
+            int(2 * (count - weights.unread(layer) / element)) for layer, count in enumerate(weights.layer_parameters)
+        ),
+        head_flops=2 * weights.head_parameters,
         hidden_bytes=architecture.hidden_size * element,
+        experts=weights.experts,
     )
+
+
+def _workspace(architecture: Architecture, weights: ModelBytes, settings: Settings) -> Workspace:
+    """As measured; for models that cannot be, what a Llama of their sizes takes, twice."""
+    tokens = settings.engine.max_num_batched_tokens
+    rows = min(settings.engine.max_batch_size, tokens)
+    measured = measure_workspace(architecture, tokens, rows, weights.experts)
+    if measured is not None:
+        return measured
+    config = architecture.config.get_text_config()
+    inner = int(getattr(config, "intermediate_size", None) or 4 * architecture.hidden_size)
+    per_token = 2 * (8 * architecture.hidden_size + 3 * inner) * architecture.dtype.itemsize
+    return Workspace(tokens * per_token, rows * architecture.vocab_size * _SAMPLING_BYTES)
 
 
 def plan_model(resolved: ResolvedModel, devices: Sequence[Device], settings: Settings, measure: Measure) -> ModelPlan:
@@ -92,7 +116,7 @@ def plan_model(resolved: ResolvedModel, devices: Sequence[Device], settings: Set
     `InvalidRequestError` for a strategy or layers that do not exist.
     """
     architecture = read_architecture(resolved.path, settings.model.dtype)
-    weights = measure_bytes(architecture)
+    weights = measure_bytes(architecture, planned_packing(devices, settings, architecture.dtype))
     max_model_len = _max_model_len(resolved, architecture, settings)
     placed = settings.devices
     by_hand = settings.engine.cohorts is not None and placed.placement != "profiled"
@@ -114,7 +138,41 @@ def plan_model(resolved: ResolvedModel, devices: Sequence[Device], settings: Set
     )
     placement = place(request, placed.placement)
     prediction = predict(placement, request) if is_measured else None
-    return ModelPlan(resolved, architecture, weights, request, placement, tuple(devices), max_model_len, prediction)
+    return ModelPlan(
+        resolved, architecture, weights, request, placement, tuple(devices), max_model_len, prediction,
+        pool_devices(placement, request, settings, max_model_len),
+    )  # fmt: skip
+
+
+def pool_devices(
+    placement: PlacementPlan, request: PlacementRequest, settings: Settings, max_model_len: int
+) -> PooledKV:
+    """The KV that the placement offers with what devices lend each other."""
+    used = {stage.device_name for stage in placement.stages}
+    lending = settings.lending
+    pooled = pool_kv(
+        placement.stages,
+        [device.limit_bytes for device in request.devices if device.name not in used],
+        kv_tokens=placement.kv_tokens,
+        max_tokens=request.wanted_kv_tokens if lending.enabled else placement.kv_tokens,
+        block_size=request.block_size,
+        lend_ratio=lending.lend_ratio,
+    )
+    least = _least_kv_tokens(settings, max_model_len, request.max_kv_tokens)
+    if pooled.tokens < least:
+        per_token = sum(request.costs.kv_bytes_per_token)
+        lacking = (least - pooled.tokens) * per_token
+        raise InsufficientMemoryError(
+            f"{request.model_name} does not fit with a KV cache of {least} tokens: the devices hold {pooled.tokens} "
+            f"tokens together, and lack {lacking} bytes.",
+            lacking_bytes={stage.device_name: lacking for stage in placement.stages[:1]},
+        )
+    return pooled
+
+
+def _least_kv_tokens(settings: Settings, max_model_len: int, wanted: int) -> int:
+    """KV that a load must have room for: the longest prompt and answer that is asked for, or a modest one."""
+    return min(wanted, settings.model.max_model_len or min(max_model_len, _MIN_KV_TOKENS))
 
 
 def plan_request(
@@ -133,7 +191,9 @@ def plan_request(
     costs = layer_costs(architecture, weights, settings)
     most = engine.max_batch_size * max_model_len
     wanted = engine.kv_cache_tokens or (_kv_cap(costs, devices, most) if shares_cpu else most)
-    least = min(wanted, settings.model.max_model_len or min(max_model_len, _MIN_KV_TOKENS))
+    least = _least_kv_tokens(settings, max_model_len, wanted)
+    if settings.lending.enabled and len(devices) > 1:
+        least = min(least, MIN_LOCAL_BLOCKS * engine.block_size)  # the rest may be lent; `pool_devices` checks it
     return PlacementRequest(
         model_name=name,
         costs=costs,
@@ -172,7 +232,8 @@ class Preview:
 
 def preview(settings: Settings, gpus: Sequence[str] = (), *, more: Sequence[str] = ()) -> Preview:
     """Where `settings.model` would go, from its config alone: on this machine, or on the cards that `gpus` describes
-    (see `core.placement.cards.gpu_spec`). `more`: what each of these would bring on top. Raises what a load would.
+    (see `core.placement.cards.gpu_spec`). `more`: what each of these would bring on top; for described cards that is
+    one more of each, unless others are named. Raises what a load would.
     """
     resolved = resolve_model(settings.model.name, settings.model.revision)
     if gpus:
@@ -186,7 +247,8 @@ def preview(settings: Settings, gpus: Sequence[str] = (), *, more: Sequence[str]
         devices = open_devices(settings.devices, allocate=False)
         plan = plan_model(resolved, devices, settings, measure_with(settings, TransferManager()))
         request, placement, prediction = plan.request, plan.placement, plan.prediction
-    effects = tuple(one_more(placement, request, device) for device in gpu_spec(*more)) if prediction else ()
+    others = more or tuple(dict.fromkeys(text.partition("*")[0].strip() for text in gpus))
+    effects = tuple(one_more(placement, request, device) for device in gpu_spec(*others)) if prediction else ()
     return Preview(request, placement, prediction, effects)
 
 

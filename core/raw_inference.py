@@ -25,7 +25,7 @@ def run_raw(engine: ModelEngine, tokens: Sequence[int], output: str, positions: 
     kv, chunk = engine.kv, engine.settings.engine.max_num_batched_tokens
     kv.open(_RAW_SEQ_ID, tokens, read_prefix=False)
     try:
-        if kv.grow(_RAW_SEQ_ID, 0, len(tokens)) is None:
+        if not kv.grow(_RAW_SEQ_ID, 0, len(tokens)):
             raise QueueFullError("The KV cache has no free blocks for this call; try again later.")
         table = kv.table(_RAW_SEQ_ID).snapshot()
         parts = []
@@ -34,7 +34,11 @@ def run_raw(engine: ModelEngine, tokens: Sequence[int], output: str, positions: 
             item = ScheduledSequence(_RAW_SEQ_ID, start, part, table, SamplingParams(), 0, sample=False)
             rows = list(range(len(part))) if positions == "all" else [len(part) - 1]
             wanted = positions == "all" or start + chunk >= len(tokens)
-            result = _forward(engine, SchedulerOutput(0, (item,)), output, rows if wanted else None)
+            step = engine.batcher.scheduler.raw_step(item)
+            try:
+                result = _forward(engine, step, output, rows if wanted else None)
+            finally:
+                kv.step_done(step.step)
             if wanted:
                 parts.append(result.float().cpu())
         return torch.cat(parts)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from core.batching.stats import BatcherStats
+from core.memory_status import lending_state, memory_view, tier_states
 from core.metrics.snapshot import DeviceMemory, KVPages, MetricsSnapshot, StageWork
 from core.placement import best_cohorts, decode_tok_s
 from core.placement.engine import stage_costs
@@ -91,17 +92,19 @@ def pipeline_status(pipeline: InferencePipeline) -> dict[str, Any]:
     }
     result["placement"] = {"strategy": placement.strategy, "unused_devices": list(placement.unused_devices)}
     result["kv_cache"] = {"tokens": engine.kv.capacity_tokens, "block_size": engine.kv.block_size}
+    result["memory"] = memory_view(pipeline)
     result["stages"] = [
         {
             "index": index,
             "device": plan.device_name,
             "layers": [plan.first_layer, plan.last_layer - 1],
             "weight_bytes": stage.weight_bytes,
-            "kv_bytes": plan.kv_bytes,
+            "kv_bytes": stage.kv.nbytes if stage.kv is not None else 0,
             "workspace_bytes": plan.workspace_bytes,
             "limit_bytes": plan.limit_bytes,
             "attention": backend,
             "forwards": stage.forwards,
+            "seconds_per_forward": round(stage.busy_s / stage.forwards, 6) if stage.forwards else None,
             "busy_seconds": round(stage.busy_s, 3),
             "predicted_seconds": round(stage.predicted_s, 3) if engine.plan.is_measured else None,
         }
@@ -111,9 +114,12 @@ def pipeline_status(pipeline: InferencePipeline) -> dict[str, Any]:
     ]
     result["prediction"] = _prediction(engine)
     result["transfers"] = [
-        {"method": link[0], "src": link[1], "dst": link[2], "ops": s.ops, "bytes": s.bytes, "seconds": s.seconds}
+        {
+            "method": link[0], "src": link[1], "dst": link[2], "ops": s.ops, "bytes": s.bytes, "seconds": s.seconds,
+            "bytes_per_second": round(s.bytes / s.seconds) if s.seconds else None,
+        }
         for link, s in pipeline.transfer.stats().items()
-    ]
+    ]  # fmt: skip
     return result
 
 
@@ -204,7 +210,12 @@ def metrics_snapshot(pipeline: InferencePipeline) -> MetricsSnapshot:
     stats = engine.batcher.stats
     used, alive_s = stats.blocks_total - stats.blocks_free, max(engine.alive_s, 1e-9)
     stages = list(zip(engine.plan.placement.stages, engine.stages, strict=True))
+    tiers, tier_moves, dropped = tier_states(engine)
     return MetricsSnapshot(
+        tiers=tiers,
+        tier_moves=tier_moves,
+        tier_dropped_writes_total=dropped,
+        lending=lending_state(engine),
         devices=tuple(
             DeviceMemory(
                 device.name,

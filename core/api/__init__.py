@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from flask import Flask
 from flask_cors import CORS
 
-from core.api import management, monitoring, native, tokens
+from core.api import management, memory, monitoring, native, tokens
 from core.api.context import EXTENSION, ApiContext
 from core.api.errors import register_error_handlers
 from core.api.hooks import REQUEST_ID_HEADER, register_hooks
@@ -28,6 +28,7 @@ BLUEPRINTS = (
     native.blueprint,
     tokens.blueprint,
     management.blueprint,
+    memory.blueprint,
     monitoring.blueprint,
 )
 

@@ -20,12 +20,21 @@ from core.batching.output import Detokenizer, RequestHandle, RequestWriter, Sink
 from core.batching.scheduler import Scheduler, SequenceUpdate
 from core.batching.sequence import Request, Sequence
 from core.batching.stats import BatcherStats, StatsKeeper
-from core.errors import ConflictError, EngineDeadError, QueueFullError, StepFailedError, VRAMancerError
+from core.errors import (
+    ConflictError,
+    EngineDeadError,
+    PageMoveError,
+    QueueFullError,
+    StepFailedError,
+    VRAMancerError,
+)
 from core.execution.schedule import Runner, SchedulerOutput, StepOutput
 from core.logs import get_logger
 from core.request import SequenceDelta
 
 T = TypeVar("T")
+UPKEEP_S = 0.25
+"""How often an engine without work looks after memory that is lent."""
 logger = get_logger(__name__)
 
 
@@ -58,6 +67,13 @@ class _Done:
 
     output: SchedulerOutput
     result: StepOutput | Exception
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """What a sequence was waiting for is in main memory."""
+
+    seq_id: int
 
 
 class _Stop:
@@ -94,6 +110,7 @@ class ContinuousBatcher:
         self._policy = policy
         self._in_flight = 0
         self._calls: list[_Call] = []
+        scheduler.on_loaded = lambda seq_id: self._inbox.put(_Loaded(seq_id))
         self._thread = threading.Thread(target=self._run, name="vrm-engine", daemon=True)
 
     # -- any thread -------------------------------------------------------------------------------------------------
@@ -194,6 +211,8 @@ class ContinuousBatcher:
 
     def _fill(self) -> None:
         """Put as many steps in flight as are wanted now. One alone runs here, without a change of threads."""
+        if not self._keep_house():
+            return
         while not self._calls:
             scheduler = self.scheduler
             choice = self._policy.choose(scheduler.num_decoding, scheduler.mean_context, scheduler.prompt_tokens_left)
@@ -210,16 +229,39 @@ class ContinuousBatcher:
             self._in_flight += 1
             self._runner.submit(output, self._arrived)
 
+    def _keep_house(self) -> bool:
+        """Between two steps: memory is borrowed and given back. False while nothing may be computed."""
+        scheduler = self.scheduler
+        scheduler.kv.tick(scheduler.waiting_blocks)
+        scheduler.keep_to_limit()
+        if scheduler.kv.wants_stop or not scheduler.has_work:
+            if self._in_flight:
+                return not scheduler.kv.wants_stop
+            self._move_pages()
+        return not scheduler.kv.wants_stop
+
+    def _move_pages(self) -> None:
+        """Pages that wait to be moved are moved now, while nothing is in flight."""
+        output = self.scheduler.upkeep()
+        if output is None:
+            return
+        result = self._execute(output)
+        if isinstance(result, Exception):
+            self._fail(self.scheduler.fail_all(output), result)
+        else:
+            self.scheduler.kv.step_done(output.step)
+
     def _arrived(self, output: SchedulerOutput, result: StepOutput | Exception) -> None:
         """Called by the runner's threads."""
         self._inbox.put(_Done(output, result))
 
     def _read_inbox(self) -> bool:
         """Take in what arrived, waiting for something if there is nothing to run. False ends the loop."""
-        block = self._in_flight > 0 or not self.scheduler.has_work
+        block = self._in_flight > 0 or not (self.scheduler.has_work or self.scheduler.kv.wants_stop)
+        timeout_s = None if self._in_flight or self.scheduler.kv.is_idle else UPKEEP_S
         while True:
             try:
-                message = self._inbox.get(block=block)
+                message = self._inbox.get(block=block, timeout=timeout_s if block else None)
             except queue.Empty:
                 return True
             if isinstance(message, _Stop):
@@ -228,7 +270,7 @@ class ContinuousBatcher:
             self._take(message)
             block = not (self.scheduler.has_work or self._in_flight)
 
-    def _take(self, message: _Done | _Abort | _Call | tuple[Request, RequestHandle]) -> None:
+    def _take(self, message: _Done | _Abort | _Call | _Loaded | tuple[Request, RequestHandle]) -> None:
         if isinstance(message, _Done):
             self._in_flight -= 1
             self._complete(message.output, message.result)
@@ -236,6 +278,8 @@ class ContinuousBatcher:
             self._abort_now(message.request_id)
         elif isinstance(message, _Call):
             self._calls.append(message)
+        elif isinstance(message, _Loaded):
+            self.scheduler.loaded(message.seq_id)
         else:
             self._add_now(*message)
         while self._calls and not self._in_flight:
@@ -292,7 +336,8 @@ class ContinuousBatcher:
         if isinstance(result, Exception):
             logger.error("step failed", step=output.step, sequences=len(output.sequences), exc_info=result)
             self.breaker.record_failure(repr(result))
-            self._fail(self.scheduler.fail(output), result)
+            end = self.scheduler.fail_all if isinstance(result, PageMoveError) else self.scheduler.fail
+            self._fail(end(output), result)
         else:
             self.breaker.record_success()
             self._publish(self.scheduler.update_from_output(output, result))
@@ -308,8 +353,8 @@ class ContinuousBatcher:
     def _fail_request(self, writer: RequestWriter, error: VRAMancerError) -> None:
         for sibling in writer.request.sequences:
             self.scheduler.finish(sibling, "error")
-        writer.handle.put(error)
         self._forget(writer, "error")
+        writer.handle.put(error)
 
     def _publish(self, updates: list[SequenceUpdate]) -> None:
         """Turn a step's tokens into outputs, one message per request."""

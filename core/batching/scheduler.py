@@ -20,7 +20,8 @@ first has its prompt computed: they share its blocks and recompute the last prom
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from core.batching.sequence import Request, Sequence, SequenceStatus
@@ -59,15 +60,18 @@ class _Step:
     share: float = float("inf")
     weight: float = 0.0
     chosen: dict[int, tuple[Sequence, int]] = field(default_factory=dict)
-    copies: list[tuple[int, int]] = field(default_factory=list)
 
     def has_room(self) -> bool:
         """Shares are rounded up to whole sequences: were they not, one that is left over would never be taken."""
-        return self.weight < self.share * (1 - 1e-9)
+        return not self.chosen or self.weight < self.share * (1 - 1e-9)
 
 
 CONTEXT_WEIGHT = 1 / 2048
 """What a token of context adds to the weight of a sequence, beside 1 for the token it computes."""
+
+
+MEASURED_TOKENS = 16
+"""A step with as many tokens says what a token of a prompt costs."""
 
 
 def _weight(sequence: Sequence) -> float:
@@ -84,9 +88,14 @@ class Scheduler:
         self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
         self._running: list[Sequence] = []
         self._forking: list[Sequence] = []
+        self._loading: dict[int, Sequence] = {}
+        self.on_loaded: Callable[[int], None] = self.loaded
         self._ended: list[int] = []
         self._steps = 0
+        self._began_s: dict[int, float] = {}
+        self._ahead = 0.0  # what rounding up gave the last step beyond its share; the next one gets so much less
         self._blocked: tuple[int, int] | None = None
+        kv.cold_order = self._cold_order
 
     @property
     def has_work(self) -> bool:
@@ -94,9 +103,9 @@ class Scheduler:
 
     @property
     def prompt_tokens_left(self) -> int:
-        """Most tokens that a running or the next waiting sequence has to compute before its next one is sampled."""
+        """Most tokens of a prompt that a running or the next waiting sequence has to compute. Decodes have none."""
         waiting = [len(self._waiting[0][1].token_ids)] if self._waiting else []
-        return max([0, *waiting, *(s.num_unscheduled for s in self._running)])
+        return max([0, *waiting, *(s.num_unscheduled for s in self._running if s.num_unscheduled > 1)])
 
     @property
     def num_decoding(self) -> int:
@@ -114,7 +123,11 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting) + len(self._forking)
+        return len(self._waiting) + len(self._forking) + len(self._loading)
+
+    def _cold_order(self) -> list[int]:
+        """Running sequences, those that are served last first."""
+        return [s.seq_id for s in sorted(self._running, key=lambda s: s.sort_key, reverse=True)]
 
     def add(self, request: Request) -> None:
         """Queue a request's sequences; the second and later ones wait for the first one's prompt."""
@@ -137,7 +150,8 @@ class Scheduler:
         """
         step = _Step(self.limits.max_num_batched_tokens, min(chunk or 1 << 30, self.limits.prefill_chunk_size))
         if cohorts > 1:
-            step.share = self._total_weight() / cohorts
+            even = self._total_weight() / cohorts
+            step.share = even - min(self._ahead, even)
         ready = sorted((s for s in self._running if s.num_unscheduled > 0), key=lambda s: s.last_step)
         for sequence in [s for s in ready if s.num_unscheduled == 1]:
             self._schedule_running(step, sequence)
@@ -146,6 +160,7 @@ class Scheduler:
         self._admit(step)
         if not step.chosen:
             return None
+        self._ahead = max(0.0, step.weight - step.share) if cohorts > 1 else 0.0
         return self._output(step)
 
     def _total_weight(self) -> float:
@@ -169,14 +184,36 @@ class Scheduler:
 
     def _grow(self, step: _Step, sequence: Sequence, num_new: int) -> bool:
         start = sequence.num_scheduled_tokens
-        copies = self.kv.grow(sequence.seq_id, start, start + num_new)
-        if copies is None:
+        if not self.kv.grow(sequence.seq_id, start, start + num_new):
             return False
-        step.copies.extend(copies)
         step.chosen[sequence.seq_id] = (sequence, num_new)
         step.budget -= num_new
         step.weight += _weight(sequence)
         return True
+
+    def upkeep(self) -> SchedulerOutput | None:
+        """A step that computes nothing, if pages wait to be moved."""
+        if not self.kv.pages.has_ops:
+            return None
+        self._steps += 1
+        return SchedulerOutput(self._steps, (), self.kv.take_step(self._steps, ()))
+
+    def raw_step(self, item: ScheduledSequence) -> SchedulerOutput:
+        """A step for a sequence that is not scheduled, while none is in flight. The caller says when it is done."""
+        self._steps += 1
+        return SchedulerOutput(self._steps, (item,), self.kv.take_step(self._steps, (item.seq_id,)))
+
+    @property
+    def waiting_blocks(self) -> int:
+        """Blocks that the next waiting sequence needs at most."""
+        return self.kv.blocks_for(len(self._waiting[0][1].token_ids) + 1) if self._waiting else 0
+
+    def keep_to_limit(self) -> None:
+        """After memory was given back: preempt until the blocks in use fit into what is left."""
+        pool = self.kv.pool
+        while pool.num_referenced > pool.limit and (victim := self._victim()) is not None:
+            self._preempt(_Step(0, 0), victim)
+            self.kv.refresh_limit()
 
     def _victim(self) -> Sequence | None:
         """The running sequence that is served last; None while all of them are in flight."""
@@ -191,6 +228,7 @@ class Scheduler:
         self.kv.close(sequence.seq_id)
         self._ended.append(sequence.seq_id)
         sequence.rewind(0)
+        sequence.prefetched = False
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         self._enqueue(sequence)
@@ -203,10 +241,31 @@ class Scheduler:
                 return
             if self._blocked == (sequence.seq_id, self.kv.pool.num_free) and self._running:
                 return
+            if self._fetches(sequence):
+                heapq.heappop(self._waiting)
+                continue
             if not self._start(step, sequence):
+                sequence.prefetched = False  # by the time there is room, other blocks may be gone
                 self._blocked = (sequence.seq_id, self.kv.pool.num_free)
                 return
             heapq.heappop(self._waiting)
+
+    def _fetches(self, sequence: Sequence) -> bool:
+        """Whether a sequence has to wait for its prefix to come up from a tier below; others go ahead meanwhile."""
+        if sequence.prefetched or sequence.request.params.prompt_logprobs is not None:
+            return False
+        sequence.prefetched, seq_id = True, sequence.seq_id
+        if not self.kv.prefetch(seq_id, sequence.token_ids, lambda: self.on_loaded(seq_id)):
+            return False
+        sequence.status = SequenceStatus.LOADING
+        self._loading[seq_id] = sequence
+        return True
+
+    def loaded(self, seq_id: int) -> None:
+        """What a sequence was waiting for is in main memory."""
+        sequence = self._loading.pop(seq_id, None)
+        if sequence is not None:
+            self._enqueue(sequence)
 
     def _start(self, step: _Step, sequence: Sequence) -> bool:
         """Take a sequence's cached prefix and first chunk; with nothing else running it may take the last block."""
@@ -215,7 +274,7 @@ class Scheduler:
         num_new = min(len(sequence.token_ids) - cached, step.budget, step.chunk)
         reserve = len(self._running) if self._running else 0
         needed = self.kv.blocks_needed(sequence.seq_id, cached, len(sequence.token_ids))
-        if needed + reserve > self.kv.pool.num_free and self._running:
+        if self._running and not self.kv.ensure_free(needed + reserve):
             self.kv.close(sequence.seq_id)
             return False
         sequence.rewind(cached)
@@ -240,7 +299,9 @@ class Scheduler:
             sequence.num_scheduled_tokens += num_new
             sequence.last_step = self._steps
         ended, self._ended = tuple(self._ended), []
-        return SchedulerOutput(self._steps, scheduled, tuple(step.copies), ended)
+        stages = self.kv.take_step(self._steps, [item.seq_id for item in scheduled])
+        self._began_s[self._steps] = time.perf_counter()
+        return SchedulerOutput(self._steps, scheduled, stages, ended)
 
     def _scheduled(self, sequence: Sequence, num_new: int) -> ScheduledSequence:
         request, start = sequence.request, sequence.num_scheduled_tokens
@@ -263,6 +324,8 @@ class Scheduler:
 
     def update_from_output(self, output: SchedulerOutput, result: StepOutput) -> list[SequenceUpdate]:
         """Advance the step's sequences; returns one update for each that gained a token or failed."""
+        self.kv.step_done(output.step)
+        self._measure(output)
         running = {sequence.seq_id: sequence for sequence in self._running}
         updates = []
         for item in output.sequences:
@@ -286,6 +349,14 @@ class Scheduler:
                 self._check_stop(sequence, sampled.token_id)
                 updates.append(SequenceUpdate(sequence, sampled.token_id, sampled.logprob))
         return updates
+
+    def _measure(self, output: SchedulerOutput) -> None:
+        """How long a token of a prompt takes."""
+        began_s = self._began_s.pop(output.step, None)
+        if began_s is not None and output.num_tokens >= MEASURED_TOKENS:
+            token_s = (time.perf_counter() - began_s) / output.num_tokens
+            old_s = self.kv.prefill_token_s
+            self.kv.prefill_token_s = token_s if old_s is None else old_s + 0.3 * (token_s - old_s)
 
     def _record_prompt_logprobs(self, sequence: Sequence, item: ScheduledSequence, result: StepOutput) -> None:
         rows = result.prompt_logprobs.get(item.seq_id)
@@ -331,7 +402,12 @@ class Scheduler:
         elif was is SequenceStatus.RUNNING and not sequence.in_flight:
             self._release_siblings_of(sequence)
             self._leave(sequence)
+        elif was is SequenceStatus.LOADING:
+            del self._loading[sequence.seq_id]
+            self.kv.forget_prefetch(sequence.seq_id)
+            self._release_siblings_of(sequence)
         elif was is SequenceStatus.WAITING:
+            self.kv.forget_prefetch(sequence.seq_id)
             self._waiting = [entry for entry in self._waiting if entry[1] is not sequence]
             heapq.heapify(self._waiting)
             self._release_siblings_of(sequence)
@@ -352,6 +428,8 @@ class Scheduler:
 
     def fail(self, output: SchedulerOutput) -> list[Sequence]:
         """The step failed: end its sequences and return them, so that their requests can be told."""
+        self.kv.step_done(output.step)
+        self._began_s.pop(output.step, None)
         self._ended.extend(output.ended_seq_ids)  # the runner may not have come to them
         running = {sequence.seq_id: sequence for sequence in self._running}
         failed = [running[item.seq_id] for item in output.sequences if item.seq_id in running]
@@ -363,10 +441,21 @@ class Scheduler:
                 self.finish(sequence, "error")
         return failed
 
+    def fail_all(self, output: SchedulerOutput) -> list[Sequence]:
+        """The step failed and left pages undone: nothing that is computed can be relied on. Ends what runs."""
+        self.kv.step_done(output.step, moved=False)
+        failed = self.fail(output)
+        others = [sequence for sequence in self._running if not sequence.finished]
+        for sequence in others:
+            self.finish(sequence, "error")
+        self.kv.forget_cached()
+        return failed + others
+
     def live_sequences(self) -> Iterable[Sequence]:
         """Every sequence that is not finished."""
         yield from (sequence for _, sequence in self._waiting)
         yield from self._forking
+        yield from self._loading.values()
         yield from self._running
 
     def check_invariants(self) -> None:

@@ -12,9 +12,11 @@ _sequence_ids = count()
 
 
 class SequenceStatus(enum.Enum):
-    """WAITING holds no blocks (also after preemption); FORKING waits for its sibling's prompt; RUNNING holds blocks."""
+    """WAITING holds no blocks (also after preemption); LOADING waits for its prefix to come up from a tier below;
+    FORKING waits for its sibling's prompt; RUNNING holds blocks."""
 
     WAITING = "waiting"
+    LOADING = "loading"
     FORKING = "forking"
     RUNNING = "running"
     FINISHED = "finished"
@@ -40,6 +42,7 @@ class Sequence:
     in_flight: int = 0
     last_step: int = 0
     num_preemptions: int = 0
+    prefetched: bool = False
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 

@@ -39,7 +39,7 @@ class StatsKeeper:
 
     def __init__(self, scheduler: Scheduler) -> None:
         pool = scheduler.kv.pool
-        self.current = BatcherStats(blocks_total=pool.num_blocks, blocks_free=pool.num_free)
+        self.current = BatcherStats(blocks_total=pool.limit, blocks_free=pool.num_free)
         self._scheduler = scheduler
         self._recent: deque[tuple[float, int]] = deque()
 
@@ -65,6 +65,7 @@ class StatsKeeper:
             preemptions=scheduler.num_preemptions,
             queried_tokens=scheduler.kv.prefix.queried_tokens,
             hit_tokens=scheduler.kv.prefix.hit_tokens,
+            blocks_total=pool.limit,
             blocks_free=pool.num_free,
             blocks_cached=pool.num_cached_free,
             evictions=pool.evictions,

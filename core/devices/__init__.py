@@ -1,11 +1,22 @@
 """Logical devices: what there is, how much of it may be used, and what it is doing."""
 
-from core.devices.device import Device, DeviceBudget, DeviceKind, DeviceSpeed, LinkSpeed, format_bytes, wait_until
+from core.devices.device import (
+    HOST,
+    Device,
+    DeviceBudget,
+    DeviceKind,
+    DeviceSpeed,
+    LinkSpeed,
+    format_bytes,
+    host_device,
+    wait_until,
+)
 from core.devices.discovery import Machine, PhysicalDevice, choose_devices, open_devices, probe_machine
 from core.devices.readers import DeviceReader, DeviceReading
 from core.devices.spec import DeviceSpec, parse_devices, parse_link
 
 __all__ = [
+    "HOST",
     "Device",
     "DeviceBudget",
     "DeviceKind",
@@ -18,6 +29,7 @@ __all__ = [
     "PhysicalDevice",
     "choose_devices",
     "format_bytes",
+    "host_device",
     "open_devices",
     "parse_devices",
     "parse_link",

@@ -84,6 +84,14 @@ class Device:
         wait_until(started_s + duration_s)
 
 
+HOST = "host"
+
+
+def host_device(limit_bytes: int = 0) -> Device:
+    """Main memory, as a place for what devices have no room for: `limit_bytes` of it."""
+    return Device(HOST, -1, "cpu", "cpu", limit_bytes)
+
+
 class DeviceBudget:
     """The ledger of one device's memory: who reserved how many bytes, never more than the limit. Thread-safe."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,7 +26,9 @@ class InputBatch:
 
     @property
     def num_kv_tokens(self) -> int:
-        """KV tokens that attention reads, over all sequences."""
+        """KV tokens that attention reads on the stage's own device, over all sequences."""
+        if self.attention.sites:
+            return sum(self.attention.sites[0].regions[0][1].host_seq_lens)
         return sum(self.attention.host_seq_lens)
 
     def to(self, device: torch.device) -> InputBatch:
@@ -33,14 +36,12 @@ class InputBatch:
         if self.input_ids.device == device:
             return self
         meta = self.attention
-        moved = AttentionMetadata(
-            meta.slot_mapping.to(device, non_blocking=True),
-            meta.block_tables.to(device, non_blocking=True),
-            meta.query_start.to(device, non_blocking=True),
-            meta.seq_lens.to(device, non_blocking=True),
-            meta.num_decodes,
-            meta.host_query_start,
-            meta.host_seq_lens,
+        moved = replace(
+            meta,
+            slot_mapping=meta.slot_mapping.to(device, non_blocking=True),
+            block_tables=meta.block_tables.to(device, non_blocking=True),
+            query_start=meta.query_start.to(device, non_blocking=True),
+            seq_lens=meta.seq_lens.to(device, non_blocking=True),
         )
         input_ids = self.input_ids.to(device, non_blocking=True)
         return InputBatch(input_ids, self.position_ids.to(device, non_blocking=True), moved)
@@ -56,7 +57,7 @@ def build_batch(output: SchedulerOutput, block_size: int) -> InputBatch:
     seq_lens = np.array([item.end for item in sequences], dtype=np.int32)
     metadata = AttentionMetadata(
         slot_mapping=torch.from_numpy(np.concatenate([_slots(item, block_size) for item in sequences])),
-        block_tables=torch.from_numpy(_tables(sequences)),
+        block_tables=torch.from_numpy(pad_tables([item.block_table for item in sequences])),
         query_start=torch.from_numpy(query_start),
         seq_lens=torch.from_numpy(seq_lens),
         num_decodes=sum(1 for length in lengths if length == 1),
@@ -72,9 +73,9 @@ def _slots(item: ScheduledSequence, block_size: int) -> np.ndarray:
     return item.block_table[positions // block_size].astype(np.int64) * block_size + positions % block_size
 
 
-def _tables(sequences: tuple[ScheduledSequence, ...]) -> np.ndarray:
+def pad_tables(tables: Sequence[np.ndarray]) -> np.ndarray:
     """int32 `[S, max_blocks]`, padded with 0."""
-    tables = np.zeros((len(sequences), max(len(item.block_table) for item in sequences)), dtype=np.int32)
-    for row, item in zip(tables, sequences, strict=True):
-        row[: len(item.block_table)] = item.block_table
-    return tables
+    padded = np.zeros((len(tables), max(len(table) for table in tables)), dtype=np.int32)
+    for row, table in zip(padded, tables, strict=True):
+        row[: len(table)] = table
+    return padded

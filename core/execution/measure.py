@@ -34,7 +34,7 @@ from core.execution.attention.interface import (
 from core.execution.attention.metadata import AttentionMetadata
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.models.architecture import Architecture
-from core.models.stage_model import PassThrough, StageSlice, find_decoder, stage_class
+from core.models.stage_model import PassThrough, StageSlice, find_decoder, measure_bytes, stage_class
 
 Adapter = Callable[[nn.Module], None]
 
@@ -154,7 +154,7 @@ class Products:
         self, device: Device, dtype: torch.dtype, hidden: int, inner: int, room_bytes: int, adapt: Adapter
     ) -> None:
         self._device = torch.device(device.torch_device)
-        self._dtype, self._hidden, self._adapt = dtype, hidden, adapt
+        self._dtype, self._hidden, self._adapter = dtype, hidden, adapt
         nbytes = min(room_bytes, max(cold_bytes(device), 3 * hidden * inner * dtype.itemsize))
         self._inner = min(inner, nbytes // (3 * hidden * dtype.itemsize))
         if self._inner == 0:
@@ -164,8 +164,7 @@ class Products:
         # Calls cost something too: reading is measured on matrices so large that it does not matter.
         self._large = (16 if self._device.type == "cpu" else 64) * _MIB
         self._tile = _random_tile(dtype, self._device)
-        empty = torch.empty(nbytes // dtype.itemsize, dtype=dtype, device=self._device)
-        self._buffer = _fill(empty, self._tile)
+        self._buffer = torch.empty(nbytes // dtype.itemsize, dtype=dtype, device=self._device)
         self._mlps: dict[int, list[nn.Module]] = {}
 
     def bandwidth_bytes_s(self, budget_s: float) -> float:
@@ -217,6 +216,12 @@ class Products:
         self._adapt(mlps)
         return list(mlps)
 
+    def _adapt(self, modules: nn.ModuleList) -> None:
+        """Weights that were packed before are no numbers any more. Packed modules from before then compute others, in
+        the same time."""
+        _fill(self._buffer, self._tile)
+        self._adapter(modules)
+
     def _linear(self, shape: tuple[int, int], index: int) -> nn.Linear:
         """A linear layer, `(out, in)`, whose weight is number `index` of those of its size in the buffer."""
         size = shape[0] * shape[1]
@@ -250,16 +255,18 @@ class RandomLayers:
         decoder, name = find_decoder(self._model, architecture.num_layers)
         self._layers: Any = getattr(decoder, name)
         layers = range(first, first + count)
-        parameters = [parameter for index in layers for parameter in self._layers[index].parameters()]
-        self.layer_bytes = sum(parameter.nbytes for parameter in parameters) / count
-        self.layer_flops = 2 * sum(parameter.numel() for parameter in parameters) / count
+        read = measure_bytes(architecture).one_token()
+        self.layer_bytes = sum(read[first : first + count]) / count
+        self.layer_flops = 2 * self.layer_bytes / architecture.dtype.itemsize
         adapt(self._model)
         self._context = AttentionContext(backend)
         tokens = max(1, min(16, architecture.max_position))
         shapes = {index: architecture.kv_shapes[index] for index in layers}
-        self._kv = PagedKVCache(shapes, 1, tokens, architecture.dtype, self._device, DeviceBudget(device))
+        self._kv = PagedKVCache(shapes, 1, tokens, architecture.dtype, device, DeviceBudget(device))
         windows = architecture.sliding_windows
-        bound = {index: LayerAttention(self._context, *self._kv.layer(index), windows[index]) for index in layers}
+        bound = {
+            index: LayerAttention(self._context, index, *self._kv.layer(index), windows[index]) for index in layers
+        }
         bind(self._model, bound)
         self._inputs = self._one_token(architecture, tokens)
 

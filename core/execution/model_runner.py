@@ -50,14 +50,31 @@ class ModelRunner:
         self._line: StationLine[_Step] | None = None
 
     def execute(self, output: SchedulerOutput) -> StepOutput:
-        """One step, here. Raises whatever the forward pass raises; the KV of the step's tokens is then undefined."""
+        """One step, here. Raises whatever the forward pass raises; the KV of the step's tokens is then undefined.
+
+        A step without sequences moves pages and computes nothing.
+        """
         self._overlap(False)
+        if not output.sequences:
+            for index, stage in enumerate(self.stages):
+                stage.move_pages(output.stage(index).ops)
+            return StepOutput(output.step)
         step = self._begin(output)
-        for index in range(len(self.stages)):
-            self._receive(index, step)
-            self._run_stage(index, step)
+        self._through(step)
+        self._finish(step)
         assert step.result is not None
         return step.result
+
+    def _through(self, step: _Step) -> None:
+        """A step through all stages, here. If one fails, those behind it still do what the step asks of their pages:
+        other sequences' blocks may have moved."""
+        for index in range(len(self.stages)):
+            try:
+                self._receive_and_run(index, step)
+            except BaseException:
+                for behind in range(index + 1, len(self.stages)):
+                    self._skip(behind, step)
+                raise
 
     def submit(self, output: SchedulerOutput, done: StepDone) -> None:
         """One step, in the stages' own threads. `done(output, result or error)` is called from the last of them."""
@@ -88,8 +105,10 @@ class ModelRunner:
             has_link = index > 0 and self._transfer.is_slow(self.stages[index - 1].device, stage.device)
             if has_link:
                 stations.append(Station(f"link-{index}", partial(self._receive, index)))
-            run = self._run_stage if has_link or index == 0 else self._receive_and_run
-            stations.append(Station(f"stage-{index}", partial(run, index), self._prepare_thread))
+            run = self._run_layers if has_link or index == 0 else self._receive_and_run
+            skip = partial(self._skip, index)
+            stations.append(Station(f"stage-{index}", partial(run, index), self._prepare_thread, skip))
+        stations.append(Station("sampler", self._finish, self._prepare_thread))
         return stations
 
     def _prepare_thread(self) -> None:
@@ -108,22 +127,34 @@ class ModelRunner:
             step.hidden = self._transfer.send(step.hidden, source.device, target.device)
 
     def _receive_and_run(self, index: int, step: _Step) -> None:
-        self._receive(index, step)
-        self._run_stage(index, step)
+        try:
+            self._receive(index, step)
+        except BaseException:
+            self._skip(index, step)
+            raise
+        self._run_layers(index, step)
+
+    def _skip(self, index: int, step: _Step) -> None:
+        """What a step that has failed still owes a stage."""
+        if step.output.stage(index).ops:
+            self._move_pages(index, step)
+            self.stages[index].settle()
+
+    def _move_pages(self, index: int, step: _Step) -> None:
+        ops = step.output.stage(index).ops
+        if ops:
+            self.stages[index].move_pages(ops)
 
     def _run_layers(self, index: int, step: _Step) -> None:
-        """Copy blocks, then run a stage's layers."""
+        """Move pages, then run a stage's layers."""
         stage = self.stages[index]
-        if step.output.block_copies and stage.kv is not None:
-            stage.kv.copy_blocks(step.output.block_copies)
+        self._move_pages(index, step)
         rows = None if step.logit_rows is None else step.logit_rows.to(stage.torch_device)
-        step.hidden = stage.forward(step.batch.to(stage.torch_device), step.hidden, rows)
+        batch = stage.place(step.batch, step.output, step.output.stage(index))
+        step.hidden = stage.forward(batch, step.hidden, rows)
 
-    def _run_stage(self, index: int, step: _Step) -> None:
-        """A stage's layers, and sampling after the last of them."""
-        self._run_layers(index, step)
-        if index < len(self.stages) - 1:
-            return
+    def _finish(self, step: _Step) -> None:
+        """Sample. In flight this has a thread of its own: the last stage goes on with the next step meanwhile."""
         self._sampler.forget(step.output.ended_seq_ids)
         assert step.hidden is not None
         if step.logit_rows is None:
@@ -145,9 +176,7 @@ class ModelRunner:
         self._overlap(False)
         step = self._begin(output)
         step.logit_rows = logit_rows
-        for index in range(len(self.stages)):
-            self._receive(index, step)
-            self._run_layers(index, step)
+        self._through(step)
         assert step.hidden is not None
         return step.hidden
 

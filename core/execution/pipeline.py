@@ -1,9 +1,9 @@
-"""Stages that work at the same time: a thread for each, and for each slow link, with queues between them.
+"""Stages that work at the same time: a thread for each, for each slow link and for sampling, with queues between them.
 
-    submit -> [stage 0] -> [link 0-1] -> [stage 1] -> ... -> done
+    submit -> [stage 0] -> [link 0-1] -> [stage 1] -> ... -> [sampler] -> done
 
 Steps pass every thread in the order of submission, so a stage sees the pages that earlier steps wrote, and block copies
-happen between the right two steps. A step that failed passes on without being computed.
+happen between the right two steps. A step that failed passes on without being computed, but for what it asks of pages.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Station(Generic[T]):
-    """One thread's work: `run(item)`; `prepare` is called once, in the thread."""
+    """One thread's work: `run(item)`, or `skip(item)` for one that has failed before; `prepare` is called once, in the
+    thread."""
 
     name: str
     run: Callable[[T], None]
     prepare: Callable[[], None] = lambda: None
+    skip: Callable[[T], None] = lambda item: None
 
 
 @dataclass(slots=True)
@@ -59,11 +61,10 @@ class StationLine(Generic[T]):
         station.prepare()
         following = self._queues[index + 1] if index + 1 < len(self._queues) else None
         while (parcel := self._queues[index].get()) is not None:
-            if parcel.error is None:
-                try:
-                    station.run(parcel.item)
-                except Exception as error:  # noqa: BLE001  travels with the step to whoever waits for it
-                    parcel.error = error
+            try:
+                (station.run if parcel.error is None else station.skip)(parcel.item)
+            except Exception as error:  # noqa: BLE001  travels with the step to whoever waits for it
+                parcel.error = parcel.error or error
             if following is not None:
                 following.put(parcel)
             else:

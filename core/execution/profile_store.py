@@ -5,6 +5,7 @@ A file that cannot be used is as good as none: it is logged, and what it held is
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -144,6 +145,20 @@ class ProfileStore:
                 raise
         except OSError as error:
             logger.warning("a profile cannot be kept", path=str(path), reason=str(error))
+
+
+_KERNEL_SOURCES = (Path(__file__).parent / "native", Path(__file__).parent / "attention")
+
+
+@functools.cache
+def kernel_digest(folders: tuple[Path, ...] = _KERNEL_SOURCES) -> str:
+    """A hash of the code that computes layers here: what another one measured says nothing of it."""
+    files = sorted(path for folder in folders for path in folder.iterdir() if path.suffix in (".c", ".h", ".py"))
+    digest = hashlib.sha256()
+    for path in files:
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:32]
 
 
 def key_of(facts: Facts) -> str:

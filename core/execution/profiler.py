@@ -19,7 +19,7 @@ from core.execution.attention.interface import AttentionBackend
 from core.execution.attention.select import LinearAdapter, select_attention
 from core.execution.measure import Overheads, Products, RandomLayers
 from core.execution.native import do_all_products
-from core.execution.profile_store import Facts, ProfileStore, device_facts, key_of
+from core.execution.profile_store import Facts, ProfileStore, device_facts, kernel_digest, key_of
 from core.logs import get_logger
 from core.models.architecture import Architecture
 from core.models.stage_model import measure_bytes
@@ -149,6 +149,7 @@ class LayerProfiler:
             "shape": asdict(shape),
             "attention": backend.name,
             "native_kernels": adapter is not None,
+            "kernels": kernel_digest(),
         }
         key = key_of(facts)
         profile = known.get(key) or (None if refresh else self.store.load_device(facts, device.name))

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from core.errors import VRAMancerError
+from core.kv_cache.page_ops import NOTHING, StageStep
 from core.request import SamplingParams, TokenLogprob
 
 
@@ -49,14 +50,19 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step. Sequences that compute a single token come first. `block_copies` are made before anything is
-    computed; `ended_seq_ids` are sequences whose state the runner may drop.
+    """One step. Sequences that compute a single token come first. `stages` holds what each stage does to its pages
+    before it computes anything, and where they are then; empty: nothing, and where the block ids say.
+    `ended_seq_ids` are sequences whose state the runner may drop.
     """
 
     step: int
     sequences: tuple[ScheduledSequence, ...]
-    block_copies: tuple[tuple[int, int], ...] = ()
+    stages: tuple[StageStep, ...] = ()
     ended_seq_ids: tuple[int, ...] = ()
+
+    def stage(self, index: int) -> StageStep:
+        """The part of stage `index`."""
+        return self.stages[index] if self.stages else NOTHING
 
     @property
     def num_tokens(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,22 @@ from torch import nn
 from core.devices import Device, DeviceBudget
 from core.execution.attention.interface import (
     ATTENTION_NAME,
-    AttentionBackend,
     AttentionContext,
     LayerAttention,
     bind,
 )
+from core.execution.attention.select import LinearAdapter
 from core.execution.input_batch import InputBatch
+from core.execution.page_mover import PageMover
+from core.execution.placed_batch import place_batch
+from core.execution.schedule import SchedulerOutput
+from core.execution.site_attention import BackendOf, SiteAttention
+from core.kv_cache.page_ops import PageOp, StageStep
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.models.architecture import Architecture
 from core.models.stage_model import StageSlice, find_decoder, load_stage
 from core.placement import Batch, StageTimer
+from core.transfer import TransferManager
 
 
 class Stage:
@@ -45,40 +51,76 @@ class Stage:
         self.busy_s = 0.0
         self.predicted_s = 0.0
         self.forwards = 0
+        self.last_used_s = time.monotonic()
         self._budget = budget
         self._timer = timer
         self._model: Any = None
         self._context: AttentionContext | None = None
         self._received: torch.Tensor | None = None
+        self._sites: SiteAttention | None = None
+        self._mover: PageMover | None = None
 
     def load(
-        self, path: Path, expected_bytes: int, on_read: Callable[[int], None], adapt: Callable[[nn.Module], None]
+        self, path: Path, expected_bytes: int, on_read: Callable[[int], None], adapter: LinearAdapter | None
     ) -> None:
-        """Reserve, then read the weights; `adapt` may replace modules by faster ones for this device."""
+        """Reserve, then read the weights; `adapter` replaces modules by faster ones for this device."""
         self._budget.reserve(self.WEIGHTS, expected_bytes)
         self.weight_bytes = expected_bytes
         self._model = load_stage(
             self.architecture, path, self.part, self.torch_device, attention=ATTENTION_NAME, on_read=on_read
         )
-        actual = _parameter_bytes(self._model)
+        actual = _parameter_bytes(self._model) + (adapter.extra_bytes(self._model) if adapter is not None else 0)
         if actual > expected_bytes:
             self._budget.reserve(self.WEIGHTS, actual - expected_bytes)
             self.weight_bytes = actual
         self.num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
-        adapt(self._model)
+        if adapter is not None:
+            adapter(self._model)
         if not self.part.is_first:
             decoder, name = find_decoder(self._model, self.part.num_layers)
             getattr(decoder, name)[self.part.first].register_forward_pre_hook(self._enter, with_kwargs=True)
 
-    def allocate_kv(self, num_blocks: int, block_size: int, backend: AttentionBackend) -> None:
-        """Allocate the pages of this stage's layers and bind them to its attention modules."""
+    def allocate_kv(
+        self, num_pages: int, block_size: int, backend_of: BackendOf, transfer: TransferManager, host: Device
+    ) -> None:
+        """Allocate local pages of this stage's layers and bind them to its attention modules.
+
+        `backend_of` gives the attention of this and of other devices; `host` is main memory.
+        """
         layers = range(self.part.first, self.part.last)
         shapes = {index: self.architecture.kv_shapes[index] for index in layers}
-        self.kv = PagedKVCache(shapes, num_blocks, block_size, self.architecture.dtype, self.torch_device, self._budget)
-        self._context = AttentionContext(backend)
+        self.kv = PagedKVCache(shapes, num_pages, block_size, self.architecture.dtype, self.device, self._budget)
+        element = self.kv.dtype.itemsize
+        before = sum(shape.bytes_per_token(element) for shape in self.architecture.kv_shapes[: self.part.first])
+        self._mover = PageMover(self.kv, transfer, host, before * block_size)
+        self._sites = SiteAttention(self.device, self.kv, backend_of, transfer)
+        self._context = AttentionContext(backend_of(self.device), self._sites)
         windows = self.architecture.sliding_windows
-        bound = {index: LayerAttention(self._context, *self.kv.layer(index), windows[index]) for index in layers}
+        bound = {i: LayerAttention(self._context, i, *self.kv.layer(i), windows[i]) for i in layers}
         bind(self._model, bound)
+
+    def move_pages(self, ops: Sequence[PageOp]) -> None:
+        """Do what a step asks of the pages before it computes. Loads begin here and end before their layer attends."""
+        assert self._mover is not None and self._context is not None
+        self._context.wait_for = self._mover.apply(ops)
+
+    def settle(self) -> None:
+        """Let loads that were begun end: a step that has failed does not wait for them."""
+        assert self._mover is not None and self._context is not None
+        self._mover.finish_loads()
+        self._context.wait_for = None
+
+    def place(self, batch: InputBatch, output: SchedulerOutput, step: StageStep) -> InputBatch:
+        """A step's batch on this stage's device, with this stage's pages."""
+        if step.tables is None:
+            return batch.to(self.torch_device)
+        assert self.kv is not None
+        return place_batch(batch, output.sequences, step.tables, self.kv.block_size, self.torch_device, self._device_of)
+
+    def _device_of(self, region: int) -> tuple[str, torch.device]:
+        assert self.kv is not None
+        device = self.kv.region(region).device
+        return device.name, torch.device(device.torch_device)
 
     def _enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -113,6 +155,8 @@ class Stage:
                 ).logits
         finally:
             self._context.metadata = self._received = None
+            if self._context.wait_for is not None:
+                self.settle()
         self._account(started_s, batch, 0 if logit_rows is None else len(logit_rows))
         return result  # type: ignore[no-any-return]
 
@@ -121,18 +165,32 @@ class Stage:
         predicted_s = 0.0
         if self._timer is not None:
             predicted_s = self._timer.seconds(Batch(batch.num_tokens, batch.num_kv_tokens, logit_rows))
+            predicted_s += self._waited_s()
             self.device.pace(started_s, predicted_s)
         if self.torch_device.type == "cuda":
             torch.cuda.current_stream(self.torch_device).synchronize()
         self.predicted_s += predicted_s
         self.busy_s += time.perf_counter() - started_s
         self.forwards += 1
+        self.last_used_s = time.monotonic()
+
+    def _waited_s(self) -> float:
+        """What an emulated device had to wait for others in this step."""
+        sites = self._sites
+        if sites is None or self.device.speed is None:
+            return 0.0
+        waited_s, sites.extra_s = sites.extra_s, 0.0
+        return waited_s
 
     def free(self) -> None:
         """Give weights and pages back to the device."""
+        if self._sites is not None:
+            self._sites.close()
+        if self._mover is not None:
+            self._mover.close()
         if self.kv is not None:
             self.kv.free()
-        self.kv = self._model = self._context = None
+        self.kv = self._model = self._context = self._sites = self._mover = None
         self._budget.release(self.WEIGHTS)
         if self.torch_device.type == "cuda":
             torch.cuda.empty_cache()

@@ -13,15 +13,16 @@ class BlockTable:
     """Blocks of a sequence in order: token `t` lives in `blocks[t // block_size]` at offset `t % block_size`.
 
     `hashes[i]` is the chained hash of block `i`, known once the block's tokens are; `num_indexed` counts the leading
-    blocks that have been offered to the prefix index.
+    blocks that have been offered to the prefix index, `num_full` those that are written and will not be written again.
     """
 
-    __slots__ = ("blocks", "hashes", "num_indexed")
+    __slots__ = ("blocks", "hashes", "num_full", "num_indexed")
 
     def __init__(self) -> None:
         self.blocks: array[int] = array("i")
         self.hashes: list[bytes] = []
         self.num_indexed = 0
+        self.num_full = 0
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -29,11 +30,6 @@ class BlockTable:
     def snapshot(self) -> np.ndarray:
         """Block ids as an int32 array of its own, safe to read while the table goes on changing."""
         return np.array(self.blocks, dtype=np.int32)
-
-    def clear(self) -> None:
-        self.blocks = array("i")
-        self.hashes.clear()
-        self.num_indexed = 0
 
 
 class PrefixHasher:

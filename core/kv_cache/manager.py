@@ -1,15 +1,22 @@
 """Which sequence holds which blocks: prefix hits, growth, copy-on-write, forks, release.
 
-No torch here. `grow` decides and returns the page copies that the runner must make before the next forward pass.
+No torch here. What has to be done to pages before the next forward pass is gathered in `pages` (`PageMap`), and the
+scheduler puts it into the step with `take_step`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
 
 from core.kv_cache.block_pool import BlockPool
 from core.kv_cache.block_table import BlockTable, PrefixHasher
+from core.kv_cache.page_map import PageMap
+from core.kv_cache.page_ops import Slot, StageStep
+from core.kv_cache.stage_pages import StagePages
 
 
 @dataclass(slots=True)
@@ -20,21 +27,92 @@ class PrefixStats:
     hit_tokens: int = 0
 
 
+class Companion(Protocol):
+    """Something that looks after pages beside the manager: lent memory, tiers below. In the engine thread."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether an engine without work need not look in."""
+        ...
+
+    @property
+    def wants_stop(self) -> bool:
+        """Whether pages have to move before the next step computes."""
+        ...
+
+    def tick(self, waiting_blocks: int) -> None:
+        """Between two steps; `waiting_blocks` are certain to be needed next."""
+        ...
+
+    def step_taken(self, step: int) -> None:
+        """What was gathered so far is part of this step."""
+        ...
+
+    def step_done(self, step: int, moved: bool) -> None:
+        """This step, and all before it, have passed every stage; not `moved`: its pages were not all moved."""
+        ...
+
+    def check_invariants(self) -> None: ...
+
+
+class Tiers(Companion, Protocol):
+    """Where blocks go that leave the devices (`core.kv_cache.tiers`)."""
+
+    def save(self, block: int, digest: bytes, parent: bytes | None) -> None: ...
+
+    def prefetch(self, seq_id: int, known: int, hashes: Sequence[bytes], on_done: Callable[[], Any]) -> bool: ...
+
+    def take(self, seq_id: int, known: int) -> tuple[Sequence[Slot], Any] | None: ...
+
+    def loaded(self, loading: Any, blocks: int) -> None: ...
+
+    def cancel(self, seq_id: int) -> None: ...
+
+
 class KVCacheManager:
-    """Block tables of all live sequences over one `BlockPool`."""
+    """Block tables of all live sequences over one `BlockPool`, and where each stage keeps the blocks' pages.
+
+    `cold_order` names sequences whose blocks may leave their devices, those to be touched first first; set by the
+    scheduler. `expand(blocks)` is asked for more when the pool is dry; set by whoever lends memory.
+    `prefill_token_s` is what a token of a prompt takes lately, in seconds; set by the scheduler.
+    """
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, salt: bytes = b"", enable_prefix_caching: bool = True
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        salt: bytes = b"",
+        enable_prefix_caching: bool = True,
+        stages: Sequence[StagePages | None] = (None,),
     ) -> None:
         self.pool = BlockPool(num_blocks, enable_prefix_caching=enable_prefix_caching)
+        self.pool.on_evict = self._evicted
+        self.pages = PageMap(stages)
         self.block_size = block_size
         self.prefix = PrefixStats()
+        self.cold_order: Callable[[], Iterable[int]] = lambda: list(self._tables)
+        self.expand: Callable[[int], None] = lambda blocks: None
+        self.companions: list[Companion] = []
+        self.tiers: Tiers | None = None
+        self.prefill_token_s: float | None = None
+        self._taken = self._done = 0
         self._hasher = PrefixHasher(block_size, salt)
         self._tables: dict[int, BlockTable] = {}
+        self.refresh_limit()
 
     @property
     def capacity_tokens(self) -> int:
         return self.pool.num_blocks * self.block_size
+
+    def refresh_limit(self) -> None:
+        """After regions came or went: as many blocks may hold content as every stage has pages for."""
+        self.pool.set_limit(self.pages.backed(self.pool.num_blocks))
+
+    @property
+    def writable_blocks(self) -> int:
+        """Blocks that can be written at the same time: what the scarcest stage has on its own device."""
+        return min([self.pool.num_blocks, *(pages.local_pages for _, pages in self.pages.mapped)])
 
     def table(self, seq_id: int) -> BlockTable:
         return self._tables[seq_id]
@@ -67,8 +145,41 @@ class KVCacheManager:
         self.pool.share(blocks)
         table.blocks.extend(blocks)
         table.hashes.extend(hashes)
-        table.num_indexed = len(blocks)
-        return len(blocks) * self.block_size
+        self._restore(seq_id, table)
+        table.num_indexed = table.num_full = len(table)
+        return len(table) * self.block_size
+
+    def prefetch(self, seq_id: int, token_ids: Sequence[int], on_done: Callable[[], Any]) -> bool:
+        """Before a sequence is opened: fetch what tiers below have of its prefix. True: wait for `on_done`, which
+        another thread calls.
+        """
+        if self.tiers is None or not self.pool.enable_prefix_caching:
+            return False
+        blocks, _ = self.match_prefix(token_ids)
+        hashes: list[bytes] = []
+        self._hasher.extend(hashes, token_ids, (len(token_ids) - 1) // self.block_size * self.block_size)
+        return self.tiers.prefetch(seq_id, len(blocks), hashes, on_done)
+
+    def forget_prefetch(self, seq_id: int) -> None:
+        """The sequence will not be opened."""
+        if self.tiers is not None:
+            self.tiers.cancel(seq_id)
+
+    def _restore(self, seq_id: int, table: BlockTable) -> None:
+        """Give a new sequence the blocks that were fetched for it, if there is room for them now."""
+        fetched = self.tiers.take(seq_id, len(table)) if self.tiers is not None else None
+        if self.tiers is None or fetched is None:
+            return
+        slots, loading = fetched
+        room = self.ensure_free(len(slots)) and self.pages.can_write(len(slots), (), self._cold_blocks)
+        for slot in slots if room else ():
+            block = self._allocate()
+            self.pages.load(slot, block)
+            parent = table.hashes[-1] if table.hashes else None
+            table.blocks.append(block)
+            table.hashes.append(slot.block)
+            self.pool.register(block, slot.block, parent)
+        self.tiers.loaded(loading, len(slots) if room else 0)
 
     def fork(self, parent_id: int, child_id: int, num_tokens: int) -> None:
         """Start a sequence that shares its parent's blocks for the first `num_tokens` tokens (copied when written)."""
@@ -80,6 +191,7 @@ class KVCacheManager:
         full = min(num_tokens // self.block_size, len(parent.hashes))
         table.hashes.extend(parent.hashes[:full])
         table.num_indexed = min(parent.num_indexed, full)
+        table.num_full = min(parent.num_full, num_tokens // self.block_size)
 
     def blocks_needed(self, seq_id: int, first_token: int, num_tokens: int) -> int:
         """Blocks that must be free to write tokens `first_token .. num_tokens - 1`."""
@@ -91,43 +203,132 @@ class KVCacheManager:
         last = min(self.blocks_for(num_tokens), len(table))
         return [i for i in range(first_token // self.block_size, last) if self.pool.is_shared(table.blocks[i])]
 
-    def grow(self, seq_id: int, first_token: int, num_tokens: int) -> list[tuple[int, int]] | None:
-        """Make tokens `first_token .. num_tokens - 1` writable. Returns `(source, target)` block copies to make first,
-        or None, with nothing changed, if the pool has too few free blocks.
+    def ensure_free(self, blocks: int) -> bool:
+        """Whether so many blocks are free, after asking for more memory if they are not."""
+        if blocks > self.pool.num_free:
+            self.expand(blocks - self.pool.num_free)
+        return blocks <= self.pool.num_free
+
+    def grow(self, seq_id: int, first_token: int, num_tokens: int) -> bool:
+        """Make tokens `first_token .. num_tokens - 1` writable. False, with nothing changed, if the pool has too few
+        free blocks, or some stage too few local pages that could be free.
         """
         table = self._tables[seq_id]
         shared = self._shared_written(table, first_token, num_tokens)
         grown = max(0, self.blocks_for(num_tokens) - len(table))
-        if grown + len(shared) > self.pool.num_free:
-            return None
-        copies = []
+        if not self.ensure_free(grown + len(shared)) or self.pool.num_holding > self.pool.limit:
+            return False
+        first = first_token // self.block_size
+        table.num_full = min(table.num_full, first)
+        if not self.pages.can_write(grown + len(shared), table.blocks[first:], self._cold_blocks):
+            return False
         for index in shared:
             source = table.blocks[index]
-            (target,) = self.pool.allocate(1)
+            target = self._allocate()
             table.blocks[index] = target
             table.num_indexed = min(table.num_indexed, index)
-            self.pool.release([source])
-            copies.append((source, target))
-        table.blocks.extend(self.pool.allocate(grown))
-        return copies
+            self.pages.copy(source, target)
+            self.pages.drop(self.pool.release([source]))
+        for block in table.blocks[first:]:
+            self.pages.bring_home(block, self._cold_blocks)
+        table.blocks.extend(self._allocate() for _ in range(grown))
+        return True
+
+    def _allocate(self) -> int:
+        (block,) = self.pool.allocate(1)
+        self.pages.place(block, self._cold_blocks)
+        return block
+
+    def _evicted(self, block: int, digest: bytes) -> None:
+        """The pool is about to forget a cached block."""
+        if self.tiers is not None:
+            self.tiers.save(block, digest, self.pool.parent_of(digest))
+        self.pages.drop([block])
+
+    def _cold_blocks(self, pages: StagePages) -> Iterator[int]:
+        """A stage's local blocks that may live elsewhere, coldest first: what nobody references, then full blocks of
+        single sequences in `cold_order`, then shared ones."""
+        yield from pages.local_among(np.array(self.pool.cached_blocks(), dtype=np.int64))
+        shared: list[int] = []
+        for seq_id in self.cold_order():
+            table = self._tables[seq_id]
+            full = np.array(table.blocks[: table.num_full], dtype=np.int64)
+            for block in pages.local_among(full).tolist():
+                if self.pool.is_shared(block):
+                    shared.append(block)
+                else:
+                    yield block
+        for block in dict.fromkeys(shared):
+            if pages.is_local(block):
+                yield block
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    def take_step(self, step: int, seq_ids: Sequence[int]) -> tuple[StageStep, ...]:
+        """Each stage's part of step number `step`, which computes these sequences: what was gathered for it, and where
+        their blocks are. Steps end in the order in which they are taken: say so with `step_done`.
+        """
+        self._taken = step
+        stages = self.pages.take([np.array(self._tables[seq_id].blocks, dtype=np.int32) for seq_id in seq_ids])
+        for companion in self.companions:
+            companion.step_taken(step)
+        return stages
+
+    def step_done(self, step: int, *, moved: bool = True) -> None:
+        """The step has passed all stages, computed or not; not `moved`: its pages were not all moved."""
+        self._done = step
+        for companion in self.companions:
+            companion.step_done(step, moved)
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a step has been taken and is not done."""
+        return self._done < self._taken
+
+    def tick(self, waiting_blocks: int) -> None:
+        """Let companions do what they do between two steps."""
+        for companion in self.companions:
+            companion.tick(waiting_blocks)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing has to be done while there is no work."""
+        return not self.pages.has_ops and all(companion.is_idle for companion in self.companions)
+
+    @property
+    def wants_stop(self) -> bool:
+        """Whether pages have to move before anything else is computed."""
+        return any(companion.wants_stop for companion in self.companions)
 
     def commit(self, seq_id: int, token_ids: Sequence[int], num_computed_tokens: int) -> None:
-        """Index the full blocks whose KV has now been written."""
+        """Take note of the full blocks whose KV has now been written, and index them."""
+        table = self._tables[seq_id]
+        table.num_full = max(table.num_full, num_computed_tokens // self.block_size)
         if not self.pool.enable_prefix_caching:
             return
-        table = self._tables[seq_id]
         self._hasher.extend(table.hashes, token_ids, num_computed_tokens)
         for index in range(table.num_indexed, num_computed_tokens // self.block_size):
-            self.pool.register(table.blocks[index], table.hashes[index])
+            parent = table.hashes[index - 1] if index else None
+            self.pool.register(table.blocks[index], table.hashes[index], parent)
             table.num_indexed = index + 1
 
     def close(self, seq_id: int) -> None:
         """Release all blocks of a sequence; full ones stay findable until their ids are reused."""
         table = self._tables.pop(seq_id)
-        self.pool.release(reversed(table.blocks))
+        self.pages.drop(self.pool.release(reversed(table.blocks)))
+
+    def forget_cached(self) -> None:
+        """Forget all cached content; blocks in use stay in use."""
+        self.pages.drop(self.pool.clear_index())
+        for table in self._tables.values():
+            table.num_indexed = 0
 
     def check_invariants(self, live: Iterable[int] | None = None) -> None:
         """Audit the pool; with `live`, also that exactly those sequences hold block tables."""
         if live is not None and set(live) != set(self._tables):
             raise AssertionError(f"block tables of {set(self._tables) ^ set(live)} do not match the live sequences")
         self.pool.check_invariants(table.blocks for table in self._tables.values())
+        referenced = {block for table in self._tables.values() for block in table.blocks}
+        self.pages.check_invariants(referenced.union(self.pool.cached_blocks()))
+        for companion in self.companions:
+            companion.check_invariants()

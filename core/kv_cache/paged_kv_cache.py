@@ -1,63 +1,152 @@
-"""The tensors behind the blocks: one stage's pages of K and V.
+"""The tensors behind the blocks: one stage's pages of K and V, on its own device and on those that lend it memory.
 
-Layout, per layer: `[num_blocks, block_size, num_kv_heads, head_dim]`, so that a token's slot is a row of the flattened
-first two dimensions (`slot = block * block_size + offset`) and a page is contiguous::
+Layout, per region and layer: `[num_pages, block_size, num_kv_heads, head_dim]`, so that a token's slot is a row of the
+flattened first two dimensions (`slot = page * block_size + offset`) and a page is contiguous::
 
-    block 0 | slot 0: head 0 .. head H-1 | slot 1: ... |
-    block 1 | slot bs: ...
+    page 0 | slot 0: head 0 .. head H-1 | slot 1: ... |
+    page 1 | slot bs: ...
+
+Pages that leave a region travel as bytes, page-first: for each layer in order the K page, then the V page.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from core.devices import DeviceBudget
+from core.devices import Device, DeviceBudget
+from core.errors import OutOfDeviceMemoryError
+from core.kv_cache.page_ops import LOCAL
 from core.models.architecture import KVShape
+
+Pages = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class PageRegion:
+    """Pages in one place: K and V by layer, and the device and ledger they are on."""
+
+    device: Device
+    num_pages: int
+    nbytes: int
+    layers: Mapping[int, Pages]
 
 
 class PagedKVCache:
-    """Pages of the layers of one stage, on one device. The bytes are reserved in the device's budget first."""
+    """Pages of the layers of one stage. Bytes are reserved in a device's budget before they are allocated.
+
+    Regions come and go in the engine thread, between steps that use them; pages are read and written by the stage's.
+    """
 
     PURPOSE = "kv_cache"
+    LENT = "lent"
 
     def __init__(
         self,
         shapes: Mapping[int, KVShape],
-        num_blocks: int,
+        num_pages: int,
         block_size: int,
         dtype: torch.dtype,
-        device: torch.device,
+        device: Device,
         budget: DeviceBudget,
     ) -> None:
         element_bytes = torch.empty((), dtype=dtype).element_size()
-        per_token = sum(shape.bytes_per_token(element_bytes) for shape in shapes.values())
-        self.num_blocks = num_blocks
         self.block_size = block_size
-        self.nbytes = per_token * num_blocks * block_size
-        self._budget = budget
-        budget.reserve(self.PURPOSE, self.nbytes)
-        self._keys = {layer: self._pages(shape, shape.key_dim, dtype, device) for layer, shape in shapes.items()}
-        self._values = {layer: self._pages(shape, shape.value_dim, dtype, device) for layer, shape in shapes.items()}
+        self.dtype = dtype
+        self.page_bytes = block_size * sum(shape.bytes_per_token(element_bytes) for shape in shapes.values())
+        self._shapes = dict(shapes)
+        self._budgets = {LOCAL: budget}
+        self._regions: dict[int, PageRegion] = {}
+        self._add(LOCAL, num_pages, device, budget, self.PURPOSE)
 
-    def _pages(self, shape: KVShape, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        size = (self.num_blocks, self.block_size, shape.num_kv_heads, dim)
-        return torch.zeros(size, dtype=dtype, device=device)
+    @property
+    def num_pages(self) -> int:
+        """On the stage's own device."""
+        return self._regions[LOCAL].num_pages
 
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V pages of a layer, `[num_blocks, block_size, num_kv_heads, head_dim]` each."""
-        return self._keys[index], self._values[index]
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages on the stage's own device."""
+        return self._regions[LOCAL].nbytes
 
-    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copy whole blocks, `(source, target)`, in order: a target may be the source of the next."""
-        for source, target in copies:
-            for pages in (*self._keys.values(), *self._values.values()):
-                pages[target].copy_(pages[source])
+    def add_region(self, region_id: int, num_pages: int, device: Device, budget: DeviceBudget) -> None:
+        """Allocate pages on another device. Raises `OutOfDeviceMemoryError`, with nothing kept, if it has no room."""
+        self._budgets[region_id] = budget
+        try:
+            self._add(region_id, num_pages, device, budget, self.LENT)
+        except OutOfDeviceMemoryError:
+            del self._budgets[region_id]
+            raise
+
+    def _add(self, region_id: int, num_pages: int, device: Device, budget: DeviceBudget, purpose: str) -> None:
+        nbytes = self.page_bytes * num_pages
+        budget.reserve(purpose, nbytes)
+        try:
+            layers = {index: self._pages(shape, num_pages, device) for index, shape in self._shapes.items()}
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            budget.release(purpose, nbytes)
+            raise OutOfDeviceMemoryError(
+                f"{device.name}: {nbytes} bytes of KV pages could not be had: {error}"
+            ) from error
+        self._regions[region_id] = PageRegion(device, num_pages, nbytes, layers)
+
+    def _pages(self, shape: KVShape, num_pages: int, device: Device) -> Pages:
+        def zeros(dim: int) -> torch.Tensor:
+            size = (num_pages, self.block_size, shape.num_kv_heads, dim)
+            return torch.zeros(size, dtype=self.dtype, device=device.torch_device)
+
+        return zeros(shape.key_dim), zeros(shape.value_dim)
+
+    def drop_region(self, region_id: int) -> None:
+        """Give a region's memory back to the device that lent it."""
+        region = self._regions.pop(region_id)
+        self._budgets.pop(region_id).release(self.LENT if region_id != LOCAL else self.PURPOSE, region.nbytes)
+
+    def region(self, region_id: int) -> PageRegion:
+        return self._regions[region_id]
+
+    def layer(self, index: int, region_id: int = LOCAL) -> Pages:
+        """K and V pages of a layer, `[num_pages, block_size, num_kv_heads, head_dim]` each."""
+        return self._regions[region_id].layers[index]
+
+    def copy_within(self, region_id: int, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy pages inside a region. No page may be both source and target."""
+        where = self._regions[region_id].device.torch_device
+        source, target = torch.tensor(sources, device=where), torch.tensor(targets, device=where)
+        for pages in self._regions[region_id].layers.values():
+            for tensor in pages:
+                tensor.index_copy_(0, target, tensor.index_select(0, source))
+
+    def pack(self, region_id: int, pages: Sequence[int]) -> torch.Tensor:
+        """The pages' bytes, uint8 `[n, page_bytes]`, on the region's device."""
+        region = self._regions[region_id]
+        index = torch.tensor(pages, device=region.device.torch_device)
+        parts = [
+            tensor.index_select(0, index).view(len(pages), -1) for layer in region.layers.values() for tensor in layer
+        ]
+        return torch.cat(parts, dim=1).view(torch.uint8)
+
+    def unpack(self, region_id: int, pages: Sequence[int], data: torch.Tensor, layers: Sequence[int] = ()) -> None:
+        """Write bytes made by `pack` into pages; with `layers`, those layers alone, and `data` holds no others."""
+        region = self._regions[region_id]
+        index = torch.tensor(pages, device=region.device.torch_device)
+        elements = data.view(self.dtype)
+        first = 0
+        for layer in layers or region.layers:
+            for tensor in region.layers[layer]:
+                width = tensor[0].numel()
+                part = elements[:, first : first + width]
+                tensor.index_copy_(0, index, part.reshape(len(pages), *tensor.shape[1:]))
+                first += width
+
+    def layer_bytes(self) -> dict[int, int]:
+        """Bytes that each layer has of a page, in the order in which they are packed."""
+        element_bytes = torch.empty((), dtype=self.dtype).element_size()
+        return {index: self.block_size * shape.bytes_per_token(element_bytes) for index, shape in self._shapes.items()}
 
     def free(self) -> None:
-        """Give the tensors and their reservation back."""
-        self._keys.clear()
-        self._values.clear()
-        self._budget.release(self.PURPOSE, self.nbytes)
-        self.nbytes = 0
+        """Give all tensors and their reservations back."""
+        for region_id in list(self._regions):
+            self.drop_region(region_id)

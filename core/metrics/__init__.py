@@ -2,6 +2,24 @@
 
 from core.metrics.registry import MetricsRegistry
 from core.metrics.server import MetricsServer
-from core.metrics.snapshot import DeviceMemory, KVPages, MetricsSnapshot, StageWork
+from core.metrics.snapshot import (
+    DeviceMemory,
+    KVPages,
+    LendingState,
+    MetricsSnapshot,
+    StageWork,
+    TierMoves,
+    TierState,
+)
 
-__all__ = ["DeviceMemory", "KVPages", "MetricsRegistry", "MetricsServer", "MetricsSnapshot", "StageWork"]
+__all__ = [
+    "DeviceMemory",
+    "KVPages",
+    "LendingState",
+    "MetricsRegistry",
+    "MetricsServer",
+    "MetricsSnapshot",
+    "StageWork",
+    "TierMoves",
+    "TierState",
+]

@@ -15,6 +15,9 @@ pipeline: the source of `set_snapshot_source`   gpu_memory_used_bytes gpu_memory
                                                 requests_running requests_waiting paged_kv_* kv_* preemptions_total
                                                 prefix_cache_* stage_busy_ratio stage_busy_seconds_total
                                                 stage_predicted_seconds_total stage_forwards_total
+                                                memory_promotions_total memory_demotions_total memory_evictions_total
+                                                memory_tier_* memory_dropped_writes_total block_hotness
+                                                lending_*
 prometheus_client                               process_*
 =============================================== =====================================================================
 """
@@ -29,13 +32,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from core.metrics.snapshot import MetricsSnapshot
+from core.metrics.snapshot import LendingState, MetricsSnapshot
 
 NAMESPACE = "vramancer"
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0)
 TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 BANDWIDTH_WINDOW = 64  # transfers that the bandwidth gauge is taken over
 BITS_PER_GIGABIT = 1e9
+BYTES_PER_GIGABYTE = 1e9
 
 SnapshotSource = Callable[[], MetricsSnapshot]
 
@@ -177,6 +181,8 @@ class _SnapshotCollector(Collector):
         yield from _device_metrics(snapshot)
         yield from _kv_metrics(snapshot)
         yield from _batcher_metrics(snapshot)
+        yield from _tier_metrics(snapshot)
+        yield from _lending_metrics(snapshot.lending)
 
 
 def _device_metrics(snapshot: MetricsSnapshot) -> Iterable[Metric]:
@@ -231,6 +237,53 @@ def _batcher_metrics(snapshot: MetricsSnapshot) -> Iterable[Metric]:
         _value("requests_running", "Sequences that are being generated.", snapshot.requests_running),
         _value("requests_waiting", "Sequences that wait.", snapshot.requests_waiting),
         _count("preemptions", "Sequences put back to make room.", snapshot.preemptions_total),
+    )
+
+
+def _tier_metrics(snapshot: MetricsSnapshot) -> Iterable[Metric]:
+    blocks = _gauge("memory_tier_blocks", "KV blocks in a tier.", "tier")
+    used = _gauge("memory_tier_used_bytes", "Bytes in use in a tier.", "tier")
+    capacity = _gauge("memory_tier_capacity_bytes", "Bytes a tier may use.", "tier")
+    hits = _counter("memory_tier_hits", "Blocks that were looked up in a tier and found.", "tier")
+    misses = _counter("memory_tier_misses", "Blocks that were looked up in a tier and not found.", "tier")
+    hotness = _gauge("block_hotness", "Mean hotness of a tier's blocks; 1 is one use just now.", "tier")
+    for tier in snapshot.tiers:
+        blocks.add_metric([tier.name], tier.blocks)
+        used.add_metric([tier.name], tier.used_bytes)
+        capacity.add_metric([tier.name], tier.capacity_bytes)
+        hits.add_metric([tier.name], tier.hits)
+        misses.add_metric([tier.name], tier.misses)
+        hotness.add_metric([tier.name], tier.hotness)
+    moves = {
+        "promotion": _counter("memory_promotions", "Blocks brought to a nearer tier.", "from", "to"),
+        "demotion": _counter("memory_demotions", "Blocks that a farther tier keeps.", "from", "to"),
+        "eviction": _counter("memory_evictions", "Blocks that no tier keeps.", "from", "to"),
+    }
+    for move in snapshot.tier_moves:
+        moves[move.kind].add_metric([move.source, move.target], move.blocks)
+    dropped = _counter("memory_dropped_writes", "Blocks given up because writing them down was too slow.")
+    if snapshot.tiers:
+        dropped.add_metric([], snapshot.tier_dropped_writes_total)
+    return blocks, used, capacity, hits, misses, hotness, *moves.values(), dropped
+
+
+def _lending_metrics(lending: LendingState) -> Iterable[Metric]:
+    borrows = _counter("lending_borrows", "Leases granted.", "borrower", "lender")
+    for pair, count in lending.borrows_total.items():
+        borrows.add_metric(pair, count)
+    reclaims = _counter("lending_reclaims", "Times that a lender needed memory back.", "urgency")
+    for urgency, count in lending.reclaims_total.items():
+        reclaims.add_metric([urgency], count)
+    return (
+        borrows,
+        reclaims,
+        _value("lending_active_leases", "Leases that are not released.", lending.active_leases),
+        _count("lending_bytes_lent", "Bytes ever lent.", lending.bytes_lent_total),
+        _value(
+            "lending_pool_capacity_gb",
+            "Gigabytes (10^9 bytes) that are lent or can be.",
+            lending.capacity_bytes / BYTES_PER_GIGABYTE,
+        ),
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +39,49 @@ class StageWork:
 
 
 @dataclass(frozen=True, slots=True)
+class TierState:
+    """One memory tier (`name` is L1 to L6). Hits and misses count blocks of prefixes looked up there since the start;
+    `hotness` is the mean over its blocks, 0 for none."""
+
+    name: str
+    blocks: int
+    used_bytes: int
+    capacity_bytes: int
+    hits: int
+    misses: int
+    hotness: float
+
+
+@dataclass(frozen=True, slots=True)
+class TierMoves:
+    """Blocks that went from one tier to another since the start; `kind` is promotion, demotion or eviction, and an
+    eviction's `target` is none."""
+
+    kind: str
+    source: str
+    target: str
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class LendingState:
+    """The lending pool: leases granted by `(borrower, lender)` and reclaims by urgency since the engine started, bytes
+    ever lent; leases that are not released and what the pool can hold now."""
+
+    borrows_total: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    reclaims_total: Mapping[str, int] = field(default_factory=dict)
+    bytes_lent_total: int = 0
+    active_leases: int = 0
+    capacity_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class MetricsSnapshot:
     """Counters (`*_total`) count since the engine started; everything else is the value now.
 
-    Filled by the pipeline: `devices` from its device list, the rest from the batcher's statistics and the runner's
-    stages. `batch_size` is the sequences of the last step.
+    Filled by the pipeline: `devices` from its device list, tiers from `MemoryStats.for_metrics`, `lending` from the
+    statistics of the lending pool, the rest from the batcher's statistics and the runner's stages. `batch_size` is the
+    sequences of the last step.
     """
 
     devices: tuple[DeviceMemory, ...] = ()
@@ -56,3 +95,7 @@ class MetricsSnapshot:
     prefix_cache_hits_total: int = 0
     kv_evictions_total: int = 0
     stages: tuple[StageWork, ...] = ()
+    tiers: tuple[TierState, ...] = ()
+    tier_moves: tuple[TierMoves, ...] = ()
+    tier_dropped_writes_total: int = 0
+    lending: LendingState = field(default_factory=LendingState)

@@ -9,7 +9,7 @@ anything that `forward` does to embeddings (granite multiplies them, gpt2 and op
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,14 @@ from transformers.utils import logging as transformers_logging
 from core.errors import CheckpointError, UnsupportedModelError
 from core.models.architecture import Architecture
 from core.models.checkpoint import Checkpoint
+from core.placement import Experts
 
 # Modules beside the layers, by the names that architectures give them.
 _BEFORE_LAYERS = {
     "embed_tokens", "embed_positions", "wte", "wpe", "embed_in", "word_embeddings", "tok_embeddings", "project_in",
 }  # fmt: skip
+# What configs call the number of experts that a token is routed to.
+_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 _AFTER_LAYERS = {"norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm", "project_out"}
 
 
@@ -174,7 +177,8 @@ def _check_complete(path: Path, info: dict[str, Any]) -> None:
 @dataclass(frozen=True, slots=True)
 class ModelBytes:
     """Weight bytes in the serving dtype: before the layers, each layer, after them. With tied embeddings `head` is
-    what a last stage that is not also the first needs beside `after`.
+    what a last stage that is not also the first needs beside `after`. What packing takes is counted in. `experts` says
+    what of `layers` tokens share.
     """
 
     embedding: int
@@ -183,33 +187,75 @@ class ModelBytes:
     head: int
     tied: bool
     num_parameters: int
+    layer_parameters: tuple[int, ...]
+    head_parameters: int
+    experts: Experts | None = None
 
-    def stage(self, first: int, last: int) -> int:
-        """Bytes of a stage with layers `first .. last - 1`."""
-        total = sum(self.layers[first:last])
-        is_last = last == len(self.layers)
-        if first == 0:
-            total += self.embedding
-        if is_last:
-            total += self.after + (0 if self.tied and first == 0 else self.head)
-        return total
+    def one_token(self) -> tuple[float, ...]:
+        """Of each layer, the bytes of the weights that a token takes part in."""
+        return tuple(nbytes - self.unread(layer) for layer, nbytes in enumerate(self.layers))
+
+    def unread(self, layer: int) -> float:
+        """Bytes of a layer's experts that a token does not need."""
+        return self.experts.unread_bytes(layer, 1) if self.experts else 0.0
 
 
-def measure_bytes(architecture: Architecture) -> ModelBytes:
-    """Count every parameter on `meta`, without weights."""
+def measure_bytes(architecture: Architecture, packing: Callable[[nn.Module], int] | None = None) -> ModelBytes:
+    """Count every parameter on `meta`, without weights; `packing` says what a module takes beyond its parameters."""
     with torch.device("meta"):
         model = architecture.model_class._from_config(architecture.config, dtype=architecture.dtype)
     decoder, list_name = find_decoder(model, architecture.num_layers)
-    layers = tuple(_nbytes(layer) for layer in getattr(decoder, list_name))
-    after = sum(_nbytes(child) for name, child in decoder.named_children() if name in _AFTER_LAYERS)
-    before = _nbytes(decoder) - sum(layers) - after
-    head = _nbytes(model.get_output_embeddings())
+    blocks, head = list(getattr(decoder, list_name)), model.get_output_embeddings()
+
+    def nbytes(module: nn.Module | None) -> int:
+        if module is None:
+            return 0
+        total = sum(tensor.nbytes for tensor in _tensors(module))
+        if packing is None or (module is head and architecture.tied):
+            return total
+        return total + packing(module)
+
+    layers = tuple(nbytes(layer) for layer in blocks)
+    after = sum(nbytes(child) for name, child in decoder.named_children() if name in _AFTER_LAYERS)
+    before = nbytes(decoder) - sum(layers) - after
     unique = {id(parameter): parameter.numel() for parameter in model.parameters()}
-    return ModelBytes(before, layers, after, head, architecture.tied, sum(unique.values()))
+    return ModelBytes(
+        embedding=before,
+        layers=layers,
+        after=after,
+        head=nbytes(head),
+        tied=architecture.tied,
+        num_parameters=sum(unique.values()),
+        layer_parameters=tuple(_count(layer) for layer in blocks),
+        head_parameters=_count(head) if head is not None else 0,
+        experts=_experts(architecture, blocks),
+    )
 
 
-def _nbytes(module: nn.Module | None) -> int:
-    if module is None:
-        return 0
-    tensors = list(module.parameters()) + list(module.buffers())
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _experts(architecture: Architecture, layers: Sequence[nn.Module]) -> Experts | None:
+    """The routed experts of all layers; None where there are none, or where nothing says how many a token uses."""
+    config = architecture.config.get_text_config()
+    per_token = next((int(count) for name in _PER_TOKEN if (count := getattr(config, name, None))), 0)
+    nbytes, number = zip(*map(_routed, layers), strict=True)
+    return Experts(nbytes, number, per_token) if per_token and any(number) else None
+
+
+def _routed(layer: nn.Module) -> tuple[int, int]:
+    """Bytes and number of a layer's routed experts: tensors with one entry per expert, or a module for each."""
+    nbytes, number = 0, 0
+    for name, parameter in layer.named_parameters():
+        _, within, rest = f".{name}".partition(".experts.")
+        if not within:
+            continue
+        nbytes += parameter.numel() * parameter.element_size()
+        index = rest.split(".")[0]
+        number = max(number, int(index) + 1 if index.isdigit() else parameter.shape[0])
+    return nbytes, number
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _count(module: nn.Module) -> int:
+    return sum(tensor.numel() for tensor in _tensors(module))

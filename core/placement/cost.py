@@ -2,8 +2,9 @@
 
     c(a, b) = sum over layers l of [max(W_l / BW, T f_l / F(T)) + K k_l / BW + o] + o_step
 
-for T new tokens whose attention reads K tokens of KV; W_l are weight bytes, f_l operations per token, k_l KV bytes per
-token, BW and F(T) the device's bandwidth and matrix rate. The last stage adds the final norm and head for the rows that
+for T new tokens whose attention reads K tokens of KV; W_l are the weight bytes that T tokens read (of experts, those
+that are expected to be used), f_l operations per token, k_l KV bytes per token, BW and F(T) the device's bandwidth and
+matrix rate. The last stage adds the final norm and head for the rows that
 are sampled. Looking embeddings up is not counted: it reads T rows, not the table.
 """
 
@@ -35,7 +36,7 @@ class Batch:
 def layer_s(costs: LayerCosts, device: DeviceProfile, layer: int, batch: Batch) -> float:
     """Seconds of one layer."""
     compute_s = batch.tokens * costs.layer_flops[layer] / device.flops_at(batch.tokens)
-    weights_s = costs.layer_bytes[layer] / device.bandwidth_bytes_s
+    weights_s = costs.read_bytes(layer, batch.tokens) / device.bandwidth_bytes_s
     kv_s = batch.kv_tokens * costs.kv_bytes_per_token[layer] / device.bandwidth_bytes_s
     return max(weights_s, compute_s) + kv_s + device.layer_overhead_s
 
@@ -60,19 +61,20 @@ class StageTimer:
     """`stage_s` for one stage and many batches: layers that cost the same are counted once."""
 
     def __init__(self, costs: LayerCosts, device: DeviceProfile, first: int, last: int) -> None:
-        kinds = zip(costs.layer_bytes, costs.layer_flops, costs.kv_bytes_per_token, strict=True)
-        self._counts = Counter(list(kinds)[first:last])
+        experts = costs.experts
+        routed = [(0, 0)] * costs.num_layers
+        if experts is not None:
+            routed = list(zip(experts.layer_bytes, experts.number, strict=True))
+        kinds = list(zip(costs.layer_bytes, costs.layer_flops, costs.kv_bytes_per_token, routed, strict=True))
+        first_of = {kind: layer for layer, kind in reversed(list(enumerate(kinds[first:last], first)))}
+        self._counts = [(first_of[kind], count) for kind, count in Counter(kinds[first:last]).items()]
         self._costs, self._device, self._has_head = costs, device, last == costs.num_layers
-        self._fixed_s = device.step_overhead_s + (last - first) * device.layer_overhead_s
+        self._step_s = device.step_overhead_s
 
     def seconds(self, batch: Batch) -> float:
         """Predicted time of one forward pass."""
-        bandwidth, rate = self._device.bandwidth_bytes_s, self._device.flops_at(batch.tokens)
-        total = self._fixed_s
-        for (weight_bytes, flops, kv_bytes), count in self._counts.items():
-            work_s = max(weight_bytes / bandwidth, batch.tokens * flops / rate)
-            total += count * (work_s + batch.kv_tokens * kv_bytes / bandwidth)
-        return total + (head_s(self._costs, self._device, batch) if self._has_head else 0.0)
+        total = sum(count * layer_s(self._costs, self._device, layer, batch) for layer, count in self._counts)
+        return self._step_s + total + (head_s(self._costs, self._device, batch) if self._has_head else 0.0)
 
 
 def hop_s(costs: LayerCosts, links: LinkTopology, src: str, dst: str, batch: Batch) -> float:

@@ -6,12 +6,33 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """Weights of which a token uses some only. By layer: the bytes of all its routed experts, and how many those are
+    (0 in layers that have none); each token is routed to `per_token` of them.
+    """
+
+    layer_bytes: tuple[int, ...]
+    number: tuple[int, ...]
+    per_token: int
+
+    def unread_bytes(self, layer: int, tokens: int) -> float:
+        """Bytes of the experts that none of `tokens` tokens is expected to need.
+
+        Routers are trained to use their experts alike, so each of E is one of a token's k with probability k / E, and
+        E (1 - (1 - k / E) ** tokens) different ones are read.
+        """
+        number = self.number[layer]
+        return self.layer_bytes[layer] * (1 - self.per_token / number) ** tokens if number else 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class LayerCosts:
     """Bytes and operations of a model by part. With `tied` embeddings, a single stage needs no `head_bytes` of its own.
 
     `kv_bytes_per_token[l]` is what layer `l` keeps for one token; `workspace_bytes` is what any stage needs beside
     weights and KV, `head_workspace_bytes` what the last one needs on top (logits). `layer_flops[l]` and `head_flops`
-    are floating-point operations per token; `hidden_bytes` is what one token sends from stage to stage.
+    are floating-point operations per token; `hidden_bytes` is what one token sends from stage to stage. `layer_bytes`
+    count every expert, since all are kept; `read_bytes` those that a batch reads.
     """
 
     embedding_bytes: int
@@ -25,6 +46,7 @@ class LayerCosts:
     layer_flops: tuple[int, ...] = ()
     head_flops: int = 0
     hidden_bytes: int = 0
+    experts: Experts | None = None
 
     @property
     def num_layers(self) -> int:
@@ -38,6 +60,12 @@ class LayerCosts:
         if last == self.num_layers:
             total += self.after_bytes + (0 if self.tied and first == 0 else self.head_bytes)
         return total
+
+    def read_bytes(self, layer: int, tokens: int) -> float:
+        """Weights of a layer that a batch of `tokens` tokens reads."""
+        if self.experts is None:
+            return self.layer_bytes[layer]
+        return self.layer_bytes[layer] - self.experts.unread_bytes(layer, tokens)
 
     def stage_workspace_bytes(self, last: int) -> int:
         return self.workspace_bytes + (self.head_workspace_bytes if last == self.num_layers else 0)

@@ -189,7 +189,10 @@ def stage_limit(costs: LayerCosts, stage: StageCost, batch: Batch) -> Limit:
     device, rows = stage.device, batch.tokens
     spent: dict[Limit, float] = {"bandwidth": 0.0, "compute": 0.0}
     spent["overhead"] = device.step_overhead_s + (stage.last - stage.first) * device.layer_overhead_s
-    work = [(costs.layer_bytes[layer], costs.layer_flops[layer], rows) for layer in range(stage.first, stage.last)]
+    layers = range(stage.first, stage.last)
+    work: list[tuple[float, int, int]] = [
+        (costs.read_bytes(layer, rows), costs.layer_flops[layer], rows) for layer in layers
+    ]
     if stage.last == costs.num_layers:
         work.append((costs.after_bytes + costs.head_bytes, costs.head_flops, batch.logit_rows))
     for nbytes, flops, number in work:
@@ -208,7 +211,8 @@ def _roofline_tok_s(costs: LayerCosts, stages: Sequence[StageCost], streams: int
 
 
 def _roofline_s(costs: LayerCosts, device: DeviceProfile, stage: StageCost, streams: int, context: int) -> float:
-    weights, flops = sum(costs.layer_bytes[stage.first : stage.last]), sum(costs.layer_flops[stage.first : stage.last])
+    weights = sum(costs.read_bytes(layer, streams) for layer in range(stage.first, stage.last))
+    flops = sum(costs.layer_flops[stage.first : stage.last])
     if stage.last == costs.num_layers:
         weights, flops = weights + costs.after_bytes + costs.head_bytes, flops + costs.head_flops
     kv = streams * context * costs.stage_kv_bytes_per_token(stage.first, stage.last)

@@ -32,6 +32,10 @@ EXPECTED_RULES = {
     "/ready",
     "/live",
     "/metrics",
+    "/api/memory",
+    "/api/memory/reclaim",
+    "/api/memory/blocks/<block>/promote",
+    "/api/memory/blocks/<block>/demote",
     "/api/pipeline/status",
     "/api/gpu",
     "/api/system",
@@ -45,7 +49,7 @@ def routes(app: Flask) -> list[tuple[str, str, str]]:
     """(rule, a URL of it, method) of everything the application answers, OPTIONS aside."""
     found = []
     for rule in app.url_map.iter_rules():
-        url = rule.rule.replace("<path:name>", "demo").replace("<request_id>", "r")
+        url = rule.rule.replace("<path:name>", "demo").replace("<request_id>", "r").replace("<block>", "ab")
         found += [(rule.rule, url, method) for method in sorted((rule.methods or set()) - {"OPTIONS"})]
     return found
 

@@ -23,9 +23,15 @@ def make_scheduler(count: int, prompt: int = 8) -> Scheduler:
     return scheduler
 
 
-def rounds(scheduler: Scheduler, cohorts: int, steps: int, chunk: int | None = None) -> list[SchedulerOutput]:
-    """Keep `cohorts` steps in flight; they come back in the order in which they left."""
-    in_flight: deque[SchedulerOutput] = deque()
+def rounds(
+    scheduler: Scheduler,
+    cohorts: int,
+    steps: int,
+    chunk: int | None = None,
+    flight: deque[SchedulerOutput] | None = None,
+) -> list[SchedulerOutput]:
+    """Keep `cohorts` steps in flight, beside those of `flight`; they come back in the order in which they left."""
+    in_flight: deque[SchedulerOutput] = deque() if flight is None else flight
     seen = []
     while len(seen) < steps:
         while len(in_flight) < cohorts and (output := scheduler.schedule(cohorts, chunk)) is not None:
@@ -54,6 +60,51 @@ def test_shares_are_about_even(cohorts: int) -> None:
     sizes = [len(output.sequences) for output in outputs[2 * cohorts :]]
     assert max(sizes) - min(sizes) <= 1
     assert max(sizes) == 24 // cohorts
+
+
+@pytest.mark.parametrize(("count", "cohorts"), [(16, 5), (8, 5), (32, 7), (16, 3), (5, 4), (7, 4)])
+def test_what_rounding_gives_one_step_the_next_ones_lack(count: int, cohorts: int) -> None:
+    outputs = rounds(make_scheduler(count), cohorts, 8 * cohorts)[4 * cohorts :]
+    sizes = [len(output.sequences) for output in outputs]
+    assert max(sizes) - min(sizes) <= 1
+    for start in range(0, len(sizes), cohorts):
+        assert sum(sizes[start : start + cohorts]) == count, "as many steps in flight as were asked for, each one used"
+
+
+def test_a_new_request_joins_the_first_step_with_room_and_shares_even_out() -> None:
+    scheduler, flight = make_scheduler(8), deque[SchedulerOutput]()
+    rounds(scheduler, 4, 16, flight=flight)
+    late = Request("late", [3] * 8, SamplingParams(ignore_eos=True), 1000, arrival=99)
+    late.sequences = [Sequence(late, 0, 0, list(late.prompt_token_ids))]
+    scheduler.add(late)
+    outputs = rounds(scheduler, 4, 16, flight=flight)
+    joined = next(
+        index for index, o in enumerate(outputs) if any(i.seq_id == late.sequences[0].seq_id for i in o.sequences)
+    )
+    assert joined < 4, "within a round"
+    assert max(len(output.sequences) for output in outputs[4:]) == 3
+
+
+def test_cohorts_are_rebalanced_as_requests_end() -> None:
+    scheduler, flight = make_scheduler(12), deque[SchedulerOutput]()
+    outputs = rounds(scheduler, 3, 12, flight=flight)
+    assert {len(output.sequences) for output in outputs[6:]} == {4}
+    ending = {item.seq_id for item in outputs[-1].sequences} | {outputs[-2].sequences[0].seq_id}
+    for sequence in list(scheduler.live_sequences()):
+        if sequence.seq_id in ending:
+            scheduler.finish(sequence, "abort")
+    assert len(ending) == 5, "all of one cohort and one of another"
+    sizes = [len(output.sequences) for output in rounds(scheduler, 3, 12, flight=flight)[6:]]
+    assert set(sizes) == {2, 3}
+    assert sum(sizes) == 14
+
+
+def test_what_decodes_is_no_prompt() -> None:
+    scheduler = make_scheduler(3, prompt=50)
+    assert scheduler.prompt_tokens_left == 50
+    rounds(scheduler, 1, 2)
+    assert scheduler.num_decoding == 3
+    assert scheduler.prompt_tokens_left == 0, "or as many steps would be in flight as there are stages"
 
 
 def test_a_long_context_counts_for_more() -> None:

@@ -17,7 +17,7 @@ from vramancer.cli import app
 from vramancer.cli.options import settings_command
 from vramancer.main import as_command
 
-SECTIONS = ("model", "devices", "engine", "api", "security", "logging", "runtime")
+SECTIONS = ("model", "devices", "engine", "lending", "memory", "api", "security", "logging", "runtime")
 
 
 @pytest.fixture(autouse=True)

@@ -80,6 +80,14 @@ def test_it_says_what_a_card_costs_or_brings(large: str) -> None:
     assert plan["one_more"][0]["gain"] > 0
 
 
+def test_one_more_of_each_card_is_told_without_asking(large: str) -> None:
+    plan = plan_json(large, "--gpu", "3090*2", "--gpu", "5070 Ti", "--max-model-len", "2048")
+    assert [effect["name"] for effect in plan["one_more"]] == ["RTX 3090", "RTX 5070 Ti"]
+    assert all(effect["tok_s_without"] > 0 and effect["gain"] >= 0 for effect in plan["one_more"])
+    asked = plan_json(large, "--gpu", "3090*2", "--more", "3060", "--max-model-len", "2048")
+    assert [effect["name"] for effect in asked["one_more"]] == ["RTX 3060"]
+
+
 def test_layers_by_hand(large: str) -> None:
     plan = plan_json(large, "--gpu", "24GiB@936GB/s*2", "--layers", "30,18", "--max-model-len", "2048")
     assert [(stage["first_layer"], stage["last_layer"]) for stage in plan["stages"]] == [(0, 30), (30, 48)]

@@ -37,6 +37,8 @@ def test_defaults_are_the_contract(environ: dict[str, str]) -> None:
     settings = load_settings(environ=environ)
     assert (settings.api.host, settings.api.port, settings.api.metrics_port) == ("127.0.0.1", 5000, 9108)
     assert settings.model.name is None
+    assert settings.lending.enabled
+    assert (settings.lending.lend_ratio, settings.lending.reclaim_threshold) == (0.70, 0.80)
     assert not settings.security.production
     assert settings.api.token is None
 
@@ -68,6 +70,10 @@ def test_each_source_wins_over_the_one_before(environ: dict[str, str], tmp_path:
         ("VRM_ENGINE_MAX_BATCH_SIZE", "7", "engine.max_batch_size", 7),
         ("VRM_API_CORS_ORIGINS", "http://a, http://b", "api.cors_origins", ("http://a", "http://b")),
         ("VRM_DEVICES_DEVICES", "cpu=1GiB", "devices.devices", "cpu=1GiB"),
+        ("VRM_LENDING_ENABLED", "0", "lending.enabled", False),
+        ("VRM_LEND_RATIO", "0.5", "lending.lend_ratio", 0.5),
+        ("VRM_RECLAIM_THRESHOLD", "0.9", "lending.reclaim_threshold", 0.9),
+        ("VRM_LENDING_HOST_BYTES", "0", "lending.host_bytes", 0),
     ],
 )
 def test_environment_names(environ: dict[str, str], variable: str, text: str, key: str, value: object) -> None:
@@ -125,6 +131,9 @@ def test_unknown_override_is_refused(environ: dict[str, str]) -> None:
         ("model", "dtype: int8", "auto, bfloat16, float16, float32"),
         ("security", "production: sure", "1, 0, true or false"),
         ("devices", "memory_fraction: 0", "above 0"),
+        ("lending", "lend_ratio: 1.1", "at most 1"),
+        ("lending", "reclaim_threshold: 0", "above 0"),
+        ("lending", "host_bytes: -1", "at least 0"),
         ("api", "port: null", "integer"),
     ],
 )

@@ -228,7 +228,7 @@ def test_a_failed_swap_leaves_the_old_model_serving(
 
 
 def test_a_model_that_only_fits_alone_replaces_the_old_one(tiny: Path, open_pipeline: OpenPipeline) -> None:
-    pipeline = open_pipeline(tiny, devices__devices="cpu=24MiB")
+    pipeline = open_pipeline(tiny, devices__devices="cpu=25MiB")
     pipeline.load(DEMO_NAME)
     assert pipeline.model.name == DEMO_NAME
     pipeline.load(str(tiny))
@@ -277,7 +277,7 @@ def test_transfers_between_stages_are_counted(tiny: Path, open_pipeline: OpenPip
 def test_the_old_model_comes_back_whatever_stops_the_new_one(
     tiny: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline = open_pipeline(tiny, devices__devices="cpu=24MiB")
+    pipeline = open_pipeline(tiny, devices__devices="cpu=25MiB")
     start = pipeline._warm_up
     calls = iter([MemoryError("no more"), None])
 

@@ -98,13 +98,52 @@ def test_stages_work_at_the_same_time(
     assert met.is_set() == (cohorts == 2)
 
 
+def test_one_stream_never_leaves_the_engine_thread(
+    llama: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = open_pipeline(llama, devices__devices=THREE, engine__cohorts=3)
+    submitted = []
+    submit = pipeline.engine.runner.submit
+    monkeypatch.setattr(pipeline.engine.runner, "submit", lambda *args: (submitted.append(args[0]), submit(*args)))
+    (alone,) = answers(pipeline, [[5, 6, 7]])
+    assert len(alone) == GREEDY.max_tokens
+    assert submitted == []
+    answers(pipeline, [[5, 6, 7], [8, 9, 10], [11, 12, 13]])
+    assert submitted, "and several do"
+
+
+def test_one_cohort_is_sampled_while_the_last_stage_computes_another(
+    llama: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = open_pipeline(llama, devices__devices="cpu=64MiB,cpu=64MiB", engine__cohorts=2)
+    stage, sampler = pipeline.engine.stages[-1], pipeline.engine.runner._sampler
+    met = threading.Event()
+    barrier = threading.Barrier(2, action=met.set)
+
+    def meeting(function: Callable[..., object]) -> Callable[..., object]:
+        def wait_once(*args: object) -> object:
+            if not met.is_set():
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    barrier.wait(0.5)
+                if barrier.broken:
+                    barrier.reset()
+            return function(*args)
+
+        return wait_once
+
+    monkeypatch.setattr(stage, "forward", meeting(stage.forward))
+    monkeypatch.setattr(sampler, "sample", meeting(sampler.sample))
+    answers(pipeline, [[5, 6], [7, 8]], replace(GREEDY, max_tokens=6))
+    assert met.is_set()
+
+
 def test_chunks_of_one_prompt_follow_each_other_through_the_stages(
     llama: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = open_pipeline(llama, devices__devices="cpu=64MiB,cpu=64MiB", engine__max_num_batched_tokens=16)
     prompt = [3 + i % (VOCAB - 3) for i in range(100)]
     expected = answers(pipeline, [prompt])
-    pipeline.engine.batcher.call(pipeline.engine.kv.pool.clear_index).result(10)
+    pipeline.engine.batcher.call(pipeline.engine.kv.forget_cached).result(10)
     met = meet(*pipeline.engine.stages, monkeypatch=monkeypatch)
     assert answers(pipeline, [prompt]) == expected
     assert met.is_set()

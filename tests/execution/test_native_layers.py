@@ -74,7 +74,7 @@ class Bound:
         self.metadata = replace(metadata, slot_mapping=slots(metadata, case.block_size))
         self.module, self.context = module, AttentionContext(NativePagedAttention(kernels))
         self.k_pages, self.v_pages = k_pages.clone(), v_pages.clone()
-        bind(module, {0: LayerAttention(self.context, self.k_pages, self.v_pages, None)})
+        bind(module, {0: LayerAttention(self.context, 0, self.k_pages, self.v_pages, None)})
 
     def __call__(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         self.context.metadata = self.metadata

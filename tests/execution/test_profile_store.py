@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from core.devices import Device
-from core.execution.profile_store import ProfileStore, device_facts, key_of
+from core.execution.profile_store import ProfileStore, device_facts, kernel_digest, key_of
 from core.placement import DeviceProfile, LinkProfile
 
 FACTS = {"kind": "cpu", "product": "a processor", "threads": 2, "dtype": "float32", "shape": {"hidden": 8}}
@@ -149,3 +149,20 @@ def test_a_card_is_known_by_name_and_driver(monkeypatch: pytest.MonkeyPatch, ope
     driver = "575.64" if opens else "CUDA 12.9"
     assert facts == {"kind": "cuda", "product": "Card at cuda:1", "driver": driver, "threads": None}
     assert nvml.sessions == 0
+
+
+def test_another_kernel_is_another_digest(tmp_path: Path) -> None:
+    source = tmp_path / "dot.c"
+    source.write_text("int a;")
+    (tmp_path / "notes.txt").write_text("")
+    digests = []
+    for content in ("int a;", "int b;", "int a;"):
+        source.write_text(content)
+        kernel_digest.cache_clear()
+        digests.append(kernel_digest((tmp_path,)))
+    assert digests[0] == digests[2] != digests[1]
+    source.rename(tmp_path / "product.c")
+    kernel_digest.cache_clear()
+    assert kernel_digest((tmp_path,)) != digests[0]
+    kernel_digest.cache_clear()
+    assert kernel_digest() == kernel_digest()

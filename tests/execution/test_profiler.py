@@ -126,6 +126,16 @@ def test_another_dtype_or_shape_is_measured(cache: Path, timings: Timings, llama
     assert len(list((cache / "profiles").iterdir())) == 5
 
 
+def test_other_kernels_are_measured(
+    cache: Path, timings: Timings, llama: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profiler(cache).devices([CPU], llama)
+    timings.count = 0
+    monkeypatch.setattr("core.execution.profiler.kernel_digest", lambda: "edited")
+    profiler(cache).devices([CPU], llama)
+    assert timings.count == 1 + len(ROWS) + 2
+
+
 def test_a_damaged_file_is_measured_again(cache: Path, timings: Timings, llama: Architecture) -> None:
     profiler(cache).devices([CPU], llama)
     (path,) = (cache / "profiles").iterdir()

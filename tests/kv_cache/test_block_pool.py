@@ -9,6 +9,7 @@ import pytest
 from core.kv_cache.block_pool import BlockPool
 from core.kv_cache.block_table import PrefixHasher
 from core.kv_cache.manager import KVCacheManager
+from core.kv_cache.page_ops import LOCAL, PageCopy
 
 
 def test_a_released_block_with_content_is_found_until_its_id_is_reused() -> None:
@@ -104,17 +105,19 @@ def test_writing_a_shared_block_copies_it_and_the_last_owner_keeps_the_original(
     original = kv.table(1).blocks[0]
     kv.fork(1, 2, 2)
     assert kv.table(2).blocks[0] == original
-    copies = kv.grow(2, 2, 3)
-    assert copies == [(original, kv.table(2).blocks[0])]
+    assert kv.grow(2, 2, 3)
+    (step,) = kv.take_step(1, [2])
+    assert step.ops == (PageCopy((LOCAL, original), (LOCAL, kv.table(2).blocks[0])),)
     assert kv.table(2).blocks[0] != original
-    assert kv.grow(1, 3, 4) == [], "the last owner writes in place"
+    assert kv.grow(1, 3, 4)
+    assert kv.take_step(2, [1]) == (), "the last owner writes in place"
     kv.check_invariants([1, 2])
 
 
 def test_growing_beyond_the_pool_changes_nothing() -> None:
     kv = KVCacheManager(2, 2)
     kv.open(1, [1, 2, 3, 4, 5], read_prefix=True)
-    assert kv.grow(1, 0, 5) is None
+    assert not kv.grow(1, 0, 5)
     assert len(kv.table(1)) == 0
     assert kv.pool.num_free == 2
 
@@ -134,7 +137,7 @@ def test_random_operations_keep_the_invariants(seed: int) -> None:
         elif live and action < 0.7:
             seq = rng.choice(sorted(live))
             upto = min(len(live[seq]), written[seq] + rng.randint(1, 6))
-            if upto > written[seq] and kv.grow(seq, written[seq], upto) is not None:
+            if upto > written[seq] and kv.grow(seq, written[seq], upto):
                 kv.commit(seq, live[seq], upto)
                 written[seq] = upto
         elif live and action < 0.85:

@@ -10,7 +10,17 @@ import pytest
 from prometheus_client import generate_latest
 
 from core.errors import ConfigError
-from core.metrics import DeviceMemory, KVPages, MetricsRegistry, MetricsServer, MetricsSnapshot, StageWork
+from core.metrics import (
+    DeviceMemory,
+    KVPages,
+    LendingState,
+    MetricsRegistry,
+    MetricsServer,
+    MetricsSnapshot,
+    StageWork,
+    TierMoves,
+    TierState,
+)
 
 SNAPSHOT = MetricsSnapshot(
     devices=(DeviceMemory("cuda:0", "cuda", 0, 3, 8), DeviceMemory("cpu:0", "cpu", 0, 1, 2)),
@@ -24,6 +34,16 @@ SNAPSHOT = MetricsSnapshot(
     prefix_cache_hits_total=4,
     kv_evictions_total=2,
     stages=(StageWork("0:cuda:0", 0.75, 40, 3.0, 2.5),),
+    tiers=(TierState("L3", 11, 12, 13, 14, 15, 1.25),),
+    tier_moves=(
+        TierMoves("promotion", "L5", "L3", 16),
+        TierMoves("demotion", "L1", "L3", 17),
+        TierMoves("eviction", "L5", "none", 18),
+    ),
+    tier_dropped_writes_total=19,
+    lending=LendingState(
+        {("cuda:1", "cuda:0"): 3, ("cuda:1", "host"): 1}, {"low": 0, "critical": 2}, 12_000, 4, 2_500_000_000
+    ),
 )
 
 
@@ -105,9 +125,32 @@ def test_snapshot_is_read_at_each_scrape(metrics: MetricsRegistry) -> None:
         'stage_busy_seconds_total{stage="0:cuda:0"} 3.0',
         'stage_predicted_seconds_total{stage="0:cuda:0"} 2.5',
         'stage_forwards_total{stage="0:cuda:0"} 40.0',
+        'memory_tier_blocks{tier="L3"} 11.0',
+        'memory_tier_used_bytes{tier="L3"} 12.0',
+        'memory_tier_capacity_bytes{tier="L3"} 13.0',
+        'memory_tier_hits_total{tier="L3"} 14.0',
+        'memory_tier_misses_total{tier="L3"} 15.0',
+        'block_hotness{tier="L3"} 1.25',
+        'memory_promotions_total{from="L5",to="L3"} 16.0',
+        'memory_demotions_total{from="L1",to="L3"} 17.0',
+        'memory_evictions_total{from="L5",to="none"} 18.0',
+        "memory_dropped_writes_total 19.0",
+        'lending_borrows_total{borrower="cuda:1",lender="cuda:0"} 3.0',
+        'lending_borrows_total{borrower="cuda:1",lender="host"} 1.0',
+        'lending_reclaims_total{urgency="low"} 0.0',
+        'lending_reclaims_total{urgency="critical"} 2.0',
+        "lending_active_leases 4.0",
+        "lending_bytes_lent_total 12000.0",
+        "lending_pool_capacity_gb 2.5",
     ):
         assert f"vramancer_{line}\n" in text
     assert value(metrics, "requests_waiting") == 1
+
+
+def test_an_engine_that_never_lent_says_so(metrics: MetricsRegistry) -> None:
+    metrics.set_snapshot_source(MetricsSnapshot)
+    assert value(metrics, "lending_active_leases") == value(metrics, "lending_bytes_lent_total") == 0
+    assert value(metrics, "lending_pool_capacity_gb") == 0
 
 
 def test_without_an_engine_its_metrics_are_absent(metrics: MetricsRegistry) -> None:

@@ -83,7 +83,7 @@ class RemoteAnswerer:
                     yield choice.get("delta", {}).get("content") or ""
 
 
-@settings_command("model", "devices", "engine", "logging", "runtime", model_argument=True)
+@settings_command("model", "devices", "engine", "lending", "memory", "logging", "runtime", model_argument=True)
 def run(
     settings: Settings,
     url: Annotated[

@@ -12,7 +12,7 @@ import typer
 from core.config import SettingInfo, iter_settings, load_settings
 from core.errors import ConfigError, VRAMancerError
 
-Section = Literal["model", "devices", "engine", "api", "security", "logging", "runtime"]
+Section = Literal["model", "devices", "engine", "lending", "memory", "api", "security", "logging", "runtime"]
 _CONFIG = "config"
 _MODEL = "model_argument"
 

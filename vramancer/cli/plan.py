@@ -32,7 +32,12 @@ def plan(
         ),
     ] = None,
     more: Annotated[
-        list[str] | None, typer.Option("--more", metavar="CARD", help="Also say what one more card would bring.")
+        list[str] | None,
+        typer.Option(
+            "--more",
+            metavar="CARD",
+            help="Say what this card would bring on top; may be repeated. Not set: one more of each --gpu.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:

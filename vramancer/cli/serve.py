@@ -6,7 +6,9 @@ from core.config import Settings
 from vramancer.cli.options import settings_command
 
 
-@settings_command("model", "devices", "engine", "api", "security", "logging", "runtime", model_argument=True)
+@settings_command(
+    "model", "devices", "engine", "lending", "memory", "api", "security", "logging", "runtime", model_argument=True
+)
 def serve(settings: Settings) -> int:
     """Serve a model over the OpenAI-compatible API. Ctrl-C lets running requests finish; a second one exits at once."""
     from vramancer.server import serve as run_server

@@ -7,6 +7,7 @@ name, so transformers builds no masks.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,8 @@ from torch import nn
 from transformers import AttentionInterface
 
 from core.errors import UnsupportedModelError
-from core.execution.attention.metadata import AttentionMetadata, AttentionSpec
+from core.execution.attention.merge import Part
+from core.execution.attention.metadata import AttentionMetadata, AttentionSpec, SiteBatch
 
 ATTENTION_NAME = "vramancer_paged"
 _BOUND = "_vramancer_attention"
@@ -35,31 +37,64 @@ class AttentionBackend(Protocol):
         spec: AttentionSpec,
     ) -> torch.Tensor: ...  # fmt: skip
 
+    def attend_partial(
+        self, query: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, site: SiteBatch, spec: AttentionSpec
+    ) -> Part:
+        """Attention over the keys of one site: `query` `[R, Hq, D]` to fp32 `[R, Hq, Dv]` and fp32 `[R, Hq]`.
+
+        The second is the natural log of the sum of exponentials of the scores, scaled and capped, by which
+        `core.execution.attention.merge` weighs the parts. A row that sees no key here gets 0 and -inf. `spec.sinks`
+        play no part: they join once, at the merge.
+        """
+        ...
+
+    def merge(self, parts: Sequence[Part], sinks: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """`core.execution.attention.merge.merge_partials`, the backend's way."""
+        ...
+
+
+class Sites(Protocol):
+    """Attention over pages of which some are on other devices (`core.execution.site_attention`)."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, metadata: AttentionMetadata, spec: AttentionSpec
+    ) -> torch.Tensor: ...
+
 
 class AttentionContext:
-    """What a stage's attention modules share. `metadata` is set by the stage before each forward pass."""
+    """What a stage's attention modules share. `metadata` is set by the stage before each forward pass, and `wait_for`
+    if pages are still being loaded: it returns once those of a layer are there."""
 
-    def __init__(self, backend: AttentionBackend) -> None:
+    def __init__(self, backend: AttentionBackend, sites: Sites | None = None) -> None:
         self.backend = backend
+        self.sites = sites
         self.metadata: AttentionMetadata | None = None
+        self.wait_for: Callable[[int], None] | None = None
 
 
 class LayerAttention:
-    """One layer's pages and window, bound to its attention module."""
+    """One layer's local pages and window, bound to its attention module."""
 
     def __init__(
-        self, context: AttentionContext, k_pages: torch.Tensor, v_pages: torch.Tensor, window: int | None
+        self, context: AttentionContext, index: int, k_pages: torch.Tensor, v_pages: torch.Tensor, window: int | None
     ) -> None:
         self.context = context
+        self.index = index
         self.k_pages = k_pages
         self.v_pages = v_pages
         self.window = window
+
+    def ready(self) -> AttentionMetadata | None:
+        """The step's metadata, once this layer's pages are there; None outside a step."""
+        if self.context.wait_for is not None:
+            self.context.wait_for(self.index)
+        return self.context.metadata
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: AttentionSpec
     ) -> torch.Tensor:
         """`query` `[1, Hq, T, D]`, `key`, `value` `[1, Hkv, T, D]` to `[1, T, Hq, Dv]`."""
-        metadata, backend = self.context.metadata, self.context.backend
+        metadata, backend = self.ready(), self.context.backend
         if metadata is None:
             raise RuntimeError("attention is called outside a step")
         key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)
@@ -69,6 +104,8 @@ class LayerAttention:
                 f"{tuple(self.k_pages.shape[2:])}, {tuple(self.v_pages.shape[2:])} that its config announces."
             )
         backend.write(key, value, self.k_pages, self.v_pages, metadata)
+        if metadata.sites and self.context.sites is not None:
+            return self.context.sites.attend(self.index, query[0].transpose(0, 1), metadata, spec)[None]
         return backend.attend(query[0].transpose(0, 1), self.k_pages, self.v_pages, metadata, spec)[None]
 
 

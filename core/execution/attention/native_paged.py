@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from core.execution.attention.metadata import AttentionMetadata, AttentionSpec
+from core.execution.attention.merge import Part
+from core.execution.attention.metadata import AttentionMetadata, AttentionSpec, SiteBatch
 from core.execution.native import NativeKernels
 
 
@@ -31,3 +34,16 @@ class NativePagedAttention:
             sliding_window=spec.window or 0, softcap=spec.softcap or 0.0, sinks=spec.sinks,
         )  # fmt: skip
         return output
+
+    def attend_partial(
+        self, query: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, site: SiteBatch, spec: AttentionSpec
+    ) -> Part:
+        """See `AttentionBackend.attend_partial`."""
+        return self._kernels.paged_attention_partial(
+            query, k_pages, v_pages, site.block_tables, site.query_start, site.seq_lens, *site.bounds(spec.window),
+            spec.scale, softcap=spec.softcap or 0.0,
+        )  # fmt: skip
+
+    def merge(self, parts: Sequence[Part], sinks: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """See `AttentionBackend.merge`."""
+        return self._kernels.merge_partials(parts, sinks, dtype)

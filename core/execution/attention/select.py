@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from core.config import Settings
@@ -12,12 +14,47 @@ from core.devices import Device
 from core.execution.attention.interface import AttentionBackend
 from core.execution.attention.native_paged import NativePagedAttention
 from core.execution.attention.torch_paged import TorchPagedAttention
-from core.execution.native import NativeKernels, load_native, swap_layers, swap_linears, swap_norms
+from core.execution.native import (
+    NativeKernels,
+    load_native,
+    pack_linears,
+    packing_bytes,
+    packs_weights,
+    swap_layers,
+    swap_linears,
+    swap_norms,
+)
 from core.logs import get_logger
 
 logger = get_logger(__name__)
 
-LinearAdapter = Callable[[nn.Module], None]
+
+@dataclass(frozen=True, slots=True)
+class LinearAdapter:
+    """Puts the kernels' modules in the place of a model's own."""
+
+    kernels: NativeKernels
+
+    def extra_bytes(self, model: nn.Module) -> int:
+        """At most what the call takes beyond the model's parameters."""
+        return packing_bytes(model) if self.kernels.packs else 0
+
+    def __call__(self, model: nn.Module) -> None:
+        swap_linears(model, self.kernels)
+        pack_linears(model, self.kernels)
+        swap_norms(model, self.kernels)
+        swap_layers(model, self.kernels)
+
+
+def planned_packing(
+    devices: Sequence[Device], settings: Settings, dtype: torch.dtype
+) -> Callable[[nn.Module], int] | None:
+    """What the adapters of these devices may take beyond a module's parameters; None if that is nothing.
+
+    A plan does not know yet which device gets which layers, so one that packs is enough to count it everywhere.
+    """
+    any_kernels = settings.engine.native_kernels and any(device.kind in ("cpu", "sim") for device in devices)
+    return packing_bytes if any_kernels and packs_weights(dtype) else None
 
 
 def select_attention(
@@ -36,11 +73,23 @@ def select_attention(
     if device.kind in ("cpu", "sim") and settings.engine.native_kernels:
         kernels = load_native(settings.runtime.cache_dir / "kernels", threads)
         if kernels is not None:
-            return NativePagedAttention(kernels), lambda model: _use_kernels(model, kernels)
+            return NativePagedAttention(kernels), LinearAdapter(kernels)
     return TorchPagedAttention(), None
 
 
-def _use_kernels(model: nn.Module, kernels: NativeKernels) -> None:
-    swap_linears(model, kernels)
-    swap_norms(model, kernels)
-    swap_layers(model, kernels)
+class AttentionBackends:
+    """The attention backends of one engine, made when first asked for."""
+
+    def __init__(self, settings: Settings, threads: Callable[[], int]) -> None:
+        self._settings = settings
+        self._threads = threads
+        self._made: dict[str, tuple[AttentionBackend, LinearAdapter | None]] = {}
+
+    def of(self, device: Device) -> tuple[AttentionBackend, LinearAdapter | None]:
+        """See `select_attention`."""
+        if device.name not in self._made:
+            self._made[device.name] = select_attention(device, self._settings, self._threads)
+        return self._made[device.name]
+
+    def __call__(self, device: Device) -> AttentionBackend:
+        return self.of(device)[0]

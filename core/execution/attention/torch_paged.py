@@ -1,15 +1,18 @@
 """Paged attention in plain torch operations: any device, the reference for the kernels.
 
-Decodes are computed together over gathered pages; each longer sequence goes through SDPA by itself. Soft caps and
-sinks, which SDPA does not know, are computed by hand in fp32, a bounded number of query rows at a time.
+Decodes are computed together over gathered pages; each longer sequence goes through SDPA by itself. Soft caps, sinks
+and partial results, which SDPA does not know, are computed by hand in fp32, a bounded number of query rows at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
-from core.execution.attention.metadata import AttentionMetadata, AttentionSpec
+from core.execution.attention.merge import Part, merge_partials
+from core.execution.attention.metadata import AttentionMetadata, AttentionSpec, SiteBatch
 
 _ROWS_BY_HAND = 256
 
@@ -47,6 +50,45 @@ class TorchPagedAttention:
             rows = slice(starts[index], starts[index + 1])
             output[rows] = _prefill(query[rows], k_pages, v_pages, metadata, index, spec)
         return output
+
+    def attend_partial(
+        self, query: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, site: SiteBatch, spec: AttentionSpec
+    ) -> Part:
+        """See `AttentionBackend.attend_partial`."""
+        output = query.new_zeros((*query.shape[:2], v_pages.shape[-1]), dtype=torch.float32)
+        lse = query.new_full(query.shape[:2], float("-inf"), dtype=torch.float32)
+        lo, hi = site.bounds(spec.window)
+        for first, last in _runs(site.host_query_start, site.host_seq_lens):
+            longest = max(site.host_seq_lens[first:last])
+            if longest == 0:
+                continue
+            tables = site.block_tables[first:last, : -(-longest // site.block_size)].long()
+            key = k_pages[tables].flatten(1, 2)[:, :longest].transpose(1, 2)  # [B, Hkv, L, D]
+            value = v_pages[tables].flatten(1, 2)[:, :longest].transpose(1, 2)
+            keys = torch.arange(longest, device=query.device)
+            begin, end, count = site.host_query_start[first], site.host_query_start[last], last - first
+            for at in range(begin, end, _ROWS_BY_HAND * count):
+                rows = slice(at, min(end, at + _ROWS_BY_HAND * count))
+                packed = query[rows].reshape(count, -1, *query.shape[1:]).transpose(1, 2)  # [B, Hq, q, D]
+                visible = (keys >= lo[rows, None]) & (keys < hi[rows, None])
+                visible = visible.view(count, -1, longest)  # [B, q, L]
+                out, part_lse = _attend_part(packed, key, value, visible, spec)
+                output[rows] = out.transpose(1, 2).flatten(0, 1)
+                lse[rows] = part_lse.transpose(1, 2).flatten(0, 1)
+        return output, lse
+
+    def merge(self, parts: Sequence[Part], sinks: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """See `AttentionBackend.merge`."""
+        return merge_partials(parts, sinks, dtype)
+
+
+def _runs(starts: tuple[int, ...], lengths: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Ranges of sequences to compute together: the leading ones with a single row, then each by itself."""
+    singles = 0
+    while singles < len(lengths) and starts[singles + 1] - starts[singles] == 1:
+        singles += 1
+    rest = [(index, index + 1) for index in range(singles, len(lengths))]
+    return [(0, singles), *rest] if singles else rest
 
 
 def _decode(
@@ -120,3 +162,22 @@ def _attend(
     else:
         weights = torch.softmax(scores, dim=-1)
     return (weights @ value).to(query.dtype)
+
+
+def _attend_part(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor, spec: AttentionSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`query` `[B, Hq, q, D]`, `key`, `value` `[B, Hkv, L, D]`, `visible` `[B, q, L]` to fp32 `[B, Hq, q, Dv]` and the
+    log-sum-exp of the scores, fp32 `[B, Hq, q]`. Query heads of a KV head are rows of one product: K is not repeated.
+    """
+    batch, kv_heads, groups = query.shape[0], key.shape[1], query.shape[1] // key.shape[1]
+    grouped = query.float().reshape(batch, kv_heads, -1, query.shape[-1])  # [B, Hkv, groups * q, D]
+    scores = (grouped @ key.float().transpose(-1, -2) * spec.scale).view(batch, kv_heads, groups, -1, key.shape[2])
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
+    lse = scores.logsumexp(dim=-1)  # [B, Hkv, groups, q]
+    base = lse.masked_fill(lse == float("-inf"), 0.0)  # rows without a key get weights of exp(-inf - 0) = 0
+    weights = torch.exp(scores - base[..., None]).flatten(2, 3)
+    output = (weights @ value.float()).view(batch, kv_heads * groups, -1, value.shape[-1])
+    return output, lse.flatten(1, 2)

@@ -8,12 +8,14 @@ page with an online softmax in fp32 (Milakov and Gimelshein 2018, as in FlashAtt
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
-from core.execution.attention.metadata import AttentionMetadata, AttentionSpec
+from core.execution.attention.merge import Part, merge_partials
+from core.execution.attention.metadata import AttentionMetadata, AttentionSpec, SiteBatch
 from core.execution.attention.torch_paged import write_kv
 
 _PREFILL_ROWS = 64
@@ -23,11 +25,12 @@ _MIN_TILE = 16  # tl.dot's smallest side
 
 @triton.jit
 def _paged_attention(
-    out, query, k_pages, v_pages, tables, query_start, seq_lens, sinks, scale, softcap, window,
-    query_row, query_head, out_row, out_head, k_slot, k_head, v_slot, v_head, table_row,
+    out, lse, query, k_pages, v_pages, tables, query_start, seq_lens, row_lo, row_hi, sinks, scale, softcap, window,
+    query_row, query_head, out_row, out_head, lse_row, k_slot, k_head, v_slot, v_head, table_row,
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, PAGE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     sequence, kv_head, q_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = tl.load(query_start + sequence)
@@ -53,6 +56,11 @@ def _paged_attention(
         oldest = tl.maximum(kv_len - q_len + q_block * BLOCK_Q - window + 1, 0)
         first = oldest // BLOCK_N * BLOCK_N
     last = tl.minimum(kv_len, kv_len - q_len + (q_block + 1) * BLOCK_Q)
+    if HAS_BOUNDS:
+        lo = tl.load(row_lo + start + q_index, mask=row_ok, other=2147483647)
+        hi = tl.load(row_hi + start + q_index, mask=row_ok, other=0)
+        first = tl.min(lo) // BLOCK_N * BLOCK_N
+        last = tl.minimum(kv_len, tl.max(hi))
     for n in range(first, last, BLOCK_N):
         token = n + keys
         token_ok = token < last
@@ -64,9 +72,13 @@ def _paged_attention(
         if HAS_SOFTCAP:
             bounded = 1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0)  # tanh
             scores = softcap * bounded
-        visible = token_ok[None] & (token[None] <= position[:, None])
-        if HAS_WINDOW:
-            visible = visible & (token[None] > position[:, None] - window)
+        if HAS_BOUNDS:
+            visible = (token[None] >= lo[:, None]) & (token[None] < hi[:, None])
+        else:
+            visible = token[None] <= position[:, None]
+            if HAS_WINDOW:
+                visible = visible & (token[None] > position[:, None] - window)
+        visible = visible & token_ok[None]
         scores = tl.where(visible, scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -77,6 +89,9 @@ def _paged_attention(
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         total = total * shrink + tl.sum(weights, 1)
         highest = higher
+    if HAS_LSE:
+        seen = tl.where(total == 0.0, 1.0, total)
+        tl.store(lse + (start + q_index).to(tl.int64) * lse_row + head, highest + tl.log(seen), mask=row_ok)
     if HAS_SINKS:
         sink = tl.load(sinks + head, mask=row_ok, other=0.0).to(tl.float32)
         total += tl.exp(sink - tl.where(highest == float("-inf"), 0.0, highest))
@@ -101,23 +116,46 @@ class TritonPagedAttention:
         spec: AttentionSpec,
     ) -> torch.Tensor:  # fmt: skip
         """One launch for the whole packed batch."""
-        starts = metadata.host_query_start
-        longest = max(last - first for first, last in itertools.pairwise(starts))
-        query = query if query.stride(-1) == 1 else query.contiguous()
         output = query.new_empty(query.shape[0], query.shape[1], v_pages.shape[-1])
-        kv_heads, group = k_pages.shape[2], query.shape[1] // k_pages.shape[2]
-        block_q = 1 if longest == 1 else max(1, _PREFILL_ROWS // triton.next_power_of_2(group))
-        grid = (len(metadata.host_seq_lens), kv_heads, triton.cdiv(longest, block_q))
-        _paged_attention[grid](
-            output, query, k_pages, v_pages, metadata.block_tables, metadata.query_start, metadata.seq_lens,
-            spec.sinks, spec.scale, spec.softcap or 0.0, spec.window or 0,
-            query.stride(0), query.stride(1), output.stride(0), output.stride(1), k_pages.stride(1),
-            k_pages.stride(2), v_pages.stride(1), v_pages.stride(2), metadata.block_tables.stride(0),
-            GROUP=group, KEY_DIM=k_pages.shape[-1], VALUE_DIM=v_pages.shape[-1],
-            BLOCK_KEY=max(_MIN_TILE, triton.next_power_of_2(k_pages.shape[-1])),
-            BLOCK_VALUE=max(_MIN_TILE, triton.next_power_of_2(v_pages.shape[-1])), PAGE=k_pages.shape[1],
-            BLOCK_Q=block_q, BLOCK_M=max(_MIN_TILE, triton.next_power_of_2(block_q * group)), BLOCK_N=_KEYS,
-            HAS_WINDOW=spec.window is not None, HAS_SOFTCAP=spec.softcap is not None,
-            HAS_SINKS=spec.sinks is not None,
-        )  # fmt: skip
+        _launch(output, None, query, k_pages, v_pages, metadata, spec)
         return output
+
+    def attend_partial(
+        self, query: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, site: SiteBatch, spec: AttentionSpec
+    ) -> Part:
+        """See `AttentionBackend.attend_partial`."""
+        output = query.new_empty((*query.shape[:2], v_pages.shape[-1]), dtype=torch.float32)
+        lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+        if query.shape[0]:
+            _launch(output, lse, query, k_pages, v_pages, site, spec)
+        return output, lse
+
+    def merge(self, parts: Sequence[Part], sinks: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """See `AttentionBackend.merge`."""
+        return merge_partials(parts, sinks, dtype)
+
+
+def _launch(
+    output: torch.Tensor, lse: torch.Tensor | None, query: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor,
+    batch: AttentionMetadata | SiteBatch, spec: AttentionSpec,
+) -> None:  # fmt: skip
+    """Fills `output` and `lse`. A site's bounds stand for causality and window, and sinks are left out."""
+    longest = max(last - first for first, last in itertools.pairwise(batch.host_query_start))
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    kv_heads, group = k_pages.shape[2], query.shape[1] // k_pages.shape[2]
+    block_q = 1 if longest == 1 else max(1, _PREFILL_ROWS // triton.next_power_of_2(group))
+    grid = (len(batch.host_seq_lens), kv_heads, triton.cdiv(longest, block_q))
+    at_site = isinstance(batch, SiteBatch)
+    row_lo, row_hi = batch.bounds(spec.window) if isinstance(batch, SiteBatch) else (None, None)
+    _paged_attention[grid](
+        output, lse, query, k_pages, v_pages, batch.block_tables, batch.query_start, batch.seq_lens, row_lo, row_hi,
+        None if at_site else spec.sinks, spec.scale, spec.softcap or 0.0, spec.window or 0,
+        query.stride(0), query.stride(1), output.stride(0), output.stride(1), 0 if lse is None else lse.stride(0),
+        k_pages.stride(1), k_pages.stride(2), v_pages.stride(1), v_pages.stride(2), batch.block_tables.stride(0),
+        GROUP=group, KEY_DIM=k_pages.shape[-1], VALUE_DIM=v_pages.shape[-1],
+        BLOCK_KEY=max(_MIN_TILE, triton.next_power_of_2(k_pages.shape[-1])),
+        BLOCK_VALUE=max(_MIN_TILE, triton.next_power_of_2(v_pages.shape[-1])), PAGE=k_pages.shape[1],
+        BLOCK_Q=block_q, BLOCK_M=max(_MIN_TILE, triton.next_power_of_2(block_q * group)), BLOCK_N=_KEYS,
+        HAS_WINDOW=spec.window is not None and not at_site, HAS_SOFTCAP=spec.softcap is not None,
+        HAS_SINKS=spec.sinks is not None and not at_site, HAS_BOUNDS=at_site, HAS_LSE=lse is not None,
+    )  # fmt: skip

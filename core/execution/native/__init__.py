@@ -7,13 +7,18 @@ from core.execution.native.kernels import NativeKernels, do_all_products, load_n
 from core.execution.native.layers import swap_layers
 from core.execution.native.modules import NativeLinear, swap_linears
 from core.execution.native.norms import NativeRMSNorm, swap_norms
+from core.execution.native.packed import PackedLinear, pack_linears, packing_bytes, packs_weights
 
 __all__ = [
     "NativeKernels",
     "NativeLinear",
     "NativeRMSNorm",
+    "PackedLinear",
     "do_all_products",
     "load_native",
+    "pack_linears",
+    "packing_bytes",
+    "packs_weights",
     "swap_layers",
     "swap_linears",
     "swap_norms",

@@ -41,6 +41,12 @@ INLINE int64_t query_len(const Attention *a, int64_t s) { return a->query_start[
 /* Keys [*lo, *hi) visible to query token `t` of sequence `s`. */
 INLINE void visible(const Attention *a, int64_t s, int64_t t, int64_t *lo, int64_t *hi) {
     const int64_t len = a->seq_lens[s], pos = len - query_len(a, s) + t;
+    if (a->row_lo) {
+        const int64_t row = a->query_start[s] + t;
+        *hi = max64(0, min64(len, a->row_hi[row]));
+        *lo = max64(0, min64(*hi, a->row_lo[row]));
+        return;
+    }
     *hi = a->causal ? max64(0, min64(len, pos + 1)) : len;
     *lo = a->window > 0 ? min64(*hi, max64(0, pos - a->window + 1)) : 0;
 }
@@ -166,12 +172,15 @@ INLINE void finish(const Attention *a, int dt, const Tile *t, const Partial *p) 
         float inverse = max == -INFINITY ? 0.0f : 1.0f / sum;
         if (a->sinks && max != -INFINITY) inverse = 1.0f / (sum + expf(a->sinks[head] - max));
         a->lse[token * a->heads + head] = max == -INFINITY ? -INFINITY : max + logf(sum);
-        char *dst = a->out + (token * a->heads + head) * a->dim_v * es;
+        char *dst = a->out + (token * a->heads + head) * a->dim_v * elem_size(a->out_dt);
         for (int64_t d = 0; d < padded; d += 16)
             for (int half = 0; half < 2; half++)
                 for (int lane = 0; lane < 8; lane++) {
                     const int64_t i = d + element_index(dt, half, lane);
-                    if (i < a->dim_v) store_one(dt, dst + i * es, p->out[r * padded + d + 8 * half + lane] * inverse);
+                    const float value = p->out[r * padded + d + 8 * half + lane] * inverse;
+                    if (i >= a->dim_v) continue;
+                    if (a->out_dt == dt) store_one(dt, dst + i * es, value);
+                    else memcpy(dst + i * 4, &value, 4);
                 }
     }
 }
@@ -303,18 +312,36 @@ static int run(const Attention *a, int threads) {
     return status;
 }
 
+/* The sizes and strides of a call. */
+static Attention described(int dt, const int64_t *sizes, const int64_t *strides) {
+    return (Attention){.dt = dt, .out_dt = dt, .seqs = sizes[0], .heads = sizes[1], .kv_heads = sizes[2],
+                       .dim = sizes[3], .dim_v = sizes[4], .block_size = sizes[5], .max_blocks = sizes[6],
+                       .window = sizes[7], .causal = (int)sizes[8], .q_row = strides[0], .q_head = strides[1],
+                       .k_block = strides[2], .k_token = strides[3], .k_head = strides[4], .v_block = strides[5],
+                       .v_token = strides[6], .v_head = strides[7]};
+}
+
 /* `sizes`: seqs, heads, kv_heads, dim, dim_v, block_size, max_blocks, window, causal. `strides` (elements): q row,
  * q head, then block, token and head of K, then of V. Returns 0, or 1 when scratch memory could not be had. */
 EXPORT int vrm_paged_attention(int dt, const int64_t *sizes, const int64_t *strides, const void *q, const void *k,
                                const void *v, const int32_t *tables, const int32_t *query_start,
                                const int32_t *seq_lens, const float *sinks, float scale, float softcap, void *out,
                                float *lse, int threads) {
-    Attention a = {.dt = dt, .seqs = sizes[0], .heads = sizes[1], .kv_heads = sizes[2], .dim = sizes[3],
-                   .dim_v = sizes[4], .block_size = sizes[5], .max_blocks = sizes[6], .window = sizes[7],
-                   .causal = (int)sizes[8], .q_row = strides[0], .q_head = strides[1], .k_block = strides[2],
-                   .k_token = strides[3], .k_head = strides[4], .v_block = strides[5], .v_token = strides[6],
-                   .v_head = strides[7], .q = q, .k = k, .v = v, .tables = tables, .query_start = query_start,
-                   .seq_lens = seq_lens, .sinks = sinks, .scale = scale, .softcap = softcap, .out = out, .lse = lse};
-    if (a.dim > MAX_DIM) return 2;
-    return run(&a, threads);
+    Attention a = described(dt, sizes, strides);
+    a.q = q, a.k = k, a.v = v, a.tables = tables, a.query_start = query_start, a.seq_lens = seq_lens;
+    a.sinks = sinks, a.scale = scale, a.softcap = softcap, a.out = out, a.lse = lse;
+    return a.dim > MAX_DIM ? 2 : run(&a, threads);
+}
+
+/* The same over the keys that lie at one place: row r sees those numbered [row_lo[r], row_hi[r]), whatever `window` and
+ * `causal` say; both ascend with the rows of a sequence. `out` is fp32, for a merge. */
+EXPORT int vrm_paged_attention_partial(int dt, const int64_t *sizes, const int64_t *strides, const void *q,
+                                       const void *k, const void *v, const int32_t *tables, const int32_t *query_start,
+                                       const int32_t *seq_lens, const int32_t *row_lo, const int32_t *row_hi,
+                                       float scale, float softcap, float *out, float *lse, int threads) {
+    Attention a = described(dt, sizes, strides);
+    a.q = q, a.k = k, a.v = v, a.tables = tables, a.query_start = query_start, a.seq_lens = seq_lens;
+    a.row_lo = row_lo, a.row_hi = row_hi, a.scale = scale, a.softcap = softcap;
+    a.out = (char *)out, a.out_dt = DT_FP32, a.lse = lse;
+    return a.dim > MAX_DIM ? 2 : run(&a, threads);
 }

@@ -13,9 +13,11 @@ typedef struct {
     int64_t k_block, k_token, k_head, v_block, v_token, v_head;
     const char *q, *k, *v;
     const int32_t *tables, *query_start, *seq_lens;
-    const float *sinks; /* may be NULL */
-    char *out;          /* [T, heads, dim_v], contiguous */
-    float *lse;         /* [T, heads] */
+    const int32_t *row_lo, *row_hi; /* [T] keys that each row sees, ascending in a sequence; NULL: causal and window say */
+    const float *sinks;             /* may be NULL */
+    int out_dt;                     /* element type of `out` */
+    char *out;                      /* [T, heads, dim_v], contiguous */
+    float *lse;                     /* [T, heads] */
     float scale, softcap;
     int64_t window;
 } Attention;

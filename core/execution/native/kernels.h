@@ -3,13 +3,26 @@
 #include <stdint.h>
 
 /* A linear layer: element type, rows, columns and leading dimension of W (in elements), W [n, k], and bias [n] or NULL.
- * Filled in on the Python side, in this order. */
+ * With `exponents`, W is in the panels of `packed.c`. Filled in on the Python side, in this order. */
 typedef struct {
     int64_t type, n, k, ld;
-    const char *weight, *bias;
+    const char *weight, *bias, *exponents;
 } Weights;
 
+/* y[i] = x W[i]^T for `count` layers with the same k. x has the weights' element type. Returns 0, or 1 when scratch
+ * memory could not be had. */
+int vrm_linears(const Weights *const *weights, int count, int64_t m, const void *x, int64_t ldx, char *const *y,
+                int threads);
 int vrm_linear(const Weights *weights, int64_t m, const void *x, int64_t ldx, void *y, int threads);
+
+/* Whether this processor has what packed weights are for. */
+int vrm_packs(void);
+/* Brings a bf16 W [n, k], contiguous, into panels where it is; `exponents` is n * ceil(k / 128) bytes. n and k are
+ * multiples of 16 and every |w| is below 2^107. Returns 0, or 1 when scratch memory could not be had. */
+int vrm_pack(int64_t n, int64_t k, void *w, void *exponents, int threads);
+/* `vrm_linears` for packed weights. */
+int vrm_packed_linears(const Weights *const *weights, int count, int64_t m, const void *x, int64_t ldx, char *const *y,
+                       int threads);
 int vrm_paged_attention(int dt, const int64_t *sizes, const int64_t *strides, const void *q, const void *k,
                         const void *v, const int32_t *tables, const int32_t *query_start, const int32_t *seq_lens,
                         const float *sinks, float scale, float softcap, void *out, float *lse, int threads);

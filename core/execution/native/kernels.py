@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from core.logs import get_logger
 logger = get_logger(__name__)
 
 MAX_HEAD_DIM = 512
+MAX_PARTS = 64  # that one merge takes
 
 
 _EVERY_ROW = 1 << 30
@@ -75,6 +76,27 @@ def _rms_norm_in_torch(
     return (normal * (weight.float() + offset)).to(x.dtype)
 
 
+def _as_int32(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    if any(tensor.dtype != torch.int32 for tensor in tensors):
+        raise TypeError("block tables, query starts, lengths and bounds are int32")
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def _describe(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor, window: int, causal: bool
+) -> tuple[ctypes.Array[ctypes.c_int64], ctypes.Array[ctypes.c_int64]]:
+    """`sizes` and `strides` of `vrm_paged_attention`; refuses what does not fit together."""
+    heads, dim = q.shape[1:]
+    _, block_size, kv_heads, key_dim = k_cache.shape
+    if not (dim <= MAX_HEAD_DIM and key_dim == dim and heads % kv_heads == 0):
+        raise ValueError(f"queries {tuple(q.shape)} do not fit keys {tuple(k_cache.shape)}")
+    if q.dtype != k_cache.dtype or q.dtype != v_cache.dtype:
+        raise TypeError(f"queries, keys and values differ in dtype: {q.dtype}, {k_cache.dtype}, {v_cache.dtype}")
+    seqs, max_blocks = block_tables.shape
+    sizes = (_i64 * 9)(seqs, heads, kv_heads, dim, v_cache.shape[3], block_size, max_blocks, window, causal)
+    return sizes, (_i64 * 8)(q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3])
+
+
 class NativeKernels:
     """The compiled kernels. Stateless, so any number of threads may share one.
 
@@ -89,8 +111,15 @@ class NativeKernels:
         self._library = ctypes.CDLL(str(path))
         self._linear = self._library.vrm_linear
         self._linear.argtypes = [_ptr, _i64, _ptr, _i64, _ptr, _int]
+        self._pack = self._library.vrm_pack
+        self._pack.argtypes = [_i64, _i64, _ptr, _ptr, _int]
         self._attention = self._library.vrm_paged_attention
         self._attention.argtypes = [_int, *[_ptr] * 9, _float, _float, _ptr, _ptr, _int]
+        self._partial = self._library.vrm_paged_attention_partial
+        self._partial.argtypes = [_int, *[_ptr] * 10, _float, _float, _ptr, _ptr, _int]
+        self._merge = self._library.vrm_merge_partials
+        self._merge.argtypes = [_int, _ptr, _ptr, _ptr, _ptr, _ptr, _int]
+        self._merge.restype = None
         self._write_kv = self._library.vrm_write_kv
         self._write_kv.argtypes = [_ptr] * 6
         self._write_kv.restype = None
@@ -101,6 +130,19 @@ class NativeKernels:
         self._attention_layer.argtypes = [_ptr, _ptr, _ptr, _i64, _ptr, _ptr, _ptr, _int]
         self._gated_mlp = self._library.vrm_gated_mlp
         self._gated_mlp.argtypes = [_ptr, _int, _i64, _ptr, _i64, _ptr, _int]
+
+    @property
+    def packs(self) -> bool:
+        """Whether the library was built for a processor that packed bf16 weights are faster on."""
+        return bool(self._library.vrm_packs())
+
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        """Rearrange a bf16 weight `[N, K]`, in place, as `packed.c` describes; returns the exponents."""
+        n, k = weight.shape
+        exponents = torch.empty(n, -(-k // 128), dtype=torch.uint8)
+        if self._pack(n, k, weight.data_ptr(), exponents.data_ptr(), self.num_threads()):
+            raise MemoryError(_NO_MEMORY)
+        return exponents
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`x` `[..., K]` times `weight` `[N, K]` transposed, plus `bias` `[N]`; sums in fp32, result in `x`'s dtype.
@@ -141,30 +183,18 @@ class NativeKernels:
 
         Each sequence's result is the same whatever else is in the batch and however many threads there are.
         """
-        tokens, heads, dim = q.shape
-        block_size, kv_heads, dim_v = k_cache.shape[1], k_cache.shape[2], v_cache.shape[3]
-        if not (dim <= MAX_HEAD_DIM and k_cache.shape[3] == dim and heads % kv_heads == 0):
-            raise ValueError(f"queries {tuple(q.shape)} do not fit keys {tuple(k_cache.shape)}")
-        if q.dtype != k_cache.dtype or q.dtype != v_cache.dtype:
-            raise TypeError(f"queries, keys and values differ in dtype: {q.dtype}, {k_cache.dtype}, {v_cache.dtype}")
-        if not (block_tables.dtype == query_start.dtype == seq_lens.dtype == torch.int32):
-            raise TypeError("block tables, query starts and lengths are int32")
         if q.stride(2) != 1:
             q = q.contiguous()
-        block_tables, query_start, seq_lens = (t.contiguous() for t in (block_tables, query_start, seq_lens))
+        block_tables, query_start, seq_lens = _as_int32(block_tables, query_start, seq_lens)
+        sizes, strides = _describe(q, k_cache, v_cache, block_tables, sliding_window, causal)
         if out is None:
-            out = q.new_empty((tokens, heads, dim_v))
+            out = q.new_empty((*q.shape[:2], v_cache.shape[3]))
         if lse is None:
-            lse = q.new_empty((tokens, heads), dtype=torch.float32)
+            lse = q.new_empty(q.shape[:2], dtype=torch.float32)
         sinks_ptr = None
         if sinks is not None:
             sinks = sinks.to(torch.float32).contiguous()
             sinks_ptr = sinks.data_ptr()
-        k_strides, v_strides = k_cache.stride(), v_cache.stride()
-        sizes = (_i64 * 9)(
-            len(seq_lens), heads, kv_heads, dim, dim_v, block_size, block_tables.shape[1], sliding_window, causal
-        )
-        strides = (_i64 * 8)(q.stride(0), q.stride(1), *k_strides[:3], *v_strides[:3])
         status = self._attention(
             DTYPES[q.dtype], sizes, strides, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
             block_tables.data_ptr(), query_start.data_ptr(), seq_lens.data_ptr(), sinks_ptr, scale, softcap,
@@ -173,6 +203,55 @@ class NativeKernels:
         if status:
             raise MemoryError(_NO_MEMORY)
         return out, lse
+
+    def paged_attention_partial(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
+        query_start: torch.Tensor, seq_lens: torch.Tensor, row_lo: torch.Tensor, row_hi: torch.Tensor, scale: float, *,
+        softcap: float = 0.0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """`paged_attention` over the keys that lie at one place, to be merged with the keys elsewhere.
+
+        Row r sees the keys numbered `row_lo[r] <= j < row_hi[r]` (int32 `[T]`, ascending with the rows of a sequence)
+        of the `seq_lens` that its sequence has here. Returns fp32 `[T, Hq, Dv]`, whatever the dtype of the pages, and
+        the log-sum-exp.
+        """
+        if q.stride(2) != 1:
+            q = q.contiguous()
+        block_tables, query_start, seq_lens = _as_int32(block_tables, query_start, seq_lens)
+        row_lo, row_hi = _as_int32(row_lo, row_hi)
+        if not len(row_lo) == len(row_hi) == len(q):
+            raise ValueError(f"{len(q)} rows have bounds for {len(row_lo)} and {len(row_hi)}")
+        sizes, strides = _describe(q, k_cache, v_cache, block_tables, 0, False)
+        out = q.new_empty((*q.shape[:2], v_cache.shape[3]), dtype=torch.float32)
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        status = self._partial(
+            DTYPES[q.dtype], sizes, strides, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
+            block_tables.data_ptr(), query_start.data_ptr(), seq_lens.data_ptr(), row_lo.data_ptr(), row_hi.data_ptr(),
+            scale, softcap, out.data_ptr(), lse.data_ptr(), self.num_threads(),
+        )  # fmt: skip
+        if status:
+            raise MemoryError(_NO_MEMORY)
+        return out, lse
+
+    def merge_partials(
+        self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], sinks: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """`core.execution.attention.merge.merge_partials` for up to `MAX_PARTS` parts on the CPU."""
+        outs, lses = [out.contiguous() for out, _ in parts], [lse.contiguous() for _, lse in parts]
+        shape = outs[0].shape
+        if any(t.dtype != torch.float32 for t in (*outs, *lses)) or len(parts) > MAX_PARTS:
+            raise TypeError(f"parts are fp32, and no more than {MAX_PARTS}")
+        if any(out.shape != shape for out in outs) or any(lse.shape != shape[:2] for lse in lses):
+            raise ValueError(f"parts differ in shape: {[tuple(t.shape) for t in (*outs, *lses)]}")
+        sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
+        merged = outs[0].new_empty(shape, dtype=dtype)
+        addresses = _ptr * len(parts)
+        self._merge(
+            DTYPES[dtype], (_i64 * 4)(len(parts), *shape), addresses(*(out.data_ptr() for out in outs)),
+            addresses(*(lse.data_ptr() for lse in lses)), None if sinks is None else sinks.data_ptr(),
+            merged.data_ptr(), self.num_threads(),
+        )  # fmt: skip
+        return merged
 
     def write_kv(
         self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
@@ -229,28 +308,36 @@ class NativeKernels:
 
 
 class PreparedLinear:
-    """A weight `[N, K]` (and bias `[N]`) with what the kernel has to know of it worked out once."""
+    """A weight `[N, K]` (and bias `[N]`) with what the kernel has to know of it worked out once. With `exponents`, the
+    weight's memory is packed."""
 
     __slots__ = (
         "_address",
         "_call",
-        "_facts",
+        "_exponents",
         "_max_rows",
         "_threads",
         "bias",
         "dtype",
+        "facts",
         "k",
         "n",
         "weight",
         "weight_address",
     )
 
-    def __init__(self, kernels: NativeKernels, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.weight, self.bias, self.dtype = weight, bias, weight.dtype
+    def __init__(
+        self,
+        kernels: NativeKernels,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        exponents: torch.Tensor | None = None,
+    ) -> None:
+        self.weight, self.bias, self.dtype, self._exponents = weight, bias, weight.dtype, exponents
         self.n, self.k = weight.shape
         self.weight_address = weight.data_ptr()
-        self._facts = Weights.of(weight, bias)
-        self._address = address(self._facts)
+        self.facts = Weights.of(weight, bias, exponents)
+        self._address = address(self.facts)
         self._call = kernels._linear
         self._threads = kernels.num_threads
         self._max_rows = MAX_ROWS[weight.dtype]

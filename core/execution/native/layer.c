@@ -116,8 +116,9 @@ EXPORT int vrm_attention_layer(const AttentionLayer *l, const Step *s, const voi
     if (!q) return 1;
     char *k = q + q_bytes, *v = k + k_bytes, *out = v + k_bytes;
     float *lse = (float *)(out + q_bytes);
-    int status = vrm_linear(&l->q, tokens, x, ldx, q, threads) || vrm_linear(&l->k, tokens, x, ldx, k, threads) ||
-                 vrm_linear(&l->v, tokens, x, ldx, v, threads);
+    const Weights *const projections[3] = {&l->q, &l->k, &l->v};
+    char *const to[3] = {q, k, v};
+    int status = vrm_linears(projections, 3, tokens, x, ldx, to, threads);
     if (!status) {
         const float eps = (float)l->norm_eps;
         if (l->q_norm) vrm_rms_norm(dt, tokens * l->heads, l->dim, q, l->dim, l->q_norm, eps, 0, 1, q);
@@ -183,7 +184,9 @@ EXPORT int vrm_gated_mlp(const Weights *weights, int activation, int64_t m, cons
     const int64_t n = weights->n, bytes = round64(m * n * elem_size(dt));
     char *gate = aligned_alloc(64, (size_t)(2 * bytes));
     if (!gate) return 1;
-    int status = vrm_linear(weights, m, x, ldx, gate, threads) || vrm_linear(weights + 1, m, x, ldx, gate + bytes, threads);
+    const Weights *const first[2] = {weights, weights + 1};
+    char *const to[2] = {gate, gate + bytes};
+    int status = vrm_linears(first, 2, m, x, ldx, to, threads);
     if (!status) {
         Gated g = {.dt = dt, .activation = activation, .n = n, .gate = gate, .up = gate + bytes};
         vrm_parallel(gate_share, &g, m, threads);

@@ -21,8 +21,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from core.execution.attention.interface import LayerAttention, bound_attention
 from core.execution.attention.metadata import AttentionMetadata
 from core.execution.native.dtypes import DTYPES
-from core.execution.native.kernels import MAX_ROWS, NativeKernels, PreparedLinear
+from core.execution.native.kernels import MAX_ROWS, NativeKernels
 from core.execution.native.norms import is_llama_norm
+from core.execution.native.packed import linear_facts
 from core.execution.native.recognize import same_forward
 from core.execution.native.structs import AttentionLayer, Step, Weights, address, weights_array
 
@@ -76,7 +77,7 @@ class _Attention:
     ) -> tuple[torch.Tensor, None]:  # fmt: skip
         bound = bound_attention(self)
         if bound is not None and past_key_values is None and not torch.is_grad_enabled():
-            metadata, layer = bound.context.metadata, self._layer(bound)
+            metadata, layer = bound.ready(), self._layer(bound)
             if (
                 metadata is not None
                 and layer is not None
@@ -111,7 +112,8 @@ def _covers(layer: AttentionLayer, x: torch.Tensor, position_embeddings: Any, me
     tokens = metadata.slot_mapping.shape[0]
     shape = (1, tokens, layer.dim)
     return (
-        DTYPES.get(x.dtype) == layer.type and tokens <= MAX_ROWS[x.dtype] and x.shape == (1, tokens, layer.q.k)
+        not metadata.sites and DTYPES.get(x.dtype) == layer.type
+        and tokens <= MAX_ROWS[x.dtype] and x.shape == (1, tokens, layer.q.k)
         and x.stride(2) == 1
         and all(t.dtype is x.dtype and t.shape == shape and t.is_contiguous() for t in position_embeddings)
     )  # fmt: skip
@@ -119,12 +121,14 @@ def _covers(layer: AttentionLayer, x: torch.Tensor, position_embeddings: Any, me
 
 def _prepare(module: Any, bound: LayerAttention) -> AttentionLayer | None:
     """The C side's view of a module and its pages; None where they are not what the kernel works on."""
-    projections = [getattr(module, name) for name in _PROJECTIONS]
+    projections = _facts(module, _PROJECTIONS)
+    if projections is None:
+        return None
     k_pages, v_pages = bound.k_pages, bound.v_pages
     kv_heads, dim = k_pages.shape[2:]
-    q, k, v, o = (Weights.of(p.weight, p.bias) for p in projections)
+    q, k, v, o = projections
     fits = (
-        k_pages.is_cpu and k_pages.dtype is v_pages.dtype is projections[0].weight.dtype
+        k_pages.is_cpu and k_pages.dtype is v_pages.dtype and DTYPES.get(k_pages.dtype) == q.type
         and v_pages.shape == k_pages.shape and k_pages.stride(3) == v_pages.stride(3) == 1 and dim % 2 == 0
         and q.n == o.k and q.n % (dim * kv_heads) == 0 and k.n == v.n == kv_heads * dim
     )  # fmt: skip
@@ -176,9 +180,11 @@ def _subclass(mixin: type, base: type) -> type:
     return type(f"Native{base.__name__}", (mixin, base), {"__module__": base.__module__})
 
 
-def _are_linears(module: nn.Module, names: tuple[str, ...]) -> bool:
-    parts = [getattr(module, name, None) for name in names]
-    return all(isinstance(p, nn.Linear) and PreparedLinear.covers(p.weight, p.bias) for p in parts)
+def _facts(module: nn.Module, names: tuple[str, ...]) -> list[Weights] | None:
+    """What the kernels have to know of a module's linear layers; None if they do not cover all of them."""
+    facts = [linear_facts(getattr(module, name, None)) for name in names]
+    found = [each for each in facts if each is not None]
+    return found if len(found) == len(names) else None
 
 
 def _become(module: nn.Module, mixin: type, **attributes: Any) -> None:
@@ -189,7 +195,7 @@ def _become(module: nn.Module, mixin: type, **attributes: Any) -> None:
 
 
 def _adopt_attention(module: nn.Module, native: NativeLayers) -> bool:
-    if not _are_linears(module, _PROJECTIONS):
+    if _facts(module, _PROJECTIONS) is None:
         return False
     for reference, window in _ATTENTION:
         if same_forward(module, reference, "apply_rotary_pos_emb", "rotate_half"):
@@ -202,14 +208,14 @@ def _adopt_attention(module: nn.Module, native: NativeLayers) -> bool:
 
 
 def _adopt_mlp(module: nn.Module, native: NativeLayers) -> bool:
-    if not (same_forward(module, LlamaMLP) and _are_linears(module, _MLP_PARTS)):
+    facts = _facts(module, _MLP_PARTS)
+    if facts is None or not same_forward(module, LlamaMLP):
         return False
     grid = torch.linspace(-8, 8, 257)
     result = module.act_fn(grid)  # type: ignore[operator]
     for number, activation in enumerate(_ACTIVATIONS):
         if torch.equal(result, activation(grid)):
-            parts = [getattr(module, name) for name in _MLP_PARTS]
-            weights = weights_array(Weights.of(p.weight, p.bias) for p in parts)
+            weights = weights_array(facts)
             _become(module, _GatedMLP, _native=native, _activation=number, _weights=weights, _first=weights[0])
             return True
     return False
@@ -218,7 +224,7 @@ def _adopt_mlp(module: nn.Module, native: NativeLayers) -> bool:
 def swap_layers(model: nn.Module, kernels: NativeKernels) -> int:
     """Hand every attention and MLP module that the kernels know over to them. Returns how many there were.
 
-    Comes after `swap_linears` and `swap_norms`: parameters must keep their memory from then on.
+    Comes after `swap_linears`, `pack_linears` and `swap_norms`: weights must keep their memory from then on.
     """
     native = NativeLayers(kernels)
     return sum(_adopt_attention(module, native) or _adopt_mlp(module, native) for module in list(model.modules()))

@@ -280,8 +280,11 @@ static void run(Linear *p, int threads) {
     vrm_parallel(block_share, p, bands * col_chunks, threads);
 }
 
-/* x has the weights' element type. Returns 0, or 1 when scratch memory could not be had. */
 EXPORT int vrm_linear(const Weights *w, int64_t m, const void *x, int64_t ldx, void *y, int threads) {
+    if (w->exponents) {
+        char *to = y;
+        return vrm_packed_linears(&w, 1, m, x, ldx, &to, threads);
+    }
     const int64_t blocks = (w->k + 15) / 16, packed = m * blocks * 16;
     if (m < 1 || w->n < 1) return 0;
     if (m * w->n * w->k < SMALL) threads = 1;
@@ -293,4 +296,12 @@ EXPORT int vrm_linear(const Weights *w, int64_t m, const void *x, int64_t ldx, v
     run(&p, threads);
     free(memory);
     return 0;
+}
+
+int vrm_linears(const Weights *const *w, int count, int64_t m, const void *x, int64_t ldx, char *const *y, int threads) {
+    int packed = 0, status = 0;
+    for (int i = 0; i < count; i++) packed += w[i]->exponents != NULL;
+    if (packed == count) return vrm_packed_linears(w, count, m, x, ldx, y, threads);
+    for (int i = 0; i < count && !status; i++) status = vrm_linear(w[i], m, x, ldx, y[i], threads);
+    return status;
 }

@@ -19,15 +19,15 @@ def _fields(names: str) -> list[tuple[str, Any]]:
 
 
 class Weights(ctypes.Structure):
-    """A linear layer's weight `[n, k]` and bias `[n]`, which have to outlive it."""
+    """A linear layer's weight `[n, k]`, bias `[n]` and, if it is packed, exponents, which have to outlive it."""
 
-    _fields_ = _fields("type n k ld weight bias")
+    _fields_ = _fields("type n k ld weight bias exponents")
 
     @classmethod
-    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> Weights:
+    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None, exponents: torch.Tensor | None = None) -> Weights:
         n, k = weight.shape
-        address = 0 if bias is None else bias.data_ptr()
-        return cls(DTYPES[weight.dtype], n, k, weight.stride(0), weight.data_ptr(), address)
+        extra = [0 if tensor is None else tensor.data_ptr() for tensor in (bias, exponents)]
+        return cls(DTYPES[weight.dtype], n, k, weight.stride(0), weight.data_ptr(), *extra)
 
 
 class AttentionLayer(ctypes.Structure):

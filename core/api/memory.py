@@ -1,0 +1,59 @@
+"""Memory: who holds what, which tiers keep which blocks, and moving them by call."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from flask import Blueprint, Response, request
+from pydantic import ConfigDict, Field
+
+from core.api.answers import json_response
+from core.api.body import read_request
+from core.api.context import api_context
+from core.api.schema import RequestModel
+from core.errors import InvalidRequestError
+
+blueprint = Blueprint("memory", __name__)
+
+MAX_BLOCKS = 1000
+
+
+class ReclaimRequest(RequestModel):
+    """`/api/memory/reclaim`: `bytes` left out is all that the device lent, and it lends no more."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    device: str = Field(min_length=1, max_length=256)
+    bytes: int | None = Field(None, ge=1, le=1 << 50)
+    urgency: Literal["low", "medium", "high", "critical"] = "medium"
+
+
+@blueprint.get("/api/memory")
+def memory() -> Response:
+    """Bytes per device, leases, tiers. `?blocks=N` adds the N hottest blocks of each tier below the devices."""
+    text = request.args.get("blocks", "0")
+    if not text.isascii() or not text.isdigit() or int(text) > MAX_BLOCKS:
+        raise InvalidRequestError(f"blocks is a number from 0 to {MAX_BLOCKS}.", param="blocks")
+    return json_response(api_context().pipeline.memory_view(int(text)))
+
+
+@blueprint.post("/api/memory/blocks/<block>/promote")
+def promote(block: str) -> Response:
+    """Bring a block of a lower tier to main memory."""
+    api_context().pipeline.move_block(block, up=True)
+    return json_response({"block": block, "status": "promoted"})
+
+
+@blueprint.post("/api/memory/blocks/<block>/demote")
+def demote(block: str) -> Response:
+    """Send a block of main memory, and what continues it, to the tier below."""
+    api_context().pipeline.move_block(block, up=False)
+    return json_response({"block": block, "status": "demoted"})
+
+
+@blueprint.post("/api/memory/reclaim")
+def reclaim() -> Response:
+    """Have a device take back memory that it lent; requests go on, their blocks move."""
+    fields = read_request(ReclaimRequest)
+    granted = api_context().pipeline.reclaim(fields.device, fields.bytes, fields.urgency)
+    return json_response({"device": fields.device, "bytes": granted, "urgency": fields.urgency})

@@ -1,0 +1,152 @@
+"""Does a stage's page operations: copies inside a region, moves between devices, saves to and loads from tiers below.
+
+Operations are done in order. Neighbours of a kind that do not depend on each other go together, so that a move of many
+pages is one transfer. Loads that nothing in the step depends on before attention go last, in a thread of their own,
+layer by layer: while the first layer computes, the second one's pages arrive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from core.devices import Device
+from core.errors import PageMoveError
+from core.kv_cache.page_ops import PageCopy, PageLoad, PageOp, PageRef, PageSave
+from core.kv_cache.paged_kv_cache import PagedKVCache
+from core.transfer import TransferManager
+
+WaitFor = Callable[[int], None]
+"""Returns once a layer's pages are there; raises what went wrong."""
+
+
+class PageMover:
+    """Used by the thread that runs the stage. `offset` is where the stage's layers begin in a block's bytes."""
+
+    def __init__(self, kv: PagedKVCache, transfer: TransferManager, host: Device, offset: int) -> None:
+        self._kv = kv
+        self._transfer = transfer
+        self._host = host
+        self._offset = offset
+        self._layer_bytes = kv.layer_bytes()
+        self._loader: ThreadPoolExecutor | None = None
+        self._loading: dict[int, Future[None]] = {}
+
+    def apply(self, ops: Sequence[PageOp]) -> WaitFor | None:
+        """Do everything that has to be done before the step computes; loads may go on, and are waited for by layer.
+
+        Raises `PageMoveError`: what pages hold is then not known.
+        """
+        self.finish_loads()
+        try:
+            return self._apply(ops)
+        except (RuntimeError, OSError, MemoryError) as error:
+            raise PageMoveError(f"KV pages could not be moved: {error}") from error
+
+    def _apply(self, ops: Sequence[PageOp]) -> WaitFor | None:
+        pending: list[PageLoad] = []
+        for group in _groups(ops):
+            if isinstance(group[0], PageLoad):
+                pending += [op for op in group if isinstance(op, PageLoad)]
+                continue
+            if not {load.target for load in pending}.isdisjoint(_touched(group)):
+                self._load_layers(pending, self._layer_bytes)
+                pending = []
+            self._do(group)
+        return self._start_loads(pending) if pending else None
+
+    def _do(self, group: Sequence[PageOp]) -> None:
+        copies = [op for op in group if isinstance(op, PageCopy)]
+        if copies:
+            source, target = copies[0].source[0], copies[0].target[0]
+            self._copy(source, target, [copy.source[1] for copy in copies], [copy.target[1] for copy in copies])
+        else:
+            self._save([op for op in group if isinstance(op, PageSave)])
+
+    def _copy(self, source: int, target: int, sources: list[int], targets: list[int]) -> None:
+        if source == target:
+            self._kv.copy_within(source, sources, targets)
+            return
+        src, dst = self._kv.region(source).device, self._kv.region(target).device
+        self._kv.unpack(target, targets, self._transfer.send(self._kv.pack(source, sources), src, dst))
+
+    def _save(self, saves: Sequence[PageSave]) -> None:
+        region = saves[0].source[0]
+        packed = self._kv.pack(region, [save.source[1] for save in saves])
+        arrived = self._transfer.send(packed, self._kv.region(region).device, self._host)
+        end = self._offset + self._kv.page_bytes
+        for save, row in zip(saves, arrived, strict=True):
+            save.slot.buffer[self._offset : end].copy_(row)
+
+    def _start_loads(self, loads: Sequence[PageLoad]) -> WaitFor:
+        if self._loader is None:
+            self._loader = ThreadPoolExecutor(1, "vrm-page-loader", initializer=lambda: torch.set_num_threads(1))
+        loader, offset = self._loader, self._offset
+        for layer, nbytes in self._layer_bytes.items():
+            self._loading[layer] = loader.submit(self._load_layer, loads, layer, offset, nbytes)
+            offset += nbytes
+        return lambda layer: self._loading[layer].result()
+
+    def finish_loads(self) -> None:
+        """Wait for loads that were begun; what became of them, whoever needed them has seen."""
+        loading, self._loading = self._loading, {}
+        for future in loading.values():
+            future.exception()
+
+    def _load_layers(self, loads: Sequence[PageLoad], layers: dict[int, int]) -> None:
+        offset = self._offset
+        for layer, nbytes in layers.items():
+            self._load_layer(loads, layer, offset, nbytes)
+            offset += nbytes
+
+    def _load_layer(self, loads: Sequence[PageLoad], layer: int, offset: int, nbytes: int) -> None:
+        """One layer's bytes of all blocks that are loaded, in one transfer per region."""
+        regions = sorted({load.target[0] for load in loads})
+        with torch.inference_mode():
+            for region in regions:
+                mine = [load for load in loads if load.target[0] == region]
+                data = torch.stack([load.slot.buffer[offset : offset + nbytes] for load in mine])
+                arrived = self._transfer.send(data, self._host, self._kv.region(region).device)
+                self._kv.unpack(region, [load.target[1] for load in mine], arrived, (layer,))
+
+    def close(self) -> None:
+        """End the thread."""
+        self.finish_loads()
+        if self._loader is not None:
+            self._loader.shutdown()
+            self._loader = None
+
+
+def _groups(ops: Iterable[PageOp]) -> Iterable[list[PageOp]]:
+    """Runs of operations that may be done at once: of one kind between the same regions, none of them reading or
+    writing what another one has written."""
+    group: list[PageOp] = []
+    written: set[PageRef] = set()
+    for op in ops:
+        if group and (_kind(op) != _kind(group[0]) or not written.isdisjoint(_touched([op]))):
+            yield group
+            group, written = [], set()
+        group.append(op)
+        if not isinstance(op, PageSave):
+            written.add(op.target)
+    if group:
+        yield group
+
+
+def _touched(ops: Iterable[PageOp]) -> set[PageRef]:
+    """Pages that are read or written."""
+    touched = set()
+    for op in ops:
+        if not isinstance(op, PageLoad):
+            touched.add(op.source)
+        if not isinstance(op, PageSave):
+            touched.add(op.target)
+    return touched
+
+
+def _kind(op: PageOp) -> tuple[object, ...]:
+    if isinstance(op, PageCopy):
+        return PageCopy, op.source[0], op.target[0]
+    return (PageSave, op.source[0]) if isinstance(op, PageSave) else (PageLoad,)

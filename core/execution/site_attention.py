@@ -1,0 +1,127 @@
+"""Attention over pages that are not all in one place: computed where they are, merged by log-sum-exp.
+
+The owner of a sequence sends its query rows to every device that holds pages of it, computes its own part
+meanwhile, and
+merges what comes back. A borrowed page therefore costs one small query per layer and step, never its own transfer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from core.devices import Device, wait_until
+from core.execution.attention.interface import AttentionBackend
+from core.execution.attention.merge import Part, combine
+from core.execution.attention.metadata import AttentionMetadata, AttentionSpec, Site
+from core.kv_cache.paged_kv_cache import PagedKVCache
+from core.transfer import TransferManager
+
+BackendOf = Callable[[Device], AttentionBackend]
+
+
+class SiteAttention:
+    """One stage's. `extra_s` adds up what an emulated owner has to wait for other devices beyond its own part."""
+
+    def __init__(self, owner: Device, kv: PagedKVCache, backend_of: BackendOf, transfer: TransferManager) -> None:
+        self.extra_s = 0.0
+        self._owner = owner
+        self._kv = kv
+        self._backend_of = backend_of
+        self._transfer = transfer
+        self._workers: dict[str, ThreadPoolExecutor] = {}
+        self._token_bytes = {layer: nbytes // kv.block_size for layer, nbytes in kv.layer_bytes().items()}
+
+    def attend(self, layer: int, query: torch.Tensor, metadata: AttentionMetadata, spec: AttentionSpec) -> torch.Tensor:
+        """`query` `[T, Hq, D]` to `[T, Hq, Dv]`, over all sites of the step; this step's K and V are in the pages."""
+        local, *others = metadata.sites
+        ready = _recorded(query)
+        waiting = [
+            self._worker(site.device_name).submit(self._remote, layer, query, site, spec, ready) for site in others
+        ]
+        ((region, batch),) = local.regions
+        backend = self._backend_of(self._owner)
+        partial = backend.attend_partial(query, *self._kv.layer(layer, region), batch, spec)
+        results = [future.result() for future in waiting]
+        if self._owner.speed is not None:
+            own_s = sum(batch.host_seq_lens) * self._token_bytes[layer] / self._owner.speed.bandwidth_bytes_s
+            self.extra_s += max(0.0, max((taken_s for _, taken_s in results), default=0.0) - own_s)
+        return backend.merge([partial, *(part for part, _ in results)], spec.sinks, query.dtype)
+
+    def _worker(self, name: str) -> ThreadPoolExecutor:
+        worker = self._workers.get(name)
+        if worker is None:
+            worker = self._workers[name] = ThreadPoolExecutor(1, f"vrm-site-{name}", initializer=_prepare_thread)
+        return worker
+
+    def _remote(
+        self, layer: int, query: torch.Tensor, site: Site, spec: AttentionSpec, ready: torch.cuda.Event | None
+    ) -> tuple[Part, float]:
+        """In the thread of one other device: there with the rows, attend, back with out and lse. And how long it
+        took.
+        """
+        started_s = time.perf_counter()
+        if ready is not None:
+            ready.synchronize()
+        with torch.inference_mode():
+            device = self._kv.region(site.regions[0][0]).device
+            there = self._transfer.send(query[site.rows], self._owner, device)
+            out, lse = self._attend_there(layer, there, site, device, _without_sinks(spec))
+            back = self._transfer.send(_complete(torch.cat((out, lse[..., None]), dim=-1)), device, self._owner)
+            part = _scatter(back, site.rows, query.shape[0])
+        return part, time.perf_counter() - started_s
+
+    def _attend_there(self, layer: int, query: torch.Tensor, site: Site, device: Device, spec: AttentionSpec) -> Part:
+        started_s, backend = time.perf_counter(), self._backend_of(device)
+        parts = [
+            backend.attend_partial(query, *self._kv.layer(layer, region), batch, spec) for region, batch in site.regions
+        ]
+        if device.speed is not None:
+            keys = sum(sum(batch.host_seq_lens) for _, batch in site.regions)
+            wait_until(started_s + keys * self._token_bytes[layer] / device.speed.bandwidth_bytes_s)
+        return combine(parts)
+
+    def close(self) -> None:
+        """End the threads."""
+        for worker in self._workers.values():
+            worker.shutdown()
+        self._workers.clear()
+
+
+def _scatter(back: torch.Tensor, rows: torch.Tensor, count: int) -> Part:
+    """Out and lse of some rows, for all of them: rows that have nothing there get lse -inf."""
+    out, lse = back[..., :-1], back[..., -1]
+    if len(rows) == count:
+        return out, lse
+    all_out = out.new_zeros(count, *out.shape[1:])
+    all_lse = lse.new_full((count, lse.shape[1]), float("-inf"))
+    return all_out.index_copy_(0, rows, out), all_lse.index_copy_(0, rows, lse)
+
+
+def _prepare_thread() -> None:
+    """Torch's own operations here are small; the kernels bring their own threads."""
+    torch.set_num_threads(1)
+
+
+def _without_sinks(spec: AttentionSpec) -> AttentionSpec:
+    """Sinks join at the merge; their tensor is not on the other device."""
+    return spec if spec.sinks is None else AttentionSpec(spec.scale, spec.window, spec.softcap)
+
+
+def _recorded(tensor: torch.Tensor) -> torch.cuda.Event | None:
+    """On a GPU, the moment when the tensor is complete."""
+    if not tensor.is_cuda:
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(tensor.device))
+    return event
+
+
+def _complete(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, once the GPU that computes it is done."""
+    if tensor.is_cuda:
+        torch.cuda.current_stream(tensor.device).synchronize()
+    return tensor

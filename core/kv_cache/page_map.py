@@ -1,0 +1,143 @@
+"""All stages' pages, and the operations on them that the next step carries. No torch here.
+
+A stage with a page of its own for every block id needs no table: the page is the id. Stages that are short of memory
+have fewer pages, and keep cold blocks elsewhere: whatever is written in this step is local, everything else may be in a
+leased region, where it is attended in place.
+
+The map is changed by the engine thread while steps are in flight. That is safe because every stage executes steps, and
+the operations that come with them, in order: a page that is given to another block here is written only by a later
+step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+
+import numpy as np
+
+from core.kv_cache.page_ops import LOCAL, NOTHING, PageCopy, PageLoad, PageOp, PageRef, PageSave, Slot, StageStep
+from core.kv_cache.stage_pages import StagePages
+
+ColdBlocks = Callable[[StagePages], Iterable[int]]
+"""Local blocks of a stage that may move, coldest first."""
+
+MOVES_AT_ONCE = 8
+"""Blocks that make room together, so that the search for cold ones is not repeated for each."""
+
+
+class PageMap:
+    """`stages` has None for a stage whose pages are numbered by block id."""
+
+    def __init__(self, stages: Sequence[StagePages | None] = (None,)) -> None:
+        self.stages = tuple(stages)
+        self._ops: list[list[PageOp]] = [[] for _ in stages]
+        self._mapped = [(index, pages) for index, pages in enumerate(stages) if pages is not None]
+        self.moved_out = self.moved_home = 0
+
+    @property
+    def is_trivial(self) -> bool:
+        """Whether no stage keeps a table."""
+        return not self._mapped
+
+    @property
+    def mapped(self) -> list[tuple[int, StagePages]]:
+        """Stages that keep a table, with their index."""
+        return self._mapped
+
+    def backed(self, num_blocks: int) -> int:
+        """Blocks that every stage has a page for."""
+        return min([num_blocks, *(pages.backed for _, pages in self._mapped)])
+
+    def can_write(self, new: int, existing: Sequence[int], cold: ColdBlocks) -> bool:
+        """Whether `new` blocks more and those of `existing` that are away can be local, in every stage."""
+        for _, pages in self._mapped:
+            lacking = new + sum(not pages.is_local(block) for block in existing) - pages.free_local
+            if lacking > 0 and sum(1 for _ in islice(cold(pages), lacking)) < lacking:
+                return False
+        return True
+
+    def place(self, block: int, cold: ColdBlocks) -> None:
+        """A block that is about to be written gets a local page in every stage."""
+        for index, pages in self._mapped:
+            if not pages.free_local:
+                self._make_room(index, pages, cold)
+            pages.place(block)
+
+    def bring_home(self, block: int, cold: ColdBlocks) -> None:
+        """Before a block that exists is written: its pages have to be local."""
+        for index, pages in self._mapped:
+            if not pages.is_local(block):
+                if not pages.free_local:
+                    self._make_room(index, pages, cold)
+                self.move(index, block, LOCAL)
+
+    def _make_room(self, index: int, pages: StagePages, cold: ColdBlocks) -> None:
+        """Move some of the coldest local blocks to where there is room."""
+        left = MOVES_AT_ONCE
+        for block in cold(pages):
+            target = next(pages.roomy(), None)
+            if target is None or not left:
+                break
+            self.move(index, int(block), target.region_id)
+            left -= 1
+        if not pages.free_local:
+            raise RuntimeError(f"{pages.site}: no block can make room for one that is to be written")
+
+    def move(self, index: int, block: int, region_id: int) -> None:
+        """Move a block of one stage to a region with a free page."""
+        pages = self.stages[index]
+        assert pages is not None
+        self._ops[index].append(pages.move(block, region_id))
+        self.moved_home += region_id == LOCAL
+        self.moved_out += region_id != LOCAL
+
+    def drop(self, blocks: Iterable[int]) -> None:
+        """Blocks that no longer hold content give up their pages."""
+        for block in blocks:
+            for _, pages in self._mapped:
+                pages.drop(block)
+
+    def copy(self, source: int, target: int) -> None:
+        """Before `target` is written, it gets a copy of `source`."""
+        for index in range(len(self.stages)):
+            self._ops[index].append(PageCopy(self._ref(index, source), self._ref(index, target)))
+
+    def save(self, block: int, slot: Slot) -> None:
+        """Copy a block to a tier below."""
+        for index in range(len(self.stages)):
+            self._ops[index].append(PageSave(self._ref(index, block), slot))
+
+    def load(self, slot: Slot, block: int) -> None:
+        """Fill a block from a tier below."""
+        for index in range(len(self.stages)):
+            self._ops[index].append(PageLoad(slot, self._ref(index, block)))
+
+    def _ref(self, index: int, block: int) -> PageRef:
+        pages = self.stages[index]
+        if pages is None:
+            return LOCAL, block
+        ref = pages.where(block)
+        assert ref is not None
+        return ref
+
+    @property
+    def has_ops(self) -> bool:
+        return any(self._ops)
+
+    def take(self, tables: Sequence[np.ndarray]) -> tuple[StageStep, ...]:
+        """Each stage's part of the step with these block tables (int32 arrays), operations since the last included."""
+        if self.is_trivial and not self.has_ops:
+            return ()
+        steps = []
+        for ops, pages in zip(self._ops, self.stages, strict=True):
+            placed = None if pages is None else tuple(pages.table(table) for table in tables)
+            steps.append(StageStep(tuple(ops), placed) if ops or placed is not None else NOTHING)
+            ops.clear()
+        return tuple(steps)
+
+    def check_invariants(self, holding: Iterable[int]) -> None:
+        """Raise `AssertionError` unless exactly the blocks `holding` content have pages, in every stage."""
+        blocks = list(holding)
+        for _, pages in self._mapped:
+            pages.check_invariants(blocks)

@@ -1,0 +1,140 @@
+"""One stage's pages: which page in which region holds which block. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from core.kv_cache.page_ops import LOCAL, PageCopy, PageRef, TablePages
+
+NOWHERE = -1
+
+
+@dataclass(slots=True)
+class Region:
+    """A number of pages in one place. `site` names the device; lower `rank` is filled first. A `closing` region takes
+    no more blocks: it is about to be given back."""
+
+    region_id: int
+    site: str
+    num_pages: int
+    rank: float = 0.0
+    closing: bool = False
+    free: list[int] = field(default_factory=list)
+    blocks: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.free = list(range(self.num_pages - 1, -1, -1))
+
+
+class StagePages:
+    """Blocks that hold content have one page each, new ones in region `LOCAL`, full ones anywhere."""
+
+    def __init__(self, num_blocks: int, local_pages: int, site: str = "") -> None:
+        self.site = site
+        self._region_of = np.full(num_blocks, NOWHERE, dtype=np.int16)
+        self._page_of = np.full(num_blocks, NOWHERE, dtype=np.int32)
+        self._regions = {LOCAL: Region(LOCAL, site, local_pages)}
+
+    @property
+    def regions(self) -> dict[int, Region]:
+        """By id. For reading."""
+        return self._regions
+
+    @property
+    def has_spare(self) -> bool:
+        """Whether a page stays empty: with pages in several places, blocks need one to change places through."""
+        return any(region_id != LOCAL and not region.closing for region_id, region in self._regions.items())
+
+    @property
+    def backed(self) -> int:
+        """Blocks that can hold pages, regions that are closing left out."""
+        pages = sum(region.num_pages for region in self._regions.values() if not region.closing)
+        return pages - self.has_spare
+
+    @property
+    def free_local(self) -> int:
+        return len(self._regions[LOCAL].free)
+
+    @property
+    def local_pages(self) -> int:
+        return self._regions[LOCAL].num_pages
+
+    def add(self, region_id: int, site: str, num_pages: int, rank: float) -> None:
+        """A new region with room for `num_pages` blocks."""
+        self._regions[region_id] = Region(region_id, site, num_pages, rank)
+
+    def remove(self, region_id: int) -> None:
+        """Forget an empty region."""
+        if self._regions[region_id].blocks or region_id == LOCAL:
+            raise ValueError(f"region {region_id} still holds blocks")
+        del self._regions[region_id]
+
+    def where(self, block: int) -> PageRef | None:
+        """The block's page; None if it has none."""
+        region = int(self._region_of[block])
+        return None if region == NOWHERE else (region, int(self._page_of[block]))
+
+    def is_local(self, block: int) -> bool:
+        return bool(self._region_of[block] == LOCAL)
+
+    def local_among(self, blocks: np.ndarray) -> np.ndarray:
+        """Those of the blocks that are on the stage's own device, in order."""
+        local: np.ndarray = blocks[self._region_of[blocks] == LOCAL]
+        return local
+
+    def place(self, block: int) -> PageRef:
+        """Give a block without a page a local one; the caller has seen to it that one is free."""
+        return self._put(block, self._regions[LOCAL])
+
+    def _put(self, block: int, region: Region) -> PageRef:
+        page = region.free.pop()
+        region.blocks[page] = block
+        self._region_of[block], self._page_of[block] = region.region_id, page
+        return region.region_id, page
+
+    def drop(self, block: int) -> None:
+        """Free the block's page; nothing if it has none."""
+        ref = self.where(block)
+        if ref is None:
+            return
+        region = self._regions[ref[0]]
+        del region.blocks[ref[1]]
+        region.free.append(ref[1])
+        self._region_of[block] = self._page_of[block] = NOWHERE
+
+    def move(self, block: int, region_id: int) -> PageCopy:
+        """Move a block to a region with a free page."""
+        source = self.where(block)
+        if source is None:
+            raise ValueError(f"block {block} has no page to move")
+        self.drop(block)
+        return PageCopy(source, self._put(block, self._regions[region_id]))
+
+    def roomy(self, *, local: bool = False) -> Iterator[Region]:
+        """Regions that take blocks and have free pages, in the order in which they are filled; with `local`, the
+        stage's own pages first."""
+        for region in sorted(self._regions.values(), key=lambda item: (item.region_id != LOCAL, item.rank)):
+            if region.free and not region.closing and (local or region.region_id != LOCAL):
+                yield region
+
+    def table(self, blocks: np.ndarray) -> TablePages:
+        """A snapshot of where a sequence's blocks are."""
+        return TablePages(self._region_of[blocks], self._page_of[blocks])
+
+    def check_invariants(self, holding: Iterable[int]) -> None:
+        """Raise `AssertionError` unless exactly the blocks `holding` content have one page each."""
+        placed = np.flatnonzero(self._region_of != NOWHERE).tolist()
+        if sorted(holding) != placed:
+            wrong = set(placed) ^ set(holding)
+            raise AssertionError(f"{self.site}: blocks {sorted(wrong)[:10]} hold content or a page, but not both")
+        for region in self._regions.values():
+            if sorted([*region.free, *region.blocks]) != list(range(region.num_pages)):
+                raise AssertionError(f"{self.site}: pages of region {region.region_id} are lost or held twice")
+            for page, block in region.blocks.items():
+                if self.where(block) != (region.region_id, page):
+                    raise AssertionError(
+                        f"{self.site}: page {page} of region {region.region_id} is not block {block}'s"
+                    )

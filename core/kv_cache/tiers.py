@@ -1,0 +1,148 @@
+"""`KVTiers`: blocks that leave the devices go to the tiers below, and come back when a prompt begins like theirs.
+
+Content is found by its chained hash. A block whose id is about to be reused is saved first; the save is part of the
+step that reuses it. A sequence whose prefix goes on below is not started before that is in main memory (others go
+ahead), and
+its blocks are then loaded layer by layer while the first layers compute. A preempted sequence comes back the same way.
+
+Restoring has to beat computing; `worth` decides, on measured speeds. Called by the engine thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from core.kv_cache.manager import KVCacheManager
+from core.memory.hierarchy import HierarchicalMemory
+from core.memory.loading import Loading, Slot
+from core.memory.records import Tier
+
+Worth = Callable[[int, Sequence[Tier]], int]
+"""Of a run of blocks behind `known` blocks, in these tiers: how many leading ones to restore."""
+
+
+@dataclass(slots=True)
+class _Prefetch:
+    """What a waiting sequence has asked for: blocks from number `first` of its table on."""
+
+    first: int
+    loading: Loading
+
+
+@dataclass(slots=True)
+class _StepUse:
+    """What the step being gathered, or one in flight, does with slots."""
+
+    saves: list[Slot] = field(default_factory=list)
+    loads: list[tuple[Loading, int]] = field(default_factory=list)
+
+
+class KVTiers:
+    """The tiers below the devices of one engine."""
+
+    def __init__(self, kv: KVCacheManager, memory: HierarchicalMemory, worth: Worth) -> None:
+        self.memory = memory
+        self._kv = kv
+        self._worth = worth
+        self._prefetches: dict[int, _Prefetch] = {}
+        self._now = _StepUse()
+        self._steps: dict[int, _StepUse] = {}
+
+    # -- out --------------------------------------------------------------------------------------------------------
+
+    def save(self, block: int, digest: bytes, parent: bytes | None) -> None:
+        """The block's id is about to be reused."""
+        slot = self.memory.reserve(digest, parent or b"")
+        if slot is not None:
+            self._kv.pages.save(block, slot)
+            self._now.saves.append(slot)
+
+    # -- in ---------------------------------------------------------------------------------------------------------
+
+    def prefetch(self, seq_id: int, known: int, hashes: Sequence[bytes], on_done: Callable[[], Any]) -> bool:
+        """Ask for what follows the `known` blocks that the devices have. True: `on_done` will be called, from another
+        thread, once it is in main memory; False: nothing to wait for.
+        """
+        self.cancel(seq_id)
+        run = hashes[known:]
+        tiers = self.memory.find(run)
+        count = self._worth(known, tiers) if tiers else 0
+        if not count:
+            return False
+        waits: list[bool] = []
+
+        def done(loading: Loading) -> None:
+            if waits:
+                on_done()
+
+        loading = self.memory.load(run[:count], done)
+        self._prefetches[seq_id] = _Prefetch(known, loading)
+        if loading.done():
+            return False
+        waits.append(True)
+        if loading.done():  # it may have arrived before `done` could see that somebody waits
+            on_done()
+        return True
+
+    def take(self, seq_id: int, known: int) -> tuple[list[Slot], Loading] | None:
+        """What has been fetched for the blocks of a sequence from number `known` on."""
+        prefetch = self._prefetches.pop(seq_id, None)
+        if prefetch is None:
+            return None
+        slots = prefetch.loading.slots()[max(0, known - prefetch.first) :]
+        if known < prefetch.first or not slots:
+            prefetch.loading.release()
+            return None
+        return slots, prefetch.loading
+
+    def loaded(self, loading: Loading, blocks: int) -> None:
+        """`blocks` of a loading are copied by the step being gathered."""
+        self._now.loads.append((loading, blocks))
+
+    def cancel(self, seq_id: int) -> None:
+        """A sequence no longer wants what it asked for."""
+        prefetch = self._prefetches.pop(seq_id, None)
+        if prefetch is not None:
+            prefetch.loading.release()
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_idle(self) -> bool:
+        return True
+
+    @property
+    def wants_stop(self) -> bool:
+        return False
+
+    def tick(self, waiting_blocks: int) -> None:
+        """Nothing to do between steps: tiers have threads of their own."""
+
+    def step_taken(self, step: int) -> None:
+        """What was gathered so far is part of this step."""
+        if self._now.saves or self._now.loads:
+            self._steps[step], self._now = self._now, _StepUse()
+
+    def step_done(self, step: int, moved: bool) -> None:
+        """Saved blocks can be found from now on, loaded ones need their slots no more."""
+        for number in [number for number in self._steps if number <= step]:
+            use = self._steps.pop(number)
+            for slot in use.saves:
+                (self.memory.commit if moved else self.memory.abandon)(slot)
+            for loading, blocks in use.loads:
+                loading.release(blocks if moved else 0)
+
+    def close(self, flush_s: float = 10.0) -> None:
+        """Write down what is worth keeping, and end the threads."""
+        for seq_id in list(self._prefetches):
+            self.cancel(seq_id)
+        for slot in self._now.saves:
+            self.memory.abandon(slot)
+        self._now = _StepUse()
+        self.memory.flush(flush_s)
+        self.memory.close()
+
+    def check_invariants(self) -> None:
+        self.memory.check_invariants()

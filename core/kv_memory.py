@@ -1,0 +1,230 @@
+"""The memory behind the KV blocks of one loaded model: how many there are, what stages borrow, and from whom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from core.config import Settings
+from core.devices import HOST, Device, DeviceBudget, host_device, parse_link
+from core.execution.profiler import read_memory
+from core.execution.stage import Stage
+from core.kv_cache.manager import KVCacheManager
+from core.kv_cache.overflow import DeviceUse, KVOverflow
+from core.kv_cache.paged_kv_cache import PagedKVCache
+from core.kv_cache.stage_pages import StagePages
+from core.kv_cache.tiers import KVTiers
+from core.lending import GPUBudget, VRAMLendingPool
+from core.memory import BlockLayout, HierarchicalMemory, Tier, open_memory, worth_restoring
+from core.model_plan import ModelPlan
+from core.placement import Batch, pipeline_s
+from core.placement.engine import stage_costs
+
+_HOST_SHARE = 4
+
+
+def lending_host(settings: Settings) -> Device:
+    """Main memory as far as it takes KV blocks: what is set, or a quarter of what is free."""
+    limit = settings.lending.host_bytes
+    return host_device(psutil.virtual_memory().available // _HOST_SHARE if limit is None else limit)
+
+
+@dataclass(slots=True)
+class KVMemory:
+    """Blocks and what is behind them. `host` is the ledger of main memory that takes blocks; `overflow` is there if
+    some stage has to borrow, `tiers` if blocks are kept below the devices."""
+
+    kv: KVCacheManager
+    host: DeviceBudget
+    overflow: KVOverflow | None = None
+    tiers: KVTiers | None = None
+
+    def close(self) -> None:
+        """The engine has ended and the stages' pages are free."""
+        if self.overflow is not None:
+            self.overflow.close()
+        if self.tiers is not None:
+            self.tiers.close()
+
+
+def open_kv(
+    plan: ModelPlan, settings: Settings, stages: Sequence[Stage], budgets: Mapping[str, DeviceBudget], host: Device,
+    salt: bytes,
+) -> KVMemory:  # fmt: skip
+    """The blocks of a model whose stages have allocated their local pages."""
+    block_size = settings.engine.block_size
+    num_blocks = plan.pooled.tokens // block_size
+    mapped = [
+        None if stage.kv is None or stage.kv.num_pages >= num_blocks
+        else StagePages(num_blocks, stage.kv.num_pages, stage.device.name)
+        for stage in stages
+    ]  # fmt: skip
+    kv = KVCacheManager(
+        num_blocks, block_size, salt=salt, enable_prefix_caching=settings.engine.enable_prefix_caching, stages=mapped
+    )
+    memory = KVMemory(kv, DeviceBudget(host))
+    memory.tiers = _open_tiers(plan, settings, kv, salt)
+    if not kv.pages.is_trivial:
+        memory.overflow = _open_overflow(plan, settings, stages, budgets, host, memory)
+    return memory
+
+
+def _open_overflow(
+    plan: ModelPlan, settings: Settings, stages: Sequence[Stage], budgets: Mapping[str, DeviceBudget], host: Device,
+    memory: KVMemory,
+) -> KVOverflow:  # fmt: skip
+    devices = {device.name: device for device in plan.devices} | {HOST: host}
+    watch = DeviceWatch(plan.devices, stages, budgets)
+    lending = VRAMLendingPool(
+        _lenders(plan, budgets, host),
+        plan.request.links,
+        lend_ratio=settings.lending.lend_ratio,
+        reclaim_threshold=settings.lending.reclaim_threshold,
+        clock=time.monotonic,
+    )
+    overflow = KVOverflow(
+        memory.kv,
+        lending,
+        Regions(stages, devices, {**budgets, HOST: memory.host}),
+        [stage.kv.page_bytes if stage.kv is not None else 0 for stage in stages],
+        extent_blocks=settings.lending.extent_blocks,
+        observe=watch.observe,
+    )
+    memory.kv.companions.append(overflow)
+    return overflow
+
+
+def _open_tiers(plan: ModelPlan, settings: Settings, kv: KVCacheManager, salt: bytes) -> KVTiers | None:
+    """What is kept below the devices. Where the devices are main memory themselves, only if it is asked for."""
+    asked, architecture = settings.memory, plan.architecture
+    has_cards = any(device.kind != "cpu" for device in plan.devices)
+    wanted = asked.host_bytes is not None or asked.disk_path is not None or asked.remote_url is not None
+    if not settings.engine.enable_prefix_caching or not (has_cards or wanted):
+        return None
+    layout = BlockLayout.of(architecture.kv_shapes, kv.block_size, str(architecture.dtype).removeprefix("torch."))
+    pin = any(device.kind in ("cuda", "rocm") for device in plan.devices)
+    free = psutil.virtual_memory().available
+    memory = open_memory(asked, layout, salt, free_host_bytes=free, pin=pin)
+    if memory is None:
+        return None
+    tiers = KVTiers(kv, memory, RestoreRule(plan, settings, kv, memory))
+    kv.companions.append(tiers)
+    kv.tiers = tiers
+    return tiers
+
+
+_CHUNK_TOKENS = 256
+_UNMEASURED_TOKEN_S = 1e-3
+"""Seconds to compute a token of a prompt, until the first prompt has been measured."""
+
+
+class RestoreRule:
+    """How much of a prefix to restore: what saves time, by the measured speeds of tiers and links."""
+
+    def __init__(self, plan: ModelPlan, settings: Settings, kv: KVCacheManager, memory: HierarchicalMemory) -> None:
+        self._kv = kv
+        self._memory = memory
+        link = settings.devices.sim_link
+        emulated = parse_link(link) if link and any(device.kind == "sim" for device in plan.devices) else None
+        host = memory.stats().tiers[0].speed
+        measured = host.read_bytes_s if host is not None else float("inf")
+        self._link_bytes_s = emulated.bandwidth_bytes_s if emulated is not None else measured
+        self._link_latency_s = emulated.latency_s * plan.costs.num_layers if emulated is not None else 0.0
+        self._plan = plan
+
+    def __call__(self, known: int, tiers: Sequence[Tier]) -> int:
+        return worth_restoring(
+            tiers,
+            self._memory.layout.nbytes,
+            self._memory.speeds(),
+            link_bytes_s=self._link_bytes_s,
+            link_latency_s=self._link_latency_s,
+            block_recompute_s=[
+                self._token_s((known + i) * self._kv.block_size) * self._kv.block_size for i in range(len(tiers))
+            ],
+        ).num_blocks
+
+    def _token_s(self, context: int) -> float:
+        """Predicted seconds per token of a prompt behind `context` tokens."""
+        if not self._plan.is_measured:
+            return self._kv.prefill_token_s or _UNMEASURED_TOKEN_S
+        stages = stage_costs(self._plan.placement, self._plan.request)
+        batch = Batch(_CHUNK_TOKENS, context + _CHUNK_TOKENS, 0)
+        compute, hops = pipeline_s(self._plan.costs, stages, self._plan.request.links, batch)
+        return (sum(compute) + sum(hops)) / _CHUNK_TOKENS
+
+
+def _lenders(plan: ModelPlan, budgets: Mapping[str, DeviceBudget], host: Device) -> list[GPUBudget]:
+    """Every device. A stage's own pages are part of the pool as much as what it lends, so they are no need of its own:
+    they are taken off what may be allocated."""
+    found = []
+    for device in plan.devices:
+        pages = budgets[device.name].used_by_purpose().get(PagedKVCache.PURPOSE, 0)
+        limit = device.memory_limit_bytes
+        found.append(GPUBudget(device.name, limit - pages, limit))
+    if host.memory_limit_bytes > 0:
+        found.append(GPUBudget(HOST, host.memory_limit_bytes, host.memory_limit_bytes, last_resort=True))
+    return found
+
+
+class Regions:
+    """Allocates regions on the devices that lend them."""
+
+    def __init__(
+        self, stages: Sequence[Stage], devices: Mapping[str, Device], budgets: Mapping[str, DeviceBudget]
+    ) -> None:
+        self._stages = stages
+        self._devices = devices
+        self._budgets = budgets
+
+    def add(self, stage: int, region_id: int, device: str, pages: int) -> None:
+        """Raises `OutOfDeviceMemoryError`, with nothing kept."""
+        self._cache(stage).add_region(region_id, pages, self._devices[device], self._budgets[device])
+
+    def drop(self, stage: int, region_id: int) -> None:
+        """Give a region's memory back to the device, and what the allocator keeps of it to other programs."""
+        kv = self._cache(stage)
+        where = torch.device(kv.region(region_id).device.torch_device)
+        kv.drop_region(region_id)
+        if where.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _cache(self, stage: int) -> PagedKVCache:
+        kv = self._stages[stage].kv
+        assert kv is not None
+        return kv
+
+
+class DeviceWatch:
+    """What the devices are used for now."""
+
+    def __init__(self, devices: Sequence[Device], stages: Sequence[Stage], budgets: Mapping[str, DeviceBudget]) -> None:
+        self._devices = tuple(devices)
+        self._stages = {stage.device.name: stage for stage in stages}
+        self._budgets = budgets
+        self._started_s = time.monotonic()
+
+    def observe(self) -> Iterable[DeviceUse]:
+        """One entry per device. What is missing of a card's free memory is charged to its parts by what each has
+        left.
+        """
+        free = {
+            device.torch_device: memory.free_bytes
+            for device, memory in zip(self._devices, read_memory(self._devices), strict=True)
+        }
+        unused = {device.name: self._budgets[device.name].free_bytes for device in self._devices}
+        for device in self._devices:
+            used = self._budgets[device.name].used_by_purpose()
+            own = sum(used.values()) - used.get(PagedKVCache.PURPOSE, 0) - used.get(PagedKVCache.LENT, 0)
+            parts = sum(unused[d.name] for d in self._devices if d.torch_device == device.torch_device)
+            missing = max(0, parts - free[device.torch_device])
+            external = missing * unused[device.name] // max(1, parts)
+            yield DeviceUse(device.name, own, external, time.monotonic() - self._last_used_s(device.name))
+
+    def _last_used_s(self, name: str) -> float:
+        stage = self._stages.get(name)
+        return self._started_s if stage is None else stage.last_used_s

@@ -1,0 +1,22 @@
+"""Who lends memory to whom and when it comes back: policy over bytes, speeds and times. No torch, no threads."""
+
+from core.lending.budget import GPUBudget
+from core.lending.demand import DemandWatch
+from core.lending.lease import Lease, LeaseState, Urgency, bytes_to_move
+from core.lending.pool import LendingStats, Offer, VRAMLendingPool
+from core.lending.reclaim import Cause, Reclaim, urgency_of
+
+__all__ = [
+    "Cause",
+    "DemandWatch",
+    "GPUBudget",
+    "Lease",
+    "LeaseState",
+    "LendingStats",
+    "Offer",
+    "Reclaim",
+    "Urgency",
+    "VRAMLendingPool",
+    "bytes_to_move",
+    "urgency_of",
+]

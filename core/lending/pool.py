@@ -1,0 +1,383 @@
+"""`VRAMLendingPool`: who lends how much to whom, and what has to come back.
+
+Policy alone: no tensors, no threads, no clock of its own. The engine thread calls it between steps, and moves blocks as
+it says. A round of the coordinator::
+
+    observe(device, ...)            for each device: what it uses itself, what others take, how long it was idle
+    for reclaim in reclaims():      move `bytes_to_move(...)` of it: to the owner, another lender or main memory,
+        shrink(...) or release(...)                             and say so
+    borrow(...) or borrow_at_most(...), then activate(...)      when `DemandWatch` says that blocks will be short
+
+Memory counts as lent from `borrow` to `shrink` or `release`; the coordinator reserves it on the lender's `DeviceBudget`
+for as long.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from core.lending.budget import GPUBudget
+from core.lending.lease import Lease, LeaseState, Urgency
+from core.lending.lender import Lender
+from core.lending.reclaim import Cause, Need, Reclaim, allot
+from core.lending.score import Candidate, scores
+from core.placement import LinkTopology
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A lender that has room for `units` pages (of whatever size was asked for)."""
+
+    lender: str
+    units: int
+
+
+@dataclass(frozen=True, slots=True)
+class LendingStats:
+    """Snapshot. `*_total`, `borrows` and `reclaims` count since the start, the rest is now.
+
+    Attributes:
+        borrows: leases granted, by `(borrower, lender)`.
+        reclaims: needs of lenders, by urgency; one that becomes more urgent counts again. All urgencies are there.
+        bytes_lent_total: sum of all grants.
+        active_leases: leases that are not released, in whatever state.
+        lent_bytes: of these leases.
+        capacity_bytes: `VRAMLendingPool.capacity_bytes`.
+    """
+
+    borrows: Mapping[tuple[str, str], int]
+    reclaims: Mapping[Urgency, int]
+    bytes_lent_total: int
+    active_leases: int
+    lent_bytes: int
+    capacity_bytes: int
+
+
+class VRAMLendingPool:
+    """The leases between `budgets`. Used by the engine thread alone.
+
+    Devices do not lend to each other in pairs: one that has lent asks for its memory back (`request_reclaim`) before it
+    can borrow from its own borrower.
+
+    Args:
+        budgets: of all devices that may borrow or lend, main memory (`last_resort`) included; nothing is lent yet.
+        links: between them, measured; by which lenders are scored.
+        lend_ratio: largest share of its total memory that a GPU lends, 0 to 1 (`VRM_LEND_RATIO`).
+        reclaim_threshold: utilisation at and above which a lender lends nothing and wants back what it lent, above 0,
+            at most 1 (`VRM_RECLAIM_THRESHOLD`).
+        clock: seconds, never going back.
+
+    Raises:
+        ValueError: a share out of its range, the same name twice, or a budget that has lent.
+    """
+
+    def __init__(
+        self,
+        budgets: Iterable[GPUBudget],
+        links: LinkTopology,
+        *,
+        lend_ratio: float,
+        reclaim_threshold: float,
+        clock: Callable[[], float],
+    ) -> None:
+        if not (0 <= lend_ratio <= 1 and 0 < reclaim_threshold <= 1):
+            raise ValueError(f"lend ratio {lend_ratio}, reclaim threshold {reclaim_threshold}")
+        self._lenders: dict[str, Lender] = {}
+        for budget in budgets:
+            if budget.name in self._lenders or budget.lent_bytes:
+                raise ValueError(f"{budget.name} is there twice, or has lent before it starts")
+            self._lenders[budget.name] = Lender(budget)
+        self._links = links
+        self._lend_ratio = lend_ratio
+        self._threshold = reclaim_threshold
+        self._clock = clock
+        self._leases: dict[int, Lease] = {}
+        self._last_id = 0
+        self._borrows: Counter[tuple[str, str]] = Counter()
+        self._reclaims = dict.fromkeys(Urgency, 0)
+        self._bytes_lent_total = 0
+        for lender in self._lenders.values():
+            self._refresh(lender)
+
+    # -- what is ----------------------------------------------------------------------------------------------------
+
+    def budget(self, device: str) -> GPUBudget:
+        """The device's memory as last observed, with what it lent."""
+        return self._lender(device).budget
+
+    def lease(self, lease_id: int) -> Lease:
+        """A lease that is not released. Its `priority` may be written; everything else is the pool's.
+
+        Raises:
+            ValueError: there is none with this id (any longer).
+        """
+        if lease_id not in self._leases:
+            raise ValueError(f"there is no lease {lease_id}")
+        return self._leases[lease_id]
+
+    def leases(self, *, borrower: str | None = None, lender: str | None = None) -> tuple[Lease, ...]:
+        """All leases that are not released, oldest first; of one borrower or lender where given."""
+        return tuple(
+            lease
+            for lease in self._leases.values()
+            if borrower in (None, lease.borrower) and lender in (None, lease.lender)
+        )
+
+    def lent_bytes(self) -> int:
+        """What is lent, over all lenders."""
+        return sum(lender.budget.lent_bytes for lender in self._lenders.values())
+
+    def capacity_bytes(self) -> int:
+        """What the pool can hold: what is lent and not asked back, and what lenders would lend now. Main memory counts
+        like any lender."""
+        asked_back = sum(lease.reclaim_bytes for lease in self._leases.values())
+        further = sum(lender.lendable_bytes(self._lend_ratio) for lender in self._lenders.values())
+        return self.lent_bytes() - asked_back + further
+
+    def stats(self) -> LendingStats:
+        """A snapshot that does not change any more."""
+        return LendingStats(
+            borrows=dict(self._borrows),
+            reclaims=dict(self._reclaims),
+            bytes_lent_total=self._bytes_lent_total,
+            active_leases=len(self._leases),
+            lent_bytes=self.lent_bytes(),
+            capacity_bytes=self.capacity_bytes(),
+        )
+
+    def observe(self, device: str, *, own_bytes: int, external_bytes: int, idle_s: float) -> None:
+        """Say what a device uses itself, what others take of it (see `GPUBudget`) and since when it is idle.
+
+        It may exceed the limit: that is a reclaim (`reclaims`).
+        """
+        lender = self._lender(device)
+        lender.budget = replace(lender.budget, own_bytes=own_bytes, external_bytes=external_bytes, idle_s=idle_s)
+        lender.unobserved = False
+        self._refresh(lender)
+
+    # -- borrowing --------------------------------------------------------------------------------------------------
+
+    def lenders(self, borrower: str, nbytes: int) -> tuple[str, ...]:
+        """Those with room for `nbytes`, best score first (ties: in the order of `budgets`), main memory last."""
+        found: list[str] = []
+        for last_resort in (False, True):
+            rated = scores(self._candidates(borrower, nbytes, last_resort))
+            found += sorted(rated, key=lambda name: -rated[name])
+        return tuple(found)
+
+    def score(self, borrower: str, lender: str, nbytes: int) -> float:
+        """How well `lender` suits, 0 to 1 (`core.lending.score.scores`), among the GPUs that have room, or among main
+        memories if it is one.
+
+        Raises:
+            ValueError: it cannot lend `nbytes` to this borrower.
+        """
+        rated = scores(self._candidates(borrower, nbytes, self._lender(lender).budget.last_resort))
+        if lender not in rated:
+            raise ValueError(f"{lender} has no {nbytes} bytes for {borrower}")
+        return rated[lender]
+
+    def offers(self, borrower: str, unit_bytes: int) -> tuple[Offer, ...]:
+        """How many pages of `unit_bytes` each lender has room for, largest first, main memory last; only those with
+        room. Their sum is what the borrower can get at most.
+
+        Raises:
+            ValueError: a borrower that is unknown or main memory, or pages without bytes.
+        """
+        if unit_bytes < 1:
+            raise ValueError(f"pages of {unit_bytes} bytes")
+        found = [
+            Offer(candidate.name, candidate.lendable_bytes // unit_bytes)
+            for last_resort in (False, True)
+            for candidate in sorted(
+                self._candidates(borrower, unit_bytes, last_resort), key=lambda each: -each.lendable_bytes
+            )
+        ]
+        return tuple(found)
+
+    def largest_offer(self, borrower: str, unit_bytes: int) -> Offer | None:
+        """The GPU with most room for pages of `unit_bytes`; main memory if no GPU has room for one; else None."""
+        return next(iter(self.offers(borrower, unit_bytes)), None)
+
+    def borrow(self, borrower: str, nbytes: int, blocks: int, priority: int = 0) -> Lease | None:
+        """Set `nbytes`, room for `blocks` pages, aside at the best lender.
+
+        All or nothing, from one lender. Main memory lends only if no GPU has room for one page.
+
+        Returns:
+            a lease that is GRANTED, or None: nobody has as much (`borrow_at_most` takes less).
+
+        Raises:
+            ValueError: a borrower that is unknown or main memory, or no bytes or blocks.
+        """
+        if blocks < 1 or nbytes < blocks:
+            raise ValueError(f"{borrower} cannot borrow {blocks} blocks in {nbytes} bytes")
+        best = next(iter(self.lenders(borrower, nbytes)), None)
+        if best is None:
+            return None
+        lender = self._lenders[best]
+        if lender.budget.last_resort and self._candidates(borrower, -(-nbytes // blocks), last_resort=False):
+            return None
+        self._last_id += 1
+        lease = Lease(self._last_id, borrower, best, nbytes, blocks, priority, self._clock())
+        self._leases[lease.lease_id] = lease
+        self._borrows[borrower, best] += 1
+        self._bytes_lent_total += nbytes
+        lender.lent(nbytes)
+        return lease
+
+    def borrow_at_most(self, borrower: str, unit_bytes: int, blocks: int, priority: int = 0) -> Lease | None:
+        """Like `borrow` for `blocks` pages of `unit_bytes`, or for as many as the largest offer has room for."""
+        lease = self.borrow(borrower, blocks * unit_bytes, blocks, priority)
+        if lease is not None:
+            return lease
+        offer = self.largest_offer(borrower, unit_bytes)
+        units = 0 if offer is None else min(blocks, offer.units)
+        return self.borrow(borrower, units * unit_bytes, units, priority) if units else None
+
+    def activate(self, lease_id: int) -> None:
+        """Blocks move in from now on.
+
+        Raises:
+            ValueError: the lease is not GRANTED; while it is under reclaim nothing moves in.
+        """
+        lease = self.lease(lease_id)
+        if lease.state is not LeaseState.GRANTED:
+            raise ValueError(f"lease {lease_id} is {lease.state.value}, no block may move in")
+        lease.move_to(LeaseState.ACTIVE)
+        lease.used = True
+
+    def shrink(self, lease_id: int, nbytes: int, blocks: int) -> None:
+        """`blocks` pages with `nbytes` are empty and the lender's again; all of them is a `release`.
+
+        Raises:
+            ValueError: the lease does not hold them, or would keep blocks without bytes or bytes without blocks.
+        """
+        lease = self.lease(lease_id)
+        kept_bytes, kept_blocks = lease.nbytes - nbytes, lease.blocks - blocks
+        if nbytes < 0 or blocks < 0 or min(kept_bytes, kept_blocks) < 0 or (kept_bytes == 0) != (kept_blocks == 0):
+            raise ValueError(
+                f"lease {lease_id} has {lease.blocks} blocks, {lease.nbytes} bytes, not {blocks}, {nbytes}"
+            )
+        if kept_blocks == 0:
+            lease.move_to(LeaseState.RELEASED)
+            lease.reclaim_bytes, lease.urgency, lease.deadline_s = 0, None, None
+            del self._leases[lease_id]
+        else:
+            lease.nbytes, lease.blocks = kept_bytes, kept_blocks
+        self._lenders[lease.lender].came_back(nbytes)
+        self._refresh(self._lenders[lease.lender])
+
+    def release(self, lease_id: int) -> None:
+        """The whole lease is empty and the lender's again.
+
+        Raises:
+            ValueError: it is released already.
+        """
+        lease = self.lease(lease_id)
+        self.shrink(lease_id, lease.nbytes, lease.blocks)
+
+    # -- reclaiming -------------------------------------------------------------------------------------------------
+
+    def request_reclaim(self, lender: str, nbytes: int | None, urgency: Urgency) -> int:
+        """Ask for `nbytes` of what a device lent, beyond what its state asks for; for its own stage's need, or a call.
+
+        None is for all of it and for good (shutdown): it lends nothing until `reopen`. Otherwise it lends nothing
+        until the bytes are back and `observe` has said what it uses now.
+
+        Returns:
+            how many bytes will come back for this request: fewer where less is lent, or was asked for already.
+        """
+        if nbytes is not None and nbytes < 0:
+            raise ValueError(f"{lender} cannot ask for {nbytes} bytes")
+        state = self._lender(lender)
+        left = state.unasked_bytes()
+        granted = left if nbytes is None else min(nbytes, left)
+        if nbytes is None:
+            state.withdrawn = max(urgency, state.withdrawn or urgency)
+        elif granted:
+            state.needs.append(Need(Cause.REQUEST, granted, urgency, self._clock() + urgency.bound_s))
+            self._reclaims[urgency] += 1
+        self._refresh(state)
+        return granted
+
+    def reopen(self, lender: str) -> None:
+        """A device that withdrew lends again; what it has not got back stays lent."""
+        state = self._lender(lender)
+        state.withdrawn = None
+        self._refresh(state)
+
+    def reclaims(self) -> list[Reclaim]:
+        """What has to come back now, over all lenders, the most urgent first; for each lender low priority first, then
+        youngest first, and no more than it needs. Their leases are RECLAIMING.
+
+        A lease may be there several times, with parts that are not equally urgent. `nbytes` need not be a whole number
+        of pages: round up.
+        """
+        found = [reclaim for lender in self._lenders.values() for reclaim in self._refresh(lender)]
+        return sorted(found, key=lambda reclaim: (-reclaim.urgency, reclaim.deadline_s))
+
+    # -- audit ------------------------------------------------------------------------------------------------------
+
+    def check_invariants(self) -> None:
+        """Raise `AssertionError` unless all leases are sound, every device lent exactly its leases, none lent more
+        than the ratio allows, whatever is over a limit is under reclaim, and no two devices lend to each other."""
+        pairs = set()
+        for lease in self._leases.values():
+            lease.check_invariants()
+            pairs.add((lease.borrower, lease.lender))
+        if any((lender, borrower) in pairs for borrower, lender in pairs):
+            raise AssertionError(f"two devices lend to each other: {sorted(pairs)}")
+        for name, lender in self._lenders.items():
+            budget, leases = lender.budget, self.leases(lender=name)
+            if budget.lent_bytes != sum(lease.nbytes for lease in leases):
+                raise AssertionError(f"{name} lent {budget.lent_bytes} bytes, its leases are {leases}")
+            empty = replace(budget, own_bytes=0, external_bytes=0, lent_bytes=0)
+            if budget.lent_bytes > empty.lendable_bytes(self._lend_ratio):
+                raise AssertionError(f"{name} lent more than it may: {budget}")
+            wanted = min(budget.lent_bytes, sum(need.nbytes for need in lender.needs))
+            if wanted != sum(lease.reclaim_bytes for lease in leases):
+                raise AssertionError(f"{name} needs {wanted} bytes, its leases are {leases}")
+            if wanted < min(budget.shortfall_bytes, budget.lent_bytes):
+                raise AssertionError(f"{name} is over its limit and asks for {wanted} bytes: {budget}")
+
+    # -- insides ----------------------------------------------------------------------------------------------------
+
+    def _lender(self, device: str) -> Lender:
+        if device not in self._lenders:
+            raise ValueError(f"unknown device {device!r}, there are {', '.join(self._lenders)}")
+        return self._lenders[device]
+
+    def _candidates(self, borrower: str, nbytes: int, last_resort: bool) -> list[Candidate]:
+        """Those that can lend `nbytes`: not those that borrow from the borrower themselves."""
+        if self._lender(borrower).budget.last_resort:
+            raise ValueError(f"{borrower} is main memory, it does not borrow")
+        indebted = {lease.borrower for lease in self._leases.values() if lease.lender == borrower}
+        return [
+            Candidate(
+                name,
+                lender.lendable_bytes(self._lend_ratio),
+                self._there_and_back_s(borrower, name, nbytes),
+                lender.budget.idle_s,
+            )
+            for name, lender in self._lenders.items()
+            if lender.budget.last_resort == last_resort
+            and name != borrower
+            and name not in indebted
+            and lender.lendable_bytes(self._lend_ratio) >= max(1, nbytes)
+        ]
+
+    def _there_and_back_s(self, borrower: str, lender: str, nbytes: int) -> float:
+        out, home = self._links.link(borrower, lender), self._links.link(lender, borrower)
+        return out.transfer_s(nbytes) + home.transfer_s(nbytes)
+
+    def _refresh(self, lender: Lender) -> list[Reclaim]:
+        """Bring needs and leases into line with the lender's state."""
+        asked = bool(lender.needs)
+        for urgency in lender.refresh(self._threshold, self._clock()):
+            self._reclaims[urgency] += 1
+        if not (asked or lender.needs):  # every step comes here: nothing to sort while nothing is wanted
+            return []
+        return allot(lender.needs, self.leases(lender=lender.budget.name))

@@ -1,0 +1,91 @@
+"""Slots of host RAM, and blocks on their way into them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from core.logs import get_logger
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slot:
+    """A block's place in host RAM. `buffer` is its `[block_nbytes]` uint8 view of the arena (pinned if that is)."""
+
+    block: bytes
+    parent: bytes
+    index: int
+    buffer: torch.Tensor
+
+    def view(self) -> memoryview:
+        """The buffer's bytes without a copy."""
+        return self.buffer.numpy().data
+
+
+def log_failure(future: Future[None]) -> None:
+    """Called when work of a thread is over: what it did not expect is reported, and the thread goes on."""
+    error = future.exception()
+    if error is not None:
+        logger.error("memory worker failed", exc_info=error)
+
+
+class Releaser(Protocol):
+    """Where a loading gives its pins back: the hierarchy."""
+
+    def release_loading(self, loading: Loading, restored: int) -> None: ...
+
+
+class Loading:
+    """A run of blocks on its way to host RAM; made by `HierarchicalMemory.load`.
+
+    Every block that has arrived stays pinned in its slot until `release`. Any thread may ask.
+    """
+
+    def __init__(self, owner: Releaser, on_done: Callable[[Loading], None] | None) -> None:
+        self._owner = owner
+        self._on_done = on_done
+        self._finished = threading.Event()
+        # The rest is written by the hierarchy alone, under its lock.
+        self.blocks: list[bytes] = []
+        self.arrived: dict[bytes, Slot] = {}
+        self.pending = 0
+        self.released = False
+
+    def done(self) -> bool:
+        """Whether every block has arrived or failed to."""
+        return self._finished.is_set()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until `done`; False after `timeout_s` seconds."""
+        return self._finished.wait(timeout_s)
+
+    def slots(self) -> list[Slot]:
+        """The leading blocks that are there, in order. Before `done` this grows, so a caller may start with the head;
+        a block that was damaged or had vanished ends it for good."""
+        leading: list[Slot] = []
+        for block in self.blocks:
+            slot = self.arrived.get(block)
+            if slot is None:
+                break
+            leading.append(slot)
+        return leading
+
+    def release(self, restored: int = 0) -> None:
+        """Unpin; `restored` is how many leading blocks were copied to the device (promotions from L3 to L1).
+
+        Also allowed before `done`: what arrives later is not pinned for this loading. Again: nothing happens.
+        """
+        self._owner.release_loading(self, restored)
+
+    def finish(self) -> None:
+        """Tell whoever waits. Called once by the hierarchy, without its lock."""
+        self._finished.set()
+        if self._on_done is not None:
+            self._on_done(self)

@@ -1,0 +1,125 @@
+"""Blocks that leave the devices come back from the tiers below, and tokens stay what they were."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lending_cases import OpenPipeline
+from tiny_models import VOCAB, build_tiny
+
+from core.inference_pipeline import InferencePipeline
+from core.memory import Tier
+from core.request import SamplingParams
+
+GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, detokenize=False)
+HOST = {"memory__host_bytes": 1 << 20}
+
+
+def prompts(count: int, length: int = 48) -> list[list[int]]:
+    return [
+        torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+        for seed in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("qwen3")
+    build_tiny("qwen3", path)
+    return path
+
+
+def answers(pipeline: InferencePipeline, asked: list[list[int]], params: SamplingParams = GREEDY) -> list[list[int]]:
+    handles = [pipeline.submit(prompt, params) for prompt in asked]
+    return [handle.result(60).completions[0].token_ids for handle in handles]
+
+
+def cached(pipeline: InferencePipeline, prompt: list[int]) -> int:
+    return pipeline.submit(prompt, GREEDY).result(60).num_cached_tokens
+
+
+def open_small(open_pipeline: OpenPipeline, tiny: Path, **options: Any) -> InferencePipeline:
+    """Room for 64 tokens: the blocks of a prompt push out those of the one before."""
+    defaults = {
+        "devices__devices": "cpu=64MiB,cpu=64MiB", "engine__block_size": 4, "engine__kv_cache_tokens": 64,
+        "engine__cohorts": 1, "memory__disk_min_free_bytes": 0,
+    }  # fmt: skip
+    return open_pipeline(tiny, **{**defaults, **HOST, **options})
+
+
+@pytest.mark.parametrize("cohorts", [1, 2])
+def test_a_prefix_that_was_pushed_out_comes_back_from_main_memory(
+    tiny: Path, open_pipeline: OpenPipeline, cohorts: int
+) -> None:
+    expected = answers(open_pipeline(tiny, engine__kv_cache_tokens=4096), prompts(4))
+    pipeline = open_small(open_pipeline, tiny, engine__cohorts=cohorts)
+    for _ in range(2):
+        for prompt, tokens in zip(prompts(4), expected, strict=True):
+            assert answers(pipeline, [prompt]) == [tokens]
+    assert cached(pipeline, prompts(4)[0]) >= 44
+    assert pipeline.engine.memory.tiers is not None
+    moves = pipeline.engine.memory.tiers.memory.stats().moves
+    assert moves["demotion", Tier.L1, Tier.L3] > 0
+    assert moves["promotion", Tier.L3, Tier.L1] > 0
+
+
+def test_without_tiers_nothing_comes_back(tiny: Path, open_pipeline: OpenPipeline) -> None:
+    pipeline = open_small(open_pipeline, tiny, memory__host_bytes=0)
+    for prompt in prompts(4):
+        answers(pipeline, [prompt])
+    assert cached(pipeline, prompts(4)[0]) == 0
+
+
+def test_a_restarted_server_finds_its_prefixes_on_disk(tiny: Path, open_pipeline: OpenPipeline, tmp_path: Path) -> None:
+    disk = {"memory__disk_path": tmp_path / "kv", "memory__disk_bytes": 1 << 24}
+    first = open_small(open_pipeline, tiny, **disk)
+    expected = [answers(first, [prompt]) for prompt in prompts(6)]
+    first.shutdown()
+    second = open_small(open_pipeline, tiny, **disk)
+    assert cached(second, prompts(6)[1]) >= 40
+    assert [answers(second, [prompt]) for prompt in prompts(6)] == expected
+
+
+def test_damaged_files_cost_a_recompute_and_nothing_else(
+    tiny: Path, open_pipeline: OpenPipeline, tmp_path: Path
+) -> None:
+    disk = {"memory__disk_path": tmp_path / "kv", "memory__disk_bytes": 1 << 24}
+    first = open_small(open_pipeline, tiny, **disk)
+    expected = [answers(first, [prompt]) for prompt in prompts(6)]
+    first.shutdown()
+    files = [file for file in (tmp_path / "kv").rglob("*") if file.is_file() and file.stat().st_size > 1000]
+    assert files
+    for number, file in enumerate(files):
+        data = bytearray(file.read_bytes())
+        for at in range(600 + number, len(data), 97):
+            data[at] ^= 0xFF
+        file.write_bytes(data)
+    second = open_small(open_pipeline, tiny, **disk)
+    assert [answers(second, [prompt]) for prompt in prompts(6)] == expected
+
+
+def test_a_preempted_sequence_comes_back_from_main_memory(tiny: Path, open_pipeline: OpenPipeline) -> None:
+    params = replace(GREEDY, max_tokens=40)
+    expected = answers(open_pipeline(tiny, engine__kv_cache_tokens=4096), prompts(5, 20), params)
+    pipeline = open_small(open_pipeline, tiny, engine__kv_cache_tokens=100)
+    assert answers(pipeline, prompts(5, 20), params) == expected
+    assert pipeline.engine.batcher.stats.preemptions > 0
+    assert pipeline.engine.memory.tiers is not None
+    assert pipeline.engine.memory.tiers.memory.stats().moves["promotion", Tier.L3, Tier.L1] > 0
+
+
+def test_requests_given_up_while_their_prefix_is_read_leave_nothing(
+    tiny: Path, open_pipeline: OpenPipeline, tmp_path: Path
+) -> None:
+    disk = {"memory__disk_path": tmp_path / "kv", "memory__disk_bytes": 1 << 24}
+    first = open_small(open_pipeline, tiny, **disk)
+    expected = [answers(first, [prompt]) for prompt in prompts(6)]
+    first.shutdown()
+    second = open_small(open_pipeline, tiny, **disk)
+    for prompt in prompts(6):
+        second.submit(prompt, GREEDY).abort()
+    assert [answers(second, [prompt]) for prompt in prompts(6)] == expected
