@@ -1,11 +1,28 @@
 """Logical devices: what there is, how much of it may be used, and what it is doing."""
 
-from core.devices.device import Device, DeviceBudget, DeviceKind, DeviceSpeed, LinkSpeed, format_bytes, wait_until
-from core.devices.discovery import Machine, PhysicalDevice, choose_devices, open_devices, probe_machine
+from core.devices.device import (
+    HOST,
+    Device,
+    DeviceBudget,
+    DeviceKind,
+    DeviceSpeed,
+    LinkSpeed,
+    format_bytes,
+    wait_until,
+)
+from core.devices.discovery import (
+    Machine,
+    PhysicalDevice,
+    choose_devices,
+    open_devices,
+    open_host,
+    probe_machine,
+)
 from core.devices.readers import DeviceReader, DeviceReading
 from core.devices.spec import DeviceSpec, parse_devices, parse_link
 
 __all__ = [
+    "HOST",
     "Device",
     "DeviceBudget",
     "DeviceKind",
@@ -19,6 +36,7 @@ __all__ = [
     "choose_devices",
     "format_bytes",
     "open_devices",
+    "open_host",
     "parse_devices",
     "parse_link",
     "probe_machine",

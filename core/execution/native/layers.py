@@ -94,6 +94,10 @@ class _Attention:
             self._prepared = (bound, _prepare(self, bound))
         return self._prepared[1]
 
+    def tensors_moved(self) -> None:
+        """The parameters have other addresses than when they were looked up."""
+        self._prepared = None
+
     def _run(
         self, layer: AttentionLayer, metadata: AttentionMetadata, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
@@ -155,6 +159,11 @@ class _GatedMLP:
     _weights: Any
     _first: Weights
 
+    def tensors_moved(self) -> None:
+        """The parameters have other addresses than when they were looked up."""
+        self._weights = _mlp_weights(self)
+        self._first = self._weights[0]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         first = self._first
         shape = x.shape
@@ -201,6 +210,11 @@ def _adopt_attention(module: nn.Module, native: NativeLayers) -> bool:
     return False
 
 
+def _mlp_weights(module: Any) -> Any:
+    parts = [getattr(module, name) for name in _MLP_PARTS]
+    return weights_array(Weights.of(p.weight, p.bias) for p in parts)
+
+
 def _adopt_mlp(module: nn.Module, native: NativeLayers) -> bool:
     if not (same_forward(module, LlamaMLP) and _are_linears(module, _MLP_PARTS)):
         return False
@@ -208,8 +222,7 @@ def _adopt_mlp(module: nn.Module, native: NativeLayers) -> bool:
     result = module.act_fn(grid)  # type: ignore[operator]
     for number, activation in enumerate(_ACTIVATIONS):
         if torch.equal(result, activation(grid)):
-            parts = [getattr(module, name) for name in _MLP_PARTS]
-            weights = weights_array(Weights.of(p.weight, p.bias) for p in parts)
+            weights = _mlp_weights(module)
             _become(module, _GatedMLP, _native=native, _activation=number, _weights=weights, _first=weights[0])
             return True
     return False
@@ -218,7 +231,8 @@ def _adopt_mlp(module: nn.Module, native: NativeLayers) -> bool:
 def swap_layers(model: nn.Module, kernels: NativeKernels) -> int:
     """Hand every attention and MLP module that the kernels know over to them. Returns how many there were.
 
-    Comes after `swap_linears` and `swap_norms`: parameters must keep their memory from then on.
+    Comes after `swap_linears` and `swap_norms`. Parameters keep their memory from then on; whoever moves it calls the
+    modules' `tensors_moved`.
     """
     native = NativeLayers(kernels)
     return sum(_adopt_attention(module, native) or _adopt_mlp(module, native) for module in list(model.modules()))

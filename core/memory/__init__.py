@@ -1,0 +1,1 @@
+"""Memory below a device's own: weights that stream in from main memory."""
