@@ -52,7 +52,7 @@ def weight_bytes(path: Path) -> int:
     return weights.stage(0, len(weights.layers))
 
 
-def half_of_it(path: Path, stages: int, kind: str = "cpu", speed: str = "") -> str:
-    """Devices that together have half the bytes of the model's weights."""
-    limit = weight_bytes(path) // 2 // stages
+def half_of_it(path: Path, stages: int, kind: str = "cpu", speed: str = "", room: float = 1.0) -> str:
+    """Devices that together have half the bytes of the model's weights, times `room`."""
+    limit = int(room * weight_bytes(path) / 2) // stages
     return ",".join([f"{kind}={limit}B{speed}"] * stages)

@@ -17,8 +17,8 @@ from tiny_models import VOCAB
 from core.inference_pipeline import InferencePipeline
 from core.request import SamplingParams
 
-NEW_TOKENS = 10
-LENGTHS = (3, 9, 14, 1, 21)
+NEW_TOKENS = 6
+LENGTHS = (3, 9, 1, 21)
 GREEDY = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, detokenize=False)
 OpenPipeline = Callable[..., InferencePipeline]
 
@@ -47,13 +47,14 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return Reference(path, prompts, tokens)
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
-@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("stages", "native"), [(1, True), (2, True), (2, False), (3, True)], ids=["1", "2", "2-torch", "3"]
+)
 def test_twice_the_devices_memory(reference: Reference, stages: int, native: bool, open_pipeline: OpenPipeline) -> None:
     """Alone, beside each other in several cohorts, from the prefix cache, beside streams that are given up."""
     pipeline = open_pipeline(
         reference.path, devices__devices=half_of_it(reference.path, stages, "sim", "@100GB/s/10TFLOPS"),
-        devices__sim_link="400MB/s@20us", engine__native_kernels=native, engine__cohorts=stages, **ENGINE,
+        devices__sim_link="1GB/s@20us", engine__native_kernels=native, engine__cohorts=stages, **ENGINE,
     )  # fmt: skip
     engine = pipeline.engine
     assert len(engine.stages) == stages
