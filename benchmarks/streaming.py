@@ -39,7 +39,7 @@ SHAPE = "streaming"
 SETUPS = ((("3090",), 11.6), (("5070 Ti",), 50.0), (("3090", "5070 Ti"), 11.6))
 """Cards, and their links to main memory in GB/s: PCIe 4.0 x8, PCIe 5.0 x16."""
 CONTEXT = 16
-CHUNK = 512
+CHUNK = 256
 """Tokens of the long prompts, computed in one step."""
 
 
@@ -205,14 +205,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--streams", type=int, default=8, help="streams that decode together")
     parser.add_argument("--steps", type=int, default=8, help="tokens that each of them decodes")
     parser.add_argument("--prompts", type=int, default=4, help=f"prompts of {CHUNK} tokens")
-    parser.add_argument("--setups", type=int, default=len(SETUPS), help="how many of the sets of cards")
+    parser.add_argument("--setups", default="1,2,3", help="which of the sets of cards")
     parser.add_argument("--workdir", type=Path, default=default_workdir(), help="where the model is kept")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     given = parser.parse_args(arguments)
     model_dir = resolve_model(SHAPE, given.workdir)
     results = [
-        compare(model_dir, cards, link, given.streams, given.steps, given.prompts)
-        for cards, link in SETUPS[: given.setups]
+        compare(model_dir, *SETUPS[int(number) - 1], given.streams, given.steps, given.prompts)
+        for number in given.setups.split(",")
     ]
     show(results, Console(width=180))
     if given.json is not None:

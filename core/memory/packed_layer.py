@@ -30,7 +30,7 @@ class PackedLayer:
     """All parameters and buffers of `layer`, whatever its modules are.
 
     They stay the same tensor objects and get other memory. Modules that keep addresses of their tensors have a method
-    `tensors_moved()`, which is called afterwards.
+    `tensors_moved()`, which is called afterwards, of children before that of their parents.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -51,7 +51,7 @@ class PackedLayer:
         """Make the tensors views of `run`, uint8 `[nbytes]` or longer; their values are what it holds."""
         for part in self._parts:
             part.tensor.data = part.view(run)
-        for module in self.layer.modules():
+        for module in reversed(list(self.layer.modules())):
             moved = getattr(module, "tensors_moved", None)
             if moved is not None:
                 moved()

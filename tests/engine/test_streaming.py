@@ -21,7 +21,8 @@ from core.devices import HOST, Device, DeviceBudget
 from core.errors import InsufficientMemoryError, StepFailedError
 from core.inference_pipeline import InferencePipeline
 from core.memory.stream import StreamManager
-from core.models.stage_model import find_decoder
+from core.models.architecture import read_architecture
+from core.models.stage_model import find_decoder, measure_bytes
 from core.request import SamplingParams
 from core.transfer import TransferManager
 from vramancer.cli import app
@@ -200,7 +201,10 @@ def test_half_precision_streams_the_same_numbers(tmp_path: Path, open_pipeline: 
     build_tiny("qwen3", tmp_path, dtype=torch.bfloat16, **CHANGES["qwen3"])
     whole = open_pipeline(tmp_path, **ENGINE)
     streaming = open_pipeline(tmp_path, devices__devices=half_of_it(tmp_path, 1, room=1.15), **ENGINE)
-    assert streams(streaming)
+    (manager,), (plan,) = streams(streaming), streaming.engine.plan.placement.stages
+    layer_bytes = measure_bytes(read_architecture(tmp_path)).layers
+    streamed_bytes = sum(layer_bytes[layer] for layer in plan.streamed_layers)
+    assert sum(master.nbytes for master in manager._masters) >= streamed_bytes, "every tensor of a layer streams"
     torch.testing.assert_close(streaming.infer(PROMPT), whole.infer(PROMPT), rtol=0, atol=0)
     assert tokens(streaming) == tokens(whole)
 

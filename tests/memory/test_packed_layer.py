@@ -32,6 +32,24 @@ class Odd(nn.Module):
         self.moves += 1
 
 
+class Child(nn.Linear):
+    """Remembers where its weight is."""
+
+    def tensors_moved(self) -> None:
+        self.place = self.weight.data_ptr()
+
+
+class Parent(nn.Module):
+    """Remembers what its child does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = Child(4, 4)
+
+    def tensors_moved(self) -> None:
+        self.place = self.child.place
+
+
 def all_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
 
@@ -55,6 +73,13 @@ def test_values_objects_strides_and_ties_survive() -> None:
     assert layer.tied.weight is layer.linear.weight
     run.zero_()
     assert not layer.linear.weight.any(), "the tensors are the run's memory"
+
+
+def test_children_hear_of_the_move_before_their_parents() -> None:
+    parent = Parent()
+    packed = PackedLayer(parent)
+    packed.move(torch.zeros(packed.nbytes, dtype=torch.uint8))
+    assert parent.place == parent.child.weight.data_ptr()
 
 
 def test_no_byte_is_wasted() -> None:
