@@ -52,6 +52,8 @@ class Section(BaseModel):
         kinds = field_kinds(cls.model_fields[info.field_name or ""])
         if bool in kinds:
             return _read_bool(value)
+        if value is False and "off" in typing.get_args(cls.model_fields[info.field_name or ""].annotation):
+            return "off"  # what YAML reads as false
         if isinstance(value, bool):
             raise ValueError("Input should not be a boolean")  # noqa: TRY004 (pydantic reports ValueError only)
         if isinstance(value, str):
@@ -134,6 +136,11 @@ class DeviceSettings(Section):
         None,
         'Speed of the links between emulated devices, such as "11.6GB/s" or "11.6GB/s@30us". Not set: no delay.',
         min_length=1,
+    )
+    stream_weights: Literal["auto", "off"] = _setting(
+        "auto",
+        "Layers for which no device has room stay in main memory and are copied in for every step; off refuses models "
+        "that do not fit.",
     )
     memory_fraction: float = _setting(
         0.9, "Share of a device's free memory to use where no limit is given (0 to 1).", gt=0.0, le=1.0

@@ -17,7 +17,7 @@ from core.batching.sequence import Request
 from core.batching.sequence import Sequence as TokenSequence
 from core.batching.stats import BatcherStats
 from core.config import Settings
-from core.devices import Device, DeviceReader, open_devices, parse_link
+from core.devices import HOST, Device, DeviceReader, open_devices, parse_link
 from core.errors import (
     ConflictError,
     ContextLengthError,
@@ -39,7 +39,7 @@ from core.model_engine import (
     checkpoint_bytes,
     load_engine,
 )
-from core.model_plan import ModelPlan, measure_with, plan_model
+from core.model_plan import ModelPlan, host_for, measure_with, plan_model
 from core.models.resolve import DEMO_NAME, available_models, resolve_model
 from core.raw_inference import run_raw
 from core.request import SamplingParams
@@ -133,9 +133,14 @@ class InferencePipeline:
         resolved = resolve_model(settings.model.name, settings.model.revision)
         total = checkpoint_bytes(resolved.path)
         old = self._engine
-        alone = self._devices(settings, old, beside=False)
         measure = measure_with(settings, self.transfer)
-        plan = plan_model(resolved, alone, settings, measure)
+
+        def planned(old: ModelEngine | None, *, beside: bool) -> ModelPlan:
+            devices = self._devices(settings, old, beside=beside)
+            held = old.budgets[HOST].used_bytes if old is not None and HOST in old.budgets and not beside else 0
+            return plan_model(resolved, devices, settings, measure, host_for(settings, devices, held))
+
+        plan = planned(old, beside=False)
         if old is None:
             try:
                 self._engine = self._start(plan, settings, total)
@@ -143,11 +148,11 @@ class InferencePipeline:
                 if settings.devices.devices is not None:
                     raise
                 logger.warning("memory was taken since the plan was made; planning again", reason=error.message)
-                plan = plan_model(resolved, self._devices(settings, None, beside=False), settings, measure)
+                plan = planned(None, beside=False)
                 self._engine = self._start(plan, settings, total)
             return
         try:
-            plan = plan_model(resolved, self._devices(settings, old, beside=True), settings, measure)
+            plan = planned(old, beside=True)
         except VRAMancerError:
             self._replace(old, plan, settings, total)
             return
@@ -202,6 +207,7 @@ class InferencePipeline:
             seconds=round(engine.load_s, 2),
             stages=[f"{s.device_name}:{s.first_layer}-{s.last_layer - 1}" for s in plan.placement.stages],
             kv_tokens=plan.placement.kv_tokens,
+            streamed_bytes=plan.placement.streamed_bytes,
             attention=engine.backends[0],
         )
         return engine

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from core.batching.breaker import CircuitBreaker
 from core.batching.scheduler import Scheduler, SchedulerLimits
 from core.config import Settings
 from core.config_schema import EngineSettings
-from core.devices import Device, DeviceBudget
+from core.devices import HOST, Device, DeviceBudget
 from core.errors import CheckpointError, ContextLengthError, InsufficientMemoryError, InvalidRequestError
 from core.execution.attention.select import AttentionBackends
 from core.execution.model_runner import ModelRunner
@@ -26,10 +26,12 @@ from core.execution.stage import Stage
 from core.execution.threads import CpuThreads
 from core.kv_cache.manager import KVCacheManager
 from core.kv_memory import KVMemory, lending_host, open_kv
+from core.memory.stream import SLOTS, StreamedLayers
 from core.model_plan import ModelPlan, cohort_policy, stage_timer
 from core.models.checkpoint import Checkpoint
 from core.models.stage_model import StageSlice
 from core.models.tokenizer import Tokenizer
+from core.placement import StagePlan
 from core.transfer import TransferManager
 
 ProgressCall = Callable[[int, int], None]
@@ -138,9 +140,12 @@ def check_memory(plan: ModelPlan) -> None:
         device = plan.devices[stage.device_index]
         kv_bytes = stage.kv_bytes_per_token * local_tokens
         needed[device.torch_device] += stage.weight_bytes + kv_bytes + stage.workspace_bytes
+    devices = plan.devices
+    if plan.host is not None:
+        devices = (*devices, plan.host)
+        needed[plan.host.torch_device] += plan.placement.streamed_bytes
     free = {
-        device.torch_device: memory.free_bytes
-        for device, memory in zip(plan.devices, read_memory(plan.devices), strict=True)
+        device.torch_device: memory.free_bytes for device, memory in zip(devices, read_memory(devices), strict=True)
     }
     lacking = {name: nbytes - free[name] for name, nbytes in needed.items() if nbytes > free[name]}
     if lacking:
@@ -166,6 +171,8 @@ def load_engine(
     check_memory(plan)
     tokenizer = Tokenizer.from_directory(plan.resolved.path, _chat_template(settings))
     budgets = {device.name: DeviceBudget(device) for device in plan.devices}
+    if plan.host is not None:
+        budgets[HOST] = DeviceBudget(plan.host)
     stages: list[Stage] = []
     names: list[str] = []
     host = lending_host(settings)
@@ -179,7 +186,9 @@ def load_engine(
             stage = Stage(plan.architecture, part, device, budgets[device.name], stage_timer(plan, stage_plan))
             stages.append(stage)
             attention, adapter = backends.of(device)
-            stage.load(plan.resolved.path, stage_plan.weight_bytes, on_read, adapter)
+            streamed = _streamed_layers(stage_plan, budgets, transfer)
+            resident = stage_plan.weight_bytes - SLOTS * stage_plan.slot_bytes
+            stage.load(plan.resolved.path, resident, on_read, adapter, streamed)
             budgets[device.name].reserve("workspace", stage_plan.workspace_bytes)
             pages = plan.pooled.local_tokens[len(stages) - 1] // settings.engine.block_size
             stage.allocate_kv(pages, settings.engine.block_size, backends, transfer, host)
@@ -189,6 +198,14 @@ def load_engine(
             stage.free()
         raise
     return _assemble(plan, settings, budgets, stages, transfer, tokenizer, names, threads, host, started_s)
+
+
+def _streamed_layers(
+    stage: StagePlan, budgets: Mapping[str, DeviceBudget], transfer: TransferManager
+) -> StreamedLayers | None:
+    if not stage.streamed_layers:
+        return None
+    return StreamedLayers(stage.streamed_layers, stage.streamed_bytes, stage.slot_bytes, budgets[HOST], transfer)
 
 
 def _assemble(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
 from core.batching.cohorts import CohortPolicy, FixedCohorts, OneCohort, PredictedCohorts
 from core.config import Settings
-from core.devices import Device, open_devices
+from core.devices import HOST, Device, open_devices, open_host
 from core.errors import ContextLengthError, InsufficientMemoryError
 from core.execution.attention.select import planned_packing
 from core.execution.profiler import LayerProfiler
@@ -31,10 +32,21 @@ from core.placement.cards import gpu_spec
 from core.placement.engine import PlacementDevice, PlacementRequest, parse_layers, place, stage_costs
 from core.placement.pooling import PooledKV, pool_kv
 from core.placement.predict import DeviceEffect, Prediction, one_more, predict
+from core.placement.streaming import place_or_stream, place_streaming
 from core.transfer import TransferManager
 
-Measure = Callable[[Sequence[Device], Architecture], tuple[Sequence[DeviceProfile], LinkTopology]]
-"""Measures devices for an architecture, and the links between them."""
+
+class Measure(Protocol):
+    """Measures what placement has to know."""
+
+    def __call__(
+        self, devices: Sequence[Device], architecture: Architecture
+    ) -> tuple[Sequence[DeviceProfile], LinkTopology]:
+        """Devices for an architecture, and the links between them."""
+
+    def host_links(self, devices: Sequence[Device]) -> Mapping[tuple[str, str], LinkProfile]:
+        """From main memory to each device."""
+
 
 DATASHEET_LINK = LinkProfile(11.6e9, 30e-6, "staged", "assumed")
 """Between two cards of a plan without a machine: staged through host memory over PCIe 4.0 x8, a common board's."""
@@ -45,12 +57,13 @@ MIN_LOCAL_BLOCKS = 16
 """What is being written is local, so a stage needs some blocks of its own even where others lend it memory."""
 
 _CPU_KV_SHARE = 4
+_ANY_MACHINE_BYTES = 1 << 60
 
 
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
     """A load as planned. `request` is what placement worked from; `prediction` is there if its speeds are known;
-    `pooled` is the KV that devices hold together.
+    `pooled` is the KV that devices hold together; `host` is there if layers stay in main memory.
     """
 
     resolved: ResolvedModel
@@ -62,6 +75,7 @@ class ModelPlan:
     max_model_len: int
     prediction: Prediction | None
     pooled: PooledKV
+    host: Device | None = None
 
     @property
     def is_measured(self) -> bool:
@@ -107,11 +121,14 @@ def _workspace(architecture: Architecture, weights: ModelBytes, settings: Settin
     return Workspace(tokens * per_token, rows * architecture.vocab_size * _SAMPLING_BYTES)
 
 
-def plan_model(resolved: ResolvedModel, devices: Sequence[Device], settings: Settings, measure: Measure) -> ModelPlan:
+def plan_model(
+    resolved: ResolvedModel, devices: Sequence[Device], settings: Settings, measure: Measure, host: Device | None = None
+) -> ModelPlan:
     """Read the config, count the parts on `meta` and place them. Allocates nothing that outlives the call.
 
     `measure` is asked where the plan depends on speeds: with more than one device, unless another placement and the
-    number of cohorts are set. The speed of emulated devices is known anyway.
+    number of cohorts are set. The speed of emulated devices is known anyway. `host` is main memory for layers that do
+    not fit on the devices; None refuses such models.
     Raises `UnsupportedModelError`, `CheckpointError`, `InsufficientMemoryError`, `ContextLengthError`,
     `InvalidRequestError` for a strategy or layers that do not exist.
     """
@@ -136,11 +153,21 @@ def plan_model(resolved: ResolvedModel, devices: Sequence[Device], settings: Set
         links,
         shares_cpu=placed.devices is None and any(device.kind == "cpu" for device in devices),
     )
-    placement = place(request, placed.placement)
+    try:
+        placement = place(request, placed.placement)
+    except InsufficientMemoryError:
+        if host is None or host.memory_limit_bytes <= 0:
+            raise
+        if not is_measured and not by_hand:
+            profiles, _ = measure(devices, architecture)
+            request, is_measured = _with_profiles(request, profiles), True
+        request = _with_host(request, host.memory_limit_bytes, measure.host_links(devices) if is_measured else {})
+        placement = place_streaming(request, placed.placement)
     prediction = predict(placement, request) if is_measured else None
     return ModelPlan(
         resolved, architecture, weights, request, placement, tuple(devices), max_model_len, prediction,
         pool_devices(placement, request, settings, max_model_len),
+        host if placement.streamed_bytes else None,
     )  # fmt: skip
 
 
@@ -173,6 +200,19 @@ def pool_devices(
 def _least_kv_tokens(settings: Settings, max_model_len: int, wanted: int) -> int:
     """KV that a load must have room for: the longest prompt and answer that is asked for, or a modest one."""
     return min(wanted, settings.model.max_model_len or min(max_model_len, _MIN_KV_TOKENS))
+
+
+def _with_profiles(request: PlacementRequest, profiles: Sequence[DeviceProfile]) -> PlacementRequest:
+    measured = zip(request.devices, profiles, strict=True)
+    return replace(request, devices=tuple(replace(device, profile=profile) for device, profile in measured))
+
+
+def _with_host(
+    request: PlacementRequest, host_bytes: int, links: Mapping[tuple[str, str], LinkProfile]
+) -> PlacementRequest:
+    """Layers may stay in so many bytes of main memory, and stream in over these links."""
+    known = request.links
+    return replace(request, host_bytes=host_bytes, links=LinkTopology({**known.links, **links}, known.default))
 
 
 def plan_request(
@@ -212,12 +252,27 @@ def plan_request(
 def measure_with(settings: Settings, transfer: TransferManager) -> Measure:
     """Measures devices and links, or finds what was measured before."""
     threads = settings.devices.cpu_threads or torch.get_num_threads()
-    profiler = LayerProfiler(settings, transfer, threads, budget_s=settings.devices.profile_seconds)
+    return _Measure(LayerProfiler(settings, transfer, threads, budget_s=settings.devices.profile_seconds))
 
-    def measure(devices: Sequence[Device], architecture: Architecture) -> tuple[Sequence[DeviceProfile], LinkTopology]:
-        return profiler.devices(devices, architecture), profiler.links(devices)
 
-    return measure
+@dataclass(frozen=True, slots=True)
+class _Measure:
+    profiler: LayerProfiler
+
+    def __call__(
+        self, devices: Sequence[Device], architecture: Architecture
+    ) -> tuple[Sequence[DeviceProfile], LinkTopology]:
+        return self.profiler.devices(devices, architecture), self.profiler.links(devices)
+
+    def host_links(self, devices: Sequence[Device]) -> Mapping[tuple[str, str], LinkProfile]:
+        return self.profiler.host_links(devices)
+
+
+def host_for(settings: Settings, devices: Sequence[Device], held_bytes: int = 0) -> Device | None:
+    """Main memory for layers that do not fit on `devices`; None if they may not stream in."""
+    if settings.devices.stream_weights == "off":
+        return None
+    return open_host(settings.devices, devices, held_bytes=held_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,11 +296,14 @@ def preview(settings: Settings, gpus: Sequence[str] = (), *, more: Sequence[str]
         length = _max_model_len(resolved, architecture, settings)
         cards, links = gpu_spec(*gpus), LinkTopology(default=DATASHEET_LINK)
         request = plan_request(resolved.name, architecture, measure_bytes(architecture), settings, length, cards, links)
-        placement = place(request, settings.devices.placement)
+        if settings.devices.stream_weights == "auto":
+            request = _with_host(request, _ANY_MACHINE_BYTES, {})
+        placement = place_or_stream(request, settings.devices.placement)
         prediction: Prediction | None = predict(placement, request)
     else:
         devices = open_devices(settings.devices, allocate=False)
-        plan = plan_model(resolved, devices, settings, measure_with(settings, TransferManager()))
+        measure = measure_with(settings, TransferManager())
+        plan = plan_model(resolved, devices, settings, measure, host_for(settings, devices))
         request, placement, prediction = plan.request, plan.placement, plan.prediction
     others = more or tuple(dict.fromkeys(text.partition("*")[0].strip() for text in gpus))
     effects = tuple(one_more(placement, request, device) for device in gpu_spec(*others)) if prediction else ()
@@ -293,4 +351,5 @@ def stage_timer(plan: ModelPlan, stage: StagePlan) -> StageTimer | None:
         profile = emulated_profile(device.name, device.speed.bandwidth_bytes_s, device.speed.flops)
     elif not plan.is_measured:
         return None
-    return StageTimer(plan.costs, profile, stage.first_layer, stage.last_layer)
+    link = plan.request.links.link(HOST, device.name)
+    return StageTimer(plan.costs, profile, stage.first_layer, stage.last_layer, stage.streamed_layers, link)

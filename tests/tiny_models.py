@@ -105,9 +105,14 @@ TINY: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def build_tiny(name: str, directory: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """Save a random model of the architecture to `directory` and return it, in eval mode."""
-    values = {key: value for key, value in (_BASE | TINY[name]).items() if value is not None}
+def build_tiny(
+    name: str, directory: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
+) -> PreTrainedModel:
+    """Save a random model of the architecture to `directory` and return it, in eval mode.
+
+    `changes` are to its config.
+    """
+    values = {key: value for key, value in (_BASE | TINY[name] | changes).items() if value is not None}
     implementation = values.pop("attn_implementation")
     config = AutoConfig.for_model(name, **values)
     torch.manual_seed(seed)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from core.placement import Batch, LayerCosts, LinkTopology, StageCost, best_cohorts, stage_s
+from core.placement import Batch, LayerCosts, LinkTopology, StageCost, best_cohorts, busy_s
 
 MIN_CHUNK = 16
 STALL = 3.0
@@ -80,7 +80,7 @@ class PredictedCohorts:
         return best_cohorts(self._costs, self._stages, self._links, decoding, context)
 
     def _slowest_s(self, batch: Batch) -> float:
-        return max(stage_s(self._costs, stage.device, stage.first, stage.last, batch) for stage in self._stages)
+        return max(busy_s(self._costs, stage, self._links, batch) for stage in self._stages)
 
     def _bounded_chunk(self, decoding: int, context: int) -> int:
         limit_s = STALL * self._slowest_s(Batch.decode(decoding, context))

@@ -11,7 +11,14 @@ from core.devices.device import (
     host_device,
     wait_until,
 )
-from core.devices.discovery import Machine, PhysicalDevice, choose_devices, open_devices, probe_machine
+from core.devices.discovery import (
+    Machine,
+    PhysicalDevice,
+    choose_devices,
+    open_devices,
+    open_host,
+    probe_machine,
+)
 from core.devices.readers import DeviceReader, DeviceReading
 from core.devices.spec import DeviceSpec, parse_devices, parse_link
 
@@ -31,6 +38,7 @@ __all__ = [
     "format_bytes",
     "host_device",
     "open_devices",
+    "open_host",
     "parse_devices",
     "parse_link",
     "probe_machine",

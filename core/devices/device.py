@@ -11,6 +11,9 @@ from core.errors import OutOfDeviceMemoryError
 
 DeviceKind = Literal["cpu", "cuda", "rocm", "mps", "sim"]
 
+HOST = "host"
+"""Main memory's name, as the place where weights wait that stream in."""
+
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -117,7 +120,8 @@ class DeviceBudget:
                     f"{format_bytes(free)} of {format_bytes(self.device.memory_limit_bytes)} are free"
                     + (f" (in use: {holders})." if holders else ".")
                 )
-            self._used[purpose] = self._used.get(purpose, 0) + nbytes
+            if nbytes:
+                self._used[purpose] = self._used.get(purpose, 0) + nbytes
 
     def release(self, purpose: str, nbytes: int | None = None) -> None:
         """Give `nbytes` of a purpose back; None gives all of them, and nothing where there are none."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from core.config import DeviceSettings
-from core.devices.device import Device, DeviceKind, format_bytes
+from core.devices.device import HOST, Device, DeviceKind, format_bytes
 from core.devices.spec import DeviceSpec, parse_devices
 from core.errors import DeviceError
 from core.logs import get_logger
@@ -79,6 +79,16 @@ def choose_devices(
     specs = _take(specs, settings.num_gpus)
     _check_limits(specs, machine, allocate=allocate)
     return tuple(_open(index, spec, machine, settings) for index, spec in enumerate(specs)), reason
+
+
+def open_host(settings: DeviceSettings, devices: Sequence[Device], *, held_bytes: int = 0) -> Device:
+    """Main memory for what does not fit on the devices: the share of what is free that devices in main memory leave.
+
+    `held_bytes` of it are in use now and will be free.
+    """
+    free = _probe_cpu().free_bytes + held_bytes
+    taken = sum(device.memory_limit_bytes for device in devices if device.torch_device == "cpu")
+    return Device(HOST, -1, "cpu", "cpu", max(0, int(free * settings.memory_fraction) - taken))
 
 
 def _ordinal(gpu: PhysicalDevice) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from core.config import Settings
-from core.devices import Device, Machine, format_bytes, parse_link, probe_machine
+from core.devices import HOST, Device, Machine, format_bytes, parse_link, probe_machine
 from core.errors import OutOfDeviceMemoryError
 from core.execution import measure
 from core.execution.attention.interface import AttentionBackend
@@ -136,6 +137,29 @@ class LayerProfiler:
         pairs = itertools.permutations(devices, 2)
         return LinkTopology({(src.name, dst.name): self._link(src, dst, refresh, known) for src, dst in pairs})
 
+    def host_links(self, devices: Sequence[Device]) -> dict[tuple[str, str], LinkProfile]:
+        """From main memory to each device, for weights that stream in; emulated devices as in `links`."""
+        return {(HOST, device.name): self._host_link(device) for device in devices}
+
+    def _host_link(self, device: Device) -> LinkProfile:
+        emulated = self._settings.devices.sim_link
+        if emulated is not None and device.kind == "sim":
+            speed = parse_link(emulated)
+            return LinkProfile(speed.bandwidth_bytes_s, speed.latency_s, "stream", "emulated")
+        facts = {"src": HOST, "dst": self._end(device), "method": "stream", "torch": torch.__version__}
+        profile = self.store.load_link(facts, "stream")
+        if profile is None:
+            pin = device.kind in ("cuda", "rocm")
+
+            def time_load(nbytes: int) -> float:
+                source = torch.ones(nbytes, dtype=torch.uint8, pin_memory=pin)
+                target = torch.empty(nbytes, dtype=torch.uint8, device=device.torch_device)
+                return self._time_link(lambda: self._transfer.load(source, target, device))
+
+            profile = self._measure_link(device, HOST, device.name, "stream", time_load)
+            self.store.save_link(facts, profile)
+        return profile
+
     def _device(
         self, device: Device, architecture: Architecture, refresh: bool, known: dict[str, DeviceProfile]
     ) -> DeviceProfile:
@@ -245,7 +269,8 @@ class LayerProfiler:
         key = key_of(facts)
         profile = known.get(key) or (None if refresh else self.store.load_link(facts, method))
         if profile is None:
-            profile = self._measure_link(src, dst, method)
+            time_transfer = functools.partial(self._time_transfer, src, dst)
+            profile = self._measure_link(src, src.name, dst.name, method, time_transfer)
             self.store.save_link(facts, profile)
         known[key] = profile
         return profile
@@ -257,16 +282,18 @@ class LayerProfiler:
             uuid = str(getattr(torch.cuda.get_device_properties(device.torch_device), "uuid", device.torch_device))
         return device_facts(device, self._cpu_threads) | {"uuid": uuid}
 
-    def _measure_link(self, src: Device, dst: Device, method: str) -> LinkProfile:
-        """From the times of a small and of a large transfer; `send` returns when the data has arrived."""
-        with _computing_as_served(src, 1):  # the other threads are with the stages that compute meanwhile
-            small_s, large_s = (self._time_transfer(src, dst, nbytes) for nbytes in (_SMALL_BYTES, _LARGE_BYTES))
+    def _measure_link(
+        self, device: Device, src: str, dst: str, method: str, time_transfer: Callable[[int], float]
+    ) -> LinkProfile:
+        """From the times of a small and of a large transfer, which end when the data has arrived."""
+        with _computing_as_served(device, 1):  # the other threads are with the stages that compute meanwhile
+            small_s, large_s = (time_transfer(nbytes) for nbytes in (_SMALL_BYTES, _LARGE_BYTES))
         further = _LARGE_BYTES - _SMALL_BYTES
         bandwidth = further / (large_s - small_s) if large_s > small_s else _LARGE_BYTES / large_s
         latency_s = max(0.0, small_s - _SMALL_BYTES / bandwidth)
         logger.info(
             "link measured",
-            src=src.name, dst=dst.name, method=method,
+            src=src, dst=dst, method=method,
             gigabytes_s=round(bandwidth / 1e9, 2), latency_us=round(latency_s * 1e6, 1),
         )  # fmt: skip
         return LinkProfile(bandwidth, latency_s, method)
@@ -274,8 +301,11 @@ class LayerProfiler:
     def _time_transfer(self, src: Device, dst: Device, nbytes: int) -> float:
         payload = torch.ones(nbytes, dtype=torch.uint8, device=src.torch_device)
         measure.synchronize(payload.device)
-        host = torch.device("cpu")  # `send` has waited for the devices: the wall clock is theirs
-        return measure.time_runs(lambda: self._transfer.send(payload, src, dst), host, _LINK_SHARE * self._budget_s)
+        return self._time_link(lambda: self._transfer.send(payload, src, dst))
+
+    def _time_link(self, transfer: Callable[[], object]) -> float:
+        host = torch.device("cpu")  # the transfer has waited for the devices: the wall clock is theirs
+        return measure.time_runs(transfer, host, _LINK_SHARE * self._budget_s)
 
 
 def _as_it_is(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,16 @@ from core.execution.attention.interface import (
 )
 from core.execution.attention.select import LinearAdapter
 from core.execution.input_batch import InputBatch
+from core.execution.pace import Pace
 from core.execution.page_mover import PageMover
 from core.execution.placed_batch import place_batch
 from core.execution.schedule import SchedulerOutput
 from core.execution.site_attention import BackendOf, SiteAttention
 from core.kv_cache.page_ops import PageOp, StageStep
 from core.kv_cache.paged_kv_cache import PagedKVCache
+from core.memory.stream import StreamedLayers, StreamManager
 from core.models.architecture import Architecture
-from core.models.stage_model import StageSlice, find_decoder, load_stage
+from core.models.stage_model import StageSlice, find_decoder, load_layers, load_stage
 from core.placement import Batch, StageTimer
 from core.transfer import TransferManager
 
@@ -48,12 +51,14 @@ class Stage:
         self.weight_bytes = 0
         self.num_parameters = 0
         self.kv: PagedKVCache | None = None
+        self.stream: StreamManager | None = None
         self.busy_s = 0.0
         self.predicted_s = 0.0
         self.forwards = 0
         self.last_used_s = time.monotonic()
         self._budget = budget
         self._timer = timer
+        self._pace = Pace(device, timer, part.first)
         self._model: Any = None
         self._context: AttentionContext | None = None
         self._received: torch.Tensor | None = None
@@ -61,24 +66,39 @@ class Stage:
         self._mover: PageMover | None = None
 
     def load(
-        self, path: Path, expected_bytes: int, on_read: Callable[[int], None], adapter: LinearAdapter | None
-    ) -> None:
-        """Reserve, then read the weights; `adapter` replaces modules by faster ones for this device."""
+        self, path: Path, expected_bytes: int, on_read: Callable[[int], None], adapter: LinearAdapter | None,
+        streamed: StreamedLayers | None = None,
+    ) -> None:  # fmt: skip
+        """Reserve, then read the weights; `adapter` replaces modules by faster ones for this device. `streamed` layers
+        stay in main memory; `expected_bytes` are those of the others.
+        """
         self._budget.reserve(self.WEIGHTS, expected_bytes)
         self.weight_bytes = expected_bytes
+        if streamed is not None:
+            self.stream = StreamManager(streamed, self.device, self._budget, self._pace)
+        absent = frozenset(streamed.layers if streamed is not None else ())
+        part = replace(self.part, without=absent)
         self._model = load_stage(
-            self.architecture, path, self.part, self.torch_device, attention=ATTENTION_NAME, on_read=on_read
+            self.architecture, path, part, self.torch_device, attention=ATTENTION_NAME, on_read=on_read
         )
         actual = _parameter_bytes(self._model) + (adapter.extra_bytes(self._model) if adapter is not None else 0)
         if actual > expected_bytes:
             self._budget.reserve(self.WEIGHTS, actual - expected_bytes)
             self.weight_bytes = actual
+        decoder, name = find_decoder(self._model, self.part.num_layers)
+        layers = getattr(decoder, name)
+        if absent:
+            loaded = load_layers(self.architecture, path, absent, attention=ATTENTION_NAME, on_read=on_read)
+            for index, layer in loaded.items():
+                layers[index] = layer
+            del loaded, layer
         self.num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
         if adapter is not None:
             adapter(self._model)
         if not self.part.is_first:
-            decoder, name = find_decoder(self._model, self.part.num_layers)
-            getattr(decoder, name)[self.part.first].register_forward_pre_hook(self._enter, with_kwargs=True)
+            layers[self.part.first].register_forward_pre_hook(self._enter, with_kwargs=True)
+        if self.stream is not None:
+            self.stream.adopt({index: layers[index] for index in absent})
 
     def allocate_kv(
         self, num_pages: int, block_size: int, backend_of: BackendOf, transfer: TransferManager, host: Device
@@ -144,6 +164,8 @@ class Stage:
         """
         started_s = time.perf_counter()
         assert self._context is not None
+        work = Batch(batch.num_tokens, batch.num_kv_tokens, 0 if logit_rows is None else len(logit_rows))
+        self._pace.begin(work)
         self._context.metadata, self._received = batch.attention, hidden
         inputs = {"input_ids": batch.input_ids} if hidden is None else {"inputs_embeds": hidden}
         try:
@@ -157,16 +179,14 @@ class Stage:
             self._context.metadata = self._received = None
             if self._context.wait_for is not None:
                 self.settle()
-        self._account(started_s, batch, 0 if logit_rows is None else len(logit_rows))
+        self._account(started_s, work)
         return result  # type: ignore[no-any-return]
 
-    def _account(self, started_s: float, batch: InputBatch, logit_rows: int) -> None:
+    def _account(self, started_s: float, work: Batch) -> None:
         """Keep an emulated device's pace, and the time spent beside the time predicted."""
-        predicted_s = 0.0
-        if self._timer is not None:
-            predicted_s = self._timer.seconds(Batch(batch.num_tokens, batch.num_kv_tokens, logit_rows))
-            predicted_s += self._waited_s()
-            self.device.pace(started_s, predicted_s)
+        waited_s = self._waited_s()
+        predicted_s = (self._timer.seconds(work) if self._timer is not None else 0.0) + waited_s
+        self._pace.end(waited_s)
         if self.torch_device.type == "cuda":
             torch.cuda.current_stream(self.torch_device).synchronize()
         self.predicted_s += predicted_s
@@ -188,9 +208,11 @@ class Stage:
             self._sites.close()
         if self._mover is not None:
             self._mover.close()
+        if self.stream is not None:
+            self.stream.close()
         if self.kv is not None:
             self.kv.free()
-        self.kv = self._model = self._context = self._sites = self._mover = None
+        self.kv = self.stream = self._model = self._context = self._sites = self._mover = None
         self._budget.release(self.WEIGHTS)
         if self.torch_device.type == "cuda":
             torch.cuda.empty_cache()

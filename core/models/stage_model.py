@@ -35,19 +35,34 @@ _AFTER_LAYERS = {"norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f"
 
 @dataclass(frozen=True, slots=True)
 class StageSlice:
-    """Layers `first .. last - 1` of `num_layers`; the first stage also embeds, the last has norm and head."""
+    """Layers `first .. last - 1` of `num_layers`; the first stage also embeds, the last has norm and head.
+
+    `only`, where given: these layers of them and no ends; `without` are left out.
+    """
 
     first: int
     last: int
     num_layers: int
+    only: frozenset[int] | None = None
+    without: frozenset[int] = frozenset()
 
     @property
     def is_first(self) -> bool:
-        return self.first == 0
+        return self.first == 0 and self.only is None
 
     @property
     def is_last(self) -> bool:
-        return self.last == self.num_layers
+        return self.last == self.num_layers and self.only is None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of the model is left out."""
+        return self.is_first and self.is_last and not self.without
+
+    def holds(self, layer: int) -> bool:
+        """Whether the layer is in it."""
+        chosen = self.only is None or layer in self.only
+        return self.first <= layer < self.last and chosen and layer not in self.without
 
 
 class PassThrough(nn.Module):
@@ -83,7 +98,7 @@ def _prune(model: Any, part: StageSlice) -> None:
     decoder, list_name = find_decoder(model, part.num_layers)
     layers = getattr(decoder, list_name)
     for index in range(part.num_layers):
-        if not part.first <= index < part.last:
+        if not part.holds(index):
             layers[index] = PassThrough(layers[index])
     keeps_embedding = part.is_first or (part.is_last and model.config.get_text_config().tie_word_embeddings)
     for name, child in list(decoder.named_children()):
@@ -96,7 +111,9 @@ def _prune(model: Any, part: StageSlice) -> None:
         elif name in _AFTER_LAYERS:
             if not part.is_last:
                 setattr(decoder, name, nn.Identity())
-        elif any(True for _ in child.parameters()):
+        elif part.only is not None:
+            setattr(decoder, name, nn.Identity())
+        elif not (part.is_first and part.is_last) and any(True for _ in child.parameters()):
             raise UnsupportedModelError(
                 f"{type(model).__name__} cannot be split: the role of its part {name!r} is not known. "
                 "It can be served on a single device."
@@ -116,7 +133,7 @@ def _drop_head(model: Any) -> None:
 def stage_class(architecture: Architecture, part: StageSlice) -> type[Any]:
     """A subclass of the architecture's class whose instances hold one stage alone."""
     base = architecture.model_class
-    if part.is_first and part.is_last:
+    if part.is_whole:
         return base
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -166,6 +183,21 @@ def load_stage(
     return model.eval()
 
 
+def load_layers(
+    architecture: Architecture,
+    path: Path,
+    layers: frozenset[int],
+    *,
+    attention: str,
+    on_read: Callable[[int], None] = lambda nbytes: None,
+) -> dict[int, nn.Module]:
+    """Read some decoder layers into main memory, to be put into a stage. Raises what `load_stage` raises."""
+    part = StageSlice(0, architecture.num_layers, architecture.num_layers, only=layers)
+    model = load_stage(architecture, path, part, torch.device("cpu"), attention=attention, on_read=on_read)
+    decoder, name = find_decoder(model, architecture.num_layers)
+    return {index: getattr(decoder, name)[index] for index in layers}
+
+
 def _check_complete(path: Path, info: dict[str, Any]) -> None:
     missing, mismatched = sorted(info["missing_keys"]), sorted(str(item) for item in info["mismatched_keys"])
     if missing:
@@ -190,6 +222,11 @@ class ModelBytes:
     layer_parameters: tuple[int, ...]
     head_parameters: int
     experts: Experts | None = None
+
+    @property
+    def total(self) -> int:
+        """Bytes of the whole model on one device."""
+        return self.embedding + sum(self.layers) + self.after + (0 if self.tied else self.head)
 
     def one_token(self) -> tuple[float, ...]:
         """Of each layer, the bytes of the weights that a token takes part in."""

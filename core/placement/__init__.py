@@ -1,6 +1,6 @@
 """Which layers go on which device, and how fast that is. Pure functions over bytes, speeds and budgets; no torch."""
 
-from core.placement.cost import Batch, StageCost, StageTimer, best_cohorts, decode_tok_s, pipeline_s, stage_s
+from core.placement.cost import Batch, StageCost, StageTimer, best_cohorts, busy_s, decode_tok_s, pipeline_s, stage_s
 from core.placement.plan import Experts, LayerCosts, PlacementPlan, StagePlan
 from core.placement.profile import DeviceProfile, LinkProfile, LinkTopology, emulated_profile
 from core.placement.splitter import split_by_memory
@@ -17,6 +17,7 @@ __all__ = [
     "StagePlan",
     "StageTimer",
     "best_cohorts",
+    "busy_s",
     "decode_tok_s",
     "emulated_profile",
     "pipeline_s",

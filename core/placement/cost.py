@@ -6,6 +6,13 @@ for T new tokens whose attention reads K tokens of KV; W_l are the weight bytes 
 that are expected to be used), f_l operations per token, k_l KV bytes per token, BW and F(T) the device's bandwidth and
 matrix rate. The last stage adds the final norm and head for the rows that
 are sampled. Looking embeddings up is not counted: it reads T rows, not the table.
+
+Layers that stream in take as long as that once they are there. Beside it every pass has to load them, in their order,
+from when the first is done with its slot; two are loaded ahead, while the stage is not at work:
+
+    pass = max(c(a, b), c(a, first + 1) + [loads of all but the first two] + c(last, b))
+
+and no pass follows the one before sooner than all loads take.
 """
 
 from __future__ import annotations
@@ -15,8 +22,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from core.devices.device import HOST
 from core.placement.plan import LayerCosts
-from core.placement.profile import DeviceProfile, LinkTopology
+from core.placement.profile import FREE_LINK, DeviceProfile, LinkProfile, LinkTopology
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +68,11 @@ def stage_s(costs: LayerCosts, device: DeviceProfile, first: int, last: int, bat
 class StageTimer:
     """`stage_s` for one stage and many batches: layers that cost the same are counted once."""
 
-    def __init__(self, costs: LayerCosts, device: DeviceProfile, first: int, last: int) -> None:
+    def __init__(
+        self, costs: LayerCosts, device: DeviceProfile, first: int, last: int, streamed: tuple[int, ...] = (),
+        link: LinkProfile = FREE_LINK,
+    ) -> None:  # fmt: skip
+        """`streamed` layers come in over `link`."""
         experts = costs.experts
         routed = [(0, 0)] * costs.num_layers
         if experts is not None:
@@ -70,9 +82,18 @@ class StageTimer:
         self._counts = [(first_of[kind], count) for kind, count in Counter(kinds[first:last]).items()]
         self._costs, self._device, self._has_head = costs, device, last == costs.num_layers
         self._step_s = device.step_overhead_s
+        self._stage, self._link = StageCost(device, first, last, streamed), link
 
     def seconds(self, batch: Batch) -> float:
         """Predicted time of one forward pass."""
+        return _with_loads_s(self._costs, self._stage, self._link, batch, self.compute_s(batch))
+
+    def layers_s(self, batch: Batch, first: int, last: int) -> float:
+        """Predicted time of layers `first .. last - 1` of it, once they are there."""
+        return sum(layer_s(self._costs, self._device, layer, batch) for layer in range(first, last))
+
+    def compute_s(self, batch: Batch) -> float:
+        """Predicted time without waiting for layers that stream in."""
         total = sum(count * layer_s(self._costs, self._device, layer, batch) for layer, count in self._counts)
         return self._step_s + total + (head_s(self._costs, self._device, batch) if self._has_head else 0.0)
 
@@ -84,18 +105,53 @@ def hop_s(costs: LayerCosts, links: LinkTopology, src: str, dst: str, batch: Bat
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """A stage as the cost model sees it: layers `first .. last - 1` on a device."""
+    """A stage as the cost model sees it: layers `first .. last - 1` on a device, of which `streamed` stream in."""
 
     device: DeviceProfile
     first: int
     last: int
+    streamed: tuple[int, ...] = ()
+
+
+def loaded_layers(streamed: Sequence[int]) -> tuple[int, ...]:
+    """Those that every pass loads. They take turns in two slots; one that has a slot to itself stays there."""
+    return tuple(layer for turn, layer in enumerate(streamed) if len(streamed[turn % 2 :: 2]) > 1)
+
+
+def load_s(costs: LayerCosts, stage: StageCost, links: LinkTopology) -> float:
+    """Seconds that a pass's layers take to come in from main memory."""
+    link = links.link(HOST, stage.device.name)
+    return sum(link.transfer_s(costs.layer_bytes[layer]) for layer in loaded_layers(stage.streamed))
+
+
+def busy_s(costs: LayerCosts, stage: StageCost, links: LinkTopology, batch: Batch) -> float:
+    """Seconds from one pass to the next when one follows the other: computing or loading, whichever takes longer."""
+    compute_s = stage_s(costs, stage.device, stage.first, stage.last, batch)
+    return max(compute_s, load_s(costs, stage, links)) if stage.streamed else compute_s
+
+
+def _with_loads_s(costs: LayerCosts, stage: StageCost, link: LinkProfile, batch: Batch, compute_s: float) -> float:
+    """Seconds of a pass with `compute_s` of computing, whose first two loads are done when it begins."""
+    streamed = stage.streamed
+    late = [layer for layer in loaded_layers(streamed) if layer not in streamed[:2]]
+    if not late:
+        return compute_s
+    between = range(streamed[0] + 1, streamed[-1])
+    ends_s = compute_s - sum(layer_s(costs, stage.device, layer, batch) for layer in between)
+    return max(compute_s, ends_s + sum(link.transfer_s(costs.layer_bytes[layer]) for layer in late))
 
 
 def pipeline_s(
     costs: LayerCosts, stages: Sequence[StageCost], links: LinkTopology, batch: Batch
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Seconds of each stage, and of each hop between two of them, for one batch."""
-    compute = tuple(stage_s(costs, stage.device, stage.first, stage.last, batch) for stage in stages)
+    compute = tuple(
+        _with_loads_s(
+            costs, stage, links.link(HOST, stage.device.name), batch,
+            stage_s(costs, stage.device, stage.first, stage.last, batch),
+        )
+        for stage in stages
+    )  # fmt: skip
     hops = tuple(hop_s(costs, links, a.device.name, b.device.name, batch) for a, b in pairwise(stages))
     return compute, hops
 
@@ -106,14 +162,15 @@ def decode_tok_s(
     """Tokens per second when `streams` sequences decode as `cohorts` batches in flight, dealt out evenly.
 
     A cohort's next step begins when its last one is through all stages; a stage, and a link between two, serves one
-    cohort at a time. So a round, in which every sequence gains a token, takes as long as one cohort's way through, or
-    as the busiest stage or link needs for all of them, whichever is more.
+    cohort at a time; layers that stream in come once for each. So a round, in which every sequence gains a token, takes
+    as long as one cohort's way through, or as the busiest stage or link needs for all of them, whichever is more.
     """
     sizes = [streams // cohorts + (index < streams % cohorts) for index in range(cohorts)]
     timed = [pipeline_s(costs, stages, links, Batch.decode(size, context)) for size in sizes if size]
     way_s = max(sum(compute) + sum(hops) for compute, hops in timed)
     busiest_s = max(map(sum, zip(*(compute + hops for compute, hops in timed), strict=True)))
-    return streams / max(way_s, busiest_s)
+    loading_s = len(timed) * max(load_s(costs, stage, links) for stage in stages)
+    return streams / max(way_s, busiest_s, loading_s)
 
 
 def best_cohorts(

@@ -65,6 +65,7 @@ class PlacementRequest:
         max_kv_tokens: more than these are not wanted.
         block_size: KV is counted in whole blocks of so many tokens; both bounds are rounded up.
         layers: by hand: a number for each device, 0 to leave it out; those without a number are left out.
+        host_bytes: of main memory for layers that do not fit on the devices (see `core.placement.streaming`).
 
     Raises:
         ValueError: no device, two of one name, or numbers that cannot be.
@@ -81,6 +82,7 @@ class PlacementRequest:
     max_kv_tokens: int = 2048
     block_size: int = 16
     layers: tuple[int, ...] | None = None
+    host_bytes: int = 0
 
     def __post_init__(self) -> None:
         names = [device.name for device in self.devices]
@@ -202,7 +204,9 @@ def build_plan(request: PlacementRequest, strategy: str, cuts: Sequence[Cut]) ->
 def stage_costs(plan: PlacementPlan, request: PlacementRequest) -> tuple[StageCost, ...]:
     """A plan's stages as the cost model sees them."""
     return tuple(
-        StageCost(request.devices[stage.device_index].profile, stage.first_layer, stage.last_layer)
+        StageCost(
+            request.devices[stage.device_index].profile, stage.first_layer, stage.last_layer, stage.streamed_layers
+        )
         for stage in plan.stages
     )
 
@@ -321,6 +325,11 @@ def _even_cuts(request: PlacementRequest, used: Sequence[int]) -> list[Cut]:
 
 
 def _by_hand(request: PlacementRequest, layers: tuple[int, ...]) -> PlacementPlan:
+    return build_plan(request, BY_HAND, cuts_by_hand(request, layers))
+
+
+def cuts_by_hand(request: PlacementRequest, layers: tuple[int, ...]) -> list[Cut]:
+    """The stages that `layers` describe. Raises `InvalidRequestError` if they are not the model's."""
     num_layers, number = request.costs.num_layers, len(request.devices)
     if sum(layers) != num_layers or len(layers) > number or min(layers, default=0) < 0:
         names = ", ".join(device.name for device in request.devices)
@@ -330,10 +339,9 @@ def _by_hand(request: PlacementRequest, layers: tuple[int, ...]) -> PlacementPla
             param="layers",
         )
     ends = [sum(layers[: index + 1]) for index in range(len(layers))]
-    cuts = [
+    return [
         Cut(index, last - count, last) for index, (count, last) in enumerate(zip(layers, ends, strict=True)) if count
     ]
-    return build_plan(request, BY_HAND, cuts)
 
 
 def _room_for(request: PlacementRequest, cut: Cut) -> int:

@@ -81,7 +81,11 @@ class LayerCosts:
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """Layers `first_layer .. last_layer - 1` on one device, with the bytes they take there."""
+    """Layers `first_layer .. last_layer - 1` on one device, with the bytes they take there.
+
+    `streamed_layers` stay in main memory, where they take `streamed_bytes`, and take turns in two slots of `slot_bytes`
+    each on the device; the slots are part of `weight_bytes`.
+    """
 
     device_name: str
     device_index: int
@@ -92,6 +96,9 @@ class StagePlan:
     kv_bytes: int
     workspace_bytes: int
     limit_bytes: int
+    streamed_layers: tuple[int, ...] = ()
+    streamed_bytes: int = 0
+    slot_bytes: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -112,3 +119,8 @@ class PlacementPlan:
     stages: tuple[StagePlan, ...]
     kv_tokens: int
     unused_devices: tuple[str, ...] = ()
+
+    @property
+    def streamed_bytes(self) -> int:
+        """What layers that stream in take of main memory."""
+        return sum(stage.streamed_bytes for stage in self.stages)

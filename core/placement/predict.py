@@ -7,24 +7,26 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
+from core.devices.device import HOST
 from core.errors import InsufficientMemoryError
-from core.placement.cost import Batch, StageCost, best_cohorts, decode_tok_s, pipeline_s
-from core.placement.engine import PlacementDevice, PlacementRequest, place_profiled, predicted_tok_s, stage_costs
+from core.placement.cost import Batch, StageCost, best_cohorts, decode_tok_s, load_s, pipeline_s
+from core.placement.engine import PlacementDevice, PlacementRequest, predicted_tok_s, stage_costs
 from core.placement.plan import LayerCosts, PlacementPlan
 from core.placement.profile import DeviceProfile, LinkTopology
+from core.placement.streaming import place_fastest
 
 Limit = Literal["bandwidth", "compute", "overhead", "link"]
 
 
 @dataclass(frozen=True, slots=True)
 class PartPrediction:
-    """A stage, or a link between two, for the batch of one cohort.
+    """A stage, a link between two, or the link over which a stage's layers stream in, for the batch of one cohort.
 
     Attributes:
-        name: of the device, or of two: "cuda:0 -> cuda:1".
+        name: of the device, or of two: "cuda:0 -> cuda:1", "host -> cuda:0".
         layers: `(first, last)` of a stage: layers `first .. last - 1`; None for a link.
         seconds: for one batch.
-        share: of the batch's way through all stages and links.
+        share: of the batch's way through all stages and links between them.
         busy: share of the time in which it works when all cohorts are in flight.
         limited_by: what most of its time goes to: memory bandwidth, compute, overhead (launches), or the link.
     """
@@ -49,7 +51,7 @@ class RatePrediction:
         parts: stages, then links, in the order of the way, for the largest cohort.
         bottleneck: the part that takes longest.
         roofline_tok_s: what no number of cohorts can exceed: stages take no longer than their bytes and operations do,
-            each weight is read once for all streams, links are free.
+            each weight is read once for all streams, links are free but for layers that stream in.
     """
 
     streams: int
@@ -116,7 +118,7 @@ def predict(
     context = request.context if context is None else context
     stages = stage_costs(plan, request)
     rates = tuple(_rate(request.costs, stages, request.links, count, context) for count in streams)
-    floor_s = 1 / _roofline_tok_s(request.costs, stages, 1, context)
+    floor_s = 1 / _roofline_tok_s(request.costs, stages, request.links, 1, context)
     without = _best_tok_s(plan, request) if plan.unused_devices else 0.0
     left_out = [device for device in request.devices if device.name in plan.unused_devices]
     unused = tuple(_forced(plan, request, device, without) for device in left_out)
@@ -134,12 +136,12 @@ def one_more(plan: PlacementPlan, request: PlacementRequest, device: PlacementDe
     links = request.links
     if links.links:
         slowest = min((*links.links.values(), links.default), key=lambda link: link.bandwidth_bytes_s)
-        others = [known.name for known in request.devices]
+        others = [HOST, *(known.name for known in request.devices)]
         added = {pair: slowest for other in others for pair in ((name, other), (other, name))}
         links = LinkTopology({**links.links, **added}, links.default)
     used = _used(plan, request)
     more = replace(request, devices=(*used, replace(device, name=name)), links=links, layers=None)
-    with_it, without = place_profiled(more, least_kv_tokens=plan.kv_tokens), _best_tok_s(plan, request)
+    with_it, without = place_fastest(more, least_kv_tokens=plan.kv_tokens), _best_tok_s(plan, request)
     return DeviceEffect(device.name, max(without, predicted_tok_s(with_it, more)), without, with_it.kv_tokens)
 
 
@@ -151,13 +153,13 @@ def _used(plan: PlacementPlan, request: PlacementRequest) -> tuple[PlacementDevi
 def _best_tok_s(plan: PlacementPlan, request: PlacementRequest) -> float:
     """Of the best plan for the devices of this one with as much KV."""
     same = replace(request, devices=_used(plan, request), layers=None)
-    return predicted_tok_s(place_profiled(same, least_kv_tokens=plan.kv_tokens), same)
+    return predicted_tok_s(place_fastest(same, least_kv_tokens=plan.kv_tokens), same)
 
 
 def _forced(plan: PlacementPlan, request: PlacementRequest, device: PlacementDevice, without: float) -> DeviceEffect:
     more = replace(request, devices=(device, *_used(plan, request)), layers=None)
     try:
-        forced = place_profiled(more, required=frozenset({0}), least_kv_tokens=plan.kv_tokens)
+        forced = place_fastest(more, required=frozenset({0}), least_kv_tokens=plan.kv_tokens)
     except InsufficientMemoryError:
         return DeviceEffect(device.name, None, without, 0)
     return DeviceEffect(device.name, predicted_tok_s(forced, more), without, forced.kv_tokens)
@@ -170,17 +172,21 @@ def _rate(
     tok_s = decode_tok_s(costs, stages, links, streams, context, cohorts)
     sizes = [streams // cohorts + (index < streams % cohorts) for index in range(cohorts)]
     batches = [Batch.decode(size, context) for size in sizes]
-    ways = [compute + hops for compute, hops in (pipeline_s(costs, stages, links, batch) for batch in batches)]
+    streaming = [stage for stage in stages if stage.streamed]
+    loads = tuple(load_s(costs, stage, links) for stage in streaming)
+    timed = [pipeline_s(costs, stages, links, batch) for batch in batches]
+    ways, way_s = [compute + hops + loads for compute, hops in timed], sum(map(sum, timed[0]))
     named: list[tuple[str, tuple[int, int] | None, Limit]] = [
         (stage.device.name, (stage.first, stage.last), stage_limit(costs, stage, batches[0])) for stage in stages
     ]
     named += [(f"{src.device.name} -> {dst.device.name}", None, "link") for src, dst in pairwise(stages)]
+    named += [(f"{HOST} -> {stage.device.name}", None, "link") for stage in streaming]
     parts = tuple(
-        PartPrediction(name, layers, all_s[0], all_s[0] / sum(ways[0]), sum(all_s) * tok_s / streams, limit)
+        PartPrediction(name, layers, all_s[0], all_s[0] / way_s, sum(all_s) * tok_s / streams, limit)
         for (name, layers, limit), all_s in zip(named, zip(*ways, strict=True), strict=True)
     )
     slowest = max(parts, key=lambda part: part.seconds)
-    roofline = _roofline_tok_s(costs, stages, streams, context)
+    roofline = _roofline_tok_s(costs, stages, links, streams, context)
     return RatePrediction(streams, cohorts, tok_s, streams / tok_s, parts, slowest, roofline)
 
 
@@ -203,11 +209,14 @@ def stage_limit(costs: LayerCosts, stage: StageCost, batch: Batch) -> Limit:
     return max(spent, key=lambda limit: spent[limit])
 
 
-def _roofline_tok_s(costs: LayerCosts, stages: Sequence[StageCost], streams: int, context: int) -> float:
-    """Every stream's token has to pass all stages, and the busiest stage has to serve all streams."""
+def _roofline_tok_s(
+    costs: LayerCosts, stages: Sequence[StageCost], links: LinkTopology, streams: int, context: int
+) -> float:
+    """Every stream's token has to pass all stages, the busiest stage has to serve all streams, and what streams in has
+    to come in once."""
     way_s = sum(_roofline_s(costs, stage.device, stage, 1, context) for stage in stages)
     busiest_s = max(_roofline_s(costs, stage.device, stage, streams, context) for stage in stages)
-    return streams / max(way_s, busiest_s)
+    return streams / max(way_s, busiest_s, *(load_s(costs, stage, links) for stage in stages))
 
 
 def _roofline_s(costs: LayerCosts, device: DeviceProfile, stage: StageCost, streams: int, context: int) -> float:

@@ -7,6 +7,8 @@ Methods, best first:
 - `copy`: everything else: to and from the CPU, and between parts of one physical device, where the copy is real too,
   so that no two logical devices ever share memory.
 
+Weights that stream in from main memory go through `load`, as method `stream` from "host".
+
 `send` returns when the data has arrived. The tensor's contents must be complete when it is called. Callers treat the
 returned tensor as theirs and the sent one as given away. GPUs copy on streams of their own, so that a transfer made in
 one thread overlaps with what the devices compute for another.
@@ -22,13 +24,16 @@ from typing import Literal, Protocol
 
 import torch
 
-from core.devices import Device, LinkSpeed, wait_until
+from core.devices import HOST, Device, LinkSpeed, wait_until
 
-TransferMethod = Literal["p2p", "staged", "copy"]
+TransferMethod = Literal["p2p", "staged", "copy", "stream"]
 Link = tuple[TransferMethod, str, str]
 
 STAGING_BYTES = 4 << 20
 """Size of each of the two pinned buffers of a staged transfer."""
+
+LOAD_BYTES = 32 << 20
+"""Weights are loaded in pieces of this size, between which a GPU can receive activations."""
 
 
 class TransferObserver(Protocol):
@@ -72,6 +77,30 @@ class TransferManager:
             wait_until(started_s + self._sim_link.transfer_s(tensor.nbytes))
         self._record((method, src.name, dst.name), tensor.nbytes, time.perf_counter() - started_s)
         return arrived
+
+    def load(
+        self, source: torch.Tensor, target: torch.Tensor, device: Device, after: torch.cuda.Event | None = None
+    ) -> None:
+        """Copy weights from main memory to memory on `device`, both uint8 `[N]`; on a GPU not before `after`."""
+        if after is not None:
+            after.synchronize()
+        started_s = time.perf_counter()
+        if _is_gpu(device):
+            stream = _load_stream(device.torch_device)
+            with torch.cuda.stream(stream):
+                for part, into in zip(torch.split(source, LOAD_BYTES), torch.split(target, LOAD_BYTES), strict=True):
+                    into.copy_(part, non_blocking=True)
+            stream.synchronize()
+        elif device.kind == "sim" and self._sim_link is not None:
+            early = source.nbytes * 15 // 16
+            target[:early].copy_(source[:early])
+            wait_until(started_s + self._sim_link.transfer_s(source.nbytes))
+            target[early:].copy_(source[early:])  # nobody can use it sooner than the link allows
+        else:
+            target.copy_(source)
+            if device.kind == "mps":
+                torch.mps.synchronize()
+        self._record(("stream", HOST, device.name), source.nbytes, time.perf_counter() - started_s)
 
     def is_slow(self, src: Device, dst: Device) -> bool:
         """Whether a transfer takes long enough to be worth a thread that waits for it."""
@@ -117,6 +146,12 @@ def _choose_method(src: Device, dst: Device) -> TransferMethod:
 @functools.lru_cache(maxsize=64)
 def _copy_stream(torch_device: str) -> torch.cuda.Stream:
     """A stream for copies from or to a GPU."""
+    return torch.cuda.Stream(torch.device(torch_device))  # type: ignore[no-untyped-call]
+
+
+@functools.lru_cache(maxsize=64)
+def _load_stream(torch_device: str) -> torch.cuda.Stream:
+    """A stream for weights, which what the stages send each other need not wait for."""
     return torch.cuda.Stream(torch.device(torch_device))  # type: ignore[no-untyped-call]
 
 

@@ -12,11 +12,12 @@ from rich.table import Table
 
 from core.config import Settings
 from core.devices import format_bytes
+from core.placement.cost import loaded_layers
 from vramancer.cli.options import settings_command
 
 if TYPE_CHECKING:
     from core.model_plan import Preview
-    from core.placement import PlacementPlan
+    from core.placement import LayerCosts, PlacementPlan
     from core.placement.predict import DeviceEffect, Prediction
 
 
@@ -69,6 +70,7 @@ def as_dict(shown: Preview) -> dict[str, Any]:
 def print_plan(shown: Preview, console: Console) -> None:
     """Stages in the order of execution, then what to expect of them."""
     _print_stages(shown.placement, console)
+    _print_streams(shown.placement, shown.request.costs, console)
     if shown.prediction is None:
         console.print("One device: nothing depends on its speed, so it was not measured.")
         return
@@ -95,6 +97,17 @@ def _print_stages(placement: PlacementPlan, console: Console) -> None:
     console.print(f"KV cache: {placement.kv_tokens} tokens, {format_bytes(per_token)} each over all stages")
     if placement.unused_devices:
         console.print(f"not used: {', '.join(placement.unused_devices)}")
+
+
+def _print_streams(placement: PlacementPlan, costs: LayerCosts, console: Console) -> None:
+    for stage in placement.stages:
+        if stage.streamed_layers:
+            per_step = sum(costs.layer_bytes[layer] for layer in loaded_layers(stage.streamed_layers))
+            share = f"{len(stage.streamed_layers)} of {stage.num_layers} layers"
+            console.print(
+                f"{stage.device_name} streams {share} from main memory, {format_bytes(per_step)} per step",
+                soft_wrap=True,
+            )
 
 
 def _print_prediction(prediction: Prediction, console: Console) -> None:

@@ -95,6 +95,10 @@ class _Attention:
             self._prepared = (bound, _prepare(self, bound))
         return self._prepared[1]
 
+    def tensors_moved(self) -> None:
+        """The parameters have other addresses than when they were looked up."""
+        self._prepared = None
+
     def _run(
         self, layer: AttentionLayer, metadata: AttentionMetadata, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
@@ -159,6 +163,11 @@ class _GatedMLP:
     _weights: Any
     _first: Weights
 
+    def tensors_moved(self) -> None:
+        """The parameters have other addresses than when they were looked up."""
+        self._weights = _mlp_weights(self)
+        self._first = self._weights[0]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         first = self._first
         shape = x.shape
@@ -207,6 +216,10 @@ def _adopt_attention(module: nn.Module, native: NativeLayers) -> bool:
     return False
 
 
+def _mlp_weights(module: Any) -> Any:
+    return weights_array(_facts(module, _MLP_PARTS) or ())
+
+
 def _adopt_mlp(module: nn.Module, native: NativeLayers) -> bool:
     facts = _facts(module, _MLP_PARTS)
     if facts is None or not same_forward(module, LlamaMLP):
@@ -224,7 +237,8 @@ def _adopt_mlp(module: nn.Module, native: NativeLayers) -> bool:
 def swap_layers(model: nn.Module, kernels: NativeKernels) -> int:
     """Hand every attention and MLP module that the kernels know over to them. Returns how many there were.
 
-    Comes after `swap_linears`, `pack_linears` and `swap_norms`: weights must keep their memory from then on.
+    Comes after `swap_linears`, `pack_linears` and `swap_norms`. Weights keep their memory from then on; whoever
+    moves it calls the modules' `tensors_moved`.
     """
     native = NativeLayers(kernels)
     return sum(_adopt_attention(module, native) or _adopt_mlp(module, native) for module in list(model.modules()))

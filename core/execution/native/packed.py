@@ -51,12 +51,19 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach()
         self.dtype = weight.dtype
-        self.panels = weight.view(torch.int16)
-        self.exponents = exponents
+        self.panels: torch.Tensor
+        self.exponents: torch.Tensor
+        self.register_buffer("panels", weight.view(torch.int16), persistent=False)
+        self.register_buffer("exponents", exponents, persistent=False)
         self.bias: nn.Parameter | None
         self.register_parameter("bias", linear.bias)
         self.train(linear.training)
-        self._prepared = PreparedLinear(linear.kernels, weight, self.bias, exponents)
+        self._kernels = linear.kernels
+        self.tensors_moved()
+
+    def tensors_moved(self) -> None:
+        """Panels and exponents have other memory now."""
+        self._prepared = PreparedLinear(self._kernels, self.panels.view(self.dtype), self.bias, self.exponents)
 
     @property
     def weight(self) -> torch.Tensor:

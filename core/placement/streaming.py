@@ -1,0 +1,225 @@
+"""Plans for models that do not fit on the devices: some layers stay in main memory and stream in.
+
+How many, and which, `core.placement.streamed_layers` says for one stage. What is read per pass does not depend on how
+many sequences share it. So the KV that the streams of the plan need (`PlacementRequest.needed_kv_tokens`) comes before
+keeping layers on the device; further KV does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+from core.devices.device import HOST
+from core.errors import InsufficientMemoryError
+from core.placement.engine import (
+    BY_HAND,
+    PlacementRequest,
+    cuts_by_hand,
+    place,
+    place_profiled,
+    predicted_tok_s,
+)
+from core.placement.plan import LayerCosts, PlacementPlan, StagePlan
+from core.placement.search import Cut
+from core.placement.stream_search import StreamingSearch, streaming_cuts
+from core.placement.streamed_layers import SLOTS, choose_streamed, least_bytes
+
+
+def place_or_stream(request: PlacementRequest, strategy: str = "profiled") -> PlacementPlan:
+    """`place`; where the model does not fit and there is main memory (`request.host_bytes`), layers stream in.
+
+    Raises what `place` raises; `InsufficientMemoryError` if it does not fit even so.
+    """
+    try:
+        return place(request, strategy)
+    except InsufficientMemoryError:
+        if request.host_bytes <= 0:
+            raise
+    return place_streaming(request, strategy)
+
+
+def place_fastest(
+    request: PlacementRequest, *, required: frozenset[int] = frozenset(), least_kv_tokens: int | None = None
+) -> PlacementPlan:
+    """`place_profiled`, and as `place_or_stream` where the model does not fit."""
+    try:
+        return place_profiled(request, required=required, least_kv_tokens=least_kv_tokens)
+    except InsufficientMemoryError:
+        if request.host_bytes <= 0:
+            raise
+    return _place_searched(request, "profiled", required, least_kv_tokens)
+
+
+def place_streaming(request: PlacementRequest, strategy: str = "profiled") -> PlacementPlan:
+    """A plan with streamed layers. Layers by hand keep their stages; `vram` cuts in proportion to memory, `balanced`
+    evenly; where that does not fit, and for all other strategies, the fastest cuts are searched.
+
+    Raises:
+        InsufficientMemoryError: two slots, ends and `min_kv_tokens` do not fit, or main memory is too small for the
+            layers that would stay there; says what each lacks.
+    """
+    if request.layers is not None:
+        cuts = cuts_by_hand(request, request.layers)
+        return build_streaming(request, BY_HAND, cuts, _most_tokens(request, cuts))
+    for cuts in _plain_cuts(request, strategy):
+        if _fits(request, cuts, request.least_kv_tokens):
+            plan = build_streaming(request, strategy, cuts, _most_tokens(request, cuts))
+            if plan.streamed_bytes <= request.host_bytes:
+                return plan
+    return _place_searched(request, strategy, frozenset(), None)
+
+
+def build_streaming(request: PlacementRequest, strategy: str, cuts: Sequence[Cut], kv_tokens: int) -> PlacementPlan:
+    """The plan with these stages. Layers are streamed as far as `kv_tokens` tokens of KV need the room; what is left of
+    it becomes KV too, up to what is wanted.
+
+    Raises:
+        InsufficientMemoryError: they do not fit; says what each device, and "host", lacks.
+    """
+    chosen = [choose_streamed(request.costs, first, last, kv_tokens, _limit(request, device))
+              for device, first, last in cuts]  # fmt: skip
+    if any(layers is None for layers in chosen):
+        raise _insufficient(request, cuts, kv_tokens)
+    streamed = [layers or () for layers in chosen]
+    sizes = request.costs.layer_bytes
+    host = sum(sizes[layer] for layers in streamed for layer in layers)
+    if host > request.host_bytes:
+        raise _insufficient(request, cuts, kv_tokens, host - request.host_bytes)
+    rooms = [_room(request, cut, layers) for cut, layers in zip(cuts, streamed, strict=True)]
+    tokens = min([max(kv_tokens, request.wanted_kv_tokens), *rooms])
+    stages = tuple(_stage(request, cut, layers, tokens) for cut, layers in zip(cuts, streamed, strict=True))
+    used = {cut.device for cut in cuts}
+    unused = tuple(device.name for index, device in enumerate(request.devices) if index not in used)
+    return PlacementPlan(request.model_name, strategy, stages, tokens, unused)
+
+
+def _limit(request: PlacementRequest, device: int) -> int:
+    return request.devices[device].limit_bytes
+
+
+def _weights(costs: LayerCosts, cut: Cut, streamed: Sequence[int]) -> tuple[int, int, int]:
+    """Bytes on the device, slots included; bytes of main memory; bytes of a slot."""
+    sizes = [costs.layer_bytes[layer] for layer in streamed]
+    slot = max(sizes, default=0)
+    return costs.weight_bytes(cut.first, cut.last) - sum(sizes) + SLOTS * slot, sum(sizes), slot
+
+
+def _room(request: PlacementRequest, cut: Cut, streamed: Sequence[int]) -> int:
+    """KV tokens that fit, in whole blocks."""
+    costs, (weights, _, _) = request.costs, _weights(request.costs, cut, streamed)
+    free = _limit(request, cut.device) - weights - costs.stage_workspace_bytes(cut.last)
+    per_token = costs.stage_kv_bytes_per_token(cut.first, cut.last)
+    if per_token == 0:
+        return request.wanted_kv_tokens
+    return free // per_token // request.block_size * request.block_size
+
+
+def _stage(request: PlacementRequest, cut: Cut, streamed: tuple[int, ...], kv_tokens: int) -> StagePlan:
+    costs = request.costs
+    weight_bytes, streamed_bytes, slot_bytes = _weights(costs, cut, streamed)
+    per_token = costs.stage_kv_bytes_per_token(cut.first, cut.last)
+    return StagePlan(
+        device_name=request.devices[cut.device].name,
+        device_index=cut.device,
+        first_layer=cut.first,
+        last_layer=cut.last,
+        weight_bytes=weight_bytes,
+        kv_bytes_per_token=per_token,
+        kv_bytes=per_token * kv_tokens,
+        workspace_bytes=costs.stage_workspace_bytes(cut.last),
+        limit_bytes=_limit(request, cut.device),
+        streamed_layers=streamed,
+        streamed_bytes=streamed_bytes,
+        slot_bytes=slot_bytes,
+    )
+
+
+def _place_searched(
+    request: PlacementRequest, strategy: str, required: frozenset[int], least_kv_tokens: int | None
+) -> PlacementPlan:
+    """The fastest of the searched cuts and the plain ones that holds as much KV as any of them can, or
+    `least_kv_tokens`."""
+    search = StreamingSearch(request, required)
+    least = request.least_kv_tokens if least_kv_tokens is None else least_kv_tokens
+    most = max(least, request.needed_kv_tokens) if least_kv_tokens is None else least
+    tokens = search.most_kv_tokens(least, most, request.block_size)
+    refused: InsufficientMemoryError | None = None
+    for assured in () if tokens is None else sorted({tokens, least}, reverse=True):
+        plans: list[PlacementPlan] = []
+        candidates = [*streaming_cuts(request, search, assured), *_plain_cuts(request, "vram")]
+        for cuts in [*candidates, *_plain_cuts(request, "balanced")]:
+            if required <= {cut.device for cut in cuts} and _fits(request, cuts, assured):
+                try:
+                    plans.append(build_streaming(request, strategy, cuts, assured))
+                except InsufficientMemoryError as error:  # main memory
+                    refused = error
+        if plans:
+            return max(plans, key=lambda plan: predicted_tok_s(plan, request))
+    raise refused or _insufficient(request, next(iter(_plain_cuts(request, "vram"))), least)
+
+
+def _plain_cuts(request: PlacementRequest, strategy: str) -> list[list[Cut]]:
+    """Every device in the order given: in proportion to memory, or evenly on as many as possible."""
+    limits = [device.limit_bytes for device in request.devices]
+    if strategy == "vram":
+        return [_cuts(request, range(len(limits)), limits)]
+    if strategy == "balanced":
+        roomy = sorted(range(len(limits)), key=lambda index: -limits[index])
+        return [_cuts(request, sorted(roomy[:number]), [1] * len(limits)) for number in range(len(limits), 0, -1)]
+    return []
+
+
+def _cuts(request: PlacementRequest, used: Sequence[int], weights: Sequence[int]) -> list[Cut]:
+    """Layers in proportion to `weights`, at least one each."""
+    num_layers = request.costs.num_layers
+    used = list(used)[:num_layers]
+    shares = list(accumulate(max(1, weights[index]) for index in used))
+    cuts, first = [], 0
+    for turn, index in enumerate(used):
+        following = len(used) - turn - 1
+        share = (2 * num_layers * shares[turn] + shares[-1]) // (2 * shares[-1])
+        last = num_layers if following == 0 else max(first + 1, min(share, num_layers - following))
+        cuts.append(Cut(index, first, last))
+        first = last
+    return cuts
+
+
+def _fits(request: PlacementRequest, cuts: Sequence[Cut], kv_tokens: int) -> bool:
+    costs = request.costs
+    return all(least_bytes(costs, cut.first, cut.last, kv_tokens) <= _limit(request, cut.device) for cut in cuts)
+
+
+def _most_tokens(request: PlacementRequest, cuts: Sequence[Cut]) -> int:
+    """What the streams need of KV, or as much of it as fits, but at least `least_kv_tokens`."""
+    return _bisect(
+        lambda tokens: _fits(request, cuts, tokens),
+        request.least_kv_tokens, request.needed_kv_tokens, request.block_size,
+    )  # fmt: skip
+
+
+def _bisect(fits: Callable[[int], bool], least: int, most: int, block_size: int) -> int:
+    low, high = least // block_size, most // block_size
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle * block_size) else (low, middle - 1)
+    return low * block_size
+
+
+def _insufficient(
+    request: PlacementRequest, cuts: Sequence[Cut], kv_tokens: int, host_lacking: int = 0
+) -> InsufficientMemoryError:
+    lacking = {
+        request.devices[cut.device].name: max(
+            0, least_bytes(request.costs, cut.first, cut.last, kv_tokens) - _limit(request, cut.device)
+        )
+        for cut in cuts
+    }
+    if host_lacking:
+        lacking[HOST] = host_lacking
+    listed = ", ".join(f"{name} lacks {count} bytes" for name, count in lacking.items() if count)
+    return InsufficientMemoryError(
+        f"{request.model_name} does not fit with a KV cache of {kv_tokens} tokens, not even with layers that stream in "
+        f"from main memory{f': {listed}' if listed else ''}.",
+        lacking_bytes=lacking,
+    )
