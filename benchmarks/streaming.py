@@ -30,7 +30,7 @@ from core.devices import HOST
 from core.inference_pipeline import InferencePipeline
 from core.memory.stream import StreamManager
 from core.models.architecture import read_architecture
-from core.models.stage_model import measure_bytes
+from core.models.stage_model import ModelBytes, measure_bytes
 from core.placement import Batch, decode_tok_s, stage_s
 from core.placement.engine import stage_costs
 from core.request import SamplingParams
@@ -67,10 +67,17 @@ class Result:
     prompt: tuple[Rate, Rate]
 
 
+def weight_bytes(weights: ModelBytes) -> int:
+    """Of the whole model."""
+    return weights.embedding + sum(weights.layers) + weights.after + weights.head
+
+
 def open_pipeline(model_dir: Path, cards: Sequence[str], link_gb_s: float, streams: int, steps: int) -> Any:
     """A loaded pipeline over emulated cards that together have half the bytes of the weights."""
-    weights = measure_bytes(read_architecture(model_dir))
-    memory, total = weights.total // 2, sum(CARDS[name][0] for name in cards)
+    memory, total = (
+        weight_bytes(measure_bytes(read_architecture(model_dir))) // 2,
+        sum(CARDS[name][0] for name in cards),
+    )
     devices = ",".join(
         f"sim={memory * size // total}B@{bandwidth / SCALE / 1e6:g}MB/s/{flops / SCALE / 1e9:g}GFLOPS"
         for size, bandwidth, flops in (CARDS[name] for name in cards)
@@ -162,7 +169,7 @@ def compare(
         rates = [(measure_decode(pipeline, streams, steps), measure_prompt(pipeline, prompts))]
         plan = pipeline.engine.plan
         memory = sum(device.memory_limit_bytes for device in plan.devices)
-        weights = plan.weights.total
+        weights = weight_bytes(plan.weights)
     finally:
         pipeline.shutdown()
     with without_double_buffering():

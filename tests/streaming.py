@@ -48,7 +48,8 @@ def build_deep(name: str, directory: Path) -> PreTrainedModel:
 
 def weight_bytes(path: Path) -> int:
     """All weights of a model."""
-    return measure_bytes(read_architecture(path)).total
+    weights = measure_bytes(read_architecture(path))
+    return weights.embedding + sum(weights.layers) + weights.after + (0 if weights.tied else weights.head)
 
 
 def half_of_it(path: Path, stages: int, kind: str = "cpu", speed: str = "", room: float = 1.0) -> str:

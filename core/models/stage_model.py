@@ -223,11 +223,6 @@ class ModelBytes:
     head_parameters: int
     experts: Experts | None = None
 
-    @property
-    def total(self) -> int:
-        """Bytes of the whole model on one device."""
-        return self.embedding + sum(self.layers) + self.after + (0 if self.tied else self.head)
-
     def one_token(self) -> tuple[float, ...]:
         """Of each layer, the bytes of the weights that a token takes part in."""
         return tuple(nbytes - self.unread(layer) for layer, nbytes in enumerate(self.layers))

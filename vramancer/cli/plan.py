@@ -33,12 +33,7 @@ def plan(
         ),
     ] = None,
     more: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--more",
-            metavar="CARD",
-            help="Say what this card would bring on top; may be repeated. Not set: one more of each --gpu.",
-        ),
+        list[str] | None, typer.Option("--more", metavar="CARD", help="Also say what one more card would bring.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -104,10 +99,8 @@ def _print_streams(placement: PlacementPlan, costs: LayerCosts, console: Console
         if stage.streamed_layers:
             per_step = sum(costs.layer_bytes[layer] for layer in loaded_layers(stage.streamed_layers))
             share = f"{len(stage.streamed_layers)} of {stage.num_layers} layers"
-            console.print(
-                f"{stage.device_name} streams {share} from main memory, {format_bytes(per_step)} per step",
-                soft_wrap=True,
-            )
+            line = f"{stage.device_name} streams {share} from main memory, {format_bytes(per_step)} per step"
+            console.print(line, soft_wrap=True)
 
 
 def _print_prediction(prediction: Prediction, console: Console) -> None:
