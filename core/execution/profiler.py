@@ -29,8 +29,9 @@ from core.transfer import TransferManager
 
 logger = get_logger(__name__)
 
-ROWS = (1, 4, 16, 64, 256, 512)
-"""Rows of the matrix products that are measured."""
+ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 512)
+"""Rows of the matrix products that are measured: close together where steps of decodes are, since kernels work on some
+rows at a time, and the rate rises in steps."""
 
 DEVICE_BUDGET_S = 2.0
 """Seconds of measuring per device, without what is compiled and filled for it."""

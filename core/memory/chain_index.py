@@ -52,6 +52,7 @@ class ChainIndex:
         """Hold `block`, whose heat is known."""
         if block in self._parents:
             raise ValueError(f"block {block.hex()} is held already")
+        self._heat.hold(block)
         self._parents[block] = parent
         self._children.setdefault(parent, set()).add(block)
         self._numbers[block] = self._next_number
@@ -68,6 +69,7 @@ class ChainIndex:
         if not siblings:
             del self._children[parent]
             self._queue(parent)
+        self._heat.let_go(block)
 
     def pin(self, block: bytes) -> None:
         self._pins[block] = self._pins.get(block, 0) + 1

@@ -142,10 +142,6 @@ class HierarchicalMemory:
 
     # -- finding and loading ----------------------------------------------------------------------------------------
 
-    def __contains__(self, block: object) -> bool:
-        """For the heat table, under the lock: whether some tier holds the block."""
-        return block in self._host.index or any(block in lower.index for lower in self._below)
-
     def find(self, blocks: Sequence[bytes], *, record: bool = True) -> list[Tier]:
         """The tiers that hold the longest leading run of `blocks`, the nearest for each.
 
@@ -250,7 +246,6 @@ class HierarchicalMemory:
         """A slot's content is complete."""
         self._heat.meet(slot.block, self._clock())
         self._host.hold(slot)
-        self._heat.trim(self)
 
     def begin_write(self, block: bytes) -> Slot | None:
         """The slot of a block that is to be written, pinned; None if it has left."""

@@ -16,8 +16,11 @@ half-life, and at least one with probability `1 - exp(-score * ln 2) = 1 - 2^(-s
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+_MEAN_SAMPLE = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +72,15 @@ def keep_value(score: float, recompute_s: float, fetch_s: float, nbytes: int) ->
 
 
 class HeatTable:
-    """Heat by hash, also of blocks that no tier holds, so that one that comes back is known. Those are bounded."""
+    """Heat by hash, also of blocks that no tier holds, so that one that comes back is known. Of those, the last used
+    `max_absent` are remembered."""
 
     def __init__(self, model: HeatModel, max_absent: int = 1 << 14) -> None:
         self.model = model
         self._max_absent = max_absent
         self._heat: dict[bytes, Heat] = {}
-        self._trim_at = max_absent
+        self._holders: dict[bytes, int] = {}
+        self._absent: OrderedDict[bytes, None] = OrderedDict()  # known and not held, last used last
 
     def __len__(self) -> int:
         return len(self._heat)
@@ -83,11 +88,32 @@ class HeatTable:
     def use(self, block: bytes, now_s: float) -> None:
         """Count a use."""
         self._heat[block] = self.model.used(self._heat.get(block), now_s)
+        self._remember(block)
 
     def meet(self, block: bytes, now_s: float) -> None:
         """Know a block from now on; one already known is left as it is."""
         if block not in self._heat:
-            self._heat[block] = Heat(1.0, now_s)
+            self.use(block, now_s)
+
+    def hold(self, block: bytes) -> None:
+        """A tier has a block, which is known: it is not forgotten while one does."""
+        self._holders[block] = self._holders.get(block, 0) + 1
+        self._absent.pop(block, None)
+
+    def let_go(self, block: bytes) -> None:
+        """Undo one `hold`."""
+        self._holders[block] -= 1
+        if not self._holders[block]:
+            del self._holders[block]
+            self._remember(block)
+
+    def _remember(self, block: bytes) -> None:
+        if block in self._holders:
+            return
+        self._absent[block] = None
+        self._absent.move_to_end(block)
+        if len(self._absent) > self._max_absent:
+            del self._heat[self._absent.popitem(last=False)[0]]
 
     def score(self, block: bytes, now_s: float) -> float:
         heat = self._heat.get(block)
@@ -96,16 +122,7 @@ class HeatTable:
     def order(self, block: bytes) -> float:
         return self.model.order(self._heat[block])
 
-    def mean_score(self, blocks: Iterable[bytes], now_s: float) -> float:
-        """Mean hotness, 0 for no blocks."""
-        scores = [self.score(block, now_s) for block in blocks]
-        return sum(scores) / len(scores) if scores else 0.0
-
-    def trim(self, held: Container[bytes]) -> None:
-        """Forget the coldest blocks that are not `held` once there are too many. Cheap when there are not."""
-        if len(self._heat) <= self._trim_at:
-            return
-        absent = sorted((block for block in self._heat if block not in held), key=self.order)
-        for block in absent[: max(0, len(absent) - self._max_absent // 2)]:
-            del self._heat[block]
-        self._trim_at = len(self._heat) + self._max_absent // 2
+    def mean_score(self, blocks: Sequence[bytes], now_s: float) -> float:
+        """Mean hotness, 0 for no blocks; of many, that of an evenly spaced sample."""
+        sample = blocks[:: len(blocks) // _MEAN_SAMPLE + 1]
+        return sum(self.score(block, now_s) for block in sample) / len(sample) if sample else 0.0

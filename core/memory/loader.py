@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -45,6 +46,9 @@ class Loader:
         self._host = host
         self._below = below
         self._lock = lock
+        self._num_threads = threads
+        self._closed = False
+        self._waiting: deque[Fill] = deque()  # not being read yet
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="vrm-memory-load")
 
     def claim(self, loading: Loading, blocks: Sequence[bytes]) -> bool:
@@ -61,6 +65,9 @@ class Loader:
         for block in held:
             if block not in loading.arrived:
                 self._host.index.unpin(block)
+        # One task per thread, not per block: handing tasks over costs the caller more than the rest of this.
+        for _ in range(min(self._num_threads, len(self._waiting))):
+            self._start()
         return loading.pending == 0
 
     def _claim_one(self, loading: Loading, block: bytes, held: dict[bytes, None]) -> bool:
@@ -91,21 +98,44 @@ class Loader:
                 return False
             lower.index.pin(block)
             fill = self.fills[block] = Fill(slot, lower)
-            self._threads.submit(self._fill, fill).add_done_callback(log_failure)
+            self._waiting.append(fill)
         fill.waiting.append(loading)
         loading.pending += 1
         return True
 
+    def _start(self) -> None:
+        self._threads.submit(self._fill_waiting).add_done_callback(self._task_over)
+
+    def _task_over(self, task: Future[None]) -> None:
+        """One block's unexpected failure has ended a task; the blocks behind it are read all the same."""
+        log_failure(task)
+        if task.exception() is not None:
+            with self._lock:
+                if not self._closed:
+                    self._start()
+
+    def _fill_waiting(self) -> None:
+        """In a thread: read blocks until none waits."""
+        while True:
+            try:
+                fill = self._waiting.popleft()
+            except IndexError:
+                return
+            self._fill(fill)
+
     def _fill(self, fill: Fill) -> None:
-        """In a thread: read one block into its slot."""
+        """Read one block into its slot."""
         arrived = False
         try:
             arrived = fill.source.read(fill.slot.block, fill.slot.view(), time.perf_counter)
         finally:  # whatever happens, nobody waits for ever
-            with self._lock:
-                finished = self._settle(fill, arrived=arrived)
-            for loading in finished:
-                loading.finish()
+            self._finish([fill], arrived=arrived)
+
+    def _finish(self, fills: Sequence[Fill], *, arrived: bool) -> None:
+        with self._lock:
+            finished = [loading for fill in fills for loading in self._settle(fill, arrived=arrived)]
+        for loading in finished:
+            loading.finish()
 
     def _settle(self, fill: Fill, *, arrived: bool) -> list[Loading]:
         """Index a block that was read, or forget one that could not be; returns the loadings that are complete."""
@@ -139,4 +169,7 @@ class Loader:
 
     def close(self) -> None:
         """Finish what is being read and end the threads. Waits; nothing may be claimed any more."""
+        with self._lock:
+            self._closed = True
         self._threads.shutdown()
+        self._finish(list(self._waiting), arrived=False)

@@ -86,7 +86,17 @@ def test_the_faster_device_gets_the_model_and_status_compares(llama: Path, open_
     status = pipeline.pipeline_status()
     (stage,) = status["stages"]
     assert stage["busy_seconds"] >= stage["predicted_seconds"] > 0, "an emulated device keeps to the prediction"
+    assert stage["seconds_per_forward"] == pytest.approx(stage["busy_seconds"] / stage["forwards"], rel=0.01)
     assert set(status["prediction"]["tokens_per_second"]) == {"1", "8", "32"}
+
+
+def test_status_has_what_each_link_achieved(llama: Path, open_pipeline: OpenPipeline) -> None:
+    pipeline = open_pipeline(llama, devices__devices=THREE)
+    answers(pipeline)
+    transfers = pipeline.pipeline_status()["transfers"]
+    assert {(entry["src"], entry["dst"]) for entry in transfers} == {("cpu#0", "cpu#1"), ("cpu#1", "cpu#2")}
+    for entry in transfers:
+        assert entry["bytes_per_second"] == pytest.approx(entry["bytes"] / entry["seconds"], rel=0.01)
 
 
 def test_with_the_slow_device_first_order_is_part_of_the_placement(llama: Path, open_pipeline: OpenPipeline) -> None:

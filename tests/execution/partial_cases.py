@@ -67,7 +67,7 @@ def _site(
     """The site that holds `blocks` of each sequence."""
     block_size, total = k_pages.shape[1], sum(len(index) for index in blocks)
     order = rng.permutation(total + 2)[:total].astype(np.int32)
-    own_k, own_v = (torch.full((total + 2, *pages.shape[1:]), 7.0, dtype=pages.dtype) for pages in (k_pages, v_pages))
+    own_k, own_v = (pages.new_full((total + 2, *pages.shape[1:]), 7.0) for pages in (k_pages, v_pages))
     tables, key_counts, query_at, taken = [], [], [], 0
     starts = metadata.host_query_start
     for sequence, (index, length) in enumerate(zip(blocks, metadata.host_seq_lens, strict=True)):

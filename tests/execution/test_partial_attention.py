@@ -27,19 +27,19 @@ _INTERPRETED = """
 import sys
 sys.path.insert(0, {tests!r})
 from execution.paged_cases import dense, make, tolerance
-from execution.partial_cases import SPREADS, merged, part_by_definition, parts_of, spread
+from execution.partial_cases import SPREADS, part_by_definition, parts_of, spread
 from core.execution.attention.triton_paged import TritonPagedAttention
 import torch
 for name, case in SPREADS.items():
     if case.dtype is torch.bfloat16 or name.startswith("long"):
         continue  # numpy, which the interpreter computes with, has no bf16; and long cases take it minutes
     query, k, v, metadata, spec = make(case)
-    for sites, seed in ((1, 0), (3, 1)):
-        held = spread(k, v, metadata, sites, seed)
-        got = merged(TritonPagedAttention(), query, held, spec).double()
-        worst = (got - dense(query, k, v, metadata, spec)).abs().max().item()
-        assert worst < tolerance(case), (name, sites, worst)
-    for site, (out, lse) in zip(held, parts_of(TritonPagedAttention(), query, held, spec)):
+    held = spread(k, v, metadata, 3, seed=1)
+    parts = parts_of(TritonPagedAttention(), query, held, spec)
+    got = TritonPagedAttention().merge(parts, spec.sinks, query.dtype).double()
+    worst = (got - dense(query, k, v, metadata, spec)).abs().max().item()
+    assert worst < tolerance(case), (name, worst)
+    for site, (out, lse) in zip(held, parts):
         assert out.dtype == lse.dtype == torch.float32
         expected = part_by_definition(query, site, metadata, spec)
         torch.testing.assert_close(out.double(), expected[0], atol=tolerance(case), rtol=0)
@@ -131,12 +131,12 @@ def test_bounds(case: Case, sites: int, seed: int) -> None:
 def test_bounds_are_worked_out_once_per_window() -> None:
     site = build_site_batch(
         [np.array([3, 1]), np.array([], dtype=np.int32)], [np.array([0, 2]), np.array([], dtype=np.int32)], [7, 0],
-        [2, 1], np.array([9, 10, 4]), 4, torch.device("cpu"),
+        [2, 1], np.array([9, 13, 4]), 4, torch.device("cpu"),
     )  # fmt: skip
     assert site.block_tables.tolist() == [[3, 1], [0, 0]] and site.seq_lens.tolist() == [7, 0]
     assert site.query_start.tolist() == [0, 2, 3] and site.host_query_start == (0, 2, 3)
     assert [bound.tolist() for bound in site.bounds(None)] == [[0, 0, 0], [6, 7, 0]]
-    assert [bound.tolist() for bound in site.bounds(8)] == [[2, 3, 0], [6, 7, 0]]
+    assert [bound.tolist() for bound in site.bounds(8)] == [[2, 4, 0], [6, 7, 0]]
     assert site.bounds(8)[0] is site.bounds(8)[0] and site.bounds(None)[1] is site.bounds(None)[1]
 
 
@@ -258,3 +258,17 @@ def test_unfit_parts(backend: AttentionBackend) -> None:
     site = spread(k_pages, v_pages, metadata, 1, seed=0)[0]
     with pytest.raises(ValueError, match="bounds"):
         backend.attend_partial(query[:2], site.k_pages, site.v_pages, site.batch, spec)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")
+@pytest.mark.parametrize("name", sorted(SPREADS))
+def test_triton_kernel_on_a_gpu(name: str) -> None:
+    from core.execution.attention.triton_paged import TritonPagedAttention
+
+    query, k_pages, v_pages, metadata, spec = make(SPREADS[name])
+    expected = dense(query, k_pages, v_pages, metadata, spec)
+    sinks = spec.sinks.cuda() if spec.sinks is not None else None
+    sites = spread(k_pages.cuda(), v_pages.cuda(), metadata, 3, seed=0)
+    got = merged(TritonPagedAttention(), query.cuda(), sites, replace(spec, sinks=sinks))
+    torch.testing.assert_close(got.cpu().double(), expected, atol=tolerance(SPREADS[name]), rtol=0)

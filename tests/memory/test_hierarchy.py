@@ -253,6 +253,21 @@ def test_a_failing_driver_costs_a_miss_and_is_logged(caplog: pytest.LogCaptureFi
     assert any("memory worker failed" in record.getMessage() for record in caplog.records)
 
 
+def test_a_failing_driver_does_not_hold_up_the_blocks_behind() -> None:
+    slow = SlowTier()
+    slow.gate.set()
+    with open_memory(slots=12, below=[slow], rules=GREEDY) as memory:
+        for number in range(1, 11):
+            save(memory, number, number - 1)
+        assert memory.flush(10.0) and memory.demote(block(1))
+        slow.fails = True
+        loading = memory.load([block(number) for number in range(1, 11)])
+        assert len(loading.blocks) == 10
+        slow.read_gate.set()
+        assert loading.wait(10.0) and loading.slots() == []
+        loading.release()
+
+
 def test_a_damaged_block_ends_the_run(tmp_path: Path) -> None:
     with open_memory(slots=3, below=[disk_tier(tmp_path)], rules=GREEDY) as memory:
         save_chain(memory, 3)

@@ -70,12 +70,24 @@ def test_a_block_is_worth_keeping_if_fetching_beats_recomputing(recompute_s: flo
 
 def test_the_table_remembers_absent_blocks_up_to_a_bound_and_all_held_ones() -> None:
     table = HeatTable(HeatModel(HALF_LIFE_S), max_absent=8)
-    held = {b"held"}
     table.use(b"held", 0.0)
+    table.hold(b"held")
+    table.hold(b"held")
     for number in range(100):
         table.use(bytes([number]), 10.0 + number)
-        table.trim(held)
-    assert table.score(b"held", 0.0) == 1.0
-    assert len(table) <= 1 + 8 + 8
-    assert table.score(bytes([99]), 109.0) == 1.0, "the hottest stay"
-    assert table.score(bytes([0]), 109.0) == 0.0
+    table.let_go(b"held")
+    assert table.score(b"held", 0.0) == 1.0 and len(table) == 1 + 8
+    assert table.score(bytes([99]), 109.0) == 1.0 and table.score(bytes([0]), 109.0) == 0.0, "the last used stay"
+    table.let_go(b"held")
+    for number in range(8):
+        table.use(bytes([number]), 120.0)
+    assert table.score(b"held", 0.0) == 0.0 and len(table) == 8
+
+
+def test_the_mean_of_many_is_taken_over_a_sample_of_them() -> None:
+    table = HeatTable(HeatModel(HALF_LIFE_S))
+    blocks = [number.to_bytes(4, "big") for number in range(5000)]
+    for number, name in enumerate(blocks):
+        table.use(name, 10.0 * (number % 2))
+    assert table.mean_score(blocks, 10.0) == pytest.approx(0.75, abs=0.01)
+    assert table.mean_score([], 0.0) == 0.0
