@@ -53,8 +53,8 @@ def pool_kv(
         lacking, spare = 0, sum(int(lend_ratio * limit) for limit in idle_limits)
         for stage, room, page in zip(stages, free, page_bytes, strict=True):
             left = room - blocks * page
-            # one page of a stage that borrows stays empty, for blocks to change places through
-            lacking += max(0, page - left) if left < 0 else 0
+            # whole pages; one of a stage that borrows stays empty, for blocks to change places through
+            lacking += (blocks + 1 - room // page) * page if left < 0 else 0
             spare += min(int(lend_ratio * stage.limit_bytes), max(0, left))
         return lacking <= spare
 
