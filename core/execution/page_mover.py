@@ -43,7 +43,7 @@ class PageMover:
         try:
             return self._apply(ops)
         except (RuntimeError, OSError, MemoryError) as error:
-            raise PageMoveError(f"KV pages could not be moved: {error}") from error
+            raise _moved_not(error) from error
 
     def _apply(self, ops: Sequence[PageOp]) -> WaitFor | None:
         pending: list[PageLoad] = []
@@ -87,13 +87,19 @@ class PageMover:
         for layer, nbytes in self._layer_bytes.items():
             self._loading[layer] = loader.submit(self._load_layer, loads, layer, offset, nbytes)
             offset += nbytes
-        return lambda layer: self._loading[layer].result()
+        return self._wait_for
+
+    def _wait_for(self, layer: int) -> None:
+        error = self._loading[layer].exception()
+        if error is not None:
+            raise _moved_not(error) from error
 
     def finish_loads(self) -> None:
-        """Wait for loads that were begun; what became of them, whoever needed them has seen."""
+        """Wait for loads that were begun. Raises `PageMoveError` if one failed: blocks hold what is not theirs."""
         loading, self._loading = self._loading, {}
-        for future in loading.values():
-            future.exception()
+        errors = [error for future in loading.values() if (error := future.exception()) is not None]
+        if errors:
+            raise _moved_not(errors[0]) from errors[0]
 
     def _load_layers(self, loads: Sequence[PageLoad], layers: dict[int, int]) -> None:
         offset = self._offset
@@ -113,10 +119,14 @@ class PageMover:
 
     def close(self) -> None:
         """End the thread."""
-        self.finish_loads()
+        self._loading = {}
         if self._loader is not None:
             self._loader.shutdown()
             self._loader = None
+
+
+def _moved_not(error: BaseException) -> PageMoveError:
+    return PageMoveError(f"KV pages could not be moved: {error}")
 
 
 def _groups(ops: Iterable[PageOp]) -> Iterable[list[PageOp]]:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from core.errors import PageMoveError
+
 T = TypeVar("T")
 
 
@@ -64,7 +66,8 @@ class StationLine(Generic[T]):
             try:
                 (station.run if parcel.error is None else station.skip)(parcel.item)
             except Exception as error:  # noqa: BLE001  travels with the step to whoever waits for it
-                parcel.error = parcel.error or error
+                if parcel.error is None or isinstance(error, PageMoveError):  # which harms more than this step
+                    parcel.error = error
             if following is not None:
                 following.put(parcel)
             else:

@@ -125,10 +125,11 @@ class Stage:
         self._context.wait_for = self._mover.apply(ops)
 
     def settle(self) -> None:
-        """Let loads that were begun end: a step that has failed does not wait for them."""
+        """Let loads that were begun end: a step that has failed does not wait for them. Raises `PageMoveError` if one
+        failed."""
         assert self._mover is not None and self._context is not None
-        self._mover.finish_loads()
         self._context.wait_for = None
+        self._mover.finish_loads()
 
     def place(self, batch: InputBatch, output: SchedulerOutput, step: StageStep) -> InputBatch:
         """A step's batch on this stage's device, with this stage's pages."""

@@ -96,7 +96,7 @@ class KVCacheManager:
         self.companions: list[Companion] = []
         self.tiers: Tiers | None = None
         self.prefill_token_s: float | None = None
-        self._taken = self._done = 0
+        self._taken = self._done = self._spoiled = 0
         self._hasher = PrefixHasher(block_size, salt)
         self._tables: dict[int, BlockTable] = {}
         self.refresh_limit()
@@ -108,6 +108,11 @@ class KVCacheManager:
     def refresh_limit(self) -> None:
         """After regions came or went: as many blocks may hold content as every stage has pages for."""
         self.pool.set_limit(self.pages.backed(self.pool.num_blocks))
+
+    @property
+    def is_short(self) -> bool:
+        """Whether there is memory for fewer blocks than were promised: what was lent has been taken back."""
+        return self.pool.limit < self.pool.num_blocks
 
     @property
     def writable_blocks(self) -> int:
@@ -275,10 +280,14 @@ class KVCacheManager:
         return stages
 
     def step_done(self, step: int, *, moved: bool = True) -> None:
-        """The step has passed all stages, computed or not; not `moved`: its pages were not all moved."""
+        """The step has passed all stages, computed or not; not `moved`: its pages were not all moved. Then what steps
+        behind it, and the one that is being gathered, save of their pages is worth nothing either.
+        """
         self._done = step
+        if not moved:
+            self._spoiled = self._taken + 1
         for companion in self.companions:
-            companion.step_done(step, moved)
+            companion.step_done(step, moved and step > self._spoiled)
 
     @property
     def in_flight(self) -> bool:
