@@ -109,6 +109,7 @@ class ContinuousBatcher:
         self._stats = StatsKeeper(scheduler)
         self._policy = policy
         self._in_flight = 0
+        self._starved = False  # sequences wait for memory that was taken back, and nothing else runs
         self._calls: list[_Call] = []
         scheduler.on_loaded = lambda seq_id: self._inbox.put(_Loaded(seq_id))
         self._thread = threading.Thread(target=self._run, name="vrm-engine", daemon=True)
@@ -220,9 +221,11 @@ class ContinuousBatcher:
                 return
             output = scheduler.schedule(choice.cohorts, choice.chunk)
             if output is None:
-                if scheduler.has_work and not self._in_flight:
+                self._starved = scheduler.has_work and not self._in_flight
+                if self._starved and not scheduler.kv.is_short:
                     raise RuntimeError("sequences wait, but none of them can be scheduled")
                 return
+            self._starved = False
             if choice.cohorts == 1:
                 self._complete(output, self._execute(output))
                 return
@@ -257,8 +260,10 @@ class ContinuousBatcher:
 
     def _read_inbox(self) -> bool:
         """Take in what arrived, waiting for something if there is nothing to run. False ends the loop."""
-        block = self._in_flight > 0 or not (self.scheduler.has_work or self.scheduler.kv.wants_stop)
-        timeout_s = None if self._in_flight or self.scheduler.kv.is_idle else UPKEEP_S
+        kv = self.scheduler.kv
+        starved, self._starved = self._starved, False
+        block = self._in_flight > 0 or starved or not (self.scheduler.has_work or kv.wants_stop)
+        timeout_s = None if self._in_flight or (kv.is_idle and not starved) else UPKEEP_S
         while True:
             try:
                 message = self._inbox.get(block=block, timeout=timeout_s if block else None)

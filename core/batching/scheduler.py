@@ -99,7 +99,9 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running or self._forking)
+        """Whether something runs or could: a sequence whose prefix is on its way up, and siblings that wait for it,
+        need nothing until then."""
+        return bool(self._waiting or self._running)
 
     @property
     def prompt_tokens_left(self) -> int:
