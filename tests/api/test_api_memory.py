@@ -1,0 +1,125 @@
+"""`/api/memory` and its calls, on a real pipeline."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from api_client import TOKEN, ApiClient
+from engine.lending_cases import open_tight
+from tiny_models import VOCAB, build_tiny
+
+from core.api import create_app
+from core.inference_pipeline import InferencePipeline
+from core.request import SamplingParams
+
+GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, detokenize=False)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("qwen3")
+    build_tiny("qwen3", path)
+    return path
+
+
+Opener = Callable[..., tuple[InferencePipeline, ApiClient]]
+
+
+@pytest.fixture
+def opened(open_pipeline: Callable[..., InferencePipeline], tiny: Path, tmp_path: Path) -> Opener:
+    """A pipeline whose first stage borrows, with main memory and a disk below, and a client."""
+
+    def start(**options: Any) -> tuple[InferencePipeline, ApiClient]:
+        tiers = {
+            "memory__host_bytes": 1 << 20, "memory__disk_path": tmp_path / "kv", "memory__disk_bytes": 1 << 24,
+            "memory__disk_min_free_bytes": 0, "api__token": TOKEN,
+        }  # fmt: skip
+        pipeline = open_tight(open_pipeline, tiny, [64, 640], **{**tiers, **options})
+        return pipeline, ApiClient(create_app(pipeline))
+
+    return start
+
+
+def fill(pipeline: InferencePipeline, count: int = 30) -> None:
+    for seed in range(count):
+        prompt = torch.randint(3, VOCAB, (60,), generator=torch.Generator().manual_seed(seed)).tolist()
+        pipeline.submit(prompt, GREEDY).result(60)
+
+
+def tier(view: dict[str, Any], name: str) -> dict[str, Any]:
+    (found,) = [each for each in view["tiers"] if each["tier"] == name]
+    return found  # type: ignore[no-any-return]
+
+
+def metric(client: ApiClient, name: str) -> float:
+    """Sum of a metric over its labels."""
+    text = client.get("/metrics").text
+    return sum(float(value) for value in re.findall(rf"^\w*{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
+
+
+def test_the_view_adds_up(opened: Opener) -> None:
+    pipeline, client = opened()
+    fill(pipeline)
+    view = client.get("/api/memory").get_json()
+    assert [device["name"] for device in view["devices"]] == [d.name for d in pipeline.engine.plan.devices]
+    for device in view["devices"]:
+        parts = ("weights_bytes", "own_kv_bytes", "lent_bytes", "other_bytes", "free_bytes")
+        assert sum(device[part] for part in parts) == device["limit_bytes"]
+    first, second = view["devices"]
+    assert first["borrowed_bytes"] == second["lent_bytes"] == sum(lease["bytes"] for lease in view["leases"]) > 0
+    assert view["kv_blocks"]["total"] >= view["kv_blocks"]["with_memory"] > 16
+    assert tier(view, "L3")["blocks"] > 0
+    assert tier(view, "L3")["hottest"] == []
+
+
+def test_blocks_are_listed_as_many_as_asked_for(opened: Opener) -> None:
+    pipeline, client = opened()
+    fill(pipeline)
+    hottest = tier(client.get("/api/memory?blocks=3").get_json(), "L3")["hottest"]
+    assert len(hottest) == 3
+    assert [each["hotness"] for each in hottest] == sorted((each["hotness"] for each in hottest), reverse=True)
+    assert client.get("/api/memory?blocks=1000").status_code == 200
+    for wrong in ("1001", "-1", "x", "1.5", "²"):
+        assert client.get("/api/memory", query_string={"blocks": wrong}).status_code == 400
+
+
+def test_a_block_goes_down_and_comes_up_by_call(opened: Opener) -> None:
+    pipeline, client = opened()
+    fill(pipeline)
+    block = tier(client.get("/api/memory?blocks=1").get_json(), "L3")["hottest"][0]["block"]
+    before = metric(client, "memory_demotions_total")
+    assert client.post(f"/api/memory/blocks/{block}/demote").status_code == 200
+    tiers = pipeline.engine.memory.tiers
+    assert tiers is not None
+    assert tiers.memory.flush(30)
+    assert metric(client, "memory_demotions_total") > before
+    answer = client.post(f"/api/memory/blocks/{block}/promote")
+    assert answer.get_json() == {"block": block, "status": "promoted"}
+
+
+@pytest.mark.parametrize("call", ["promote", "demote"])
+def test_what_is_no_block_cannot_move(opened: Opener, call: str) -> None:
+    _, client = opened()
+    client.error(f"/api/memory/blocks/{'0' * 32}/{call}", status=404)
+    assert client.error(f"/api/memory/blocks/xyz/{call}", status=400)["param"] == "block"
+
+
+def test_unknown_devices_and_fields_are_refused(opened: Opener) -> None:
+    _, client = opened()
+    client.error("/api/memory/reclaim", {"device": "nobody"}, status=404)
+    client.error("/api/memory/reclaim", {"device": "cpu:0", "urgency": "soon"}, status=400)
+    client.error("/api/memory/reclaim", {"device": "cpu:0", "bytes": 0}, status=400)
+    client.error("/api/memory/reclaim", {"device": "cpu:0", "more": 1}, status=400)
+
+
+def test_nothing_moves_by_call_in_read_only_mode(opened: Opener) -> None:
+    _, client = opened(security__read_only=True)
+    assert client.get("/api/memory").status_code == 200
+    client.error(f"/api/memory/blocks/{'0' * 32}/promote", status=403)
+    client.error(f"/api/memory/blocks/{'0' * 32}/demote", status=403)
+    client.error("/api/memory/reclaim", {"device": "cpu:0"}, status=403)
