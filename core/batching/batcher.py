@@ -273,7 +273,9 @@ class ContinuousBatcher:
                 self._drain()
                 return False
             self._take(message)
-            block = not (self.scheduler.has_work or self._in_flight)
+            if isinstance(message, _Call) and not self.scheduler.kv.is_idle:
+                return True  # callers that keep calling must not keep memory from going back
+            block = not (self.scheduler.has_work or self._in_flight or self.scheduler.kv.wants_stop)
 
     def _take(self, message: _Done | _Abort | _Call | _Loaded | tuple[Request, RequestHandle]) -> None:
         if isinstance(message, _Done):
