@@ -161,10 +161,14 @@ def _greedy(tokens: int) -> SamplingParams:
 
 
 def measure_capacity(model_dir: Path, layers: str = "5,1", own_tokens: int = 1600, prompt: int = 240) -> Capacity:
-    """Devices of 24:16, most layers on the first, as what is fastest there may be. Requests until nothing more fits."""
+    """Requests until nothing more fits.
+
+    Most layers on the first device; the second is as large as its layer and much KV need.
+    """
     stages = planned(model_dir, "cpu", layers)
     first = stages[0].weight_bytes + stages[0].workspace_bytes + stages[0].kv_bytes_per_token * own_tokens
-    limits = (first, first * 16 // 24)
+    second = stages[1].weight_bytes + stages[1].workspace_bytes + stages[1].kv_bytes_per_token * 8 * own_tokens
+    limits = (first, max(second, first * 16 // 24))
     found = []
     for lending in (True, False):
         settings = _settings(model_dir, ",".join(f"cpu={limit}B" for limit in limits), layers)
