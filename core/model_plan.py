@@ -155,6 +155,7 @@ def plan_model(
     )
     try:
         placement = place(request, placed.placement)
+        pooled = pool_devices(placement, request, settings, max_model_len)
     except InsufficientMemoryError:
         if host is None or host.memory_limit_bytes <= 0:
             raise
@@ -162,11 +163,13 @@ def plan_model(
             profiles, _ = measure(devices, architecture)
             request, is_measured = _with_profiles(request, profiles), True
         request = _with_host(request, host.memory_limit_bytes, measure.host_links(devices) if is_measured else {})
+        request = replace(request, min_kv_tokens=_least_kv_tokens(settings, max_model_len, request.max_kv_tokens))
         placement = place_streaming(request, placed.placement)
+        pooled = pool_devices(placement, request, settings, max_model_len)
     prediction = predict(placement, request) if is_measured else None
     return ModelPlan(
         resolved, architecture, weights, request, placement, tuple(devices), max_model_len, prediction,
-        pool_devices(placement, request, settings, max_model_len),
+        pooled,
         host if placement.streamed_bytes else None,
     )  # fmt: skip
 
