@@ -54,7 +54,8 @@ def test_twice_the_devices_memory(reference: Reference, stages: int, native: boo
     """Alone, beside each other in several cohorts, from the prefix cache, beside streams that are given up."""
     pipeline = open_pipeline(
         reference.path, devices__devices=half_of_it(reference.path, stages, "sim", "@100GB/s/10TFLOPS"),
-        devices__sim_link="1GB/s@20us", engine__native_kernels=native, engine__cohorts=stages, **ENGINE,
+        devices__sim_link="1GB/s@20us", engine__native_kernels=native, engine__cohorts=stages,
+        **{**ENGINE, "engine__max_num_batched_tokens": 16 if stages < 3 else 8},
     )  # fmt: skip
     engine = pipeline.engine
     assert len(engine.stages) == stages
