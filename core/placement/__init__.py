@@ -1,6 +1,16 @@
 """Which layers go on which device, and how fast that is. Pure functions over bytes, speeds and budgets; no torch."""
 
-from core.placement.cost import Batch, StageCost, StageTimer, best_cohorts, busy_s, decode_tok_s, pipeline_s, stage_s
+from core.placement.cost import (
+    Batch,
+    StageCost,
+    StageTimer,
+    best_cohorts,
+    busy_s,
+    decode_tok_s,
+    load_s,
+    pipeline_s,
+    stage_s,
+)
 from core.placement.plan import Experts, LayerCosts, PlacementPlan, StagePlan
 from core.placement.profile import DeviceProfile, LinkProfile, LinkTopology, emulated_profile
 from core.placement.splitter import split_by_memory
@@ -20,6 +30,7 @@ __all__ = [
     "busy_s",
     "decode_tok_s",
     "emulated_profile",
+    "load_s",
     "pipeline_s",
     "split_by_memory",
     "stage_s",

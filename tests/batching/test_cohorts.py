@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from core.batching.cohorts import MIN_CHUNK, FixedCohorts, OneCohort, PredictedCohorts
-from core.placement import Batch, DeviceProfile, LayerCosts, LinkTopology, StageCost, decode_tok_s, stage_s
+from core.devices import HOST
+from core.placement import (
+    Batch,
+    DeviceProfile,
+    LayerCosts,
+    LinkProfile,
+    LinkTopology,
+    StageCost,
+    decode_tok_s,
+    load_s,
+    stage_s,
+)
 
 GB = 10**9
 COSTS = LayerCosts(
@@ -13,6 +24,8 @@ COSTS = LayerCosts(
 CARD = DeviceProfile("card", 900 * GB, ((1, 70e12),))
 STAGES = (StageCost(CARD, 0, 4), StageCost(CARD, 4, 8))
 POLICY = PredictedCohorts(COSTS, STAGES, LinkTopology(), max_chunk=2048)
+STREAMING = tuple(StageCost(CARD, stage.first, stage.last, tuple(range(stage.first, stage.last))) for stage in STAGES)
+PCIE = LinkTopology({(HOST, "card"): LinkProfile(12.0 * GB)})
 
 
 def test_a_single_stage_runs_one_step_at_a_time() -> None:
@@ -57,3 +70,17 @@ def test_a_prompt_beside_decodes_holds_them_up_by_a_bounded_time() -> None:
     with_chunk = stage_s(COSTS, CARD, 0, 4, Batch(8 + choice.chunk, 8 * 1024 + choice.chunk, 8))
     assert MIN_CHUNK <= choice.chunk < 2048
     assert with_chunk <= 3 * alone
+
+
+def test_where_layers_stream_in_a_prompt_is_not_cut_below_what_loading_hides() -> None:
+    policy = PredictedCohorts(COSTS, STREAMING, PCIE, max_chunk=1 << 20)
+    loading_s = load_s(COSTS, STREAMING[0], PCIE)
+    choice = policy.choose(0, 0, 4000)
+    assert (choice.cohorts, choice.chunk >= 4000) == (1, True), "each step would load everything again"
+    long = policy.choose(0, 0, 16_000)
+    assert long.cohorts == 2
+    assert stage_s(COSTS, CARD, 0, 4, Batch(long.chunk, long.chunk, 1)) <= loading_s
+    assert stage_s(COSTS, CARD, 0, 4, Batch(2 * long.chunk, 2 * long.chunk, 1)) > loading_s
+    beside = policy.choose(8, 1000, 4000)
+    assert beside.cohorts == policy.choose(8, 1000, 0).cohorts == 1, "prompts share the step of those that decode"
+    assert PredictedCohorts(COSTS, STREAMING, PCIE, max_chunk=512).choose(0, 0, 4000).chunk == 512
