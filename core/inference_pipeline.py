@@ -6,7 +6,6 @@ import gc
 import threading
 import uuid
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -14,20 +13,17 @@ import torch
 from core import memory_status, status
 from core.batching.output import RequestHandle, Sink
 from core.batching.sequence import Request
-from core.batching.sequence import Sequence as TokenSequence
 from core.batching.stats import BatcherStats
 from core.config import Settings
 from core.devices import HOST, Device, DeviceReader, open_devices, parse_link
 from core.errors import (
     ConflictError,
-    ContextLengthError,
     EngineDeadError,
     InsufficientMemoryError,
     ModelChangedError,
     ModelNotLoadedError,
     VRAMancerError,
 )
-from core.execution.sampler import derive_seed, fresh_seed
 from core.logs import get_logger
 from core.metrics import MetricsRegistry
 from core.model_engine import (
@@ -43,6 +39,7 @@ from core.model_plan import ModelPlan, host_for, measure_with, plan_model
 from core.models.resolve import DEMO_NAME, available_models, resolve_model
 from core.raw_inference import run_raw
 from core.request import SamplingParams
+from core.submission import make_request
 from core.transfer import TransferManager
 
 logger = get_logger(__name__)
@@ -272,48 +269,12 @@ class InferencePipeline:
         return engine.batcher.submit(made, sink=sink)
 
     def _request(
-        self,
-        engine: ModelEngine,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        priority: int,
-        request_id: str,
+        self, engine: ModelEngine, tokens: Sequence[int], params: SamplingParams, priority: int, request_id: str
     ) -> Request:
         if self._closing:
             raise EngineDeadError("The server is shutting down.")
-        tokens = list(prompt_token_ids)
-        params.validate(engine.model.vocab_size)
-        check_prompt(tokens, engine.model)
-        room = engine.model.max_model_len - len(tokens)
-        max_tokens = min(params.max_tokens, room) if params.max_tokens is not None else room
-        if params.max_tokens is not None and params.max_tokens > room:
-            raise ContextLengthError(
-                f"This model's context holds {engine.model.max_model_len} tokens; the prompt has {len(tokens)} and "
-                f"{params.max_tokens} more were asked for.",
-                param="max_tokens",
-            )
-        if params.num_sequences > params.n and params.logprobs is None:
-            params = replace(params, logprobs=0)  # the best are chosen by log-probability
-        request = Request(
-            request_id=request_id,
-            prompt_token_ids=tokens,
-            params=params,
-            max_tokens=max_tokens,
-            priority=priority,
-            stop_token_ids=frozenset(params.stop_token_ids),
-            eos_token_ids=frozenset(engine.model.eos_token_ids),
-            prompt_logprobs=[None] if params.prompt_logprobs is not None else None,
-        )
-        seed = params.seed if params.seed is not None else self._default_seed()
-        request.sequences = [
-            TokenSequence(request, index, derive_seed(seed, index), list(tokens))
-            for index in range(params.num_sequences)
-        ]
-        return request
-
-    def _default_seed(self) -> int:
-        configured = self.settings.runtime.default_seed
-        return configured if configured is not None else fresh_seed()
+        seed = self.settings.runtime.default_seed
+        return make_request(engine.model, tokens, params, priority=priority, request_id=request_id, default_seed=seed)
 
     def cancel(self, request_id: str) -> bool:
         """Abort a request, or all that were submitted under the id as `<id>-0`, `<id>-1`... False if there is none."""

@@ -12,40 +12,23 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from core.batching.breaker import CircuitBreaker
 from core.batching.cohorts import CohortPolicy
-from core.batching.output import Detokenizer, RequestHandle, RequestWriter, Sink
-from core.batching.scheduler import Scheduler, SequenceUpdate
-from core.batching.sequence import Request, Sequence
+from core.batching.output import Detokenizer, RequestHandle, Sink
+from core.batching.publisher import EngineMetrics, Publisher
+from core.batching.scheduler import Scheduler
+from core.batching.sequence import Request
 from core.batching.stats import BatcherStats, StatsKeeper
-from core.errors import (
-    ConflictError,
-    EngineDeadError,
-    PageMoveError,
-    QueueFullError,
-    StepFailedError,
-    VRAMancerError,
-)
+from core.errors import ConflictError, EngineDeadError, PageMoveError, QueueFullError
 from core.execution.schedule import Runner, SchedulerOutput, StepOutput
 from core.logs import get_logger
-from core.request import SequenceDelta
 
 T = TypeVar("T")
 UPKEEP_S = 0.25
 """How often an engine without work looks after memory that is lent."""
 logger = get_logger(__name__)
-
-
-class EngineMetrics(Protocol):
-    """Events that the engine reports."""
-
-    def observe_first_token(self, seconds: float) -> None: ...
-
-    def observe_inter_token(self, seconds: float) -> None: ...
-
-    def observe_finished(self, seconds: float, prompt_tokens: int, output_tokens: int, reason: str) -> None: ...
 
 
 @dataclass(slots=True)
@@ -97,21 +80,19 @@ class ContinuousBatcher:
         self.breaker = breaker
         self.error: BaseException | None = None
         self._runner = runner
-        self._detokenizer = detokenizer
         self._max_queue = max_queue
-        self._metrics: EngineMetrics | None = None
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._writers: dict[str, RequestWriter] = {}
         self._lock = threading.Lock()
         self._ids: set[str] = set()
         self._arrivals = 0
         self._dead = False
+        self._publisher = Publisher(scheduler, detokenizer, self._release)
         self._stats = StatsKeeper(scheduler)
         self._policy = policy
         self._in_flight = 0
         self._starved = False  # sequences wait for memory that was taken back, and nothing else runs
         self._calls: list[_Call] = []
-        scheduler.on_loaded = lambda seq_id: self._inbox.put(_Loaded(seq_id))
+        scheduler.waiting.on_loaded = lambda seq_id: self._inbox.put(_Loaded(seq_id))
         self._thread = threading.Thread(target=self._run, name="vrm-engine", daemon=True)
 
     # -- any thread -------------------------------------------------------------------------------------------------
@@ -141,7 +122,7 @@ class ContinuousBatcher:
 
     def report_to(self, metrics: EngineMetrics) -> None:
         """From now on tell `metrics` of tokens and finished requests."""
-        self._metrics = metrics
+        self._publisher.metrics = metrics
 
     def submit(self, requests: list[Request], *, sink: Sink | None = None) -> list[RequestHandle]:
         """Queue requests, all or none. Raises `QueueFullError`, `CircuitOpenError` or `EngineDeadError`."""
@@ -250,7 +231,7 @@ class ContinuousBatcher:
             return
         result = self._execute(output)
         if isinstance(result, Exception):
-            self._fail(self.scheduler.fail_all(output), result)
+            self._publisher.fail(self.scheduler.fail_all(output), result)
         else:
             self.scheduler.kv.step_done(output.step)
 
@@ -282,13 +263,14 @@ class ContinuousBatcher:
             self._in_flight -= 1
             self._complete(message.output, message.result)
         elif isinstance(message, _Abort):
-            self._abort_now(message.request_id)
+            if self._publisher.abort(message.request_id):
+                self._stats.refresh_counts()
         elif isinstance(message, _Call):
             self._calls.append(message)
         elif isinstance(message, _Loaded):
-            self.scheduler.loaded(message.seq_id)
-        else:
-            self._add_now(*message)
+            self.scheduler.waiting.loaded(message.seq_id)
+        elif self._publisher.open(*message):
+            self.scheduler.add(message[0])
         while self._calls and not self._in_flight:
             self._call_now(self._calls.pop(0))
 
@@ -303,26 +285,6 @@ class ContinuousBatcher:
                 others.append(message)
         for message in others:
             self._inbox.put(message)
-
-    def _add_now(self, request: Request, handle: RequestHandle) -> None:
-        try:
-            writer = RequestWriter(request, handle, self._detokenizer)
-        except Exception as error:  # noqa: BLE001  whatever is wrong with this request is its own affair
-            handle.put(_as_failure("The request could not be started", error))
-            with self._lock:
-                self._ids.discard(request.request_id)
-            return
-        self._writers[request.request_id] = writer
-        self.scheduler.add(request)
-
-    def _abort_now(self, request_id: str) -> None:
-        writer = self._writers.get(request_id)
-        if writer is None:
-            return
-        for sequence in writer.request.sequences:
-            self.scheduler.finish(sequence, "abort")
-        self._close(writer, [])
-        self._stats.refresh_counts()
 
     def _call_now(self, call: _Call) -> None:
         if not call.future.set_running_or_notify_cancel():
@@ -344,105 +306,23 @@ class ContinuousBatcher:
             logger.error("step failed", step=output.step, sequences=len(output.sequences), exc_info=result)
             self.breaker.record_failure(repr(result))
             end = self.scheduler.fail_all if isinstance(result, PageMoveError) else self.scheduler.fail
-            self._fail(end(output), result)
+            self._publisher.fail(end(output), result)
         else:
             self.breaker.record_success()
-            self._publish(self.scheduler.update_from_output(output, result))
+            self._publisher.publish(self.scheduler.update_from_output(output, result))
         self._stats.step_done(output, None if isinstance(result, Exception) else result, self.breaker.last_error)
 
-    def _fail(self, sequences: list[Sequence], error: Exception) -> None:
-        message = _as_failure("The forward pass failed", error)
-        for sequence in sequences:
-            writer = self._writers.get(sequence.request.request_id)
-            if writer is not None:
-                self._fail_request(writer, message)
-
-    def _fail_request(self, writer: RequestWriter, error: VRAMancerError) -> None:
-        for sibling in writer.request.sequences:
-            self.scheduler.finish(sibling, "error")
-        self._forget(writer, "error")
-        writer.handle.put(error)
-
-    def _publish(self, updates: list[SequenceUpdate]) -> None:
-        """Turn a step's tokens into outputs, one message per request."""
-        deltas: dict[str, list[SequenceDelta]] = {}
-        for update in updates:
-            writer = self._writers.get(update.sequence.request.request_id)
-            if writer is None:
-                continue  # a sibling failed in this step, and the request with it
-            if update.error is not None:
-                deltas.pop(writer.request.request_id, None)
-                self._fail_request(writer, update.error)
-                continue
-            try:
-                new = self._deltas_of(writer, update)
-            except Exception as error:  # noqa: BLE001  text that cannot be made fails its own request alone
-                deltas.pop(writer.request.request_id, None)
-                self._fail_request(writer, _as_failure("The answer could not be decoded", error))
-                continue
-            deltas.setdefault(writer.request.request_id, []).extend(new)
-        for request_id, mine in deltas.items():
-            writer = self._writers[request_id]
-            self._observe_tokens(writer)
-            if writer.request.finished:
-                self._close(writer, mine)
-            else:
-                writer.write(mine)
-
-    def _deltas_of(self, writer: RequestWriter, update: SequenceUpdate) -> list[SequenceDelta]:
-        """What a token adds to the answer, and the closing delta if it was the last."""
-        delta, matched_stop = writer.token(update)
-        if matched_stop is not None:
-            self._finish_by_text(update.sequence, matched_stop)
-        closing = writer.ended(update.sequence) if update.sequence.finished else None
-        return [delta] if closing is None else [delta, closing]
-
-    def _finish_by_text(self, sequence: Sequence, stop: str) -> None:
-        if sequence.finished:
-            sequence.finish_reason, sequence.stop_reason = "stop", stop
-        else:
-            self.scheduler.finish(sequence, "stop", stop)
-
-    def _observe_tokens(self, writer: RequestWriter) -> None:
-        now = time.monotonic()
-        if self._metrics is not None:
-            if writer.last_token_s is None:
-                self._metrics.observe_first_token(now - writer.request.submitted_s)
-            else:
-                self._metrics.observe_inter_token(now - writer.last_token_s)
-        if writer.first_token_s is None:
-            writer.first_token_s = now
-        writer.last_token_s = now
-
-    def _close(self, writer: RequestWriter, deltas: list[SequenceDelta]) -> None:
-        """Send the last output of a request, with a closing delta for each sequence that had none."""
-        for sequence in writer.request.sequences:
-            closing = writer.ended(sequence)
-            if closing is not None:
-                deltas.append(closing)
-        writer.write(deltas)
-        self._forget(writer, str(writer.request.sequences[0].finish_reason))
-
-    def _forget(self, writer: RequestWriter, reason: str) -> None:
-        request = writer.request
-        del self._writers[request.request_id]
+    def _release(self, request_id: str) -> None:
+        """The request is over; its id may be used again."""
         with self._lock:
-            self._ids.discard(request.request_id)
-        if self._metrics is not None:
-            output_tokens = sum(len(sequence.output_token_ids) for sequence in request.sequences)
-            seconds = time.monotonic() - request.submitted_s
-            self._metrics.observe_finished(seconds, len(request.prompt_token_ids), output_tokens, reason)
+            self._ids.discard(request_id)
 
     def _die(self) -> None:
         """Refuse what comes and fail what waits."""
         with self._lock:
             self._dead = True
         error = self._death()
-        for writer in list(self._writers.values()):
-            writer.handle.put(error)
-            for sequence in writer.request.sequences:
-                self.scheduler.finish(sequence, "error")
-            self._forget(writer, "error")
+        self._publisher.fail_everything(error)
         for call in self._calls:
             self._inbox.put(call)
         while True:
@@ -455,9 +335,4 @@ class ContinuousBatcher:
                     message.future.set_exception(error)
             elif isinstance(message, tuple):
                 message[1].put(error)
-                with self._lock:
-                    self._ids.discard(message[0].request_id)
-
-
-def _as_failure(what: str, error: Exception) -> VRAMancerError:
-    return error if isinstance(error, VRAMancerError) else StepFailedError(f"{what}: {error}")
+                self._release(message[0].request_id)

@@ -19,12 +19,13 @@ first has its prompt computed: they share its blocks and recompute the last prom
 
 from __future__ import annotations
 
-import heapq
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from core.batching.sequence import Request, Sequence, SequenceStatus
+from core.batching.step import Step, record_of, weight_of
+from core.batching.waiting import WaitingSequences
 from core.errors import VRAMancerError
 from core.execution.schedule import ScheduledSequence, SchedulerOutput, StepOutput
 from core.kv_cache.manager import KVCacheManager
@@ -51,45 +52,19 @@ class SequenceUpdate:
     error: VRAMancerError | None = None
 
 
-@dataclass(slots=True)
-class _Step:
-    """The step being put together: tokens left, its share of the weight, and what it has of it."""
-
-    budget: int
-    chunk: int
-    share: float = float("inf")
-    weight: float = 0.0
-    chosen: dict[int, tuple[Sequence, int]] = field(default_factory=dict)
-
-    def has_room(self) -> bool:
-        """Shares are rounded up to whole sequences: were they not, one that is left over would never be taken."""
-        return not self.chosen or self.weight < self.share * (1 - 1e-9)
-
-
-CONTEXT_WEIGHT = 1 / 2048
-"""What a token of context adds to the weight of a sequence, beside 1 for the token it computes."""
-
-
 MEASURED_TOKENS = 16
 """A step with as many tokens says what a token of a prompt costs."""
 
 
-def _weight(sequence: Sequence) -> float:
-    return 1 + CONTEXT_WEIGHT * len(sequence.token_ids)
-
-
 class Scheduler:
-    """Owns the waiting queue, the running list and the block tables. Used by the engine thread alone."""
+    """Owns the waiting sequences, the running list and the block tables. Used by the engine thread alone."""
 
     def __init__(self, kv: KVCacheManager, limits: SchedulerLimits) -> None:
         self.kv = kv
         self.limits = limits
         self.num_preemptions = 0
-        self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
+        self.waiting = WaitingSequences(kv)
         self._running: list[Sequence] = []
-        self._forking: list[Sequence] = []
-        self._loading: dict[int, Sequence] = {}
-        self.on_loaded: Callable[[int], None] = self.loaded
         self._ended: list[int] = []
         self._steps = 0
         self._began_s: dict[int, float] = {}
@@ -101,13 +76,14 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether something runs or could: a sequence whose prefix is on its way up, and siblings that wait for it,
         need nothing until then."""
-        return bool(self._waiting or self._running)
+        return self.waiting.first is not None or bool(self._running)
 
     @property
     def prompt_tokens_left(self) -> int:
         """Most tokens of a prompt that a running or the next waiting sequence has to compute. Decodes have none."""
-        waiting = [len(self._waiting[0][1].token_ids)] if self._waiting else []
-        return max([0, *waiting, *(s.num_unscheduled for s in self._running if s.num_unscheduled > 1)])
+        first = self.waiting.first
+        waiting = len(first.token_ids) if first is not None else 0
+        return max([waiting, *(s.num_unscheduled for s in self._running if s.num_unscheduled > 1)])
 
     @property
     def num_decoding(self) -> int:
@@ -125,23 +101,15 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting) + len(self._forking) + len(self._loading)
+        return self.waiting.total
 
     def _cold_order(self) -> list[int]:
         """Running sequences, those that are served last first."""
         return [s.seq_id for s in sorted(self._running, key=lambda s: s.sort_key, reverse=True)]
 
     def add(self, request: Request) -> None:
-        """Queue a request's sequences; the second and later ones wait for the first one's prompt."""
-        first, *siblings = request.sequences
-        self._enqueue(first)
-        for sibling in siblings:
-            sibling.status = SequenceStatus.FORKING
-            self._forking.append(sibling)
-
-    def _enqueue(self, sequence: Sequence) -> None:
-        sequence.status = SequenceStatus.WAITING
-        heapq.heappush(self._waiting, (sequence.sort_key, sequence))
+        """Queue a request's sequences."""
+        self.waiting.add(request)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -150,7 +118,7 @@ class Scheduler:
 
         It takes one of `cohorts` equal shares of the work, and at most `chunk` tokens of a prompt.
         """
-        step = _Step(self.limits.max_num_batched_tokens, min(chunk or 1 << 30, self.limits.prefill_chunk_size))
+        step = Step(self.limits.max_num_batched_tokens, min(chunk or 1 << 30, self.limits.prefill_chunk_size))
         if cohorts > 1:
             even = self._total_weight() / cohorts
             step.share = even - min(self._ahead, even)
@@ -168,10 +136,9 @@ class Scheduler:
     def _total_weight(self) -> float:
         """Of what runs, and of what would run if blocks were plenty."""
         room = self.limits.max_batch_size - len(self._running)
-        waiting = heapq.nsmallest(room, self._waiting) if len(self._waiting) > room else self._waiting
-        return sum(map(_weight, self._running)) + sum(_weight(sequence) for _, sequence in waiting)
+        return sum(map(weight_of, self._running)) + sum(map(weight_of, self.waiting.foremost(room)))
 
-    def _schedule_running(self, step: _Step, sequence: Sequence) -> None:
+    def _schedule_running(self, step: Step, sequence: Sequence) -> None:
         """Give a running sequence its tokens, preempting those served after it if blocks run out."""
         if sequence.status is not SequenceStatus.RUNNING or step.budget == 0 or not step.has_room():
             return
@@ -184,13 +151,11 @@ class Scheduler:
             if victim is sequence:
                 return
 
-    def _grow(self, step: _Step, sequence: Sequence, num_new: int) -> bool:
+    def _grow(self, step: Step, sequence: Sequence, num_new: int) -> bool:
         start = sequence.num_scheduled_tokens
         if not self.kv.grow(sequence.seq_id, start, start + num_new):
             return False
-        step.chosen[sequence.seq_id] = (sequence, num_new)
-        step.budget -= num_new
-        step.weight += _weight(sequence)
+        step.take(sequence, num_new)
         return True
 
     def upkeep(self) -> SchedulerOutput | None:
@@ -208,24 +173,22 @@ class Scheduler:
     @property
     def waiting_blocks(self) -> int:
         """Blocks that the next waiting sequence needs at most."""
-        return self.kv.blocks_for(len(self._waiting[0][1].token_ids) + 1) if self._waiting else 0
+        first = self.waiting.first
+        return self.kv.blocks_for(len(first.token_ids) + 1) if first is not None else 0
 
     def keep_to_limit(self) -> None:
         """After memory was given back: preempt until the blocks in use fit into what is left."""
         pool = self.kv.pool
         while pool.num_referenced > pool.limit and (victim := self._victim()) is not None:
-            self._preempt(_Step(0, 0), victim)
+            self._preempt(Step(0, 0), victim)
             self.kv.refresh_limit()
 
     def _victim(self) -> Sequence | None:
         """The running sequence that is served last; None while all of them are in flight."""
         return max((s for s in self._running if not s.in_flight), key=lambda s: s.sort_key, default=None)
 
-    def _preempt(self, step: _Step, sequence: Sequence) -> None:
-        chosen = step.chosen.pop(sequence.seq_id, None)
-        if chosen is not None:
-            step.budget += chosen[1]
-            step.weight -= _weight(sequence)
+    def _preempt(self, step: Step, sequence: Sequence) -> None:
+        step.drop(sequence)
         self._running.remove(sequence)
         self.kv.close(sequence.seq_id)
         self._ended.append(sequence.seq_id)
@@ -233,43 +196,25 @@ class Scheduler:
         sequence.prefetched = False
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self._enqueue(sequence)
+        self.waiting.push(sequence)
 
-    def _admit(self, step: _Step) -> None:
+    def _admit(self, step: Step) -> None:
         """Start waiting sequences in order; the first that does not fit ends it, so nobody is overtaken for ever."""
-        while self._waiting and step.budget > 0 and len(self._running) < self.limits.max_batch_size:
-            sequence = self._waiting[0][1]
-            if not step.has_room():
+        while (sequence := self.waiting.first) is not None and step.budget > 0:
+            if len(self._running) >= self.limits.max_batch_size or not step.has_room():
                 return
             if self._blocked == (sequence.seq_id, self.kv.pool.num_free) and self._running:
                 return
-            if self._fetches(sequence):
-                heapq.heappop(self._waiting)
+            if self.waiting.fetches(sequence):
+                self.waiting.pop()
                 continue
             if not self._start(step, sequence):
                 sequence.prefetched = False  # by the time there is room, other blocks may be gone
                 self._blocked = (sequence.seq_id, self.kv.pool.num_free)
                 return
-            heapq.heappop(self._waiting)
+            self.waiting.pop()
 
-    def _fetches(self, sequence: Sequence) -> bool:
-        """Whether a sequence has to wait for its prefix to come up from a tier below; others go ahead meanwhile."""
-        if sequence.prefetched or sequence.request.params.prompt_logprobs is not None:
-            return False
-        sequence.prefetched, seq_id = True, sequence.seq_id
-        if not self.kv.prefetch(seq_id, sequence.token_ids, lambda: self.on_loaded(seq_id)):
-            return False
-        sequence.status = SequenceStatus.LOADING
-        self._loading[seq_id] = sequence
-        return True
-
-    def loaded(self, seq_id: int) -> None:
-        """What a sequence was waiting for is in main memory."""
-        sequence = self._loading.pop(seq_id, None)
-        if sequence is not None:
-            self._enqueue(sequence)
-
-    def _start(self, step: _Step, sequence: Sequence) -> bool:
+    def _start(self, step: Step, sequence: Sequence) -> bool:
         """Take a sequence's cached prefix and first chunk; with nothing else running it may take the last block."""
         request = sequence.request
         cached = self.kv.open(sequence.seq_id, sequence.token_ids, read_prefix=request.params.prompt_logprobs is None)
@@ -292,9 +237,9 @@ class Scheduler:
         self._running.append(sequence)
         return True
 
-    def _output(self, step: _Step) -> SchedulerOutput:
-        chosen = sorted(step.chosen.values(), key=lambda item: item[1] > 1)
-        scheduled = tuple(self._scheduled(sequence, num_new) for sequence, num_new in chosen)
+    def _output(self, step: Step) -> SchedulerOutput:
+        chosen = step.in_order()
+        scheduled = tuple(record_of(s, num_new, self.kv.table(s.seq_id).snapshot()) for s, num_new in chosen)
         self._steps += 1
         for sequence, num_new in chosen:
             sequence.in_flight += 1
@@ -304,23 +249,6 @@ class Scheduler:
         stages = self.kv.take_step(self._steps, [item.seq_id for item in scheduled])
         self._began_s[self._steps] = time.perf_counter()
         return SchedulerOutput(self._steps, scheduled, stages, ended)
-
-    def _scheduled(self, sequence: Sequence, num_new: int) -> ScheduledSequence:
-        request, start = sequence.request, sequence.num_scheduled_tokens
-        reported = len(request.prompt_logprobs) if request.prompt_logprobs is not None else 0
-        return ScheduledSequence(
-            seq_id=sequence.seq_id,
-            start=start,
-            token_ids=sequence.token_ids[start : start + num_new],
-            block_table=self.kv.table(sequence.seq_id).snapshot(),
-            params=request.params,
-            seed=sequence.seed,
-            sample=num_new == sequence.num_unscheduled,
-            prompt_token_ids=request.prompt_token_ids,
-            output_token_ids=sequence.output_token_ids,
-            suppress_token_ids=request.suppressed(sequence),
-            prompt_logprobs=sequence.index == 0 and 0 < reported < len(request.prompt_token_ids),
-        )
 
     # -- after the step ---------------------------------------------------------------------------------------------
 
@@ -380,18 +308,16 @@ class Scheduler:
 
     def _fork_siblings(self, sequence: Sequence) -> None:
         """Once the first sequence's prompt has KV, its siblings start from it."""
-        if not self._forking or sequence.index != 0 or sequence.num_computed_tokens < sequence.num_prompt_tokens:
+        if sequence.num_computed_tokens < sequence.num_prompt_tokens:
             return
-        siblings = [s for s in self._forking if s.request is sequence.request]
-        for sibling in siblings:
-            self._forking.remove(sibling)
+        for sibling in self.waiting.take_siblings(sequence):
             if len(self._running) < self.limits.max_batch_size:
                 sibling.rewind(sibling.num_prompt_tokens - 1)
                 self.kv.fork(sequence.seq_id, sibling.seq_id, sibling.num_computed_tokens)
                 sibling.status = SequenceStatus.RUNNING
                 self._running.append(sibling)
             else:
-                self._enqueue(sibling)
+                self.waiting.push(sibling)
 
     def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """End a sequence. Its blocks go back at once, or when the steps it is part of have come back."""
@@ -399,28 +325,11 @@ class Scheduler:
             return
         was, sequence.status = sequence.status, SequenceStatus.FINISHED
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
-        if was is SequenceStatus.FORKING:
-            self._forking.remove(sequence)
-        elif was is SequenceStatus.RUNNING and not sequence.in_flight:
-            self._release_siblings_of(sequence)
+        if was is not SequenceStatus.RUNNING:
+            self.waiting.remove(sequence, was)
+        elif not sequence.in_flight:
+            self.waiting.release_siblings(sequence)
             self._leave(sequence)
-        elif was is SequenceStatus.LOADING:
-            del self._loading[sequence.seq_id]
-            self.kv.forget_prefetch(sequence.seq_id)
-            self._release_siblings_of(sequence)
-        elif was is SequenceStatus.WAITING:
-            self.kv.forget_prefetch(sequence.seq_id)
-            self._waiting = [entry for entry in self._waiting if entry[1] is not sequence]
-            heapq.heapify(self._waiting)
-            self._release_siblings_of(sequence)
-
-    def _release_siblings_of(self, sequence: Sequence) -> None:
-        """Siblings that still wait for this sequence's prompt must compute it themselves."""
-        if sequence.index != 0:
-            return
-        for sibling in [s for s in self._forking if s.request is sequence.request]:
-            self._forking.remove(sibling)
-            self._enqueue(sibling)
 
     def _leave(self, sequence: Sequence) -> None:
         if sequence in self._running and not sequence.in_flight:
@@ -455,9 +364,7 @@ class Scheduler:
 
     def live_sequences(self) -> Iterable[Sequence]:
         """Every sequence that is not finished."""
-        yield from (sequence for _, sequence in self._waiting)
-        yield from self._forking
-        yield from self._loading.values()
+        yield from self.waiting
         yield from self._running
 
     def check_invariants(self) -> None:

@@ -1,0 +1,151 @@
+"""What a step did to sequences becomes what their clients get: outputs, errors, and the end of a request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from core.batching.output import Detokenizer, RequestHandle, RequestWriter
+from core.batching.scheduler import Scheduler, SequenceUpdate
+from core.batching.sequence import Request, Sequence
+from core.errors import StepFailedError, VRAMancerError
+from core.request import SequenceDelta
+
+
+class EngineMetrics(Protocol):
+    """Events that the engine reports."""
+
+    def observe_first_token(self, seconds: float) -> None: ...
+
+    def observe_inter_token(self, seconds: float) -> None: ...
+
+    def observe_finished(self, seconds: float, prompt_tokens: int, output_tokens: int, reason: str) -> None: ...
+
+
+class Publisher:
+    """Writes to the handles of all requests that the scheduler has, and ends those that are done for. Used by the
+    engine thread alone. `on_end` is told the id of a request that is over.
+    """
+
+    def __init__(self, scheduler: Scheduler, detokenizer: Detokenizer, on_end: Callable[[str], None]) -> None:
+        self.metrics: EngineMetrics | None = None
+        self._scheduler = scheduler
+        self._detokenizer = detokenizer
+        self._on_end = on_end
+        self._writers: dict[str, RequestWriter] = {}
+
+    def open(self, request: Request, handle: RequestHandle) -> bool:
+        """From now on write this request's outputs. False: it cannot be started, and its client has been told."""
+        try:
+            self._writers[request.request_id] = RequestWriter(request, handle, self._detokenizer)
+        except Exception as error:  # noqa: BLE001  whatever is wrong with this request is its own affair
+            handle.put(_as_failure("The request could not be started", error))
+            self._on_end(request.request_id)
+            return False
+        return True
+
+    def publish(self, updates: list[SequenceUpdate]) -> None:
+        """Turn a step's tokens into outputs, one message per request."""
+        deltas: dict[str, list[SequenceDelta]] = {}
+        for update in updates:
+            writer = self._writers.get(update.sequence.request.request_id)
+            if writer is None:
+                continue  # a sibling failed in this step, and the request with it
+            if update.error is not None:
+                deltas.pop(writer.request.request_id, None)
+                self._fail_request(writer, update.error)
+                continue
+            try:
+                new = self._deltas_of(writer, update)
+            except Exception as error:  # noqa: BLE001  text that cannot be made fails its own request alone
+                deltas.pop(writer.request.request_id, None)
+                self._fail_request(writer, _as_failure("The answer could not be decoded", error))
+                continue
+            deltas.setdefault(writer.request.request_id, []).extend(new)
+        for request_id, mine in deltas.items():
+            writer = self._writers[request_id]
+            self._observe_tokens(writer)
+            if writer.request.finished:
+                self._close(writer, mine)
+            else:
+                writer.write(mine)
+
+    def _deltas_of(self, writer: RequestWriter, update: SequenceUpdate) -> list[SequenceDelta]:
+        """What a token adds to the answer, and the closing delta if it was the last."""
+        delta, matched_stop = writer.token(update)
+        if matched_stop is not None:
+            self._finish_by_text(update.sequence, matched_stop)
+        closing = writer.ended(update.sequence) if update.sequence.finished else None
+        return [delta] if closing is None else [delta, closing]
+
+    def _finish_by_text(self, sequence: Sequence, stop: str) -> None:
+        if sequence.finished:
+            sequence.finish_reason, sequence.stop_reason = "stop", stop
+        else:
+            self._scheduler.finish(sequence, "stop", stop)
+
+    def _observe_tokens(self, writer: RequestWriter) -> None:
+        now = time.monotonic()
+        if self.metrics is not None:
+            if writer.last_token_s is None:
+                self.metrics.observe_first_token(now - writer.request.submitted_s)
+            else:
+                self.metrics.observe_inter_token(now - writer.last_token_s)
+        if writer.first_token_s is None:
+            writer.first_token_s = now
+        writer.last_token_s = now
+
+    def abort(self, request_id: str) -> bool:
+        """End a request with what it has. False if there is none of this id."""
+        writer = self._writers.get(request_id)
+        if writer is None:
+            return False
+        for sequence in writer.request.sequences:
+            self._scheduler.finish(sequence, "abort")
+        self._close(writer, [])
+        return True
+
+    def fail(self, sequences: list[Sequence], error: Exception) -> None:
+        """The step of these sequences failed: so do their requests."""
+        message = _as_failure("The forward pass failed", error)
+        for sequence in sequences:
+            writer = self._writers.get(sequence.request.request_id)
+            if writer is not None:
+                self._fail_request(writer, message)
+
+    def _fail_request(self, writer: RequestWriter, error: VRAMancerError) -> None:
+        for sibling in writer.request.sequences:
+            self._scheduler.finish(sibling, "error")
+        self._forget(writer, "error")
+        writer.handle.put(error)
+
+    def fail_everything(self, error: VRAMancerError) -> None:
+        """The engine ends: clients are told before anything else is tried."""
+        for writer in list(self._writers.values()):
+            writer.handle.put(error)
+            for sequence in writer.request.sequences:
+                self._scheduler.finish(sequence, "error")
+            self._forget(writer, "error")
+
+    def _close(self, writer: RequestWriter, deltas: list[SequenceDelta]) -> None:
+        """Send the last output of a request, with a closing delta for each sequence that had none."""
+        for sequence in writer.request.sequences:
+            closing = writer.ended(sequence)
+            if closing is not None:
+                deltas.append(closing)
+        writer.write(deltas)
+        self._forget(writer, str(writer.request.sequences[0].finish_reason))
+
+    def _forget(self, writer: RequestWriter, reason: str) -> None:
+        request = writer.request
+        del self._writers[request.request_id]
+        self._on_end(request.request_id)
+        if self.metrics is not None:
+            output_tokens = sum(len(sequence.output_token_ids) for sequence in request.sequences)
+            seconds = time.monotonic() - request.submitted_s
+            self.metrics.observe_finished(seconds, len(request.prompt_token_ids), output_tokens, reason)
+
+
+def _as_failure(what: str, error: Exception) -> VRAMancerError:
+    return error if isinstance(error, VRAMancerError) else StepFailedError(f"{what}: {error}")
