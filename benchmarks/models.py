@@ -1,7 +1,8 @@
 """Random Llama-shaped checkpoints to measure on, built locally: nothing is downloaded.
 
 Two sizes: ``443m`` (442 million parameters) and ``small`` (25 million), both bf16, grouped-query attention, untied
-embeddings; for emulated devices ``stages``, a narrow one with much KV per token, and ``streaming``, one with little.
+embeddings; for emulated devices ``stages``, a narrow one with much KV per token, ``streaming``, one with little, and
+``lending``, the small one with a longer context.
 What the model says is noise; what it costs is what a trained model of its shape costs.
 """
 
@@ -50,6 +51,7 @@ class Shape:
 
 
 SHAPES = {
+    "lending": Shape(hidden=512, intermediate=1408, layers=6, heads=8, kv_heads=2, vocab=8192, context=16384),
     "443m": Shape(hidden=1280, intermediate=3200, layers=22, heads=20, kv_heads=5, vocab=32000),
     "stages": Shape(hidden=128, intermediate=352, layers=48, heads=2, kv_heads=2, vocab=2048),
     "streaming": Shape(hidden=256, intermediate=768, layers=24, heads=4, kv_heads=1, vocab=2048),

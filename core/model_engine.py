@@ -17,7 +17,7 @@ from core.batching.scheduler import Scheduler, SchedulerLimits
 from core.config import Settings
 from core.config_schema import EngineSettings
 from core.devices import HOST, Device, DeviceBudget
-from core.errors import CheckpointError, ContextLengthError, InsufficientMemoryError, InvalidRequestError
+from core.errors import CheckpointError, ContextLengthError, InsufficientMemoryError, InvalidRequestError, PageMoveError
 from core.execution.attention.select import AttentionBackends
 from core.execution.model_runner import ModelRunner
 from core.execution.native import do_all_products
@@ -26,6 +26,7 @@ from core.execution.stage import Stage
 from core.execution.threads import CpuThreads
 from core.kv_cache.manager import KVCacheManager
 from core.kv_memory import KVMemory, lending_host, open_kv
+from core.logs import get_logger
 from core.memory.stream import SLOTS, StreamedLayers
 from core.model_plan import ModelPlan, cohort_policy, stage_timer
 from core.models.checkpoint import Checkpoint
@@ -34,6 +35,9 @@ from core.models.tokenizer import Tokenizer
 from core.placement import StagePlan
 from core.transfer import TransferManager
 
+logger = get_logger(__name__)
+KEEP_S = 10.0
+"""For writing down, when the engine ends, what only the devices have."""
 ProgressCall = Callable[[int, int], None]
 
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -122,14 +126,32 @@ class ModelEngine:
             budget.check_invariants()
 
     def close(self, *, drain_s: float = 0.0) -> None:
-        """Stop the batcher and give all memory back."""
+        """Stop the batcher, keep what tiers can keep, and give all memory back."""
         self.batcher.stop(drain_s=drain_s)
+        if self.memory.tiers is not None and self.batcher.error is None:
+            self.memory.tiers.keep(self._move_pages, KEEP_S)
         self.runner.close()
         for stage in self.stages:
             stage.free()
         self.memory.close()
         for budget in self.budgets.values():
             budget.release("workspace")
+
+
+    def _move_pages(self) -> bool:
+        """After the engine thread has ended: do what waits to be done with pages. False if it could not be."""
+        scheduler = self.batcher.scheduler
+        output = scheduler.upkeep()
+        if output is None:
+            return True
+        try:
+            self.runner.execute(output)
+        except PageMoveError as error:
+            logger.warning("blocks were not kept", reason=str(error))
+            scheduler.kv.step_done(output.step, moved=False)
+            return False
+        scheduler.kv.step_done(output.step)
+        return True
 
 
 def check_memory(plan: ModelPlan) -> None:

@@ -13,16 +13,18 @@ class BlockTable:
     """Blocks of a sequence in order: token `t` lives in `blocks[t // block_size]` at offset `t % block_size`.
 
     `hashes[i]` is the chained hash of block `i`, known once the block's tokens are; `num_indexed` counts the leading
-    blocks that have been offered to the prefix index, `num_full` those that are written and will not be written again.
+    blocks that have been offered to the prefix index, `num_full` those that are written and will not be written again,
+    `num_reused` the leading ones that others have computed, until the sequence has started.
     """
 
-    __slots__ = ("blocks", "hashes", "num_full", "num_indexed")
+    __slots__ = ("blocks", "hashes", "num_full", "num_indexed", "num_reused")
 
     def __init__(self) -> None:
         self.blocks: array[int] = array("i")
         self.hashes: list[bytes] = []
         self.num_indexed = 0
         self.num_full = 0
+        self.num_reused = 0
 
     def __len__(self) -> int:
         return len(self.blocks)

@@ -60,6 +60,8 @@ class Tiers(Companion, Protocol):
 
     def save(self, block: int, digest: bytes, parent: bytes | None) -> None: ...
 
+    def reused(self, blocks: Sequence[int], digests: Sequence[bytes]) -> None: ...
+
     def prefetch(self, seq_id: int, known: int, hashes: Sequence[bytes], on_done: Callable[[], Any]) -> bool: ...
 
     def take(self, seq_id: int, known: int) -> tuple[Sequence[Slot], Any] | None: ...
@@ -150,6 +152,7 @@ class KVCacheManager:
         self.pool.share(blocks)
         table.blocks.extend(blocks)
         table.hashes.extend(hashes)
+        table.num_reused = len(blocks)
         self._restore(seq_id, table)
         table.num_indexed = table.num_full = len(table)
         return len(table) * self.block_size
@@ -237,6 +240,9 @@ class KVCacheManager:
         for block in table.blocks[first:]:
             self.pages.bring_home(block, self._cold_blocks)
         table.blocks.extend(self._allocate() for _ in range(grown))
+        if table.num_reused and self.tiers is not None:
+            self.tiers.reused(table.blocks[: table.num_reused], table.hashes[: table.num_reused])
+        table.num_reused = 0  # a sequence that was opened has started
         return True
 
     def _allocate(self) -> int:

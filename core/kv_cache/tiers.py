@@ -5,11 +5,15 @@ step that reuses it. A sequence whose prefix goes on below is not started before
 ahead), and
 its blocks are then loaded layer by layer while the first layers compute. A preempted sequence comes back the same way.
 
+What is asked for again and again never leaves the devices by itself. So that a restart does not lose just that, blocks
+are also copied down when they are used a second time, and when the engine ends.
+
 Restoring has to beat computing; `worth` decides, on measured speeds. Called by the engine thread.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +25,8 @@ from core.memory.records import Tier
 
 Worth = Callable[[int, Sequence[Tier]], int]
 """Of a run of blocks behind `known` blocks, in these tiers: how many leading ones to restore."""
+_COPIES_AT_ONCE = 16
+"""Blocks of one prompt that are copied down beside a step; the rest of them at the next use."""
 
 
 @dataclass(slots=True)
@@ -58,6 +64,36 @@ class KVTiers:
         if slot is not None:
             self._kv.pages.save(block, slot)
             self._now.saves.append(slot)
+
+    def reused(self, blocks: Sequence[int], digests: Sequence[bytes]) -> None:
+        """A prompt begins with these blocks, which the devices have: a use of each."""
+        self.memory.touch(*digests)
+        if self.memory.lasts:
+            self._copy_down(blocks, digests, _COPIES_AT_ONCE)
+
+    def _copy_down(self, blocks: Sequence[int], digests: Sequence[bytes], most: int) -> int:
+        """Save the first `most` of the blocks that no tier has; how many those were."""
+        held = self.memory.held(digests)
+        lacking = [(block, digest) for block, digest in zip(blocks, digests, strict=True) if digest not in held]
+        for block, digest in lacking[:most]:
+            self.save(block, digest, self._kv.pool.parent_of(digest))
+        return len(lacking[:most])
+
+    def keep(self, move: Callable[[], bool], timeout_s: float) -> None:
+        """The engine ends: write down what only the devices have, last used first, where it outlasts them.
+
+        `move` does what was gathered for a step, and says whether that went well.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        blocks = self._kv.pool.cached_blocks()[::-1] if self.memory.lasts else []
+        digests = [digest for block in blocks if (digest := self._kv.pool.hash_of(block)) is not None]
+        at_once = max(1, self.memory.num_slots // 2)
+        for first in range(0, len(blocks), at_once):
+            part = slice(first, first + at_once)
+            if not self._copy_down(blocks[part], digests[part], at_once):
+                continue
+            if not move() or not self.memory.flush(deadline_s - time.monotonic()):
+                return
 
     # -- in ---------------------------------------------------------------------------------------------------------
 

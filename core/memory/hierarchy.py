@@ -80,6 +80,11 @@ class HierarchicalMemory:
         """Blocks that host RAM holds."""
         return self._host.num_slots
 
+    @property
+    def lasts(self) -> bool:
+        """Whether any tier outlasts the process and takes blocks."""
+        return any(lower.store.accepting for lower in self._below)
+
     # -- from VRAM to host RAM --------------------------------------------------------------------------------------
 
     def reserve(self, block: bytes, parent: bytes) -> Slot | None:
@@ -158,6 +163,11 @@ class HierarchicalMemory:
                 tiers.append(Tier.L3 if lower is None else lower.tier)
         return tiers
 
+    def held(self, blocks: Iterable[bytes]) -> set[bytes]:
+        """Those of the blocks that some tier has; no lookup of theirs, and not a use."""
+        with self._lock:
+            return {block for block in blocks if block in self._host.index or self._is_below(block)}
+
     def _count_lookup(self, block: bytes, source: LowerTier | None) -> None:
         if block in self._host.index:
             self._host.hits += 1
@@ -195,8 +205,12 @@ class HierarchicalMemory:
     # -- by call ----------------------------------------------------------------------------------------------------
 
     def touch(self, *blocks: bytes) -> None:
-        """Count a use of blocks, wherever they are: a prefix hit in VRAM also makes them hot here."""
+        """Count a use of blocks, wherever they are: a prefix hit in VRAM also makes them hot here. Of one not known
+        yet, computing it was the first."""
         with self._lock:
+            now_s = self._clock()
+            for block in blocks:
+                self._heat.meet(block, now_s)
             self._touch(blocks)
 
     def _touch(self, blocks: Iterable[bytes]) -> None:

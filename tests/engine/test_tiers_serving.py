@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,3 +124,35 @@ def test_requests_given_up_while_their_prefix_is_read_leave_nothing(
     for prompt in prompts(6):
         second.submit(prompt, GREEDY).abort()
     assert [answers(second, [prompt]) for prompt in prompts(6)] == expected
+
+
+def test_what_the_devices_hold_outlasts_a_restart(tiny: Path, open_pipeline: OpenPipeline, tmp_path: Path) -> None:
+    """The prompt that everybody begins with never leaves the devices by itself."""
+    roomy = {"engine__kv_cache_tokens": 4096, "memory__disk_path": tmp_path / "kv", "memory__disk_bytes": 1 << 24}
+    first = open_small(open_pipeline, tiny, **roomy)
+    expected = answers(first, [prompts(1)[0]])
+    assert first.engine.memory.tiers is not None
+    assert not first.engine.memory.tiers.memory.stats().moves
+    first.shutdown()
+    second = open_small(open_pipeline, tiny, **roomy)
+    assert cached(second, prompts(1)[0]) >= 44
+    assert answers(second, [prompts(1)[0]]) == expected
+
+
+def test_what_is_used_again_is_written_down_at_once(tiny: Path, open_pipeline: OpenPipeline, tmp_path: Path) -> None:
+    """A server that is killed has no time to write."""
+    roomy = {
+        "engine__kv_cache_tokens": 4096, "memory__disk_path": tmp_path / "kv", "memory__disk_bytes": 1 << 24,
+        "memory__write_back_bytes_s": None,
+    }  # fmt: skip
+    pipeline = open_small(open_pipeline, tiny, **roomy)
+    first, *others = prompts(3)
+    for _ in range(2):
+        answers(pipeline, [first])
+    answers(pipeline, others)
+    assert pipeline.engine.memory.tiers is not None
+    memory = pipeline.engine.memory.tiers.memory
+    deadline_s = time.monotonic() + 20
+    while (count := memory.stats().tiers[1].blocks) < 11 and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert count == 11

@@ -46,6 +46,11 @@ class FakeTiers:
         self.saving.append(FakeSlot(digest))
         self.kv.pages.save(block, self.saving[-1])
 
+    def reused(self, blocks: Sequence[int], digests: Sequence[bytes]) -> None:
+        for block, digest in zip(blocks, digests, strict=True):
+            if digest not in self.kept:
+                self.save(block, digest, None)
+
     def prefetch(self, seq_id: int, known: int, hashes: Sequence[bytes], on_done: Callable[[], Any]) -> bool:
         self.asked[seq_id] = known, hashes
         return False
