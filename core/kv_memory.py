@@ -13,14 +13,15 @@ from core.config import Settings
 from core.devices import HOST, Device, DeviceBudget, host_device, parse_link
 from core.execution.profiler import read_memory
 from core.execution.stage import Stage
+from core.kv_cache.homecoming import Homecoming
 from core.kv_cache.manager import KVCacheManager
 from core.kv_cache.overflow import DeviceUse, KVOverflow
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.kv_cache.stage_pages import StagePages
 from core.kv_cache.tiers import KVTiers
-from core.lending import GPUBudget, VRAMLendingPool
+from core.lending import GPUBudget, SiteSpeeds, VRAMLendingPool
 from core.memory import BlockLayout, HierarchicalMemory, Tier, open_memory, worth_restoring
-from core.model_plan import ModelPlan
+from core.model_plan import DATASHEET_LINK, ModelPlan
 from core.placement import Batch, pipeline_s
 from core.placement.engine import stage_costs
 
@@ -86,13 +87,16 @@ def _open_overflow(
         reclaim_threshold=settings.lending.reclaim_threshold,
         clock=time.monotonic,
     )
+    page_bytes = tuple(stage.kv.page_bytes if stage.kv is not None else 0 for stage in stages)
+    homecoming = Homecoming(memory.kv, SiteSpeedTable(plan, stages), page_bytes) if plan.is_measured else None
     overflow = KVOverflow(
         memory.kv,
         lending,
         Regions(stages, devices, {**budgets, HOST: memory.host}),
-        [stage.kv.page_bytes if stage.kv is not None else 0 for stage in stages],
+        page_bytes,
         extent_blocks=settings.lending.extent_blocks,
         observe=watch.observe,
+        homecoming=homecoming,
     )
     memory.kv.companions.append(overflow)
     return overflow
@@ -115,6 +119,33 @@ def _open_tiers(plan: ModelPlan, settings: Settings, kv: KVCacheManager, salt: b
     kv.companions.append(tiers)
     kv.tiers = tiers
     return tiers
+
+
+_HOST_BYTES_S = 40e9
+"""At which main memory is read where it lends to a GPU: two channels of DDR4."""
+
+
+class SiteSpeedTable:
+    """What is known of stages and the devices that lend to them: links and bandwidths as they were measured. Main
+    memory is taken to be behind the slowest link that was."""
+
+    def __init__(self, plan: ModelPlan, stages: Sequence[Stage]) -> None:
+        self._links = plan.request.links
+        measured = self._links.links.values()
+        self._host_link = min(measured, key=lambda link: link.bandwidth_bytes_s, default=DATASHEET_LINK)
+        self._rates = {device.name: device.profile.bandwidth_bytes_s for device in plan.request.devices}
+        self._stages = [
+            (stage.device.name, len(stage.kv.layer_bytes()) if stage.kv is not None else 0) for stage in stages
+        ]
+        self._row_bytes = plan.request.costs.hidden_bytes
+
+    def __call__(self, stage: int, lender: str) -> SiteSpeeds:
+        own, layers = self._stages[stage]
+        out, home = self._links.link(own, lender), self._links.link(lender, own)
+        if lender == HOST and (lender, own) not in self._links.links:
+            out = home = self._host_link
+        lender_bytes_s = self._rates.get(lender, _HOST_BYTES_S)
+        return SiteSpeeds(out, home, self._rates[own], lender_bytes_s, layers, self._row_bytes)
 
 
 _CHUNK_TOKENS = 256

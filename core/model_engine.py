@@ -137,7 +137,6 @@ class ModelEngine:
         for budget in self.budgets.values():
             budget.release("workspace")
 
-
     def _move_pages(self) -> bool:
         """After the engine thread has ended: do what waits to be done with pages. False if it could not be."""
         scheduler = self.batcher.scheduler

@@ -218,6 +218,7 @@ class ContinuousBatcher:
         scheduler = self.scheduler
         scheduler.kv.tick(scheduler.waiting_blocks)
         scheduler.keep_to_limit()
+        scheduler.drop_unwanted()
         if scheduler.kv.wants_stop or not scheduler.has_work:
             if self._in_flight:
                 return not scheduler.kv.wants_stop

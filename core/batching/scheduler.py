@@ -20,7 +20,7 @@ first has its prompt computed: they share its blocks and recompute the last prom
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from core.batching.sequence import Request, Sequence, SequenceStatus
@@ -54,6 +54,8 @@ class SequenceUpdate:
 
 MEASURED_TOKENS = 16
 """A step with as many tokens says what a token of a prompt costs."""
+FIRST_STEPS = 16
+"""A sequence that has just begun is expected to go on for as many steps."""
 
 
 class Scheduler:
@@ -71,6 +73,7 @@ class Scheduler:
         self._ahead = 0.0  # what rounding up gave the last step beyond its share; the next one gets so much less
         self._blocked: tuple[int, int] | None = None
         kv.cold_order = self._cold_order
+        kv.steps_left = self._steps_left
 
     @property
     def has_work(self) -> bool:
@@ -183,14 +186,28 @@ class Scheduler:
             self._preempt(Step(0, 0), victim)
             self.kv.refresh_limit()
 
+    def drop_unwanted(self) -> None:
+        """Sequences that are better computed again than read where they are."""
+        for sequence in [s for s in self._running if s.seq_id in self.kv.unwanted and not s.in_flight]:
+            self._preempt(Step(0, 0), sequence, self.kv.close_and_drop_away)
+        self.kv.unwanted.clear()
+
+    def _steps_left(self, seq_id: int) -> int:
+        """A sequence is expected to go on for as long as it has gone on already."""
+        sequence = next((s for s in self._running if s.seq_id == seq_id), None)
+        if sequence is None:
+            return 0
+        produced = len(sequence.output_token_ids)
+        return max(0, min(sequence.request.max_tokens - produced, max(FIRST_STEPS, produced)))
+
     def _victim(self) -> Sequence | None:
         """The running sequence that is served last; None while all of them are in flight."""
         return max((s for s in self._running if not s.in_flight), key=lambda s: s.sort_key, default=None)
 
-    def _preempt(self, step: Step, sequence: Sequence) -> None:
+    def _preempt(self, step: Step, sequence: Sequence, close: Callable[[int], None] | None = None) -> None:
         step.drop(sequence)
         self._running.remove(sequence)
-        self.kv.close(sequence.seq_id)
+        (close or self.kv.close)(sequence.seq_id)
         self._ended.append(sequence.seq_id)
         sequence.rewind(0)
         sequence.prefetched = False

@@ -121,18 +121,19 @@ class BlockPool:
         self._forget(block)
         return block
 
-    def _forget(self, block: int) -> None:
+    def _forget(self, block: int, *, tell: bool = True) -> None:
         digest = self._hash_of[block]
         assert digest is not None
-        self.on_evict(block, digest)
+        if tell:
+            self.on_evict(block, digest)
         del self._block_of[digest], self._parent_of[digest]
         self._hash_of[block] = None
         self._evictions += 1
 
-    def evict(self, block: int) -> None:
-        """Forget a cached block now, before its turn."""
+    def evict(self, block: int, *, tell: bool = True) -> None:
+        """Forget a cached block now, before its turn; without `tell`, `on_evict` does not hear of it."""
         del self._cached[block]
-        self._forget(block)
+        self._forget(block, tell=tell)
         self._empty.append(block)
 
     def share(self, blocks: Iterable[int]) -> None:

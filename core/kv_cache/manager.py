@@ -76,7 +76,8 @@ class KVCacheManager:
 
     `cold_order` names sequences whose blocks may leave their devices, those to be touched first first; set by the
     scheduler. `expand(blocks)` is asked for more when the pool is dry; set by whoever lends memory.
-    `prefill_token_s` is what a token of a prompt takes lately, in seconds; set by the scheduler.
+    `prefill_token_s` is what a token of a prompt takes lately, in seconds, and `steps_left(seq_id)` how many steps a
+    sequence is expected to go on for; set by the scheduler, which computes the `unwanted` sequences again.
     """
 
     def __init__(
@@ -98,6 +99,8 @@ class KVCacheManager:
         self.companions: list[Companion] = []
         self.tiers: Tiers | None = None
         self.prefill_token_s: float | None = None
+        self.steps_left: Callable[[int], int] = lambda seq_id: 0
+        self.unwanted: set[int] = set()
         self._taken = self._done = self._spoiled = 0
         self._hasher = PrefixHasher(block_size, salt)
         self._tables: dict[int, BlockTable] = {}
@@ -123,6 +126,10 @@ class KVCacheManager:
 
     def table(self, seq_id: int) -> BlockTable:
         return self._tables[seq_id]
+
+    def sequences(self) -> list[int]:
+        """Those that hold blocks."""
+        return list(self._tables)
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -331,6 +338,18 @@ class KVCacheManager:
         """Release all blocks of a sequence; full ones stay findable until their ids are reused."""
         table = self._tables.pop(seq_id)
         self.pages.drop(self.pool.release(reversed(table.blocks)))
+
+    def close_and_drop_away(self, seq_id: int) -> None:
+        """Release a sequence's blocks; those that nobody else uses and some stage keeps elsewhere are forgotten, here
+        and for good: carrying them to a tier below would take as long as bringing them home.
+        """
+        blocks = self._tables[seq_id].blocks
+        self.close(seq_id)
+        for block in reversed(blocks):
+            is_away = any(not pages.is_local(block) for _, pages in self.pages.mapped)
+            if is_away and self.pool.ref_count(block) == 0 and self.pool.hash_of(block) is not None:
+                self.pool.evict(block, tell=False)
+                self.pages.drop([block])
 
     def forget_cached(self) -> None:
         """Forget all cached content; blocks in use stay in use."""

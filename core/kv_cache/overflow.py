@@ -10,12 +10,14 @@ read it. Called by the engine thread between steps.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from core.errors import OutOfDeviceMemoryError
+from core.kv_cache.homecoming import Homecoming
 from core.kv_cache.manager import KVCacheManager
 from core.kv_cache.page_ops import LOCAL
 from core.kv_cache.stage_pages import Region, StagePages
@@ -76,7 +78,8 @@ class _Loan:
 class KVOverflow:
     """Borrows for every mapped stage of `kv`. `page_bytes` by stage index; `extent_blocks` pages are borrowed at once.
 
-    `observe` gives the devices' state, at most every `observe_s`; `clock` gives seconds.
+    `observe` gives the devices' state, at most every `observe_s`; `homecoming` decides what comes home where there is
+    room again; `clock` gives seconds.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class KVOverflow:
         *,
         extent_blocks: int,
         observe: Callable[[], Iterable[DeviceUse]],
+        homecoming: Homecoming | None = None,
         observe_s: float = 0.25,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -97,6 +101,7 @@ class KVOverflow:
         self._page_bytes = tuple(page_bytes)
         self._extent = extent_blocks
         self._observe = observe
+        self.homecoming = homecoming
         self._observe_s = observe_s
         self._clock = clock
         self._demand = DemandWatch(extent_blocks)
@@ -175,9 +180,18 @@ class KVOverflow:
                     use.name, own_bytes=use.own_bytes, external_bytes=use.external_bytes, idle_s=use.idle_s
                 )
             self.view = self._look()
+            if self.homecoming is not None:
+                self.homecoming.consider(self._step_s, self._reserve())
         self._anticipate(now_s, waiting_blocks)
         self._reclaim(now_s)
+        if self.homecoming is not None:
+            self.homecoming.move(self._reserve())
         self._release_empty()
+
+    def _reserve(self) -> int:
+        """Local pages that are about to be written: one per sequence, and what growth takes until the next look."""
+        growth = max(0.0, self._demand.rate_blocks_s) * self._demand.horizon_s
+        return len(self.kv.sequences()) + math.ceil(growth)
 
     def _look(self) -> OverflowView:
         pages = self.kv.pages

@@ -1,5 +1,6 @@
 """Who lends memory to whom and when it comes back: policy over bytes, speeds and times. No torch, no threads."""
 
+from core.lending.away import AwayGroup, Choice, Decision, SiteSpeeds, decide
 from core.lending.budget import GPUBudget
 from core.lending.demand import DemandWatch
 from core.lending.lease import Lease, LeaseState, Urgency, bytes_to_move
@@ -7,7 +8,10 @@ from core.lending.pool import LendingStats, Offer, VRAMLendingPool
 from core.lending.reclaim import Cause, Reclaim, urgency_of
 
 __all__ = [
+    "AwayGroup",
     "Cause",
+    "Choice",
+    "Decision",
     "DemandWatch",
     "GPUBudget",
     "Lease",
@@ -15,8 +19,10 @@ __all__ = [
     "LendingStats",
     "Offer",
     "Reclaim",
+    "SiteSpeeds",
     "Urgency",
     "VRAMLendingPool",
     "bytes_to_move",
+    "decide",
     "urgency_of",
 ]

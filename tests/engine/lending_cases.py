@@ -22,8 +22,8 @@ OpenPipeline = Callable[..., InferencePipeline]
 BLOCK = 4
 
 
-def tight_devices(model: Path, layers: str, own_tokens: list[int], kind: str = "cpu") -> str:
-    """Devices that hold their layers and exactly so many tokens of KV each, to the byte."""
+def tight_devices(model: Path, layers: str, own_tokens: list[int], kind: str = "cpu", speed: str = "") -> str:
+    """Devices that hold their layers and exactly so many tokens of KV each, to the byte; emulated ones at a `speed`."""
     roomy = ",".join("cpu=64MiB" for _ in own_tokens)
     settings = make_settings(
         model__name=str(model), devices__devices=roomy, devices__layers=layers, devices__placement="vram",
@@ -36,7 +36,7 @@ def tight_devices(model: Path, layers: str, own_tokens: list[int], kind: str = "
         stage.weight_bytes + stage.workspace_bytes + stage.kv_bytes_per_token * tokens
         for stage, tokens in zip(plan.placement.stages, own_tokens, strict=True)
     ]
-    return ",".join(f"{kind}={size}B" for size in sizes)
+    return ",".join(f"{kind}={size}B{speed}" for size in sizes)
 
 
 def open_tight(
