@@ -352,6 +352,10 @@ class InferencePipeline:
         """See `core.memory_status.reclaim`."""
         return memory_status.reclaim(self, device, nbytes, urgency)
 
+    def lend_again(self, device: str) -> int:
+        """See `core.memory_status.lend_again`."""
+        return memory_status.lend_again(self, device)
+
     def device_status(self) -> list[dict[str, Any]]:
         return status.device_status(self)
 

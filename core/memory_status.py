@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.errors import ConflictError, InvalidRequestError, NotFoundError
 from core.kv_cache.paged_kv_cache import PagedKVCache
-from core.lending import Urgency
+from core.lending import Urgency, VRAMLendingPool
 from core.memory import Tier
 from core.metrics import LendingState, TierMoves, TierState
 
@@ -23,7 +23,7 @@ def memory_view(pipeline: InferencePipeline, blocks: int = 0) -> dict[str, Any]:
     """`/api/memory`: bytes per device, leases, tiers; with `blocks`, as many of each tier's hottest blocks."""
     engine = pipeline.current_engine
     if engine is None:
-        return {"devices": [], "kv_blocks": None, "stages": [], "leases": [], "tiers": []}
+        return {"devices": [], "kv_blocks": None, "stages": [], "leases": [], "decisions": {}, "tiers": []}
     view, stats = _overflow(engine), engine.batcher.stats
     tiers = engine.memory.tiers
     return {
@@ -37,6 +37,7 @@ def memory_view(pipeline: InferencePipeline, blocks: int = 0) -> dict[str, Any]:
         },
         "stages": [] if view is None else [dict(stage) for stage in view.stages],
         "leases": [] if view is None else [dict(lease) for lease in view.leases],
+        "decisions": {} if view is None else dict(view.decisions),
         "tiers": [] if tiers is None else _tiers(tiers, blocks),
     }
 
@@ -123,12 +124,31 @@ def reclaim(pipeline: InferencePipeline, device: str, nbytes: int | None, urgenc
 
     Raises `NotFoundError` for an unknown device or where nothing is lent.
     """
+    lending = _lending(pipeline, device)
+    level = Urgency[urgency.upper()]
+    return pipeline.engine.batcher.call(lambda: lending.request_reclaim(device, nbytes, level)).result(_CALL_S)
+
+
+def lend_again(pipeline: InferencePipeline, device: str) -> int:
+    """Have a device lend again that took everything back. Returns the bytes that all devices can lend now.
+
+    Raises `NotFoundError` for an unknown device or where nothing is lent.
+    """
+    lending = _lending(pipeline, device)
+
+    def reopen() -> int:
+        lending.reopen(device)
+        return lending.capacity_bytes()
+
+    return pipeline.engine.batcher.call(reopen).result(_CALL_S)
+
+
+def _lending(pipeline: InferencePipeline, device: str) -> VRAMLendingPool:
     engine = pipeline.engine
     overflow = engine.memory.overflow
     if overflow is None or device not in {each.name for each in engine.plan.devices}:
         raise NotFoundError(f"{device} lends no memory.")
-    level = Urgency[urgency.upper()]
-    return engine.batcher.call(lambda: overflow.lending.request_reclaim(device, nbytes, level)).result(_CALL_S)
+    return overflow.lending
 
 
 def lending_state(engine: ModelEngine) -> LendingState:

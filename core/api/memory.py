@@ -28,6 +28,14 @@ class ReclaimRequest(RequestModel):
     urgency: Literal["low", "medium", "high", "critical"] = "medium"
 
 
+class LendRequest(RequestModel):
+    """`/api/memory/lend`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    device: str = Field(min_length=1, max_length=256)
+
+
 @blueprint.get("/api/memory")
 def memory() -> Response:
     """Bytes per device, leases, tiers. `?blocks=N` adds the N hottest blocks of each tier below the devices."""
@@ -57,3 +65,10 @@ def reclaim() -> Response:
     fields = read_request(ReclaimRequest)
     granted = api_context().pipeline.reclaim(fields.device, fields.bytes, fields.urgency)
     return json_response({"device": fields.device, "bytes": granted, "urgency": fields.urgency})
+
+
+@blueprint.post("/api/memory/lend")
+def lend() -> Response:
+    """Have a device lend again that took everything back. `bytes`: what all devices can lend now."""
+    fields = read_request(LendRequest)
+    return json_response({"device": fields.device, "bytes": api_context().pipeline.lend_again(fields.device)})

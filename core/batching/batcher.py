@@ -21,13 +21,15 @@ from core.batching.publisher import EngineMetrics, Publisher
 from core.batching.scheduler import Scheduler
 from core.batching.sequence import Request
 from core.batching.stats import BatcherStats, StatsKeeper
-from core.errors import ConflictError, EngineDeadError, PageMoveError, QueueFullError
+from core.errors import ConflictError, EngineDeadError, PageMoveError, QueueFullError, UnavailableError
 from core.execution.schedule import Runner, SchedulerOutput, StepOutput
 from core.logs import get_logger
 
 T = TypeVar("T")
 UPKEEP_S = 0.25
 """How often an engine without work looks after memory that is lent."""
+MEMORY_WAIT_S = 30.0
+"""How long a request waits for memory that was taken back while nothing else could give it room."""
 logger = get_logger(__name__)
 
 
@@ -91,6 +93,7 @@ class ContinuousBatcher:
         self._policy = policy
         self._in_flight = 0
         self._starved = False  # sequences wait for memory that was taken back, and nothing else runs
+        self._starved_since_s: float | None = None
         self._calls: list[_Call] = []
         scheduler.waiting.on_loaded = lambda seq_id: self._inbox.put(_Loaded(seq_id))
         self._thread = threading.Thread(target=self._run, name="vrm-engine", daemon=True)
@@ -203,15 +206,31 @@ class ContinuousBatcher:
             output = scheduler.schedule(choice.cohorts, choice.chunk)
             if output is None:
                 self._starved = scheduler.has_work and not self._in_flight
-                if self._starved and not scheduler.kv.is_short:
-                    raise RuntimeError("sequences wait, but none of them can be scheduled")
+                if self._starved:
+                    self._wait_for_memory()
                 return
-            self._starved = False
+            self._starved, self._starved_since_s = False, None
             if choice.cohorts == 1:
                 self._complete(output, self._execute(output))
                 return
             self._in_flight += 1
             self._runner.submit(output, self._arrived)
+
+    def _wait_for_memory(self) -> None:
+        """Nothing can run, because memory that was lent has been taken back. Whoever is next is told so if it does not
+        return in time."""
+        kv, now_s = self.scheduler.kv, time.monotonic()
+        if not kv.is_short:
+            raise RuntimeError("sequences wait, but none of them can be scheduled")
+        if self._starved_since_s is None:
+            self._starved_since_s = now_s
+        if now_s - self._starved_since_s < MEMORY_WAIT_S:
+            return
+        self._starved_since_s = None
+        sequence = next(iter(self.scheduler.live_sequences()))
+        tokens, room = len(sequence.token_ids), kv.pool.limit * kv.block_size
+        message = f"The request has {tokens} tokens, and since memory was taken back the devices hold {room}."
+        self._publisher.fail([sequence], UnavailableError(message, retry_after_s=MEMORY_WAIT_S))
 
     def _keep_house(self) -> bool:
         """Between two steps: memory is borrowed and given back. False while nothing may be computed."""

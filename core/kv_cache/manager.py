@@ -265,10 +265,10 @@ class KVCacheManager:
 
     def _cold_blocks(self, pages: StagePages) -> Iterator[int]:
         """A stage's local blocks that may live elsewhere, coldest first: what nobody references, then full blocks of
-        single sequences in `cold_order`, then shared ones."""
+        single sequences in `cold_order`, of one that is being started after them, then shared ones."""
         yield from pages.local_among(np.array(self.pool.cached_blocks(), dtype=np.int64))
         shared: list[int] = []
-        for seq_id in self.cold_order():
+        for seq_id in dict.fromkeys([*self.cold_order(), *self._tables]):
             table = self._tables[seq_id]
             full = np.array(table.blocks[: table.num_full], dtype=np.int64)
             for block in pages.local_among(full).tolist():

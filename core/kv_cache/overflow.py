@@ -50,13 +50,15 @@ class DeviceUse:
 
 @dataclass(frozen=True, slots=True)
 class OverflowView:
-    """What monitoring shows, as it was between two steps. `moved_out` and `moved_home` count blocks since the start."""
+    """What monitoring shows, as it was between two steps. `moved_out` and `moved_home` count blocks since the start,
+    `decisions` what became of blocks that were away when there was room at home."""
 
     stages: tuple[Mapping[str, Any], ...]
     leases: tuple[Mapping[str, Any], ...]
     stats: LendingStats
     moved_out: int
     moved_home: int
+    decisions: Mapping[str, int]
 
 
 @dataclass(slots=True)
@@ -219,7 +221,9 @@ class KVOverflow:
             }
             for lease in self.lending.leases()
         )
-        return OverflowView(stages, leases, self.lending.stats(), pages.moved_out, pages.moved_home)
+        made = {} if self.homecoming is None else self.homecoming.decisions
+        decisions = {choice.value: count for choice, count in made.items()}
+        return OverflowView(stages, leases, self.lending.stats(), pages.moved_out, pages.moved_home, decisions)
 
     def _anticipate(self, now_s: float, waiting_blocks: int) -> None:
         pool = self.kv.pool

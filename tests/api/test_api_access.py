@@ -34,6 +34,7 @@ EXPECTED_RULES = {
     "/metrics",
     "/api/memory",
     "/api/memory/reclaim",
+    "/api/memory/lend",
     "/api/memory/blocks/<block>/promote",
     "/api/memory/blocks/<block>/demote",
     "/api/pipeline/status",

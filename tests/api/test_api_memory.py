@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from engine.lending_cases import open_tight
 from tiny_models import VOCAB, build_tiny
 
 from core.api import create_app
+from core.batching import batcher
 from core.inference_pipeline import InferencePipeline
+from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.request import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, detokenize=False)
@@ -45,9 +48,9 @@ def opened(open_pipeline: Callable[..., InferencePipeline], tiny: Path, tmp_path
     return start
 
 
-def fill(pipeline: InferencePipeline, count: int = 30) -> None:
+def fill(pipeline: InferencePipeline, count: int = 30, length: int = 60) -> None:
     for seed in range(count):
-        prompt = torch.randint(3, VOCAB, (60,), generator=torch.Generator().manual_seed(seed)).tolist()
+        prompt = torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
         pipeline.submit(prompt, GREEDY).result(60)
 
 
@@ -109,12 +112,57 @@ def test_what_is_no_block_cannot_move(opened: Opener, call: str) -> None:
     assert client.error(f"/api/memory/blocks/xyz/{call}", status=400)["param"] == "block"
 
 
+def lent_bytes(pipeline: InferencePipeline, lender: str) -> int:
+    return pipeline.engine.budgets[lender].used_by_purpose().get(PagedKVCache.LENT, 0)
+
+
+def test_a_device_takes_back_what_it_lent_and_lends_again(opened: Opener) -> None:
+    pipeline, client = opened(lending__host_bytes=0)
+    fill(pipeline, 3)
+    lender = pipeline.engine.plan.devices[1].name
+    lent = lent_bytes(pipeline, lender)
+    assert lent == sum(lease["bytes"] for lease in client.get("/api/memory").get_json()["leases"]) > 0
+    answer = client.post("/api/memory/reclaim", {"device": lender, "urgency": "critical"})
+    assert answer.get_json() == {"device": lender, "bytes": lent, "urgency": "critical"}
+    deadline_s = time.monotonic() + 30
+    while lent_bytes(pipeline, lender) and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert lent_bytes(pipeline, lender) == 0
+    fill(pipeline, 1, 40)
+    assert lent_bytes(pipeline, lender) == 0
+    assert metric(client, "lending_borrows_total") > 0
+    assert metric(client, "lending_bytes_lent_total") >= lent
+    answer = client.post("/api/memory/lend", {"device": lender})
+    assert answer.get_json()["bytes"] >= lent
+    deadline_s = time.monotonic() + 30
+    while not lent_bytes(pipeline, lender) and time.monotonic() < deadline_s:
+        fill(pipeline, 3)
+    assert lent_bytes(pipeline, lender) > 0
+
+
+def test_a_request_that_no_longer_fits_is_told_so_and_fits_when_memory_is_lent_again(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batcher, "MEMORY_WAIT_S", 0.3)
+    pipeline, client = opened(lending__host_bytes=0)
+    lender = pipeline.engine.plan.devices[1].name
+    client.post("/api/memory/reclaim", {"device": lender, "urgency": "critical"})
+    asked = {"model": pipeline.engine.model.name, "prompt": [3 + i % 80 for i in range(100)], "max_tokens": 4}
+    error = client.error("/v1/completions", asked, status=503)
+    assert "100 tokens" in error["message"]
+    assert client.post("/v1/completions", {**asked, "prompt": [3, 4, 5]}).status_code == 200
+    client.post("/api/memory/lend", {"device": lender})
+    assert client.post("/v1/completions", asked).status_code == 200
+
+
 def test_unknown_devices_and_fields_are_refused(opened: Opener) -> None:
     _, client = opened()
     client.error("/api/memory/reclaim", {"device": "nobody"}, status=404)
     client.error("/api/memory/reclaim", {"device": "cpu:0", "urgency": "soon"}, status=400)
     client.error("/api/memory/reclaim", {"device": "cpu:0", "bytes": 0}, status=400)
     client.error("/api/memory/reclaim", {"device": "cpu:0", "more": 1}, status=400)
+    client.error("/api/memory/lend", {"device": "nobody"}, status=404)
+    client.error("/api/memory/lend", {"device": "cpu:0", "more": 1}, status=400)
 
 
 def test_nothing_moves_by_call_in_read_only_mode(opened: Opener) -> None:
@@ -123,3 +171,4 @@ def test_nothing_moves_by_call_in_read_only_mode(opened: Opener) -> None:
     client.error(f"/api/memory/blocks/{'0' * 32}/promote", status=403)
     client.error(f"/api/memory/blocks/{'0' * 32}/demote", status=403)
     client.error("/api/memory/reclaim", {"device": "cpu:0"}, status=403)
+    client.error("/api/memory/lend", {"device": "cpu:0"}, status=403)
