@@ -44,8 +44,11 @@ LATENCY_US = 600
 LINK = f"{11.6e9 / SCALE / 1e6:g}MB/s@{LATENCY_US}us"
 _CARDS = ("3090", "5070 Ti")
 SPEEDS = (1, 8192), (4, 2048)
-CURVE = 160, 320, 640, 1280, 2560, 5120
-"""Streams and tokens in each prompt; tokens in the prompt of one stream."""
+"""Streams, and tokens in each prompt."""
+CURVE = 128, 256, 512, 1024, 1536
+CURVE_CONTEXT = 2048
+"""Tokens of one stream that are borrowed, of so many."""
+BLOCK = 16
 _LOOK_S = 0.005
 _TIMEOUT_S = 600.0
 
@@ -130,6 +133,7 @@ def _settings(model_dir: Path, devices: str, layers: str) -> dict[str, Any]:
     return {
         "model.name": str(model_dir), "devices.devices": devices, "devices.layers": layers,
         "devices.sim_link": LINK if "sim" in devices else None, "engine.cohorts": 1, "engine.max_batch_size": 64,
+        "engine.block_size": BLOCK,
         "engine.max_num_batched_tokens": 512, "lending.host_bytes": 0, "lending.lend_ratio": 1.0,
         "lending.reclaim_threshold": 1.0, "engine.enable_prefix_caching": False,
     }  # fmt: skip
@@ -199,56 +203,70 @@ def _peak_tokens(pipeline: InferencePipeline, prompts: Sequence[list[int]]) -> i
 # -- how fast it is -------------------------------------------------------------------------------------------------
 
 
-def measure_speed(
-    model_dir: Path, stages: Sequence[StagePlan], streams: int, context: int, steps: int, away: float = 0.5
-) -> Speed:
-    """Decode with all KV at home, with a share of the first stage's borrowed, and with that share fetched instead."""
+def measure_speed(model_dir: Path, stages: Sequence[StagePlan], streams: int, context: int, steps: int) -> Speed:
+    """Decode with all KV at home, with half of the first stage's borrowed, and with that half fetched instead."""
     total = streams * (context + steps + 64)
+    found = _decode(model_dir, stages, streams, context, steps, total // 2)
+    local = _decode(model_dir, stages, streams, context, steps, total)
+    fetching = _decode(model_dir, stages, streams, context, steps, total, found.blocks)
+    return Speed(streams, context + steps // 2, found.share, local.tok_s, found.tok_s, fetching.tok_s)
+
+
+def measure_curve(model_dir: Path, stages: Sequence[StagePlan], steps: int) -> list[dict[str, float]]:
+    """What a step takes longer than with all KV at home, by how many tokens are borrowed."""
+    total = CURVE_CONTEXT + steps + 64
+    local_s = 1 / _decode(model_dir, stages, 1, CURVE_CONTEXT, steps, total).tok_s
+    points = []
+    for tokens in CURVE:
+        own = CURVE_CONTEXT + steps // 2 - tokens
+        found = _decode(model_dir, stages, 1, CURVE_CONTEXT, steps, own)
+        fetching = _decode(model_dir, stages, 1, CURVE_CONTEXT, steps, total, found.blocks)
+        borrowed = found.blocks * BLOCK
+        point = {"attending_s": 1 / found.tok_s - local_s, "fetching_s": 1 / fetching.tok_s - local_s}
+        points.append({"context": CURVE_CONTEXT, "borrowed_tokens": borrowed, "local_s": local_s, **point})
+    return points
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """A rate, and the blocks of the first stage that were away in the middle: how many, and their share."""
+
+    tok_s: float
+    blocks: int
+    share: float
+
+
+def _decode(
+    model_dir: Path, stages: Sequence[StagePlan], streams: int, context: int, steps: int, own: int, fetched: int = 0
+) -> _Decoded:
+    """With room for `own` tokens of KV in the first stage; so many blocks are fetched before every step."""
+    total = streams * (context + steps + 64)
+    devices = device_list(stages, (own, 2 * total))
+    pipeline = opened(_settings(model_dir, devices, "3,3") | {"engine.kv_cache_tokens": total})
     prompts = random_prompts(streams, context, SHAPE.vocab, 5)
-    rates = []
-    gone, fetched = 0.0, 0
-    for own in (int(total * (1 - away)), total, total):
-        devices = device_list(stages, (own, 2 * total))
-        pipeline = opened(_settings(model_dir, devices, "3,3") | {"engine.kv_cache_tokens": total})
-        try:
-            if len(rates) == 2:
-                _fetch_every_step(pipeline.engine, fetched)
-            rates.append(_decode_rate(pipeline, prompts, steps, during := _During()))
-            if own < total:
-                gone, fetched = during.share, during.blocks
-        finally:
-            pipeline.shutdown()
-    borrowed, local, fetching = rates
-    return Speed(streams, context + steps // 2, gone, local, borrowed, fetching)
+    try:
+        if fetched:
+            _fetch_every_step(pipeline.engine, fetched)
+        return _decode_rate(pipeline, prompts, steps)
+    finally:
+        pipeline.shutdown()
 
 
-@dataclass
-class _During:
-    """What was away in the middle of a measurement."""
-
-    blocks: int = 0
-    share: float = 0.0
-
-    def look(self, engine: ModelEngine) -> None:
-        """On the engine thread."""
-        self.blocks = blocks_away(engine)
-        self.share = self.blocks / engine.kv.pool.num_referenced
-
-
-def _decode_rate(pipeline: InferencePipeline, prompts: Sequence[list[int]], steps: int, during: _During) -> float:
+def _decode_rate(pipeline: InferencePipeline, prompts: Sequence[list[int]], steps: int) -> _Decoded:
     """Tokens per second from when every stream has its first tokens until half of the last ones."""
-    batcher = pipeline.engine.batcher
+    engine = pipeline.engine
+    batcher = engine.batcher
     handles = [pipeline.submit(prompt, _greedy(steps)) for prompt in prompts]
     for handle in handles:
         handle.get(_TIMEOUT_S)
     begun, begun_s = _next_tokens(lambda: batcher.stats.total_tokens, 2 * len(handles))
-    batcher.call(lambda: during.look(pipeline.engine)).result(60)
+    away, held = batcher.call(lambda: (blocks_away(engine), engine.kv.pool.num_referenced)).result(60)
     ended, ended_s = _next_tokens(lambda: batcher.stats.total_tokens, (steps // 2) * len(handles))
     for handle in handles:
         handle.abort()
     for handle in handles:
         handle.result(60)
-    return (ended - begun) / (ended_s - begun_s)
+    return _Decoded((ended - begun) / (ended_s - begun_s), away, away / held)
 
 
 def _next_tokens(count: Callable[[], int], more: int) -> tuple[int, float]:
@@ -332,6 +350,11 @@ def show(results: dict[str, Any], console: Console) -> None:
             f"{item['borrowed_tok_s']:.2f} tok/s, all local {item['local_tok_s']:.2f} ({item['of_local']:.1%} kept), "
             f"fetching {item['fetching_tok_s']:.2f} ({item['over_fetching']:.1f} times slower)"
         )
+    for item in results.get("curve", ()):
+        console.print(
+            f"{item['borrowed_tokens']} of {item['context']} tokens borrowed: {item['attending_s'] * 1e3:.1f} ms more "
+            f"per step, fetching {item['fetching_s'] * 1e3:.1f} ms more (a step takes {item['local_s'] * 1e3:.1f} ms)"
+        )
     for item in results.get("workload", ()):
         console.print(
             f"{item['requests']} requests of {item['prompt_tokens']}+{item['new_tokens']} tokens, room for "
@@ -363,8 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         speeds = [measure_speed(model_dir, stages, count, length, given.steps) for count, length in SPEEDS]
         results["speed"] = list(map(_speed_dict, speeds))
     if "curve" in wanted:
-        speeds = [measure_speed(model_dir, stages, 1, length, given.steps) for length in CURVE]
-        results["curve"] = list(map(_speed_dict, speeds))
+        results["curve"] = measure_curve(model_dir, stages, given.steps)
     if "workload" in wanted:
         measured = measure_workload(model_dir, 6, 640, 96, 1400)
         results["workload"] = [asdict(measured) | {"ratio": measured.ratio}]

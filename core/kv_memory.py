@@ -11,7 +11,7 @@ import torch
 
 from core.config import Settings
 from core.devices import HOST, Device, DeviceBudget, host_device, parse_link
-from core.execution.profiler import read_memory
+from core.execution.profiler import MemoryNow, read_memory
 from core.execution.stage import Stage
 from core.kv_cache.homecoming import Homecoming
 from core.kv_cache.manager import KVCacheManager
@@ -230,31 +230,52 @@ class Regions:
         return kv
 
 
+PRESSED_BYTES = 256 << 20
+_PRESSED_SHARE = 50
+"""Once other programs have taken more of a card than they had, so much of it (a fiftieth of a small one) is kept free for
+them: what is lent there goes back bit by bit, until they no longer take it."""
+
+
 class DeviceWatch:
-    """What the devices are used for now."""
+    """What the devices are used for now. Made when the stages have been loaded."""
 
     def __init__(self, devices: Sequence[Device], stages: Sequence[Stage], budgets: Mapping[str, DeviceBudget]) -> None:
         self._devices = tuple(devices)
         self._stages = {stage.device.name: stage for stage in stages}
         self._budgets = budgets
         self._started_s = time.monotonic()
+        self._cards: dict[str, list[Device]] = {}
+        for device in devices:
+            self._cards.setdefault(device.torch_device, []).append(device)
+        self._others_before = {name: self._others(name, memory) for name, memory in self._read().items()}
+
+    def _read(self) -> dict[str, MemoryNow]:
+        """By card."""
+        found = zip(self._devices, read_memory(self._devices), strict=True)
+        return {device.torch_device: memory for device, memory in found}
+
+    def _others(self, card: str, memory: MemoryNow) -> int:
+        """What is neither free nor ours."""
+        ours = sum(sum(self._budgets[device.name].used_by_purpose().values()) for device in self._cards[card])
+        return memory.total_bytes - memory.free_bytes - ours
 
     def observe(self) -> Iterable[DeviceUse]:
-        """One entry per device. What is missing of a card's free memory is charged to its parts by what each has
-        left.
-        """
-        free = {
-            device.torch_device: memory.free_bytes
-            for device, memory in zip(self._devices, read_memory(self._devices), strict=True)
-        }
-        unused = {device.name: self._budgets[device.name].free_bytes for device in self._devices}
-        for device in self._devices:
-            used = self._budgets[device.name].used_by_purpose()
-            own = sum(used.values()) - used.get(PagedKVCache.PURPOSE, 0) - used.get(PagedKVCache.LENT, 0)
-            parts = sum(unused[d.name] for d in self._devices if d.torch_device == device.torch_device)
-            missing = max(0, parts - free[device.torch_device])
-            external = missing * unused[device.name] // max(1, parts)
-            yield DeviceUse(device.name, own, external, time.monotonic() - self._last_used_s(device.name))
+        """One entry per device. What is missing of a card's free memory is charged to its parts by what each may use,
+        lent memory included."""
+        for card, memory in self._read().items():
+            parts = self._cards[card]
+            kept = min(PRESSED_BYTES, sum(device.memory_limit_bytes for device in parts) // _PRESSED_SHARE)
+            grown = self._others(card, memory) > self._others_before[card] + kept
+            free = memory.free_bytes - (kept if grown else 0)
+            budgets = [self._budgets[device.name] for device in parts]
+            lent = [budget.used_by_purpose().get(PagedKVCache.LENT, 0) for budget in budgets]
+            shares = [budget.free_bytes + nbytes for budget, nbytes in zip(budgets, lent, strict=True)]
+            missing = max(0, sum(budget.free_bytes for budget in budgets) - free)
+            for device, budget, nbytes, share in zip(parts, budgets, lent, shares, strict=True):
+                used = sum(budget.used_by_purpose().values())
+                own = used - budget.used_by_purpose().get(PagedKVCache.PURPOSE, 0) - nbytes
+                external = missing * share // max(1, sum(shares))
+                yield DeviceUse(device.name, own, external, time.monotonic() - self._last_used_s(device.name))
 
     def _last_used_s(self, name: str) -> float:
         stage = self._stages.get(name)

@@ -1,0 +1,87 @@
+"""Lenders want their memory back at any moment, for a while or for good: requests go on, no token changes."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from lending_cases import OpenPipeline, open_tight, reclaim_something, scatter
+from test_lending_serving import GREEDY, prompts, reference
+from test_lending_trouble import ask, check_budgets, during, outcomes
+from tiny_models import build_tiny
+
+import core.kv_memory
+from core.execution.profiler import read_memory
+from core.lending import Urgency
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]]]:
+    path = tmp_path_factory.mktemp("qwen3")
+    model = build_tiny("qwen3", path)
+    return path, [reference(model, prompt) for prompt in prompts()]
+
+
+@pytest.mark.parametrize("cohorts", [1, 2])
+def test_500_random_reclaims_cost_no_request_a_token(
+    tiny: tuple[Path, list[list[int]]], open_pipeline: OpenPipeline, cohorts: int
+) -> None:
+    """A reclaim and an audit of all budgets and leases between any two steps; half of the 500 with each number of
+    steps in flight."""
+    pipeline = open_tight(open_pipeline, tiny[0], [64, 640], engine__cohorts=cohorts)
+    engine, rng = pipeline.engine, random.Random(cohorts)
+    assert engine.memory.overflow is not None
+    lending = engine.memory.overflow.lending
+
+    def reclaim() -> None:
+        reclaim_something(engine, rng)
+        check_budgets(engine)
+
+    while sum(lending.stats().reclaims.values()) < 250:
+        handles = ask(pipeline)
+        during(pipeline, handles, reclaim)
+        assert outcomes(handles) == tiny[1]
+
+
+def test_memory_taken_for_good_leaves_requests_waiting_until_it_is_back(
+    tiny: tuple[Path, list[list[int]]], open_pipeline: OpenPipeline
+) -> None:
+    pipeline = open_tight(open_pipeline, tiny[0], [64, 640], lending__host_bytes=0)
+    engine, long = pipeline.engine, list(range(3, 93))
+    overflow = engine.memory.overflow
+    assert overflow is not None
+    expected = pipeline.submit(long, GREEDY).result(60).completions[0].token_ids
+    lender = engine.plan.devices[1].name
+    engine.batcher.call(lambda: overflow.lending.request_reclaim(lender, None, Urgency.CRITICAL)).result(30)
+    small, waits = pipeline.submit(prompts()[0], GREEDY), pipeline.submit(long, GREEDY)
+    assert outcomes([small]) == tiny[1][:1], "what fits at home goes on"
+    for _ in range(3):
+        engine.batcher.call(lambda: check_budgets(engine)).result(30)
+    assert overflow.lending.leases() == ()
+    assert not waits.finished
+    engine.batcher.call(lambda: overflow.lending.reopen(lender)).result(30)
+    assert outcomes([waits]) == [expected]
+
+
+def test_a_lender_pressed_by_another_program_gets_its_memory_back(
+    tiny: tuple[Path, list[list[int]]], open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = open_tight(open_pipeline, tiny[0], [64, 700])
+    engine = pipeline.engine
+    overflow = engine.memory.overflow
+    assert overflow is not None
+    lender = engine.plan.devices[1].name
+    engine.batcher.call(lambda: scatter(engine, random.Random(1), 0.5)).result(30)
+    assert overflow.lending.leases(lender=lender)
+    monkeypatch.setattr(
+        core.kv_memory, "read_memory", lambda devices: [replace(m, free_bytes=0) for m in read_memory(devices)]
+    )
+    overflow._observe_s = 0.0
+    handles = ask(pipeline)
+    assert outcomes(handles) == tiny[1]
+    assert sum(overflow.lending.stats().reclaims.values()) > 0
+    engine.batcher.call(lambda: check_budgets(engine)).result(30)
+    engine.batcher.call(lambda: None).result(30)
+    assert overflow.lending.leases(lender=lender) == ()
