@@ -82,7 +82,10 @@ class BlockPool:
         if not 0 <= limit <= self.num_blocks:
             raise ValueError(f"the limit is 0 to {self.num_blocks}, got {limit}")
         self._limit = limit
-        while self._cached and self.num_holding > limit:
+        self._keep_to_limit()
+
+    def _keep_to_limit(self) -> None:
+        while self._cached and self.num_holding > self._limit:
             self._empty.append(self._evict_oldest())
 
     def ref_count(self, block: int) -> int:
@@ -145,7 +148,7 @@ class BlockPool:
 
     def release(self, blocks: Iterable[int]) -> list[int]:
         """Remove a user from each block; returns those that are empty now. Give a sequence's blocks in reverse
-        order.
+        order. Content is kept as far as the limit allows.
         """
         emptied = []
         for block in blocks:
@@ -158,6 +161,7 @@ class BlockPool:
                 else:
                     self._empty.append(block)
                     emptied.append(block)
+        self._keep_to_limit()
         return emptied
 
     def lookup(self, digest: bytes) -> int | None:

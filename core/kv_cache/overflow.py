@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Protocol
 
 from core.errors import OutOfDeviceMemoryError
@@ -108,7 +109,6 @@ class KVOverflow:
         self._clock = clock
         self._demand = DemandWatch(extent_blocks)
         self._loans: dict[int, _Loan] = {}
-        self._next_region = LOCAL + 1
         self._observed_s = float("-inf")
         self._step_s = 0.05
         self._ticked_s: float | None = None
@@ -149,7 +149,7 @@ class KVOverflow:
         lease = self.lending.borrow_at_most(pages.site, size, min(missing, self._extent) + spare)
         if lease is None:
             return False
-        region_id, self._next_region = self._next_region, self._next_region + 1
+        region_id = next(number for number in count(LOCAL + 1) if number not in self._loans)  # they have to stay small
         try:
             self._store.add(index, region_id, lease.lender, lease.blocks)
         except OutOfDeviceMemoryError as error:
@@ -232,7 +232,7 @@ class KVOverflow:
         if ahead > 0 and not any(loan.returning for loan in self._loans.values()):
             self.borrow(ahead)
             return
-        borrowed = min((self._borrowed(pages) for _, pages in self.kv.pages.mapped), default=0)
+        borrowed = max((self._borrowed(pages) for _, pages in self.kv.pages.mapped), default=0)
         unused = self._demand.blocks_to_return(borrowed) if borrowed else 0
         if unused:
             self._give_back(unused)
@@ -243,22 +243,25 @@ class KVOverflow:
     def _give_back(self, blocks: int) -> None:
         """Return regions that are not needed, youngest first, as long as the rest holds everything that is in use."""
         for _, pages in self.kv.pages.mapped:
-            left = blocks
-            for loan in sorted(self._loans.values(), key=lambda loan: -loan.region_id):
-                size = loan.region.num_pages
-                if loan.pages is pages and not loan.region.closing and size <= left:
-                    left -= size
-                    loan.returning = True
-                    self._close(loan)
+            least = pages.backed - blocks
+            for loan in sorted(self._loans.values(), key=lambda loan: -loan.lease.lease_id):
+                if loan.pages is pages and not loan.region.closing:
+                    loan.region.closing = True  # with the last one, the page that is spare goes too
+                    loan.returning = loan.region.closing = pages.backed >= least
+        self.kv.refresh_limit()
 
     def _reclaim(self, now_s: float) -> None:
         """Empty what lenders want back, as fast as the urgency says, and what was not needed, at leisure."""
         by_lease = {loan.lease.lease_id: loan for loan in self._loans.values()}
+        due: dict[int, float] = {}
         for reclaim in self.lending.reclaims():
-            loan = by_lease[reclaim.lease_id]
+            due[reclaim.lease_id] = min(reclaim.deadline_s, due.get(reclaim.lease_id, reclaim.deadline_s))
+        for lease_id, deadline_s in due.items():
+            loan = by_lease[lease_id]
             self._close(loan)
-            nbytes = bytes_to_move(reclaim.nbytes, reclaim.deadline_s - now_s, self._step_s)
-            self._empty(loan, -(-nbytes // self._page_bytes[loan.stage]))
+            size = self._page_bytes[loan.stage]  # regions go back whole, however little of them is asked for
+            nbytes = bytes_to_move(len(loan.region.blocks) * size, deadline_s - now_s, self._step_s)
+            self._empty(loan, -(-nbytes // size))
         for loan in self._loans.values():
             if loan.returning:
                 self._empty(loan, self._extent)
