@@ -232,8 +232,8 @@ class Regions:
 
 PRESSED_BYTES = 256 << 20
 _PRESSED_SHARE = 50
-"""Once other programs have taken more of a card than they had, so much of it (a fiftieth of a small one) is kept free for
-them: what is lent there goes back bit by bit, until they no longer take it."""
+"""Once other programs have taken more of a card than they had, so much of it (a fiftieth of a small one) is kept free
+for them: what is lent there goes back bit by bit, until they no longer take it."""
 
 
 class DeviceWatch:

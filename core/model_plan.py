@@ -29,8 +29,9 @@ from core.placement import (
     emulated_profile,
 )
 from core.placement.cards import gpu_spec
-from core.placement.engine import PlacementDevice, PlacementRequest, parse_layers, place, stage_costs
-from core.placement.pooling import PooledKV, pool_kv
+from core.placement.engine import PlacementDevice, PlacementRequest, parse_layers, stage_costs
+from core.placement.pooled import place_pooled, pool_of
+from core.placement.pooling import PooledKV
 from core.placement.predict import DeviceEffect, Prediction, one_more, predict
 from core.placement.streaming import place_or_stream, place_streaming
 from core.transfer import TransferManager
@@ -154,7 +155,7 @@ def plan_model(
         shares_cpu=placed.devices is None and any(device.kind == "cpu" for device in devices),
     )
     try:
-        placement = place(request, placed.placement)
+        placement = place_pooled(request, placed.placement, _lend_ratio(settings) if is_measured else 0.0)
         pooled = pool_devices(placement, request, settings, max_model_len)
     except InsufficientMemoryError:
         if host is None or host.memory_limit_bytes <= 0:
@@ -178,16 +179,7 @@ def pool_devices(
     placement: PlacementPlan, request: PlacementRequest, settings: Settings, max_model_len: int
 ) -> PooledKV:
     """The KV that the placement offers with what devices lend each other."""
-    used = {stage.device_name for stage in placement.stages}
-    lending = settings.lending
-    pooled = pool_kv(
-        placement.stages,
-        [device.limit_bytes for device in request.devices if device.name not in used],
-        kv_tokens=placement.kv_tokens,
-        max_tokens=request.wanted_kv_tokens if lending.enabled else placement.kv_tokens,
-        block_size=request.block_size,
-        lend_ratio=lending.lend_ratio,
-    )
+    pooled = pool_of(request, placement, _lend_ratio(settings))
     least = _least_kv_tokens(settings, max_model_len, request.max_kv_tokens)
     if pooled.tokens < least:
         per_token = sum(request.costs.kv_bytes_per_token)
@@ -198,6 +190,10 @@ def pool_devices(
             lacking_bytes={stage.device_name: lacking for stage in placement.stages[:1]},
         )
     return pooled
+
+
+def _lend_ratio(settings: Settings) -> float:
+    return settings.lending.lend_ratio if settings.lending.enabled else 0.0
 
 
 def _least_kv_tokens(settings: Settings, max_model_len: int, wanted: int) -> int:
@@ -280,10 +276,12 @@ def host_for(settings: Settings, devices: Sequence[Device], held_bytes: int = 0)
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A placement that nothing was loaded for. Without known speeds there is no `prediction`."""
+    """A placement that nothing was loaded for, and the KV that its devices hold together. Without known speeds there is
+    no `prediction`."""
 
     request: PlacementRequest
     placement: PlacementPlan
+    pooled: PooledKV
     prediction: Prediction | None
     one_more: tuple[DeviceEffect, ...] = ()
 
@@ -301,16 +299,17 @@ def preview(settings: Settings, gpus: Sequence[str] = (), *, more: Sequence[str]
         request = plan_request(resolved.name, architecture, measure_bytes(architecture), settings, length, cards, links)
         if settings.devices.stream_weights == "auto":
             request = _with_host(request, _ANY_MACHINE_BYTES, {})
-        placement = place_or_stream(request, settings.devices.placement)
+        placement = place_or_stream(request, settings.devices.placement, _lend_ratio(settings))
+        pooled = pool_of(request, placement, _lend_ratio(settings))
         prediction: Prediction | None = predict(placement, request)
     else:
         devices = open_devices(settings.devices, allocate=False)
         measure = measure_with(settings, TransferManager())
         plan = plan_model(resolved, devices, settings, measure, host_for(settings, devices))
-        request, placement, prediction = plan.request, plan.placement, plan.prediction
+        request, placement, pooled, prediction = plan.request, plan.placement, plan.pooled, plan.prediction
     others = more or tuple(dict.fromkeys(text.partition("*")[0].strip() for text in gpus))
     effects = tuple(one_more(placement, request, device) for device in gpu_spec(*others)) if prediction else ()
-    return Preview(request, placement, prediction, effects)
+    return Preview(request, placement, pooled, prediction, effects)
 
 
 def _max_model_len(resolved: ResolvedModel, architecture: Architecture, settings: Settings) -> int:

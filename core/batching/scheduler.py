@@ -298,12 +298,14 @@ class Scheduler:
         return updates
 
     def _measure(self, output: SchedulerOutput) -> None:
-        """How long a token of a prompt takes."""
+        """How long a token of a prompt takes. Steps that also move pages take longer than that."""
         began_s = self._began_s.pop(output.step, None)
-        if began_s is not None and output.num_tokens >= MEASURED_TOKENS:
-            token_s = (time.perf_counter() - began_s) / output.num_tokens
-            old_s = self.kv.prefill_token_s
-            self.kv.prefill_token_s = token_s if old_s is None else old_s + 0.3 * (token_s - old_s)
+        if began_s is None or output.num_tokens < MEASURED_TOKENS:
+            return
+        token_s, old_s = (time.perf_counter() - began_s) / output.num_tokens, self.kv.prefill_token_s
+        if old_s is not None and any(stage.ops for stage in output.stages):
+            token_s = min(token_s, old_s)
+        self.kv.prefill_token_s = token_s if old_s is None else old_s + 0.3 * (token_s - old_s)
 
     def _record_prompt_logprobs(self, sequence: Sequence, item: ScheduledSequence, result: StepOutput) -> None:
         rows = result.prompt_logprobs.get(item.seq_id)

@@ -154,8 +154,8 @@ class KVOverflow:
             self._store.add(index, region_id, lease.lender, lease.blocks)
         except OutOfDeviceMemoryError as error:
             logger.warning("a lender turned out to have no memory", lender=lease.lender, reason=str(error))
-            self.lending.release(lease.lease_id)
-            return False
+            self.lending.refuse(lease.lease_id)
+            return self._borrow_extent(index, pages, wanted)
         last_resort = self.lending.budget(lease.lender).last_resort
         pages.add(region_id, lease.lender, lease.blocks, rank=float(last_resort))
         self._loans[region_id] = _Loan(index, pages, region_id, lease)

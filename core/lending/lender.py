@@ -25,6 +25,7 @@ class Lender:
         unobserved: bytes that it had asked for came back, and `observe` has not yet said what it did with them; until
             then they are not lent to the next borrower.
         withdrawn: how urgently it stopped lending, until it is opened again.
+        refused_until_s: it turned out to have no memory for a lease; until then nobody asks it again.
     """
 
     budget: GPUBudget
@@ -32,6 +33,7 @@ class Lender:
     saturated: bool = False
     unobserved: bool = False
     withdrawn: Urgency | None = None
+    refused_until_s: float = float("-inf")
 
     def lendable_bytes(self, lend_ratio: float) -> int:
         """What it lends now: nothing while it wants memory back."""

@@ -25,6 +25,9 @@ from core.lending.reclaim import Cause, Need, Reclaim, allot
 from core.lending.score import Candidate, scores
 from core.placement import LinkTopology
 
+REFUSED_S = 5.0
+"""How long a lender is not asked that has memory on paper and could not allocate it: a card's may be in pieces."""
+
 
 @dataclass(frozen=True, slots=True)
 class Offer:
@@ -237,6 +240,12 @@ class VRAMLendingPool:
         units = 0 if offer is None else min(blocks, offer.units)
         return self.borrow(borrower, units * unit_bytes, units, priority) if units else None
 
+    def refuse(self, lease_id: int) -> None:
+        """The lender turned out to have no memory for the lease, which ends; for `REFUSED_S` others are asked."""
+        lender = self._lenders[self.lease(lease_id).lender]
+        self.release(lease_id)
+        lender.refused_until_s = self._clock() + REFUSED_S
+
     def activate(self, lease_id: int) -> None:
         """Blocks move in from now on.
 
@@ -355,6 +364,7 @@ class VRAMLendingPool:
         if self._lender(borrower).budget.last_resort:
             raise ValueError(f"{borrower} is main memory, it does not borrow")
         indebted = {lease.borrower for lease in self._leases.values() if lease.lender == borrower}
+        now_s = self._clock()
         return [
             Candidate(
                 name,
@@ -366,6 +376,7 @@ class VRAMLendingPool:
             if lender.budget.last_resort == last_resort
             and name != borrower
             and name not in indebted
+            and lender.refused_until_s <= now_s
             and lender.lendable_bytes(self._lend_ratio) >= max(1, nbytes)
         ]
 

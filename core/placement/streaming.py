@@ -16,23 +16,23 @@ from core.placement.engine import (
     BY_HAND,
     PlacementRequest,
     cuts_by_hand,
-    place,
     place_profiled,
     predicted_tok_s,
 )
 from core.placement.plan import LayerCosts, PlacementPlan, StagePlan
+from core.placement.pooled import place_pooled
 from core.placement.search import Cut
 from core.placement.stream_search import StreamingSearch, streaming_cuts
 from core.placement.streamed_layers import SLOTS, choose_streamed, least_bytes
 
 
-def place_or_stream(request: PlacementRequest, strategy: str = "profiled") -> PlacementPlan:
-    """`place`; where the model does not fit and there is main memory (`request.host_bytes`), layers stream in.
+def place_or_stream(request: PlacementRequest, strategy: str = "profiled", lend_ratio: float = 0.0) -> PlacementPlan:
+    """`place_pooled`; where the model does not fit and there is main memory (`request.host_bytes`), layers stream in.
 
     Raises what `place` raises; `InsufficientMemoryError` if it does not fit even so.
     """
     try:
-        return place(request, strategy)
+        return place_pooled(request, strategy, lend_ratio)
     except InsufficientMemoryError:
         if request.host_bytes <= 0:
             raise

@@ -10,6 +10,7 @@ from overflow_cases import BLOCK, PAGE, Chaos, Rig, gpu, host, lenders, run_chao
 from core.kv_cache.overflow import KVOverflow
 from core.kv_cache.page_ops import LOCAL
 from core.lending import Choice, LeaseState, Urgency
+from core.lending.pool import REFUSED_S
 
 LOW, MEDIUM, HIGH, CRITICAL = Urgency
 HOLD_S = 10.0
@@ -52,20 +53,33 @@ def test_blocks_go_to_gpus_before_they_go_to_main_memory() -> None:
     assert rig.away()[1] == [] and len(rig.away()[2]) >= 4
 
 
-def test_a_lender_that_has_no_memory_after_all_leaves_nothing_behind() -> None:
+def test_a_lender_that_has_no_memory_after_all_leaves_nothing_behind_and_the_next_one_is_asked() -> None:
     rig = Rig()
-    rig.store.refusing = {"x"}
+    rig.store.refusing = {"x", "y"}
     seq_id = rig.fill(8)
     rig.live[seq_id].tokens += [0, 0]
     assert rig.extend(seq_id, BLOCK) is None
-    assert {name for name, _ in rig.store.asked} == {"x"}
+    assert [name for name, _ in rig.store.asked] == ["x", "y"]
     assert (rig.leases(), rig.store.regions, rig.away(), rig.kv.pool.limit) == ([], {}, {}, 8)
     rig.check()
-    rig.uses("x", own=9800)
+    rig.store.refusing = {"x"}
+    rig.clock.now_s += REFUSED_S
     rig.tick()
     assert rig.extend(seq_id, BLOCK) is not None, "the next one has some"
     assert [lease.lender for lease in rig.leases()] == ["y"]
     rig.check()
+
+
+def test_a_lender_that_had_no_memory_is_asked_again_after_a_while() -> None:
+    rig = Rig()
+    rig.store.refusing = {"x", "y"}
+    for _ in range(10):
+        rig.overflow.borrow(8)
+    assert [name for name, _ in rig.store.asked] == ["x", "y"]
+    rig.store.refusing = set()
+    rig.clock.now_s += REFUSED_S
+    rig.overflow.borrow(8)
+    assert [lease.lender for lease in rig.leases()] == ["x"]
 
 
 # -- memory that is wanted back ---------------------------------------------------------------------------------------
@@ -342,6 +356,7 @@ def test_region_numbers_are_used_again() -> None:
     rig.store.refusing = {"x", "y"}
     for _ in range(40):
         rig.overflow.borrow(8)
+        rig.clock.now_s += REFUSED_S
     rig.store.refusing = set()
     rig.overflow.borrow(8)
     assert set(rig.away()) == {1}

@@ -50,8 +50,8 @@ def plan(
 
 
 def as_dict(shown: Preview) -> dict[str, Any]:
-    """The placement's own fields, then `prediction` and `one_more`."""
-    result = dataclasses.asdict(shown.placement)
+    """The placement's own fields, then `pooled`, `prediction` and `one_more`."""
+    result = dataclasses.asdict(shown.placement) | {"pooled": dataclasses.asdict(shown.pooled)}
     prediction = shown.prediction
     result["prediction"] = None
     if prediction is not None:
@@ -64,7 +64,7 @@ def as_dict(shown: Preview) -> dict[str, Any]:
 
 def print_plan(shown: Preview, console: Console) -> None:
     """Stages in the order of execution, then what to expect of them."""
-    _print_stages(shown.placement, console)
+    _print_stages(shown.placement, shown.pooled.tokens, console)
     _print_streams(shown.placement, shown.request.costs, console)
     if shown.prediction is None:
         console.print("One device: nothing depends on its speed, so it was not measured.")
@@ -76,7 +76,7 @@ def print_plan(shown: Preview, console: Console) -> None:
         console.print(f"one more {effect.name}: {_effect(effect, 'with it')}")
 
 
-def _print_stages(placement: PlacementPlan, console: Console) -> None:
+def _print_stages(placement: PlacementPlan, pooled_tokens: int, console: Console) -> None:
     table = Table(title=f"{placement.model_name}, strategy {placement.strategy}", title_justify="left")
     table.add_column("stage", justify="right")
     for column in ("device", "layers"):
@@ -89,7 +89,8 @@ def _print_stages(placement: PlacementPlan, console: Console) -> None:
         table.add_row(str(index), stage.device_name, layers, *map(format_bytes, sizes))
     console.print(table)
     per_token = sum(stage.kv_bytes_per_token for stage in placement.stages)
-    console.print(f"KV cache: {placement.kv_tokens} tokens, {format_bytes(per_token)} each over all stages")
+    own = f", {placement.kv_tokens} without lending" if pooled_tokens > placement.kv_tokens else ""
+    console.print(f"KV cache: {pooled_tokens} tokens{own}, {format_bytes(per_token)} each over all stages")
     if placement.unused_devices:
         console.print(f"not used: {', '.join(placement.unused_devices)}")
 

@@ -1,0 +1,100 @@
+"""Plans whose stages borrow memory for KV: taken where they are faster and hold as much."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_engine import STAGED, large
+
+from core.errors import InsufficientMemoryError
+from core.placement.cards import gpu_spec
+from core.placement.engine import PlacementDevice, PlacementRequest, place, predicted_tok_s
+from core.placement.plan import LayerCosts
+from core.placement.pooled import place_pooled, pool_of, pooled_tok_s
+from core.placement.profile import DeviceProfile, LinkProfile, LinkTopology
+
+GiB = 1 << 30
+LLAMA_13B = large(40, 5120, 13824, 5120, vocab=32_000)
+"""24 GiB of weights, 800 KiB of KV per token: eight streams of 2,048 tokens take 12.5 GiB."""
+
+
+FAST, SLOW = "48GiB@1800GB/s/400TFLOPS", "24GiB@180GB/s/20TFLOPS"
+
+
+def request(*gpus: str, wanted: int = 32_768) -> PlacementRequest:
+    return PlacementRequest(
+        "model", LLAMA_13B, gpu_spec(*gpus), STAGED, objective="throughput", streams=8, context=2048,
+        min_kv_tokens=256, max_kv_tokens=wanted,
+    )  # fmt: skip
+
+
+def test_a_slow_card_serves_as_memory_alone() -> None:
+    """One card holds all the weights and the KV that the streams usually need. To hold all that could be used without
+    lending, some layers would have to be on a card of a tenth of its speed, and every step would wait for that one."""
+    asked = request(FAST, SLOW)
+    alone = place(asked)
+    assert len(alone.stages) == 2, "to have room for KV"
+    plan = place_pooled(asked, "profiled", 0.7)
+    assert [stage.num_layers for stage in plan.stages] == [40]
+    pooled = pool_of(asked, plan, 0.7)
+    assert pooled.tokens >= 0.95 * alone.kv_tokens
+    assert pooled.local_tokens[0] < pooled.tokens
+    assert pooled_tok_s(asked, plan, pooled) > 1.03 * predicted_tok_s(alone, asked)
+
+
+def test_without_lending_it_holds_what_it_needs_itself() -> None:
+    asked = request(FAST, SLOW)
+    assert place_pooled(asked, "profiled", 0.0) == place(asked)
+
+
+def test_what_the_streams_need_is_borrowed_only_where_that_is_faster() -> None:
+    """With 36 GiB the fast card lacks room for some of it: what moves, layers or KV, is read as slowly."""
+    asked = request("36GiB@1800GB/s/400TFLOPS", SLOW, wanted=8 * 2048)
+    slow = replace(asked, links=LinkTopology(default=LinkProfile(1e9, 5e-3)))
+    assert place_pooled(slow, "profiled", 0.7) == place(slow)
+
+
+@pytest.mark.parametrize("strategy", ["vram", "balanced"])
+def test_other_strategies_are_what_they_are(strategy: str) -> None:
+    asked = request("3090*2", "5070 Ti")
+    assert place_pooled(asked, strategy, 0.7) == place(asked, strategy)
+
+
+def test_layers_by_hand_stay() -> None:
+    asked = replace(request("3090*2", "5070 Ti"), layers=(20, 15, 5))
+    assert place_pooled(asked, "profiled", 0.7) == place(asked)
+
+
+devices = st.lists(
+    st.tuples(st.integers(20, 3000), st.floats(10, 1000), st.floats(100, 20_000)), min_size=2, max_size=4
+)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(devices, st.integers(1, 8), st.floats(0, 1e-2), st.floats(10, 1000), st.floats(0.1, 1))
+def test_it_is_never_slower_by_prediction_and_holds_as_much(
+    cards: list[tuple[int, float, float]], streams: int, latency_s: float, link: float, ratio: float
+) -> None:
+    costs = LayerCosts(50, (100,) * 8, 5, 50, False, (2,) * 8, 10, 20, (200,) * 8, 100, hidden_bytes=16)
+    asked = PlacementRequest(
+        "model",
+        costs,
+        tuple(
+            PlacementDevice(f"gpu{i}", limit, DeviceProfile(f"gpu{i}", bandwidth, ((1, flops),)))
+            for i, (limit, bandwidth, flops) in enumerate(cards)
+        ),
+        LinkTopology(default=LinkProfile(link, latency_s)),
+        objective="throughput", streams=streams, context=32, min_kv_tokens=16, max_kv_tokens=16 * 32,
+    )  # fmt: skip
+    try:
+        alone = place(asked)
+    except InsufficientMemoryError:
+        return
+    plan = place_pooled(asked, "profiled", ratio)
+    held, before = pool_of(asked, plan, ratio), pool_of(asked, alone, ratio)
+    assert held.tokens >= 0.95 * before.tokens
+    assert pooled_tok_s(asked, plan, held) >= pooled_tok_s(asked, alone, before)
+    assert all(stage.free_bytes >= 0 for stage in plan.stages)
