@@ -2,9 +2,9 @@
 
     python -m benchmarks.reclaim --json result.json
 
-Two devices as in `benchmarks.lending`: the first is short of memory for KV, the second lends, and main memory stands
-by. Requests keep all of it busy; again and again the lender asks for half of what it lent. Every answer is compared
-with that of a run in which nothing was reclaimed.
+The first of three devices is short of memory for KV, the second has few layers and lends, the third has none and
+lends all it has, and main memory stands by. Requests keep them busy; again and again the device that lent most asks for
+half of it. Every answer is compared with that of a run in which nothing was reclaimed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +35,24 @@ _LOOK_S = 0.002
 
 def _start(model_dir: Path) -> InferencePipeline:
     first, second = planned(model_dir, "cpu", "5,1", **FP32)
-    own = first.weight_bytes + first.workspace_bytes + first.kv_bytes_per_token * OWN_TOKENS
-    lender = second.weight_bytes + second.workspace_bytes + second.kv_bytes_per_token * 40 * OWN_TOKENS
+    pages = first.kv_bytes_per_token
+    sizes = [
+        first.weight_bytes + first.workspace_bytes + OWN_TOKENS * pages,
+        second.weight_bytes + second.workspace_bytes + 4 * OWN_TOKENS * (second.kv_bytes_per_token + pages),
+        4 * OWN_TOKENS * pages,
+    ]
     return opened(
         {
-            "model.name": str(model_dir), "devices.devices": f"cpu={own}B,cpu={lender}B", "devices.layers": "5,1",
-            "engine.cohorts": 1, "engine.max_batch_size": 64, "engine.max_num_batched_tokens": 512,
-            "engine.kv_cache_tokens": 4 * OWN_TOKENS, "lending.lend_ratio": 1.0, "lending.reclaim_threshold": 1.0,
-            "lending.extent_blocks": 8,
+            "model.name": str(model_dir), "devices.devices": ",".join(f"cpu={size}B" for size in sizes),
+            "devices.layers": "5,1", "engine.cohorts": 1, "engine.max_batch_size": 64,
+            "engine.max_num_batched_tokens": 512, "engine.kv_cache_tokens": 4 * OWN_TOKENS,
+            "lending.lend_ratio": 1.0, "lending.reclaim_threshold": 1.0, "lending.extent_blocks": 8,
         }
         | FP32
     )  # fmt: skip
 
 
-ROUNDS = {Urgency.LOW: 3, Urgency.MEDIUM: 6, Urgency.HIGH: 20, Urgency.CRITICAL: 50}
+ROUNDS = {Urgency.CRITICAL: 50, Urgency.HIGH: 20, Urgency.MEDIUM: 6, Urgency.LOW: 3}
 
 
 class Load:
@@ -81,11 +85,12 @@ class Load:
         self._thread.join()
 
 
-def measure(model_dir: Path) -> list[dict[str, Any]]:
+def measure(model_dir: Path) -> Iterator[dict[str, Any]]:
     """Each urgency in turn."""
     pipeline = _start(model_dir)
     try:
-        return [_measure_urgency(pipeline, urgency) for urgency in ROUNDS]
+        for urgency in ROUNDS:
+            yield _measure_urgency(pipeline, urgency)
     finally:
         pipeline.shutdown()
 
@@ -108,16 +113,18 @@ def _measure_urgency(pipeline: InferencePipeline, urgency: Urgency) -> dict[str,
 
 
 def _reclaim(pipeline: InferencePipeline, urgency: Urgency) -> float | None:
-    """Seconds until half of what the second device lent is its own again; None if it lends nothing."""
+    """Seconds until half of what a device lent is its own again; None if nothing is lent."""
     engine = pipeline.engine
     assert engine.memory.overflow is not None
-    lending, lender = engine.memory.overflow.lending, engine.plan.devices[1].name
+    lending = engine.memory.overflow.lending
+    asking: list[str] = []
 
     def ask() -> int:
-        return lending.request_reclaim(lender, lending.budget(lender).lent_bytes // 2, urgency)
+        asking[:] = [max((device.name for device in engine.plan.devices), key=lambda n: lending.budget(n).lent_bytes)]
+        return lending.request_reclaim(asking[0], lending.budget(asking[0]).lent_bytes // 2, urgency)
 
     def asked() -> int:
-        return sum(lease.reclaim_bytes for lease in lending.leases(lender=lender))
+        return sum(lease.reclaim_bytes for lease in lending.leases(lender=asking[0]))
 
     started_s = time.perf_counter()
     if not engine.batcher.call(ask).result(60):
@@ -133,9 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", type=Path, default=default_workdir(), help="where the model is kept")
     parser.add_argument("--json", type=Path, help="record everything measured in this file")
     given = parser.parse_args(arguments)
-    found = measure(resolve_model("lending", given.workdir))
-    console = Console(width=140)
-    for item in found:
+    console, found = Console(width=140), []
+    for item in measure(resolve_model("lending", given.workdir)):
+        found.append(item)
         console.print(
             f"{item['urgency']}: {item['reclaims']} reclaims, median {item['median_s']:.2f} s, longest "
             f"{item['longest_s']:.2f} s, bound {item['bound_s']:g} s (a step takes {item['step_s'] * 1e3:.0f} ms); "

@@ -145,8 +145,11 @@ class KVOverflow:
         """One region more for a stage; False if nobody has memory for it."""
         missing = min(self.kv.pool.num_blocks, max(wanted, pages.backed + self._extent)) - pages.backed
         spare = 0 if pages.has_spare else 1
-        size = self._page_bytes[index]
-        lease = self.lending.borrow_at_most(pages.site, size, min(missing, self._extent) + spare)
+        return self._add_region(index, pages, min(missing, self._extent) + spare)
+
+    def _add_region(self, index: int, pages: StagePages, blocks: int) -> bool:
+        """A region of at most so many pages, at whoever lends best."""
+        lease = self.lending.borrow_at_most(pages.site, self._page_bytes[index], blocks)
         if lease is None:
             return False
         region_id = next(number for number in count(LOCAL + 1) if number not in self._loans)  # they have to stay small
@@ -155,7 +158,7 @@ class KVOverflow:
         except OutOfDeviceMemoryError as error:
             logger.warning("a lender turned out to have no memory", lender=lease.lender, reason=str(error))
             self.lending.refuse(lease.lease_id)
-            return self._borrow_extent(index, pages, wanted)
+            return self._add_region(index, pages, blocks)
         last_resort = self.lending.budget(lease.lender).last_resort
         pages.add(region_id, lease.lender, lease.blocks, rank=float(last_resort))
         self._loans[region_id] = _Loan(index, pages, region_id, lease)
@@ -184,6 +187,7 @@ class KVOverflow:
             self.view = self._look()
             if self.homecoming is not None:
                 self.homecoming.consider(self._step_s, self._reserve())
+            self._leave_last_resort()
         self._anticipate(now_s, waiting_blocks)
         self._reclaim(now_s)
         if self.homecoming is not None:
@@ -236,6 +240,21 @@ class KVOverflow:
         unused = self._demand.blocks_to_return(borrowed) if borrowed else 0
         if unused:
             self._give_back(unused)
+
+    def _leave_last_resort(self) -> None:
+        """Where a device has room again, one region after the other comes out of main memory, at leisure."""
+        if any(loan.region.closing for loan in self._loans.values()):
+            return
+        for loan in self._loans.values():
+            if not self.lending.budget(loan.lease.lender).last_resort:
+                continue
+            offer = self.lending.largest_offer(loan.pages.site, self._page_bytes[loan.stage])
+            if offer is None or self.lending.budget(offer.lender).last_resort or offer.units < loan.lease.blocks:
+                continue
+            if self._add_region(loan.stage, loan.pages, loan.lease.blocks):
+                loan.returning = True
+                self._close(loan)
+            return
 
     def _borrowed(self, pages: StagePages) -> int:
         return max(0, pages.backed - pages.local_pages)

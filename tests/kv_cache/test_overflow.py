@@ -45,12 +45,21 @@ def test_lenders_that_have_little_give_what_they_have_and_main_memory_comes_last
 def test_blocks_go_to_gpus_before_they_go_to_main_memory() -> None:
     rig = Rig(budgets=[gpu("x", own=800), host()])
     rig.overflow.borrow(8)
-    rig.uses("x")
-    rig.tick()
+    rig.pool.observe("x", own_bytes=0, external_bytes=0, idle_s=0)
     rig.overflow.borrow(8)
     assert [name for name, _ in rig.store.asked] == ["host", "x"]
     rig.fill(12)
     assert rig.away()[1] == [] and len(rig.away()[2]) >= 4
+
+
+def test_main_memory_is_left_when_a_gpu_has_room_again() -> None:
+    rig = Rig(blocks=24, budgets=[gpu("x", own=800), host()])
+    rig.fill(24)
+    assert {lease.lender for lease in rig.leases()} == {"host"}
+    rig.uses("x")
+    rig.rounds(3)
+    assert {lease.lender for lease in rig.leases()} == {"x"}
+    rig.check_contents()
 
 
 def test_a_lender_that_has_no_memory_after_all_leaves_nothing_behind_and_the_next_one_is_asked() -> None:
