@@ -19,6 +19,7 @@ from core.config_schema import EngineSettings
 from core.devices import HOST, Device, DeviceBudget
 from core.errors import CheckpointError, ContextLengthError, InsufficientMemoryError, InvalidRequestError, PageMoveError
 from core.execution.attention.select import AttentionBackends
+from core.execution.guest_time import GuestTime
 from core.execution.model_runner import ModelRunner
 from core.execution.native import do_all_products
 from core.execution.profiler import read_memory
@@ -199,7 +200,7 @@ def load_engine(
     host = lending_host(settings)
     kinds = [plan.devices[stage.device_index].kind for stage in plan.placement.stages]
     threads = CpuThreads(cpu_threads, sum(kind in ("cpu", "sim") for kind in kinds))
-    backends = AttentionBackends(settings, threads)
+    backends, guests = AttentionBackends(settings, threads), GuestTime()
     try:
         for stage_plan in plan.placement.stages:
             device = plan.devices[stage_plan.device_index]
@@ -212,7 +213,7 @@ def load_engine(
             stage.load(plan.resolved.path, resident, on_read, adapter, streamed)
             budgets[device.name].reserve("workspace", stage_plan.workspace_bytes)
             pages = plan.pooled.local_tokens[len(stages) - 1] // settings.engine.block_size
-            stage.allocate_kv(pages, settings.engine.block_size, backends, transfer, host)
+            stage.allocate_kv(pages, settings.engine.block_size, backends, transfer, host, guests)
             names.append(attention.name)
     except BaseException:
         for stage in stages:

@@ -17,6 +17,7 @@ from core.devices import Device, wait_until
 from core.execution.attention.interface import AttentionBackend
 from core.execution.attention.merge import Part, combine
 from core.execution.attention.metadata import AttentionMetadata, AttentionSpec, Site
+from core.execution.guest_time import GuestTime
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.transfer import TransferManager
 
@@ -26,8 +27,11 @@ BackendOf = Callable[[Device], AttentionBackend]
 class SiteAttention:
     """One stage's. `extra_s` adds up what an emulated owner has to wait for other devices beyond its own part."""
 
-    def __init__(self, owner: Device, kv: PagedKVCache, backend_of: BackendOf, transfer: TransferManager) -> None:
+    def __init__(
+        self, owner: Device, kv: PagedKVCache, backend_of: BackendOf, transfer: TransferManager, guests: GuestTime
+    ) -> None:
         self.extra_s = 0.0
+        self._guests = guests
         self._owner = owner
         self._kv = kv
         self._backend_of = backend_of
@@ -81,7 +85,9 @@ class SiteAttention:
         ]
         if device.speed is not None:
             keys = sum(sum(batch.host_seq_lens) for _, batch in site.regions)
-            wait_until(started_s + keys * self._token_bytes[layer] / device.speed.bandwidth_bytes_s)
+            reading_s = keys * self._token_bytes[layer] / device.speed.bandwidth_bytes_s
+            self._guests.add(device.name, reading_s)
+            wait_until(started_s + reading_s)
         return combine(parts)
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from core.execution.attention.interface import (
     bind,
 )
 from core.execution.attention.select import LinearAdapter
+from core.execution.guest_time import GuestTime
 from core.execution.input_batch import InputBatch
 from core.execution.pace import Pace
 from core.execution.page_mover import PageMover
@@ -63,6 +64,7 @@ class Stage:
         self._context: AttentionContext | None = None
         self._received: torch.Tensor | None = None
         self._sites: SiteAttention | None = None
+        self._guests: GuestTime | None = None
         self._mover: PageMover | None = None
 
     def load(
@@ -101,11 +103,13 @@ class Stage:
             self.stream.adopt({index: layers[index] for index in absent})
 
     def allocate_kv(
-        self, num_pages: int, block_size: int, backend_of: BackendOf, transfer: TransferManager, host: Device
-    ) -> None:
+        self, num_pages: int, block_size: int, backend_of: BackendOf, transfer: TransferManager, host: Device,
+        guests: GuestTime,
+    ) -> None:  # fmt: skip
         """Allocate local pages of this stage's layers and bind them to its attention modules.
 
-        `backend_of` gives the attention of this and of other devices; `host` is main memory.
+        `backend_of` gives the attention of this and of other devices; `host` is main memory; `guests` is shared by all
+        stages of an engine.
         """
         layers = range(self.part.first, self.part.last)
         shapes = {index: self.architecture.kv_shapes[index] for index in layers}
@@ -113,7 +117,8 @@ class Stage:
         element = self.kv.dtype.itemsize
         before = sum(shape.bytes_per_token(element) for shape in self.architecture.kv_shapes[: self.part.first])
         self._mover = PageMover(self.kv, transfer, host, before * block_size)
-        self._sites = SiteAttention(self.device, self.kv, backend_of, transfer)
+        self._sites = SiteAttention(self.device, self.kv, backend_of, transfer, guests)
+        self._guests = guests
         self._context = AttentionContext(backend_of(self.device), self._sites)
         windows = self.architecture.sliding_windows
         bound = {i: LayerAttention(self._context, i, *self.kv.layer(i), windows[i]) for i in layers}
@@ -167,6 +172,8 @@ class Stage:
         assert self._context is not None
         work = Batch(batch.num_tokens, batch.num_kv_tokens, 0 if logit_rows is None else len(logit_rows))
         self._pace.begin(work)
+        if self._guests is not None:
+            self._guests.take(self.device.name)  # what was done for others while this device was idle cost it nothing
         self._context.metadata, self._received = batch.attention, hidden
         inputs = {"input_ids": batch.input_ids} if hidden is None else {"inputs_embeds": hidden}
         try:
@@ -196,12 +203,12 @@ class Stage:
         self.last_used_s = time.monotonic()
 
     def _waited_s(self) -> float:
-        """What an emulated device had to wait for others in this step."""
-        sites = self._sites
-        if sites is None or self.device.speed is None:
+        """What an emulated device had to wait for others in this step, and what it did for others meanwhile."""
+        sites, guests = self._sites, self._guests
+        if sites is None or guests is None or self.device.speed is None:
             return 0.0
         waited_s, sites.extra_s = sites.extra_s, 0.0
-        return waited_s
+        return waited_s + guests.take(self.device.name)
 
     def free(self) -> None:
         """Give weights and pages back to the device."""
