@@ -12,6 +12,8 @@ import torch
 from lending_cases import OpenPipeline
 from tiny_models import VOCAB, build_tiny
 
+from core.errors import StepFailedError
+from core.execution.page_mover import PageMover
 from core.inference_pipeline import InferencePipeline
 from core.memory import Tier
 from core.request import SamplingParams
@@ -156,3 +158,43 @@ def test_what_is_used_again_is_written_down_at_once(tiny: Path, open_pipeline: O
     while (count := memory.stats().tiers[1].blocks) < 11 and time.monotonic() < deadline_s:
         time.sleep(0.01)
     assert count == 11
+
+
+@pytest.mark.parametrize("cohorts", [1, 2])
+def test_a_load_that_fails_ends_what_runs_and_leaves_nothing_wrong_behind(
+    tiny: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch, cohorts: int
+) -> None:
+    expected = answers(open_pipeline(tiny, engine__kv_cache_tokens=4096), prompts(4))
+    pipeline = open_small(open_pipeline, tiny, engine__cohorts=cohorts)
+    assert [answers(pipeline, [prompt])[0] for prompt in prompts(4)] == expected
+    load, failed = PageMover._load_layer, []
+
+    def broken(self: PageMover, *args: Any) -> None:
+        if not failed:
+            failed.append(args)
+            raise RuntimeError("broken for a test")
+        load(self, *args)
+
+    monkeypatch.setattr(PageMover, "_load_layer", broken)
+    with pytest.raises(StepFailedError):
+        answers(pipeline, [prompts(4)[0]])
+    assert failed
+    for _ in range(2):
+        assert [answers(pipeline, [prompt])[0] for prompt in prompts(4)] == expected
+
+
+def test_samples_of_a_prompt_whose_prefix_is_fetched_share_it_and_may_be_given_up(
+    tiny: Path, open_pipeline: OpenPipeline, tmp_path: Path
+) -> None:
+    disk = {"memory__disk_path": tmp_path / "kv", "memory__disk_bytes": 1 << 24}
+    first = open_small(open_pipeline, tiny, **disk)
+    expected = [answers(first, [prompt]) for prompt in prompts(6)]
+    first.shutdown()
+    second = open_small(open_pipeline, tiny, **disk)
+    three = replace(GREEDY, n=3, temperature=0.0)
+    for prompt in prompts(6)[:3]:
+        second.submit(prompt, three).abort()
+    result = second.submit(prompts(6)[3], three).result(60)
+    assert [sample.token_ids for sample in result.completions] == expected[3] * 3
+    assert result.num_cached_tokens >= 40
+    second.engine.check_invariants()
