@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import hypothesis
 import psutil
 import pytest
+import structlog
 import torch
 import transformers
 from plain_settings import CACHE_DIR, make_settings
@@ -35,6 +37,18 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     assert not left or "shared_pipelines" in request.fixturenames, f"threads left behind: {left}"
     orphans = [child for child in psutil.Process().children(recursive=True) if child.pid not in children]
     assert not orphans, f"processes left behind: {orphans}"
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Programs that are run in the process configure the root logger."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    for handler in list(root.handlers):
+        if isinstance(handler.formatter, structlog.stdlib.ProcessorFormatter) and handler not in handlers:
+            root.removeHandler(handler)
 
 
 @pytest.fixture
