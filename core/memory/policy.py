@@ -86,7 +86,8 @@ class WriteRules:
 @dataclass(frozen=True, slots=True)
 class MemoryOptions:
     """How a hierarchy behaves. `host_bytes` is the size of L3, `pin` makes it page-locked; `write_bytes_s` bounds
-    write-back (None: not at all), `max_queued_writes` its queue."""
+    write-back (None: unbounded), `max_queued_writes` its queue. What was written is made lasting after `seal_s` seconds
+    at the latest."""
 
     host_bytes: int
     pin: bool = False
@@ -95,3 +96,4 @@ class MemoryOptions:
     write_bytes_s: float | None = None
     max_queued_writes: int = 256
     load_threads: int = 2
+    seal_s: float = 30.0

@@ -28,6 +28,9 @@ class WriteOptions(Protocol):
     @property
     def max_queued_writes(self) -> int: ...
 
+    @property
+    def seal_s(self) -> float: ...
+
 
 class WriteSource(Protocol):
     """What the hierarchy offers; every method is called under its lock."""
@@ -67,6 +70,8 @@ class Writer:
         self._refused: dict[bytes, float] = {}  # blocks of host RAM that no tier took, with their heat then
         self._in_flight = 0
         self._closed = False
+        self._seal_s = options.seal_s
+        self._sealing: threading.Timer | None = None
         self.dropped = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vrm-memory-save")
 
@@ -122,6 +127,7 @@ class Writer:
                 self._source.end_write(write.block, leave=write.leave)
                 self._changed.notify_all()
         if written:
+            self._seal_later()
             self._hurry.wait(self._pace.delay_s(self._source.layout.nbytes, time.monotonic()))
 
     def _sink(self, position: int, block: bytes, parent: bytes, payload: memoryview, *, asked: bool = False) -> bool:
@@ -203,6 +209,20 @@ class Writer:
                 self._hurry.clear()
         return True
 
+    def _seal_later(self) -> None:
+        """What is written now is made lasting soon, so that a process that is killed loses little."""
+        with self._lock:
+            if self._sealing is None and not self._closed:
+                self._sealing = threading.Timer(self._seal_s, self._seal_now)
+                self._sealing.name, self._sealing.daemon = "vrm-memory-seal", True
+                self._sealing.start()
+
+    def _seal_now(self) -> None:
+        with self._lock:
+            self._sealing = None
+            if not self._closed:
+                self._thread.submit(self._sync).add_done_callback(log_failure)
+
     def _sync(self) -> None:
         for lower in self._below:
             lower.store.sync()
@@ -211,8 +231,12 @@ class Writer:
         """Finish the write that runs, drop the others, end the thread."""
         with self._lock:
             self._closed = True
+            sealing, self._sealing = self._sealing, None
             while self._queue.take() is not None:
                 self.dropped += 1
             self._changed.notify_all()
         self._hurry.set()
+        if sealing is not None:
+            sealing.cancel()
+            sealing.join()
         self._thread.shutdown()

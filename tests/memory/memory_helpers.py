@@ -85,6 +85,7 @@ def open_memory(
     max_queued_writes: int = 64,
     write_bytes_s: float | None = None,
     half_life_s: float = 100.0,
+    seal_s: float = 30.0,
 ) -> Iterator[HierarchicalMemory]:
     options = MemoryOptions(
         host_bytes=slots * LAYOUT.nbytes,
@@ -92,6 +93,7 @@ def open_memory(
         rules=rules or WriteRules(),
         max_queued_writes=max_queued_writes,
         write_bytes_s=write_bytes_s,
+        seal_s=seal_s,
     )
     memory = HierarchicalMemory(LAYOUT, options, below, clock=clock or Clock())
     try:

@@ -382,6 +382,17 @@ def test_write_back_keeps_its_pace_and_flush_does_not_wait_for_it() -> None:
         assert slow.write_order == [block(1), block(2), block(3)]
 
 
+def test_what_is_written_lasts_after_a_while_without_being_asked_to(tmp_path: Path) -> None:
+    """A process that is killed loses what was written since."""
+    with open_memory(slots=4, below=[disk_tier(tmp_path)], rules=GREEDY, seal_s=0.02) as memory:
+        for number in (1, 2):
+            save(memory, number, 0)
+            deadline_s = time.monotonic() + 20
+            while len(list(tmp_path.glob("*" + SUFFIX))) < number and time.monotonic() < deadline_s:
+                time.sleep(0.005)
+            assert len(list(tmp_path.glob("*" + SUFFIX))) == number
+
+
 def test_flush_gives_up_in_time() -> None:
     slow = SlowTier()
     with open_memory(slots=1, below=[slow], rules=GREEDY) as memory:
