@@ -80,6 +80,16 @@ def test_it_says_what_a_card_costs_or_brings(large: str) -> None:
     assert plan["one_more"][0]["gain"] > 0
 
 
+def test_what_devices_hold_together_is_told(large: str) -> None:
+    cards = ["--gpu", "48GiB@1800GB/s", "--gpu", "24GiB@180GB/s", "--max-model-len", "8192"]
+    text = CliRunner().invoke(app, ["plan", large, *cards, "--log-level", "error"]).output
+    assert "without lending" in text and "no layers, memory for KV alone: 24GiB@180GB/s" in text
+    plan = plan_json(large, *cards)
+    assert plan["pooled"]["tokens"] > plan["kv_tokens"] == plan["pooled"]["local_tokens"][0]
+    alone = plan_json(large, *cards, "--no-lending")
+    assert alone["pooled"]["tokens"] == alone["kv_tokens"]
+
+
 def test_one_more_of_each_card_is_told_without_asking(large: str) -> None:
     plan = plan_json(large, "--gpu", "3090*2", "--gpu", "5070 Ti", "--max-model-len", "2048")
     assert [effect["name"] for effect in plan["one_more"]] == ["RTX 3090", "RTX 5070 Ti"]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from core.placement.predict import DeviceEffect, Prediction
 
 
-@settings_command("model", "devices", "engine", "logging", "runtime", model_argument=True)
+@settings_command("model", "devices", "engine", "lending", "logging", "runtime", model_argument=True)
 def plan(
     settings: Settings,
     gpu: Annotated[
@@ -92,7 +92,8 @@ def _print_stages(placement: PlacementPlan, pooled_tokens: int, console: Console
     own = f", {placement.kv_tokens} without lending" if pooled_tokens > placement.kv_tokens else ""
     console.print(f"KV cache: {pooled_tokens} tokens{own}, {format_bytes(per_token)} each over all stages")
     if placement.unused_devices:
-        console.print(f"not used: {', '.join(placement.unused_devices)}")
+        what = "no layers, memory for KV alone" if own else "not used"
+        console.print(f"{what}: {', '.join(placement.unused_devices)}")
 
 
 def _print_streams(placement: PlacementPlan, costs: LayerCosts, console: Console) -> None:
