@@ -28,7 +28,7 @@ logger = get_logger(__name__)
 Facts = Mapping[str, Any]
 """What a measurement depends on, as JSON values."""
 
-_FORMAT = 2  # goes up when files, or the way of measuring, change
+_FORMAT = 3  # goes up when files, or the way of measuring, change
 
 
 class _Stored(BaseModel):

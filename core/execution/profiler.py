@@ -32,6 +32,8 @@ logger = get_logger(__name__)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 512)
 """Rows of the matrix products that are measured: close together where steps of decodes are, since kernels work on some
 rows at a time, and the rate rises in steps."""
+DIP = 0.8
+"""A rate below this share of one with fewer rows is doubted."""
 
 DEVICE_BUDGET_S = 2.0
 """Seconds of measuring per device, without what is compiled and filled for it."""
@@ -225,7 +227,17 @@ class LayerProfiler:
             for rows in ROWS:
                 expected = products.flops(rows, expected, _FLOPS_SHARE * self._budget_s / len(ROWS))
                 points.append((rows, expected))
-        return bandwidth, tuple(points)
+            return bandwidth, self._without_dips(products, points)
+
+    def _without_dips(self, products: Products, points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+        """More rows are seldom slower. Where they seem to be, something else may have run: they are measured again, so
+        that it does not stay in the cache."""
+        sound: list[tuple[int, float]] = []
+        for rows, rate in points:
+            if rate < DIP * max((before for _, before in sound), default=0.0):
+                rate = max(rate, products.flops(rows, rate, _FLOPS_SHARE * self._budget_s / len(ROWS)))
+            sound.append((rows, rate))
+        return tuple(sound)
 
     def _measure_layers(
         self,

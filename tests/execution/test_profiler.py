@@ -62,6 +62,7 @@ def timings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Timings]:
     counter = Timings(measure.time_runs)
     monkeypatch.setattr(measure, "time_runs", counter)
     monkeypatch.setattr(measure, "cold_bytes", lambda device: 1024 * 1024)  # quick to fill; speeds do not matter here
+    monkeypatch.setattr("core.execution.profiler.DIP", 0.0)
     return counter
 
 
@@ -175,6 +176,24 @@ def test_memory_that_runs_out_is_a_typed_error(
     monkeypatch.setattr(measure.Products, "bandwidth_bytes_s", fail)
     with pytest.raises(OutOfDeviceMemoryError, match=r"cpu: .* CUDA out of memory\.$"):
         profiler(cache).devices([CPU], llama)
+
+
+@pytest.mark.parametrize("lasts", [False, True])
+def test_a_rate_that_dips_is_measured_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, llama: Architecture, lasts: bool
+) -> None:
+    """Something else may have run meanwhile; kernels that really are slower at some number of rows stay so."""
+    monkeypatch.setattr(measure, "cold_bytes", lambda device: 1024 * 1024)
+    asked: list[int] = []
+
+    def rate(self: measure.Products, rows: int, expected: float, budget_s: float) -> float:
+        asked.append(rows)
+        return 4e9 if rows == 32 and (lasts or asked.count(32) == 1) else 1e10
+
+    monkeypatch.setattr(measure.Products, "flops", rate)
+    (profile,) = profiler(cache).devices([CPU], llama)
+    assert asked == [*ROWS, 32]
+    assert dict(profile.flops)[32] == (4e9 if lasts else 1e10)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "granite", "gemma2", "phi3", "mixtral", "deepseek_v3", "gpt_oss"])
