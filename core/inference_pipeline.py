@@ -153,6 +153,8 @@ class InferencePipeline:
         except VRAMancerError:
             self._replace(old, plan, settings, total)
             return
+        if old.memory.tiers is not None:
+            old.memory.tiers.hand_over()
         self._engine = self._start(plan, settings, total)
         old.close(drain_s=self.settings.api.drain_timeout_s)
 

@@ -174,10 +174,15 @@ class RestoreRule:
             self._memory.speeds(),
             link_bytes_s=self._link_bytes_s,
             link_latency_s=self._link_latency_s,
-            block_recompute_s=[
-                self._token_s((known + i) * self._kv.block_size) * self._kv.block_size for i in range(len(tiers))
-            ],
+            block_recompute_s=self._blocks_s(known, len(tiers)),
         ).num_blocks
+
+    def _blocks_s(self, known: int, count: int) -> list[float]:
+        """Predicted seconds to compute each of `count` blocks behind `known` ones. Attention grows evenly with the
+        context: both ends tell."""
+        size = self._kv.block_size
+        first_s, last_s = (self._token_s(number * size) * size for number in (known, known + count - 1))
+        return [first_s + (last_s - first_s) * i / max(1, count - 1) for i in range(count)]
 
     def _token_s(self, context: int) -> float:
         """Predicted seconds per token of a prompt behind `context` tokens."""

@@ -30,7 +30,7 @@ from core.kv_memory import KVMemory, lending_host, open_kv
 from core.logs import get_logger
 from core.memory.stream import SLOTS, StreamedLayers
 from core.model_plan import ModelPlan, cohort_policy, stage_timer
-from core.models.checkpoint import Checkpoint
+from core.models.checkpoint import Checkpoint, weights_digest
 from core.models.stage_model import StageSlice
 from core.models.tokenizer import Tokenizer
 from core.placement import StagePlan
@@ -215,11 +215,11 @@ def load_engine(
             pages = plan.pooled.local_tokens[len(stages) - 1] // settings.engine.block_size
             stage.allocate_kv(pages, settings.engine.block_size, backends, transfer, host, guests)
             names.append(attention.name)
+        return _assemble(plan, settings, budgets, stages, transfer, tokenizer, names, threads, host, started_s)
     except BaseException:
         for stage in stages:
             stage.free()
         raise
-    return _assemble(plan, settings, budgets, stages, transfer, tokenizer, names, threads, host, started_s)
 
 
 def _streamed_layers(
@@ -244,25 +244,29 @@ def _assemble(
 ) -> ModelEngine:
     engine = settings.engine
     model = _describe(plan, settings, tokenizer)
-    salt = f"{model.path}:{plan.resolved.revision}:{model.dtype}".encode()
+    salt = f"{model.path}:{plan.resolved.revision or weights_digest(model.path)}:{model.dtype}".encode()
     memory = open_kv(plan, settings, stages, budgets, host, salt)
-    torch_threads = 1 if _products_are_native(backends, plan) else threads.together
-    runner = ModelRunner(stages, transfer, plan.architecture.vocab_size, engine.block_size, threads, torch_threads)
-    limits = _limits(engine, memory.kv, model.max_model_len)
-    breaker = CircuitBreaker(engine.breaker_failures, engine.breaker_reset_s)
-    batcher = ContinuousBatcher(
-        runner,
-        Scheduler(memory.kv, limits),
-        tokenizer,
-        max_queue=engine.max_queue,
-        breaker=breaker,
-        policy=cohort_policy(plan, settings),
-    )
-    batcher.start()
-    return ModelEngine(
-        model, plan, settings, budgets, stages, transfer, runner, memory, batcher, tuple(backends),
-        load_s=time.perf_counter() - started_s,
-    )  # fmt: skip
+    try:
+        torch_threads = 1 if _products_are_native(backends, plan) else threads.together
+        runner = ModelRunner(stages, transfer, plan.architecture.vocab_size, engine.block_size, threads, torch_threads)
+        limits = _limits(engine, memory.kv, model.max_model_len)
+        breaker = CircuitBreaker(engine.breaker_failures, engine.breaker_reset_s)
+        batcher = ContinuousBatcher(
+            runner,
+            Scheduler(memory.kv, limits),
+            tokenizer,
+            max_queue=engine.max_queue,
+            breaker=breaker,
+            policy=cohort_policy(plan, settings),
+        )
+        batcher.start()
+        return ModelEngine(
+            model, plan, settings, budgets, stages, transfer, runner, memory, batcher, tuple(backends),
+            load_s=time.perf_counter() - started_s,
+        )  # fmt: skip
+    except BaseException:
+        memory.close()
+        raise
 
 
 def _limits(engine: EngineSettings, kv: KVCacheManager, max_model_len: int) -> SchedulerLimits:

@@ -155,7 +155,9 @@ def plan_model(
         shares_cpu=placed.devices is None and any(device.kind == "cpu" for device in devices),
     )
     try:
-        placement = place_pooled(request, placed.placement, _lend_ratio(settings) if is_measured else 0.0)
+        placement = place_pooled(
+            request, placed.placement, _lend_ratio(settings) if is_measured else 0.0, max_model_len
+        )
         pooled = pool_devices(placement, request, settings, max_model_len)
     except InsufficientMemoryError:
         if host is None or host.memory_limit_bytes <= 0:
@@ -299,7 +301,7 @@ def preview(settings: Settings, gpus: Sequence[str] = (), *, more: Sequence[str]
         request = plan_request(resolved.name, architecture, measure_bytes(architecture), settings, length, cards, links)
         if settings.devices.stream_weights == "auto":
             request = _with_host(request, _ANY_MACHINE_BYTES, {})
-        placement = place_or_stream(request, settings.devices.placement, _lend_ratio(settings))
+        placement = place_or_stream(request, settings.devices.placement, _lend_ratio(settings), length)
         pooled = pool_of(request, placement, _lend_ratio(settings))
         prediction: Prediction | None = predict(placement, request)
     else:

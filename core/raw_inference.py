@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from core.errors import QueueFullError
+from core.errors import PageMoveError, QueueFullError
 from core.execution.schedule import ScheduledSequence, SchedulerOutput
 from core.request import SamplingParams
 
@@ -22,23 +22,30 @@ def run_raw(engine: ModelEngine, tokens: Sequence[int], output: str, positions: 
 
     Returns fp32 on the CPU: `[P, vocab]` or `[P, hidden_size]`, P being 1 or the number of tokens.
     """
-    kv, chunk = engine.kv, engine.settings.engine.max_num_batched_tokens
+    kv, batcher = engine.kv, engine.batcher
+    chunk = batcher.scheduler.limits.max_num_batched_tokens
     kv.open(_RAW_SEQ_ID, tokens, read_prefix=False)
     try:
-        if not kv.grow(_RAW_SEQ_ID, 0, len(tokens)):
-            raise QueueFullError("The KV cache has no free blocks for this call; try again later.")
-        table = kv.table(_RAW_SEQ_ID).snapshot()
         parts = []
         for start in range(0, len(tokens), chunk):
             part = tokens[start : start + chunk]
+            end = start + len(part)
+            if not kv.ensure_free(kv.blocks_needed(_RAW_SEQ_ID, start, len(tokens))) or not kv.grow(
+                _RAW_SEQ_ID, start, end
+            ):
+                raise QueueFullError("The KV cache has no free blocks for this call; try again later.")
+            if not batcher.move_pages():  # on its own, so that a move that fails is nobody's forward pass
+                raise PageMoveError("KV pages could not be moved.")
+            table = kv.table(_RAW_SEQ_ID).snapshot()
             item = ScheduledSequence(_RAW_SEQ_ID, start, part, table, SamplingParams(), 0, sample=False)
             rows = list(range(len(part))) if positions == "all" else [len(part) - 1]
-            wanted = positions == "all" or start + chunk >= len(tokens)
-            step = engine.batcher.scheduler.raw_step(item)
+            wanted = positions == "all" or end == len(tokens)
+            step = batcher.scheduler.raw_step(item)
             try:
                 result = _forward(engine, step, output, rows if wanted else None)
             finally:
                 kv.step_done(step.step)
+            kv.table(_RAW_SEQ_ID).num_full = end // kv.block_size
             if wanted:
                 parts.append(result.float().cpu())
         return torch.cat(parts)

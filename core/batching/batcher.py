@@ -241,19 +241,21 @@ class ContinuousBatcher:
         if scheduler.kv.wants_stop or not scheduler.has_work:
             if self._in_flight:
                 return not scheduler.kv.wants_stop
-            self._move_pages()
+            self.move_pages()
         return not scheduler.kv.wants_stop
 
-    def _move_pages(self) -> None:
-        """Pages that wait to be moved are moved now, while nothing is in flight."""
+    def move_pages(self) -> bool:
+        """In the engine thread, while nothing is in flight: pages that wait to be moved are moved now. False if that
+        failed, and with it everything that runs."""
         output = self.scheduler.upkeep()
         if output is None:
-            return
+            return True
         result = self._execute(output)
         if isinstance(result, Exception):
             self._publisher.fail(self.scheduler.fail_all(output), result)
-        else:
-            self.scheduler.kv.step_done(output.step)
+            return False
+        self.scheduler.kv.step_done(output.step)
+        return True
 
     def _arrived(self, output: SchedulerOutput, result: StepOutput | Exception) -> None:
         """Called by the runner's threads."""

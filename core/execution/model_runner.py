@@ -58,6 +58,8 @@ class ModelRunner:
         if not output.sequences:
             for index, stage in enumerate(self.stages):
                 stage.move_pages(output.stage(index).ops)
+            for stage in self.stages:
+                stage.settle()
             return StepOutput(output.step)
         step = self._begin(output)
         self._through(step)
@@ -149,8 +151,12 @@ class ModelRunner:
         """Move pages, then run a stage's layers."""
         stage = self.stages[index]
         self._move_pages(index, step)
-        rows = None if step.logit_rows is None else step.logit_rows.to(stage.torch_device)
-        batch = stage.place(step.batch, step.output, step.output.stage(index))
+        try:
+            rows = None if step.logit_rows is None else step.logit_rows.to(stage.torch_device)
+            batch = stage.place(step.batch, step.output, step.output.stage(index))
+        except BaseException:
+            stage.settle()  # loads that were begun still read their slots
+            raise
         step.hidden = stage.forward(batch, step.hidden, rows)
 
     def _finish(self, step: _Step) -> None:

@@ -49,7 +49,11 @@ class PageMover:
         pending: list[PageLoad] = []
         for group in _groups(ops):
             if isinstance(group[0], PageLoad):
-                pending += [op for op in group if isinstance(op, PageLoad)]
+                loads = [op for op in group if isinstance(op, PageLoad)]
+                if not {load.target for load in pending}.isdisjoint(load.target for load in loads):
+                    self._load_layers(pending, self._layer_bytes)  # a page that is loaded twice holds the later
+                    pending = []
+                pending += loads
                 continue
             if not {load.target for load in pending}.isdisjoint(_touched(group)):
                 self._load_layers(pending, self._layer_bytes)

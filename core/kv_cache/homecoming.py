@@ -100,7 +100,9 @@ class Homecoming:
             table = kv.table(seq_id)
             if any(kv.pool.is_shared(block) for block in blocks):
                 return None  # others would still read it there
-            tokens += (len(table) - min(map(table.blocks.index, blocks))) * kv.block_size
+            away = set(blocks)
+            first = next(number for number, block in enumerate(table.blocks) if block in away)
+            tokens += (len(table) - first) * kv.block_size
         return tokens * kv.prefill_token_s
 
     def move(self, reserve: int) -> None:

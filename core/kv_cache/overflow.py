@@ -28,6 +28,10 @@ from core.logs import get_logger
 logger = get_logger(__name__)
 
 
+_LONGEST_STEP_S = 1.0
+"""What takes longer from one look to the next is a pause, not a step."""
+
+
 class RegionStore(Protocol):
     """Allocates and frees the memory of regions."""
 
@@ -174,7 +178,7 @@ class KVOverflow:
         """Look at the devices, borrow ahead of need, give back what is not needed, empty what is wanted back."""
         now_s = self._clock()
         if self._ticked_s is not None:
-            self._step_s += 0.1 * (max(1e-4, now_s - self._ticked_s) - self._step_s)
+            self._step_s += 0.1 * (min(_LONGEST_STEP_S, max(1e-4, now_s - self._ticked_s)) - self._step_s)
         self._ticked_s = now_s
         if now_s - self._observed_s >= self._observe_s:
             self._observed_s = now_s
@@ -251,9 +255,13 @@ class KVOverflow:
             offer = self.lending.largest_offer(loan.pages.site, self._page_bytes[loan.stage])
             if offer is None or self.lending.budget(offer.lender).last_resort or offer.units < loan.lease.blocks:
                 continue
+            known = set(self._loans)
             if self._add_region(loan.stage, loan.pages, loan.lease.blocks):
-                loan.returning = True
-                self._close(loan)
+                (added,) = (self._loans[number] for number in self._loans if number not in known)
+                # the device that made the offer may have had no memory, and main memory been asked instead
+                left = added if self.lending.budget(added.lease.lender).last_resort else loan
+                left.returning = True
+                self._close(left)
             return
 
     def _borrowed(self, pages: StagePages) -> int:
@@ -318,8 +326,12 @@ class KVOverflow:
 
     def _release_empty(self) -> None:
         """While nothing is in flight and nothing waits to be moved, an empty region can go at once."""
-        if not self.kv.pages.has_ops and not self.kv.in_flight:
-            self._drop([loan for loan in self._loans.values() if loan.region.closing and not loan.region.blocks])
+        if self.kv.pages.has_ops or self.kv.in_flight:
+            return
+        empty = [loan for loan in self._loans.values() if loan.region.closing and not loan.region.blocks]
+        if empty:
+            self._drop(empty)
+            self.view = self._look()
 
     def step_taken(self, step: int) -> None:
         """The moves gathered so far are part of this step."""

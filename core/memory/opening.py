@@ -62,10 +62,6 @@ def open_memory(
     below = []
     if peer is not None and (lent := _open_peer(settings, layout, peer)) is not None:
         below.append(lent)
-    opened = (_open_disk(settings, layout, salt), _open_remote(settings, layout, salt))
-    below.extend(lower for lower in opened if lower is not None)
-    # Blocks sink to the fastest tier first.
-    below.sort(key=lambda lower: lower.speed.fetch_s(layout.nbytes) if lower.speed else 0.0)
     options = MemoryOptions(
         host_bytes=host_bytes,
         pin=pin,
@@ -74,7 +70,17 @@ def open_memory(
         write_bytes_s=settings.write_back_bytes_s,
         max_queued_writes=settings.max_queued_writes,
     )
-    return HierarchicalMemory(layout, options, below, host_speed=measure_host(), clock=clock)
+    try:
+        for opening in (_open_disk, _open_remote):
+            if (lower := opening(settings, layout, salt)) is not None:
+                below.append(lower)  # noqa: PERF401  (what is open is closed if the next one fails)
+        # Blocks sink to the fastest tier first.
+        below.sort(key=lambda lower: lower.speed.fetch_s(layout.nbytes) if lower.speed else 0.0)
+        return HierarchicalMemory(layout, options, below, host_speed=measure_host(), clock=clock)
+    except BaseException:
+        for lower in below:
+            lower.store.close()
+        raise
 
 
 def _host_bytes(settings: MemorySettings, layout: BlockLayout, free_bytes: int) -> int:

@@ -327,7 +327,14 @@ class SegmentStore:
         """Move what lives in a sealed segment to the open one, then delete it."""
         for entry in list(segment.entries.values()):
             data = memoryview(bytearray(entry.length))
-            count = self._files.read(segment.name, entry.offset, data)
+            try:
+                count = self._files.read(segment.name, entry.offset, data)
+            except FileNotFoundError:  # another server that shares the place has removed it
+                self._lose(segment)
+                return
+            except OSError as error:
+                logger.warning("a block that cannot be read is given up", segment=segment.name, reason=str(error))
+                continue
             if self._check(segment, entry, data[:count]):
                 self._append(entry, data)
         self._lose(segment)

@@ -34,8 +34,9 @@ class _Candidate:
     tok_s: float
 
 
-def place_pooled(request: PlacementRequest, strategy: str, lend_ratio: float) -> PlacementPlan:
-    """`place`, and for `profiled` a plan that borrows where that is faster. `lend_ratio` 0: nobody lends.
+def place_pooled(request: PlacementRequest, strategy: str, lend_ratio: float, least_tokens: int = 0) -> PlacementPlan:
+    """`place`, and for `profiled` a plan that borrows where that is faster. `lend_ratio` 0: nobody lends. A plan
+    that borrows holds at least `least_tokens` of KV, if the other one does.
 
     Raises what `place` raises.
     """
@@ -50,7 +51,10 @@ def place_pooled(request: PlacementRequest, strategy: str, lend_ratio: float) ->
             other = _weigh(request, place_profiled(request, least_kv_tokens=tokens), lend_ratio)
         except InsufficientMemoryError:
             continue
-        if other.pooled.tokens >= _ABOUT_ALL * wanted and other.tok_s > CLEARLY * best.tok_s:
+        if (
+            other.pooled.tokens >= max(_ABOUT_ALL * wanted, min(least_tokens, base.pooled.tokens))
+            and other.tok_s > CLEARLY * best.tok_s
+        ):
             best = other
     return best.plan
 

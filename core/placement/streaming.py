@@ -26,13 +26,15 @@ from core.placement.stream_search import StreamingSearch, streaming_cuts
 from core.placement.streamed_layers import SLOTS, choose_streamed, least_bytes
 
 
-def place_or_stream(request: PlacementRequest, strategy: str = "profiled", lend_ratio: float = 0.0) -> PlacementPlan:
+def place_or_stream(
+    request: PlacementRequest, strategy: str = "profiled", lend_ratio: float = 0.0, least_tokens: int = 0
+) -> PlacementPlan:
     """`place_pooled`; where the model does not fit and there is main memory (`request.host_bytes`), layers stream in.
 
     Raises what `place` raises; `InsufficientMemoryError` if it does not fit even so.
     """
     try:
-        return place_pooled(request, strategy, lend_ratio)
+        return place_pooled(request, strategy, lend_ratio, least_tokens)
     except InsufficientMemoryError:
         if request.host_bytes <= 0:
             raise

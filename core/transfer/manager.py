@@ -160,9 +160,23 @@ def _copy_gpu(tensor: torch.Tensor, src: Device, dst: Device, method: TransferMe
     if method == "staged":
         return _copy_staged(tensor, src, dst)
     stream = _copy_stream(src.torch_device if _is_gpu(src) else dst.torch_device)
+    _wait_for_producer(stream, src)
     with torch.cuda.stream(stream):
         arrived = tensor.to(dst.torch_device, non_blocking=True, copy=True)
     stream.synchronize()
+    return _for_consumer(arrived)
+
+
+def _wait_for_producer(stream: torch.cuda.Stream, src: Device) -> None:
+    """The copy begins when what is queued on the source is done: the tensor may still be being made."""
+    if _is_gpu(src):
+        stream.wait_stream(torch.cuda.current_stream(torch.device(src.torch_device)))
+
+
+def _for_consumer(arrived: torch.Tensor) -> torch.Tensor:
+    """Memory that was allocated on a copy stream is not given to the next copy before the reader is done."""
+    if arrived.is_cuda:
+        arrived.record_stream(torch.cuda.current_stream(arrived.device))
     return arrived
 
 
@@ -170,6 +184,7 @@ def _copy_staged(tensor: torch.Tensor, src: Device, dst: Device) -> torch.Tensor
     """Through two pinned buffers in turn: while one is copied in, the other is copied out."""
     flat = tensor.contiguous().view(-1)
     out, inward = _copy_stream(src.torch_device), _copy_stream(dst.torch_device)
+    _wait_for_producer(out, src)
     with torch.cuda.stream(inward):
         arrived = torch.empty_like(flat, device=dst.torch_device)
     length = max(1, min(flat.numel(), STAGING_BYTES // flat.element_size()))
@@ -188,4 +203,4 @@ def _copy_staged(tensor: torch.Tensor, src: Device, dst: Device) -> torch.Tensor
             arrived[start : start + part.numel()].copy_(buffer, non_blocking=True)
             drained[which].record(inward)
     inward.synchronize()
-    return arrived.view(tensor.shape)
+    return _for_consumer(arrived).view(tensor.shape)

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lending_cases import OpenPipeline, open_tight, remote_blocks, scatter
 from test_lending_serving import GREEDY, prompts, reference
 from tiny_models import build_tiny
 
 from core.batching.output import RequestHandle
-from core.errors import VRAMancerError
+from core.errors import PageMoveError, VRAMancerError
 from core.execution.stage import Stage
 from core.inference_pipeline import InferencePipeline
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.model_engine import ModelEngine
+from core.raw_inference import run_raw
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +112,40 @@ def test_a_move_that_fails_ends_what_runs_and_the_engine_goes_on(
     assert all(tokens in (None, expected) for tokens, expected in zip(found, tiny[1], strict=True))
     assert outcomes(ask(pipeline)) == tiny[1]
     assert remote_blocks(engine) >= 0
+
+
+def test_raw_calls_fit_in_what_all_devices_hold_and_change_nothing(
+    tiny: tuple[Path, list[list[int]]], open_pipeline: OpenPipeline
+) -> None:
+    """A prompt longer than the tight stage's own pages, beside requests whose blocks it pushes away."""
+    roomy = open_pipeline(tiny[0], model__max_model_len=128)
+    raw = list(range(3, 93))
+    expected = roomy.infer(raw, output="logits", positions="all")
+    pipeline = open_tight(open_pipeline, tiny[0], [64, 640])
+    handles = ask(pipeline)
+    assert torch.allclose(pipeline.infer(raw, output="logits", positions="all"), expected, atol=2e-4)
+    assert outcomes(handles) == tiny[1]
+
+
+def test_a_move_that_fails_with_a_raw_call_is_not_taken_for_done(
+    tiny: tuple[Path, list[list[int]]], open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = open_tight(open_pipeline, tiny[0], [64, 640])
+    engine = pipeline.engine
+    assert outcomes(ask(pipeline)) == tiny[1]
+    broken = Once(PagedKVCache.unpack, lambda *args: True)
+
+    def raw() -> None:
+        scatter(engine, random.Random(5), 0.5)  # other sequences' moves, which go with the raw call
+        monkeypatch.setattr(PagedKVCache, "unpack", lambda *args: broken(*args))  # noqa: PLW0108  bound to its cache
+        run_raw(engine, list(range(3, 13)), "logits", "last")
+
+    handles = ask(pipeline)
+    while engine.batcher.stats.running == 0:
+        pass
+    with pytest.raises(PageMoveError):
+        engine.batcher.call(raw).result(60)
+    found = outcomes(handles)
+    assert broken.raised
+    assert all(tokens in (None, right) for tokens, right in zip(found, tiny[1], strict=True))
+    assert outcomes(ask(pipeline)) == tiny[1]

@@ -198,3 +198,29 @@ def test_samples_of_a_prompt_whose_prefix_is_fetched_share_it_and_may_be_given_u
     assert [sample.token_ids for sample in result.completions] == expected[3] * 3
     assert result.num_cached_tokens >= 40
     second.engine.check_invariants()
+
+
+def test_other_weights_in_the_same_place_find_nothing_of_the_old_ones(
+    open_pipeline: OpenPipeline, tmp_path: Path
+) -> None:
+    disk = {"memory__disk_path": tmp_path / "kv", "memory__disk_bytes": 1 << 24}
+    build_tiny("qwen3", tmp_path / "model")
+    first = open_small(open_pipeline, tmp_path / "model", **disk)
+    old = answers(first, [prompts(1)[0]])
+    first.shutdown()
+    build_tiny("qwen3", tmp_path / "model", seed=1)
+    second = open_small(open_pipeline, tmp_path / "model", **disk)
+    assert cached(second, prompts(1)[0]) == 0
+    assert answers(second, [prompts(1)[0]]) != old
+
+
+def test_a_swapped_in_model_has_the_directory(tiny: Path, open_pipeline: OpenPipeline, tmp_path: Path) -> None:
+    """The old engine serves until the new one is there, and both cannot have it at once."""
+    disk = {"memory__disk_path": tmp_path / "kv", "memory__disk_bytes": 1 << 24}
+    build_tiny("llama", tmp_path / "llama")
+    pipeline = open_small(open_pipeline, tiny, **disk)
+    expected = answers(pipeline, [prompts(1)[0]])
+    for model in (tmp_path / "llama", tiny):
+        pipeline.load(str(model))
+        assert [tier["tier"] for tier in pipeline.memory_view()["tiers"]] == ["L3", "L5"]
+    assert answers(pipeline, [prompts(1)[0]]) == expected

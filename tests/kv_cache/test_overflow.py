@@ -79,6 +79,18 @@ def test_a_lender_that_has_no_memory_after_all_leaves_nothing_behind_and_the_nex
     rig.check()
 
 
+def test_main_memory_is_not_left_for_more_of_it() -> None:
+    """The device that made an offer has no memory after all."""
+    rig = Rig(blocks=24, budgets=[gpu("x", own=800), host()])
+    rig.fill(24)
+    held = set(rig.away())
+    rig.store.refusing = {"x"}
+    rig.uses("x")
+    rig.rounds(3)
+    assert held <= set(rig.away()) and {lease.lender for lease in rig.leases()} == {"host"}
+    rig.check_contents()
+
+
 def test_a_lender_that_had_no_memory_is_asked_again_after_a_while() -> None:
     rig = Rig()
     rig.store.refusing = {"x", "y"}

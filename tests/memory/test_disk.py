@@ -258,6 +258,21 @@ def test_a_bound_without_room_for_a_segment_is_refused(tmp_path: Path) -> None:
     files.close()
 
 
+def test_a_segment_that_another_server_removed_does_not_stop_the_tier(tmp_path: Path, clock: Clock) -> None:
+    store = open_store(LocalFiles(tmp_path), clock=clock)
+    put(store, 1, 2, 3)
+    store.sync()
+    (gone,) = segments(tmp_path)
+    gone.unlink()
+    for number in (1, 2, 3):
+        store.drop(block(number))  # what is left of the segment would be moved to another one
+        assert store.stopped is None and store.accepting
+    put(store, 20)
+    assert get(store, 20) == payload(20) and get(store, 3) is None
+    store.check_invariants()
+    store.close()
+
+
 # -- a full disk -------------------------------------------------------------------------------------------------------
 
 

@@ -68,6 +68,28 @@ def test_layers_by_hand_stay() -> None:
     assert place_pooled(asked, "profiled", 0.7) == place(asked)
 
 
+def test_a_plan_that_borrows_holds_the_longest_prompt_if_the_other_one_does() -> None:
+    costs = LayerCosts(50, (100,) * 8, 5, 50, False, (2,) * 8, 10, 20, (200,) * 8, 100, hidden_bytes=16)
+    found = 0
+    for limit in range(1200, 9000, 60):
+        asked = PlacementRequest(
+            "model", costs,
+            tuple(
+                PlacementDevice(name, size, DeviceProfile(name, bandwidth, ((1, flops),)))
+                for name, size, bandwidth, flops in (("a", limit, 962, 8386), ("b", 6143, 164, 9238))
+            ),
+            LinkTopology(default=LinkProfile(1e6)),
+            objective="throughput", streams=4, context=32, min_kv_tokens=16, max_kv_tokens=512,
+        )  # fmt: skip
+        try:
+            before = pool_of(asked, place(asked), 0.7).tokens
+        except InsufficientMemoryError:
+            continue
+        found += pool_of(asked, place_pooled(asked, "profiled", 0.7), 0.7).tokens < before
+        assert pool_of(asked, place_pooled(asked, "profiled", 0.7, 512), 0.7).tokens >= before
+    assert found, "without the least, some hold a little less"
+
+
 devices = st.lists(
     st.tuples(st.integers(20, 3000), st.floats(10, 1000), st.floats(100, 20_000)), min_size=2, max_size=4
 )

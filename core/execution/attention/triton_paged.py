@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import triton
@@ -147,7 +148,8 @@ def _launch(
     grid = (len(batch.host_seq_lens), kv_heads, triton.cdiv(longest, block_q))
     at_site = isinstance(batch, SiteBatch)
     row_lo, row_hi = batch.bounds(spec.window) if isinstance(batch, SiteBatch) else (None, None)
-    _paged_attention[grid](
+    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():  # launches go to the current device
+        _paged_attention[grid](
         output, lse, query, k_pages, v_pages, batch.block_tables, batch.query_start, batch.seq_lens, row_lo, row_hi,
         None if at_site else spec.sinks, spec.scale, spec.softcap or 0.0, spec.window or 0,
         query.stride(0), query.stride(1), output.stride(0), output.stride(1), 0 if lse is None else lse.stride(0),
