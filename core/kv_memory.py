@@ -280,7 +280,7 @@ class DeviceWatch:
                 used = sum(budget.used_by_purpose().values())
                 own = used - budget.used_by_purpose().get(PagedKVCache.PURPOSE, 0) - nbytes
                 external = missing * share // max(1, sum(shares))
-                yield DeviceUse(device.name, own, external, time.monotonic() - self._last_used_s(device.name))
+                yield DeviceUse(device.name, own, external, max(0.0, time.monotonic() - self._last_used_s(device.name)))
 
     def _last_used_s(self, name: str) -> float:
         stage = self._stages.get(name)

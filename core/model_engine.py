@@ -130,7 +130,10 @@ class ModelEngine:
         """Stop the batcher, keep what tiers can keep, and give all memory back."""
         self.batcher.stop(drain_s=drain_s)
         if self.memory.tiers is not None and self.batcher.error is None:
-            self.memory.tiers.keep(self._move_pages, KEEP_S)
+            try:
+                self.memory.tiers.keep(self._move_pages, KEEP_S)
+            except Exception as error:  # noqa: BLE001  everything has to be given back whatever it was
+                logger.warning("blocks were not kept", reason=repr(error))
         self.runner.close()
         for stage in self.stages:
             stage.free()

@@ -222,12 +222,15 @@ class ContinuousBatcher:
         kv, now_s = self.scheduler.kv, time.monotonic()
         if not kv.is_short:
             raise RuntimeError("sequences wait, but none of them can be scheduled")
+        self.move_pages()  # no step will carry them, and lenders wait
         if self._starved_since_s is None:
             self._starved_since_s = now_s
         if now_s - self._starved_since_s < MEMORY_WAIT_S:
             return
         self._starved_since_s = None
-        sequence = next(iter(self.scheduler.live_sequences()))
+        sequence = next(iter(self.scheduler.live_sequences()), None)
+        if sequence is None:
+            return
         tokens, room = len(sequence.token_ids), kv.pool.limit * kv.block_size
         message = f"The request has {tokens} tokens, and since memory was taken back the devices hold {room}."
         self._publisher.fail([sequence], UnavailableError(message, retry_after_s=MEMORY_WAIT_S))

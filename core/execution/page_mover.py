@@ -18,6 +18,9 @@ from core.kv_cache.page_ops import PageCopy, PageLoad, PageOp, PageRef, PageSave
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.transfer import TransferManager
 
+GROUP_BYTES = 64 << 20
+"""What is packed for one transfer: a device that is asked for its memory back has little to spare for it."""
+
 WaitFor = Callable[[int], None]
 """Returns once a layer's pages are there; raises what went wrong."""
 
@@ -47,7 +50,7 @@ class PageMover:
 
     def _apply(self, ops: Sequence[PageOp]) -> WaitFor | None:
         pending: list[PageLoad] = []
-        for group in _groups(ops):
+        for group in _groups(ops, max(1, GROUP_BYTES // max(1, self._kv.page_bytes))):
             if isinstance(group[0], PageLoad):
                 loads = [op for op in group if isinstance(op, PageLoad)]
                 if not {load.target for load in pending}.isdisjoint(load.target for load in loads):
@@ -133,13 +136,13 @@ def _moved_not(error: BaseException) -> PageMoveError:
     return PageMoveError(f"KV pages could not be moved: {error}")
 
 
-def _groups(ops: Iterable[PageOp]) -> Iterable[list[PageOp]]:
-    """Runs of operations that may be done at once: of one kind between the same regions, none of them reading or
-    writing what another one has written."""
+def _groups(ops: Iterable[PageOp], most: int) -> Iterable[list[PageOp]]:
+    """Runs of at most `most` operations that may be done at once: of one kind between the same regions, none of them
+    reading or writing what another one has written."""
     group: list[PageOp] = []
     written: set[PageRef] = set()
     for op in ops:
-        if group and (_kind(op) != _kind(group[0]) or not written.isdisjoint(_touched([op]))):
+        if group and (len(group) == most or _kind(op) != _kind(group[0]) or not written.isdisjoint(_touched([op]))):
             yield group
             group, written = [], set()
         group.append(op)

@@ -259,7 +259,8 @@ class KVOverflow:
             if self._add_region(loan.stage, loan.pages, loan.lease.blocks):
                 (added,) = (self._loans[number] for number in self._loans if number not in known)
                 # the device that made the offer may have had no memory, and main memory been asked instead
-                left = added if self.lending.budget(added.lease.lender).last_resort else loan
+                is_worse = self.lending.budget(added.lease.lender).last_resort or added.lease.blocks < loan.lease.blocks
+                left = added if is_worse else loan
                 left.returning = True
                 self._close(left)
             return

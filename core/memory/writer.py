@@ -213,9 +213,10 @@ class Writer:
         """What is written now is made lasting soon, so that a process that is killed loses little."""
         with self._lock:
             if self._sealing is None and not self._closed:
-                self._sealing = threading.Timer(self._seal_s, self._seal_now)
-                self._sealing.name, self._sealing.daemon = "vrm-memory-seal", True
-                self._sealing.start()
+                timer = threading.Timer(self._seal_s, self._seal_now)
+                timer.name, timer.daemon = "vrm-memory-seal", True
+                timer.start()
+                self._sealing = timer
 
     def _seal_now(self) -> None:
         with self._lock:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from lending_cases import OpenPipeline, open_tight, reclaim_something, scatter
+import torch
+from lending_cases import OpenPipeline, open_tight, reclaim_something, remote_blocks, scatter
 from test_lending_serving import GREEDY, prompts, reference
 from test_lending_trouble import ask, check_budgets, during, outcomes
 from tiny_models import build_tiny
 
 import core.kv_memory
 from core.execution.profiler import read_memory
+from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.lending import Urgency
 
 
@@ -85,3 +88,46 @@ def test_a_lender_pressed_by_another_program_gets_its_memory_back(
     engine.batcher.call(lambda: check_budgets(engine)).result(30)
     engine.batcher.call(lambda: None).result(30)
     assert overflow.lending.leases(lender=lender) == ()
+
+
+def test_a_lender_is_served_while_all_others_wait_for_its_memory(
+    tiny: tuple[Path, list[list[int]]], open_pipeline: OpenPipeline
+) -> None:
+    """The one that runs no longer fits when the memory goes, and no step carries its blocks away."""
+    pipeline = open_tight(open_pipeline, tiny[0], [64, 640], lending__host_bytes=0)
+    engine = pipeline.engine
+    overflow = engine.memory.overflow
+    assert overflow is not None
+    lender = engine.plan.devices[1].name
+    waits = pipeline.submit(list(range(3, 93)), replace(GREEDY, max_tokens=30))
+    while not engine.batcher.call(lambda: remote_blocks(engine)).result(30):
+        assert not waits.finished
+    engine.batcher.call(lambda: overflow.lending.request_reclaim(lender, None, Urgency.HIGH)).result(30)
+    deadline_s = time.monotonic() + 20
+    while engine.batcher.call(overflow.lending.leases).result(30) and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert overflow.lending.leases() == ()
+    assert not waits.finished
+    engine.batcher.call(lambda: overflow.lending.reopen(lender)).result(30)
+    assert len(waits.result(60).completions[0].token_ids) == 30
+
+
+def test_pages_move_in_pieces_that_fit_into_little_memory(
+    tiny: tuple[Path, list[list[int]]], open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = open_tight(open_pipeline, tiny[0], [64, 640])
+    engine, rng, packed = pipeline.engine, random.Random(2), []
+    kv = engine.stages[0].kv
+    assert kv is not None
+    monkeypatch.setattr("core.execution.page_mover.GROUP_BYTES", 2 * kv.page_bytes)
+    pack = PagedKVCache.pack
+
+    def counted(self: PagedKVCache, region: int, pages: list[int]) -> torch.Tensor:
+        packed.append(len(pages))
+        return pack(self, region, pages)
+
+    monkeypatch.setattr(PagedKVCache, "pack", counted)
+    handles = ask(pipeline)
+    during(pipeline, handles, lambda: scatter(engine, rng, 0.5))
+    assert outcomes(handles) == tiny[1]
+    assert max(packed) == 2
