@@ -17,7 +17,7 @@ from core.batching.scheduler import Scheduler, SchedulerLimits
 from core.config import Settings
 from core.config_schema import EngineSettings
 from core.devices import HOST, Device, DeviceBudget
-from core.errors import CheckpointError, ContextLengthError, InsufficientMemoryError, InvalidRequestError, PageMoveError
+from core.errors import CheckpointError, ContextLengthError, InsufficientMemoryError, InvalidRequestError
 from core.execution.attention.select import AttentionBackends
 from core.execution.guest_time import GuestTime
 from core.execution.model_runner import ModelRunner
@@ -131,7 +131,7 @@ class ModelEngine:
         self.batcher.stop(drain_s=drain_s)
         if self.memory.tiers is not None and self.batcher.error is None:
             try:
-                self.memory.tiers.keep(self._move_pages, KEEP_S)
+                self.memory.tiers.keep(self.batcher.move_pages, KEEP_S)
             except Exception as error:  # noqa: BLE001  everything has to be given back whatever it was
                 logger.warning("blocks were not kept", reason=repr(error))
         self.runner.close()
@@ -140,21 +140,6 @@ class ModelEngine:
         self.memory.close()
         for budget in self.budgets.values():
             budget.release("workspace")
-
-    def _move_pages(self) -> bool:
-        """After the engine thread has ended: do what waits to be done with pages. False if it could not be."""
-        scheduler = self.batcher.scheduler
-        output = scheduler.upkeep()
-        if output is None:
-            return True
-        try:
-            self.runner.execute(output)
-        except PageMoveError as error:
-            logger.warning("blocks were not kept", reason=str(error))
-            scheduler.kv.step_done(output.step, moved=False)
-            return False
-        scheduler.kv.step_done(output.step)
-        return True
 
 
 def check_memory(plan: ModelPlan) -> None:

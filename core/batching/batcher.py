@@ -248,13 +248,14 @@ class ContinuousBatcher:
         return not scheduler.kv.wants_stop
 
     def move_pages(self) -> bool:
-        """In the engine thread, while nothing is in flight: pages that wait to be moved are moved now. False if that
-        failed, and with it everything that runs."""
+        """In the engine thread, or once that has ended, while nothing is in flight: pages that wait to be moved are
+        moved now. False if that failed, and with it everything that runs."""
         output = self.scheduler.upkeep()
         if output is None:
             return True
         result = self._execute(output)
         if isinstance(result, Exception):
+            logger.error("pages could not be moved", exc_info=result)
             self._publisher.fail(self.scheduler.fail_all(output), result)
             return False
         self.scheduler.kv.step_done(output.step)

@@ -54,6 +54,17 @@ def open_small(open_pipeline: OpenPipeline, tiny: Path, **options: Any) -> Infer
     return open_pipeline(tiny, **{**defaults, **HOST, **options})
 
 
+def restarted(
+    open_pipeline: OpenPipeline, tiny: Path, tmp_path: Path
+) -> tuple[InferencePipeline, list[list[list[int]]]]:
+    """A pipeline whose directory another one has filled, and what that one answered to six prompts."""
+    disk = {"memory__disk_path": tmp_path / "kv", "memory__disk_bytes": 1 << 24}
+    first = open_small(open_pipeline, tiny, **disk)
+    expected = [answers(first, [prompt]) for prompt in prompts(6)]
+    first.shutdown()
+    return open_small(open_pipeline, tiny, **disk), expected
+
+
 @pytest.mark.parametrize("cohorts", [1, 2])
 def test_a_prefix_that_was_pushed_out_comes_back_from_main_memory(
     tiny: Path, open_pipeline: OpenPipeline, cohorts: int
@@ -78,11 +89,7 @@ def test_without_tiers_nothing_comes_back(tiny: Path, open_pipeline: OpenPipelin
 
 
 def test_a_restarted_server_finds_its_prefixes_on_disk(tiny: Path, open_pipeline: OpenPipeline, tmp_path: Path) -> None:
-    disk = {"memory__disk_path": tmp_path / "kv", "memory__disk_bytes": 1 << 24}
-    first = open_small(open_pipeline, tiny, **disk)
-    expected = [answers(first, [prompt]) for prompt in prompts(6)]
-    first.shutdown()
-    second = open_small(open_pipeline, tiny, **disk)
+    second, expected = restarted(open_pipeline, tiny, tmp_path)
     assert cached(second, prompts(6)[1]) >= 40
     assert [answers(second, [prompt]) for prompt in prompts(6)] == expected
 
@@ -118,11 +125,7 @@ def test_a_preempted_sequence_comes_back_from_main_memory(tiny: Path, open_pipel
 def test_requests_given_up_while_their_prefix_is_read_leave_nothing(
     tiny: Path, open_pipeline: OpenPipeline, tmp_path: Path
 ) -> None:
-    disk = {"memory__disk_path": tmp_path / "kv", "memory__disk_bytes": 1 << 24}
-    first = open_small(open_pipeline, tiny, **disk)
-    expected = [answers(first, [prompt]) for prompt in prompts(6)]
-    first.shutdown()
-    second = open_small(open_pipeline, tiny, **disk)
+    second, expected = restarted(open_pipeline, tiny, tmp_path)
     for prompt in prompts(6):
         second.submit(prompt, GREEDY).abort()
     assert [answers(second, [prompt]) for prompt in prompts(6)] == expected
@@ -186,11 +189,7 @@ def test_a_load_that_fails_ends_what_runs_and_leaves_nothing_wrong_behind(
 def test_samples_of_a_prompt_whose_prefix_is_fetched_share_it_and_may_be_given_up(
     tiny: Path, open_pipeline: OpenPipeline, tmp_path: Path
 ) -> None:
-    disk = {"memory__disk_path": tmp_path / "kv", "memory__disk_bytes": 1 << 24}
-    first = open_small(open_pipeline, tiny, **disk)
-    expected = [answers(first, [prompt]) for prompt in prompts(6)]
-    first.shutdown()
-    second = open_small(open_pipeline, tiny, **disk)
+    second, expected = restarted(open_pipeline, tiny, tmp_path)
     three = replace(GREEDY, n=3, temperature=0.0)
     for prompt in prompts(6)[:3]:
         second.submit(prompt, three).abort()

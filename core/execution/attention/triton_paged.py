@@ -150,14 +150,14 @@ def _launch(
     row_lo, row_hi = batch.bounds(spec.window) if isinstance(batch, SiteBatch) else (None, None)
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():  # launches go to the current device
         _paged_attention[grid](
-        output, lse, query, k_pages, v_pages, batch.block_tables, batch.query_start, batch.seq_lens, row_lo, row_hi,
-        None if at_site else spec.sinks, spec.scale, spec.softcap or 0.0, spec.window or 0,
-        query.stride(0), query.stride(1), output.stride(0), output.stride(1), 0 if lse is None else lse.stride(0),
-        k_pages.stride(1), k_pages.stride(2), v_pages.stride(1), v_pages.stride(2), batch.block_tables.stride(0),
-        GROUP=group, KEY_DIM=k_pages.shape[-1], VALUE_DIM=v_pages.shape[-1],
-        BLOCK_KEY=max(_MIN_TILE, triton.next_power_of_2(k_pages.shape[-1])),
-        BLOCK_VALUE=max(_MIN_TILE, triton.next_power_of_2(v_pages.shape[-1])), PAGE=k_pages.shape[1],
-        BLOCK_Q=block_q, BLOCK_M=max(_MIN_TILE, triton.next_power_of_2(block_q * group)), BLOCK_N=_KEYS,
-        HAS_WINDOW=spec.window is not None and not at_site, HAS_SOFTCAP=spec.softcap is not None,
-        HAS_SINKS=spec.sinks is not None and not at_site, HAS_BOUNDS=at_site, HAS_LSE=lse is not None,
-    )  # fmt: skip
+            output, lse, query, k_pages, v_pages, batch.block_tables, batch.query_start, batch.seq_lens, row_lo, row_hi,
+            None if at_site else spec.sinks, spec.scale, spec.softcap or 0.0, spec.window or 0,
+            query.stride(0), query.stride(1), output.stride(0), output.stride(1), 0 if lse is None else lse.stride(0),
+            k_pages.stride(1), k_pages.stride(2), v_pages.stride(1), v_pages.stride(2), batch.block_tables.stride(0),
+            GROUP=group, KEY_DIM=k_pages.shape[-1], VALUE_DIM=v_pages.shape[-1],
+            BLOCK_KEY=max(_MIN_TILE, triton.next_power_of_2(k_pages.shape[-1])),
+            BLOCK_VALUE=max(_MIN_TILE, triton.next_power_of_2(v_pages.shape[-1])), PAGE=k_pages.shape[1],
+            BLOCK_Q=block_q, BLOCK_M=max(_MIN_TILE, triton.next_power_of_2(block_q * group)), BLOCK_N=_KEYS,
+            HAS_WINDOW=spec.window is not None and not at_site, HAS_SOFTCAP=spec.softcap is not None,
+            HAS_SINKS=spec.sinks is not None and not at_site, HAS_BOUNDS=at_site, HAS_LSE=lse is not None,
+        )  # fmt: skip
