@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -153,9 +153,8 @@ class InferencePipeline:
         except VRAMancerError:
             self._replace(old, plan, settings, total)
             return
-        if old.memory.tiers is not None:
-            old.memory.tiers.hand_over()
-        self._engine = self._start(plan, settings, total)
+        tiers = old.memory.tiers
+        self._engine = self._start(plan, settings, total, (lambda: None) if tiers is None else tiers.hand_over)
         old.close(drain_s=self.settings.api.drain_timeout_s)
 
     def _replace(self, old: ModelEngine, plan: ModelPlan, settings: Settings, total: int) -> None:
@@ -187,10 +186,14 @@ class InferencePipeline:
             for device in devices
         )  # fmt: skip
 
-    def _start(self, plan: ModelPlan, settings: Settings, total_bytes: int) -> ModelEngine:
+    def _start(
+        self, plan: ModelPlan, settings: Settings, total_bytes: int, on_loaded: Callable[[], None] = lambda: None
+    ) -> ModelEngine:
         """Load the weights, then generate one token, so that readiness means that the model works."""
         done = LoadProgress(total_bytes, self._on_progress)
-        engine = load_engine(plan, settings, transfer=self.transfer, cpu_threads=self._cpu_threads, on_read=done.add)
+        engine = load_engine(
+            plan, settings, transfer=self.transfer, cpu_threads=self._cpu_threads, on_read=done.add, on_loaded=on_loaded
+        )
         engine.batcher.call(lambda: torch.set_num_threads(engine.torch_threads(self._cpu_threads))).result()
         try:
             self._warm_up(engine)

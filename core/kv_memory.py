@@ -70,7 +70,11 @@ def open_kv(
     memory = KVMemory(kv, DeviceBudget(host))
     memory.tiers = _open_tiers(plan, settings, kv, salt)
     if not kv.pages.is_trivial:
-        memory.overflow = _open_overflow(plan, settings, stages, budgets, host, memory)
+        try:
+            memory.overflow = _open_overflow(plan, settings, stages, budgets, host, memory)
+        except BaseException:
+            memory.close()
+            raise
     return memory
 
 

@@ -172,8 +172,10 @@ def load_engine(
     transfer: TransferManager,
     cpu_threads: int,
     on_read: Callable[[int], None] = lambda nbytes: None,
+    on_loaded: Callable[[], None] = lambda: None,
 ) -> ModelEngine:
-    """Load a planned model and start its batcher. On failure everything allocated so far is freed.
+    """Load a planned model and start its batcher. On failure everything allocated so far is freed. `on_loaded` is
+    called when the weights are there, before tiers are opened.
 
     Raises `InsufficientMemoryError`, before anything is allocated, if memory was taken since the plan was made.
     """
@@ -203,6 +205,7 @@ def load_engine(
             pages = plan.pooled.local_tokens[len(stages) - 1] // settings.engine.block_size
             stage.allocate_kv(pages, settings.engine.block_size, backends, transfer, host, guests)
             names.append(attention.name)
+        on_loaded()
         return _assemble(plan, settings, budgets, stages, transfer, tokenizer, names, threads, host, started_s)
     except BaseException:
         for stage in stages:

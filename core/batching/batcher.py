@@ -208,6 +208,8 @@ class ContinuousBatcher:
                 self._starved = scheduler.has_work and not self._in_flight
                 if self._starved:
                     self._wait_for_memory()
+                elif not (scheduler.num_running or scheduler.num_waiting):
+                    self._starved_since_s = None  # whoever waited has gone
                 return
             self._starved, self._starved_since_s = False, None
             if choice.cohorts == 1:

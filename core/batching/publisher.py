@@ -10,7 +10,10 @@ from core.batching.output import Detokenizer, RequestHandle, RequestWriter
 from core.batching.scheduler import Scheduler, SequenceUpdate
 from core.batching.sequence import Request, Sequence
 from core.errors import StepFailedError, VRAMancerError
+from core.logs import get_logger
 from core.request import SequenceDelta
+
+logger = get_logger(__name__)
 
 
 class EngineMetrics(Protocol):
@@ -122,10 +125,15 @@ class Publisher:
 
     def fail_everything(self, error: VRAMancerError) -> None:
         """The engine ends: clients are told before anything else is tried."""
-        for writer in list(self._writers.values()):
+        writers = list(self._writers.values())
+        for writer in writers:
             writer.handle.put(error)
-            for sequence in writer.request.sequences:
-                self._scheduler.finish(sequence, "error")
+        for writer in writers:
+            try:
+                for sequence in writer.request.sequences:
+                    self._scheduler.finish(sequence, "error")
+            except Exception as failure:  # the engine may have died of what its books say
+                logger.error("a request could not be ended in order", exc_info=failure)
             self._forget(writer, "error")
 
     def _close(self, writer: RequestWriter, deltas: list[SequenceDelta]) -> None:

@@ -340,14 +340,15 @@ class KVCacheManager:
         self.pages.drop(self.pool.release(reversed(table.blocks)))
 
     def close_and_drop_away(self, seq_id: int) -> None:
-        """Release a sequence's blocks; those that nobody else uses and some stage keeps elsewhere are forgotten, here
-        and for good: carrying them to a tier below would take as long as bringing them home.
+        """Release a sequence's blocks. From the first that some stage keeps elsewhere on, those that nobody else uses
+        are forgotten, here and for good: carrying them to a tier below would take as long as bringing them home, and
+        what comes behind cannot be found without them.
         """
         blocks = self._tables[seq_id].blocks
+        is_away = [any(not pages.is_local(block) for _, pages in self.pages.mapped) for block in blocks]
         self.close(seq_id)
-        for block in reversed(blocks):
-            is_away = any(not pages.is_local(block) for _, pages in self.pages.mapped)
-            if is_away and self.pool.ref_count(block) == 0 and self.pool.hash_of(block) is not None:
+        for block in reversed(blocks[is_away.index(True) :] if True in is_away else ()):
+            if self.pool.ref_count(block) == 0 and self.pool.hash_of(block) is not None:
                 self.pool.evict(block, tell=False)
                 self.pages.drop([block])
 

@@ -172,6 +172,8 @@ class KVTiers:
 
     def hand_over(self, flush_s: float = 10.0) -> None:
         """Another engine is about to open the places that outlast this one, which goes on without tiers. Any thread."""
+        if not self.memory.lasts:
+            return
         self.memory.flush(flush_s)
         self.memory.close()
 

@@ -155,6 +155,21 @@ def test_a_request_that_no_longer_fits_is_told_so_and_fits_when_memory_is_lent_a
     assert client.post("/v1/completions", asked).status_code == 200
 
 
+def test_who_waited_and_went_does_not_shorten_the_wait_of_others(opened: Opener) -> None:
+    pipeline, client = opened(lending__host_bytes=0)
+    engine = pipeline.engine
+    client.post("/api/memory/reclaim", {"device": engine.plan.devices[1].name, "urgency": "critical"})
+    waits = pipeline.submit([3 + i % 80 for i in range(100)], GREEDY)
+    deadline_s = time.monotonic() + 20
+    while engine.batcher._starved_since_s is None and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert engine.batcher._starved_since_s is not None
+    waits.abort()
+    while engine.batcher._starved_since_s is not None and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert engine.batcher._starved_since_s is None
+
+
 def test_unknown_devices_and_fields_are_refused(opened: Opener) -> None:
     _, client = opened()
     client.error("/api/memory/reclaim", {"device": "nobody"}, status=404)

@@ -218,3 +218,18 @@ def test_text_that_cannot_be_decoded_fails_its_own_request(
     assert len(neighbour.result(30).completions[0].token_ids) in (39, 40)
     assert pipeline.engine.batcher.num_unfinished == 0
     assert used_blocks(pipeline) == 0
+
+
+def test_all_clients_hear_of_an_engine_that_cannot_even_end_their_requests(
+    llama: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have died of what its own books say."""
+    pipeline = open_pipeline(llama)
+    handles = [pipeline.submit([5, 6], replace(GREEDY, max_tokens=400)) for _ in range(3)]
+    handles[2].get(10)
+    scheduler = pipeline.engine.batcher.scheduler
+    monkeypatch.setattr(scheduler, "finish", lambda *_: int("x"))
+    monkeypatch.setattr(scheduler, "schedule", lambda *_: 1 / 0)
+    for handle in handles:
+        with pytest.raises(EngineDeadError, match="division by zero"):
+            handle.result(30)

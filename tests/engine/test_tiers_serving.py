@@ -12,7 +12,7 @@ import torch
 from lending_cases import OpenPipeline
 from tiny_models import VOCAB, build_tiny
 
-from core.errors import StepFailedError
+from core.errors import StepFailedError, VRAMancerError
 from core.execution.page_mover import PageMover
 from core.inference_pipeline import InferencePipeline
 from core.memory import Tier
@@ -223,3 +223,16 @@ def test_a_swapped_in_model_has_the_directory(tiny: Path, open_pipeline: OpenPip
         pipeline.load(str(model))
         assert [tier["tier"] for tier in pipeline.memory_view()["tiers"]] == ["L3", "L5"]
     assert answers(pipeline, [prompts(1)[0]]) == expected
+
+
+def test_a_model_that_does_not_load_leaves_the_directory_to_the_old_one(
+    tiny: Path, open_pipeline: OpenPipeline, tmp_path: Path
+) -> None:
+    pipeline, expected = restarted(open_pipeline, tiny, tmp_path)
+    build_tiny("llama", tmp_path / "llama")
+    (file,) = (tmp_path / "llama").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(VRAMancerError):
+        pipeline.load(str(tmp_path / "llama"))
+    assert cached(pipeline, prompts(6)[2]) >= 40
+    assert answers(pipeline, [prompts(6)[2]]) == expected[2]
