@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import gettempdir
 
@@ -24,7 +24,7 @@ LAYER += [(INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)
 BLOCK = 16
 
 
-def best_of(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def best_of(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """The shortest time of each, in milliseconds; rounds alternate between them."""
     times = dict.fromkeys(contenders, float("inf"))
     for _ in range(rounds):
@@ -148,16 +148,21 @@ def calls(kernels: NativeKernels) -> None:
     """Small work: mostly the price of a call."""
     x, weight = torch.randn(1, 64).bfloat16(), torch.randn(64, 64).bfloat16()
     loops = range(2000)
-    each = {
+    each: dict[str, Callable[[], object]] = {
         "ours": lambda: [kernels.linear(x, weight) for _ in loops],
         "F.linear": lambda: [F.linear(x, weight) for _ in loops],
     }
     show("2000 linears 64x64", best_of(each, 5), "(us a call: half the number)")
+
+    def repeated(work: Callable[[], object]) -> None:
+        for _ in loops:
+            work()
+
     key, cache, slots = torch.randn(16, 4, 64).bfloat16(), torch.zeros(64, BLOCK, 4, 64).bfloat16(), torch.arange(16)
     flat = cache.view(-1, 4, 64)
     each = {
-        "ours": lambda: [kernels.write_kv(key, key, cache, cache, slots) for _ in loops],
-        "index_copy_": lambda: [(flat.index_copy_(0, slots, key), flat.index_copy_(0, slots, key)) for _ in loops],
+        "ours": lambda: repeated(lambda: kernels.write_kv(key, key, cache, cache, slots)),
+        "index_copy_": lambda: repeated(lambda: (flat.index_copy_(0, slots, key), flat.index_copy_(0, slots, key))),
     }
     show("2000 KV writes, 16 tokens", best_of(each, 5))
     x, gain = torch.randn(16, HIDDEN).bfloat16(), torch.ones(HIDDEN).bfloat16()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from benchmarks.machine import machine_info
 from benchmarks.models import SHAPES, random_prompts
 from core.config import load_settings
 from core.inference_pipeline import InferencePipeline
-from core.model_plan import cohort_policy
-from core.placement import decode_tok_s
+from core.model_plan import ModelPlan, cohort_policy
+from core.placement import DeviceProfile, decode_tok_s
 from core.placement.engine import stage_costs
 from core.request import SamplingParams
 
@@ -119,10 +119,19 @@ def measure(
         handle.result(60)
     plan = engine.plan
     cohorts = cohort_policy(plan, engine.settings).choose(streams, mean, 0).cohorts
-    stages, links = stage_costs(plan.placement, plan.request), plan.request.links
     mean -= int(seconds * tok_s / (2 * streams))  # of what was decoded meanwhile, half lay before the middle
-    predicted = decode_tok_s(plan.costs, stages, links, streams, mean, cohorts)
-    return Rate(streams, mean, cohorts, tok_s, predicted, busy)
+    return Rate(streams, mean, cohorts, tok_s, predicted_tok_s(plan, streams, mean, cohorts), busy)
+
+
+def predicted_tok_s(
+    plan: ModelPlan, streams: int, context: int, cohorts: int, profiles: Sequence[DeviceProfile] | None = None
+) -> float:
+    """What the cost model expects of a plan; with other `profiles` of its devices than those it was made with."""
+    stages = stage_costs(plan.placement, plan.request)
+    if profiles is not None:
+        indices = [stage.device_index for stage in plan.placement.stages]
+        stages = tuple(replace(stage, device=profiles[i]) for stage, i in zip(stages, indices, strict=True))
+    return decode_tok_s(plan.costs, stages, plan.request.links, streams, context, cohorts)
 
 
 def record(path: Path, section: str, results: Sequence[Mapping[str, Any]]) -> None:

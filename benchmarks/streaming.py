@@ -22,9 +22,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.emulated import CARDS, SCALE
 from benchmarks.machine import machine_info
 from benchmarks.models import SHAPES, default_workdir, random_prompts, resolve_model
-from benchmarks.pipeline import CARDS, SCALE
 from core.config import load_settings
 from core.devices import HOST
 from core.inference_pipeline import InferencePipeline
@@ -36,7 +36,11 @@ from core.placement.engine import stage_costs
 from core.request import SamplingParams
 
 SHAPE = "streaming"
-SETUPS = ((("3090",), 11.6), (("5070 Ti",), 50.0), (("3090", "5070 Ti"), 11.6))
+SETUPS: tuple[tuple[tuple[str, ...], float], ...] = (
+    (("3090",), 11.6),
+    (("5070 Ti",), 50.0),
+    (("3090", "5070 Ti"), 11.6),
+)
 """Cards, and their links to main memory in GB/s: PCIe 4.0 x8, PCIe 5.0 x16."""
 CONTEXT = 16
 CHUNK = 256
@@ -217,10 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     given = parser.parse_args(arguments)
     model_dir = resolve_model(SHAPE, given.workdir)
-    results = [
-        compare(model_dir, *SETUPS[int(number) - 1], given.streams, given.steps, given.prompts)
-        for number in given.setups.split(",")
-    ]
+    chosen = [SETUPS[int(number) - 1] for number in given.setups.split(",")]
+    results = [compare(model_dir, cards, link, given.streams, given.steps, given.prompts) for cards, link in chosen]
     show(results, Console(width=180))
     if given.json is not None:
         data = {"machine": machine_info(), "results": [asdict(result) for result in results]}

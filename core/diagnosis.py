@@ -20,7 +20,7 @@ from core.execution.profile_store import device_facts
 from core.execution.profiler import DEVICE_BUDGET_S, LayerProfiler, MemoryNow, read_memory
 from core.models.architecture import read_architecture
 from core.models.resolve import resolve_model
-from core.placement import DeviceProfile, LinkProfile
+from core.placement import DeviceProfile, LinkProfile, Sharing
 from core.placement.cards import card
 from core.transfer import TransferManager
 
@@ -62,7 +62,10 @@ class DeviceDiagnosis:
         source: "measured", or "emulated" for a device with a given speed.
         bandwidth_bytes_s: at which weights are read.
         flops: operations per second by rows of the matrix product ("1", "16", "256").
-        layer_overhead_s, step_overhead_s: per layer and per forward pass, beyond reading and computing.
+        layer_overhead_s, row_overhead_s, step_overhead_s: per layer, per layer and token, and per forward pass, beyond
+            reading and computing.
+        sharing: how many times longer reading and computing take while all parts of the device's processor compute;
+            None for a device that is not a part.
         compute_bound_streams: from how many streams on a step takes longer than for one, because computing takes longer
             than reading the weights; None: not up to thousands.
         limits: the same in a sentence.
@@ -80,7 +83,9 @@ class DeviceDiagnosis:
     bandwidth_bytes_s: float
     flops: dict[str, float]
     layer_overhead_s: float
+    row_overhead_s: float
     step_overhead_s: float
+    sharing: Sharing | None
     compute_bound_streams: int | None
     limits: str
     datasheet: Datasheet | None
@@ -164,7 +169,9 @@ def diagnose_device(
         bandwidth_bytes_s=profile.bandwidth_bytes_s,
         flops={str(rows): profile.flops_at(rows) for rows in SHOWN_ROWS},
         layer_overhead_s=profile.layer_overhead_s,
+        row_overhead_s=profile.row_overhead_s,
         step_overhead_s=profile.step_overhead_s,
+        sharing=profile.sharing,
         compute_bound_streams=streams,
         limits=_limits(profile, dtype.itemsize, streams),
         datasheet=_datasheet(memory, product, profile, dtype) if device.kind in ("cuda", "rocm", "mps") else None,

@@ -101,7 +101,8 @@ def layer_costs(architecture: Architecture, weights: ModelBytes, settings: Setti
         workspace_bytes=workspace.layers_bytes,
         head_workspace_bytes=workspace.head_bytes,
         layer_flops=tuple(
-            int(2 * (count - weights.unread(layer) / element)) for layer, count in enumerate(weights.layer_parameters)
+            int(2 * (count - (weights.layers[layer] - weights.read_bytes(layer, 1)) / element))
+            for layer, count in enumerate(weights.layer_parameters)
         ),
         head_flops=2 * weights.head_parameters,
         hidden_bytes=architecture.hidden_size * element,
@@ -355,5 +356,8 @@ def stage_timer(plan: ModelPlan, stage: StagePlan) -> StageTimer | None:
         profile = emulated_profile(device.name, device.speed.bandwidth_bytes_s, device.speed.flops)
     elif not plan.is_measured:
         return None
-    link = plan.request.links.link(HOST, device.name)
-    return StageTimer(plan.costs, profile, stage.first_layer, stage.last_layer, stage.streamed_layers, link)
+    link, parts = plan.request.links.link(HOST, device.name), 1
+    if profile.sharing is not None:
+        sharing = [stage.device.sharing for stage in stage_costs(plan.placement, plan.request)]
+        parts = sum(other is not None and other.processor == profile.sharing.processor for other in sharing)
+    return StageTimer(plan.costs, profile, stage.first_layer, stage.last_layer, stage.streamed_layers, link, parts)

@@ -1,7 +1,7 @@
-"""Short real runs on one device: how fast it reads weights, multiplies matrices and gets through a decoder layer.
+"""Short real runs on one device: how long something takes, and how fast it reads weights and multiplies matrices.
 
-Everything runs in the code that serves: linear layers as `select_attention` adapts them for the device, and whole
-decoder layers of the model's own architecture, bound to pages as a stage binds them. Weights are random.
+Everything runs in the code that serves: linear layers as `select_attention` adapts them for the device. Weights are
+random.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,23 +18,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, LlamaConfig
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
-from transformers.utils import logging as transformers_logging
 
-from core.devices import Device, DeviceBudget, format_bytes
+from core.devices import Device, format_bytes
 from core.errors import OutOfDeviceMemoryError
-from core.execution.attention.interface import (
-    ATTENTION_NAME,
-    AttentionBackend,
-    AttentionContext,
-    LayerAttention,
-    bind,
-)
-from core.execution.attention.metadata import AttentionMetadata
-from core.kv_cache.paged_kv_cache import PagedKVCache
-from core.models.architecture import Architecture
-from core.models.stage_model import PassThrough, StageSlice, find_decoder, measure_bytes, stage_class
 
 Adapter = Callable[[nn.Module], None]
 
@@ -45,7 +33,6 @@ _ENOUGH_SAMPLES = 6
 _AGREEMENT = 1.02
 _SAMPLES_PER_BUDGET = 6
 _MOST_MLPS = 128
-_MOST_LAYERS = 8
 _MOST_COLD_BYTES = 1024 * _MIB
 _CPU_CACHES = Path("/sys/devices/system/cpu")
 
@@ -80,13 +67,10 @@ def time_once(work: Callable[[], object], device: torch.device) -> float:
 
 
 def time_runs(work: Callable[[], object], device: torch.device, budget_s: float) -> float:
-    """Seconds that `work` takes on `device`: the median of the fastest half of its runs.
-
-    Whatever else the machine does only ever makes a run longer, so the fast runs are the nearest to what the device can
-    do; the fastest alone would be the luckiest one, and would go on falling with every run added.
+    """Seconds that `work` takes on `device`: the median of its runs, which is what serving will get of it.
 
     Runs that are shorter than a millisecond are timed several at a time, so that a GPU's queue stays full. It ends
-    after `budget_s` seconds (warm-up not counted), or earlier once the fastest half agree within 2 %.
+    after `budget_s` seconds (warm-up not counted), or earlier once the middle half agree within 2 %.
     """
     work()  # compiles, fills caches and allocators
     warm_s = time.perf_counter() + min(_WARM_UP_SHARE * budget_s, _MOST_WARM_UP_S)
@@ -98,10 +82,27 @@ def time_runs(work: Callable[[], object], device: torch.device, budget_s: float)
     started_s = time.perf_counter()
     while True:
         samples.append(time_once(lambda: [work() for _ in range(repeats)], device) / repeats)
-        fast = sorted(samples)[: (len(samples) + 1) // 2]
-        agreed = len(samples) >= _ENOUGH_SAMPLES and fast[-1] <= _AGREEMENT * fast[0]
+        middle = sorted(samples)[len(samples) // 4 : len(samples) - len(samples) // 4]
+        agreed = len(samples) >= _ENOUGH_SAMPLES and middle[-1] <= _AGREEMENT * middle[0]
         if agreed or time.perf_counter() - started_s >= budget_s:
-            return max(median(fast), 1e-9)
+            return max(median(samples), 1e-9)
+
+
+@contextmanager
+def computing_as_served(device: Device, torch_threads: int) -> Iterator[None]:
+    """The device is current and torch has as many threads as in the engine; afterwards its memory is given back."""
+    at: Any = torch.cuda.device(device.torch_device) if device.kind in ("cuda", "rocm") else nullcontext()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(torch_threads)
+    try:
+        with at:
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        if device.kind in ("cuda", "rocm"):
+            torch.cuda.empty_cache()
+        elif device.kind == "mps":
+            torch.mps.empty_cache()
 
 
 # -- memory ---------------------------------------------------------------------------------------------------------
@@ -131,8 +132,11 @@ def _cpu_cache_bytes() -> int:
     return sum(size for (level, _), size in sizes.items() if level == last)
 
 
-def _fill(tensor: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
-    """Copy `tile` over and over. Real numbers in real pages: fresh zero pages are all one page of memory."""
+def fill(tensor: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
+    """Copy `tile` into `tensor`, over and over, and return the tensor.
+
+    Real numbers in real pages: fresh zero pages are all one page of memory.
+    """
     flat, step = tensor.view(-1), tile.numel()
     for start in range(0, flat.numel(), step):
         part = flat[start : start + step]
@@ -140,11 +144,25 @@ def _fill(tensor: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _random_tile(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def random_tile(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The same random numbers every time, as large as weights are."""
     return torch.randn(_MIB, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(device, dtype)
 
 
 # -- matrix products ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Something to time on `device`, and how much of what is counted one run does."""
+
+    work: Callable[[], object]
+    amount: float
+    device: torch.device
+
+    def rate(self, budget_s: float) -> float:
+        """Amount per second."""
+        return self.amount / time_runs(self.work, self.device, budget_s)
 
 
 class Products:
@@ -163,25 +181,25 @@ class Products:
             )
         # Calls cost something too: reading is measured on matrices so large that it does not matter.
         self._large = (16 if self._device.type == "cpu" else 64) * _MIB
-        self._tile = _random_tile(dtype, self._device)
+        self._tile = random_tile(dtype, self._device)
         self._buffer = torch.empty(nbytes // dtype.itemsize, dtype=dtype, device=self._device)
         self._mlps: dict[int, list[nn.Module]] = {}
 
-    def bandwidth_bytes_s(self, budget_s: float) -> float:
-        """Bytes per second at which linear layers read their weights for one row."""
+    def reading(self) -> Task:
+        """Linear layers that read their weights for one row; the amount is bytes."""
         most = self._buffer.numel() // self._hidden
         width = min(most, max(self._inner, self._large // (self._hidden * self._dtype.itemsize)))
         shape = (width, self._hidden)
         linears = nn.ModuleList(self._linear(shape, index) for index in range(most // width))
         self._adapt(linears)
-        x = self._input(1)
-        seconds = time_runs(lambda: [linear(x) for linear in linears], self._device, budget_s)
-        return len(linears) * width * self._hidden * self._dtype.itemsize / seconds
+        x, nbytes = self._input(1), len(linears) * width * self._hidden * self._dtype.itemsize
+        return Task(lambda: [linear(x) for linear in linears], nbytes, self._device)
 
-    def flops(self, rows: int, expected: float, budget_s: float) -> float:
-        """Floating-point operations per second of gated MLPs of the model's size, for `rows` rows.
+    def computing(self, rows: int, expected: float, budget_s: float) -> Task:
+        """Gated MLPs of the model's size, for `rows` rows; the amount is floating-point operations.
 
-        `expected` is the rate to plan with: an MLP that would use the budget up at that rate is made narrower.
+        `expected` operations per second are planned with: an MLP that would use the budget up at that rate is made
+        narrower.
         """
         sample_flops = expected * budget_s / _SAMPLES_PER_BUDGET
         narrow = max(256, int(sample_flops / (6 * rows * self._hidden)) // 64 * 64)
@@ -196,11 +214,11 @@ class Products:
             for mlp in itertools.islice(turn, count):
                 mlp(x)
 
-        return count * mlp_flops / time_runs(work, self._device, budget_s)
+        return Task(work, count * mlp_flops, self._device)
 
     def _input(self, rows: int) -> torch.Tensor:
         empty = torch.empty(1, rows, self._hidden, dtype=self._dtype, device=self._device)
-        return _fill(empty, self._tile)
+        return fill(empty, self._tile)
 
     def _gated_mlps(self, inner: int) -> list[nn.Module]:
         """As many as there are weights for. Llama's module: the kernels know it, and most models have one like it."""
@@ -219,7 +237,7 @@ class Products:
     def _adapt(self, modules: nn.ModuleList) -> None:
         """Weights that were packed before are no numbers any more. Packed modules from before then compute others, in
         the same time."""
-        _fill(self._buffer, self._tile)
+        fill(self._buffer, self._tile)
         self._adapter(modules)
 
     def _linear(self, shape: tuple[int, int], index: int) -> nn.Linear:
@@ -229,118 +247,3 @@ class Products:
         weight = self._buffer[index * size : (index + 1) * size].view(shape)
         linear.weight = nn.Parameter(weight, requires_grad=False)
         return linear
-
-
-# -- decoder layers -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Overheads:
-    """Seconds beyond the roofline: of each layer, and of a forward pass without layers."""
-
-    layer_s: float
-    step_s: float
-
-
-class RandomLayers:
-    """`count` decoder layers of the model, from its middle, on random weights, with one block of KV."""
-
-    def __init__(
-        self, architecture: Architecture, device: Device, count: int, backend: AttentionBackend, adapt: Adapter
-    ) -> None:
-        first = max(0, (architecture.num_layers - count + 1) // 2)
-        self._part = StageSlice(first, first + count, architecture.num_layers)
-        self._device = torch.device(device.torch_device)
-        self._model = _random_stage(architecture, self._part, self._device)
-        decoder, name = find_decoder(self._model, architecture.num_layers)
-        self._layers: Any = getattr(decoder, name)
-        layers = range(first, first + count)
-        read = measure_bytes(architecture).one_token()
-        self.layer_bytes = sum(read[first : first + count]) / count
-        self.layer_flops = 2 * self.layer_bytes / architecture.dtype.itemsize
-        adapt(self._model)
-        self._context = AttentionContext(backend)
-        tokens = max(1, min(16, architecture.max_position))
-        shapes = {index: architecture.kv_shapes[index] for index in layers}
-        self._kv = PagedKVCache(shapes, 1, tokens, architecture.dtype, device, DeviceBudget(device))
-        windows = architecture.sliding_windows
-        bound = {
-            index: LayerAttention(self._context, index, *self._kv.layer(index), windows[index]) for index in layers
-        }
-        bind(self._model, bound)
-        self._inputs = self._one_token(architecture, tokens)
-
-    def _one_token(self, architecture: Architecture, seq_len: int) -> dict[str, torch.Tensor]:
-        """The inputs of a step in which one sequence gets its token number `seq_len`."""
-        at = self._device
-        self._context.metadata = AttentionMetadata(
-            slot_mapping=torch.tensor([seq_len - 1], device=at),
-            block_tables=torch.zeros((1, 1), dtype=torch.int32, device=at),
-            query_start=torch.tensor([0, 1], dtype=torch.int32, device=at),
-            seq_lens=torch.tensor([seq_len], dtype=torch.int32, device=at),
-            num_decodes=1,
-            host_query_start=(0, 1),
-            host_seq_lens=(seq_len,),
-        )
-        positions = torch.tensor([[seq_len - 1]], device=at)
-        if self._part.is_first:
-            return {"position_ids": positions, "input_ids": torch.zeros((1, 1), dtype=torch.int64, device=at)}
-        hidden = _random_tile(architecture.dtype, at)[: architecture.hidden_size].view(1, 1, -1)
-        return {"position_ids": positions, "inputs_embeds": hidden}
-
-    def step(self) -> None:
-        """One token through the layers, waited for, as the engine waits for each step."""
-        self._model.base_model(use_cache=False, **self._inputs)
-        synchronize(self._device)
-
-    def overheads(self, layer_roofline_s: float, budget_s: float) -> Overheads:
-        """Times steps with the layers, and then without them; the layers are gone afterwards."""
-        count = self._part.last - self._part.first
-        with_layers_s = time_runs(self.step, self._device, budget_s / 2)
-        for index in range(self._part.first, self._part.last):
-            self._layers[index] = PassThrough(self._layers[index])
-        empty_s = time_runs(self.step, self._device, budget_s / 2)
-        return Overheads(max(0.0, (with_layers_s - empty_s) / count - layer_roofline_s), empty_s)
-
-
-def choose_layer_count(architecture: Architecture, layer_bytes: int, device: Device, room_bytes: int) -> int:
-    """Enough layers that none stays in a cache, as far as the model and the room have them; 0 without room for one."""
-    inner = max(1, architecture.num_layers - 2)  # the first and the last bring the vocabulary with them
-    wanted = math.ceil(cold_bytes(device) / max(1, layer_bytes))
-    return max(0, min(wanted, inner, _MOST_LAYERS, room_bytes // max(1, layer_bytes)))
-
-
-def _random_stage(architecture: Architecture, part: StageSlice, device: torch.device) -> Any:
-    """A stage's model as `load_stage` makes it, with random weights in place of a checkpoint's."""
-    kind = stage_class(architecture, part)
-    with torch.device("meta"):
-        blank = kind._from_config(architecture.config, dtype=architecture.dtype)
-    tile = _random_tile(architecture.dtype, device)
-    weights = {
-        name: _fill(torch.empty(tensor.shape, dtype=architecture.dtype, device=device), tile)
-        for name, tensor in blank.state_dict().items()
-    }
-    with _quiet_transformers():
-        model = kind.from_pretrained(
-            None,
-            config=architecture.config,
-            state_dict=weights,
-            dtype=architecture.dtype,
-            device_map=None if device.type == "cpu" else {"": device},
-            attn_implementation=ATTENTION_NAME,
-            generation_config=GenerationConfig(),
-        )
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model.eval()
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)

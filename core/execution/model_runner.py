@@ -100,6 +100,8 @@ class ModelRunner:
     def _overlap(self, several: bool) -> None:
         if self._cpu_threads is not None:
             self._cpu_threads.overlap(several)
+        for stage in self.stages:
+            stage.overlaps = several
 
     def _stations(self) -> list[Station[_Step]]:
         stations: list[Station[_Step]] = []

@@ -1,4 +1,5 @@
-"""Measured profiles on disk: one JSON file per device and per link, named by a hash of all that the numbers depend on.
+"""Measured profiles on disk: one JSON file per device, per link and per set of parts of one processor, named by a hash
+of all that the numbers depend on.
 
 A file that cannot be used is as good as none: it is logged, and what it held is measured again.
 """
@@ -21,14 +22,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from core.devices import Device
 from core.logs import get_logger
-from core.placement import DeviceProfile, LinkProfile
+from core.placement import DeviceProfile, LinkProfile, Sharing
 
 logger = get_logger(__name__)
 
 Facts = Mapping[str, Any]
 """What a measurement depends on, as JSON values."""
 
-_FORMAT = 3  # goes up when files, or the way of measuring, change
+_FORMAT = 4  # goes up when files, or the way of measuring, change
 
 
 class _Stored(BaseModel):
@@ -37,13 +38,14 @@ class _Stored(BaseModel):
     format: int = Field(ge=_FORMAT, le=_FORMAT)
     measured_at: str
     facts: dict[str, Any]
-    bandwidth_bytes_s: float = Field(gt=0)
 
 
 class _StoredDevice(_Stored):
+    bandwidth_bytes_s: float = Field(gt=0)
     flops: list[tuple[int, float]] = Field(min_length=1)
     layer_overhead_s: float = Field(ge=0)
     step_overhead_s: float = Field(ge=0)
+    row_overhead_s: float = Field(ge=0)
 
     @field_validator("flops", mode="before")
     @classmethod
@@ -61,7 +63,13 @@ class _StoredDevice(_Stored):
 
 
 class _StoredLink(_Stored):
+    bandwidth_bytes_s: float = Field(gt=0)
     latency_s: float = Field(ge=0)
+
+
+class _StoredSharing(_Stored):
+    reading: float = Field(ge=1)
+    computing: float = Field(ge=1)
 
 
 _Kind = TypeVar("_Kind", bound=_Stored)
@@ -84,6 +92,7 @@ class ProfileStore:
             tuple(stored.flops),
             stored.layer_overhead_s,
             stored.step_overhead_s,
+            row_overhead_s=stored.row_overhead_s,
         )
 
     def save_device(self, facts: Facts, profile: DeviceProfile) -> None:
@@ -96,6 +105,7 @@ class ProfileStore:
                 "flops": profile.flops,
                 "layer_overhead_s": profile.layer_overhead_s,
                 "step_overhead_s": profile.step_overhead_s,
+                "row_overhead_s": profile.row_overhead_s,
             },
         )
 
@@ -109,8 +119,17 @@ class ProfileStore:
         values = {"bandwidth_bytes_s": profile.bandwidth_bytes_s, "latency_s": profile.latency_s}
         self._save("link", facts, values)
 
+    def load_sharing(self, facts: Facts) -> tuple[float, float] | None:
+        """How many times longer reading and computing take the parts with these facts together; None: not known."""
+        stored = self._load("sharing", facts, _StoredSharing)
+        return None if stored is None else (stored.reading, stored.computing)
+
+    def save_sharing(self, facts: Facts, sharing: Sharing) -> None:
+        """Keep what parts of a processor cost each other."""
+        self._save("sharing", facts, {"reading": sharing.reading, "computing": sharing.computing})
+
     def path(self, kind: str, facts: Facts) -> Path:
-        """The file of a device or link."""
+        """The file of a device, link or set of parts."""
         return self.directory / f"{kind}-{key_of(facts)}.json"
 
     def _load(self, kind: str, facts: Facts, model: type[_Kind]) -> _Kind | None:
@@ -120,7 +139,7 @@ class ProfileStore:
         except FileNotFoundError:
             return None
         except (OSError, ValidationError) as error:
-            reason = str(error).splitlines()[-1].strip()
+            reason = _first_error(error) if isinstance(error, ValidationError) else str(error)
             logger.warning("a stored profile cannot be used; measuring again", path=str(path), reason=reason)
             return None
         if key_of(stored.facts) != key_of(facts):
@@ -145,6 +164,11 @@ class ProfileStore:
                 raise
         except OSError as error:
             logger.warning("a profile cannot be kept", path=str(path), reason=str(error))
+
+
+def _first_error(error: ValidationError) -> str:
+    found = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, found['loc']))}: {found['msg']}".removeprefix(": ")
 
 
 _KERNEL_SOURCES = (Path(__file__).parent / "native", Path(__file__).parent / "attention")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,34 +12,29 @@ import torch
 from torch import nn
 
 from core.config import Settings
-from core.devices import HOST, Device, Machine, format_bytes, parse_link, probe_machine
+from core.devices import HOST, Device, Machine, format_bytes, probe_machine
 from core.errors import OutOfDeviceMemoryError
-from core.execution import measure
 from core.execution.attention.interface import AttentionBackend
 from core.execution.attention.select import LinearAdapter, select_attention
-from core.execution.measure import Overheads, Products, RandomLayers
+from core.execution.device_speed import measure_speed
+from core.execution.layer_times import SHARING_ROWS, measure_sharing
+from core.execution.link_profiler import LinkProfiler
+from core.execution.measure import computing_as_served
 from core.execution.native import do_all_products
-from core.execution.profile_store import Facts, ProfileStore, device_facts, kernel_digest, key_of
+from core.execution.profile_store import ProfileStore, device_facts, kernel_digest, key_of
+from core.execution.random_layers import RandomLayers, choose_layer_count
+from core.execution.threads import CpuThreads
 from core.logs import get_logger
 from core.models.architecture import Architecture
 from core.models.stage_model import measure_bytes
-from core.placement import DeviceProfile, LinkProfile, LinkTopology, emulated_profile
+from core.placement import DeviceProfile, LinkProfile, LinkTopology, Sharing, emulated_profile
 from core.transfer import TransferManager
 
 logger = get_logger(__name__)
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 512)
-"""Rows of the matrix products that are measured: close together where steps of decodes are, since kernels work on some
-rows at a time, and the rate rises in steps."""
-DIP = 0.8
-"""A rate below this share of one with fewer rows is doubted."""
-
 DEVICE_BUDGET_S = 2.0
 """Seconds of measuring per device, without what is compiled and filled for it."""
 
-_SMALL_BYTES, _LARGE_BYTES = 4 * 1024, 8 * 1024 * 1024
-_BANDWIDTH_SHARE, _FLOPS_SHARE, _OVERHEAD_SHARE = 0.15, 0.55, 0.3
-_LINK_SHARE = 0.04
 _ROOM_SHARE = 2  # measuring takes up to half of what may be used
 
 
@@ -115,53 +109,45 @@ class LayerProfiler:
         self, settings: Settings, transfer: TransferManager, cpu_threads: int, *, budget_s: float = DEVICE_BUDGET_S
     ) -> None:
         self._settings = settings
-        self._transfer = transfer
         self._cpu_threads = cpu_threads
         self._budget_s = budget_s
         self.store = ProfileStore(settings.runtime.cache_dir / "profiles")
+        self._links = LinkProfiler(settings, transfer, self.store, cpu_threads, budget_s)
 
     def devices(
         self, devices: Sequence[Device], architecture: Architecture, *, refresh: bool = False
     ) -> tuple[DeviceProfile, ...]:
         """A profile per device, for layers of the architecture in its dtype.
 
-        Parts of one physical device share one measurement. Emulated devices have the speed that they were given, and
-        nothing is measured. `refresh` measures what the store already has. Raises `OutOfDeviceMemoryError` for a device
-        without memory to measure in.
+        Parts of one physical device share one measurement of a part alone, and another one of all of them at once.
+        Emulated devices have the speed that they were given, and nothing is measured. `refresh` measures what the store
+        already has. Raises `OutOfDeviceMemoryError` for a device without memory to measure in.
         """
         known: dict[str, DeviceProfile] = {}
-        return tuple(self._device(device, architecture, refresh, known) for device in devices)
+        profiles = [self._device(device, architecture, refresh, known) for device in devices]
+        processors: dict[str, list[Device]] = {}
+        for device in devices:
+            if device.speed is None:
+                processors.setdefault(device.torch_device, []).append(device)
+        sharing = {
+            processor: self._sharing(parts, architecture, refresh)
+            for processor, parts in processors.items()
+            if len(parts) > 1
+        }
+        return tuple(
+            replace(profile, sharing=sharing.get(device.torch_device) if device.speed is None else None)
+            for device, profile in zip(devices, profiles, strict=True)
+        )
 
     def links(self, devices: Sequence[Device], *, refresh: bool = False) -> LinkTopology:
         """Latency and bandwidth of every ordered pair of devices. Links of emulated devices have the speed that
         `devices.sim_link` gives them, if it does.
         """
-        known: dict[str, LinkProfile] = {}
-        pairs = itertools.permutations(devices, 2)
-        return LinkTopology({(src.name, dst.name): self._link(src, dst, refresh, known) for src, dst in pairs})
+        return self._links.between(devices, refresh)
 
     def host_links(self, devices: Sequence[Device]) -> dict[tuple[str, str], LinkProfile]:
         """From main memory to each device, for weights that stream in; emulated devices as in `links`."""
-        return {(HOST, device.name): self._host_link(device) for device in devices}
-
-    def _host_link(self, device: Device) -> LinkProfile:
-        emulated = self._settings.devices.sim_link
-        if emulated is not None and device.kind == "sim":
-            speed = parse_link(emulated)
-            return LinkProfile(speed.bandwidth_bytes_s, speed.latency_s, "stream", "emulated")
-        facts = {"src": HOST, "dst": self._end(device), "method": "stream", "torch": torch.__version__}
-        profile = self.store.load_link(facts, "stream")
-        if profile is None:
-            pin = device.kind in ("cuda", "rocm")
-
-            def time_load(nbytes: int) -> float:
-                source = torch.ones(nbytes, dtype=torch.uint8, pin_memory=pin)
-                target = torch.empty(nbytes, dtype=torch.uint8, device=device.torch_device)
-                return self._time_link(lambda: self._transfer.load(source, target, device))
-
-            profile = self._measure_link(device, HOST, device.name, "stream", time_load)
-            self.store.save_link(facts, profile)
-        return profile
+        return {(HOST, device.name): self._links.from_host(device) for device in devices}
 
     def _device(
         self, device: Device, architecture: Architecture, refresh: bool, known: dict[str, DeviceProfile]
@@ -170,14 +156,7 @@ class LayerProfiler:
             return emulated_profile(device.name, device.speed.bandwidth_bytes_s, device.speed.flops)
         backend, adapter = select_attention(device, self._settings, self._cpu_threads)
         shape = LayerShape.of(architecture)
-        facts = device_facts(device, self._cpu_threads) | {
-            "torch": torch.__version__,
-            "dtype": str(architecture.dtype).removeprefix("torch."),
-            "shape": asdict(shape),
-            "attention": backend.name,
-            "native_kernels": adapter is not None,
-            "kernels": kernel_digest(),
-        }
+        facts = self._facts(device, architecture, shape, backend, adapter)
         key = key_of(facts)
         profile = known.get(key) or (None if refresh else self.store.load_device(facts, device.name))
         if profile is None:
@@ -185,6 +164,67 @@ class LayerProfiler:
             self.store.save_device(facts, profile)
         known[key] = profile
         return replace(profile, name=device.name)
+
+    def _facts(
+        self, device: Device, architecture: Architecture, shape: LayerShape, backend: AttentionBackend,
+        adapter: LinearAdapter | None,
+    ) -> dict[str, Any]:  # fmt: skip
+        return device_facts(device, self._cpu_threads) | {
+            "torch": torch.__version__,
+            "dtype": str(architecture.dtype).removeprefix("torch."),
+            "shape": asdict(shape),
+            "attention": backend.name,
+            "native_kernels": adapter is not None,
+            "kernels": kernel_digest(),
+        }
+
+    def _sharing(self, parts: Sequence[Device], architecture: Architecture, refresh: bool) -> Sharing | None:
+        """What these parts of one processor cost each other; None if there is no room to measure it."""
+        threads = CpuThreads(self._cpu_threads, len(parts))
+        selected = [select_attention(device, self._settings, threads) for device in parts]
+        shape = LayerShape.of(architecture)
+        facts = self._facts(parts[0], architecture, shape, *selected[0]) | {
+            "parts": len(parts),
+            "threads_together": threads.together if parts[0].kind == "cpu" else None,
+        }
+        factors = None if refresh else self.store.load_sharing(facts)
+        if factors is None:
+            factors = self._measure_sharing(parts, architecture, selected, threads)
+        if factors is None:
+            return None
+        sharing = Sharing(parts[0].torch_device, len(parts), *factors)
+        self.store.save_sharing(facts, sharing)
+        return sharing
+
+    def _measure_sharing(
+        self,
+        parts: Sequence[Device],
+        architecture: Architecture,
+        selected: Sequence[tuple[AttentionBackend, LinearAdapter | None]],
+        threads: CpuThreads,
+    ) -> tuple[float, float] | None:
+        smallest = min(memory.usable_bytes for memory in read_memory(parts))
+        room = min(smallest, read_memory(parts)[0].free_bytes // len(parts)) // _ROOM_SHARE
+        layer_bytes = max(measure_bytes(architecture).layers)
+        count = choose_layer_count(architecture, layer_bytes, parts[0], room)
+        if count == 0:
+            logger.warning("parts are taken to cost each other nothing: a layer does not fit", device=parts[0].name)
+            return None
+        adapter = selected[0][1]
+        with self._within(parts[0], room, architecture.dtype, adapter):
+            layers = [
+                RandomLayers(architecture, device, count, backend, adapt or _as_it_is, max(SHARING_ROWS))
+                for device, (backend, adapt) in zip(parts, selected, strict=True)
+            ]
+            prepare = functools.partial(
+                torch.set_num_threads, min(threads.together, self._torch_threads(architecture.dtype, adapter))
+            )
+            factors = measure_sharing(layers, prepare, threads.overlap, len(parts) * self._budget_s)
+        logger.info(
+            "parts measured together",
+            devices=[device.name for device in parts], reading=round(factors[0], 2), computing=round(factors[1], 2),
+        )  # fmt: skip
+        return factors
 
     def _measure_device(
         self,
@@ -195,148 +235,36 @@ class LayerProfiler:
         adapter: LinearAdapter | None,
     ) -> DeviceProfile:
         (memory,) = read_memory([device])
-        room = memory.usable_bytes // _ROOM_SHARE
-        with _computing_as_served(device, self._torch_threads(architecture.dtype, adapter)):
-            try:
-                bandwidth, flops = self._measure_products(device, architecture.dtype, shape, room, adapter)
-                overheads = self._measure_layers(device, architecture, backend, adapter, (bandwidth, flops[0][1]), room)
-            except torch.OutOfMemoryError as error:
-                raise OutOfDeviceMemoryError(
-                    f"{device.name}: its speed cannot be measured, because {format_bytes(room)} of its memory could "
-                    f"not be allocated: {str(error).splitlines()[0]}"
-                ) from error
-        profile = DeviceProfile(device.name, bandwidth, flops, overheads.layer_s, overheads.step_s)
+        room, sizes = memory.usable_bytes // _ROOM_SHARE, (shape.hidden, shape.intermediate)
+        with self._within(device, room, architecture.dtype, adapter):
+            profile = measure_speed(device, architecture, sizes, backend, adapter or _as_it_is, room, self._budget_s)
         logger.info(
             "device measured",
             device=device.name,
-            gigabytes_s=round(bandwidth / 1e9, 2),
-            gigaflops={rows: round(rate / 1e9, 1) for rows, rate in flops},
-            layer_overhead_us=round(overheads.layer_s * 1e6, 1),
-            step_overhead_us=round(overheads.step_s * 1e6, 1),
+            gigabytes_s=round(profile.bandwidth_bytes_s / 1e9, 2),
+            gigaflops={rows: round(rate / 1e9, 1) for rows, rate in profile.flops},
+            layer_overhead_us=round(profile.layer_overhead_s * 1e6, 1),
+            row_overhead_us=round(profile.row_overhead_s * 1e6, 1),
+            step_overhead_us=round(profile.step_overhead_s * 1e6, 1),
         )
         return profile
 
-    def _measure_products(
-        self, device: Device, dtype: torch.dtype, shape: LayerShape, room: int, adapter: LinearAdapter | None
-    ) -> tuple[float, tuple[tuple[int, float], ...]]:
-        products = Products(device, dtype, shape.hidden, shape.intermediate, room, adapter or _as_it_is)
-        with torch.inference_mode():
-            bandwidth = products.bandwidth_bytes_s(_BANDWIDTH_SHARE * self._budget_s)
-            points: list[tuple[int, float]] = []
-            expected = 2 * bandwidth / dtype.itemsize
-            for rows in ROWS:
-                expected = products.flops(rows, expected, _FLOPS_SHARE * self._budget_s / len(ROWS))
-                points.append((rows, expected))
-            return bandwidth, self._without_dips(products, points)
-
-    def _without_dips(self, products: Products, points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
-        """More rows are seldom slower. Where they seem to be, something else may have run: they are measured again, so
-        that it does not stay in the cache."""
-        sound: list[tuple[int, float]] = []
-        for rows, rate in points:
-            if rate < DIP * max((before for _, before in sound), default=0.0):
-                rate = max(rate, products.flops(rows, rate, _FLOPS_SHARE * self._budget_s / len(ROWS)))
-            sound.append((rows, rate))
-        return tuple(sound)
-
-    def _measure_layers(
-        self,
-        device: Device,
-        architecture: Architecture,
-        backend: AttentionBackend,
-        adapter: LinearAdapter | None,
-        speed: tuple[float, float],
-        room: int,
-    ) -> Overheads:
-        """What a layer takes at one token beyond what `speed` (bytes/s, operations/s) accounts for."""
-        layer_bytes = max(measure_bytes(architecture).layers)
-        count = measure.choose_layer_count(architecture, layer_bytes, device, room)
-        if count == 0:
-            logger.warning(
-                "overheads are taken as 0: a layer does not fit",
-                device=device.name, layer=format_bytes(layer_bytes), room=format_bytes(room),
-            )  # fmt: skip
-            return Overheads(0.0, 0.0)
-        layers = RandomLayers(architecture, device, count, backend, adapter or _as_it_is)
-        roofline_s = max(layers.layer_bytes / speed[0], layers.layer_flops / speed[1])
-        with torch.inference_mode():
-            return layers.overheads(roofline_s, _OVERHEAD_SHARE * self._budget_s)
+    @contextmanager
+    def _within(self, device: Device, room: int, dtype: torch.dtype, adapter: LinearAdapter | None) -> Iterator[None]:
+        """Computing as served, in `room` bytes; that they are not there after all is a typed error."""
+        try:
+            with computing_as_served(device, self._torch_threads(dtype, adapter)):
+                yield
+        except torch.OutOfMemoryError as error:
+            raise OutOfDeviceMemoryError(
+                f"{device.name}: its speed cannot be measured, because {format_bytes(room)} of its memory could "
+                f"not be allocated: {str(error).splitlines()[0]}"
+            ) from error
 
     def _torch_threads(self, dtype: torch.dtype, adapter: LinearAdapter | None) -> int:
         """As the engine has it: one where the native kernels do all products."""
         return 1 if adapter is not None and do_all_products(dtype) else self._cpu_threads
 
-    def _link(self, src: Device, dst: Device, refresh: bool, known: dict[str, LinkProfile]) -> LinkProfile:
-        method = self._transfer.method(src, dst)
-        emulated = self._settings.devices.sim_link
-        if emulated is not None and "sim" in (src.kind, dst.kind):
-            speed = parse_link(emulated)
-            return LinkProfile(speed.bandwidth_bytes_s, speed.latency_s, method, "emulated")
-        facts = {
-            "src": self._end(src),
-            "dst": self._end(dst),
-            "same_device": src.torch_device == dst.torch_device,
-            "method": method,
-            "torch": torch.__version__,
-        }
-        key = key_of(facts)
-        profile = known.get(key) or (None if refresh else self.store.load_link(facts, method))
-        if profile is None:
-            time_transfer = functools.partial(self._time_transfer, src, dst)
-            profile = self._measure_link(src, src.name, dst.name, method, time_transfer)
-            self.store.save_link(facts, profile)
-        known[key] = profile
-        return profile
-
-    def _end(self, device: Device) -> Facts:
-        """One end of a link: cards of one model may sit in slots that differ."""
-        uuid = None
-        if device.kind in ("cuda", "rocm"):
-            uuid = str(getattr(torch.cuda.get_device_properties(device.torch_device), "uuid", device.torch_device))
-        return device_facts(device, self._cpu_threads) | {"uuid": uuid}
-
-    def _measure_link(
-        self, device: Device, src: str, dst: str, method: str, time_transfer: Callable[[int], float]
-    ) -> LinkProfile:
-        """From the times of a small and of a large transfer, which end when the data has arrived."""
-        with _computing_as_served(device, 1):  # the other threads are with the stages that compute meanwhile
-            small_s, large_s = (time_transfer(nbytes) for nbytes in (_SMALL_BYTES, _LARGE_BYTES))
-        further = _LARGE_BYTES - _SMALL_BYTES
-        bandwidth = further / (large_s - small_s) if large_s > small_s else _LARGE_BYTES / large_s
-        latency_s = max(0.0, small_s - _SMALL_BYTES / bandwidth)
-        logger.info(
-            "link measured",
-            src=src, dst=dst, method=method,
-            gigabytes_s=round(bandwidth / 1e9, 2), latency_us=round(latency_s * 1e6, 1),
-        )  # fmt: skip
-        return LinkProfile(bandwidth, latency_s, method)
-
-    def _time_transfer(self, src: Device, dst: Device, nbytes: int) -> float:
-        payload = torch.ones(nbytes, dtype=torch.uint8, device=src.torch_device)
-        measure.synchronize(payload.device)
-        return self._time_link(lambda: self._transfer.send(payload, src, dst))
-
-    def _time_link(self, transfer: Callable[[], object]) -> float:
-        host = torch.device("cpu")  # the transfer has waited for the devices: the wall clock is theirs
-        return measure.time_runs(transfer, host, _LINK_SHARE * self._budget_s)
-
 
 def _as_it_is(model: nn.Module) -> None:
     """Devices whose modules are used as they are."""
-
-
-@contextmanager
-def _computing_as_served(device: Device, torch_threads: int) -> Iterator[None]:
-    """The device is current and torch has as many threads as in the engine; afterwards its memory is given back."""
-    at: Any = torch.cuda.device(device.torch_device) if device.kind in ("cuda", "rocm") else nullcontext()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(torch_threads)
-    try:
-        with at:
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        if device.kind in ("cuda", "rocm"):
-            torch.cuda.empty_cache()
-        elif device.kind == "mps":
-            torch.mps.empty_cache()

@@ -36,7 +36,10 @@ from core.transfer import TransferManager
 
 
 class Stage:
-    """Weights and KV of layers `part.first .. part.last - 1`. One thread at a time runs `forward`."""
+    """Weights and KV of layers `part.first .. part.last - 1`. One thread at a time runs `forward`.
+
+    `overlaps` says whether other stages compute at the same time; it is set between steps.
+    """
 
     WEIGHTS = "weights"
 
@@ -55,6 +58,7 @@ class Stage:
         self.stream: StreamManager | None = None
         self.busy_s = 0.0
         self.predicted_s = 0.0
+        self.overlaps = False
         self.forwards = 0
         self.last_used_s = time.monotonic()
         self._budget = budget
@@ -193,7 +197,7 @@ class Stage:
     def _account(self, started_s: float, work: Batch) -> None:
         """Keep an emulated device's pace, and the time spent beside the time predicted."""
         waited_s = self._waited_s()
-        predicted_s = (self._timer.seconds(work) if self._timer is not None else 0.0) + waited_s
+        predicted_s = (self._timer.seconds(work, self.overlaps) if self._timer is not None else 0.0) + waited_s
         self._pace.end(waited_s)
         if self.torch_device.type == "cuda":
             torch.cuda.current_stream(self.torch_device).synchronize()

@@ -223,13 +223,9 @@ class ModelBytes:
     head_parameters: int
     experts: Experts | None = None
 
-    def one_token(self) -> tuple[float, ...]:
-        """Of each layer, the bytes of the weights that a token takes part in."""
-        return tuple(nbytes - self.unread(layer) for layer, nbytes in enumerate(self.layers))
-
-    def unread(self, layer: int) -> float:
-        """Bytes of a layer's experts that a token does not need."""
-        return self.experts.unread_bytes(layer, 1) if self.experts else 0.0
+    def read_bytes(self, layer: int, tokens: int) -> float:
+        """Of a layer, the bytes of the weights that `tokens` tokens take part in."""
+        return self.layers[layer] - (self.experts.unread_bytes(layer, tokens) if self.experts else 0.0)
 
 
 def measure_bytes(architecture: Architecture, packing: Callable[[nn.Module], int] | None = None) -> ModelBytes:

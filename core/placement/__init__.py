@@ -4,6 +4,7 @@ from core.placement.cost import (
     Batch,
     StageCost,
     StageTimer,
+    at_once,
     best_cohorts,
     busy_s,
     decode_tok_s,
@@ -12,7 +13,7 @@ from core.placement.cost import (
     stage_s,
 )
 from core.placement.plan import Experts, LayerCosts, PlacementPlan, StagePlan
-from core.placement.profile import DeviceProfile, LinkProfile, LinkTopology, emulated_profile
+from core.placement.profile import DeviceProfile, LinkProfile, LinkTopology, Sharing, emulated_profile
 from core.placement.splitter import split_by_memory
 
 __all__ = [
@@ -23,9 +24,11 @@ __all__ = [
     "LinkProfile",
     "LinkTopology",
     "PlacementPlan",
+    "Sharing",
     "StageCost",
     "StagePlan",
     "StageTimer",
+    "at_once",
     "best_cohorts",
     "busy_s",
     "decode_tok_s",

@@ -1,11 +1,14 @@
 """How long a stage takes for a batch: a roofline per layer, plus what each launch costs.
 
-    c(a, b) = sum over layers l of [max(W_l / BW, T f_l / F(T)) + K k_l / BW + o] + o_step
+    c(a, b) = sum over layers l of [max(W_l / BW, T f_l / F(T)) + K k_l / BW + o + T r] + o_step
 
 for T new tokens whose attention reads K tokens of KV; W_l are the weight bytes that T tokens read (of experts, those
 that are expected to be used), f_l operations per token, k_l KV bytes per token, BW and F(T) the device's bandwidth and
-matrix rate. The last stage adds the final norm and head for the rows that
-are sampled. Looking embeddings up is not counted: it reads T rows, not the table.
+matrix rate, o and r what a layer takes beside them per step and per token. The last stage adds the final norm and head
+for the rows that are sampled. Looking embeddings up is not counted: it reads T rows, not the table.
+
+While several steps are in flight, all stages compute at the same time; those on parts of one processor are then slower
+by what was measured for that (`Sharing`).
 
 Layers that stream in take as long as that once they are there. Beside it every pass has to load them, in their order,
 from when the first is done with its slot; two are loaded ahead, while the stage is not at work:
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from core.devices.device import HOST
@@ -46,7 +49,7 @@ def layer_s(costs: LayerCosts, device: DeviceProfile, layer: int, batch: Batch) 
     compute_s = batch.tokens * costs.layer_flops[layer] / device.flops_at(batch.tokens)
     weights_s = costs.read_bytes(layer, batch.tokens) / device.bandwidth_bytes_s
     kv_s = batch.kv_tokens * costs.kv_bytes_per_token[layer] / device.bandwidth_bytes_s
-    return max(weights_s, compute_s) + kv_s + device.layer_overhead_s
+    return max(weights_s, compute_s) + kv_s + device.layer_overhead_s + batch.tokens * device.row_overhead_s
 
 
 def head_s(costs: LayerCosts, device: DeviceProfile, batch: Batch) -> float:
@@ -70,9 +73,11 @@ class StageTimer:
 
     def __init__(
         self, costs: LayerCosts, device: DeviceProfile, first: int, last: int, streamed: tuple[int, ...] = (),
-        link: LinkProfile = FREE_LINK,
+        link: LinkProfile = FREE_LINK, parts: int = 1,
     ) -> None:  # fmt: skip
-        """`streamed` layers come in over `link`."""
+        """`streamed` layers come in over `link`; `parts` stages are on parts of its processor, this included."""
+        beside = device.among(parts)
+        self._at_once = None if beside == device else StageTimer(costs, beside, first, last, streamed, link)
         experts = costs.experts
         routed = [(0, 0)] * costs.num_layers
         if experts is not None:
@@ -84,8 +89,10 @@ class StageTimer:
         self._step_s = device.step_overhead_s
         self._stage, self._link = StageCost(device, first, last, streamed), link
 
-    def seconds(self, batch: Batch) -> float:
-        """Predicted time of one forward pass."""
+    def seconds(self, batch: Batch, at_once: bool = False) -> float:
+        """Predicted time of one forward pass; `at_once`: while all stages compute."""
+        if at_once and self._at_once is not None:
+            return self._at_once.seconds(batch)
         return _with_loads_s(self._costs, self._stage, self._link, batch, self.compute_s(batch))
 
     def layers_s(self, batch: Batch, first: int, last: int) -> float:
@@ -111,6 +118,17 @@ class StageCost:
     first: int
     last: int
     streamed: tuple[int, ...] = ()
+
+
+def at_once(stages: Sequence[StageCost]) -> tuple[StageCost, ...]:
+    """The stages as they are while all of them compute."""
+    parts = Counter(stage.device.sharing.processor for stage in stages if stage.device.sharing is not None)
+    return tuple(
+        stage
+        if stage.device.sharing is None
+        else replace(stage, device=stage.device.among(parts[stage.device.sharing.processor]))
+        for stage in stages
+    )
 
 
 def loaded_layers(streamed: Sequence[int]) -> tuple[int, ...]:
@@ -165,6 +183,7 @@ def decode_tok_s(
     cohort at a time; layers that stream in come once for each. So a round, in which every sequence gains a token, takes
     as long as one cohort's way through, or as the busiest stage or link needs for all of them, whichever is more.
     """
+    stages = at_once(stages) if cohorts > 1 else stages
     sizes = [streams // cohorts + (index < streams % cohorts) for index in range(cohorts)]
     timed = [pipeline_s(costs, stages, links, Batch.decode(size, context)) for size in sizes if size]
     way_s = max(sum(compute) + sum(hops) for compute, hops in timed)

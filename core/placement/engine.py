@@ -21,6 +21,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from core.errors import InsufficientMemoryError, InvalidRequestError
 from core.placement.cost import Batch, StageCost, best_cohorts, decode_tok_s
@@ -275,11 +276,13 @@ def _searched(request: PlacementRequest, search: PlacementSearch, kv_tokens: int
         cuts = search.best(Batch.decode(streams, context), kv_tokens, "latency")
         return [] if cuts is None else [cuts]
     counts = range(1, 2 * number + 1) if number <= _ALL_COHORTS_UP_TO else (1, 2, 3, 4, number, 2 * number)
+    # Whether a part will have others beside it depends on the plan, so both are tried.
+    sharing = (True, False) if any(device.profile.sharing for device in request.devices) else (True,)
     found, fastest = [], 0.0
-    for count in sorted({min(count, streams) for count in counts}):
+    for count, crowded in product(sorted({min(count, streams) for count in counts}), sharing):
         size = -(-streams // count)
         under_s = size * count / fastest if fastest else math.inf
-        cuts = search.best_round(Batch.decode(size, context), kv_tokens, count, under_s)
+        cuts = search.best_round(Batch.decode(size, context), kv_tokens, count, under_s, crowded=crowded)
         if cuts is not None:
             found.append(cuts)
             stages = [StageCost(request.devices[device].profile, first, last) for device, first, last in cuts]

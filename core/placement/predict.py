@@ -9,7 +9,7 @@ from typing import Literal
 
 from core.devices.device import HOST
 from core.errors import InsufficientMemoryError
-from core.placement.cost import Batch, StageCost, best_cohorts, decode_tok_s, load_s, pipeline_s
+from core.placement.cost import Batch, StageCost, at_once, best_cohorts, decode_tok_s, load_s, pipeline_s
 from core.placement.engine import PlacementDevice, PlacementRequest, predicted_tok_s, stage_costs
 from core.placement.plan import LayerCosts, PlacementPlan
 from core.placement.profile import DeviceProfile, LinkTopology
@@ -172,6 +172,8 @@ def _rate(
     tok_s = decode_tok_s(costs, stages, links, streams, context, cohorts)
     sizes = [streams // cohorts + (index < streams % cohorts) for index in range(cohorts)]
     batches = [Batch.decode(size, context) for size in sizes]
+    roofline = _roofline_tok_s(costs, stages, links, streams, context)
+    stages = at_once(stages) if cohorts > 1 else stages
     streaming = [stage for stage in stages if stage.streamed]
     loads = tuple(load_s(costs, stage, links) for stage in streaming)
     timed = [pipeline_s(costs, stages, links, batch) for batch in batches]
@@ -186,7 +188,6 @@ def _rate(
         for (name, layers, limit), all_s in zip(named, zip(*ways, strict=True), strict=True)
     )
     slowest = max(parts, key=lambda part: part.seconds)
-    roofline = _roofline_tok_s(costs, stages, links, streams, context)
     return RatePrediction(streams, cohorts, tok_s, streams / tok_s, parts, slowest, roofline)
 
 
@@ -194,7 +195,8 @@ def stage_limit(costs: LayerCosts, stage: StageCost, batch: Batch) -> Limit:
     """What most of a stage's time goes to."""
     device, rows = stage.device, batch.tokens
     spent: dict[Limit, float] = {"bandwidth": 0.0, "compute": 0.0}
-    spent["overhead"] = device.step_overhead_s + (stage.last - stage.first) * device.layer_overhead_s
+    per_layer_s = device.layer_overhead_s + rows * device.row_overhead_s
+    spent["overhead"] = device.step_overhead_s + (stage.last - stage.first) * per_layer_s
     layers = range(stage.first, stage.last)
     work: list[tuple[float, int, int]] = [
         (costs.read_bytes(layer, rows), costs.layer_flops[layer], rows) for layer in layers

@@ -4,10 +4,32 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 ProfileSource = Literal["measured", "datasheet", "emulated", "assumed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """What it costs the parts of one processor to compute at the same time.
+
+    Attributes:
+        processor: that they are parts of, such as "cpu" or "cuda:0".
+        parts: how many computed when it was measured, at least 2.
+        reading: how many times longer reading weights then takes each of them, at least 1.
+        computing: the same for what is limited by the matrix rate.
+    """
+
+    processor: str
+    parts: int
+    reading: float
+    computing: float
+
+    def among(self, parts: int) -> tuple[float, float]:
+        """`reading` and `computing` while so many parts compute: each further one costs as much."""
+        share = (parts - 1) / (self.parts - 1)
+        return 1 + share * (self.reading - 1), 1 + share * (self.computing - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +44,8 @@ class DeviceProfile:
         layer_overhead_s: per layer and forward pass, whatever the size of the batch (launches, small operations).
         step_overhead_s: per forward pass of a stage.
         source: where the numbers are from.
+        row_overhead_s: per layer and token beside the matrix products (norms, rotations, activations).
+        sharing: for a part of a processor; the other numbers are those of a part that computes alone.
     """
 
     name: str
@@ -30,6 +54,23 @@ class DeviceProfile:
     layer_overhead_s: float = 0.0
     step_overhead_s: float = 0.0
     source: ProfileSource = "measured"
+    row_overhead_s: float = 0.0
+    sharing: Sharing | None = None
+
+    def among(self, parts: int) -> DeviceProfile:
+        """How fast it is while `parts` parts of its processor compute, itself included."""
+        if self.sharing is None or parts < 2:
+            return self
+        reading, computing = self.sharing.among(parts)
+        return replace(
+            self,
+            bandwidth_bytes_s=self.bandwidth_bytes_s / reading,
+            flops=tuple((rows, rate / computing) for rows, rate in self.flops),
+            layer_overhead_s=self.layer_overhead_s * reading,
+            step_overhead_s=self.step_overhead_s * reading,
+            row_overhead_s=self.row_overhead_s * computing,
+            sharing=None,
+        )
 
     def flops_at(self, rows: int) -> float:
         """Operations per second for a product with `rows` rows."""

@@ -136,7 +136,7 @@ class PlacementSearch:
 
     def best(self, batch: Batch, kv_tokens: int, objective: Objective) -> tuple[Cut, ...] | None:
         """The best plan for `batch` that holds `kv_tokens` tokens of KV, in the order of execution; None: none fits."""
-        times = self._times(batch, kv_tokens)
+        times = self._times(batch, kv_tokens, crowded=objective == "throughput")
         if objective == "latency":
             way = self._solve(times, np.add)
             value, count = self._pick(way)
@@ -146,15 +146,18 @@ class PlacementSearch:
         return self._trace(times, most, count)
 
     def best_round(
-        self, batch: Batch, kv_tokens: int, cohorts: int, under_s: float = math.inf
+        self, batch: Batch, kv_tokens: int, cohorts: int, under_s: float = math.inf, *, crowded: bool = True
     ) -> tuple[Cut, ...] | None:
         """The plan for `cohorts` batches in flight, each like `batch`; None: none fits, or takes less than `under_s`.
+
+        With several, all parts of a processor are taken to compute, also those that the plan leaves out; without
+        `crowded`, each is taken to be the only one.
 
         A round, in which each is served once, takes as long as the way of one or as the busiest stage or link needs for
         all, whichever is more. Between the plan with the shortest way and the one whose busiest stage is least busy lie
         those that are longer in one and shorter in the other; the best is found to about a hundredth of that distance.
         """
-        times = self._times(batch, kv_tokens)
+        times = self._times(batch, kv_tokens, crowded=crowded and cohorts > 1)
         way = self._solve(times, np.add)
         way_s, count = self._pick(way)
         high = self._least_busy(times, way, way_s, count)
@@ -220,9 +223,11 @@ class PlacementSearch:
             tables.append(fit)
         return tables
 
-    def _times(self, batch: Batch, kv_tokens: int) -> _Times:
+    def _times(self, batch: Batch, kv_tokens: int, *, crowded: bool) -> _Times:
         costs, num_layers = self._costs, self._costs.num_layers
         devices = [self._profiles[members[0]] for members in self._states.kinds]
+        if crowded:
+            devices = [device.among(device.sharing.parts) if device.sharing else device for device in devices]
         layers = np.array([[layer_s(costs, device, layer, batch) for layer in range(num_layers)] for device in devices])
         heads = np.array([head_s(costs, device, batch) for device in devices])
         steps = np.array([device.step_overhead_s for device in devices])

@@ -56,8 +56,8 @@ class StreamingSearch(PlacementSearch):
         limits = (self._limits[members[0]] for members in self._states.kinds)
         return [(last > first) & (needed <= limit) for limit in limits]
 
-    def _times(self, batch: Batch, kv_tokens: int) -> _Times:
-        times = super()._times(batch, kv_tokens)
+    def _times(self, batch: Batch, kv_tokens: int, *, crowded: bool) -> _Times:
+        times = super()._times(batch, kv_tokens, crowded=crowded)
         loads = [
             self._load_units(members[0], kv_tokens, stage, times.unit_s)
             for members, stage in zip(self._states.kinds, times.stages, strict=True)

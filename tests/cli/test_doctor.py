@@ -19,7 +19,7 @@ from core.config import iter_settings
 from core.devices import Device, DeviceReading, Machine, PhysicalDevice
 from core.diagnosis import Datasheet, DeviceDiagnosis, Diagnosis, LinkDiagnosis, compute_bound_streams, format_rate
 from core.execution.profiler import MemoryNow
-from core.placement import DeviceProfile
+from core.placement import DeviceProfile, Sharing
 from vramancer.cli import app
 from vramancer.cli.doctor import print_diagnosis
 
@@ -60,6 +60,7 @@ def test_json_has_the_documented_keys(tmp_path: Path) -> None:
         assert device["limits"].startswith(device["name"]) and device["datasheet"] is None
     measured, emulated = found["devices"][0], found["devices"][2]
     assert measured["source"] == "measured" and measured["limit_bytes"] == GIB and measured["step_overhead_s"] > 0
+    assert measured["sharing"]["parts"] == 2 and measured["sharing"]["reading"] >= 1 and emulated["sharing"] is None
     assert (emulated["source"], emulated["bandwidth_bytes_s"], emulated["flops"]["16"]) == ("emulated", 936e9, 71e12)
     assert len(found["links"]) == 6
     for link in found["links"]:
@@ -89,7 +90,7 @@ def test_a_card_beside_its_datasheet() -> None:
     sheet = Datasheet("RTX 3090", 936e9, 71e12, 0.875, 0.5)
     card = DeviceDiagnosis(
         "cuda:0", "cuda", "NVIDIA GeForce RTX 3090", 24 * GIB, 20 * GIB, 18 * GIB, "triton", "measured", 819e9,
-        {"1": 8.1e11, "16": 1.2e13, "256": 3.55e13}, 4e-5, 2e-4, 80, "cuda:0 is limited by this and that.", sheet,
+        {"1": 8.1e11, "16": 1.2e13, "256": 3.55e13}, 4e-5, 3e-6, 2e-4, None, 80, "cuda:0 is limited by this and that.", sheet,
     )  # fmt: skip
     links = (LinkDiagnosis("cuda:0", "cuda:1", "staged", "measured", 3.1e-5, 11.6e9),)
     console = Console(file=io.StringIO(), width=200)
@@ -101,6 +102,14 @@ def test_a_card_beside_its_datasheet() -> None:
         "810 GFLOP/s", "staged through the host", "31 us", "11.6 GB/s", "cuda:0 is limited by this", "one [thing]",
     ):  # fmt: skip
         assert part in text, part
+    assert "beside other parts" not in text
+    print_diagnosis(
+        Diagnosis(
+            "t", "bfloat16", "2", 8, (dataclasses.replace(card, sharing=Sharing("cuda:0", 2, 1.8, 2.0)),), (), ()
+        ),
+        console,
+    )
+    assert "reading 1.80, computing 2.00 times as long" in console.file.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ import torch
 
 from core.devices import Device
 from core.execution.profile_store import ProfileStore, device_facts, kernel_digest, key_of
-from core.placement import DeviceProfile, LinkProfile
+from core.placement import DeviceProfile, LinkProfile, Sharing
 
 FACTS = {"kind": "cpu", "product": "a processor", "threads": 2, "dtype": "float32", "shape": {"hidden": 8}}
-PROFILE = DeviceProfile("cpu#0", 1.5e10, ((1, 2e9), (16, 3.25e10)), 2e-5, 3e-4)
+PROFILE = DeviceProfile("cpu#0", 1.5e10, ((1, 2e9), (16, 3.25e10)), 2e-5, 3e-4, row_overhead_s=4e-6)
 
 
 @pytest.fixture
@@ -41,6 +41,16 @@ def test_a_link_comes_back(store: ProfileStore) -> None:
     store.save_link(FACTS, link)
     assert store.load_link(FACTS, "staged") == link
     assert store.load_device(FACTS, "cpu") is None
+
+
+def test_what_parts_cost_each_other_comes_back(store: ProfileStore) -> None:
+    assert store.load_sharing(FACTS) is None
+    store.save_sharing(FACTS, Sharing("cpu", 2, 1.25, 1.0))
+    assert store.load_sharing(FACTS) == (1.25, 1.0)
+    assert store.load_sharing(FACTS | {"parts": 3}) is None
+    path = store.path("sharing", FACTS)
+    path.write_text(path.read_text().replace("1.25", "0.5"))
+    assert store.load_sharing(FACTS) is None, "nothing gets faster by sharing"
 
 
 @pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"threads": 4}, {"shape": {"hidden": 16}}, {"new": None}])
@@ -77,6 +87,7 @@ def _edited(**changes: Any) -> Any:
         _edited(flops=7),
         _edited(layer_overhead_s=-1e-6),
         _edited(step_overhead_s=None),
+        _edited(row_overhead_s=-1e-6),
         _edited(format=99),
         _edited(surprise=1),
         _edited(facts={"kind": "another"}),
@@ -90,7 +101,7 @@ def test_a_damaged_file_is_logged_and_counts_as_none(
     path.write_text(damage(path.read_text()))
     with caplog.at_level(logging.WARNING):
         assert store.load_device(FACTS, "cpu#0") is None
-    assert "measuring again" in caplog.text
+    assert "measuring again" in caplog.text and "errors.pydantic" not in caplog.text
     store.save_device(FACTS, PROFILE)
     assert store.load_device(FACTS, "cpu#0") == PROFILE
 

@@ -20,13 +20,17 @@ from core.devices import Device, DeviceSpeed, Machine, PhysicalDevice, open_devi
 from core.errors import OutOfDeviceMemoryError
 from core.execution import measure
 from core.execution.attention.select import select_attention
-from core.execution.measure import RandomLayers
-from core.execution.profiler import ROWS, LayerProfiler, LayerShape, read_memory
+from core.execution.device_speed import ROUNDS, ROWS
+from core.execution.layer_times import OVERHEAD_ROWS
+from core.execution.profiler import LayerProfiler, LayerShape, read_memory
+from core.execution.random_layers import RandomLayers, choose_layer_count
 from core.models.architecture import Architecture, read_architecture
-from core.placement import DeviceProfile, LinkTopology
+from core.placement import DeviceProfile, LinkTopology, Sharing
 from core.transfer import TransferManager
 
 GIB = 1024**3
+PER_DEVICE = ROUNDS * (1 + len(ROWS) + len(OVERHEAD_ROWS)) + 1
+"""What is timed of a device: reading, products and layers in every round, and a step without layers."""
 CPU = Device("cpu", 0, "cpu", "cpu", GIB)
 SIM = Device("sim", 0, "sim", "cpu", GIB, DeviceSpeed(936e9, 71e12))
 
@@ -62,7 +66,6 @@ def timings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Timings]:
     counter = Timings(measure.time_runs)
     monkeypatch.setattr(measure, "time_runs", counter)
     monkeypatch.setattr(measure, "cold_bytes", lambda device: 1024 * 1024)  # quick to fill; speeds do not matter here
-    monkeypatch.setattr("core.execution.profiler.DIP", 0.0)
     return counter
 
 
@@ -76,6 +79,7 @@ def assert_sound(profile: DeviceProfile) -> None:
     assert tuple(rows for rows, _ in profile.flops) == ROWS
     assert all(math.isfinite(rate) and rate > 0 for _, rate in profile.flops)
     assert 0 <= profile.layer_overhead_s < 10 and 0 < profile.step_overhead_s < 10
+    assert 0 <= profile.row_overhead_s < 10
     assert profile.source == "measured"
 
 
@@ -86,7 +90,9 @@ def test_devices_and_links_are_measured_once(cache: Path, timings: Timings, llam
     assert (first.name, second.name) == ("cpu#0", "cpu#1")
     assert_sound(first)
     assert replace(second, name=first.name) == first, "parts of one device share a measurement"
-    assert timings.count == 1 + len(ROWS) + 2
+    assert timings.count == PER_DEVICE
+    assert first.sharing is not None and first.sharing.parts == 2 and first.sharing.processor == "cpu"
+    assert first.sharing.reading >= 1 and first.sharing.computing >= 1
     assert torch.get_num_threads() == threads
 
     links = profiler(cache).links(devices)
@@ -106,7 +112,7 @@ def test_refresh_measures_what_is_known(cache: Path, timings: Timings, llama: Ar
     for _ in range(2):
         timings.count = 0
         profiler(cache).devices(devices, llama, refresh=True)
-        assert timings.count == 1 + len(ROWS) + 2
+        assert timings.count == PER_DEVICE
         timings.count = 0
         profiler(cache).links(devices, refresh=True)
         assert timings.count == 2
@@ -123,7 +129,7 @@ def test_another_dtype_or_shape_is_measured(cache: Path, timings: Timings, llama
     timings.count = 0
     profiler(cache, engine__native_kernels=False).devices([CPU], llama)
     LayerProfiler(make_settings(runtime__cache_dir=cache), TransferManager(), 2, budget_s=0.01).devices([CPU], llama)
-    assert timings.count == 2 * (1 + len(ROWS) + 2), "without native kernels, and with other threads"
+    assert timings.count == 2 * PER_DEVICE, "without native kernels, and with other threads"
     assert len(list((cache / "profiles").iterdir())) == 5
 
 
@@ -134,7 +140,7 @@ def test_other_kernels_are_measured(
     timings.count = 0
     monkeypatch.setattr("core.execution.profiler.kernel_digest", lambda: "edited")
     profiler(cache).devices([CPU], llama)
-    assert timings.count == 1 + len(ROWS) + 2
+    assert timings.count == PER_DEVICE
 
 
 def test_a_damaged_file_is_measured_again(cache: Path, timings: Timings, llama: Architecture) -> None:
@@ -158,6 +164,35 @@ def test_emulated_devices_have_the_speed_they_were_given(cache: Path, timings: T
     assert timings.count == 0 and not (cache / "profiles").exists()
 
 
+def test_what_parts_cost_each_other_is_measured_once(
+    cache: Path, timings: Timings, llama: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del timings
+    asked: list[int] = []
+
+    def factors(parts: list[RandomLayers], prepare: object, overlap: object, budget_s: float) -> tuple[float, float]:
+        asked.append(len(parts))
+        return 1.5, 1.25
+
+    monkeypatch.setattr("core.execution.profiler.measure_sharing", factors)
+    two = open_devices(DeviceSettings(devices="cpu=1GiB,cpu=1GiB"))
+    for _ in range(2):
+        profiles = profiler(cache).devices([*two, SIM], llama)
+        assert [profile.sharing for profile in profiles] == [Sharing("cpu", 2, 1.5, 1.25)] * 2 + [None]
+    assert asked == [2]
+    (alone,) = profiler(cache).devices(two[:1], llama)
+    assert alone == replace(profiles[0], sharing=None)
+    profiler(cache).devices(open_devices(DeviceSettings(devices="cpu=1GiB,cpu=1GiB,cpu=1GiB")), llama)
+    profiler(cache).devices(two, llama, refresh=True)
+    assert asked == [2, 3, 2]
+
+
+def test_parts_without_room_for_a_layer_each(cache: Path, timings: Timings, llama: Architecture) -> None:
+    del timings
+    small = [replace(CPU, name=f"cpu#{index}", memory_limit_bytes=20_000) for index in range(2)]
+    assert [profile.sharing for profile in profiler(cache).devices(small, llama)] == [None, None]
+
+
 def test_a_device_without_room_for_a_layer(cache: Path, timings: Timings, llama: Architecture) -> None:
     (profile,) = profiler(cache).devices([replace(CPU, memory_limit_bytes=20_000)], llama)
     assert profile.bandwidth_bytes_s > 0
@@ -173,27 +208,26 @@ def test_memory_that_runs_out_is_a_typed_error(
     def fail(*arguments: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr(measure.Products, "bandwidth_bytes_s", fail)
+    monkeypatch.setattr(measure.Products, "reading", fail)
     with pytest.raises(OutOfDeviceMemoryError, match=r"cpu: .* CUDA out of memory\.$"):
         profiler(cache).devices([CPU], llama)
 
 
-@pytest.mark.parametrize("lasts", [False, True])
-def test_a_rate_that_dips_is_measured_again(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, llama: Architecture, lasts: bool
-) -> None:
-    """Something else may have run meanwhile; kernels that really are slower at some number of rows stay so."""
+def test_a_disturbed_round_decides_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch, llama: Architecture) -> None:
+    """Something else ran in the second round, and everything took ten times as long."""
     monkeypatch.setattr(measure, "cold_bytes", lambda device: 1024 * 1024)
-    asked: list[int] = []
+    done, per_round = 0, 1 + len(ROWS) + len(OVERHEAD_ROWS)
 
-    def rate(self: measure.Products, rows: int, expected: float, budget_s: float) -> float:
-        asked.append(rows)
-        return 4e9 if rows == 32 and (lasts or asked.count(32) == 1) else 1e10
+    def seconds(work: Callable[[], object], device: torch.device, budget_s: float) -> float:
+        nonlocal done
+        done += 1
+        return 1e-2 if per_round < done <= 2 * per_round else 1e-3
 
-    monkeypatch.setattr(measure.Products, "flops", rate)
-    (profile,) = profiler(cache).devices([CPU], llama)
-    assert asked == [*ROWS, 32]
-    assert dict(profile.flops)[32] == (4e9 if lasts else 1e10)
+    monkeypatch.setattr(measure, "time_runs", seconds)
+    (disturbed,) = profiler(cache).devices([CPU], llama)
+    done = -1000
+    (quiet,) = profiler(cache).devices([CPU], llama, refresh=True)
+    assert disturbed == quiet
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "granite", "gemma2", "phi3", "mixtral", "deepseek_v3", "gpt_oss"])
@@ -211,22 +245,24 @@ def test_models_of_few_layers(count: int, cache: Path, tmp_path: Path, llama: Ar
     config = json.loads((tmp_path / "model" / "config.json").read_text()) | {"num_hidden_layers": count}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     architecture = read_architecture(tmp_path / "model")
-    assert measure.choose_layer_count(architecture, 1000, CPU, GIB) == 1
+    assert choose_layer_count(architecture, 1000, CPU, GIB) == 1
     backend, adapt = select_attention(CPU, make_settings(runtime__cache_dir=cache), 1)
     layers = RandomLayers(architecture, CPU, 1, backend, adapt or (lambda model: None))
     with torch.inference_mode():
-        assert layers.overheads(0.0, 0.0).step_s > 0
+        layers.step()
+        layers.drop_layers()
+        layers.step()
 
 
 def test_the_number_of_layers(monkeypatch: pytest.MonkeyPatch, llama: Architecture) -> None:
     monkeypatch.setattr(measure, "cold_bytes", lambda device: 1000)
     large = replace(llama, num_layers=32)
-    assert measure.choose_layer_count(large, 400, CPU, GIB) == 3, "enough to be larger than the caches"
-    assert measure.choose_layer_count(large, 4000, CPU, GIB) == 1
-    assert measure.choose_layer_count(large, 400, CPU, 900) == 2, "no more than there is room for"
-    assert measure.choose_layer_count(large, 400, CPU, 300) == 0
-    assert measure.choose_layer_count(large, 1, CPU, GIB) == 8
-    assert measure.choose_layer_count(llama, 1, CPU, GIB) == 2
+    assert choose_layer_count(large, 400, CPU, GIB) == 3, "enough to be larger than the caches"
+    assert choose_layer_count(large, 4000, CPU, GIB) == 1
+    assert choose_layer_count(large, 400, CPU, 900) == 2, "no more than there is room for"
+    assert choose_layer_count(large, 400, CPU, 300) == 0
+    assert choose_layer_count(large, 1, CPU, GIB) == 8
+    assert choose_layer_count(llama, 1, CPU, GIB) == 2
 
 
 def test_the_shape_is_that_of_the_layers(llama: Architecture, tmp_path: Path) -> None:
@@ -264,8 +300,8 @@ def _times(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> list[float]:
 
 
 def test_runs_that_agree_end_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    left = _times(monkeypatch, [9.0, 1.01, 5.0, 1.0, 7.0, 1.005, 8.0, 0.0])
-    assert measure.time_runs(lambda: None, torch.device("cpu"), 1000.0) == 1.005, "the median of the fastest half"
+    left = _times(monkeypatch, [9.0, 1.01, 5.0, 1.0, 0.2, 1.01, 1.015, 0.0])
+    assert measure.time_runs(lambda: None, torch.device("cpu"), 1000.0) == 1.01, "the median"
     assert left == [0.0]
 
 

@@ -63,7 +63,8 @@ def _devices_table(found: Diagnosis) -> Table:
         table.add_column(escape(device.name))
     rows = [_device_rows(device) for device in found.devices]
     for label in rows[0]:
-        table.add_row(label, *(escape(cells[label]) for cells in rows))
+        if any(cells[label] for cells in rows):
+            table.add_row(label, *(escape(cells[label]) for cells in rows))
     return table
 
 
@@ -86,7 +87,12 @@ def _device_rows(device: DeviceDiagnosis) -> dict[str, str]:
         label = f"rate, {rows} row" if rows == "1" else f"rate, {rows} rows"
         cells[label] = _share(format_rate(rate, "FLOP"), share)
     cells["overhead per layer"] = f"{device.layer_overhead_s * 1e6:.0f} us"
+    cells["overhead per layer and token"] = f"{device.row_overhead_s * 1e6:.1f} us"
     cells["overhead per step"] = f"{device.step_overhead_s * 1e6:.0f} us"
+    shared = device.sharing
+    cells["beside other parts"] = (
+        "" if shared is None else f"reading {shared.reading:.2f}, computing {shared.computing:.2f} times as long"
+    )
     return cells
 
 
