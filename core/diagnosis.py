@@ -61,6 +61,7 @@ class DeviceDiagnosis:
         attention: the attention backend it gets; "native" comes with the compiled linear layers.
         source: "measured", or "emulated" for a device with a given speed.
         bandwidth_bytes_s: at which weights are read.
+        kv_bandwidth_bytes_s: at which attention gets through KV.
         flops: operations per second by rows of the matrix product ("1", "16", "256").
         layer_overhead_s, row_overhead_s, step_overhead_s: per layer, per layer and token, and per forward pass, beyond
             reading and computing.
@@ -81,6 +82,7 @@ class DeviceDiagnosis:
     attention: str
     source: str
     bandwidth_bytes_s: float
+    kv_bandwidth_bytes_s: float
     flops: dict[str, float]
     layer_overhead_s: float
     row_overhead_s: float
@@ -167,6 +169,7 @@ def diagnose_device(
         attention=attention,
         source=profile.source,
         bandwidth_bytes_s=profile.bandwidth_bytes_s,
+        kv_bandwidth_bytes_s=profile.kv_bytes_s,
         flops={str(rows): profile.flops_at(rows) for rows in SHOWN_ROWS},
         layer_overhead_s=profile.layer_overhead_s,
         row_overhead_s=profile.row_overhead_s,

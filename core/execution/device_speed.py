@@ -10,12 +10,11 @@ import torch
 from core.devices import Device, format_bytes
 from core.execution import measure
 from core.execution.attention.interface import AttentionBackend
-from core.execution.layer_times import OVERHEAD_ROWS, Overheads, split_overheads
+from core.execution.layer_times import OVERHEAD_ROWS, split_overheads
 from core.execution.measure import Adapter, Products, Task
-from core.execution.random_layers import RandomLayers, choose_layer_count
+from core.execution.random_layers import LONG, SHORT, RandomLayers, choose_layer_count
 from core.logs import get_logger
 from core.models.architecture import Architecture
-from core.models.stage_model import measure_bytes
 from core.placement import DeviceProfile
 
 logger = get_logger(__name__)
@@ -30,13 +29,21 @@ ROUNDS = 3
 _BANDWIDTH_SHARE, _FLOPS_SHARE, _LAYERS_SHARE = 0.1, 0.5, 0.4
 
 
+_Step = tuple[int, bool]
+"""Rows, and whether their sequences are long."""
+
+KV_ROWS = 8
+_STEPS: tuple[_Step, ...] = (*((rows, False) for rows in OVERHEAD_ROWS), (KV_ROWS, True))
+_MOST_TOKENS = max(KV_ROWS * LONG, max(OVERHEAD_ROWS) * SHORT)
+
+
 @dataclass
 class _Rounds:
-    """What was measured in each round, by rows."""
+    """What was measured in each round, by rows or step."""
 
     bandwidth: list[float] = field(default_factory=list)
     flops: dict[int, list[float]] = field(default_factory=lambda: {rows: [] for rows in ROWS})
-    steps_s: dict[int, list[float]] = field(default_factory=lambda: {rows: [] for rows in OVERHEAD_ROWS})
+    steps_s: dict[_Step, list[float]] = field(default_factory=lambda: {step: [] for step in _STEPS})
 
 
 def measure_speed(
@@ -58,30 +65,25 @@ def measure_speed(
         found = _measure_rounds(products, layers, 2 / architecture.dtype.itemsize, budget_s / ROUNDS)
         flops = tuple((rows, median(rates)) for rows, rates in found.flops.items())
         profile = DeviceProfile(device.name, median(found.bandwidth), flops)
-        if layers is None:
-            return profile
-        over = _overheads(profile, layers, found.steps_s)
-    return replace(profile, layer_overhead_s=over.layer_s, row_overhead_s=over.row_s, step_overhead_s=over.step_s)
+        return profile if layers is None else _with_layers(profile, layers, found.steps_s)
 
 
 def _open_layers(
     architecture: Architecture, device: Device, backend: AttentionBackend, adapt: Adapter, room_bytes: int
 ) -> RandomLayers | None:
-    layer_bytes = max(measure_bytes(architecture).layers)
-    count = choose_layer_count(architecture, layer_bytes, device, room_bytes)
+    count = choose_layer_count(architecture, device, room_bytes, _MOST_TOKENS)
     if count == 0:
         logger.warning(
-            "overheads are taken as 0: a layer does not fit",
-            device=device.name, layer=format_bytes(layer_bytes), room=format_bytes(room_bytes),
-        )  # fmt: skip
+            "overheads are taken as 0: a layer does not fit", device=device.name, room=format_bytes(room_bytes)
+        )
         return None
-    return RandomLayers(architecture, device, count, backend, adapt, max(OVERHEAD_ROWS))
+    return RandomLayers(architecture, device, count, backend, adapt, _MOST_TOKENS)
 
 
 def _measure_rounds(products: Products, layers: RandomLayers | None, flops_per_byte: float, round_s: float) -> _Rounds:
     found, reading = _Rounds(), products.reading()
     computing: dict[int, Task] = {}
-    product_s, step_s = _FLOPS_SHARE * round_s / len(ROWS), _LAYERS_SHARE * round_s / len(OVERHEAD_ROWS)
+    product_s, step_s = _FLOPS_SHARE * round_s / len(ROWS), _LAYERS_SHARE * round_s / len(_STEPS)
     for _ in range(ROUNDS):
         found.bandwidth.append(reading.rate(_BANDWIDTH_SHARE * round_s))
         rate = flops_per_byte * found.bandwidth[0]
@@ -91,20 +93,32 @@ def _measure_rounds(products: Products, layers: RandomLayers | None, flops_per_b
             rate = computing[rows].rate(product_s)
             found.flops[rows].append(rate)
         if layers is not None:
-            for rows, times_s in found.steps_s.items():
-                layers.set_rows(rows)
+            for (rows, is_long), times_s in found.steps_s.items():
+                layers.set_step(rows, layers.long if is_long else layers.short)
                 times_s.append(measure.time_runs(layers.step, layers.device, step_s))
     return found
 
 
-def _overheads(profile: DeviceProfile, layers: RandomLayers, steps_s: dict[int, list[float]]) -> Overheads:
-    """What the layers' steps took beyond what reading and computing at the profile's speed account for."""
-    layers.set_rows(1)
+def _with_layers(profile: DeviceProfile, layers: RandomLayers, steps_s: dict[_Step, list[float]]) -> DeviceProfile:
+    """With the rate of attention, and what layers take beyond all that the rates account for."""
+    layers.set_step(1, layers.short)
     layers.drop_layers()
     empty_s = measure.time_runs(layers.step, layers.device, 0.0)
-    beyond_s: list[float] = []
-    for rows, times_s in steps_s.items():
+    layer_s = {step: (median(times_s) - empty_s) / layers.count for step, times_s in steps_s.items()}
+    further = KV_ROWS * (layers.long - layers.short) * layers.kv_bytes_per_token
+    longer_s = layer_s[KV_ROWS, True] - layer_s[KV_ROWS, False]
+    kv_rate = min(profile.bandwidth_bytes_s, further / longer_s) if further and longer_s > 0 else None
+    read_s = layers.short * layers.kv_bytes_per_token / (kv_rate or profile.bandwidth_bytes_s)
+    beyond_s = []
+    for rows in OVERHEAD_ROWS:
         nbytes, flops = layers.work(rows)
         roofline_s = max(nbytes / profile.bandwidth_bytes_s, flops / profile.flops_at(rows))
-        beyond_s.append((median(times_s) - empty_s) / layers.count - roofline_s)
-    return split_overheads(OVERHEAD_ROWS, beyond_s, empty_s)
+        beyond_s.append(layer_s[rows, False] - roofline_s - rows * read_s)
+    over = split_overheads(OVERHEAD_ROWS, beyond_s, empty_s)
+    return replace(
+        profile,
+        layer_overhead_s=over.layer_s,
+        row_overhead_s=over.row_s,
+        step_overhead_s=over.step_s,
+        kv_bandwidth_bytes_s=kv_rate,
+    )

@@ -62,7 +62,7 @@ def _slowdown(
     alone: list[list[float]] = [[] for _ in parts]
     together: list[list[float]] = [[] for _ in parts]
     for part in parts:
-        part.set_rows(rows)
+        part.set_step(rows, part.short)
         _time_steps(part, 0.0)
     for _ in range(_TURNS):
         overlap(False)

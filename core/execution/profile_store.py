@@ -46,6 +46,7 @@ class _StoredDevice(_Stored):
     layer_overhead_s: float = Field(ge=0)
     step_overhead_s: float = Field(ge=0)
     row_overhead_s: float = Field(ge=0)
+    kv_bandwidth_bytes_s: float | None = Field(gt=0)
 
     @field_validator("flops", mode="before")
     @classmethod
@@ -93,6 +94,7 @@ class ProfileStore:
             stored.layer_overhead_s,
             stored.step_overhead_s,
             row_overhead_s=stored.row_overhead_s,
+            kv_bandwidth_bytes_s=stored.kv_bandwidth_bytes_s,
         )
 
     def save_device(self, facts: Facts, profile: DeviceProfile) -> None:
@@ -106,6 +108,7 @@ class ProfileStore:
                 "layer_overhead_s": profile.layer_overhead_s,
                 "step_overhead_s": profile.step_overhead_s,
                 "row_overhead_s": profile.row_overhead_s,
+                "kv_bandwidth_bytes_s": profile.kv_bandwidth_bytes_s,
             },
         )
 

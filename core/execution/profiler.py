@@ -22,11 +22,10 @@ from core.execution.link_profiler import LinkProfiler
 from core.execution.measure import computing_as_served
 from core.execution.native import do_all_products
 from core.execution.profile_store import ProfileStore, device_facts, kernel_digest, key_of
-from core.execution.random_layers import RandomLayers, choose_layer_count
+from core.execution.random_layers import SHORT, RandomLayers, choose_layer_count
 from core.execution.threads import CpuThreads
 from core.logs import get_logger
 from core.models.architecture import Architecture
-from core.models.stage_model import measure_bytes
 from core.placement import DeviceProfile, LinkProfile, LinkTopology, Sharing, emulated_profile
 from core.transfer import TransferManager
 
@@ -205,15 +204,14 @@ class LayerProfiler:
     ) -> tuple[float, float] | None:
         smallest = min(memory.usable_bytes for memory in read_memory(parts))
         room = min(smallest, read_memory(parts)[0].free_bytes // len(parts)) // _ROOM_SHARE
-        layer_bytes = max(measure_bytes(architecture).layers)
-        count = choose_layer_count(architecture, layer_bytes, parts[0], room)
+        count = choose_layer_count(architecture, parts[0], room, max(SHARING_ROWS) * SHORT)
         if count == 0:
             logger.warning("parts are taken to cost each other nothing: a layer does not fit", device=parts[0].name)
             return None
         adapter = selected[0][1]
         with self._within(parts[0], room, architecture.dtype, adapter):
             layers = [
-                RandomLayers(architecture, device, count, backend, adapt or _as_it_is, max(SHARING_ROWS))
+                RandomLayers(architecture, device, count, backend, adapt or _as_it_is, max(SHARING_ROWS) * SHORT)
                 for device, (backend, adapt) in zip(parts, selected, strict=True)
             ]
             prepare = functools.partial(
@@ -243,6 +241,7 @@ class LayerProfiler:
             device=device.name,
             gigabytes_s=round(profile.bandwidth_bytes_s / 1e9, 2),
             gigaflops={rows: round(rate / 1e9, 1) for rows, rate in profile.flops},
+            kv_gigabytes_s=round(profile.kv_bytes_s / 1e9, 2),
             layer_overhead_us=round(profile.layer_overhead_s * 1e6, 1),
             row_overhead_us=round(profile.row_overhead_s * 1e6, 1),
             step_overhead_us=round(profile.step_overhead_s * 1e6, 1),

@@ -27,19 +27,23 @@ from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.models.architecture import Architecture
 from core.models.stage_model import PassThrough, StageSlice, find_decoder, measure_bytes, stage_class
 
+SHORT, LONG = 64, 1024
+"""Tokens of the sequences in a step, as far as the model has positions: few, and so many that reading KV takes time."""
+
 _MOST_LAYERS = 8
-_CONTEXT = 16
+_BLOCK = 16
 
 
 class RandomLayers:
-    """`count` decoder layers of the model, from its middle, with a block of KV for each of `most_rows` sequences.
+    """`count` decoder layers of the model, from its middle, with KV for `most_tokens` tokens, in whole blocks each
+    sequence.
 
-    Sequences have 16 tokens, of which a step computes the last, so that reading KV does not count.
+    Steps compute the last token of sequences whose others are there.
     """
 
     def __init__(
         self, architecture: Architecture, device: Device, count: int, backend: AttentionBackend, adapt: Adapter,
-        most_rows: int = 1,
+        most_tokens: int = SHORT,
     ) -> None:  # fmt: skip
         first = max(0, (architecture.num_layers - count + 1) // 2)
         self.count = count
@@ -52,30 +56,37 @@ class RandomLayers:
         self._weights = measure_bytes(architecture)
         adapt(self._model)
         self._context = AttentionContext(backend)
-        self._tokens = max(1, min(_CONTEXT, architecture.max_position))
+        self.short, self.long = (max(1, min(tokens, architecture.max_position)) for tokens in (SHORT, LONG))
         layers = range(first, first + count)
         shapes = {index: architecture.kv_shapes[index] for index in layers}
-        self._kv = PagedKVCache(shapes, most_rows, self._tokens, architecture.dtype, device, DeviceBudget(device))
+        pages = -(-most_tokens // _BLOCK)
+        self._kv = PagedKVCache(shapes, pages, _BLOCK, architecture.dtype, device, DeviceBudget(device))
+        self.kv_bytes_per_token = self._kv.page_bytes / _BLOCK / count
+        tile = random_tile(architecture.dtype, self.device)
+        for index in layers:
+            for pages_of in self._kv.layer(index):
+                fill(pages_of, tile)
         windows = architecture.sliding_windows
         bound = {
             index: LayerAttention(self._context, index, *self._kv.layer(index), windows[index]) for index in layers
         }
         bind(self._model, bound)
-        self.set_rows(1)
+        self.set_step(1, self.short)
 
-    def set_rows(self, rows: int) -> None:
-        """From now on a step computes the newest token of each of `rows` sequences."""
-        at, tokens = self.device, self._tokens
+    def set_step(self, rows: int, context: int) -> None:
+        """From now on a step computes token number `context` of each of `rows` sequences."""
+        at, blocks = self.device, -(-context // _BLOCK)
+        tables = torch.arange(rows * blocks, dtype=torch.int32, device=at).view(rows, blocks)
         self._context.metadata = AttentionMetadata(
-            slot_mapping=torch.arange(1, rows + 1, device=at) * tokens - 1,
-            block_tables=torch.arange(rows, dtype=torch.int32, device=at).view(rows, 1),
+            slot_mapping=tables[:, -1].long() * _BLOCK + (context - 1) % _BLOCK,
+            block_tables=tables,
             query_start=torch.arange(rows + 1, dtype=torch.int32, device=at),
-            seq_lens=torch.full((rows,), tokens, dtype=torch.int32, device=at),
+            seq_lens=torch.full((rows,), context, dtype=torch.int32, device=at),
             num_decodes=rows,
             host_query_start=tuple(range(rows + 1)),
-            host_seq_lens=(tokens,) * rows,
+            host_seq_lens=(context,) * rows,
         )
-        positions = torch.full((1, rows), tokens - 1, device=at)
+        positions = torch.full((1, rows), context - 1, device=at)
         if self._part.is_first:
             ids = torch.arange(rows, device=at).remainder_(self._architecture.vocab_size).view(1, rows)
             self._inputs = {"position_ids": positions, "input_ids": ids}
@@ -101,11 +112,14 @@ class RandomLayers:
             self._layers[index] = PassThrough(self._layers[index])
 
 
-def choose_layer_count(architecture: Architecture, layer_bytes: int, device: Device, room_bytes: int) -> int:
-    """Enough layers that none stays in a cache, as far as the model and the room have them; 0 without room for one."""
+def choose_layer_count(architecture: Architecture, device: Device, room_bytes: int, kv_tokens: int) -> int:
+    """Enough layers that none stays in a cache, as far as the model and the room have them, with KV for so many tokens;
+    0 without room for one."""
     inner = max(1, architecture.num_layers - 2)  # the first and the last bring the vocabulary with them
-    wanted = math.ceil(measure.cold_bytes(device) / max(1, layer_bytes))
-    return max(0, min(wanted, inner, _MOST_LAYERS, room_bytes // max(1, layer_bytes)))
+    layer_bytes = max(1, *measure_bytes(architecture).layers)
+    kv_bytes = max(shape.bytes_per_token(architecture.dtype.itemsize) for shape in architecture.kv_shapes) * kv_tokens
+    wanted = math.ceil(measure.cold_bytes(device) / layer_bytes)
+    return max(0, min(wanted, inner, _MOST_LAYERS, room_bytes // (layer_bytes + kv_bytes)))
 
 
 def _random_stage(architecture: Architecture, part: StageSlice, device: torch.device) -> Any:

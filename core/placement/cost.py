@@ -1,11 +1,12 @@
 """How long a stage takes for a batch: a roofline per layer, plus what each launch costs.
 
-    c(a, b) = sum over layers l of [max(W_l / BW, T f_l / F(T)) + K k_l / BW + o + T r] + o_step
+    c(a, b) = sum over layers l of [max(W_l / BW, T f_l / F(T)) + K k_l / A + o + T r] + o_step
 
-for T new tokens whose attention reads K tokens of KV; W_l are the weight bytes that T tokens read (of experts, those
-that are expected to be used), f_l operations per token, k_l KV bytes per token, BW and F(T) the device's bandwidth and
-matrix rate, o and r what a layer takes beside them per step and per token. The last stage adds the final norm and head
-for the rows that are sampled. Looking embeddings up is not counted: it reads T rows, not the table.
+for T new tokens whose attention reads K tokens of KV. W_l are the weight bytes that T tokens read (of experts, those
+that are expected to be used), f_l operations per token, k_l KV bytes per token. BW is the device's bandwidth, A the
+rate at which it attends to KV, F(T) its matrix rate; o and r are what a layer takes beside them per step and per token.
+The last stage adds the final norm and head for the rows that are sampled. Looking embeddings up is not counted: it
+reads T rows, not the table.
 
 While several steps are in flight, all stages compute at the same time; those on parts of one processor are then slower
 by what was measured for that (`Sharing`).
@@ -48,7 +49,7 @@ def layer_s(costs: LayerCosts, device: DeviceProfile, layer: int, batch: Batch) 
     """Seconds of one layer."""
     compute_s = batch.tokens * costs.layer_flops[layer] / device.flops_at(batch.tokens)
     weights_s = costs.read_bytes(layer, batch.tokens) / device.bandwidth_bytes_s
-    kv_s = batch.kv_tokens * costs.kv_bytes_per_token[layer] / device.bandwidth_bytes_s
+    kv_s = batch.kv_tokens * costs.kv_bytes_per_token[layer] / device.kv_bytes_s
     return max(weights_s, compute_s) + kv_s + device.layer_overhead_s + batch.tokens * device.row_overhead_s
 
 

@@ -106,7 +106,7 @@ def _borrowing_s(
     out, home = request.links.link(own.name, lender.name), request.links.link(lender.name, own.name)
     rows = -(-request.streams // cohorts) * request.costs.hidden_bytes
     rounds_s = cohorts * stage.num_layers * (out.transfer_s(rows) + home.transfer_s(rows))
-    own_rate, lender_rate = own.profile.bandwidth_bytes_s, lender.profile.bandwidth_bytes_s
+    own_rate, lender_rate = own.profile.kv_bytes_s, lender.profile.kv_bytes_s
     away = (read - local) * stage.kv_bytes_per_token
     own_s, away_s = local * stage.kv_bytes_per_token / own_rate, away / lender_rate
     longer_s = max(own_s, rounds_s + away_s) - own_s - away / own_rate

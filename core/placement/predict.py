@@ -207,7 +207,7 @@ def stage_limit(costs: LayerCosts, stage: StageCost, batch: Batch) -> Limit:
         read_s, compute_s = nbytes / device.bandwidth_bytes_s, number * flops / device.flops_at(number)
         spent["bandwidth" if read_s >= compute_s else "compute"] += max(read_s, compute_s)
     per_token = costs.stage_kv_bytes_per_token(stage.first, stage.last)
-    spent["bandwidth"] += batch.kv_tokens * per_token / device.bandwidth_bytes_s
+    spent["bandwidth"] += batch.kv_tokens * per_token / device.kv_bytes_s
     return max(spent, key=lambda limit: spent[limit])
 
 

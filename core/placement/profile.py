@@ -38,13 +38,14 @@ class DeviceProfile:
 
     Attributes:
         name: of the logical device.
-        bandwidth_bytes_s: at which it reads weights and KV.
+        bandwidth_bytes_s: at which it reads weights.
         flops: `(rows, floating-point operations per second)` of a matrix product, rows ascending; rows between two
             entries are interpolated, rows outside get the nearest entry.
         layer_overhead_s: per layer and forward pass, whatever the size of the batch (launches, small operations).
         step_overhead_s: per forward pass of a stage.
         source: where the numbers are from.
         row_overhead_s: per layer and token beside the matrix products (norms, rotations, activations).
+        kv_bandwidth_bytes_s: at which attention gets through KV; None: as fast as through weights.
         sharing: for a part of a processor; the other numbers are those of a part that computes alone.
     """
 
@@ -55,7 +56,13 @@ class DeviceProfile:
     step_overhead_s: float = 0.0
     source: ProfileSource = "measured"
     row_overhead_s: float = 0.0
+    kv_bandwidth_bytes_s: float | None = None
     sharing: Sharing | None = None
+
+    @property
+    def kv_bytes_s(self) -> float:
+        """Bytes per second of KV."""
+        return self.kv_bandwidth_bytes_s or self.bandwidth_bytes_s
 
     def among(self, parts: int) -> DeviceProfile:
         """How fast it is while `parts` parts of its processor compute, itself included."""
@@ -69,6 +76,7 @@ class DeviceProfile:
             layer_overhead_s=self.layer_overhead_s * reading,
             step_overhead_s=self.step_overhead_s * reading,
             row_overhead_s=self.row_overhead_s * computing,
+            kv_bandwidth_bytes_s=self.kv_bytes_s / reading,
             sharing=None,
         )
 

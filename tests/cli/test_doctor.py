@@ -89,8 +89,9 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
 def test_a_card_beside_its_datasheet() -> None:
     sheet = Datasheet("RTX 3090", 936e9, 71e12, 0.875, 0.5)
     card = DeviceDiagnosis(
-        "cuda:0", "cuda", "NVIDIA GeForce RTX 3090", 24 * GIB, 20 * GIB, 18 * GIB, "triton", "measured", 819e9,
-        {"1": 8.1e11, "16": 1.2e13, "256": 3.55e13}, 4e-5, 3e-6, 2e-4, None, 80, "cuda:0 is limited by this and that.", sheet,
+        "cuda:0", "cuda", "NVIDIA GeForce RTX 3090", 24 * GIB, 20 * GIB, 18 * GIB, "triton", "measured", 819e9, 655e9,
+        {"1": 8.1e11, "16": 1.2e13, "256": 3.55e13}, 4e-5, 3e-6, 2e-4, None, 80, "cuda:0 is limited by this and that.",
+        sheet,
     )  # fmt: skip
     links = (LinkDiagnosis("cuda:0", "cuda:1", "staged", "measured", 3.1e-5, 11.6e9),)
     console = Console(file=io.StringIO(), width=200)
@@ -99,7 +100,8 @@ def test_a_card_beside_its_datasheet() -> None:
     text = console.file.getvalue()
     for part in (
         "NVIDIA GeForce RTX 3090 (cuda)", "819 GB/s (88% of the datasheet's)", "35.5 TFLOP/s (50% of the datasheet's)",
-        "810 GFLOP/s", "staged through the host", "31 us", "11.6 GB/s", "cuda:0 is limited by this", "one [thing]",
+        "810 GFLOP/s", "655 GB/s",
+        "staged through the host", "31 us", "11.6 GB/s", "cuda:0 is limited by this", "one [thing]",
     ):  # fmt: skip
         assert part in text, part
     assert "beside other parts" not in text

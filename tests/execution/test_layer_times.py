@@ -44,9 +44,10 @@ class Part:
     """Takes as long as it is told, and longer while the others compute; waits for them, so they have to."""
 
     def __init__(self, clock: Clock, room: Room) -> None:
-        self.clock, self.room, self.rows = clock, room, 0
+        self.clock, self.room, self.rows, self.short = clock, room, 0, 64
 
-    def set_rows(self, rows: int) -> None:
+    def set_step(self, rows: int, context: int) -> None:
+        assert context == self.short
         self.rows = rows
 
     def step(self) -> None:

@@ -18,7 +18,9 @@ from core.execution.profile_store import ProfileStore, device_facts, kernel_dige
 from core.placement import DeviceProfile, LinkProfile, Sharing
 
 FACTS = {"kind": "cpu", "product": "a processor", "threads": 2, "dtype": "float32", "shape": {"hidden": 8}}
-PROFILE = DeviceProfile("cpu#0", 1.5e10, ((1, 2e9), (16, 3.25e10)), 2e-5, 3e-4, row_overhead_s=4e-6)
+PROFILE = DeviceProfile(
+    "cpu#0", 1.5e10, ((1, 2e9), (16, 3.25e10)), 2e-5, 3e-4, row_overhead_s=4e-6, kv_bandwidth_bytes_s=1.25e10
+)
 
 
 @pytest.fixture
@@ -88,6 +90,7 @@ def _edited(**changes: Any) -> Any:
         _edited(layer_overhead_s=-1e-6),
         _edited(step_overhead_s=None),
         _edited(row_overhead_s=-1e-6),
+        _edited(kv_bandwidth_bytes_s=0.0),
         _edited(format=99),
         _edited(surprise=1),
         _edited(facts={"kind": "another"}),

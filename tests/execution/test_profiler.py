@@ -25,12 +25,14 @@ from core.execution.layer_times import OVERHEAD_ROWS
 from core.execution.profiler import LayerProfiler, LayerShape, read_memory
 from core.execution.random_layers import RandomLayers, choose_layer_count
 from core.models.architecture import Architecture, read_architecture
+from core.models.stage_model import PassThrough, measure_bytes
 from core.placement import DeviceProfile, LinkTopology, Sharing
 from core.transfer import TransferManager
 
 GIB = 1024**3
-PER_DEVICE = ROUNDS * (1 + len(ROWS) + len(OVERHEAD_ROWS)) + 1
-"""What is timed of a device: reading, products and layers in every round, and a step without layers."""
+PER_ROUND = 1 + len(ROWS) + len(OVERHEAD_ROWS) + 1
+PER_DEVICE = ROUNDS * PER_ROUND + 1
+"""What is timed of a device: reading, products, layers and long contexts in every round, and a step without layers."""
 CPU = Device("cpu", 0, "cpu", "cpu", GIB)
 SIM = Device("sim", 0, "sim", "cpu", GIB, DeviceSpeed(936e9, 71e12))
 
@@ -213,15 +215,42 @@ def test_memory_that_runs_out_is_a_typed_error(
         profiler(cache).devices([CPU], llama)
 
 
+def test_attention_to_kv_and_tokens_are_measured_on_layers(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, llama: Architecture
+) -> None:
+    """Time by a formula in place of a clock: what the formula is made of is found again."""
+    monkeypatch.setattr(measure, "cold_bytes", lambda device: 1024 * 1024)
+    token = 2 * 2 * 8 * 4
+    layer_bytes = max(measure_bytes(llama).layers)
+
+    def seconds(work: Any, device: torch.device, budget_s: float) -> float:
+        step = getattr(work, "__self__", None)
+        if not isinstance(step, RandomLayers):
+            return 1e-12  # products take no time: nothing but overhead and KV remains
+        if isinstance(step._layers[step._part.first], PassThrough):
+            return 1e-4
+        metadata = step._context.metadata
+        assert metadata is not None
+        rows, kv = len(metadata.host_seq_lens), sum(metadata.host_seq_lens) * token
+        return 1e-4 + step.count * (layer_bytes * 1e-15 + 2e-4 + 3e-5 * rows + kv / 1e9)
+
+    monkeypatch.setattr(measure, "time_runs", seconds)
+    (profile,) = profiler(cache).devices([CPU], llama)
+    assert profile.kv_bytes_s == pytest.approx(1e9, rel=1e-3)
+    assert profile.layer_overhead_s == pytest.approx(2e-4, rel=1e-3)
+    assert profile.row_overhead_s == pytest.approx(3e-5, rel=1e-3)
+    assert profile.step_overhead_s == 1e-4
+
+
 def test_a_disturbed_round_decides_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch, llama: Architecture) -> None:
     """Something else ran in the second round, and everything took ten times as long."""
     monkeypatch.setattr(measure, "cold_bytes", lambda device: 1024 * 1024)
-    done, per_round = 0, 1 + len(ROWS) + len(OVERHEAD_ROWS)
+    done = 0
 
     def seconds(work: Callable[[], object], device: torch.device, budget_s: float) -> float:
         nonlocal done
         done += 1
-        return 1e-2 if per_round < done <= 2 * per_round else 1e-3
+        return 1e-2 if PER_ROUND < done <= 2 * PER_ROUND else 1e-3
 
     monkeypatch.setattr(measure, "time_runs", seconds)
     (disturbed,) = profiler(cache).devices([CPU], llama)
@@ -238,14 +267,17 @@ def test_layers_of_many_architectures(name: str, cache: Path, tmp_path: Path) ->
     assert_sound(profiler(cache).devices([CPU], architecture)[0])
 
 
+def with_layers(count: int, directory: Path) -> Architecture:
+    build_tiny("llama", directory)
+    config = json.loads((directory / "config.json").read_text()) | {"num_hidden_layers": count}
+    (directory / "config.json").write_text(json.dumps(config))
+    return read_architecture(directory)
+
+
 @pytest.mark.parametrize("count", [1, 2])
-def test_models_of_few_layers(count: int, cache: Path, tmp_path: Path, llama: Architecture) -> None:
-    del llama
-    build_tiny("llama", tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text()) | {"num_hidden_layers": count}
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    architecture = read_architecture(tmp_path / "model")
-    assert choose_layer_count(architecture, 1000, CPU, GIB) == 1
+def test_models_of_few_layers(count: int, cache: Path, tmp_path: Path) -> None:
+    architecture = with_layers(count, tmp_path / "model")
+    assert choose_layer_count(architecture, CPU, GIB, 64) == 1
     backend, adapt = select_attention(CPU, make_settings(runtime__cache_dir=cache), 1)
     layers = RandomLayers(architecture, CPU, 1, backend, adapt or (lambda model: None))
     with torch.inference_mode():
@@ -254,15 +286,17 @@ def test_models_of_few_layers(count: int, cache: Path, tmp_path: Path, llama: Ar
         layers.step()
 
 
-def test_the_number_of_layers(monkeypatch: pytest.MonkeyPatch, llama: Architecture) -> None:
-    monkeypatch.setattr(measure, "cold_bytes", lambda device: 1000)
-    large = replace(llama, num_layers=32)
-    assert choose_layer_count(large, 400, CPU, GIB) == 3, "enough to be larger than the caches"
-    assert choose_layer_count(large, 4000, CPU, GIB) == 1
-    assert choose_layer_count(large, 400, CPU, 900) == 2, "no more than there is room for"
-    assert choose_layer_count(large, 400, CPU, 300) == 0
-    assert choose_layer_count(large, 1, CPU, GIB) == 8
-    assert choose_layer_count(llama, 1, CPU, GIB) == 2
+def test_the_number_of_layers(monkeypatch: pytest.MonkeyPatch, llama: Architecture, tmp_path: Path) -> None:
+    layer, token = max(measure_bytes(llama).layers), 2 * 2 * 8 * 4  # two KV heads of width 8, K and V, fp32
+    large = with_layers(32, tmp_path / "model")
+    monkeypatch.setattr(measure, "cold_bytes", lambda device: 5 * layer // 2)
+    assert choose_layer_count(large, CPU, GIB, 64) == 3, "enough to be larger than the caches"
+    assert choose_layer_count(large, CPU, 2 * (layer + 64 * token), 64) == 2, "no more than there is room for"
+    assert choose_layer_count(large, CPU, 2 * (layer + 64 * token) - 1, 64) == 1
+    assert choose_layer_count(large, CPU, layer + 64 * token - 1, 64) == 0, "KV counts"
+    monkeypatch.setattr(measure, "cold_bytes", lambda device: GIB)
+    assert choose_layer_count(large, CPU, GIB, 64) == 8
+    assert choose_layer_count(llama, CPU, GIB, 64) == 2
 
 
 def test_the_shape_is_that_of_the_layers(llama: Architecture, tmp_path: Path) -> None:

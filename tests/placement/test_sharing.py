@@ -43,6 +43,15 @@ def test_reading_and_computing_are_slowed_by_their_own_factors() -> None:
     assert PART.among(1) == PART
 
 
+def test_attention_to_kv_has_a_rate_of_its_own() -> None:
+    slow = replace(PART, kv_bandwidth_bytes_s=1e5)
+    kv = 16 * 10 * 4
+    longer_s = stage_s(COSTS, slow, 0, 4, BATCH) - stage_s(COSTS, PART, 0, 4, BATCH)
+    assert longer_s == pytest.approx(kv / 1e5 - kv / 1e6)
+    assert slow.among(2).kv_bytes_s == pytest.approx(1e5 / 1.5)
+    assert PART.among(2).kv_bytes_s == pytest.approx(1e6 / 1.5)
+
+
 def test_every_further_part_costs_as_much() -> None:
     four = replace(PART, sharing=Sharing("cpu", 4, 2.5, 1.0))
     assert [1e6 / four.among(parts).bandwidth_bytes_s for parts in (1, 2, 3, 4)] == pytest.approx([1.0, 1.5, 2.0, 2.5])

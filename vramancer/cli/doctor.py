@@ -81,6 +81,7 @@ def _device_rows(device: DeviceDiagnosis) -> dict[str, str]:
         "attention": device.attention,
         "bandwidth": _share(format_rate(device.bandwidth_bytes_s, "B"), sheet.bandwidth_share if sheet else None),
     }
+    cells["attention to KV"] = format_rate(device.kv_bandwidth_bytes_s, "B")
     largest = list(device.flops)[-1]
     for rows, rate in device.flops.items():
         share = sheet.flops_share if sheet is not None and rows == largest else None
