@@ -22,6 +22,7 @@ from core.inference_pipeline import InferencePipeline
 from core.model_plan import ModelPlan, cohort_policy
 from core.placement import DeviceProfile, decode_tok_s
 from core.placement.engine import stage_costs
+from core.placement.pooled import borrowing_s
 from core.request import SamplingParams
 
 SCALE = 2000
@@ -131,7 +132,9 @@ def predicted_tok_s(
     if profiles is not None:
         indices = [stage.device_index for stage in plan.placement.stages]
         stages = tuple(replace(stage, device=profiles[i]) for stage, i in zip(stages, indices, strict=True))
-    return decode_tok_s(plan.costs, stages, plan.request.links, streams, context, cohorts)
+    rate = decode_tok_s(plan.costs, stages, plan.request.links, streams, context, cohorts)
+    late_s = borrowing_s(plan.request, plan.placement, plan.pooled, streams, context, cohorts)
+    return streams / (streams / rate + late_s)
 
 
 def record(path: Path, section: str, results: Sequence[Mapping[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from core.batching.cohorts import CohortPolicy, FixedCohorts, OneCohort, Predict
 from core.config import Settings
 from core.devices import HOST, Device, open_devices, open_host
 from core.errors import ContextLengthError, InsufficientMemoryError
-from core.execution.attention.select import planned_packing
+from core.execution.attention.select import planned_gathering, planned_packing
 from core.execution.profiler import LayerProfiler
 from core.execution.workspace import Workspace, measure_workspace
 from core.models.architecture import Architecture, read_architecture
@@ -87,8 +87,10 @@ class ModelPlan:
         return self.request.costs
 
 
-def layer_costs(architecture: Architecture, weights: ModelBytes, settings: Settings) -> LayerCosts:
-    """Bytes per part, with room for the activations of the largest step."""
+def layer_costs(
+    architecture: Architecture, weights: ModelBytes, settings: Settings, attention_bytes: int = 0
+) -> LayerCosts:
+    """Bytes per part, with room for the activations of the largest step, and what attention takes beside them."""
     element = torch.empty((), dtype=architecture.dtype).element_size()
     workspace = _workspace(architecture, weights, settings)
     return LayerCosts(
@@ -98,7 +100,7 @@ def layer_costs(architecture: Architecture, weights: ModelBytes, settings: Setti
         head_bytes=weights.head,
         tied=weights.tied,
         kv_bytes_per_token=tuple(shape.bytes_per_token(element) for shape in architecture.kv_shapes),
-        workspace_bytes=workspace.layers_bytes,
+        workspace_bytes=workspace.layers_bytes + attention_bytes,
         head_workspace_bytes=workspace.head_bytes,
         layer_flops=tuple(
             int(2 * (count - (weights.layers[layer] - weights.read_bytes(layer, 1)) / element))
@@ -154,6 +156,7 @@ def plan_model(
         ),
         links,
         shares_cpu=placed.devices is None and any(device.kind == "cpu" for device in devices),
+        attention_bytes=planned_gathering(devices, settings, architecture, max_model_len),
     )
     try:
         placement = place_pooled(
@@ -170,7 +173,7 @@ def plan_model(
         request = replace(request, min_kv_tokens=_least_kv_tokens(settings, max_model_len, request.max_kv_tokens))
         placement = place_streaming(request, placed.placement)
         pooled = pool_devices(placement, request, settings, max_model_len)
-    prediction = predict(placement, request) if is_measured else None
+    prediction = predict(placement, request, pooled=pooled) if is_measured else None
     return ModelPlan(
         resolved, architecture, weights, request, placement, tuple(devices), max_model_len, prediction,
         pooled,
@@ -227,10 +230,11 @@ def plan_request(
     links: LinkTopology,
     *,
     shares_cpu: bool = False,
+    attention_bytes: int = 0,
 ) -> PlacementRequest:
     """What the settings ask of placement. `shares_cpu`: a CPU device may take what others leave, so KV is bounded."""
     engine, placed = settings.engine, settings.devices
-    costs = layer_costs(architecture, weights, settings)
+    costs = layer_costs(architecture, weights, settings, attention_bytes)
     most = engine.max_batch_size * max_model_len
     wanted = engine.kv_cache_tokens or (_kv_cap(costs, devices, most) if shares_cpu else most)
     least = _least_kv_tokens(settings, max_model_len, wanted)
@@ -304,7 +308,7 @@ def preview(settings: Settings, gpus: Sequence[str] = (), *, more: Sequence[str]
             request = _with_host(request, _ANY_MACHINE_BYTES, {})
         placement = place_or_stream(request, settings.devices.placement, _lend_ratio(settings), length)
         pooled = pool_of(request, placement, _lend_ratio(settings))
-        prediction: Prediction | None = predict(placement, request)
+        prediction: Prediction | None = predict(placement, request, pooled=pooled)
     else:
         devices = open_devices(settings.devices, allocate=False)
         measure = measure_with(settings, TransferManager())

@@ -10,8 +10,7 @@ import psutil
 from core.batching.stats import BatcherStats
 from core.memory_status import lending_state, memory_view, tier_states
 from core.metrics.snapshot import DeviceMemory, KVPages, MetricsSnapshot, StageWork
-from core.placement import best_cohorts, decode_tok_s
-from core.placement.engine import stage_costs
+from core.placement.predict import predict_rate
 
 if TYPE_CHECKING:
     from core.inference_pipeline import InferencePipeline
@@ -132,11 +131,10 @@ def _prediction(engine: ModelEngine) -> dict[str, Any] | None:
     plan, stats = engine.plan, engine.batcher.stats
     if plan.prediction is None:
         return None
-    stages, links = stage_costs(plan.placement, plan.request), plan.request.links
     now = None
     if stats.running:
-        cohorts = best_cohorts(plan.costs, stages, links, stats.running, plan.request.context)
-        now = round(decode_tok_s(plan.costs, stages, links, stats.running, plan.request.context, cohorts), 2)
+        rate = predict_rate(plan.placement, plan.request, stats.running, plan.request.context, plan.pooled)
+        now = round(rate.tok_s, 2)
     return {
         "context": plan.prediction.context,
         "floor_seconds": plan.prediction.floor_s,

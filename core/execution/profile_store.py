@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from core.devices import Device
 from core.logs import get_logger
-from core.placement import DeviceProfile, LinkProfile, Sharing
+from core.placement import DeviceProfile, LinkProfile
 
 logger = get_logger(__name__)
 
@@ -127,9 +127,9 @@ class ProfileStore:
         stored = self._load("sharing", facts, _StoredSharing)
         return None if stored is None else (stored.reading, stored.computing)
 
-    def save_sharing(self, facts: Facts, sharing: Sharing) -> None:
+    def save_sharing(self, facts: Facts, reading: float, computing: float) -> None:
         """Keep what parts of a processor cost each other."""
-        self._save("sharing", facts, {"reading": sharing.reading, "computing": sharing.computing})
+        self._save("sharing", facts, {"reading": reading, "computing": computing})
 
     def path(self, kind: str, facts: Facts) -> Path:
         """The file of a device, link or set of parts."""

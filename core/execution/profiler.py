@@ -189,11 +189,10 @@ class LayerProfiler:
         factors = None if refresh else self.store.load_sharing(facts)
         if factors is None:
             factors = self._measure_sharing(parts, architecture, selected, threads)
-        if factors is None:
-            return None
-        sharing = Sharing(parts[0].torch_device, len(parts), *factors)
-        self.store.save_sharing(facts, sharing)
-        return sharing
+            if factors is None:
+                return None
+            self.store.save_sharing(facts, *factors)
+        return Sharing(parts[0].torch_device, len(parts), *factors)
 
     def _measure_sharing(
         self,

@@ -2,7 +2,7 @@
 computed and every tensor is counted for as long as it lives.
 
 Attention gives back its output and keeps nothing: kernels read the pages where they are. Plain torch, which does it
-where there are no kernels, gathers them first; that is not counted.
+where there are no kernels, gathers them first, a bounded number at one time; see `planned_gathering`.
 Routed experts, whose loops need real numbers, are counted as one product over all pairs of a token and its experts.
 """
 

@@ -85,27 +85,34 @@ def _weigh(request: PlacementRequest, plan: PlacementPlan, lend_ratio: float) ->
 
 def pooled_tok_s(request: PlacementRequest, plan: PlacementPlan, pooled: PooledKV) -> float:
     """Tokens per second of the request's streams, with what they lack at home borrowed."""
-    costs, links, streams = request.costs, request.links, request.streams
+    costs, links, streams, context = request.costs, request.links, request.streams, request.context
     stages = stage_costs(plan, request)
     latency = request.objective == "latency"
-    cohorts = 1 if latency else best_cohorts(costs, stages, links, streams, request.context)
-    round_s = streams / decode_tok_s(costs, stages, links, streams, request.context, cohorts)
-    read = min(streams * request.context, pooled.tokens)
+    cohorts = 1 if latency else best_cohorts(costs, stages, links, streams, context)
+    round_s = streams / decode_tok_s(costs, stages, links, streams, context, cohorts)
+    return streams / (round_s + borrowing_s(request, plan, pooled, streams, context, cohorts))
+
+
+def borrowing_s(
+    request: PlacementRequest, plan: PlacementPlan, pooled: PooledKV, streams: int, context: int, cohorts: int
+) -> float:
+    """How much longer a round of `streams` sequences of `context` tokens takes because some of the KV is lent."""
+    read, total_s = min(streams * context, pooled.tokens), 0.0
     for stage, local in zip(plan.stages, pooled.local_tokens, strict=True):
         if local < read:
-            round_s += _borrowing_s(request, plan, stage, local, read, cohorts)
-    return streams / round_s
+            total_s += _stage_borrowing_s(request, plan, stage, (local, read), -(-streams // cohorts), cohorts)
+    return total_s
 
 
-def _borrowing_s(
-    request: PlacementRequest, plan: PlacementPlan, stage: StagePlan, local: int, read: int, cohorts: int
+def _stage_borrowing_s(
+    request: PlacementRequest, plan: PlacementPlan, stage: StagePlan, kv: tuple[int, int], rows: int, cohorts: int
 ) -> float:
-    """How much longer a round of all cohorts takes."""
+    """`kv`: tokens of KV at home, and read in all; partial results are fp32, about twice as long as queries."""
     lender, idle = _lender(request, plan, stage)
-    own = request.devices[stage.device_index]
+    own, (local, read) = request.devices[stage.device_index], kv
     out, home = request.links.link(own.name, lender.name), request.links.link(lender.name, own.name)
-    rows = -(-request.streams // cohorts) * request.costs.hidden_bytes
-    rounds_s = cohorts * stage.num_layers * (out.transfer_s(rows) + home.transfer_s(rows))
+    query_bytes = rows * request.costs.hidden_bytes
+    rounds_s = cohorts * stage.num_layers * (out.transfer_s(query_bytes) + home.transfer_s(2 * query_bytes))
     own_rate, lender_rate = own.profile.kv_bytes_s, lender.profile.kv_bytes_s
     away = (read - local) * stage.kv_bytes_per_token
     own_s, away_s = local * stage.kv_bytes_per_token / own_rate, away / lender_rate

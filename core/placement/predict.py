@@ -12,6 +12,8 @@ from core.errors import InsufficientMemoryError
 from core.placement.cost import Batch, StageCost, at_once, best_cohorts, decode_tok_s, load_s, pipeline_s
 from core.placement.engine import PlacementDevice, PlacementRequest, predicted_tok_s, stage_costs
 from core.placement.plan import LayerCosts, PlacementPlan
+from core.placement.pooled import borrowing_s
+from core.placement.pooling import PooledKV
 from core.placement.profile import DeviceProfile, LinkTopology
 from core.placement.streaming import place_fastest
 
@@ -52,6 +54,8 @@ class RatePrediction:
         bottleneck: the part that takes longest.
         roofline_tok_s: what no number of cohorts can exceed: stages take no longer than their bytes and operations do,
             each weight is read once for all streams, links are free but for layers that stream in.
+        borrowing_s: seconds of a round, in which each stream gains a token, because some of the KV is lent; below 0
+            where the lender and the stage's own device read it sooner together.
     """
 
     streams: int
@@ -61,6 +65,7 @@ class RatePrediction:
     parts: tuple[PartPrediction, ...]
     bottleneck: PartPrediction
     roofline_tok_s: float
+    borrowing_s: float = 0.0
 
     @property
     def roofline_share(self) -> float:
@@ -109,15 +114,20 @@ class Prediction:
 
 
 def predict(
-    plan: PlacementPlan, request: PlacementRequest, streams: Sequence[int] = (1, 8, 32), context: int | None = None
+    plan: PlacementPlan,
+    request: PlacementRequest,
+    streams: Sequence[int] = (1, 8, 32),
+    context: int | None = None,
+    pooled: PooledKV | None = None,
 ) -> Prediction:
     """What to expect of `plan`, a plan for `request`, with these numbers of streams of `context` tokens each.
 
-    `context` is the request's where it is not given. `unused` is about the request's objective, streams and context.
+    `context` is the request's where it is not given. With `pooled`, what streams lack at home is borrowed. `unused` is
+    about the request's objective, streams and context.
     """
     context = request.context if context is None else context
     stages = stage_costs(plan, request)
-    rates = tuple(_rate(request.costs, stages, request.links, count, context) for count in streams)
+    rates = tuple(predict_rate(plan, request, count, context, pooled) for count in streams)
     floor_s = 1 / _roofline_tok_s(request.costs, stages, request.links, 1, context)
     without = _best_tok_s(plan, request) if plan.unused_devices else 0.0
     left_out = [device for device in request.devices if device.name in plan.unused_devices]
@@ -165,11 +175,14 @@ def _forced(plan: PlacementPlan, request: PlacementRequest, device: PlacementDev
     return DeviceEffect(device.name, predicted_tok_s(forced, more), without, forced.kv_tokens)
 
 
-def _rate(
-    costs: LayerCosts, stages: Sequence[StageCost], links: LinkTopology, streams: int, context: int
+def predict_rate(
+    plan: PlacementPlan, request: PlacementRequest, streams: int, context: int, pooled: PooledKV | None = None
 ) -> RatePrediction:
+    """One number of streams; see `predict`."""
+    costs, links, stages = request.costs, request.links, stage_costs(plan, request)
     cohorts = best_cohorts(costs, stages, links, streams, context)
-    tok_s = decode_tok_s(costs, stages, links, streams, context, cohorts)
+    late_s = 0.0 if pooled is None else borrowing_s(request, plan, pooled, streams, context, cohorts)
+    tok_s = streams / (streams / decode_tok_s(costs, stages, links, streams, context, cohorts) + late_s)
     sizes = [streams // cohorts + (index < streams % cohorts) for index in range(cohorts)]
     batches = [Batch.decode(size, context) for size in sizes]
     roofline = _roofline_tok_s(costs, stages, links, streams, context)
@@ -188,7 +201,7 @@ def _rate(
         for (name, layers, limit), all_s in zip(named, zip(*ways, strict=True), strict=True)
     )
     slowest = max(parts, key=lambda part: part.seconds)
-    return RatePrediction(streams, cohorts, tok_s, streams / tok_s, parts, slowest, roofline)
+    return RatePrediction(streams, cohorts, tok_s, streams / tok_s, parts, slowest, roofline, late_s)
 
 
 def stage_limit(costs: LayerCosts, stage: StageCost, batch: Batch) -> Limit:

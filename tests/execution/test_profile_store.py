@@ -15,7 +15,7 @@ import torch
 
 from core.devices import Device
 from core.execution.profile_store import ProfileStore, device_facts, kernel_digest, key_of
-from core.placement import DeviceProfile, LinkProfile, Sharing
+from core.placement import DeviceProfile, LinkProfile
 
 FACTS = {"kind": "cpu", "product": "a processor", "threads": 2, "dtype": "float32", "shape": {"hidden": 8}}
 PROFILE = DeviceProfile(
@@ -47,7 +47,7 @@ def test_a_link_comes_back(store: ProfileStore) -> None:
 
 def test_what_parts_cost_each_other_comes_back(store: ProfileStore) -> None:
     assert store.load_sharing(FACTS) is None
-    store.save_sharing(FACTS, Sharing("cpu", 2, 1.25, 1.0))
+    store.save_sharing(FACTS, 1.25, 1.0)
     assert store.load_sharing(FACTS) == (1.25, 1.0)
     assert store.load_sharing(FACTS | {"parts": 3}) is None
     path = store.path("sharing", FACTS)

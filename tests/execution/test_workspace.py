@@ -56,13 +56,14 @@ def test_every_architecture_can_be_measured(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "mixtral", "gpt_oss", "deepseek_v3", "gpt2", "glm4"])
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "plain torch"])
 def test_no_step_takes_more_than_was_set_aside(
-    tmp_path: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch, name: str
+    tmp_path: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch, name: str, kernels: bool
 ) -> None:
     build_tiny(name, tmp_path)
     pipeline = open_pipeline(
         tmp_path, devices__devices="cpu=64MiB,cpu=64MiB", engine__max_num_batched_tokens=128, engine__cohorts=1,
-        engine__kv_cache_tokens=1024,
+        engine__kv_cache_tokens=4096, engine__native_kernels=kernels,
     )  # fmt: skip
     peaks: dict[int, int] = {}
     largest = 0
@@ -84,7 +85,7 @@ def test_no_step_takes_more_than_was_set_aside(
 
     monkeypatch.setattr(Stage, "forward", counted)
     params = SamplingParams(max_tokens=4, ignore_eos=True, detokenize=False, temperature=0.5, top_p=0.9)
-    prompts = [[3 + (7 * i + j) % (VOCAB - 3) for j in range(70)] for i in range(5)]
+    prompts = [[3 + (7 * i + j) % (VOCAB - 3) for j in range(70)] for i in range(32)]
     for handle in [pipeline.submit(prompt, replace(params, seed=i)) for i, prompt in enumerate(prompts)]:
         handle.result(60)
     assert largest == 128

@@ -14,6 +14,7 @@ from core.placement.cards import gpu_spec
 from core.placement.engine import PlacementDevice, PlacementRequest, place, predicted_tok_s
 from core.placement.plan import LayerCosts
 from core.placement.pooled import place_pooled, pool_of, pooled_tok_s
+from core.placement.predict import predict
 from core.placement.profile import DeviceProfile, LinkProfile, LinkTopology
 
 GiB = 1 << 30
@@ -43,6 +44,19 @@ def test_a_slow_card_serves_as_memory_alone() -> None:
     assert pooled.tokens >= 0.95 * alone.kv_tokens
     assert pooled.local_tokens[0] < pooled.tokens
     assert pooled_tok_s(asked, plan, pooled) > 1.03 * predicted_tok_s(alone, asked)
+
+
+def test_the_prediction_counts_what_is_borrowed() -> None:
+    asked = request(FAST, SLOW)
+    plan = place_pooled(asked, "profiled", 0.7)
+    pooled = pool_of(asked, plan, 0.7)
+    few, many = predict(plan, asked, (8, 16), pooled=pooled).rates
+    (plain, unaware) = predict(plan, asked, (8, 16)).rates
+    assert few == plain and few.borrowing_s == 0.0, "what eight streams need is at home"
+    assert 16 * 2048 > pooled.local_tokens[0]
+    assert many.borrowing_s > 0 and many.tok_s < unaware.tok_s
+    assert many.tok_s == pytest.approx(pooled_tok_s(replace(asked, streams=16), plan, pooled))
+    assert many.token_s == pytest.approx(unaware.token_s + many.borrowing_s)
 
 
 def test_without_lending_it_holds_what_it_needs_itself() -> None:

@@ -13,7 +13,7 @@ from core.config import Settings
 from core.devices import Device
 from core.execution.attention.interface import AttentionBackend
 from core.execution.attention.native_paged import NativePagedAttention
-from core.execution.attention.torch_paged import TorchPagedAttention
+from core.execution.attention.torch_paged import TorchPagedAttention, most_bytes
 from core.execution.native import (
     NativeKernels,
     load_native,
@@ -25,6 +25,7 @@ from core.execution.native import (
     swap_norms,
 )
 from core.logs import get_logger
+from core.models.architecture import Architecture
 
 logger = get_logger(__name__)
 
@@ -75,6 +76,26 @@ def select_attention(
         if kernels is not None:
             return NativePagedAttention(kernels), LinearAdapter(kernels)
     return TorchPagedAttention(), None
+
+
+def planned_gathering(
+    devices: Sequence[Device], settings: Settings, architecture: Architecture, max_model_len: int
+) -> int:
+    """Bytes that plain torch attention takes beside a step's other tensors; 0 where all devices have kernels.
+
+    As with packing, one device that gathers is enough to count it everywhere.
+    """
+    if all(select_attention(device, settings, 1)[0].name != TorchPagedAttention.name for device in devices):
+        return 0
+    engine, element = settings.engine, architecture.dtype.itemsize
+    keys = engine.max_batch_size * max_model_len
+    return max(
+        most_bytes(
+            shape.bytes_per_token(element), architecture.num_heads, shape.num_kv_heads, keys, max_model_len,
+            engine.max_num_batched_tokens,
+        )
+        for shape in set(architecture.kv_shapes)
+    )  # fmt: skip
 
 
 class AttentionBackends:

@@ -1,7 +1,8 @@
 """Paged attention in plain torch operations: any device, the reference for the kernels.
 
-Decodes are computed together over gathered pages; each longer sequence goes through SDPA by itself. Soft caps, sinks
-and partial results, which SDPA does not know, are computed by hand in fp32, a bounded number of query rows at a time.
+Pages are gathered, and SDPA computes: decodes of about one length together, longer runs of rows a bounded number at a
+time. What SDPA does not know (soft caps, sinks, partial results) or what would take more than `TILE_BYTES` beside the
+output goes over the keys tile by tile, in fp32, and the tiles' results are merged as those of several sites are.
 """
 
 from __future__ import annotations
@@ -11,10 +12,24 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from core.execution.attention.merge import Part, merge_partials
+from core.execution.attention.merge import Part, combine, merge_partials
 from core.execution.attention.metadata import AttentionMetadata, AttentionSpec, SiteBatch
 
-_ROWS_BY_HAND = 256
+TILE_BYTES = 256 * 1024 * 1024
+"""What attention takes at one time beside its output."""
+
+_ROWS = 256
+"""Query rows of one sequence that are computed together."""
+
+_SEQUENCES = 32
+"""Sequences with one row each that go over the keys together."""
+
+_UNLIKE = 4
+"""Sequences this many times as long as others are computed without them: all are as long as the longest there."""
+
+
+_COPIES, _SCORE_BYTES = 5, 18
+"""What is gathered is perhaps copied to fp32, twice, or has its heads repeated; scores are there several times."""
 
 
 def write_kv(
@@ -23,6 +38,21 @@ def write_kv(
     """Store `key`, `value` `[T, num_kv_heads, dim]` in the slots."""
     k_pages.view(-1, *k_pages.shape[2:]).index_copy_(0, slot_mapping, key)
     v_pages.view(-1, *v_pages.shape[2:]).index_copy_(0, slot_mapping, value)
+
+
+def most_bytes(kv_bytes_per_token: int, heads: int, kv_heads: int, keys: int, longest: int, rows: int) -> int:
+    """At most what attention of one layer takes beside its output: a tile, or less for what is small.
+
+    Args:
+        kv_bytes_per_token: of the layer.
+        heads, kv_heads: of the query, and of K and V.
+        keys: of all sequences that may be computed at one time, each as long as the longest.
+        longest: tokens of a sequence.
+        rows: of a step, all sequences together.
+    """
+    gathered = keys * kv_bytes_per_token * max(_COPIES, 1 + heads // kv_heads)
+    scores = heads * min(rows, _ROWS) * longest * _SCORE_BYTES
+    return min(TILE_BYTES, gathered + scores)
 
 
 class TorchPagedAttention:
@@ -42,13 +72,24 @@ class TorchPagedAttention:
     ) -> torch.Tensor:  # fmt: skip
         """`query` `[T, num_heads, key_dim]` to `[T, num_heads, value_dim]`; this step's K and V are in the pages."""
         output = query.new_empty(query.shape[0], query.shape[1], v_pages.shape[-1])
-        decodes = metadata.num_decodes
-        if decodes:
-            output[:decodes] = _decode(query[:decodes], k_pages, v_pages, metadata, spec)
+        pages, lengths, decodes = _Pages(k_pages, v_pages, query), metadata.host_seq_lens, metadata.num_decodes
+        for group in _groups(lengths[:decodes], pages):
+            at = slice(decodes) if len(group) == decodes else torch.tensor(group, device=query.device)
+            tables, last = metadata.block_tables[at], metadata.seq_lens[at, None].long() - 1
+            longest = max(lengths[index] for index in group)
+            output[at] = _attend(query[at][:, None], pages, tables, last, longest, spec).flatten(0, 1)
         starts = metadata.host_query_start
-        for index in range(decodes, len(metadata.host_seq_lens)):
-            rows = slice(starts[index], starts[index + 1])
-            output[rows] = _prefill(query[rows], k_pages, v_pages, metadata, index, spec)
+        for index in range(decodes, len(lengths)):
+            tables, end = metadata.block_tables[index : index + 1], starts[index + 1]
+            first = lengths[index] - (end - starts[index])  # position of the first row
+            if first == 0 and spec == AttentionSpec(spec.scale) and pages.fit(1, lengths[index], lengths[index]):
+                output[starts[index] : end] = _whole_prompt(query[starts[index] : end], pages, tables[0], spec)
+                continue
+            for row in range(starts[index], end, _ROWS):
+                rows = slice(row, min(row + _ROWS, end))
+                at_first, at_last = first + row - starts[index], first + rows.stop - starts[index]
+                positions = torch.arange(at_first, at_last, device=query.device)[None]
+                output[rows] = _attend(query[rows][None], pages, tables, positions, at_last, spec)[0]
         return output
 
     def attend_partial(
@@ -57,24 +98,16 @@ class TorchPagedAttention:
         """See `AttentionBackend.attend_partial`."""
         output = query.new_zeros((*query.shape[:2], v_pages.shape[-1]), dtype=torch.float32)
         lse = query.new_full(query.shape[:2], float("-inf"), dtype=torch.float32)
-        lo, hi = site.bounds(spec.window)
-        for first, last in _runs(site.host_query_start, site.host_seq_lens):
+        pages, (lo, hi) = _Pages(k_pages, v_pages, query), site.bounds(spec.window)
+        for first, last, rows in _runs(site.host_query_start, site.host_seq_lens):
             longest = max(site.host_seq_lens[first:last])
             if longest == 0:
                 continue
-            tables = site.block_tables[first:last, : -(-longest // site.block_size)].long()
-            key = k_pages[tables].flatten(1, 2)[:, :longest].transpose(1, 2)  # [B, Hkv, L, D]
-            value = v_pages[tables].flatten(1, 2)[:, :longest].transpose(1, 2)
-            keys = torch.arange(longest, device=query.device)
-            begin, end, count = site.host_query_start[first], site.host_query_start[last], last - first
-            for at in range(begin, end, _ROWS_BY_HAND * count):
-                rows = slice(at, min(end, at + _ROWS_BY_HAND * count))
-                packed = query[rows].reshape(count, -1, *query.shape[1:]).transpose(1, 2)  # [B, Hq, q, D]
-                visible = (keys >= lo[rows, None]) & (keys < hi[rows, None])
-                visible = visible.view(count, -1, longest)  # [B, q, L]
-                out, part_lse = _attend_part(packed, key, value, visible, spec)
-                output[rows] = out.transpose(1, 2).flatten(0, 1)
-                lse[rows] = part_lse.transpose(1, 2).flatten(0, 1)
+            shape = (last - first, (rows.stop - rows.start) // (last - first))
+            packed, bounds = query[rows].view(*shape, *query.shape[1:]), (lo[rows].view(shape), hi[rows].view(shape))
+            output[rows], lse[rows] = _over_tiles(
+                packed, pages, site.block_tables[first:last], bounds, (0, longest), spec
+            )
         return output, lse
 
     def merge(self, parts: Sequence[Part], sinks: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -82,86 +115,114 @@ class TorchPagedAttention:
         return merge_partials(parts, sinks, dtype)
 
 
-def _runs(starts: tuple[int, ...], lengths: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Ranges of sequences to compute together: the leading ones with a single row, then each by itself."""
+class _Pages:
+    """K and V pages, and what computing with them takes for queries like `query` `[.., Hq, D]`."""
+
+    def __init__(self, k_pages: torch.Tensor, v_pages: torch.Tensor, query: torch.Tensor) -> None:
+        self.k, self.v, self.block_size, self.heads = k_pages, v_pages, k_pages.shape[1], query.shape[1]
+        self.is_grouped = self.heads != k_pages.shape[2]
+        self._per_key = k_pages.shape[2] * (k_pages.shape[3] + v_pages.shape[3])
+        self._itemsize = k_pages.element_size()
+        # On the CPU, SDPA keeps no scores and does not repeat the heads of K and V. Elsewhere it may.
+        self._repeats = 1 if query.device.type == "cpu" else 1 + self.heads // k_pages.shape[2]
+        self._score_bytes = 0 if query.device.type == "cpu" else 8
+
+    def fit(self, sequences: int, rows: int, keys: int) -> bool:
+        """Whether SDPA can have them all at one time."""
+        mask = rows * (2 + self._itemsize)
+        per_key = self._per_key * self._itemsize * self._repeats + self.heads * rows * self._score_bytes + mask
+        return sequences * keys * per_key <= TILE_BYTES
+
+    def tile(self, sequences: int, rows: int) -> int:
+        """Keys to go over at one time, whole pages: gathered, in fp32 (perhaps twice), and some scores of each."""
+        per_key = sequences * (self._per_key * (self._itemsize + 8) + self.heads * rows * 16 + 2 * rows)
+        return max(1, TILE_BYTES // (per_key * self.block_size)) * self.block_size
+
+    def gather(self, tables: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values number `first .. last - 1`, `first` on a page's edge, of each sequence, `[B, Hkv, L, D]`."""
+        blocks = tables[:, first // self.block_size : -(-last // self.block_size)].long()
+        key, value = (pages[blocks].flatten(1, 2)[:, : last - first] for pages in (self.k, self.v))
+        return key.transpose(1, 2), value.transpose(1, 2)
+
+
+def _groups(lengths: Sequence[int], pages: _Pages) -> list[list[int]]:
+    """Sequences with one row each, to be computed together: about as long as each other, and no more than fit."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        last = groups[-1] if groups else []
+        is_like = bool(last) and lengths[index] <= _UNLIKE * (lengths[last[0]] + pages.block_size)
+        if is_like and (len(last) < _SEQUENCES or pages.fit(len(last) + 1, 1, lengths[index])):
+            last.append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def _runs(starts: tuple[int, ...], lengths: tuple[int, ...]) -> list[tuple[int, int, slice]]:
+    """Sequences to compute together, and their rows: leading ones with a single row, then rows of each by itself."""
     singles = 0
     while singles < len(lengths) and starts[singles + 1] - starts[singles] == 1:
         singles += 1
-    rest = [(index, index + 1) for index in range(singles, len(lengths))]
-    return [(0, singles), *rest] if singles else rest
+    runs = []
+    for first in range(0, singles, _SEQUENCES):
+        last = min(first + _SEQUENCES, singles)
+        runs.append((first, last, slice(starts[first], starts[last])))
+    for index in range(singles, len(lengths)):
+        end = starts[index + 1]
+        runs += [(index, index + 1, slice(row, min(row + _ROWS, end))) for row in range(starts[index], end, _ROWS)]
+    return runs
 
 
-def _decode(
-    query: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, metadata: AttentionMetadata, spec: AttentionSpec
-) -> torch.Tensor:
-    """`query` `[S, Hq, D]`, one row per sequence, to `[S, Hq, Dv]`."""
-    count, block_size = query.shape[0], k_pages.shape[1]
-    longest = max(metadata.host_seq_lens[:count])
-    tables = metadata.block_tables[:count, : -(-longest // block_size)].long()
-    key = k_pages[tables].flatten(1, 2)[:, :longest]  # [S, L, Hkv, D]
-    value = v_pages[tables].flatten(1, 2)[:, :longest]
-    position = metadata.seq_lens[:count, None].long() - 1
-    visible = _visible(position, torch.arange(longest, device=query.device)[None], spec.window)  # [S, L]
-    scores_mask = visible[:, None, None, :]
-    return _attend(query[:, :, None], key.transpose(1, 2), value.transpose(1, 2), scores_mask, spec)[:, :, 0]
-
-
-def _prefill(
-    query: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, metadata: AttentionMetadata, index: int,
-    spec: AttentionSpec,
-) -> torch.Tensor:  # fmt: skip
-    """`query` `[q, Hq, D]`, the last `q` positions of sequence `index`, to `[q, Hq, Dv]`."""
-    length, rows, block_size = metadata.host_seq_lens[index], query.shape[0], k_pages.shape[1]
-    table = metadata.block_tables[index, : -(-length // block_size)].long()
-    key = k_pages[table].flatten(0, 1)[:length].transpose(0, 1)[None]  # [1, Hkv, L, D]
-    value = v_pages[table].flatten(0, 1)[:length].transpose(0, 1)[None]
-    packed = query.transpose(0, 1)[None]
-    if rows == length and spec.window is None and spec.softcap is None and spec.sinks is None:
-        grouped = packed.shape[1] != key.shape[1]
-        output = F.scaled_dot_product_attention(
-            packed, key, value, is_causal=True, scale=spec.scale, enable_gqa=grouped
-        )
-        return output[0].transpose(0, 1)
-    keys_at = torch.arange(length, device=query.device)
-    parts = []
-    for first in range(0, rows, _ROWS_BY_HAND):
-        chunk = packed[:, :, first : first + _ROWS_BY_HAND]
-        at = torch.arange(length - rows + first, length - rows + first + chunk.shape[2], device=query.device)
-        mask = _visible(at[:, None], keys_at[None], spec.window)
-        parts.append(_attend(chunk, key, value, mask, spec))
-    return torch.cat(parts, dim=2)[0].transpose(0, 1)
-
-
-def _visible(query_at: torch.Tensor, keys_at: torch.Tensor, window: int | None) -> torch.Tensor:
-    """Causal, and no further back than the window."""
-    visible = keys_at <= query_at
-    if window is not None:
-        visible = visible & (keys_at > query_at - window)
-    return visible
+def _whole_prompt(query: torch.Tensor, pages: _Pages, table: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    """`query` `[q, Hq, D]` of all positions of a sequence, to `[q, Hq, Dv]`."""
+    key, value = pages.gather(table[None], 0, query.shape[0])
+    output = F.scaled_dot_product_attention(
+        query.transpose(0, 1)[None], key, value, is_causal=True, scale=spec.scale, enable_gqa=pages.is_grouped
+    )
+    return output[0].transpose(0, 1)
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor, spec: AttentionSpec
+    query: torch.Tensor, pages: _Pages, tables: torch.Tensor, positions: torch.Tensor, longest: int, spec: AttentionSpec
 ) -> torch.Tensor:
-    """`query` `[B, Hq, q, D]`, `key`, `value` `[B, Hkv, L, D]`, `visible` broadcastable to `[B, Hq, q, L]`."""
-    grouped = query.shape[1] != key.shape[1]
-    if spec.softcap is None and spec.sinks is None:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=visible, scale=spec.scale, enable_gqa=grouped
-        )
-    groups = query.shape[1] // key.shape[1]
-    key = key.float().repeat_interleave(groups, dim=1)
-    value = value.float().repeat_interleave(groups, dim=1)
-    scores = query.float() @ key.transpose(-1, -2) * spec.scale
-    if spec.softcap is not None:
-        scores = spec.softcap * torch.tanh(scores / spec.softcap)
-    scores = scores.masked_fill(~visible, float("-inf"))
-    if spec.sinks is not None:
-        sinks = spec.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        weights = torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
-    else:
-        weights = torch.softmax(scores, dim=-1)
-    return (weights @ value).to(query.dtype)
+    """`query` `[B, q, Hq, D]` at `positions` `[B, q]`, all before `longest`, to `[B, q, Hq, Dv]`."""
+    shape = query.shape[:2]
+    if spec.softcap is None and spec.sinks is None and pages.fit(shape[0], shape[1], longest):
+        keys = torch.arange(longest, device=query.device)
+        visible = keys <= positions[..., None]
+        if spec.window is not None:
+            visible &= keys > positions[..., None] - spec.window
+        key, value = pages.gather(tables, 0, longest)
+        output = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key, value, attn_mask=visible[:, None], scale=spec.scale,
+            enable_gqa=pages.is_grouped,
+        )  # fmt: skip
+        return output.transpose(1, 2)
+    hi = positions + 1
+    lo = torch.zeros_like(hi) if spec.window is None else hi - spec.window
+    part = _over_tiles(query, pages, tables, (lo, hi), (0, longest), spec)
+    merged = merge_partials([part], spec.sinks, query.dtype)
+    return merged.view(*shape, *merged.shape[1:])
+
+
+def _over_tiles(
+    query: torch.Tensor, pages: _Pages, tables: torch.Tensor, bounds: tuple[torch.Tensor, torch.Tensor],
+    keys: tuple[int, int], spec: AttentionSpec,
+) -> Part:  # fmt: skip
+    """`query` `[B, q, Hq, D]` over keys number `keys[0] .. keys[1] - 1`, of which a row sees those within `bounds`
+    `[B, q]`, to fp32 `[B * q, Hq, Dv]` and the log-sum-exp of the scores, fp32 `[B * q, Hq]`."""
+    (first, last), (lo, hi), step = keys, bounds, pages.tile(*query.shape[:2])
+    packed, total = query.transpose(1, 2), None
+    for begin in range(first, last, step):
+        end = min(begin + step, last)
+        key, value = pages.gather(tables, begin, end)
+        numbers = torch.arange(begin, end, device=query.device)
+        visible = (numbers >= lo[..., None]) & (numbers < hi[..., None])  # [B, q, L]
+        output, lse = _attend_part(packed, key, value, visible, spec)
+        part = output.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
+        total = part if total is None else combine([total, part])
+    assert total is not None
+    return total
 
 
 def _attend_part(
