@@ -50,13 +50,15 @@ def test_the_prediction_counts_what_is_borrowed() -> None:
     asked = request(FAST, SLOW)
     plan = place_pooled(asked, "profiled", 0.7)
     pooled = pool_of(asked, plan, 0.7)
-    few, many = predict(plan, asked, (8, 16), pooled=pooled).rates
-    (plain, unaware) = predict(plan, asked, (8, 16)).rates
-    assert few == plain and few.borrowing_s == 0.0, "what eight streams need is at home"
-    assert 16 * 2048 > pooled.local_tokens[0]
-    assert many.borrowing_s > 0 and many.tok_s < unaware.tok_s
-    assert many.tok_s == pytest.approx(pooled_tok_s(replace(asked, streams=16), plan, pooled))
-    assert many.token_s == pytest.approx(unaware.token_s + many.borrowing_s)
+    assert 8 * 2048 < pooled.local_tokens[0] < 16 * 2048
+    for links, slower in ((STAGED, False), (LinkTopology(default=LinkProfile(1e9, 5e-3)), True)):
+        linked = replace(asked, links=links)
+        few, many = predict(plan, linked, (8, 16), pooled=pooled).rates
+        plain, unaware = predict(plan, linked, (8, 16)).rates
+        assert few == plain and few.borrowing_s == 0.0, "what eight streams need is at home"
+        assert (many.borrowing_s > 0) == slower, "a quick lender reads beside the stage's own device"
+        assert many.tok_s == pytest.approx(pooled_tok_s(replace(linked, streams=16), plan, pooled))
+        assert many.token_s == pytest.approx(unaware.token_s + many.borrowing_s)
 
 
 def test_without_lending_it_holds_what_it_needs_itself() -> None:
