@@ -12,9 +12,9 @@ from tiny_models import VOCAB, build_tiny
 
 from core import model_engine
 from core.errors import InsufficientMemoryError, InvalidRequestError
-from core.execution.profiler import read_memory
+from core.execution.profiler import LayerProfiler, read_memory
 from core.inference_pipeline import InferencePipeline
-from core.placement import PlacementPlan
+from core.placement import PlacementPlan, Sharing
 from core.placement import engine as placement_engine
 from core.placement.engine import PlacementRequest, build_plan, register_strategy
 from core.placement.search import Cut
@@ -88,6 +88,24 @@ def test_the_faster_device_gets_the_model_and_status_compares(llama: Path, open_
     assert stage["busy_seconds"] >= stage["predicted_seconds"] > 0, "an emulated device keeps to the prediction"
     assert stage["seconds_per_forward"] == pytest.approx(stage["busy_seconds"] / stage["forwards"], rel=0.01)
     assert set(status["prediction"]["tokens_per_second"]) == {"1", "8", "32"}
+
+
+def test_stages_are_compared_with_what_they_take_beside_each_other(
+    llama: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of one processor are predicted to be slower while several steps are in flight, and only then."""
+    slow = Sharing("cpu", 2, 1000.0, 1000.0)
+    monkeypatch.setattr(LayerProfiler, "_sharing", lambda self, parts, architecture, refresh: slow)
+    predicted_s = []
+    for cohorts in (1, 2):
+        pipeline = open_pipeline(
+            llama, devices__devices="cpu=64MiB,cpu=64MiB", devices__layers="2,2", devices__placement="profiled",
+            engine__cohorts=cohorts,
+        )  # fmt: skip
+        answers(pipeline)
+        stages = pipeline.pipeline_status()["stages"]
+        predicted_s.append(sum(stage["predicted_seconds"] for stage in stages) / stages[0]["forwards"])
+    assert predicted_s[1] > 100 * predicted_s[0]
 
 
 def test_status_has_what_each_link_achieved(llama: Path, open_pipeline: OpenPipeline) -> None:
