@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -98,10 +99,13 @@ def _open(settings: dict[str, Any], opened: ExitStack) -> InferencePipeline:
 
 
 def _profiles(pipeline: InferencePipeline) -> Profiles:
-    """Measured anew, beside models that are loaded and idle."""
+    """Measured anew, beside models that are loaded and idle; what the store has stays."""
     settings, plan = pipeline.engine.settings, pipeline.engine.plan
-    profiler = LayerProfiler(settings, TransferManager(), 1)
-    return profiler.devices(open_devices(settings.devices, allocate=False), plan.architecture, refresh=True)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernels").symlink_to(settings.runtime.cache_dir / "kernels", target_is_directory=True)
+        runtime = settings.runtime.model_copy(update={"cache_dir": Path(folder)})
+        profiler = LayerProfiler(settings.model_copy(update={"runtime": runtime}), TransferManager(), 1)
+        return profiler.devices(open_devices(settings.devices, allocate=False), plan.architecture)
 
 
 def _turn(pipeline: InferencePipeline, rates: Sequence[Rate], before: Profiles, after: Profiles) -> Turn:

@@ -20,9 +20,8 @@ from benchmarks.models import SHAPES, random_prompts
 from core.config import load_settings
 from core.inference_pipeline import InferencePipeline
 from core.model_plan import ModelPlan, cohort_policy
-from core.placement import DeviceProfile, decode_tok_s
-from core.placement.engine import stage_costs
-from core.placement.pooled import borrowing_s
+from core.placement import DeviceProfile
+from core.placement.pooled import borrowing_tok_s
 from core.request import SamplingParams
 
 SCALE = 2000
@@ -128,13 +127,11 @@ def predicted_tok_s(
     plan: ModelPlan, streams: int, context: int, cohorts: int, profiles: Sequence[DeviceProfile] | None = None
 ) -> float:
     """What the cost model expects of a plan; with other `profiles` of its devices than those it was made with."""
-    stages = stage_costs(plan.placement, plan.request)
+    request = plan.request
     if profiles is not None:
-        indices = [stage.device_index for stage in plan.placement.stages]
-        stages = tuple(replace(stage, device=profiles[i]) for stage, i in zip(stages, indices, strict=True))
-    rate = decode_tok_s(plan.costs, stages, plan.request.links, streams, context, cohorts)
-    late_s = borrowing_s(plan.request, plan.placement, plan.pooled, streams, context, cohorts)
-    return streams / (streams / rate + late_s)
+        measured = zip(request.devices, profiles, strict=True)
+        request = replace(request, devices=tuple(replace(device, profile=profile) for device, profile in measured))
+    return borrowing_tok_s(request, plan.placement, plan.pooled, streams, context, cohorts)
 
 
 def record(path: Path, section: str, results: Sequence[Mapping[str, Any]]) -> None:

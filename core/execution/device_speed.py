@@ -12,7 +12,7 @@ from core.execution import measure
 from core.execution.attention.interface import AttentionBackend
 from core.execution.layer_times import OVERHEAD_ROWS, split_overheads
 from core.execution.measure import Adapter, Products, Task
-from core.execution.random_layers import LONG, SHORT, RandomLayers, choose_layer_count
+from core.execution.random_layers import KV_ROWS, SHORT, RandomLayers, choose_layer_count, layer_room, many_tokens
 from core.logs import get_logger
 from core.models.architecture import Architecture
 from core.placement import DeviceProfile
@@ -26,15 +26,18 @@ rows at a time, and the rate rises in steps."""
 ROUNDS = 3
 """Every number is the median of as many, taken with all others between one and the next."""
 
+_LEAST_TOKENS = max(OVERHEAD_ROWS) * SHORT
+"""Of KV, without which layers cannot be measured."""
+
 _BANDWIDTH_SHARE, _FLOPS_SHARE, _LAYERS_SHARE = 0.1, 0.5, 0.4
 
 
-_Step = tuple[int, bool]
-"""Rows, and whether their sequences are long."""
+_CLEARLY = 0.05
+"""Long contexts have to take a layer so much longer before a rate is read off them."""
 
-KV_ROWS = 8
-_STEPS: tuple[_Step, ...] = (*((rows, False) for rows in OVERHEAD_ROWS), (KV_ROWS, True))
-_MOST_TOKENS = max(KV_ROWS * LONG, max(OVERHEAD_ROWS) * SHORT)
+_EMPTY, _LONG = 0, -1
+_STEPS = (*OVERHEAD_ROWS, _LONG, _EMPTY)
+"""Steps of so many rows, of a few with long contexts, and one that passes the layers by."""
 
 
 @dataclass
@@ -43,7 +46,7 @@ class _Rounds:
 
     bandwidth: list[float] = field(default_factory=list)
     flops: dict[int, list[float]] = field(default_factory=lambda: {rows: [] for rows in ROWS})
-    steps_s: dict[_Step, list[float]] = field(default_factory=lambda: {step: [] for step in _STEPS})
+    steps_s: dict[int, list[float]] = field(default_factory=lambda: {step: [] for step in _STEPS})
 
 
 def measure_speed(
@@ -60,8 +63,10 @@ def measure_speed(
     `sizes` are those of its gated MLPs: hidden and inner. Raises `OutOfDeviceMemoryError` without room for a product.
     """
     with torch.inference_mode():
-        products = Products(device, architecture.dtype, *sizes, room_bytes // 2, adapt)
-        layers = _open_layers(architecture, device, backend, adapt, room_bytes // 2)
+        # Both are there at the same time. Products may be narrow; a layer has to be whole.
+        beside = max(room_bytes // 8, room_bytes - layer_room(architecture, _LEAST_TOKENS))
+        products = Products(device, architecture.dtype, *sizes, min(room_bytes // 2, beside), adapt)
+        layers = _open_layers(architecture, device, backend, adapt, room_bytes - products.nbytes)
         found = _measure_rounds(products, layers, 2 / architecture.dtype.itemsize, budget_s / ROUNDS)
         flops = tuple((rows, median(rates)) for rows, rates in found.flops.items())
         profile = DeviceProfile(device.name, median(found.bandwidth), flops)
@@ -71,13 +76,12 @@ def measure_speed(
 def _open_layers(
     architecture: Architecture, device: Device, backend: AttentionBackend, adapt: Adapter, room_bytes: int
 ) -> RandomLayers | None:
-    count = choose_layer_count(architecture, device, room_bytes, _MOST_TOKENS)
-    if count == 0:
-        logger.warning(
-            "overheads are taken as 0: a layer does not fit", device=device.name, room=format_bytes(room_bytes)
-        )
-        return None
-    return RandomLayers(architecture, device, count, backend, adapt, _MOST_TOKENS)
+    for tokens in (many_tokens(architecture), _LEAST_TOKENS):
+        count = choose_layer_count(architecture, device, room_bytes, tokens)
+        if count:
+            return RandomLayers(architecture, device, count, backend, adapt, tokens)
+    logger.warning("overheads are taken as 0: a layer does not fit", device=device.name, room=format_bytes(room_bytes))
+    return None
 
 
 def _measure_rounds(products: Products, layers: RandomLayers | None, flops_per_byte: float, round_s: float) -> _Rounds:
@@ -93,28 +97,23 @@ def _measure_rounds(products: Products, layers: RandomLayers | None, flops_per_b
             rate = computing[rows].rate(product_s)
             found.flops[rows].append(rate)
         if layers is not None:
-            for (rows, is_long), times_s in found.steps_s.items():
-                layers.set_step(rows, layers.long if is_long else layers.short)
+            for step, times_s in found.steps_s.items():
+                layers.pass_by(step == _EMPTY)
+                layers.set_step(*((KV_ROWS, layers.long) if step == _LONG else (max(1, step), layers.short)))
                 times_s.append(measure.time_runs(layers.step, layers.device, step_s))
     return found
 
 
-def _with_layers(profile: DeviceProfile, layers: RandomLayers, steps_s: dict[_Step, list[float]]) -> DeviceProfile:
+def _with_layers(profile: DeviceProfile, layers: RandomLayers, steps_s: dict[int, list[float]]) -> DeviceProfile:
     """With the rate of attention, and what layers take beyond all that the rates account for."""
-    layers.set_step(1, layers.short)
-    layers.drop_layers()
-    empty_s = measure.time_runs(layers.step, layers.device, 0.0)
-    layer_s = {step: (median(times_s) - empty_s) / layers.count for step, times_s in steps_s.items()}
-    further = KV_ROWS * (layers.long - layers.short) * layers.kv_bytes_per_token
-    longer_s = layer_s[KV_ROWS, True] - layer_s[KV_ROWS, False]
-    kv_rate = min(profile.bandwidth_bytes_s, further / longer_s) if further and longer_s > 0 else None
-    read_s = layers.short * layers.kv_bytes_per_token / (kv_rate or profile.bandwidth_bytes_s)
+    kv_rate = _kv_rate(layers, steps_s, profile.bandwidth_bytes_s)
+    read_s = layers.kv_bytes(layers.short) / (kv_rate or profile.bandwidth_bytes_s)
     beyond_s = []
     for rows in OVERHEAD_ROWS:
         nbytes, flops = layers.work(rows)
         roofline_s = max(nbytes / profile.bandwidth_bytes_s, flops / profile.flops_at(rows))
-        beyond_s.append(layer_s[rows, False] - roofline_s - rows * read_s)
-    over = split_overheads(OVERHEAD_ROWS, beyond_s, empty_s)
+        beyond_s.append(_longer_s(steps_s, rows, _EMPTY) / layers.count - roofline_s - rows * read_s)
+    over = split_overheads(OVERHEAD_ROWS, beyond_s, median(steps_s[_EMPTY]))
     return replace(
         profile,
         layer_overhead_s=over.layer_s,
@@ -122,3 +121,17 @@ def _with_layers(profile: DeviceProfile, layers: RandomLayers, steps_s: dict[_St
         step_overhead_s=over.step_s,
         kv_bandwidth_bytes_s=kv_rate,
     )
+
+
+def _kv_rate(layers: RandomLayers, steps_s: dict[int, list[float]], bandwidth_bytes_s: float) -> float | None:
+    """None: KV took so little time that nothing can be said, and as fast as weights is likely."""
+    further = layers.count * KV_ROWS * (layers.kv_bytes(layers.long) - layers.kv_bytes(layers.short))
+    longer_s = _longer_s(steps_s, _LONG, KV_ROWS)
+    if further <= 0 or longer_s < _CLEARLY * median(steps_s[KV_ROWS]):
+        return None
+    return min(bandwidth_bytes_s, further / longer_s)
+
+
+def _longer_s(steps_s: dict[int, list[float]], step: int, other: int) -> float:
+    """How much longer one kind of step takes than another: the median of what it was in each round."""
+    return median(a - b for a, b in zip(steps_s[step], steps_s[other], strict=True))

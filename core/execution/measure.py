@@ -173,7 +173,7 @@ class Products:
     ) -> None:
         self._device = torch.device(device.torch_device)
         self._dtype, self._hidden, self._adapter = dtype, hidden, adapt
-        nbytes = min(room_bytes, max(cold_bytes(device), 3 * hidden * inner * dtype.itemsize))
+        self.nbytes = nbytes = min(room_bytes, max(cold_bytes(device), 3 * hidden * inner * dtype.itemsize))
         self._inner = min(inner, nbytes // (3 * hidden * dtype.itemsize))
         if self._inner == 0:
             raise OutOfDeviceMemoryError(

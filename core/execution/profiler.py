@@ -207,21 +207,26 @@ class LayerProfiler:
         if count == 0:
             logger.warning("parts are taken to cost each other nothing: a layer does not fit", device=parts[0].name)
             return None
-        adapter = selected[0][1]
-        with self._within(parts[0], room, architecture.dtype, adapter):
-            layers = [
-                RandomLayers(architecture, device, count, backend, adapt or _as_it_is, max(SHARING_ROWS) * SHORT)
-                for device, (backend, adapt) in zip(parts, selected, strict=True)
-            ]
-            prepare = functools.partial(
-                torch.set_num_threads, min(threads.together, self._torch_threads(architecture.dtype, adapter))
-            )
-            factors = measure_sharing(layers, prepare, threads.overlap, len(parts) * self._budget_s)
+        with self._within(parts[0], room, architecture.dtype, selected[0][1]):
+            factors = self._time_together(parts, architecture, selected, threads, count)
         logger.info(
             "parts measured together",
             devices=[device.name for device in parts], reading=round(factors[0], 2), computing=round(factors[1], 2),
         )  # fmt: skip
         return factors
+
+    def _time_together(
+        self, parts: Sequence[Device], architecture: Architecture,
+        selected: Sequence[tuple[AttentionBackend, LinearAdapter | None]], threads: CpuThreads, count: int,
+    ) -> tuple[float, float]:  # fmt: skip
+        """Apart, so that all layers are gone when it returns and what they took can be given back."""
+        layers = [
+            RandomLayers(architecture, device, count, backend, adapt or _as_it_is, max(SHARING_ROWS) * SHORT)
+            for device, (backend, adapt) in zip(parts, selected, strict=True)
+        ]
+        torch_threads = min(threads.together, self._torch_threads(architecture.dtype, selected[0][1]))
+        prepare = functools.partial(torch.set_num_threads, torch_threads)
+        return measure_sharing(layers, prepare, threads.overlap, len(parts) * self._budget_s)
 
     def _measure_device(
         self,

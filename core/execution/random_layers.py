@@ -27,8 +27,11 @@ from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.models.architecture import Architecture
 from core.models.stage_model import PassThrough, StageSlice, find_decoder, measure_bytes, stage_class
 
-SHORT, LONG = 64, 1024
-"""Tokens of the sequences in a step, as far as the model has positions: few, and so many that reading KV takes time."""
+SHORT = 64
+"""Tokens of the sequences in a step, as far as the model has positions: few, so that reading KV hardly counts."""
+
+KV_ROWS, _LONG, _MOST_KV_TOKENS = 8, 1024, 131_072
+"""Sequences of a step that reads much KV, tokens of each at least, and of all at most."""
 
 _MOST_LAYERS = 8
 _BLOCK = 16
@@ -56,19 +59,23 @@ class RandomLayers:
         self._weights = measure_bytes(architecture)
         adapt(self._model)
         self._context = AttentionContext(backend)
-        self.short, self.long = (max(1, min(tokens, architecture.max_position)) for tokens in (SHORT, LONG))
+        self.short = max(1, min(SHORT, architecture.max_position))
+        self.long = max(self.short, min(most_tokens // KV_ROWS, architecture.max_position))
         layers = range(first, first + count)
         shapes = {index: architecture.kv_shapes[index] for index in layers}
         pages = -(-most_tokens // _BLOCK)
         self._kv = PagedKVCache(shapes, pages, _BLOCK, architecture.dtype, device, DeviceBudget(device))
-        self.kv_bytes_per_token = self._kv.page_bytes / _BLOCK / count
+        element = architecture.dtype.itemsize
+        self._kv_bytes = {index: shape.bytes_per_token(element) for index, shape in shapes.items()}
         tile = random_tile(architecture.dtype, self.device)
         for index in layers:
             for pages_of in self._kv.layer(index):
                 fill(pages_of, tile)
-        windows = architecture.sliding_windows
+        self._windows = {index: architecture.sliding_windows[index] for index in layers}
+        self._real = {index: self._layers[index] for index in layers}
         bound = {
-            index: LayerAttention(self._context, index, *self._kv.layer(index), windows[index]) for index in layers
+            index: LayerAttention(self._context, index, *self._kv.layer(index), window)
+            for index, window in self._windows.items()
         }
         bind(self._model, bound)
         self.set_step(1, self.short)
@@ -106,20 +113,42 @@ class RandomLayers:
         self._model.base_model(use_cache=False, **self._inputs)
         synchronize(self.device)
 
-    def drop_layers(self) -> None:
-        """From now on steps pass them by."""
-        for index in range(self._part.first, self._part.last):
-            self._layers[index] = PassThrough(self._layers[index])
+    def pass_by(self, passing: bool) -> None:
+        """Whether steps pass the layers by from now on."""
+        for index, layer in self._real.items():
+            self._layers[index] = PassThrough(layer) if passing else layer
+
+    def kv_bytes(self, context: int) -> float:
+        """Bytes of KV that a layer reads for a token at position `context`; the mean of the layers, some of which may
+        look back no further than a window."""
+        read = (min(context, window or context) * self._kv_bytes[layer] for layer, window in self._windows.items())
+        return sum(read) / self.count
+
+
+def many_tokens(architecture: Architecture) -> int:
+    """Of KV, so many that reading it takes a good part of a layer's time: a quarter of the bytes of its weights."""
+    layer_bytes, kv_bytes = _largest(architecture)
+    return min(_MOST_KV_TOKENS, max(KV_ROWS * _LONG, layer_bytes // (4 * kv_bytes)))
+
+
+def layer_room(architecture: Architecture, kv_tokens: int) -> int:
+    """Bytes of a layer with KV for so many tokens."""
+    layer_bytes, kv_bytes = _largest(architecture)
+    return layer_bytes + kv_bytes * kv_tokens
 
 
 def choose_layer_count(architecture: Architecture, device: Device, room_bytes: int, kv_tokens: int) -> int:
     """Enough layers that none stays in a cache, as far as the model and the room have them, with KV for so many tokens;
     0 without room for one."""
     inner = max(1, architecture.num_layers - 2)  # the first and the last bring the vocabulary with them
-    layer_bytes = max(1, *measure_bytes(architecture).layers)
-    kv_bytes = max(shape.bytes_per_token(architecture.dtype.itemsize) for shape in architecture.kv_shapes) * kv_tokens
-    wanted = math.ceil(measure.cold_bytes(device) / layer_bytes)
-    return max(0, min(wanted, inner, _MOST_LAYERS, room_bytes // (layer_bytes + kv_bytes)))
+    wanted = math.ceil(measure.cold_bytes(device) / _largest(architecture)[0])
+    return max(0, min(wanted, inner, _MOST_LAYERS, room_bytes // layer_room(architecture, kv_tokens)))
+
+
+def _largest(architecture: Architecture) -> tuple[int, int]:
+    """Bytes of a layer's weights, and of its KV for a token."""
+    kv_bytes = max(shape.bytes_per_token(architecture.dtype.itemsize) for shape in architecture.kv_shapes)
+    return max(1, *measure_bytes(architecture).layers), max(1, kv_bytes)
 
 
 def _random_stage(architecture: Architecture, part: StageSlice, device: torch.device) -> Any:

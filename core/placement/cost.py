@@ -176,21 +176,26 @@ def pipeline_s(
 
 
 def decode_tok_s(
-    costs: LayerCosts, stages: Sequence[StageCost], links: LinkTopology, streams: int, context: int, cohorts: int
-) -> float:
+    costs: LayerCosts, stages: Sequence[StageCost], links: LinkTopology, streams: int, context: int, cohorts: int,
+    late_s: Sequence[float] = (), least_s: float = 0.0,
+) -> float:  # fmt: skip
     """Tokens per second when `streams` sequences decode as `cohorts` batches in flight, dealt out evenly.
 
     A cohort's next step begins when its last one is through all stages; a stage, and a link between two, serves one
     cohort at a time; layers that stream in come once for each. So a round, in which every sequence gains a token, takes
     as long as one cohort's way through, or as the busiest stage or link needs for all of them, whichever is more.
+
+    `late_s`, by stage: what a pass takes longer than its stage by itself; `least_s`: no round is shorter.
     """
     stages = at_once(stages) if cohorts > 1 else stages
     sizes = [streams // cohorts + (index < streams % cohorts) for index in range(cohorts)]
     timed = [pipeline_s(costs, stages, links, Batch.decode(size, context)) for size in sizes if size]
+    late = tuple(late_s) or (0.0,) * len(stages)
+    timed = [(tuple(map(sum, zip(compute, late, strict=True))), hops) for compute, hops in timed]
     way_s = max(sum(compute) + sum(hops) for compute, hops in timed)
     busiest_s = max(map(sum, zip(*(compute + hops for compute, hops in timed), strict=True)))
     loading_s = len(timed) * max(load_s(costs, stage, links) for stage in stages)
-    return streams / max(way_s, busiest_s, loading_s)
+    return streams / max(way_s, busiest_s, loading_s, least_s)
 
 
 def best_cohorts(

@@ -7,16 +7,19 @@ a device may even serve as memory alone.
 What borrowing costs is reckoned for the streams the plan is made for. A stage that lacks room for `a` of the bytes that
 a step reads has the lender with most to spare attend to them, at the same time as it attends to its own::
 
-    longer by   max(own / own bandwidth, rounds + a / lender bandwidth) - (own + a) / own bandwidth
-    and, where the lender has a stage itself, by a / lender bandwidth of its time
+    a pass is longer by   max(own / own rate, rounds + a / lender rate) - (own + a) / own rate
+    and one of the lender's stage, if it has one, by   a / lender rate
+
+for a cohort's share of the KV; a round is then as long as the longest way or the busiest device, as without lending.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 from core.errors import InsufficientMemoryError
-from core.placement.cost import best_cohorts, decode_tok_s
+from core.placement.cost import at_once, best_cohorts, decode_tok_s
 from core.placement.engine import PlacementDevice, PlacementRequest, place, place_profiled, stage_costs
 from core.placement.plan import PlacementPlan, StagePlan
 from core.placement.pooling import PooledKV, pool_kv
@@ -85,46 +88,60 @@ def _weigh(request: PlacementRequest, plan: PlacementPlan, lend_ratio: float) ->
 
 def pooled_tok_s(request: PlacementRequest, plan: PlacementPlan, pooled: PooledKV) -> float:
     """Tokens per second of the request's streams, with what they lack at home borrowed."""
-    costs, links, streams, context = request.costs, request.links, request.streams, request.context
-    stages = stage_costs(plan, request)
+    stages, streams, context = stage_costs(plan, request), request.streams, request.context
     latency = request.objective == "latency"
-    cohorts = 1 if latency else best_cohorts(costs, stages, links, streams, context)
-    round_s = streams / decode_tok_s(costs, stages, links, streams, context, cohorts)
-    return streams / (round_s + borrowing_s(request, plan, pooled, streams, context, cohorts))
+    cohorts = 1 if latency else best_cohorts(request.costs, stages, request.links, streams, context)
+    return borrowing_tok_s(request, plan, pooled, streams, context, cohorts)
 
 
-def borrowing_s(
+def borrowing_tok_s(
     request: PlacementRequest, plan: PlacementPlan, pooled: PooledKV, streams: int, context: int, cohorts: int
 ) -> float:
-    """How much longer a round of `streams` sequences of `context` tokens takes because some of the KV is lent."""
-    read, total_s = min(streams * context, pooled.tokens), 0.0
-    for stage, local in zip(plan.stages, pooled.local_tokens, strict=True):
-        if local < read:
-            total_s += _stage_borrowing_s(request, plan, stage, (local, read), -(-streams // cohorts), cohorts)
-    return total_s
+    """Tokens per second of `streams` sequences of `context` tokens, of whose KV a part is lent."""
+    stages = stage_costs(plan, request)
+    late_s, idle_s = _late_s(request, plan, pooled, min(streams * context, pooled.tokens), (streams, cohorts))
+    return decode_tok_s(request.costs, stages, request.links, streams, context, cohorts, late_s, idle_s)
 
 
-def _stage_borrowing_s(
-    request: PlacementRequest, plan: PlacementPlan, stage: StagePlan, kv: tuple[int, int], rows: int, cohorts: int
-) -> float:
-    """`kv`: tokens of KV at home, and read in all; partial results are fp32, about twice as long as queries."""
-    lender, idle = _lender(request, plan, stage)
-    own, (local, read) = request.devices[stage.device_index], kv
-    out, home = request.links.link(own.name, lender.name), request.links.link(lender.name, own.name)
-    query_bytes = rows * request.costs.hidden_bytes
-    rounds_s = cohorts * stage.num_layers * (out.transfer_s(query_bytes) + home.transfer_s(2 * query_bytes))
-    own_rate, lender_rate = own.profile.kv_bytes_s, lender.profile.kv_bytes_s
-    away = (read - local) * stage.kv_bytes_per_token
-    own_s, away_s = local * stage.kv_bytes_per_token / own_rate, away / lender_rate
-    longer_s = max(own_s, rounds_s + away_s) - own_s - away / own_rate
-    return longer_s if idle else max(0.0, longer_s) + away_s
+def _late_s(
+    request: PlacementRequest, plan: PlacementPlan, pooled: PooledKV, read: int, batches: tuple[int, int]
+) -> tuple[list[float], float]:
+    """By stage: how much longer a pass of a cohort takes because some of the `read` tokens of KV are lent, and because
+    it attends for others; and what devices without a stage do for others in a round. `batches`: streams, cohorts."""
+    streams, cohorts = batches
+    stages = at_once(stage_costs(plan, request)) if cohorts > 1 else stage_costs(plan, request)
+    index = {stage.device_name: number for number, stage in enumerate(plan.stages)}
+    late_s, idle_s = [0.0] * len(stages), defaultdict[str, float](float)
+    for number, (stage, local) in enumerate(zip(plan.stages, pooled.local_tokens, strict=True)):
+        if local >= read:
+            continue
+        lender = _lender(request, plan, stage)
+        at = index.get(lender.name)
+        lender_rate = (lender.profile if at is None else stages[at].device).kv_bytes_s
+        own_rate, per_cohort = stages[number].device.kv_bytes_s, stage.kv_bytes_per_token / cohorts
+        own_s, away_s = local * per_cohort / own_rate, (read - local) * per_cohort / lender_rate
+        rounds_s = _rounds_s(request, stage, lender, -(-streams // cohorts))
+        longer_s = max(own_s, rounds_s + away_s) - own_s - (read - local) * per_cohort / own_rate
+        late_s[number] += longer_s
+        if at is None:
+            idle_s[lender.name] += cohorts * away_s
+        else:
+            late_s[at] += away_s
+    return late_s, max(idle_s.values(), default=0.0)
 
 
-def _lender(request: PlacementRequest, plan: PlacementPlan, stage: StagePlan) -> tuple[PlacementDevice, bool]:
-    """The device with most to spare beside the stage's own, and whether it has no stage itself."""
+def _rounds_s(request: PlacementRequest, stage: StagePlan, lender: PlacementDevice, rows: int) -> float:
+    """All layers' exchanges of a pass; partial results are fp32, about twice as long as queries."""
+    own, query_bytes = request.devices[stage.device_index].name, rows * request.costs.hidden_bytes
+    out, home = request.links.link(own, lender.name), request.links.link(lender.name, own)
+    return stage.num_layers * (out.transfer_s(query_bytes) + home.transfer_s(2 * query_bytes))
+
+
+def _lender(request: PlacementRequest, plan: PlacementPlan, stage: StagePlan) -> PlacementDevice:
+    """The device with most to spare beside the stage's own."""
     spare = {device.name: device.limit_bytes for device in request.devices}
     for other in plan.stages:
         spare[other.device_name] -= other.weight_bytes + other.workspace_bytes + other.kv_bytes
     del spare[stage.device_name]
     name = max(spare, key=lambda key: spare[key])
-    return next(device for device in request.devices if device.name == name), name in plan.unused_devices
+    return next(device for device in request.devices if device.name == name)

@@ -12,9 +12,9 @@ from core.errors import InsufficientMemoryError
 from core.placement.cost import Batch, StageCost, at_once, best_cohorts, decode_tok_s, load_s, pipeline_s
 from core.placement.engine import PlacementDevice, PlacementRequest, predicted_tok_s, stage_costs
 from core.placement.plan import LayerCosts, PlacementPlan
-from core.placement.pooled import borrowing_s
+from core.placement.pooled import borrowing_tok_s
 from core.placement.pooling import PooledKV
-from core.placement.profile import DeviceProfile, LinkTopology
+from core.placement.profile import LinkTopology
 from core.placement.streaming import place_fastest
 
 Limit = Literal["bandwidth", "compute", "overhead", "link"]
@@ -53,7 +53,8 @@ class RatePrediction:
         parts: stages, then links, in the order of the way, for the largest cohort.
         bottleneck: the part that takes longest.
         roofline_tok_s: what no number of cohorts can exceed: stages take no longer than their bytes and operations do,
-            each weight is read once for all streams, links are free but for layers that stream in.
+            each weight is read once for all streams, links are free but for layers that stream in, and borrowed KV is
+            read by others meanwhile.
         borrowing_s: seconds of a round, in which each stream gains a token, because some of the KV is lent; below 0
             where the lender and the stage's own device read it sooner together.
     """
@@ -181,11 +182,13 @@ def predict_rate(
     """One number of streams; see `predict`."""
     costs, links, stages = request.costs, request.links, stage_costs(plan, request)
     cohorts = best_cohorts(costs, stages, links, streams, context)
-    late_s = 0.0 if pooled is None else borrowing_s(request, plan, pooled, streams, context, cohorts)
-    tok_s = streams / (streams / decode_tok_s(costs, stages, links, streams, context, cohorts) + late_s)
+    alone = tok_s = decode_tok_s(costs, stages, links, streams, context, cohorts)
+    if pooled is not None:
+        tok_s = borrowing_tok_s(request, plan, pooled, streams, context, cohorts)
     sizes = [streams // cohorts + (index < streams % cohorts) for index in range(cohorts)]
     batches = [Batch.decode(size, context) for size in sizes]
-    roofline = _roofline_tok_s(costs, stages, links, streams, context)
+    local = None if pooled is None else pooled.local_tokens
+    roofline = _roofline_tok_s(costs, stages, links, streams, context, local)
     stages = at_once(stages) if cohorts > 1 else stages
     streaming = [stage for stage in stages if stage.streamed]
     loads = tuple(load_s(costs, stage, links) for stage in streaming)
@@ -201,7 +204,9 @@ def predict_rate(
         for (name, layers, limit), all_s in zip(named, zip(*ways, strict=True), strict=True)
     )
     slowest = max(parts, key=lambda part: part.seconds)
-    return RatePrediction(streams, cohorts, tok_s, streams / tok_s, parts, slowest, roofline, late_s)
+    return RatePrediction(
+        streams, cohorts, tok_s, streams / tok_s, parts, slowest, roofline, streams / tok_s - streams / alone
+    )
 
 
 def stage_limit(costs: LayerCosts, stage: StageCost, batch: Batch) -> Limit:
@@ -225,20 +230,24 @@ def stage_limit(costs: LayerCosts, stage: StageCost, batch: Batch) -> Limit:
 
 
 def _roofline_tok_s(
-    costs: LayerCosts, stages: Sequence[StageCost], links: LinkTopology, streams: int, context: int
-) -> float:
+    costs: LayerCosts, stages: Sequence[StageCost], links: LinkTopology, streams: int, context: int,
+    local: Sequence[int] | None = None,
+) -> float:  # fmt: skip
     """Every stream's token has to pass all stages, the busiest stage has to serve all streams, and what streams in has
-    to come in once."""
-    way_s = sum(_roofline_s(costs, stage.device, stage, 1, context) for stage in stages)
-    busiest_s = max(_roofline_s(costs, stage.device, stage, streams, context) for stage in stages)
+    to come in once. `local` is how many tokens of KV each stage reads itself; others are read meanwhile."""
+    held = local or (streams * context,) * len(stages)
+    way_s = sum(_roofline_s(costs, stage, 1, min(context, own)) for stage, own in zip(stages, held, strict=True))
+    busiest_s = max(
+        _roofline_s(costs, stage, streams, min(streams * context, own)) for stage, own in zip(stages, held, strict=True)
+    )
     return streams / max(way_s, busiest_s, *(load_s(costs, stage, links) for stage in stages))
 
 
-def _roofline_s(costs: LayerCosts, device: DeviceProfile, stage: StageCost, streams: int, context: int) -> float:
+def _roofline_s(costs: LayerCosts, stage: StageCost, streams: int, kv_tokens: int) -> float:
     weights = sum(costs.read_bytes(layer, streams) for layer in range(stage.first, stage.last))
     flops = sum(costs.layer_flops[stage.first : stage.last])
     if stage.last == costs.num_layers:
         weights, flops = weights + costs.after_bytes + costs.head_bytes, flops + costs.head_flops
-    kv = streams * context * costs.stage_kv_bytes_per_token(stage.first, stage.last)
-    compute_s = streams * flops / max(rate for _, rate in device.flops)
-    return max((weights + kv) / device.bandwidth_bytes_s, compute_s)
+    kv = kv_tokens * costs.stage_kv_bytes_per_token(stage.first, stage.last)
+    compute_s = streams * flops / max(rate for _, rate in stage.device.flops)
+    return max((weights + kv) / stage.device.bandwidth_bytes_s, compute_s)

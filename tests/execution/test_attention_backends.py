@@ -12,7 +12,6 @@ import pytest
 import torch
 from execution.paged_cases import CASES, Case, dense, make, tolerance
 
-from core.execution.attention import torch_paged
 from core.execution.attention.torch_paged import TorchPagedAttention
 from core.execution.workspace import LiveBytes
 
@@ -43,30 +42,27 @@ def test_torch_backend(name: str) -> None:
 
 @pytest.mark.parametrize("tile_bytes", [1, 4096, 64 * 1024])
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_torch_backend_goes_over_what_does_not_fit_tile_by_tile(
-    name: str, tile_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch_paged, "TILE_BYTES", tile_bytes)
+def test_torch_backend_goes_over_what_does_not_fit_tile_by_tile(name: str, tile_bytes: int) -> None:
     case = CASES[name]
     inputs = make(case)
-    got = TorchPagedAttention().attend(*inputs).double()
+    got = TorchPagedAttention(tile_bytes).attend(*inputs).double()
     torch.testing.assert_close(got, dense(*inputs), atol=tolerance(case), rtol=0)
 
 
-@pytest.mark.parametrize("extra", [{}, {"softcap": 3.0, "sinks": True, "window": 900}])
-def test_torch_backend_takes_no_more_than_a_tile(monkeypatch: pytest.MonkeyPatch, extra: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "extra", [{}, {"softcap": 3.0, "sinks": True, "window": 900}, {"key_dim": 24, "value_dim": 16}]
+)
+def test_torch_backend_takes_no_more_than_a_tile(extra: dict[str, Any]) -> None:
     """Long contexts, many sequences and a long prompt, all at one time: 5 MB of K and V in a quarter of that."""
     sequences = ((1, 900),) * 20 + ((1, 17),) * 20 + ((700, 700), (300, 1200))
     query, k_pages, v_pages, metadata, spec = make(Case(sequences, block_size=16, **extra))
     output = query.numel() * 4
     allowed = sum(length for _, length in sequences) * k_pages.shape[2] * 2 * 16 * 4 // 4
-    monkeypatch.setattr(torch_paged, "TILE_BYTES", allowed)
     with LiveBytes((query, k_pages, v_pages)) as live:
-        TorchPagedAttention().attend(query, k_pages, v_pages, metadata, spec)
+        TorchPagedAttention(allowed).attend(query, k_pages, v_pages, metadata, spec)
     assert live.peak <= 2 * output + allowed
-    monkeypatch.setattr(torch_paged, "TILE_BYTES", 1 << 40)
     with LiveBytes((query, k_pages, v_pages)) as live:
-        TorchPagedAttention().attend(query, k_pages, v_pages, metadata, spec)
+        TorchPagedAttention(1 << 40).attend(query, k_pages, v_pages, metadata, spec)
     assert live.peak > 2 * output + allowed, "what it would take otherwise"
 
 

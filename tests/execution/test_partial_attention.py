@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from execution.partial_cases import SPREADS, merged, part_by_definition, parts_o
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.execution.attention import torch_paged
 from core.execution.attention.interface import AttentionBackend
 from core.execution.attention.merge import combine
 from core.execution.attention.metadata import AttentionSpec, SiteBatch, build_site_batch
@@ -51,17 +49,13 @@ for name, case in SPREADS.items():
 
 
 @pytest.fixture(scope="module", params=["torch", "torch in tiles", "native"])
-def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AttentionBackend]:
+def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AttentionBackend:
     if request.param.startswith("torch"):
-        with pytest.MonkeyPatch.context() as patch:
-            if request.param.endswith("tiles"):
-                patch.setattr(torch_paged, "TILE_BYTES", 1)  # a page of keys at a time
-            yield TorchPagedAttention()
-        return
+        return TorchPagedAttention(1 if request.param.endswith("tiles") else None)  # a page of keys at a time
     kernels = load_native(tmp_path_factory.getbasetemp().parent / "kernels")
     if kernels is None:
         pytest.skip("no C compiler here")
-    yield NativePagedAttention(kernels)
+    return NativePagedAttention(kernels)
 
 
 @pytest.mark.parametrize("name", sorted(SPREADS))

@@ -30,9 +30,9 @@ from core.placement import DeviceProfile, LinkTopology, Sharing
 from core.transfer import TransferManager
 
 GIB = 1024**3
-PER_ROUND = 1 + len(ROWS) + len(OVERHEAD_ROWS) + 1
-PER_DEVICE = ROUNDS * PER_ROUND + 1
-"""What is timed of a device: reading, products, layers and long contexts in every round, and a step without layers."""
+PER_ROUND = 1 + len(ROWS) + len(OVERHEAD_ROWS) + 2
+PER_DEVICE = ROUNDS * PER_ROUND
+"""What is timed of a device in every round: reading, products, layers, long contexts, and a step without layers."""
 CPU = Device("cpu", 0, "cpu", "cpu", GIB)
 SIM = Device("sim", 0, "sim", "cpu", GIB, DeviceSpeed(936e9, 71e12))
 
@@ -281,9 +281,9 @@ def test_models_of_few_layers(count: int, cache: Path, tmp_path: Path) -> None:
     backend, adapt = select_attention(CPU, make_settings(runtime__cache_dir=cache), 1)
     layers = RandomLayers(architecture, CPU, 1, backend, adapt or (lambda model: None))
     with torch.inference_mode():
-        layers.step()
-        layers.drop_layers()
-        layers.step()
+        for passing in (False, True, False):
+            layers.pass_by(passing)
+            layers.step()
 
 
 def test_the_number_of_layers(monkeypatch: pytest.MonkeyPatch, llama: Architecture, tmp_path: Path) -> None:

@@ -61,6 +61,31 @@ def test_the_prediction_counts_what_is_borrowed() -> None:
         assert many.token_s == pytest.approx(unaware.token_s + many.borrowing_s)
 
 
+@pytest.mark.parametrize(
+    ("cards", "layers", "streams", "context"),
+    [(["3090"] * 3, (20, 20), 32, 2048), (["3090"] * 3 + ["a100"], (14, 13, 13), 64, 2048),
+     (["3090", "3090", "a100"], (20, 20), 64, 1024), (["3090"] * 4, (10, 10, 20), 128, 512)],
+)  # fmt: skip
+def test_borrowing_does_not_make_time_for_what_stages_do_at_once(
+    cards: list[str], layers: tuple[int, ...], streams: int, context: int
+) -> None:
+    """Several stages borrow from one device that has no layers."""
+    asked = replace(
+        request(*cards, wanted=streams * context), layers=layers, streams=streams, context=context, min_kv_tokens=16
+    )
+    plan = place(asked)
+    pooled = pool_of(asked, plan, 0.9)
+    assert any(local < min(pooled.tokens, streams * context) for local in pooled.local_tokens)
+    (rate,) = predict(plan, asked, (streams,), pooled=pooled).rates
+    assert 0 < rate.roofline_share <= 1
+    read = min(streams * context, pooled.tokens)
+    away = sum(
+        (read - local) * stage.kv_bytes_per_token for local, stage in zip(pooled.local_tokens, plan.stages, strict=True)
+    )
+    lender = max(device.profile.bandwidth_bytes_s for device in asked.devices if device.name in plan.unused_devices)
+    assert streams / rate.tok_s >= away / lender, "the lender reads for all of them, one after the other"
+
+
 def test_without_lending_it_holds_what_it_needs_itself() -> None:
     asked = request(FAST, SLOW)
     assert place_pooled(asked, "profiled", 0.0) == place(asked)

@@ -13,7 +13,7 @@ from core.config import Settings
 from core.devices import Device
 from core.execution.attention.interface import AttentionBackend
 from core.execution.attention.native_paged import NativePagedAttention
-from core.execution.attention.torch_paged import TorchPagedAttention, most_bytes
+from core.execution.attention.torch_paged import TILE_BYTES, TorchPagedAttention, is_fused, most_bytes
 from core.execution.native import (
     NativeKernels,
     load_native,
@@ -28,6 +28,9 @@ from core.logs import get_logger
 from core.models.architecture import Architecture
 
 logger = get_logger(__name__)
+
+_LIMIT_PER_TILE = 16
+"""Plain torch attention takes no more than one part in so many of what a device may hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ def select_attention(
         kernels = load_native(settings.runtime.cache_dir / "kernels", threads)
         if kernels is not None:
             return NativePagedAttention(kernels), LinearAdapter(kernels)
-    return TorchPagedAttention(), None
+    return TorchPagedAttention(min(TILE_BYTES, device.memory_limit_bytes // _LIMIT_PER_TILE)), None
 
 
 def planned_gathering(
@@ -85,17 +88,23 @@ def planned_gathering(
 
     As with packing, one device that gathers is enough to count it everywhere.
     """
-    if all(select_attention(device, settings, 1)[0].name != TorchPagedAttention.name for device in devices):
-        return 0
+    tiles = [
+        backend.tile_bytes
+        for device in devices
+        for backend in (select_attention(device, settings, 1)[0],)
+        if isinstance(backend, TorchPagedAttention)
+    ]
     engine, element = settings.engine, architecture.dtype.itemsize
     keys = engine.max_batch_size * max_model_len
-    return max(
+    kinds = {"cpu" if device.kind in ("cpu", "sim") else device.kind for device in devices}
+    needed = max(
         most_bytes(
             shape.bytes_per_token(element), architecture.num_heads, shape.num_kv_heads, keys, max_model_len,
-            engine.max_num_batched_tokens,
+            engine.max_num_batched_tokens, all(is_fused(kind, shape.key_dim, shape.value_dim) for kind in kinds),
         )
         for shape in set(architecture.kv_shapes)
     )  # fmt: skip
+    return min(needed, max(tiles, default=0))
 
 
 class AttentionBackends:

@@ -1,8 +1,9 @@
 """Paged attention in plain torch operations: any device, the reference for the kernels.
 
 Pages are gathered, and SDPA computes: decodes of about one length together, longer runs of rows a bounded number at a
-time. What SDPA does not know (soft caps, sinks, partial results) or what would take more than `TILE_BYTES` beside the
-output goes over the keys tile by tile, in fp32, and the tiles' results are merged as those of several sites are.
+time. What SDPA does not know (soft caps, sinks, partial results), or what would take more than a given number of bytes
+beside the output, goes over the keys tile by tile, in fp32, and the tiles' results are merged as those of several sites
+are.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from core.execution.attention.merge import Part, combine, merge_partials
 from core.execution.attention.metadata import AttentionMetadata, AttentionSpec, SiteBatch
 
 TILE_BYTES = 256 * 1024 * 1024
-"""What attention takes at one time beside its output."""
+"""What attention takes at one time beside its output, if it is given no less."""
 
 _ROWS = 256
 """Query rows of one sequence that are computed together."""
@@ -28,8 +29,8 @@ _UNLIKE = 4
 """Sequences this many times as long as others are computed without them: all are as long as the longest there."""
 
 
-_COPIES, _SCORE_BYTES = 5, 18
-"""What is gathered is perhaps copied to fp32, twice, or has its heads repeated; scores are there several times."""
+_SCORE_BYTES = 18
+"""Of a score: several times in fp32."""
 
 
 def write_kv(
@@ -40,8 +41,10 @@ def write_kv(
     v_pages.view(-1, *v_pages.shape[2:]).index_copy_(0, slot_mapping, value)
 
 
-def most_bytes(kv_bytes_per_token: int, heads: int, kv_heads: int, keys: int, longest: int, rows: int) -> int:
-    """At most what attention of one layer takes beside its output: a tile, or less for what is small.
+def most_bytes(
+    kv_bytes_per_token: int, heads: int, kv_heads: int, keys: int, longest: int, rows: int, fused: bool
+) -> int:
+    """At most what attention of one layer would take beside its output if it went over all keys at one time.
 
     Args:
         kv_bytes_per_token: of the layer.
@@ -49,16 +52,24 @@ def most_bytes(kv_bytes_per_token: int, heads: int, kv_heads: int, keys: int, lo
         keys: of all sequences that may be computed at one time, each as long as the longest.
         longest: tokens of a sequence.
         rows: of a step, all sequences together.
+        fused: whether SDPA computes without keeping scores, see `is_fused`.
     """
-    gathered = keys * kv_bytes_per_token * max(_COPIES, 1 + heads // kv_heads)
-    scores = heads * min(rows, _ROWS) * longest * _SCORE_BYTES
-    return min(TILE_BYTES, gathered + scores)
+    gathered = keys * kv_bytes_per_token * (5 if fused else 1 + 3 * (heads // kv_heads))  # copies in fp32
+    return gathered + heads * min(rows, _ROWS) * longest * _SCORE_BYTES
+
+
+def is_fused(device_type: str, key_dim: int, value_dim: int) -> bool:
+    """Whether SDPA is sure to keep no scores and to repeat no heads: on the CPU, with K as wide as V."""
+    return device_type == "cpu" and key_dim == value_dim
 
 
 class TorchPagedAttention:
-    """See the module. Stateless."""
+    """See the module. It takes up to `tile_bytes` beside its output, or what a page of each sequence needs."""
 
     name = "torch"
+
+    def __init__(self, tile_bytes: int | None = None) -> None:
+        self.tile_bytes = TILE_BYTES if tile_bytes is None else tile_bytes
 
     def write(
         self, key: torch.Tensor, value: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor,
@@ -72,7 +83,8 @@ class TorchPagedAttention:
     ) -> torch.Tensor:  # fmt: skip
         """`query` `[T, num_heads, key_dim]` to `[T, num_heads, value_dim]`; this step's K and V are in the pages."""
         output = query.new_empty(query.shape[0], query.shape[1], v_pages.shape[-1])
-        pages, lengths, decodes = _Pages(k_pages, v_pages, query), metadata.host_seq_lens, metadata.num_decodes
+        pages = _Pages(k_pages, v_pages, query, self.tile_bytes)
+        lengths, decodes = metadata.host_seq_lens, metadata.num_decodes
         for group in _groups(lengths[:decodes], pages):
             at = slice(decodes) if len(group) == decodes else torch.tensor(group, device=query.device)
             tables, last = metadata.block_tables[at], metadata.seq_lens[at, None].long() - 1
@@ -98,7 +110,7 @@ class TorchPagedAttention:
         """See `AttentionBackend.attend_partial`."""
         output = query.new_zeros((*query.shape[:2], v_pages.shape[-1]), dtype=torch.float32)
         lse = query.new_full(query.shape[:2], float("-inf"), dtype=torch.float32)
-        pages, (lo, hi) = _Pages(k_pages, v_pages, query), site.bounds(spec.window)
+        pages, (lo, hi) = _Pages(k_pages, v_pages, query, self.tile_bytes), site.bounds(spec.window)
         for first, last, rows in _runs(site.host_query_start, site.host_seq_lens):
             longest = max(site.host_seq_lens[first:last])
             if longest == 0:
@@ -118,25 +130,28 @@ class TorchPagedAttention:
 class _Pages:
     """K and V pages, and what computing with them takes for queries like `query` `[.., Hq, D]`."""
 
-    def __init__(self, k_pages: torch.Tensor, v_pages: torch.Tensor, query: torch.Tensor) -> None:
+    def __init__(self, k_pages: torch.Tensor, v_pages: torch.Tensor, query: torch.Tensor, tile_bytes: int) -> None:
+        self._tile_bytes = tile_bytes
         self.k, self.v, self.block_size, self.heads = k_pages, v_pages, k_pages.shape[1], query.shape[1]
         self.is_grouped = self.heads != k_pages.shape[2]
         self._per_key = k_pages.shape[2] * (k_pages.shape[3] + v_pages.shape[3])
         self._itemsize = k_pages.element_size()
-        # On the CPU, SDPA keeps no scores and does not repeat the heads of K and V. Elsewhere it may.
-        self._repeats = 1 if query.device.type == "cpu" else 1 + self.heads // k_pages.shape[2]
-        self._score_bytes = 0 if query.device.type == "cpu" else 8
+        fused = is_fused(query.device.type, k_pages.shape[3], v_pages.shape[3])
+        # Otherwise K and V may be repeated for every head and made fp32, and scores and weights are kept.
+        repeated = 0 if fused else self.heads // k_pages.shape[2] * (self._itemsize + 4)
+        self._gathered_bytes = self._per_key * (self._itemsize + repeated)
+        self._score_bytes = 0 if fused else 12
 
     def fit(self, sequences: int, rows: int, keys: int) -> bool:
         """Whether SDPA can have them all at one time."""
         mask = rows * (2 + self._itemsize)
-        per_key = self._per_key * self._itemsize * self._repeats + self.heads * rows * self._score_bytes + mask
-        return sequences * keys * per_key <= TILE_BYTES
+        per_key = self._gathered_bytes + self.heads * rows * self._score_bytes + mask
+        return sequences * keys * per_key <= self._tile_bytes
 
     def tile(self, sequences: int, rows: int) -> int:
         """Keys to go over at one time, whole pages: gathered, in fp32 (perhaps twice), and some scores of each."""
         per_key = sequences * (self._per_key * (self._itemsize + 8) + self.heads * rows * 16 + 2 * rows)
-        return max(1, TILE_BYTES // (per_key * self.block_size)) * self.block_size
+        return max(1, self._tile_bytes // (per_key * self.block_size)) * self.block_size
 
     def gather(self, tables: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values number `first .. last - 1`, `first` on a page's edge, of each sequence, `[B, Hkv, L, D]`."""
