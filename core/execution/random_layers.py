@@ -60,11 +60,12 @@ class RandomLayers:
         adapt(self._model)
         self._context = AttentionContext(backend)
         self.short = max(1, min(SHORT, architecture.max_position))
-        self.long = max(self.short, min(most_tokens // KV_ROWS, architecture.max_position))
+        whole_blocks = most_tokens // KV_ROWS // _BLOCK * _BLOCK
+        self.long = max(self.short, min(whole_blocks, architecture.max_position))
         layers = range(first, first + count)
         shapes = {index: architecture.kv_shapes[index] for index in layers}
-        pages = -(-most_tokens // _BLOCK)
-        self._kv = PagedKVCache(shapes, pages, _BLOCK, architecture.dtype, device, DeviceBudget(device))
+        self._pages = -(-most_tokens // _BLOCK)
+        self._kv = PagedKVCache(shapes, self._pages, _BLOCK, architecture.dtype, device, DeviceBudget(device))
         element = architecture.dtype.itemsize
         self._kv_bytes = {index: shape.bytes_per_token(element) for index, shape in shapes.items()}
         tile = random_tile(architecture.dtype, self.device)
@@ -81,8 +82,13 @@ class RandomLayers:
         self.set_step(1, self.short)
 
     def set_step(self, rows: int, context: int) -> None:
-        """From now on a step computes token number `context` of each of `rows` sequences."""
+        """From now on a step computes token number `context` of each of `rows` sequences.
+
+        Raises `ValueError` for more blocks than there are pages.
+        """
         at, blocks = self.device, -(-context // _BLOCK)
+        if rows * blocks > self._pages:
+            raise ValueError(f"{rows} sequences of {blocks} blocks, but {self._pages} pages")
         tables = torch.arange(rows * blocks, dtype=torch.int32, device=at).view(rows, blocks)
         self._context.metadata = AttentionMetadata(
             slot_mapping=tables[:, -1].long() * _BLOCK + (context - 1) % _BLOCK,

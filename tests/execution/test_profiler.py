@@ -23,7 +23,7 @@ from core.execution.attention.select import select_attention
 from core.execution.device_speed import ROUNDS, ROWS
 from core.execution.layer_times import OVERHEAD_ROWS
 from core.execution.profiler import LayerProfiler, LayerShape, read_memory
-from core.execution.random_layers import RandomLayers, choose_layer_count
+from core.execution.random_layers import KV_ROWS, SHORT, RandomLayers, choose_layer_count
 from core.models.architecture import Architecture, read_architecture
 from core.models.stage_model import PassThrough, measure_bytes
 from core.placement import DeviceProfile, LinkTopology, Sharing
@@ -284,6 +284,20 @@ def test_models_of_few_layers(count: int, cache: Path, tmp_path: Path) -> None:
         for passing in (False, True, False):
             layers.pass_by(passing)
             layers.step()
+
+
+def test_steps_with_long_contexts_stay_within_the_pages(cache: Path, llama: Architecture) -> None:
+    """Also where tokens are not whole blocks for every sequence, and where there are none for a long context."""
+    backend, adapt = select_attention(CPU, make_settings(runtime__cache_dir=cache), 1)
+    far = replace(llama, max_position=4096)
+    for tokens in (KV_ROWS * 101 + 3, KV_ROWS * 64 + 7, 32 * SHORT):
+        layers = RandomLayers(far, CPU, 1, backend, adapt or (lambda model: None), tokens)
+        assert KV_ROWS * -(-layers.long // 16) <= -(-tokens // 16)
+        layers.set_step(KV_ROWS, layers.long)
+        with torch.inference_mode():
+            layers.step()
+        with pytest.raises(ValueError, match="pages"):
+            layers.set_step(KV_ROWS, tokens // KV_ROWS + 32)
 
 
 def test_the_number_of_layers(monkeypatch: pytest.MonkeyPatch, llama: Architecture, tmp_path: Path) -> None:
