@@ -31,7 +31,6 @@ _LEAST_TOKENS = max(OVERHEAD_ROWS) * SHORT
 
 _BANDWIDTH_SHARE, _FLOPS_SHARE, _LAYERS_SHARE = 0.1, 0.5, 0.4
 
-
 _CLEARLY = 0.05
 """Long contexts have to take a layer so much longer before a rate is read off them."""
 

@@ -201,8 +201,8 @@ class LayerProfiler:
         selected: Sequence[tuple[AttentionBackend, LinearAdapter | None]],
         threads: CpuThreads,
     ) -> tuple[float, float] | None:
-        smallest = min(memory.usable_bytes for memory in read_memory(parts))
-        room = min(smallest, read_memory(parts)[0].free_bytes // len(parts)) // _ROOM_SHARE
+        held = read_memory(parts)
+        room = min(held[0].free_bytes // len(parts), *(memory.usable_bytes for memory in held)) // _ROOM_SHARE
         count = choose_layer_count(architecture, parts[0], room, max(SHARING_ROWS) * SHORT)
         if count == 0:
             logger.warning("parts are taken to cost each other nothing: a layer does not fit", device=parts[0].name)

@@ -147,8 +147,9 @@ def choose_layer_count(architecture: Architecture, device: Device, room_bytes: i
     """Enough layers that none stays in a cache, as far as the model and the room have them, with KV for so many tokens;
     0 without room for one."""
     inner = max(1, architecture.num_layers - 2)  # the first and the last bring the vocabulary with them
-    wanted = math.ceil(measure.cold_bytes(device) / _largest(architecture)[0])
-    return max(0, min(wanted, inner, _MOST_LAYERS, room_bytes // layer_room(architecture, kv_tokens)))
+    layer_bytes, kv_bytes = _largest(architecture)
+    wanted = math.ceil(measure.cold_bytes(device) / layer_bytes)
+    return max(0, min(wanted, inner, _MOST_LAYERS, room_bytes // (layer_bytes + kv_bytes * kv_tokens)))
 
 
 def _largest(architecture: Architecture) -> tuple[int, int]:

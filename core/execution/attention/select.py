@@ -94,6 +94,8 @@ def planned_gathering(
         for backend in (select_attention(device, settings, 1)[0],)
         if isinstance(backend, TorchPagedAttention)
     ]
+    if not tiles:
+        return 0
     engine, element = settings.engine, architecture.dtype.itemsize
     keys = engine.max_batch_size * max_model_len
     kinds = {"cpu" if device.kind in ("cpu", "sim") else device.kind for device in devices}
@@ -104,7 +106,7 @@ def planned_gathering(
         )
         for shape in set(architecture.kv_shapes)
     )  # fmt: skip
-    return min(needed, max(tiles, default=0))
+    return min(needed, max(tiles))
 
 
 class AttentionBackends:

@@ -28,7 +28,6 @@ _SEQUENCES = 32
 _UNLIKE = 4
 """Sequences this many times as long as others are computed without them: all are as long as the longest there."""
 
-
 _SCORE_BYTES = 18
 """Of a score: several times in fp32."""
 
@@ -94,7 +93,8 @@ class TorchPagedAttention:
         for index in range(decodes, len(lengths)):
             tables, end = metadata.block_tables[index : index + 1], starts[index + 1]
             first = lengths[index] - (end - starts[index])  # position of the first row
-            if first == 0 and spec == AttentionSpec(spec.scale) and pages.fit(1, lengths[index], lengths[index]):
+            is_plain = spec.window is None and spec.softcap is None and spec.sinks is None
+            if first == 0 and is_plain and pages.fit(1, lengths[index], lengths[index]):
                 output[starts[index] : end] = _whole_prompt(query[starts[index] : end], pages, tables[0], spec)
                 continue
             for row in range(starts[index], end, _ROWS):
@@ -117,9 +117,7 @@ class TorchPagedAttention:
                 continue
             shape = (last - first, (rows.stop - rows.start) // (last - first))
             packed, bounds = query[rows].view(*shape, *query.shape[1:]), (lo[rows].view(shape), hi[rows].view(shape))
-            output[rows], lse[rows] = _over_tiles(
-                packed, pages, site.block_tables[first:last], bounds, (0, longest), spec
-            )
+            output[rows], lse[rows] = _over_tiles(packed, pages, site.block_tables[first:last], bounds, longest, spec)
         return output, lse
 
     def merge(self, parts: Sequence[Part], sinks: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -215,21 +213,21 @@ def _attend(
         return output.transpose(1, 2)
     hi = positions + 1
     lo = torch.zeros_like(hi) if spec.window is None else hi - spec.window
-    part = _over_tiles(query, pages, tables, (lo, hi), (0, longest), spec)
+    part = _over_tiles(query, pages, tables, (lo, hi), longest, spec)
     merged = merge_partials([part], spec.sinks, query.dtype)
     return merged.view(*shape, *merged.shape[1:])
 
 
 def _over_tiles(
     query: torch.Tensor, pages: _Pages, tables: torch.Tensor, bounds: tuple[torch.Tensor, torch.Tensor],
-    keys: tuple[int, int], spec: AttentionSpec,
+    longest: int, spec: AttentionSpec,
 ) -> Part:  # fmt: skip
-    """`query` `[B, q, Hq, D]` over keys number `keys[0] .. keys[1] - 1`, of which a row sees those within `bounds`
-    `[B, q]`, to fp32 `[B * q, Hq, Dv]` and the log-sum-exp of the scores, fp32 `[B * q, Hq]`."""
-    (first, last), (lo, hi), step = keys, bounds, pages.tile(*query.shape[:2])
+    """`query` `[B, q, Hq, D]` over the first `longest` keys, of which a row sees those within `bounds` `[B, q]`, to fp32
+    `[B * q, Hq, Dv]` and the log-sum-exp of the scores, fp32 `[B * q, Hq]`."""
+    (lo, hi), step = bounds, pages.tile(*query.shape[:2])
     packed, total = query.transpose(1, 2), None
-    for begin in range(first, last, step):
-        end = min(begin + step, last)
+    for begin in range(0, longest, step):
+        end = min(begin + step, longest)
         key, value = pages.gather(tables, begin, end)
         numbers = torch.arange(begin, end, device=query.device)
         visible = (numbers >= lo[..., None]) & (numbers < hi[..., None])  # [B, q, L]
