@@ -222,8 +222,10 @@ def _over_tiles(
     query: torch.Tensor, pages: _Pages, tables: torch.Tensor, bounds: tuple[torch.Tensor, torch.Tensor],
     longest: int, spec: AttentionSpec,
 ) -> Part:  # fmt: skip
-    """`query` `[B, q, Hq, D]` over the first `longest` keys, of which a row sees those within `bounds` `[B, q]`, to fp32
-    `[B * q, Hq, Dv]` and the log-sum-exp of the scores, fp32 `[B * q, Hq]`."""
+    """`query` `[B, q, Hq, D]` over the first `longest` keys, of which a row sees those within `bounds` `[B, q]`.
+
+    Returns fp32 `[B * q, Hq, Dv]`, and the log-sum-exp of the scores, fp32 `[B * q, Hq]`.
+    """
     (lo, hi), step = bounds, pages.tile(*query.shape[:2])
     packed, total = query.transpose(1, 2), None
     for begin in range(0, longest, step):
