@@ -27,10 +27,10 @@ from benchmarks.emulated import NEW_TOKENS, Rate, measure, predicted_tok_s, reco
 from benchmarks.machine import LoadMeter, wait_until_quiet
 from benchmarks.models import SHAPES, default_workdir, resolve_model
 from core.config import load_settings
+from core.costs import DeviceProfile
 from core.devices import open_devices
-from core.execution.profiler import LayerProfiler
 from core.inference_pipeline import InferencePipeline
-from core.placement import DeviceProfile
+from core.profiling.profiler import LayerProfiler
 from core.transfer import TransferManager
 
 _PATIENCE_S = 120.0

@@ -18,9 +18,9 @@ from typing import Any
 from benchmarks.machine import machine_info
 from benchmarks.models import SHAPES, random_prompts
 from core.config import load_settings
+from core.costs import DeviceProfile
+from core.engine.model_plan import ModelPlan, cohort_policy
 from core.inference_pipeline import InferencePipeline
-from core.model_plan import ModelPlan, cohort_policy
-from core.placement import DeviceProfile
 from core.placement.pooled import borrowing_tok_s
 from core.request import SamplingParams
 

@@ -26,14 +26,14 @@ from benchmarks.emulated import CARDS, SCALE
 from benchmarks.machine import machine_info
 from benchmarks.models import SHAPES, default_workdir, random_prompts, resolve_model
 from core.config import load_settings
+from core.costs.plan import StagePlan
 from core.devices import open_devices
+from core.engine.model_engine import ModelEngine
+from core.engine.model_plan import measure_with, plan_model
 from core.execution.schedule import SchedulerOutput, StepDone, StepOutput
 from core.inference_pipeline import InferencePipeline
 from core.kv_cache.page_ops import LOCAL
-from core.model_engine import ModelEngine
-from core.model_plan import measure_with, plan_model
 from core.models.resolve import resolve_model as find_model
-from core.placement.plan import StagePlan
 from core.placement.pooling import pooled_bound
 from core.request import SamplingParams
 from core.transfer import TransferManager

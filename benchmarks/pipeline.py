@@ -20,8 +20,8 @@ from rich.table import Table
 
 from benchmarks.emulated import Rate, measure, open_pipeline, record
 from benchmarks.models import default_workdir, resolve_model
+from core.costs import Batch, pipeline_s
 from core.inference_pipeline import InferencePipeline
-from core.placement import Batch, pipeline_s
 from core.placement.engine import stage_costs
 
 SETUPS = (("3090", "5070 Ti"), ("3090", "5070 Ti", "3060"), ("3090", "5070 Ti", "3060", "2060"))

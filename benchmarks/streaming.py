@@ -26,14 +26,14 @@ from benchmarks.emulated import CARDS, SCALE
 from benchmarks.machine import machine_info
 from benchmarks.models import SHAPES, default_workdir, random_prompts, resolve_model
 from core.config import load_settings
+from core.costs import Batch, decode_tok_s, stage_s
 from core.devices import HOST
 from core.inference_pipeline import InferencePipeline
-from core.memory.stream import StreamManager
 from core.models.architecture import read_architecture
 from core.models.stage_model import ModelBytes, measure_bytes
-from core.placement import Batch, decode_tok_s, stage_s
 from core.placement.engine import stage_costs
 from core.request import SamplingParams
+from core.streaming.stream import StreamManager
 
 SHAPE = "streaming"
 SETUPS: tuple[tuple[tuple[str, ...], float], ...] = (

@@ -10,12 +10,23 @@ from typing import Any, Literal
 
 import torch
 
-from core import memory_status, status
 from core.batching.output import RequestHandle, Sink
 from core.batching.sequence import Request
 from core.batching.stats import BatcherStats
 from core.config import Settings
 from core.devices import HOST, Device, DeviceReader, open_devices, parse_link
+from core.engine.model_engine import (
+    LoadedModel,
+    LoadProgress,
+    ModelEngine,
+    ProgressCall,
+    check_prompt,
+    checkpoint_bytes,
+    load_engine,
+)
+from core.engine.model_plan import ModelPlan, host_for, measure_with, plan_model
+from core.engine.raw_inference import run_raw
+from core.engine.submission import make_request
 from core.errors import (
     ConflictError,
     EngineDeadError,
@@ -26,21 +37,10 @@ from core.errors import (
 )
 from core.logs import get_logger
 from core.metrics import MetricsRegistry
-from core.model_engine import (
-    LoadedModel,
-    LoadProgress,
-    ModelEngine,
-    ProgressCall,
-    check_prompt,
-    checkpoint_bytes,
-    load_engine,
-)
-from core.model_plan import ModelPlan, host_for, measure_with, plan_model
 from core.models.resolve import DEMO_NAME, available_models, resolve_model
-from core.raw_inference import run_raw
 from core.request import SamplingParams
-from core.submission import make_request
 from core.transfer import TransferManager
+from core.views import memory, status
 
 logger = get_logger(__name__)
 
@@ -347,19 +347,19 @@ class InferencePipeline:
         return status.batcher_stats(self)
 
     def memory_view(self, blocks: int = 0) -> dict[str, Any]:
-        return memory_status.memory_view(self, blocks)
+        return memory.memory_view(self, blocks)
 
     def move_block(self, block: str, *, up: bool) -> None:
-        """See `core.memory_status.move_block`."""
-        memory_status.move_block(self, block, up=up)
+        """See `core.views.memory.move_block`."""
+        memory.move_block(self, block, up=up)
 
     def reclaim(self, device: str, nbytes: int | None, urgency: str) -> int:
-        """See `core.memory_status.reclaim`."""
-        return memory_status.reclaim(self, device, nbytes, urgency)
+        """See `core.views.memory.reclaim`."""
+        return memory.reclaim(self, device, nbytes, urgency)
 
     def lend_again(self, device: str) -> int:
-        """See `core.memory_status.lend_again`."""
-        return memory_status.lend_again(self, device)
+        """See `core.views.memory.lend_again`."""
+        return memory.lend_again(self, device)
 
     def device_status(self) -> list[dict[str, Any]]:
         return status.device_status(self)

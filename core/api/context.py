@@ -11,8 +11,8 @@ from core.api.live import LiveRequests
 from core.errors import ModelNotFoundError
 
 if TYPE_CHECKING:
+    from core.engine.model_engine import LoadedModel
     from core.inference_pipeline import InferencePipeline
-    from core.model_engine import LoadedModel
 
 EXTENSION = "vramancer"
 

@@ -13,8 +13,8 @@ from core.api.connection import disconnect_probe
 from core.api.context import api_context
 from core.api.errors import ClientDisconnectedError
 from core.batching.output import Gathered, RequestHandle, Sink
+from core.engine.model_engine import LoadedModel
 from core.errors import VRAMancerError
-from core.model_engine import LoadedModel
 from core.request import GenerationResult, RequestOutput, SamplingParams
 
 POLL_INTERVAL_S = 0.25  # how soon a vanished client is noticed

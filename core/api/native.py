@@ -32,7 +32,7 @@ from core.request import Completion, RequestOutput, SequenceDelta, TokenLogprob
 if TYPE_CHECKING:
     import torch
 
-    from core.model_engine import LoadedModel
+    from core.engine.model_engine import LoadedModel
 
 JSON_TYPE = "application/json"
 BINARY_TYPES = ("application/x-safetensors", "application/octet-stream")

@@ -10,7 +10,7 @@ from core.errors import InvalidRequestError
 from core.request import SamplingParams
 
 if TYPE_CHECKING:
-    from core.model_engine import LoadedModel
+    from core.engine.model_engine import LoadedModel
 
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of generation_config.json
 COPIED = (

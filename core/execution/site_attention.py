@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from core.devices import Device, wait_until
+from core.emulation.guest_time import GuestTime
 from core.execution.attention.interface import AttentionBackend
 from core.execution.attention.merge import Part, combine
 from core.execution.attention.metadata import AttentionMetadata, AttentionSpec, Site
-from core.execution.guest_time import GuestTime
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.transfer import TransferManager
 

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from core.costs import Batch, StageTimer
 from core.devices import Device, DeviceBudget
+from core.emulation.guest_time import GuestTime
+from core.emulation.pace import Pace
 from core.execution.attention.interface import (
     ATTENTION_NAME,
     AttentionContext,
@@ -19,19 +22,16 @@ from core.execution.attention.interface import (
     bind,
 )
 from core.execution.attention.select import LinearAdapter
-from core.execution.guest_time import GuestTime
 from core.execution.input_batch import InputBatch
-from core.execution.pace import Pace
 from core.execution.page_mover import PageMover
 from core.execution.placed_batch import place_batch
 from core.execution.schedule import SchedulerOutput
 from core.execution.site_attention import BackendOf, SiteAttention
 from core.kv_cache.page_ops import PageOp, StageStep
 from core.kv_cache.paged_kv_cache import PagedKVCache
-from core.memory.stream import StreamedLayers, StreamManager
 from core.models.architecture import Architecture
 from core.models.stage_model import StageSlice, find_decoder, load_layers, load_stage
-from core.placement import Batch, StageTimer
+from core.streaming.stream import StreamedLayers, StreamManager
 from core.transfer import TransferManager
 
 

@@ -56,7 +56,7 @@ class Companion(Protocol):
 
 
 class Tiers(Companion, Protocol):
-    """Where blocks go that leave the devices (`core.kv_cache.tiers`)."""
+    """Where blocks go that leave the devices (`core.tiers.kv_tiers`)."""
 
     def save(self, block: int, digest: bytes, parent: bytes | None) -> None: ...
 

@@ -19,7 +19,7 @@ PageRef = tuple[int, int]
 
 
 class Slot(Protocol):
-    """A block's place in a tier below (`core.memory`). `buffer` holds the bytes of all layers, page-first: for each
+    """A block's place in a tier below (`core.tiers`). `buffer` holds the bytes of all layers, page-first: for each
     layer in order the K page, then the V page."""
 
     @property

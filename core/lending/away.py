@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from core.placement import LinkProfile
+from core.costs import LinkProfile
 
 LEAST_GAIN = 0.1
 """Blocks move if that saves a tenth of what is spent otherwise: estimates are no better than that."""

@@ -18,12 +18,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from core.costs import LinkTopology
 from core.lending.budget import GPUBudget
 from core.lending.lease import Lease, LeaseState, Urgency
 from core.lending.lender import Lender
 from core.lending.reclaim import Cause, Need, Reclaim, allot
 from core.lending.score import Candidate, scores
-from core.placement import LinkTopology
 
 REFUSED_S = 5.0
 """How long a lender is not asked that has memory on paper and could not allocate it: a card's may be in pieces."""

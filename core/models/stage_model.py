@@ -19,10 +19,10 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from core.costs import Experts
 from core.errors import CheckpointError, UnsupportedModelError
 from core.models.architecture import Architecture
 from core.models.checkpoint import Checkpoint
-from core.placement import Experts
 
 # Modules beside the layers, by the names that architectures give them.
 _BEFORE_LAYERS = {

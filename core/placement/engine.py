@@ -20,98 +20,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 
+from core.costs.cost import Batch, StageCost, best_cohorts, decode_tok_s
+from core.costs.plan import PlacementPlan, PlacementRequest, StagePlan
 from core.errors import InsufficientMemoryError, InvalidRequestError
-from core.placement.cost import Batch, StageCost, best_cohorts, decode_tok_s
-from core.placement.plan import LayerCosts, PlacementPlan, StagePlan
-from core.placement.profile import DeviceProfile, LinkTopology
-from core.placement.search import Cut, Objective, PlacementSearch
+from core.placement.search import Cut, PlacementSearch
 from core.placement.splitter import split_by_memory
 
 BY_HAND = "by hand"
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")
 _ALL_COHORTS_UP_TO = 5
 _CLEARLY = 1 + 1e-9
-
-
-@dataclass(frozen=True, slots=True)
-class PlacementDevice:
-    """A device to place layers on: bytes that may be allocated, and its speed (the profile takes the device's name)."""
-
-    name: str
-    limit_bytes: int
-    profile: DeviceProfile
-
-    def __post_init__(self) -> None:
-        if self.profile.name != self.name:
-            object.__setattr__(self, "profile", replace(self.profile, name=self.name))
-
-
-@dataclass(frozen=True, slots=True)
-class PlacementRequest:
-    """What to place, on what, and what counts.
-
-    Attributes:
-        model_name: as plans and messages name it.
-        costs: bytes and operations of the model.
-        devices: in the order that `vram`, `balanced` and layers by hand keep.
-        links: between the devices, by name.
-        objective: "latency": the time between two tokens of a stream, all streams in one batch. "throughput": tokens of
-            all streams per second, with as many cohorts in flight as serve best.
-        streams: sequences that decode at the same time.
-        context: tokens of each.
-        min_kv_tokens: fewer than these are refused.
-        max_kv_tokens: more than these are not wanted.
-        block_size: KV is counted in whole blocks of so many tokens; both bounds are rounded up.
-        layers: by hand: a number for each device, 0 to leave it out; those without a number are left out.
-        host_bytes: of main memory for layers that do not fit on the devices (see `core.placement.streaming`).
-
-    Raises:
-        ValueError: no device, two of one name, or numbers that cannot be.
-    """
-
-    model_name: str
-    costs: LayerCosts
-    devices: tuple[PlacementDevice, ...]
-    links: LinkTopology
-    objective: Objective = "latency"
-    streams: int = 1
-    context: int = 2048
-    min_kv_tokens: int = 1
-    max_kv_tokens: int = 2048
-    block_size: int = 16
-    layers: tuple[int, ...] | None = None
-    host_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        names = [device.name for device in self.devices]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"placement needs devices with names of their own, not {names}")
-        if min(self.streams, self.context, self.block_size, self.min_kv_tokens) < 1:
-            raise ValueError("streams, context, block_size and min_kv_tokens must be at least 1")
-        if self.max_kv_tokens < self.min_kv_tokens:
-            raise ValueError(f"max_kv_tokens {self.max_kv_tokens} is less than min_kv_tokens {self.min_kv_tokens}")
-
-    @property
-    def least_kv_tokens(self) -> int:
-        """`min_kv_tokens` in whole blocks."""
-        return self._blocks(self.min_kv_tokens)
-
-    @property
-    def wanted_kv_tokens(self) -> int:
-        """`max_kv_tokens` in whole blocks."""
-        return self._blocks(self.max_kv_tokens)
-
-    @property
-    def needed_kv_tokens(self) -> int:
-        """What the streams need in whole blocks, within the bounds."""
-        blocks = self.streams * self._blocks(self.context)
-        return max(self.least_kv_tokens, min(blocks, self.wanted_kv_tokens))
-
-    def _blocks(self, tokens: int) -> int:
-        return -(-tokens // self.block_size) * self.block_size
 
 
 Strategy = Callable[[PlacementRequest], PlacementPlan]

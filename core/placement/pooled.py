@@ -18,10 +18,11 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
+from core.costs import PlacementDevice, PlacementRequest
+from core.costs.cost import at_once, best_cohorts, decode_tok_s
+from core.costs.plan import PlacementPlan, StagePlan
 from core.errors import InsufficientMemoryError
-from core.placement.cost import at_once, best_cohorts, decode_tok_s
-from core.placement.engine import PlacementDevice, PlacementRequest, place, place_profiled, stage_costs
-from core.placement.plan import PlacementPlan, StagePlan
+from core.placement.engine import place, place_profiled, stage_costs
 from core.placement.pooling import PooledKV, pool_kv
 
 CLEARLY = 1.03

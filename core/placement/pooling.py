@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from core.placement.plan import StagePlan
+from core.costs.plan import StagePlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
+from core.costs import PlacementDevice, PlacementRequest
+from core.costs.cost import Batch, StageCost, at_once, best_cohorts, decode_tok_s, load_s, pipeline_s
+from core.costs.plan import LayerCosts, PlacementPlan
+from core.costs.profile import LinkTopology
 from core.devices.device import HOST
 from core.errors import InsufficientMemoryError
-from core.placement.cost import Batch, StageCost, at_once, best_cohorts, decode_tok_s, load_s, pipeline_s
-from core.placement.engine import PlacementDevice, PlacementRequest, predicted_tok_s, stage_costs
-from core.placement.plan import LayerCosts, PlacementPlan
+from core.placement.engine import predicted_tok_s, stage_costs
 from core.placement.pooled import borrowing_tok_s
 from core.placement.pooling import PooledKV
-from core.placement.profile import LinkTopology
 from core.placement.streaming import place_fastest
 
 Limit = Literal["bandwidth", "compute", "overhead", "link"]

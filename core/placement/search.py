@@ -25,16 +25,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from core.placement.cost import Batch, head_s, hop_s, layer_s
-from core.placement.plan import LayerCosts
-from core.placement.profile import DeviceProfile, LinkTopology
-
-Objective = Literal["latency", "throughput"]
+from core.costs.cost import Batch, head_s, hop_s, layer_s
+from core.costs.plan import LayerCosts, Objective
+from core.costs.profile import DeviceProfile, LinkTopology
 
 _Matrix = NDArray[np.float64]
 _Combine = Callable[[_Matrix, _Matrix], _Matrix]

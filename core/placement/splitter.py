@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from core.costs.plan import LayerCosts, PlacementPlan, StagePlan
 from core.errors import InsufficientMemoryError
-from core.placement.plan import LayerCosts, PlacementPlan, StagePlan
 
 
 def split_by_memory(

@@ -9,10 +9,10 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from core.costs import PlacementRequest
+from core.costs.cost import Batch
+from core.costs.profile import LinkProfile
 from core.devices.device import HOST
-from core.placement.cost import Batch
-from core.placement.engine import PlacementRequest
-from core.placement.profile import LinkProfile
 from core.placement.search import Cut, PlacementSearch, _Times
 from core.placement.streamed_layers import SLOTS, streamed_bytes
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from core.placement.plan import LayerCosts
+from core.costs.plan import LayerCosts
 
 SLOTS = 2
 _EXACT_KINDS = 3

@@ -10,16 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
+from core.costs import PlacementRequest
+from core.costs.plan import LayerCosts, PlacementPlan, StagePlan
 from core.devices.device import HOST
 from core.errors import InsufficientMemoryError
-from core.placement.engine import (
-    BY_HAND,
-    PlacementRequest,
-    cuts_by_hand,
-    place_profiled,
-    predicted_tok_s,
-)
-from core.placement.plan import LayerCosts, PlacementPlan, StagePlan
+from core.placement.engine import BY_HAND, cuts_by_hand, place_profiled, predicted_tok_s
 from core.placement.pooled import place_pooled
 from core.placement.search import Cut
 from core.placement.stream_search import StreamingSearch, streaming_cuts

@@ -15,9 +15,9 @@ import torch
 
 from core.batching.output import RequestHandle
 from core.config import Settings
+from core.engine.model_engine import LoadedModel
 from core.errors import ChatTemplateError, ContextLengthError, ModelNotLoadedError, VRAMancerError
 from core.metrics import MetricsRegistry
-from core.model_engine import LoadedModel
 from core.models.tokenizer import Tokenizer
 from core.request import RequestOutput, SamplingParams, SequenceDelta, TokenLogprob
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from core.batching.cohorts import MIN_CHUNK, FixedCohorts, OneCohort, PredictedCohorts
-from core.devices import HOST
-from core.placement import (
+from core.costs import (
     Batch,
     DeviceProfile,
     LayerCosts,
@@ -15,6 +14,7 @@ from core.placement import (
     load_s,
     stage_s,
 )
+from core.devices import HOST
 
 GB = 10**9
 COSTS = LayerCosts(

@@ -14,12 +14,19 @@ from plain_settings import CACHE_DIR
 from rich.console import Console
 from typer.testing import CliRunner
 
-from core import diagnosis
 from core.config import iter_settings
+from core.costs import DeviceProfile, Sharing
 from core.devices import Device, DeviceReading, Machine, PhysicalDevice
-from core.diagnosis import Datasheet, DeviceDiagnosis, Diagnosis, LinkDiagnosis, compute_bound_streams, format_rate
-from core.execution.profiler import MemoryNow
-from core.placement import DeviceProfile, Sharing
+from core.devices.memory import MemoryNow
+from core.profiling import diagnosis
+from core.profiling.diagnosis import (
+    Datasheet,
+    DeviceDiagnosis,
+    Diagnosis,
+    LinkDiagnosis,
+    compute_bound_streams,
+    format_rate,
+)
 from vramancer.cli import app
 from vramancer.cli.doctor import print_diagnosis
 

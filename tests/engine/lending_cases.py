@@ -10,11 +10,11 @@ from typing import Any
 from plain_settings import CACHE_DIR, make_settings
 
 from core.devices import open_devices
+from core.engine.model_engine import ModelEngine
+from core.engine.model_plan import measure_with, plan_model
 from core.inference_pipeline import InferencePipeline
 from core.kv_cache.page_ops import LOCAL
 from core.lending import Urgency
-from core.model_engine import ModelEngine
-from core.model_plan import measure_with, plan_model
 from core.models.resolve import resolve_model
 from core.transfer import TransferManager
 

@@ -14,8 +14,8 @@ from test_lending_serving import GREEDY, prompts, reference
 from test_lending_trouble import ask, check_budgets, during, outcomes
 from tiny_models import build_tiny
 
-import core.kv_memory
-from core.execution.profiler import read_memory
+import core.engine.kv_memory
+from core.devices.memory import read_memory
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.lending import Urgency
 
@@ -79,7 +79,7 @@ def test_a_lender_pressed_by_another_program_gets_its_memory_back(
     engine.batcher.call(lambda: scatter(engine, random.Random(1), 0.5)).result(30)
     assert overflow.lending.leases(lender=lender)
     monkeypatch.setattr(
-        core.kv_memory, "read_memory", lambda devices: [replace(m, free_bytes=0) for m in read_memory(devices)]
+        core.engine.kv_memory, "read_memory", lambda devices: [replace(m, free_bytes=0) for m in read_memory(devices)]
     )
     overflow._observe_s = 0.0
     handles = ask(pipeline)

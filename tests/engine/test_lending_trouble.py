@@ -14,12 +14,12 @@ from test_lending_serving import GREEDY, prompts, reference
 from tiny_models import build_tiny
 
 from core.batching.output import RequestHandle
+from core.engine.model_engine import ModelEngine
+from core.engine.raw_inference import run_raw
 from core.errors import PageMoveError, VRAMancerError
 from core.execution.stage import Stage
 from core.inference_pipeline import InferencePipeline
 from core.kv_cache.paged_kv_cache import PagedKVCache
-from core.model_engine import ModelEngine
-from core.raw_inference import run_raw
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tiny_models import build_tiny, word_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from core.engine.model_plan import preview
 from core.errors import (
     CheckpointError,
     InsufficientMemoryError,
@@ -24,7 +25,6 @@ from core.errors import (
     UnsupportedModelError,
 )
 from core.inference_pipeline import InferencePipeline
-from core.model_plan import preview
 from core.models.resolve import DEMO_NAME
 from core.request import SamplingParams
 

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 from tiny_models import VOCAB, build_tiny
 
-from core import model_engine
+from core.costs import PlacementPlan, PlacementRequest, Sharing
+from core.devices.memory import read_memory
+from core.engine import model_engine
 from core.errors import InsufficientMemoryError, InvalidRequestError
-from core.execution.profiler import LayerProfiler, read_memory
 from core.inference_pipeline import InferencePipeline
-from core.placement import PlacementPlan, Sharing
 from core.placement import engine as placement_engine
-from core.placement.engine import PlacementRequest, build_plan, register_strategy
+from core.placement.engine import build_plan, register_strategy
 from core.placement.search import Cut
+from core.profiling.profiler import LayerProfiler
 from core.request import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True, detokenize=False)

@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from streaming import CHANGES, ENGINE, build_deep, half_of_it
+from streamed_models import CHANGES, ENGINE, build_deep, half_of_it
 from tiny_models import build_tiny
 from typer.testing import CliRunner
 
-from core import model_engine
 from core.devices import HOST, Device, DeviceBudget
+from core.engine import model_engine
 from core.errors import InsufficientMemoryError, StepFailedError
 from core.inference_pipeline import InferencePipeline
-from core.memory.stream import StreamManager
 from core.models.architecture import read_architecture
 from core.models.stage_model import find_decoder, measure_bytes
 from core.request import SamplingParams
+from core.streaming.stream import StreamManager
 from core.transfer import TransferManager
 from vramancer.cli import app
 

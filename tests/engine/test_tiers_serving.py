@@ -15,8 +15,8 @@ from tiny_models import VOCAB, build_tiny
 from core.errors import StepFailedError, VRAMancerError
 from core.execution.page_mover import PageMover
 from core.inference_pipeline import InferencePipeline
-from core.memory import Tier
 from core.request import SamplingParams
+from core.tiers import Tier
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, detokenize=False)
 HOST = {"memory__host_bytes": 1 << 20}

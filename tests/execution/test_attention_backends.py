@@ -13,7 +13,7 @@ import torch
 from execution.paged_cases import CASES, Case, dense, make, tolerance
 
 from core.execution.attention.torch_paged import TorchPagedAttention
-from core.execution.workspace import LiveBytes
+from core.profiling.workspace import LiveBytes
 
 _INTERPRETED = """
 import sys

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from streaming import CHANGES, ENGINE, build_deep, half_of_it, weight_bytes
+from streamed_models import CHANGES, ENGINE, build_deep, half_of_it, weight_bytes
 from tiny_models import VOCAB
 
 from core.inference_pipeline import InferencePipeline

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from core.costs import LinkProfile, LinkTopology
 from core.lending import GPUBudget, VRAMLendingPool
-from core.placement import LinkProfile, LinkTopology
 
 LINKS = LinkTopology(default=LinkProfile(1000.0, 0.001))
 

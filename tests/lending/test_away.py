@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.costs import LinkProfile
 from core.lending import AwayGroup, Choice, SiteSpeeds, decide
 from core.lending.away import LEAST_GAIN
-from core.placement import LinkProfile
 
 PCIE = LinkProfile(11.6e9, 30e-6)
 LAN = LinkProfile(0.11e9, 300e-6)

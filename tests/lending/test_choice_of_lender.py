@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from lending.pools import Clock, gpu, host, make_pool, take, use
 
+from core.costs import LinkProfile, LinkTopology
 from core.lending import LeaseState, Offer
 from core.lending.score import Candidate, scores
-from core.placement import LinkProfile, LinkTopology
 
 EQUAL = {"lendable_bytes": 100, "transfer_s": 1.0, "idle_s": 5.0}
 BETTER = {"lendable_bytes": 200, "transfer_s": 0.5, "idle_s": 10.0}

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.costs import PlacementDevice, PlacementRequest
+from core.costs.cards import gpu_spec
+from core.costs.plan import LayerCosts, PlacementPlan
+from core.costs.profile import DeviceProfile, LinkProfile, LinkTopology
 from core.errors import InsufficientMemoryError, InvalidRequestError
 from core.placement import engine
-from core.placement.cards import gpu_spec
 from core.placement.engine import (
-    PlacementDevice,
-    PlacementRequest,
     build_plan,
     parse_layers,
     place,
@@ -22,8 +23,6 @@ from core.placement.engine import (
     register_strategy,
     strategies,
 )
-from core.placement.plan import LayerCosts, PlacementPlan
-from core.placement.profile import DeviceProfile, LinkProfile, LinkTopology
 from core.placement.search import Cut, Objective
 
 STAGED = LinkTopology(default=LinkProfile(11.6e9, 3e-5))

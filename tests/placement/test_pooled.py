@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import STAGED, large
 
+from core.costs import PlacementDevice, PlacementRequest
+from core.costs.cards import gpu_spec
+from core.costs.plan import LayerCosts
+from core.costs.profile import DeviceProfile, LinkProfile, LinkTopology
 from core.errors import InsufficientMemoryError
-from core.placement.cards import gpu_spec
-from core.placement.engine import PlacementDevice, PlacementRequest, place, predicted_tok_s
-from core.placement.plan import LayerCosts
+from core.placement.engine import place, predicted_tok_s
 from core.placement.pooled import place_pooled, pool_of, pooled_tok_s
 from core.placement.predict import predict
-from core.placement.profile import DeviceProfile, LinkProfile, LinkTopology
 
 GiB = 1 << 30
 LLAMA_13B = large(40, 5120, 13824, 5120, vocab=32_000)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.placement.plan import StagePlan
+from core.costs.plan import StagePlan
 from core.placement.pooling import PooledKV, pool_kv, pooled_bound
 
 BLOCK = 16

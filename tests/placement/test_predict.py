@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from core.placement.cost import Batch, StageCost, best_cohorts, decode_tok_s, pipeline_s, stage_s
-from core.placement.engine import PlacementDevice, PlacementRequest, place, predicted_tok_s, stage_costs
-from core.placement.plan import LayerCosts
+from core.costs import PlacementDevice, PlacementRequest
+from core.costs.cost import Batch, StageCost, best_cohorts, decode_tok_s, pipeline_s, stage_s
+from core.costs.plan import LayerCosts
+from core.costs.profile import DeviceProfile, LinkProfile, LinkTopology
+from core.placement.engine import place, predicted_tok_s, stage_costs
 from core.placement.predict import DeviceEffect, Prediction, one_more, predict, stage_limit
-from core.placement.profile import DeviceProfile, LinkProfile, LinkTopology
 
 COSTS = LayerCosts(
     embedding_bytes=400,

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.placement.cost import Batch, StageCost, pipeline_s
-from core.placement.plan import LayerCosts
-from core.placement.profile import DeviceProfile, LinkProfile, LinkTopology, Sharing
+from core.costs.cost import Batch, StageCost, pipeline_s
+from core.costs.plan import LayerCosts
+from core.costs.profile import DeviceProfile, LinkProfile, LinkTopology, Sharing
 from core.placement.search import Cut, Objective, PlacementSearch
 
 OBJECTIVES: tuple[Objective, ...] = ("latency", "throughput")

@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from core.placement import (
+from core.costs import (
     Batch,
     DeviceProfile,
     LayerCosts,
     LinkTopology,
+    PlacementDevice,
+    PlacementRequest,
     Sharing,
     StageCost,
     StageTimer,
@@ -19,7 +21,7 @@ from core.placement import (
     decode_tok_s,
     stage_s,
 )
-from core.placement.engine import PlacementDevice, PlacementRequest, place, predicted_tok_s
+from core.placement.engine import place, predicted_tok_s
 from core.placement.predict import predict, stage_limit
 
 COSTS = LayerCosts(

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.costs import LayerCosts, PlacementPlan
 from core.errors import InsufficientMemoryError
-from core.placement import LayerCosts, PlacementPlan, split_by_memory
+from core.placement import split_by_memory
 
 
 def costs(layers: int = 8, *, tied: bool = False, layer_bytes: int = 100, kv: int = 2) -> LayerCosts:

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.costs import Batch, LayerCosts, LinkProfile, LinkTopology, StageCost, StageTimer, busy_s, decode_tok_s
+from core.costs.cost import load_s, loaded_layers, pipeline_s
+from core.costs.profile import DeviceProfile
 from core.devices import HOST
-from core.placement import Batch, LayerCosts, LinkProfile, LinkTopology, StageCost, StageTimer, busy_s, decode_tok_s
-from core.placement.cost import load_s, loaded_layers, pipeline_s
-from core.placement.profile import DeviceProfile
 from core.placement.streamed_layers import spread
 
 ONE = Batch.decode(1, 0)

@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.costs import PlacementDevice, PlacementRequest
+from core.costs.cards import gpu_spec
+from core.costs.cost import loaded_layers
+from core.costs.plan import LayerCosts, PlacementPlan
+from core.costs.profile import DeviceProfile, LinkProfile, LinkTopology
 from core.devices import HOST
 from core.errors import InsufficientMemoryError, InvalidRequestError
-from core.placement.cards import gpu_spec
-from core.placement.cost import loaded_layers
-from core.placement.engine import PlacementDevice, PlacementRequest, predicted_tok_s
-from core.placement.plan import LayerCosts, PlacementPlan
+from core.placement.engine import predicted_tok_s
 from core.placement.predict import one_more, predict
-from core.placement.profile import DeviceProfile, LinkProfile, LinkTopology
 from core.placement.streamed_layers import choose_streamed, fewest_bytes, least_bytes, spread
 from core.placement.streaming import place_fastest, place_or_stream
 

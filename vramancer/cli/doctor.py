@@ -16,7 +16,7 @@ from core.devices import format_bytes
 from vramancer.cli.options import settings_command
 
 if TYPE_CHECKING:
-    from core.diagnosis import DeviceDiagnosis, Diagnosis
+    from core.profiling.diagnosis import DeviceDiagnosis, Diagnosis
 
 
 @settings_command("model", "devices", "engine", "logging", "runtime", model_argument=True)
@@ -30,8 +30,8 @@ def doctor(
     ] = None,
 ) -> None:
     """Measure the devices and the links between them, and say what limits them and what is wrong."""
-    from core.diagnosis import diagnose
     from core.logs import configure_logging
+    from core.profiling.diagnosis import diagnose
 
     configure_logging(settings.logging)
     found = diagnose(settings, refresh) if seconds is None else diagnose(settings, refresh, budget_s=seconds)
@@ -69,7 +69,7 @@ def _devices_table(found: Diagnosis) -> Table:
 
 
 def _device_rows(device: DeviceDiagnosis) -> dict[str, str]:
-    from core.diagnosis import format_rate
+    from core.profiling.diagnosis import format_rate
 
     sheet = device.datasheet
     cells = {
@@ -102,7 +102,7 @@ def _share(figure: str, share: float | None) -> str:
 
 
 def _links_table(found: Diagnosis) -> Table:
-    from core.diagnosis import format_rate
+    from core.profiling.diagnosis import format_rate
 
     names = {"p2p": "peer to peer", "staged": "staged through the host", "copy": "copy"}
     table = Table(title="Links", title_justify="left")

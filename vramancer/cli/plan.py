@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from core.config import Settings
+from core.costs.cost import loaded_layers
 from core.devices import format_bytes
-from core.placement.cost import loaded_layers
 from vramancer.cli.options import settings_command
 
 if TYPE_CHECKING:
-    from core.model_plan import Preview
-    from core.placement import LayerCosts, PlacementPlan
+    from core.costs import LayerCosts, PlacementPlan
+    from core.engine.model_plan import Preview
     from core.placement.predict import DeviceEffect, Prediction
 
 
@@ -38,8 +38,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Print the placement of a model over devices and its predicted speed, without loading its weights."""
+    from core.engine.model_plan import preview
     from core.logs import configure_logging
-    from core.model_plan import preview
 
     configure_logging(settings.logging)
     shown = preview(settings, gpu or (), more=more or ())

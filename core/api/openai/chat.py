@@ -21,7 +21,7 @@ from core.errors import InvalidRequestError
 from core.request import Completion, RequestOutput, SamplingParams, SequenceDelta, TokenLogprob
 
 if TYPE_CHECKING:
-    from core.model_engine import LoadedModel
+    from core.engine.model_engine import LoadedModel
 
 blueprint = Blueprint("openai_chat", __name__)
 

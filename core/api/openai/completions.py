@@ -21,7 +21,7 @@ from core.errors import InvalidRequestError
 from core.request import GenerationResult, RequestOutput, SequenceDelta, TokenLogprob
 
 if TYPE_CHECKING:
-    from core.model_engine import LoadedModel
+    from core.engine.model_engine import LoadedModel
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 

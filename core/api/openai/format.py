@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from core.request import GenerationResult, RequestOutput, TokenLogprob
 
 if TYPE_CHECKING:
-    from core.model_engine import LoadedModel
+    from core.engine.model_engine import LoadedModel
     from core.models.tokenizer import Tokenizer
 
 LEAST_LOGPROB = -9999.0  # what OpenAI writes for a probability of 0, since JSON has no infinity

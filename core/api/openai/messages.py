@@ -9,7 +9,7 @@ from core.api.openai.schemas import ChatMessage
 from core.errors import InvalidRequestError, UnsupportedParameterError
 
 if TYPE_CHECKING:
-    from core.model_engine import LoadedModel
+    from core.engine.model_engine import LoadedModel
 
 
 def encode_messages(

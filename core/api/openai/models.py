@@ -11,7 +11,7 @@ from core.api.context import api_context
 from core.errors import ModelNotFoundError
 
 if TYPE_CHECKING:
-    from core.model_engine import LoadedModel
+    from core.engine.model_engine import LoadedModel
 
 blueprint = Blueprint("openai_models", __name__)
 

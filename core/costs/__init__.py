@@ -1,0 +1,40 @@
+"""Speeds and sizes, and what follows for a step: profiles, the cost model, plan records, cards. Pure; no torch."""
+
+from core.costs.cost import (
+    Batch,
+    StageCost,
+    StageTimer,
+    at_once,
+    best_cohorts,
+    busy_s,
+    decode_tok_s,
+    load_s,
+    pipeline_s,
+    stage_s,
+)
+from core.costs.plan import Experts, LayerCosts, PlacementDevice, PlacementPlan, PlacementRequest, StagePlan
+from core.costs.profile import DeviceProfile, LinkProfile, LinkTopology, Sharing, emulated_profile
+
+__all__ = [
+    "Batch",
+    "DeviceProfile",
+    "Experts",
+    "LayerCosts",
+    "LinkProfile",
+    "LinkTopology",
+    "PlacementDevice",
+    "PlacementPlan",
+    "PlacementRequest",
+    "Sharing",
+    "StageCost",
+    "StagePlan",
+    "StageTimer",
+    "at_once",
+    "best_cohorts",
+    "busy_s",
+    "decode_tok_s",
+    "emulated_profile",
+    "load_s",
+    "pipeline_s",
+    "stage_s",
+]

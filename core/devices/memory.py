@@ -1,0 +1,39 @@
+"""How much memory is free at this moment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from core.devices.device import Device
+from core.devices.discovery import Machine, probe_machine
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryNow:
+    """Memory of a logical device's physical device at this moment, other processes' use included.
+
+    `limit_bytes` is what a plan may use of it. Parts of one device share `free_bytes`.
+    """
+
+    device: str
+    product: str
+    total_bytes: int
+    free_bytes: int
+    limit_bytes: int
+
+    @property
+    def usable_bytes(self) -> int:
+        """What could really be allocated now, within the limit."""
+        return min(self.free_bytes, self.limit_bytes)
+
+
+def read_memory(devices: Sequence[Device], machine: Machine | None = None) -> tuple[MemoryNow, ...]:
+    """Free memory as it is, one entry per device; `machine` is probed now unless given."""
+    machine = machine or probe_machine()
+    physical = {found.torch_device: found for found in (machine.cpu, *machine.gpus)}
+    return tuple(
+        MemoryNow(device.name, found.product, found.total_bytes, found.free_bytes, device.memory_limit_bytes)
+        for device in devices
+        for found in (physical[device.torch_device],)
+    )

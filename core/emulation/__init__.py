@@ -1,0 +1,1 @@
+"""Emulated devices: real computing, paced by a roofline."""

@@ -1,0 +1,291 @@
+"""The memory behind the KV blocks of one loaded model: how many there are, what stages borrow, and from whom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from core.config import Settings
+from core.costs import Batch, pipeline_s
+from core.devices import HOST, Device, DeviceBudget, host_device, parse_link
+from core.devices.memory import MemoryNow, read_memory
+from core.engine.model_plan import DATASHEET_LINK, ModelPlan
+from core.execution.stage import Stage
+from core.kv_cache.manager import KVCacheManager
+from core.kv_cache.paged_kv_cache import PagedKVCache
+from core.kv_cache.stage_pages import StagePages
+from core.lending import GPUBudget, SiteSpeeds, VRAMLendingPool
+from core.lending.homecoming import Homecoming
+from core.lending.overflow import DeviceUse, KVOverflow
+from core.placement.engine import stage_costs
+from core.tiers import BlockLayout, HierarchicalMemory, Tier, open_memory, worth_restoring
+from core.tiers.kv_tiers import KVTiers
+
+_HOST_SHARE = 4
+
+
+def lending_host(settings: Settings) -> Device:
+    """Main memory as far as it takes KV blocks: what is set, or a quarter of what is free."""
+    limit = settings.lending.host_bytes
+    return host_device(psutil.virtual_memory().available // _HOST_SHARE if limit is None else limit)
+
+
+@dataclass(slots=True)
+class KVMemory:
+    """Blocks and what is behind them. `host` is the ledger of main memory that takes blocks; `overflow` is there if
+    some stage has to borrow, `tiers` if blocks are kept below the devices."""
+
+    kv: KVCacheManager
+    host: DeviceBudget
+    overflow: KVOverflow | None = None
+    tiers: KVTiers | None = None
+
+    def close(self) -> None:
+        """The engine has ended and the stages' pages are free."""
+        if self.overflow is not None:
+            self.overflow.close()
+        if self.tiers is not None:
+            self.tiers.close()
+
+
+def open_kv(
+    plan: ModelPlan, settings: Settings, stages: Sequence[Stage], budgets: Mapping[str, DeviceBudget], host: Device,
+    salt: bytes,
+) -> KVMemory:  # fmt: skip
+    """The blocks of a model whose stages have allocated their local pages."""
+    block_size = settings.engine.block_size
+    num_blocks = plan.pooled.tokens // block_size
+    mapped = [
+        None if stage.kv is None or stage.kv.num_pages >= num_blocks
+        else StagePages(num_blocks, stage.kv.num_pages, stage.device.name)
+        for stage in stages
+    ]  # fmt: skip
+    kv = KVCacheManager(
+        num_blocks, block_size, salt=salt, enable_prefix_caching=settings.engine.enable_prefix_caching, stages=mapped
+    )
+    memory = KVMemory(kv, DeviceBudget(host))
+    memory.tiers = _open_tiers(plan, settings, kv, salt)
+    if not kv.pages.is_trivial:
+        try:
+            memory.overflow = _open_overflow(plan, settings, stages, budgets, host, memory)
+        except BaseException:
+            memory.close()
+            raise
+    return memory
+
+
+def _open_overflow(
+    plan: ModelPlan, settings: Settings, stages: Sequence[Stage], budgets: Mapping[str, DeviceBudget], host: Device,
+    memory: KVMemory,
+) -> KVOverflow:  # fmt: skip
+    devices = {device.name: device for device in plan.devices} | {HOST: host}
+    watch = DeviceWatch(plan.devices, stages, budgets)
+    lending = VRAMLendingPool(
+        _lenders(plan, budgets, host),
+        plan.request.links,
+        lend_ratio=settings.lending.lend_ratio,
+        reclaim_threshold=settings.lending.reclaim_threshold,
+        clock=time.monotonic,
+    )
+    page_bytes = tuple(stage.kv.page_bytes if stage.kv is not None else 0 for stage in stages)
+    homecoming = Homecoming(memory.kv, SiteSpeedTable(plan, stages), page_bytes) if plan.is_measured else None
+    overflow = KVOverflow(
+        memory.kv,
+        lending,
+        Regions(stages, devices, {**budgets, HOST: memory.host}),
+        page_bytes,
+        extent_blocks=settings.lending.extent_blocks,
+        observe=watch.observe,
+        homecoming=homecoming,
+    )
+    memory.kv.companions.append(overflow)
+    return overflow
+
+
+def _open_tiers(plan: ModelPlan, settings: Settings, kv: KVCacheManager, salt: bytes) -> KVTiers | None:
+    """What is kept below the devices. Where the devices are main memory themselves, only if it is asked for."""
+    asked, architecture = settings.memory, plan.architecture
+    has_cards = any(device.kind != "cpu" for device in plan.devices)
+    wanted = asked.host_bytes is not None or asked.disk_path is not None or asked.remote_url is not None
+    if not settings.engine.enable_prefix_caching or not (has_cards or wanted):
+        return None
+    layout = BlockLayout.of(architecture.kv_shapes, kv.block_size, str(architecture.dtype).removeprefix("torch."))
+    pin = any(device.kind in ("cuda", "rocm") for device in plan.devices)
+    free = psutil.virtual_memory().available
+    memory = open_memory(asked, layout, salt, free_host_bytes=free, pin=pin)
+    if memory is None:
+        return None
+    tiers = KVTiers(kv, memory, RestoreRule(plan, settings, kv, memory))
+    kv.companions.append(tiers)
+    kv.tiers = tiers
+    return tiers
+
+
+_HOST_BYTES_S = 40e9
+"""At which main memory is read where it lends to a GPU: two channels of DDR4."""
+
+
+class SiteSpeedTable:
+    """What is known of stages and the devices that lend to them: links and bandwidths as they were measured. Main
+    memory is taken to be behind the slowest link that was."""
+
+    def __init__(self, plan: ModelPlan, stages: Sequence[Stage]) -> None:
+        self._links = plan.request.links
+        measured = self._links.links.values()
+        self._host_link = min(measured, key=lambda link: link.bandwidth_bytes_s, default=DATASHEET_LINK)
+        self._rates = {device.name: device.profile.kv_bytes_s for device in plan.request.devices}
+        self._stages = [
+            (stage.device.name, len(stage.kv.layer_bytes()) if stage.kv is not None else 0) for stage in stages
+        ]
+        self._row_bytes = plan.request.costs.hidden_bytes
+
+    def __call__(self, stage: int, lender: str) -> SiteSpeeds:
+        own, layers = self._stages[stage]
+        out, home = self._links.link(own, lender), self._links.link(lender, own)
+        if lender == HOST and (lender, own) not in self._links.links:
+            out = home = self._host_link
+        lender_bytes_s = self._rates.get(lender, _HOST_BYTES_S)
+        return SiteSpeeds(out, home, self._rates[own], lender_bytes_s, layers, self._row_bytes)
+
+
+_CHUNK_TOKENS = 256
+_UNMEASURED_TOKEN_S = 1e-3
+"""Seconds to compute a token of a prompt, until the first prompt has been measured."""
+
+
+class RestoreRule:
+    """How much of a prefix to restore: what saves time, by the measured speeds of tiers and links."""
+
+    def __init__(self, plan: ModelPlan, settings: Settings, kv: KVCacheManager, memory: HierarchicalMemory) -> None:
+        self._kv = kv
+        self._memory = memory
+        link = settings.devices.sim_link
+        emulated = parse_link(link) if link and any(device.kind == "sim" for device in plan.devices) else None
+        host = memory.stats().tiers[0].speed
+        measured = host.read_bytes_s if host is not None else float("inf")
+        self._link_bytes_s = emulated.bandwidth_bytes_s if emulated is not None else measured
+        self._link_latency_s = emulated.latency_s * plan.costs.num_layers if emulated is not None else 0.0
+        self._plan = plan
+
+    def __call__(self, known: int, tiers: Sequence[Tier]) -> int:
+        return worth_restoring(
+            tiers,
+            self._memory.layout.nbytes,
+            self._memory.speeds(),
+            link_bytes_s=self._link_bytes_s,
+            link_latency_s=self._link_latency_s,
+            block_recompute_s=self._blocks_s(known, len(tiers)),
+        ).num_blocks
+
+    def _blocks_s(self, known: int, count: int) -> list[float]:
+        """Predicted seconds to compute each of `count` blocks behind `known` ones. Attention grows evenly with the
+        context: both ends tell."""
+        size = self._kv.block_size
+        first_s, last_s = (self._token_s(number * size) * size for number in (known, known + count - 1))
+        return [first_s + (last_s - first_s) * i / max(1, count - 1) for i in range(count)]
+
+    def _token_s(self, context: int) -> float:
+        """Predicted seconds per token of a prompt behind `context` tokens."""
+        if not self._plan.is_measured:
+            return self._kv.prefill_token_s or _UNMEASURED_TOKEN_S
+        stages = stage_costs(self._plan.placement, self._plan.request)
+        batch = Batch(_CHUNK_TOKENS, context + _CHUNK_TOKENS, 0)
+        compute, hops = pipeline_s(self._plan.costs, stages, self._plan.request.links, batch)
+        return (sum(compute) + sum(hops)) / _CHUNK_TOKENS
+
+
+def _lenders(plan: ModelPlan, budgets: Mapping[str, DeviceBudget], host: Device) -> list[GPUBudget]:
+    """Every device. A stage's own pages are part of the pool as much as what it lends, so they are no need of its own:
+    they are taken off what may be allocated."""
+    found = []
+    for device in plan.devices:
+        pages = budgets[device.name].used_by_purpose().get(PagedKVCache.PURPOSE, 0)
+        limit = device.memory_limit_bytes
+        found.append(GPUBudget(device.name, limit - pages, limit))
+    if host.memory_limit_bytes > 0:
+        found.append(GPUBudget(HOST, host.memory_limit_bytes, host.memory_limit_bytes, last_resort=True))
+    return found
+
+
+class Regions:
+    """Allocates regions on the devices that lend them."""
+
+    def __init__(
+        self, stages: Sequence[Stage], devices: Mapping[str, Device], budgets: Mapping[str, DeviceBudget]
+    ) -> None:
+        self._stages = stages
+        self._devices = devices
+        self._budgets = budgets
+
+    def add(self, stage: int, region_id: int, device: str, pages: int) -> None:
+        """Raises `OutOfDeviceMemoryError`, with nothing kept."""
+        self._cache(stage).add_region(region_id, pages, self._devices[device], self._budgets[device])
+
+    def drop(self, stage: int, region_id: int) -> None:
+        """Give a region's memory back to the device, and what the allocator keeps of it to other programs."""
+        kv = self._cache(stage)
+        where = torch.device(kv.region(region_id).device.torch_device)
+        kv.drop_region(region_id)
+        if where.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _cache(self, stage: int) -> PagedKVCache:
+        kv = self._stages[stage].kv
+        assert kv is not None
+        return kv
+
+
+PRESSED_BYTES = 256 << 20
+_PRESSED_SHARE = 50
+"""Once other programs have taken more of a card than they had, so much of it (a fiftieth of a small one) is kept free
+for them: what is lent there goes back bit by bit, until they no longer take it."""
+
+
+class DeviceWatch:
+    """What the devices are used for now. Made when the stages have been loaded."""
+
+    def __init__(self, devices: Sequence[Device], stages: Sequence[Stage], budgets: Mapping[str, DeviceBudget]) -> None:
+        self._devices = tuple(devices)
+        self._stages = {stage.device.name: stage for stage in stages}
+        self._budgets = budgets
+        self._started_s = time.monotonic()
+        self._cards: dict[str, list[Device]] = {}
+        for device in devices:
+            self._cards.setdefault(device.torch_device, []).append(device)
+        self._others_before = {name: self._others(name, memory) for name, memory in self._read().items()}
+
+    def _read(self) -> dict[str, MemoryNow]:
+        """By card."""
+        found = zip(self._devices, read_memory(self._devices), strict=True)
+        return {device.torch_device: memory for device, memory in found}
+
+    def _others(self, card: str, memory: MemoryNow) -> int:
+        """What is neither free nor ours."""
+        ours = sum(sum(self._budgets[device.name].used_by_purpose().values()) for device in self._cards[card])
+        return memory.total_bytes - memory.free_bytes - ours
+
+    def observe(self) -> Iterable[DeviceUse]:
+        """One entry per device. What is missing of a card's free memory is charged to its parts by what each may use,
+        lent memory included."""
+        for card, memory in self._read().items():
+            parts = self._cards[card]
+            kept = min(PRESSED_BYTES, sum(device.memory_limit_bytes for device in parts) // _PRESSED_SHARE)
+            grown = self._others(card, memory) > self._others_before[card] + kept
+            free = memory.free_bytes - (kept if grown else 0)
+            budgets = [self._budgets[device.name] for device in parts]
+            lent = [budget.used_by_purpose().get(PagedKVCache.LENT, 0) for budget in budgets]
+            shares = [budget.free_bytes + nbytes for budget, nbytes in zip(budgets, lent, strict=True)]
+            missing = max(0, sum(budget.free_bytes for budget in budgets) - free)
+            for device, budget, nbytes, share in zip(parts, budgets, lent, shares, strict=True):
+                used = sum(budget.used_by_purpose().values())
+                own = used - budget.used_by_purpose().get(PagedKVCache.PURPOSE, 0) - nbytes
+                external = missing * share // max(1, sum(shares))
+                yield DeviceUse(device.name, own, external, max(0.0, time.monotonic() - self._last_used_s(device.name)))
+
+    def _last_used_s(self, name: str) -> float:
+        stage = self._stages.get(name)
+        return self._started_s if stage is None else stage.last_used_s

@@ -1,0 +1,369 @@
+"""Everything about a load that is decided before a byte is allocated: what the model costs, where it goes, how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from core.batching.cohorts import CohortPolicy, FixedCohorts, OneCohort, PredictedCohorts
+from core.config import Settings
+from core.costs import (
+    DeviceProfile,
+    LayerCosts,
+    LinkProfile,
+    LinkTopology,
+    PlacementDevice,
+    PlacementPlan,
+    PlacementRequest,
+    StagePlan,
+    StageTimer,
+    emulated_profile,
+)
+from core.costs.cards import gpu_spec
+from core.devices import HOST, Device, open_devices, open_host
+from core.errors import ContextLengthError, InsufficientMemoryError
+from core.execution.attention.select import planned_gathering, planned_packing
+from core.models.architecture import Architecture, read_architecture
+from core.models.resolve import ResolvedModel, resolve_model
+from core.models.stage_model import ModelBytes, measure_bytes
+from core.placement.engine import parse_layers, stage_costs
+from core.placement.pooled import place_pooled, pool_of
+from core.placement.pooling import PooledKV
+from core.placement.predict import DeviceEffect, Prediction, one_more, predict
+from core.placement.streaming import place_or_stream, place_streaming
+from core.profiling.profiler import LayerProfiler
+from core.profiling.workspace import Workspace, measure_workspace
+from core.transfer import TransferManager
+
+
+class Measure(Protocol):
+    """Measures what placement has to know."""
+
+    def __call__(
+        self, devices: Sequence[Device], architecture: Architecture
+    ) -> tuple[Sequence[DeviceProfile], LinkTopology]:
+        """Devices for an architecture, and the links between them."""
+
+    def host_links(self, devices: Sequence[Device]) -> Mapping[tuple[str, str], LinkProfile]:
+        """From main memory to each device."""
+
+
+DATASHEET_LINK = LinkProfile(11.6e9, 30e-6, "staged", "assumed")
+"""Between two cards of a plan without a machine: staged through host memory over PCIe 4.0 x8, a common board's."""
+
+_MIN_KV_TOKENS = 512
+_SAMPLING_BYTES = 64
+MIN_LOCAL_BLOCKS = 16
+"""What is being written is local, so a stage needs some blocks of its own even where others lend it memory."""
+
+_CPU_KV_SHARE = 4
+_ANY_MACHINE_BYTES = 1 << 60
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """A load as planned. `request` is what placement worked from; `prediction` is there if its speeds are known;
+    `pooled` is the KV that devices hold together; `host` is there if layers stay in main memory.
+    """
+
+    resolved: ResolvedModel
+    architecture: Architecture
+    weights: ModelBytes
+    request: PlacementRequest
+    placement: PlacementPlan
+    devices: tuple[Device, ...]
+    max_model_len: int
+    prediction: Prediction | None
+    pooled: PooledKV
+    host: Device | None = None
+
+    @property
+    def is_measured(self) -> bool:
+        return self.prediction is not None
+
+    @property
+    def costs(self) -> LayerCosts:
+        return self.request.costs
+
+
+def layer_costs(
+    architecture: Architecture, weights: ModelBytes, settings: Settings, attention_bytes: int = 0
+) -> LayerCosts:
+    """Bytes per part, with room for the activations of the largest step, and what attention takes beside them."""
+    element = torch.empty((), dtype=architecture.dtype).element_size()
+    workspace = _workspace(architecture, weights, settings)
+    return LayerCosts(
+        embedding_bytes=weights.embedding,
+        layer_bytes=weights.layers,
+        after_bytes=weights.after,
+        head_bytes=weights.head,
+        tied=weights.tied,
+        kv_bytes_per_token=tuple(shape.bytes_per_token(element) for shape in architecture.kv_shapes),
+        workspace_bytes=workspace.layers_bytes + attention_bytes,
+        head_workspace_bytes=workspace.head_bytes,
+        layer_flops=tuple(
+            int(2 * (count - (weights.layers[layer] - weights.read_bytes(layer, 1)) / element))
+            for layer, count in enumerate(weights.layer_parameters)
+        ),
+        head_flops=2 * weights.head_parameters,
+        hidden_bytes=architecture.hidden_size * element,
+        experts=weights.experts,
+    )
+
+
+def _workspace(architecture: Architecture, weights: ModelBytes, settings: Settings) -> Workspace:
+    """As measured; for models that cannot be, what a Llama of their sizes takes, twice."""
+    tokens = settings.engine.max_num_batched_tokens
+    rows = min(settings.engine.max_batch_size, tokens)
+    measured = measure_workspace(architecture, tokens, rows, weights.experts)
+    if measured is not None:
+        return measured
+    config = architecture.config.get_text_config()
+    inner = int(getattr(config, "intermediate_size", None) or 4 * architecture.hidden_size)
+    per_token = 2 * (8 * architecture.hidden_size + 3 * inner) * architecture.dtype.itemsize
+    return Workspace(tokens * per_token, rows * architecture.vocab_size * _SAMPLING_BYTES)
+
+
+def plan_model(
+    resolved: ResolvedModel, devices: Sequence[Device], settings: Settings, measure: Measure, host: Device | None = None
+) -> ModelPlan:
+    """Read the config, count the parts on `meta` and place them. Allocates nothing that outlives the call.
+
+    `measure` is asked where the plan depends on speeds: with more than one device, unless another placement and the
+    number of cohorts are set. The speed of emulated devices is known anyway. `host` is main memory for layers that do
+    not fit on the devices; None refuses such models.
+    Raises `UnsupportedModelError`, `CheckpointError`, `InsufficientMemoryError`, `ContextLengthError`,
+    `InvalidRequestError` for a strategy or layers that do not exist.
+    """
+    architecture = read_architecture(resolved.path, settings.model.dtype)
+    weights = measure_bytes(architecture, planned_packing(devices, settings, architecture.dtype))
+    max_model_len = _max_model_len(resolved, architecture, settings)
+    placed = settings.devices
+    by_hand = settings.engine.cohorts is not None and placed.placement != "profiled"
+    is_emulated = all(device.speed is not None for device in devices)
+    is_measured = is_emulated or (len(devices) > 1 and not by_hand)
+    profiles, links = measure(devices, architecture) if is_measured else (_unknown(devices), LinkTopology())
+    request = plan_request(
+        resolved.name,
+        architecture,
+        weights,
+        settings,
+        max_model_len,
+        tuple(
+            PlacementDevice(device.name, device.memory_limit_bytes, profile)
+            for device, profile in zip(devices, profiles, strict=True)
+        ),
+        links,
+        shares_cpu=placed.devices is None and any(device.kind == "cpu" for device in devices),
+        attention_bytes=planned_gathering(devices, settings, architecture, max_model_len),
+    )
+    try:
+        placement = place_pooled(
+            request, placed.placement, _lend_ratio(settings) if is_measured else 0.0, max_model_len
+        )
+        pooled = pool_devices(placement, request, settings, max_model_len)
+    except InsufficientMemoryError:
+        if host is None or host.memory_limit_bytes <= 0:
+            raise
+        if not is_measured and not by_hand:
+            profiles, _ = measure(devices, architecture)
+            request, is_measured = _with_profiles(request, profiles), True
+        request = _with_host(request, host.memory_limit_bytes, measure.host_links(devices) if is_measured else {})
+        request = replace(request, min_kv_tokens=_least_kv_tokens(settings, max_model_len, request.max_kv_tokens))
+        placement = place_streaming(request, placed.placement)
+        pooled = pool_devices(placement, request, settings, max_model_len)
+    prediction = predict(placement, request, pooled=pooled) if is_measured else None
+    return ModelPlan(
+        resolved, architecture, weights, request, placement, tuple(devices), max_model_len, prediction,
+        pooled,
+        host if placement.streamed_bytes else None,
+    )  # fmt: skip
+
+
+def pool_devices(
+    placement: PlacementPlan, request: PlacementRequest, settings: Settings, max_model_len: int
+) -> PooledKV:
+    """The KV that the placement offers with what devices lend each other."""
+    pooled = pool_of(request, placement, _lend_ratio(settings))
+    least = _least_kv_tokens(settings, max_model_len, request.max_kv_tokens)
+    if pooled.tokens < least:
+        per_token = sum(request.costs.kv_bytes_per_token)
+        lacking = (least - pooled.tokens) * per_token
+        raise InsufficientMemoryError(
+            f"{request.model_name} does not fit with a KV cache of {least} tokens: the devices hold {pooled.tokens} "
+            f"tokens together, and lack {lacking} bytes.",
+            lacking_bytes={stage.device_name: lacking for stage in placement.stages[:1]},
+        )
+    return pooled
+
+
+def _lend_ratio(settings: Settings) -> float:
+    return settings.lending.lend_ratio if settings.lending.enabled else 0.0
+
+
+def _least_kv_tokens(settings: Settings, max_model_len: int, wanted: int) -> int:
+    """KV that a load must have room for: the longest prompt and answer that is asked for, or a modest one."""
+    return min(wanted, settings.model.max_model_len or min(max_model_len, _MIN_KV_TOKENS))
+
+
+def _with_profiles(request: PlacementRequest, profiles: Sequence[DeviceProfile]) -> PlacementRequest:
+    measured = zip(request.devices, profiles, strict=True)
+    return replace(request, devices=tuple(replace(device, profile=profile) for device, profile in measured))
+
+
+def _with_host(
+    request: PlacementRequest, host_bytes: int, links: Mapping[tuple[str, str], LinkProfile]
+) -> PlacementRequest:
+    """Layers may stay in so many bytes of main memory, and stream in over these links."""
+    known = request.links
+    return replace(request, host_bytes=host_bytes, links=LinkTopology({**known.links, **links}, known.default))
+
+
+def plan_request(
+    name: str,
+    architecture: Architecture,
+    weights: ModelBytes,
+    settings: Settings,
+    max_model_len: int,
+    devices: tuple[PlacementDevice, ...],
+    links: LinkTopology,
+    *,
+    shares_cpu: bool = False,
+    attention_bytes: int = 0,
+) -> PlacementRequest:
+    """What the settings ask of placement. `shares_cpu`: a CPU device may take what others leave, so KV is bounded."""
+    engine, placed = settings.engine, settings.devices
+    costs = layer_costs(architecture, weights, settings, attention_bytes)
+    most = engine.max_batch_size * max_model_len
+    wanted = engine.kv_cache_tokens or (_kv_cap(costs, devices, most) if shares_cpu else most)
+    least = _least_kv_tokens(settings, max_model_len, wanted)
+    if settings.lending.enabled and len(devices) > 1:
+        least = min(least, MIN_LOCAL_BLOCKS * engine.block_size)  # the rest may be lent; `pool_devices` checks it
+    return PlacementRequest(
+        model_name=name,
+        costs=costs,
+        devices=devices,
+        links=links,
+        objective=placed.objective,
+        streams=min(placed.plan_streams, engine.max_batch_size),
+        context=min(placed.plan_context, max_model_len),
+        min_kv_tokens=least,
+        max_kv_tokens=wanted,
+        block_size=engine.block_size,
+        layers=parse_layers(placed.layers) if placed.layers is not None else None,
+    )
+
+
+def measure_with(settings: Settings, transfer: TransferManager) -> Measure:
+    """Measures devices and links, or finds what was measured before."""
+    threads = settings.devices.cpu_threads or torch.get_num_threads()
+    return _Measure(LayerProfiler(settings, transfer, threads, budget_s=settings.devices.profile_seconds))
+
+
+@dataclass(frozen=True, slots=True)
+class _Measure:
+    profiler: LayerProfiler
+
+    def __call__(
+        self, devices: Sequence[Device], architecture: Architecture
+    ) -> tuple[Sequence[DeviceProfile], LinkTopology]:
+        return self.profiler.devices(devices, architecture), self.profiler.links(devices)
+
+    def host_links(self, devices: Sequence[Device]) -> Mapping[tuple[str, str], LinkProfile]:
+        return self.profiler.host_links(devices)
+
+
+def host_for(settings: Settings, devices: Sequence[Device], held_bytes: int = 0) -> Device | None:
+    """Main memory for layers that do not fit on `devices`; None if they may not stream in."""
+    if settings.devices.stream_weights == "off":
+        return None
+    return open_host(settings.devices, devices, held_bytes=held_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A placement that nothing was loaded for, and the KV that its devices hold together. Without known speeds there is
+    no `prediction`."""
+
+    request: PlacementRequest
+    placement: PlacementPlan
+    pooled: PooledKV
+    prediction: Prediction | None
+    one_more: tuple[DeviceEffect, ...] = ()
+
+
+def preview(settings: Settings, gpus: Sequence[str] = (), *, more: Sequence[str] = ()) -> Preview:
+    """Where `settings.model` would go, from its config alone: on this machine, or on the cards that `gpus` describes
+    (see `core.costs.cards.gpu_spec`). `more`: what each of these would bring on top; for described cards that is
+    one more of each, unless others are named. Raises what a load would.
+    """
+    resolved = resolve_model(settings.model.name, settings.model.revision)
+    if gpus:
+        architecture = read_architecture(resolved.path, settings.model.dtype)
+        length = _max_model_len(resolved, architecture, settings)
+        cards, links = gpu_spec(*gpus), LinkTopology(default=DATASHEET_LINK)
+        request = plan_request(resolved.name, architecture, measure_bytes(architecture), settings, length, cards, links)
+        if settings.devices.stream_weights == "auto":
+            request = _with_host(request, _ANY_MACHINE_BYTES, {})
+        placement = place_or_stream(request, settings.devices.placement, _lend_ratio(settings), length)
+        pooled = pool_of(request, placement, _lend_ratio(settings))
+        prediction: Prediction | None = predict(placement, request, pooled=pooled)
+    else:
+        devices = open_devices(settings.devices, allocate=False)
+        measure = measure_with(settings, TransferManager())
+        plan = plan_model(resolved, devices, settings, measure, host_for(settings, devices))
+        request, placement, pooled, prediction = plan.request, plan.placement, plan.pooled, plan.prediction
+    others = more or tuple(dict.fromkeys(text.partition("*")[0].strip() for text in gpus))
+    effects = tuple(one_more(placement, request, device) for device in gpu_spec(*others)) if prediction else ()
+    return Preview(request, placement, pooled, prediction, effects)
+
+
+def _max_model_len(resolved: ResolvedModel, architecture: Architecture, settings: Settings) -> int:
+    asked = settings.model.max_model_len
+    if asked is not None and asked > architecture.max_position:
+        raise ContextLengthError(
+            f"max_model_len {asked} is more than the {architecture.max_position} positions of {resolved.name}.",
+            param="max_model_len",
+        )
+    return asked or architecture.max_position
+
+
+def _unknown(devices: Sequence[Device]) -> list[DeviceProfile]:
+    """Where speeds decide nothing."""
+    return [DeviceProfile(device.name, 1e11, ((1, 1e13),), source="assumed") for device in devices]
+
+
+def _kv_cap(costs: LayerCosts, devices: Sequence[PlacementDevice], most_tokens: int) -> int:
+    """No more KV than a full batch can use, nor than a quarter of the memory."""
+    per_token = max(1, sum(costs.kv_bytes_per_token))
+    share = sum(device.limit_bytes for device in devices) // _CPU_KV_SHARE
+    return max(_MIN_KV_TOKENS, min(most_tokens, share // per_token))
+
+
+def cohort_policy(plan: ModelPlan, settings: Settings) -> CohortPolicy:
+    """One stage: one step at a time. Otherwise as set, or by prediction where the devices' speeds are known."""
+    stages, engine = plan.placement.stages, settings.engine
+    chunk = engine.max_num_batched_tokens
+    if len(stages) == 1 or engine.cohorts == 1:
+        return OneCohort(chunk)
+    if engine.cohorts is not None or not plan.is_measured:
+        return FixedCohorts(len(stages), engine.cohorts or len(stages), chunk)
+    return PredictedCohorts(plan.costs, stage_costs(plan.placement, plan.request), plan.request.links, max_chunk=chunk)
+
+
+def stage_timer(plan: ModelPlan, stage: StagePlan) -> StageTimer | None:
+    """What predicts a stage's time; None where its device's speed is not known."""
+    device = plan.devices[stage.device_index]
+    profile = plan.request.devices[stage.device_index].profile
+    if device.speed is not None:
+        profile = emulated_profile(device.name, device.speed.bandwidth_bytes_s, device.speed.flops)
+    elif not plan.is_measured:
+        return None
+    link, parts = plan.request.links.link(HOST, device.name), 1
+    if profile.sharing is not None:
+        sharing = [stage.device.sharing for stage in stage_costs(plan.placement, plan.request)]
+        parts = sum(other is not None and other.processor == profile.sharing.processor for other in sharing)
+    return StageTimer(plan.costs, profile, stage.first_layer, stage.last_layer, stage.streamed_layers, link, parts)

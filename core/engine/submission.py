@@ -1,0 +1,58 @@
+"""From a prompt and its parameters to a request that the batcher takes, checked against the loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from core.batching.sequence import Request
+from core.batching.sequence import Sequence as TokenSequence
+from core.engine.model_engine import LoadedModel, check_prompt
+from core.errors import ContextLengthError
+from core.execution.sampler import derive_seed, fresh_seed
+from core.request import SamplingParams
+
+
+def make_request(
+    model: LoadedModel,
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams,
+    *,
+    priority: int,
+    request_id: str,
+    default_seed: int | None,
+) -> Request:
+    """A request with its sequences. `default_seed` is for parameters without a seed; None: a fresh one.
+
+    Raises `InvalidRequestError` or `ContextLengthError`.
+    """
+    tokens = list(prompt_token_ids)
+    params.validate(model.vocab_size)
+    check_prompt(tokens, model)
+    room = model.max_model_len - len(tokens)
+    max_tokens = min(params.max_tokens, room) if params.max_tokens is not None else room
+    if params.max_tokens is not None and params.max_tokens > room:
+        raise ContextLengthError(
+            f"This model's context holds {model.max_model_len} tokens; the prompt has {len(tokens)} and "
+            f"{params.max_tokens} more were asked for.",
+            param="max_tokens",
+        )
+    if params.num_sequences > params.n and params.logprobs is None:
+        params = replace(params, logprobs=0)  # the best are chosen by log-probability
+    request = Request(
+        request_id=request_id,
+        prompt_token_ids=tokens,
+        params=params,
+        max_tokens=max_tokens,
+        priority=priority,
+        stop_token_ids=frozenset(params.stop_token_ids),
+        eos_token_ids=frozenset(model.eos_token_ids),
+        prompt_logprobs=[None] if params.prompt_logprobs is not None else None,
+    )
+    seed = params.seed if params.seed is not None else default_seed
+    if seed is None:
+        seed = fresh_seed()
+    request.sequences = [
+        TokenSequence(request, index, derive_seed(seed, index), list(tokens)) for index in range(params.num_sequences)
+    ]
+    return request

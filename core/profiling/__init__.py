@@ -1,0 +1,1 @@
+"""Measuring devices, layers and links, and keeping what was measured."""

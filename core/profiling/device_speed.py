@@ -1,0 +1,136 @@
+"""A device's profile from short real runs, repeated in rounds: what disturbs one second does not decide a number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from statistics import median
+
+import torch
+
+from core.costs import DeviceProfile
+from core.devices import Device, format_bytes
+from core.execution.attention.interface import AttentionBackend
+from core.logs import get_logger
+from core.models.architecture import Architecture
+from core.profiling import measure
+from core.profiling.layer_times import OVERHEAD_ROWS, split_overheads
+from core.profiling.measure import Adapter, Products, Task
+from core.profiling.random_layers import KV_ROWS, SHORT, RandomLayers, choose_layer_count, layer_room, many_tokens
+
+logger = get_logger(__name__)
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 512)
+"""Rows of the matrix products that are measured: close together where steps of decodes are, since kernels work on some
+rows at a time, and the rate rises in steps."""
+
+ROUNDS = 3
+"""Every number is the median of as many, taken with all others between one and the next."""
+
+_LEAST_TOKENS = max(OVERHEAD_ROWS) * SHORT
+"""Of KV, without which layers cannot be measured."""
+
+_BANDWIDTH_SHARE, _FLOPS_SHARE, _LAYERS_SHARE = 0.1, 0.5, 0.4
+
+_CLEARLY = 0.05
+"""Long contexts have to take a layer so much longer before a rate is read off them."""
+
+_EMPTY, _LONG = 0, -1
+_STEPS = (*OVERHEAD_ROWS, _LONG, _EMPTY)
+"""Steps of so many rows, of a few with long contexts, and one that passes the layers by."""
+
+
+@dataclass
+class _Rounds:
+    """What was measured in each round, by rows or step."""
+
+    bandwidth: list[float] = field(default_factory=list)
+    flops: dict[int, list[float]] = field(default_factory=lambda: {rows: [] for rows in ROWS})
+    steps_s: dict[int, list[float]] = field(default_factory=lambda: {step: [] for step in _STEPS})
+
+
+def measure_speed(
+    device: Device,
+    architecture: Architecture,
+    sizes: tuple[int, int],
+    backend: AttentionBackend,
+    adapt: Adapter,
+    room_bytes: int,
+    budget_s: float,
+) -> DeviceProfile:
+    """How fast `device` runs layers of `architecture`, in about `budget_s` seconds and in `room_bytes` of its memory.
+
+    `sizes` are those of its gated MLPs: hidden and inner. Raises `OutOfDeviceMemoryError` without room for a product.
+    """
+    with torch.inference_mode():
+        # Both are there at the same time. Products may be narrow; a layer has to be whole.
+        beside = max(room_bytes // 8, room_bytes - layer_room(architecture, _LEAST_TOKENS))
+        products = Products(device, architecture.dtype, *sizes, min(room_bytes // 2, beside), adapt)
+        layers = _open_layers(architecture, device, backend, adapt, room_bytes - products.nbytes)
+        found = _measure_rounds(products, layers, 2 / architecture.dtype.itemsize, budget_s / ROUNDS)
+        flops = tuple((rows, median(rates)) for rows, rates in found.flops.items())
+        profile = DeviceProfile(device.name, median(found.bandwidth), flops)
+        return profile if layers is None else _with_layers(profile, layers, found.steps_s)
+
+
+def _open_layers(
+    architecture: Architecture, device: Device, backend: AttentionBackend, adapt: Adapter, room_bytes: int
+) -> RandomLayers | None:
+    for tokens in (many_tokens(architecture), _LEAST_TOKENS):
+        count = choose_layer_count(architecture, device, room_bytes, tokens)
+        if count:
+            return RandomLayers(architecture, device, count, backend, adapt, tokens)
+    logger.warning("overheads are taken as 0: a layer does not fit", device=device.name, room=format_bytes(room_bytes))
+    return None
+
+
+def _measure_rounds(products: Products, layers: RandomLayers | None, flops_per_byte: float, round_s: float) -> _Rounds:
+    found, reading = _Rounds(), products.reading()
+    computing: dict[int, Task] = {}
+    product_s, step_s = _FLOPS_SHARE * round_s / len(ROWS), _LAYERS_SHARE * round_s / len(_STEPS)
+    for _ in range(ROUNDS):
+        found.bandwidth.append(reading.rate(_BANDWIDTH_SHARE * round_s))
+        rate = flops_per_byte * found.bandwidth[0]
+        for rows in ROWS:
+            if rows not in computing:
+                computing[rows] = products.computing(rows, rate, product_s)
+            rate = computing[rows].rate(product_s)
+            found.flops[rows].append(rate)
+        if layers is not None:
+            for step, times_s in found.steps_s.items():
+                layers.pass_by(step == _EMPTY)
+                layers.set_step(*((KV_ROWS, layers.long) if step == _LONG else (max(1, step), layers.short)))
+                times_s.append(measure.time_runs(layers.step, layers.device, step_s))
+    return found
+
+
+def _with_layers(profile: DeviceProfile, layers: RandomLayers, steps_s: dict[int, list[float]]) -> DeviceProfile:
+    """With the rate of attention, and what layers take beyond all that the rates account for."""
+    kv_rate = _kv_rate(layers, steps_s, profile.bandwidth_bytes_s)
+    read_s = layers.kv_bytes(layers.short) / (kv_rate or profile.bandwidth_bytes_s)
+    beyond_s = []
+    for rows in OVERHEAD_ROWS:
+        nbytes, flops = layers.work(rows)
+        roofline_s = max(nbytes / profile.bandwidth_bytes_s, flops / profile.flops_at(rows))
+        beyond_s.append(_longer_s(steps_s, rows, _EMPTY) / layers.count - roofline_s - rows * read_s)
+    over = split_overheads(OVERHEAD_ROWS, beyond_s, median(steps_s[_EMPTY]))
+    return replace(
+        profile,
+        layer_overhead_s=over.layer_s,
+        row_overhead_s=over.row_s,
+        step_overhead_s=over.step_s,
+        kv_bandwidth_bytes_s=kv_rate,
+    )
+
+
+def _kv_rate(layers: RandomLayers, steps_s: dict[int, list[float]], bandwidth_bytes_s: float) -> float | None:
+    """None: KV took so little time that nothing can be said, and as fast as weights is likely."""
+    further = layers.count * KV_ROWS * (layers.kv_bytes(layers.long) - layers.kv_bytes(layers.short))
+    longer_s = _longer_s(steps_s, _LONG, KV_ROWS)
+    if further <= 0 or longer_s < _CLEARLY * median(steps_s[KV_ROWS]):
+        return None
+    return min(bandwidth_bytes_s, further / longer_s)
+
+
+def _longer_s(steps_s: dict[int, list[float]], step: int, other: int) -> float:
+    """How much longer one kind of step takes than another: the median of what it was in each round."""
+    return median(a - b for a, b in zip(steps_s[step], steps_s[other], strict=True))

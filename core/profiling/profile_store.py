@@ -1,0 +1,246 @@
+"""Measured profiles on disk: one JSON file per device, per link and per set of parts of one processor, named by a hash
+of all that the numbers depend on.
+
+A file that cannot be used is as good as none: it is logged, and what it held is measured again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from core.costs import DeviceProfile, LinkProfile
+from core.devices import Device
+from core.logs import get_logger
+
+logger = get_logger(__name__)
+
+Facts = Mapping[str, Any]
+"""What a measurement depends on, as JSON values."""
+
+_FORMAT = 4  # goes up when files, or the way of measuring, change
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    format: int = Field(ge=_FORMAT, le=_FORMAT)
+    measured_at: str
+    facts: dict[str, Any]
+
+
+class _StoredDevice(_Stored):
+    bandwidth_bytes_s: float = Field(gt=0)
+    flops: list[tuple[int, float]] = Field(min_length=1)
+    layer_overhead_s: float = Field(ge=0)
+    step_overhead_s: float = Field(ge=0)
+    row_overhead_s: float = Field(ge=0)
+    kv_bandwidth_bytes_s: float | None = Field(gt=0)
+
+    @field_validator("flops", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        """JSON has no tuples."""
+        return [tuple(item) if isinstance(item, list) else item for item in value] if isinstance(value, list) else value
+
+    @field_validator("flops")
+    @classmethod
+    def _check_points(cls, value: list[tuple[int, float]]) -> list[tuple[int, float]]:
+        rows = [point[0] for point in value]
+        if rows != sorted(set(rows)) or rows[0] < 1 or any(point[1] <= 0 for point in value):
+            raise ValueError("rows must ascend from 1 or more, and rates be above 0")
+        return value
+
+
+class _StoredLink(_Stored):
+    bandwidth_bytes_s: float = Field(gt=0)
+    latency_s: float = Field(ge=0)
+
+
+class _StoredSharing(_Stored):
+    reading: float = Field(ge=1)
+    computing: float = Field(ge=1)
+
+
+_Kind = TypeVar("_Kind", bound=_Stored)
+
+
+class ProfileStore:
+    """Profiles under `directory`, which is made when something is kept. Any number of processes may share it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def load_device(self, facts: Facts, name: str) -> DeviceProfile | None:
+        """The profile of the device with these facts, under the name of a logical device; None if there is none."""
+        stored = self._load("device", facts, _StoredDevice)
+        if stored is None:
+            return None
+        return DeviceProfile(
+            name,
+            stored.bandwidth_bytes_s,
+            tuple(stored.flops),
+            stored.layer_overhead_s,
+            stored.step_overhead_s,
+            row_overhead_s=stored.row_overhead_s,
+            kv_bandwidth_bytes_s=stored.kv_bandwidth_bytes_s,
+        )
+
+    def save_device(self, facts: Facts, profile: DeviceProfile) -> None:
+        """Keep a profile; a disk that cannot is logged."""
+        self._save(
+            "device",
+            facts,
+            {
+                "bandwidth_bytes_s": profile.bandwidth_bytes_s,
+                "flops": profile.flops,
+                "layer_overhead_s": profile.layer_overhead_s,
+                "step_overhead_s": profile.step_overhead_s,
+                "row_overhead_s": profile.row_overhead_s,
+                "kv_bandwidth_bytes_s": profile.kv_bandwidth_bytes_s,
+            },
+        )
+
+    def load_link(self, facts: Facts, method: str) -> LinkProfile | None:
+        """The profile of the link with these facts; None if there is none."""
+        stored = self._load("link", facts, _StoredLink)
+        return None if stored is None else LinkProfile(stored.bandwidth_bytes_s, stored.latency_s, method)
+
+    def save_link(self, facts: Facts, profile: LinkProfile) -> None:
+        """Keep a link's profile; a disk that cannot is logged."""
+        values = {"bandwidth_bytes_s": profile.bandwidth_bytes_s, "latency_s": profile.latency_s}
+        self._save("link", facts, values)
+
+    def load_sharing(self, facts: Facts) -> tuple[float, float] | None:
+        """How many times longer reading and computing take the parts with these facts together; None: not known."""
+        stored = self._load("sharing", facts, _StoredSharing)
+        return None if stored is None else (stored.reading, stored.computing)
+
+    def save_sharing(self, facts: Facts, reading: float, computing: float) -> None:
+        """Keep what parts of a processor cost each other."""
+        self._save("sharing", facts, {"reading": reading, "computing": computing})
+
+    def path(self, kind: str, facts: Facts) -> Path:
+        """The file of a device, link or set of parts."""
+        return self.directory / f"{kind}-{key_of(facts)}.json"
+
+    def _load(self, kind: str, facts: Facts, model: type[_Kind]) -> _Kind | None:
+        path = self.path(kind, facts)
+        try:
+            stored = model.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError) as error:
+            reason = _first_error(error) if isinstance(error, ValidationError) else str(error)
+            logger.warning("a stored profile cannot be used; measuring again", path=str(path), reason=reason)
+            return None
+        if key_of(stored.facts) != key_of(facts):
+            logger.warning("a stored profile is another one's; measuring again", path=str(path))
+            return None
+        return stored
+
+    def _save(self, kind: str, facts: Facts, values: Mapping[str, Any]) -> None:
+        """Written beside, then moved: readers see the old file or the new one, never half of one."""
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        content = json.dumps({"format": _FORMAT, "measured_at": now, "facts": dict(facts), **values}, indent=2)
+        path = self.path(kind, facts)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            handle, written = tempfile.mkstemp(dir=self.directory, prefix=".profile-")
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    file.write(content)
+                Path(written).replace(path)
+            except OSError:
+                Path(written).unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            logger.warning("a profile cannot be kept", path=str(path), reason=str(error))
+
+
+def _first_error(error: ValidationError) -> str:
+    found = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, found['loc']))}: {found['msg']}".removeprefix(": ")
+
+
+_EXECUTION = Path(__file__).parent.parent / "execution"
+_KERNEL_SOURCES = (_EXECUTION / "native", _EXECUTION / "attention")
+
+
+@functools.cache
+def kernel_digest(folders: tuple[Path, ...] = _KERNEL_SOURCES) -> str:
+    """A hash of the code that computes layers here: what another one measured says nothing of it."""
+    files = sorted(path for folder in folders for path in folder.iterdir() if path.suffix in (".c", ".h", ".py"))
+    digest = hashlib.sha256()
+    for path in files:
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:32]
+
+
+def key_of(facts: Facts) -> str:
+    """A hash of the facts, the same for the same values in any order."""
+    return hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()[:32]
+
+
+def device_facts(device: Device, cpu_threads: int) -> dict[str, Any]:
+    """What tells a physical device, as it is used, from others: hardware, driver, and threads of a CPU.
+
+    Parts of one device have the same facts, and so one profile.
+    """
+    if device.kind in ("cpu", "sim"):
+        return {"kind": "cpu", "product": cpu_name(), "driver": None, "threads": cpu_threads}
+    if device.kind == "mps":
+        product = f"Apple GPU, {platform.machine()}, {cpu_name()}"
+        return {"kind": "mps", "product": product, "driver": platform.mac_ver()[0], "threads": None}
+    product = torch.cuda.get_device_name(device.torch_device)
+    driver = _nvidia_driver() if device.kind == "cuda" else _amd_driver()
+    return {"kind": device.kind, "product": product, "driver": driver, "threads": None}
+
+
+def cpu_name() -> str:
+    """The processor's name, such as "AMD EPYC 7763"."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _nvidia_driver() -> str:
+    """NVIDIA's driver version by NVML, or by default the CUDA version torch was built with."""
+    fallback = f"CUDA {torch.version.cuda}"
+    try:
+        import pynvml
+    except ImportError:
+        return fallback
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return fallback
+    try:
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError:
+        return fallback
+    finally:
+        pynvml.nvmlShutdown()  # sessions are counted: a reader's own stays open
+
+
+def _amd_driver() -> str:
+    try:
+        version = Path("/sys/module/amdgpu/version").read_text().strip()
+    except OSError:
+        version = "in the kernel"
+    return f"amdgpu {version}, HIP {torch.version.hip}"

@@ -1,0 +1,244 @@
+"""Profiles of devices and links, for placement: from the store where they are known, else by short real runs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.config import Settings
+from core.costs import DeviceProfile, LinkProfile, LinkTopology, Sharing, emulated_profile
+from core.devices import HOST, Device, format_bytes
+from core.devices.memory import read_memory
+from core.errors import OutOfDeviceMemoryError
+from core.execution.attention.interface import AttentionBackend
+from core.execution.attention.select import LinearAdapter, select_attention
+from core.execution.native import do_all_products
+from core.execution.threads import CpuThreads
+from core.logs import get_logger
+from core.models.architecture import Architecture
+from core.profiling.device_speed import measure_speed
+from core.profiling.layer_times import SHARING_ROWS, measure_sharing
+from core.profiling.link_profiler import LinkProfiler
+from core.profiling.measure import computing_as_served
+from core.profiling.profile_store import ProfileStore, device_facts, kernel_digest, key_of
+from core.profiling.random_layers import SHORT, RandomLayers, choose_layer_count
+from core.transfer import TransferManager
+
+logger = get_logger(__name__)
+
+DEVICE_BUDGET_S = 2.0
+"""Seconds of measuring per device, without what is compiled and filled for it."""
+
+_ROOM_SHARE = 2  # measuring takes up to half of what may be used
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What a decoder layer's speed depends on, beside its dtype."""
+
+    model_type: str
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @classmethod
+    def of(cls, architecture: Architecture) -> LayerShape:
+        """The shape of a middle layer; with experts, `intermediate` is one expert's."""
+        config = architecture.config.get_text_config()
+        names = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner")
+        sizes = [getattr(config, name, None) for name in names]
+        kv = architecture.kv_shapes[architecture.num_layers // 2]
+        return cls(
+            model_type=architecture.model_type,
+            hidden=architecture.hidden_size,
+            intermediate=next((int(size) for size in sizes if size), 4 * architecture.hidden_size),
+            heads=architecture.num_heads,
+            kv_heads=kv.num_kv_heads,
+            key_dim=kv.key_dim,
+            value_dim=kv.value_dim,
+        )
+
+
+class LayerProfiler:
+    """Measures devices and links, once each: results are kept under `runtime.cache_dir / "profiles"`.
+
+    Measure while nothing else computes on the devices. `transfer` counts what is sent for it. CPU devices compute with
+    `cpu_threads` threads. `budget_s` seconds are spent per device; less gives rougher numbers.
+    """
+
+    def __init__(
+        self, settings: Settings, transfer: TransferManager, cpu_threads: int, *, budget_s: float = DEVICE_BUDGET_S
+    ) -> None:
+        self._settings = settings
+        self._cpu_threads = cpu_threads
+        self._budget_s = budget_s
+        self.store = ProfileStore(settings.runtime.cache_dir / "profiles")
+        self._links = LinkProfiler(settings, transfer, self.store, cpu_threads, budget_s)
+
+    def devices(
+        self, devices: Sequence[Device], architecture: Architecture, *, refresh: bool = False
+    ) -> tuple[DeviceProfile, ...]:
+        """A profile per device, for layers of the architecture in its dtype.
+
+        Parts of one physical device share one measurement of a part alone, and another one of all of them at once.
+        Emulated devices have the speed that they were given, and nothing is measured. `refresh` measures what the store
+        already has. Raises `OutOfDeviceMemoryError` for a device without memory to measure in.
+        """
+        known: dict[str, DeviceProfile] = {}
+        profiles = [self._device(device, architecture, refresh, known) for device in devices]
+        processors: dict[str, list[Device]] = {}
+        for device in devices:
+            if device.speed is None:
+                processors.setdefault(device.torch_device, []).append(device)
+        sharing = {
+            processor: self._sharing(parts, architecture, refresh)
+            for processor, parts in processors.items()
+            if len(parts) > 1
+        }
+        return tuple(
+            replace(profile, sharing=sharing.get(device.torch_device) if device.speed is None else None)
+            for device, profile in zip(devices, profiles, strict=True)
+        )
+
+    def links(self, devices: Sequence[Device], *, refresh: bool = False) -> LinkTopology:
+        """Latency and bandwidth of every ordered pair of devices. Links of emulated devices have the speed that
+        `devices.sim_link` gives them, if it does.
+        """
+        return self._links.between(devices, refresh)
+
+    def host_links(self, devices: Sequence[Device]) -> dict[tuple[str, str], LinkProfile]:
+        """From main memory to each device, for weights that stream in; emulated devices as in `links`."""
+        return {(HOST, device.name): self._links.from_host(device) for device in devices}
+
+    def _device(
+        self, device: Device, architecture: Architecture, refresh: bool, known: dict[str, DeviceProfile]
+    ) -> DeviceProfile:
+        if device.speed is not None:
+            return emulated_profile(device.name, device.speed.bandwidth_bytes_s, device.speed.flops)
+        backend, adapter = select_attention(device, self._settings, self._cpu_threads)
+        shape = LayerShape.of(architecture)
+        facts = self._facts(device, architecture, shape, backend, adapter)
+        key = key_of(facts)
+        profile = known.get(key) or (None if refresh else self.store.load_device(facts, device.name))
+        if profile is None:
+            profile = self._measure_device(device, architecture, shape, backend, adapter)
+            self.store.save_device(facts, profile)
+        known[key] = profile
+        return replace(profile, name=device.name)
+
+    def _facts(
+        self, device: Device, architecture: Architecture, shape: LayerShape, backend: AttentionBackend,
+        adapter: LinearAdapter | None,
+    ) -> dict[str, Any]:  # fmt: skip
+        return device_facts(device, self._cpu_threads) | {
+            "torch": torch.__version__,
+            "dtype": str(architecture.dtype).removeprefix("torch."),
+            "shape": asdict(shape),
+            "attention": backend.name,
+            "native_kernels": adapter is not None,
+            "kernels": kernel_digest(),
+        }
+
+    def _sharing(self, parts: Sequence[Device], architecture: Architecture, refresh: bool) -> Sharing | None:
+        """What these parts of one processor cost each other; None if there is no room to measure it."""
+        threads = CpuThreads(self._cpu_threads, len(parts))
+        selected = [select_attention(device, self._settings, threads) for device in parts]
+        shape = LayerShape.of(architecture)
+        facts = self._facts(parts[0], architecture, shape, *selected[0]) | {
+            "parts": len(parts),
+            "threads_together": threads.together if parts[0].kind == "cpu" else None,
+        }
+        factors = None if refresh else self.store.load_sharing(facts)
+        if factors is None:
+            factors = self._measure_sharing(parts, architecture, selected, threads)
+            if factors is None:
+                return None
+            self.store.save_sharing(facts, *factors)
+        return Sharing(parts[0].torch_device, len(parts), *factors)
+
+    def _measure_sharing(
+        self,
+        parts: Sequence[Device],
+        architecture: Architecture,
+        selected: Sequence[tuple[AttentionBackend, LinearAdapter | None]],
+        threads: CpuThreads,
+    ) -> tuple[float, float] | None:
+        held = read_memory(parts)
+        room = min(held[0].free_bytes // len(parts), *(memory.usable_bytes for memory in held)) // _ROOM_SHARE
+        count = choose_layer_count(architecture, parts[0], room, max(SHARING_ROWS) * SHORT)
+        if count == 0:
+            logger.warning("parts are taken to cost each other nothing: a layer does not fit", device=parts[0].name)
+            return None
+        with self._within(parts[0], room, architecture.dtype, selected[0][1]):
+            factors = self._time_together(parts, architecture, selected, threads, count)
+        logger.info(
+            "parts measured together",
+            devices=[device.name for device in parts], reading=round(factors[0], 2), computing=round(factors[1], 2),
+        )  # fmt: skip
+        return factors
+
+    def _time_together(
+        self, parts: Sequence[Device], architecture: Architecture,
+        selected: Sequence[tuple[AttentionBackend, LinearAdapter | None]], threads: CpuThreads, count: int,
+    ) -> tuple[float, float]:  # fmt: skip
+        """Apart, so that all layers are gone when it returns and what they took can be given back."""
+        layers = [
+            RandomLayers(architecture, device, count, backend, adapt or _as_it_is, max(SHARING_ROWS) * SHORT)
+            for device, (backend, adapt) in zip(parts, selected, strict=True)
+        ]
+        torch_threads = min(threads.together, self._torch_threads(architecture.dtype, selected[0][1]))
+        prepare = functools.partial(torch.set_num_threads, torch_threads)
+        return measure_sharing(layers, prepare, threads.overlap, len(parts) * self._budget_s)
+
+    def _measure_device(
+        self,
+        device: Device,
+        architecture: Architecture,
+        shape: LayerShape,
+        backend: AttentionBackend,
+        adapter: LinearAdapter | None,
+    ) -> DeviceProfile:
+        (memory,) = read_memory([device])
+        room, sizes = memory.usable_bytes // _ROOM_SHARE, (shape.hidden, shape.intermediate)
+        with self._within(device, room, architecture.dtype, adapter):
+            profile = measure_speed(device, architecture, sizes, backend, adapter or _as_it_is, room, self._budget_s)
+        logger.info(
+            "device measured",
+            device=device.name,
+            gigabytes_s=round(profile.bandwidth_bytes_s / 1e9, 2),
+            gigaflops={rows: round(rate / 1e9, 1) for rows, rate in profile.flops},
+            kv_gigabytes_s=round(profile.kv_bytes_s / 1e9, 2),
+            layer_overhead_us=round(profile.layer_overhead_s * 1e6, 1),
+            row_overhead_us=round(profile.row_overhead_s * 1e6, 1),
+            step_overhead_us=round(profile.step_overhead_s * 1e6, 1),
+        )
+        return profile
+
+    @contextmanager
+    def _within(self, device: Device, room: int, dtype: torch.dtype, adapter: LinearAdapter | None) -> Iterator[None]:
+        """Computing as served, in `room` bytes; that they are not there after all is a typed error."""
+        try:
+            with computing_as_served(device, self._torch_threads(dtype, adapter)):
+                yield
+        except torch.OutOfMemoryError as error:
+            raise OutOfDeviceMemoryError(
+                f"{device.name}: its speed cannot be measured, because {format_bytes(room)} of its memory could "
+                f"not be allocated: {str(error).splitlines()[0]}"
+            ) from error
+
+    def _torch_threads(self, dtype: torch.dtype, adapter: LinearAdapter | None) -> int:
+        """As the engine has it: one where the native kernels do all products."""
+        return 1 if adapter is not None and do_all_products(dtype) else self._cpu_threads
+
+
+def _as_it_is(model: nn.Module) -> None:
+    """Devices whose modules are used as they are."""

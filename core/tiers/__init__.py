@@ -1,0 +1,32 @@
+"""Blocks of KV below VRAM: host RAM, another node's RAM, disk, remote storage; addressed by content."""
+
+from core.tiers.hierarchy import HierarchicalMemory
+from core.tiers.hotness import HeatModel
+from core.tiers.loading import Loading, Slot
+from core.tiers.lower_tier import LowerTier
+from core.tiers.opening import open_memory
+from core.tiers.peer import InProcessPeer, Peer, PeerStore
+from core.tiers.policy import MemoryOptions, RestorePlan, WriteRules, worth_restoring
+from core.tiers.records import BlockInfo, BlockLayout, MemoryStats, Tier, TierSpeed, TierStats
+
+__all__ = [
+    "BlockInfo",
+    "BlockLayout",
+    "HeatModel",
+    "HierarchicalMemory",
+    "InProcessPeer",
+    "Loading",
+    "LowerTier",
+    "MemoryOptions",
+    "MemoryStats",
+    "Peer",
+    "PeerStore",
+    "RestorePlan",
+    "Slot",
+    "Tier",
+    "TierSpeed",
+    "TierStats",
+    "WriteRules",
+    "open_memory",
+    "worth_restoring",
+]

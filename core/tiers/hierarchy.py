@@ -1,0 +1,341 @@
+"""`HierarchicalMemory`: blocks of KV below VRAM, found by content.
+
+::
+
+    engine thread                      worker threads
+    reserve -> copy in -> commit       write-back: L3 -> the tier below, that one's coldest -> the next
+    find -> load -> copy out, release  loading: any tier below -> a slot of L3
+
+Host RAM (L3) is an arena of slots, each in exactly one state::
+
+    free       nobody's
+    reserved   given out by `reserve`, being filled by the engine
+    filling    being read from a tier below
+    held       complete and indexed under its block's hash; pinned while somebody uses it
+
+Tiers are inclusive: a block that is promoted keeps its copy below, so that it leaves host RAM without being written
+again. Blocks hot enough are written down at once, others when they are about to leave (`WriteRules`). What cannot be
+written in time is given up; the engine never waits.
+
+One lock guards indexes, slots and counters; nothing is read or written while it is held.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+from core.tiers.host_tier import HostTier
+from core.tiers.hotness import HeatTable
+from core.tiers.loader import Loader
+from core.tiers.loading import Loading, Slot
+from core.tiers.lower_tier import LowerTier
+from core.tiers.policy import MemoryOptions
+from core.tiers.records import BlockInfo, BlockLayout, MemoryStats, MoveKind, Tier, TierSpeed
+from core.tiers.writer import Writer
+
+Clock = Callable[[], float]
+
+_MOST_AHEAD = 256
+"""Blocks that are written down ahead of their leaving, at most a quarter of all: a burst of that many loses nothing."""
+
+
+class HierarchicalMemory:
+    """Blocks in host RAM and the tiers below it. Every method may be called from any thread and returns at once, except
+    `flush` and `close`."""
+
+    def __init__(
+        self,
+        layout: BlockLayout,
+        options: MemoryOptions,
+        below: Sequence[LowerTier] = (),
+        *,
+        host_speed: TierSpeed | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        """`below` in the order in which blocks sink, fastest first. `clock` gives seconds, for hotness alone.
+
+        Raises `ValueError` if host RAM of that size holds no block, `RuntimeError` if it cannot be pinned.
+        """
+        self.layout = layout
+        self._options = options
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._heat = HeatTable(options.heat)
+        self._host = HostTier(layout.nbytes, options.host_bytes, self._heat, pin=options.pin, speed=host_speed)
+        self._below = tuple(below)
+        self._moves: Counter[tuple[MoveKind, Tier, Tier | None]] = Counter()
+        self._unsaved = 0  # slots filled since what goes next was last looked at
+        self._closed = False
+        for lower in self._below:
+            lower.open_index(self._heat, clock())
+        self._loader = Loader(self, self._host, self._below, self._lock, options.load_threads)
+        self._writer = Writer(self, self._below, options, self._lock)
+
+    @property
+    def num_slots(self) -> int:
+        """Blocks that host RAM holds."""
+        return self._host.num_slots
+
+    @property
+    def lasts(self) -> bool:
+        """Whether any tier outlasts the process and takes blocks."""
+        return any(lower.store.accepting for lower in self._below)
+
+    # -- from VRAM to host RAM --------------------------------------------------------------------------------------
+
+    def reserve(self, block: bytes, parent: bytes) -> Slot | None:
+        """A slot to copy a block into, then `commit` or `abandon`; the coldest unpinned block makes room.
+
+        None: host RAM has the block already (or is about to), or everything in it is in use.
+        """
+        with self._lock:
+            if self._closed or block in self._host.index or block in self._host.reserved or block in self._loader.fills:
+                return None
+            slot = self.take_slot(block, parent)
+            if slot is not None:
+                self._host.reserved[block] = slot
+            return slot
+
+    def commit(self, slot: Slot) -> None:
+        """The slot's content is complete: from now on the block is found. Counts as a demotion from L1."""
+        with self._lock:
+            self._host.end_reservation(slot)
+            if slot.block in self._host.index or self._closed:  # it came up from a tier below in the meantime
+                self._host.put_back(slot)
+                return
+            self.hold(slot)
+            self._moves["demotion", Tier.L1, Tier.L3] += 1
+            score = self._heat.score(slot.block, self._clock())
+            if self._options.rules.write_through(score):
+                self._writer.offer(slot.block, leave=False)
+            self._clean_ahead()
+
+    def abandon(self, slot: Slot) -> None:
+        """Give a reserved slot back unused."""
+        with self._lock:
+            self._host.end_reservation(slot)
+            self._host.put_back(slot)
+
+    def _leave_host(self, block: bytes) -> None:
+        """Free the slot of a block that may go."""
+        copy = next((lower.tier for lower in self._below if block in lower.index), None)
+        self._moves["eviction" if copy is None else "demotion", Tier.L3, copy] += 1
+        self._writer.cancel(block)
+        self._host.let_go(block)
+
+    def _clean_ahead(self) -> None:
+        """Write down what goes next, before its slot is needed: the coldest leaves and what they continue."""
+        self._unsaved += 1
+        margin = min(_MOST_AHEAD, self.num_slots // 4 + 1)
+        if not self._below or self._host.num_free >= margin or self._unsaved < margin // 8:
+            return
+        self._unsaved = 0
+        for leaf in self._host.index.coldest_leaves(min(32, margin)):
+            block = leaf
+            while margin > 0 and block in self._host.index:
+                margin -= 1
+                if not self._is_below(block):
+                    self._writer.offer(block, leave=False)
+                block = self._host.index.parent(block)
+
+    def _is_below(self, block: bytes) -> bool:
+        return any(block in lower.index for lower in self._below)
+
+    # -- finding and loading ----------------------------------------------------------------------------------------
+
+    def find(self, blocks: Sequence[bytes], *, record: bool = True) -> list[Tier]:
+        """The tiers that hold the longest leading run of `blocks`, the nearest for each.
+
+        `record=False` leaves hits and misses alone: for asking again about a request that was asked about before.
+        """
+        tiers: list[Tier] = []
+        with self._lock:
+            for block in blocks:
+                lower = None if block in self._host.index else self._loader.source(block)
+                if record:
+                    self._count_lookup(block, lower)
+                if lower is None and block not in self._host.index:
+                    break
+                tiers.append(Tier.L3 if lower is None else lower.tier)
+        return tiers
+
+    def held(self, blocks: Iterable[bytes]) -> set[bytes]:
+        """Those of the blocks that some tier has; no lookup of theirs, and not a use."""
+        with self._lock:
+            return {block for block in blocks if block in self._host.index or self._is_below(block)}
+
+    def _count_lookup(self, block: bytes, source: LowerTier | None) -> None:
+        if block in self._host.index:
+            self._host.hits += 1
+            return
+        self._host.misses += 1
+        for lower in self._below:
+            if lower is source:
+                lower.hits += 1
+                return
+            lower.misses += 1
+
+    def load(self, blocks: Sequence[bytes], on_done: Callable[[Loading], None] | None = None) -> Loading:
+        """Bring the leading run of `blocks` that some tier holds into host RAM and pin it there; a use of each block.
+
+        The run is shorter where host RAM has no room left. `on_done` is called once, from a worker thread, or from this
+        one if nothing has to be read; it must not raise. The caller releases the loading in every case.
+        """
+        loading = Loading(self, on_done)
+        with self._lock:
+            self._touch(blocks)
+            done = self._closed or self._loader.claim(loading, blocks)
+        if done:
+            loading.finish()
+        return loading
+
+    def release_loading(self, loading: Loading, restored: int) -> None:
+        """See `Loading.release`."""
+        with self._lock:
+            if loading.released:
+                return
+            self._loader.release(loading)
+            self._moves["promotion", Tier.L3, Tier.L1] += restored
+            self._clean_ahead()
+
+    # -- by call ----------------------------------------------------------------------------------------------------
+
+    def touch(self, *blocks: bytes) -> None:
+        """Count a use of blocks, wherever they are: a prefix hit in VRAM also makes them hot here. Of one not known
+        yet, computing it was the first."""
+        with self._lock:
+            now_s = self._clock()
+            for block in blocks:
+                self._heat.meet(block, now_s)
+            self._touch(blocks)
+
+    def _touch(self, blocks: Iterable[bytes]) -> None:
+        now_s = self._clock()
+        for block in blocks:
+            self._heat.use(block, now_s)
+            self._host.index.reheated(block)
+            for lower in self._below:
+                lower.index.reheated(block)
+
+    def promote(self, block: bytes) -> bool:
+        """Bring a block to host RAM, by itself; False if it is there, nowhere, or there is no room."""
+        if block in self._host.index:
+            return False
+        loading = self.load([block])
+        loading.release()
+        return bool(loading.blocks)
+
+    def demote(self, block: bytes) -> bool:
+        """Send a block of host RAM, with all that continues it there, to the tier below; False if it is not there, in
+        use, or nothing below takes it."""
+        with self._lock:
+            if block not in self._host.index or not any(lower.store.accepting for lower in self._below):
+                return False
+            chain = self._host.index.with_descendants(block)
+            if any(self._host.index.is_pinned(member) for member in chain):
+                return False
+            for member in chain:
+                if self._is_below(member) and self._host.index.is_evictable(member):
+                    self._leave_host(member)
+                else:
+                    self._writer.offer(member, leave=True)
+            return True
+
+    # -- what loader and writer ask for, under the lock -------------------------------------------------------------
+
+    def take_slot(self, block: bytes, parent: bytes) -> Slot | None:
+        """A slot, for which the coldest block leaves if need be; None if none may leave."""
+        if not self._host.num_free:
+            victim = self._host.index.coldest()
+            if victim is None:
+                return None
+            self._leave_host(victim)
+        return self._host.take(block, parent)
+
+    def hold(self, slot: Slot) -> None:
+        """A slot's content is complete."""
+        self._heat.meet(slot.block, self._clock())
+        self._host.hold(slot)
+
+    def begin_write(self, block: bytes) -> Slot | None:
+        """The slot of a block that is to be written, pinned; None if it has left."""
+        slot = self._host.slots.get(block)
+        if slot is not None:
+            self._host.index.pin(block)
+        return slot
+
+    def end_write(self, block: bytes, *, leave: bool) -> None:
+        """The write is over."""
+        self._host.index.unpin(block)
+        if leave and self._host.index.is_evictable(block) and self._is_below(block):
+            self._leave_host(block)
+        self._clean_ahead()
+
+    def count_move(self, kind: MoveKind, source: Tier, target: Tier | None) -> None:
+        """A block went from one tier to another."""
+        self._moves[kind, source, target] += 1
+
+    def score(self, block: bytes) -> float:
+        return self._heat.score(block, self._clock())
+
+    def order(self, block: bytes) -> float:
+        return self._heat.order(block)
+
+    # -- looking and ending -----------------------------------------------------------------------------------------
+
+    def stats(self) -> MemoryStats:
+        """A snapshot of every tier and counter."""
+        tiers: tuple[HostTier | LowerTier, ...] = (self._host, *self._below)
+        with self._lock:
+            held = [list(tier.index) for tier in tiers]
+            moves = dict(self._moves)
+            queued, dropped, loading = self._writer.queued, self._writer.dropped, len(self._loader.fills)
+        now_s = self._clock()
+        hotness = [self._heat.mean_score(blocks, now_s) for blocks in held]
+        stats = tuple(tier.stats(mean) for tier, mean in zip(tiers, hotness, strict=True))
+        return MemoryStats(stats, moves, queued, dropped, loading)
+
+    def speeds(self) -> dict[Tier, TierSpeed]:
+        """What every tier below host RAM does, where that is known: what `worth_restoring` needs."""
+        return {lower.tier: lower.speed for lower in self._below if lower.speed is not None}
+
+    def blocks(self, tier: Tier, limit: int) -> list[BlockInfo]:
+        """The `limit` hottest blocks of a tier, hottest first; none for a tier that is not there."""
+        tiers: tuple[HostTier | LowerTier, ...] = (self._host, *self._below)
+        with self._lock:
+            indexes = [place.index for place in tiers if place.tier == tier]
+            held = [(block, index.parent(block), index.is_pinned(block)) for index in indexes for block in index]
+        now_s = self._clock()
+        infos = (BlockInfo(block, parent, tier, self._heat.score(block, now_s), pin) for block, parent, pin in held)
+        return heapq.nlargest(limit, infos, key=lambda info: info.hotness)
+
+    def flush(self, timeout_s: float) -> bool:
+        """Write down every block of host RAM that is worth it and nowhere below, at full speed, and make it last.
+
+        Waits; False if that took longer than `timeout_s` seconds.
+        """
+        with self._lock:
+            unsaved = [block for block in self._host.index.parents_first() if not self._is_below(block)]
+        return self._writer.flush(unsaved, timeout_s)
+
+    def close(self) -> None:
+        """Finish what is being read, drop queued writes, end the threads and close the tiers below. Safe to repeat."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._loader.close()
+        self._writer.close()
+        for lower in self._below:
+            lower.store.close()
+
+    def check_invariants(self) -> None:
+        """Raise `AssertionError` unless every slot is in one state and all indexes agree."""
+        with self._lock:
+            self._host.check_invariants([fill.slot for fill in self._loader.fills.values()])
+            for lower in self._below:
+                lower.index.check_invariants()

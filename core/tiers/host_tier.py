@@ -1,0 +1,86 @@
+"""L3: slots of host RAM, and the index of the blocks in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from core.tiers.chain_index import ChainIndex
+from core.tiers.hotness import HeatTable
+from core.tiers.loading import Slot
+from core.tiers.records import Tier, TierSpeed, TierStats
+
+
+class HostTier:
+    """An arena `[num_slots, block_nbytes]` of bytes. Guarded by the hierarchy's lock."""
+
+    tier = Tier.L3
+
+    def __init__(
+        self, block_nbytes: int, host_bytes: int, heat: HeatTable, *, pin: bool, speed: TierSpeed | None
+    ) -> None:
+        """Raises `ValueError` if no block fits, `RuntimeError` if the memory cannot be pinned."""
+        self.num_slots = host_bytes // block_nbytes
+        if self.num_slots < 1:
+            raise ValueError(f"{host_bytes} bytes of host RAM hold no block of {block_nbytes}")
+        self.index = ChainIndex(heat)
+        self.slots: dict[bytes, Slot] = {}
+        self.reserved: dict[bytes, Slot] = {}
+        self.hits = self.misses = 0
+        self._block_nbytes = block_nbytes
+        self._pinned = pin
+        self._speed = speed
+        self._arena = torch.empty((self.num_slots, block_nbytes), dtype=torch.uint8, pin_memory=pin)
+        self._free = list(range(self.num_slots))[::-1]
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def take(self, block: bytes, parent: bytes) -> Slot:
+        """A free slot for a block; the caller checks `num_free`."""
+        index = self._free.pop()
+        return Slot(block, parent, index, self._arena[index])
+
+    def end_reservation(self, slot: Slot) -> None:
+        """Raises `ValueError` for a slot that is not reserved."""
+        if self.reserved.get(slot.block) is not slot:
+            raise ValueError(f"slot {slot.index} is not reserved for block {slot.block.hex()}")
+        del self.reserved[slot.block]
+
+    def put_back(self, slot: Slot) -> None:
+        """A slot that was taken is free again."""
+        self._free.append(slot.index)
+
+    def hold(self, slot: Slot) -> None:
+        """A slot that was taken holds its block from now on."""
+        self.index.add(slot.block, slot.parent)
+        self.slots[slot.block] = slot
+
+    def let_go(self, block: bytes) -> None:
+        """Stop holding a block."""
+        self.index.remove(block)
+        self._free.append(self.slots.pop(block).index)
+
+    def stats(self, mean_hotness: float) -> TierStats:
+        return TierStats(
+            tier=self.tier,
+            blocks=len(self.index),
+            bytes=(self.num_slots - self.num_free) * self._block_nbytes,
+            capacity_bytes=self.num_slots * self._block_nbytes,
+            hits=self.hits,
+            misses=self.misses,
+            mean_hotness=mean_hotness,
+            speed=self._speed,
+            medium="pinned" if self._pinned else "pageable",
+        )
+
+    def check_invariants(self, filling: Iterable[Slot]) -> None:
+        """Raise `AssertionError` unless every slot is in one state; `filling` are those being read into."""
+        self.index.check_invariants()
+        if set(self.slots) != set(self.index):
+            raise AssertionError("blocks in host RAM and slots disagree")
+        taken = [*self.slots.values(), *self.reserved.values(), *filling]
+        if sorted([*self._free, *(slot.index for slot in taken)]) != list(range(self.num_slots)):
+            raise AssertionError("a slot is lost, or in two states")

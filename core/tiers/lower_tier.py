@@ -1,0 +1,68 @@
+"""One tier below host RAM as the hierarchy sees it: a store, the index of what is in it, counters. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from core.tiers.chain_index import ChainIndex
+from core.tiers.hotness import HeatTable
+from core.tiers.records import BlockStore, Tier, TierSpeed, TierStats
+from core.tiers.write_back import SpeedMeter
+
+
+class LowerTier:
+    """Everything but `write`, `read` and `drop` is guarded by the hierarchy's lock."""
+
+    def __init__(self, store: BlockStore, speed: TierSpeed | None) -> None:
+        self.store = store
+        self.tier: Tier = store.tier
+        self.hits = self.misses = self.damaged = 0
+        self._latency_s = speed.latency_s if speed else 0.0
+        self._reads = SpeedMeter(speed.read_bytes_s if speed else None)
+        self._writes = SpeedMeter(speed.write_bytes_s if speed else None)
+        self.index: ChainIndex
+
+    def open_index(self, heat: HeatTable, now_s: float) -> None:
+        """Index what the store still holds from before; each block counts as used once, now."""
+        self.index = ChainIndex(heat)
+        for block, parent in self.store.known():
+            heat.meet(block, now_s)
+            self.index.add(block, parent)
+
+    @property
+    def speed(self) -> TierSpeed | None:
+        """As measured at start and on every block since; None until both directions are known."""
+        read, write = self._reads.bytes_s, self._writes.bytes_s
+        return TierSpeed(read or write or 0.0, write or read or 0.0, self._latency_s) if read or write else None
+
+    def read(self, block: bytes, into: memoryview, timer: Callable[[], float]) -> bool:
+        """Read a block and learn how fast that was."""
+        started_s = timer()
+        found = self.store.read(block, into)
+        if found:
+            self._reads.add(len(into), max(timer() - started_s, 1e-9))
+        return found
+
+    def write(self, block: bytes, parent: bytes, payload: memoryview, timer: Callable[[], float]) -> bool:
+        """Write a block and learn how fast that was."""
+        started_s = timer()
+        kept = self.store.write(block, parent, payload)
+        if kept:
+            self._writes.add(len(payload), max(timer() - started_s, 1e-9))
+        return kept
+
+    def stats(self, mean_hotness: float) -> TierStats:
+        return TierStats(
+            tier=self.tier,
+            blocks=len(self.index),
+            bytes=self.store.used_bytes,
+            capacity_bytes=self.store.capacity_bytes,
+            hits=self.hits,
+            misses=self.misses,
+            mean_hotness=mean_hotness,
+            speed=self.speed,
+            medium=self.store.medium,
+            codec=self.store.codec_name,
+            stopped=self.store.stopped,
+            damaged=self.damaged,
+        )

@@ -1,0 +1,163 @@
+"""From settings to a hierarchy: which tiers there are, how large, and how fast they were measured to be."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from pathlib import Path
+
+from core.config import MemorySettings
+from core.devices import format_bytes
+from core.logs import get_logger
+from core.tiers.compress import Compressor
+from core.tiers.disk import DirectoryInUseError, LocalFiles
+from core.tiers.hierarchy import Clock, HierarchicalMemory
+from core.tiers.hotness import HeatModel
+from core.tiers.lower_tier import LowerTier
+from core.tiers.measure import measure_directory, measure_files, measure_host, measure_peer
+from core.tiers.peer import Peer, PeerStore
+from core.tiers.policy import MemoryOptions, WriteRules
+from core.tiers.records import BlockLayout, Tier, TierSpeed
+from core.tiers.remote import RemoteFiles
+from core.tiers.segment_files import SegmentFiles
+from core.tiers.segment_store import SegmentStore, StoreLimits
+from core.tiers.segments import Identity
+
+logger = get_logger(__name__)
+
+AUTOMATIC_SHARE = 0.1
+MOST_AUTOMATIC_SLOTS = 1 << 17
+
+
+def open_memory(
+    settings: MemorySettings,
+    layout: BlockLayout,
+    salt: bytes,
+    *,
+    free_host_bytes: int,
+    pin: bool = False,
+    recompute_s: float | None = None,
+    peer: Peer | None = None,
+    clock: Clock = time.monotonic,
+) -> HierarchicalMemory | None:
+    """Open every tier that is asked for, or None if host RAM may not be used or holds no block.
+
+    A tier that cannot be opened is left out with a log line: a directory that another process uses or that cannot be
+    written, a remote place that does not answer.
+
+    Args:
+        salt: what the KV depends on beside its tokens (model, dtype, revision), as the prefix hashes have it.
+        free_host_bytes: free main memory, for the automatic choice.
+        pin: page-locked host RAM, for GPUs.
+        recompute_s: predicted seconds to compute one block, None if unknown.
+
+    Raises:
+        ConfigError: a capacity too small for one segment, or a remote protocol that is unknown or not installed.
+    """
+    host_bytes = _host_bytes(settings, layout, free_host_bytes)
+    if host_bytes < layout.nbytes:
+        logger.info("no host memory for KV blocks", bytes=host_bytes, block_bytes=layout.nbytes)
+        return None
+    below = []
+    if peer is not None and (lent := _open_peer(settings, layout, peer)) is not None:
+        below.append(lent)
+    options = MemoryOptions(
+        host_bytes=host_bytes,
+        pin=pin,
+        heat=HeatModel(settings.half_life_s),
+        rules=WriteRules(recompute_s=recompute_s),
+        write_bytes_s=settings.write_back_bytes_s,
+        max_queued_writes=settings.max_queued_writes,
+    )
+    try:
+        for opening in (_open_disk, _open_remote):
+            if (lower := opening(settings, layout, salt)) is not None:
+                below.append(lower)  # noqa: PERF401  (what is open is closed if the next one fails)
+        # Blocks sink to the fastest tier first.
+        below.sort(key=lambda lower: lower.speed.fetch_s(layout.nbytes) if lower.speed else 0.0)
+        return HierarchicalMemory(layout, options, below, host_speed=measure_host(), clock=clock)
+    except BaseException:
+        for lower in below:
+            lower.store.close()
+        raise
+
+
+def _host_bytes(settings: MemorySettings, layout: BlockLayout, free_bytes: int) -> int:
+    if settings.host_bytes is not None:
+        return settings.host_bytes
+    chosen = min(int(free_bytes * AUTOMATIC_SHARE), MOST_AUTOMATIC_SLOTS * layout.nbytes)
+    logger.info("host memory for KV blocks", size=format_bytes(chosen), reason="a tenth of what is free")
+    return chosen
+
+
+def _open_peer(settings: MemorySettings, layout: BlockLayout, peer: Peer) -> LowerTier | None:
+    try:
+        speed = measure_peer(peer, layout.nbytes)
+    except OSError as error:
+        logger.warning("L4 is not used", peer=peer.name, reason=str(error))
+        return None
+    compressor = Compressor(layout, settings.peer_codec, settings.kv_quantization, speed)
+    return LowerTier(PeerStore(peer, compressor, layout.nbytes), speed)
+
+
+def _open_disk(settings: MemorySettings, layout: BlockLayout, salt: bytes) -> LowerTier | None:
+    if settings.disk_path is None:
+        return None
+    try:
+        files = LocalFiles(settings.disk_path)
+    except (DirectoryInUseError, OSError) as error:
+        logger.warning("L5 is not used", path=str(settings.disk_path), reason=str(error))
+        return None
+    try:
+        measured = measure_directory(settings.disk_path)
+        logger.info(
+            "disk measured",
+            path=str(settings.disk_path),
+            medium=measured.medium,
+            read_gb_s=round(measured.speed.read_bytes_s / 1e9, 2),
+            write_gb_s=round(measured.speed.write_bytes_s / 1e9, 2),
+            random_read_us=round(measured.random_read_s * 1e6, 1),
+            method=measured.method,
+        )
+        limits = StoreLimits(_disk_bytes(settings, settings.disk_path), settings.disk_min_free_bytes)
+        compressor = Compressor(layout, settings.disk_codec, settings.kv_quantization, measured.speed)
+        identity = make_identity(layout, salt, settings)
+        store = SegmentStore(Tier.L5, files, limits, identity, compressor, medium=measured.medium)
+    except OSError as error:
+        logger.warning("L5 is not used", path=str(settings.disk_path), reason=str(error))
+        files.close()
+        return None
+    except ValueError:
+        files.close()
+        raise
+    return LowerTier(store, measured.speed)
+
+
+def _disk_bytes(settings: MemorySettings, path: Path) -> int:
+    if settings.disk_bytes is not None:
+        return settings.disk_bytes
+    chosen = int(shutil.disk_usage(path).free * AUTOMATIC_SHARE)
+    logger.info("disk space for KV blocks", size=format_bytes(chosen), reason="a tenth of what is free")
+    return chosen
+
+
+def _open_remote(settings: MemorySettings, layout: BlockLayout, salt: bytes) -> LowerTier | None:
+    if settings.remote_url is None:
+        return None
+    try:
+        files: SegmentFiles = RemoteFiles(settings.remote_url)
+        speed: TierSpeed = measure_files(files)
+        compressor = Compressor(layout, settings.remote_codec, settings.kv_quantization, speed)
+        identity = make_identity(layout, salt, settings)
+        store = SegmentStore(Tier.L6, files, StoreLimits(settings.remote_bytes), identity, compressor)
+    except OSError as error:
+        logger.warning("L6 is not used", url=settings.remote_url, reason=str(error))
+        return None
+    return LowerTier(store, speed)
+
+
+def make_identity(layout: BlockLayout, salt: bytes, settings: MemorySettings) -> Identity:
+    """What segments must agree in; the salt itself may hold a secret and is only ever stored hashed."""
+    hashed = hashlib.blake2b(salt, digest_size=16).hexdigest()
+    return Identity(hashed, layout.digest(), layout.nbytes, settings.kv_quantization)

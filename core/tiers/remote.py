@@ -1,0 +1,115 @@
+"""L6: segment files below a url that fsspec reads: a mounted directory (`file://`), `s3://`, `memory://` and others.
+
+An object store cannot append, so a segment is collected in memory and written in one piece when it is sealed. That is
+atomic in object stores; in a mounted directory it is written beside its place and renamed. There is no lock: every
+process writes segments of its own and knows those that were there when it started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import fsspec
+
+from core.errors import ConfigError
+from core.tiers.disk import PARTIAL
+from core.tiers.segment_files import SegmentFile, new_name
+from core.tiers.segments import SUFFIX
+
+
+class RemoteFile:
+    """A segment being collected; see `OpenFile`."""
+
+    def __init__(self, files: RemoteFiles) -> None:
+        self._files = files
+        self._data = bytearray()
+
+    def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        if offset > len(self._data):
+            self._data.extend(bytes(offset - len(self._data)))
+        self._data[offset : offset + len(data)] = data
+
+    def read_at(self, offset: int, into: memoryview) -> int:
+        part = self._data[offset : offset + len(into)]
+        into[: len(part)] = part
+        return len(part)
+
+    def seal(self) -> str:
+        name = new_name()
+        self._files.put(name, bytes(self._data))
+        return name
+
+    def close(self) -> None:
+        self._data = bytearray()
+
+    def discard(self) -> None:
+        self.close()
+
+
+class RemoteFiles:
+    """See `SegmentFiles`."""
+
+    def __init__(self, url: str) -> None:
+        """Raises `ConfigError` for a protocol that is unknown or whose package is missing, `OSError` if the place
+        cannot be reached."""
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"memory.remote_url: {url} cannot be opened: {error}") from error
+        self._renames = "file" in _protocols(self._fs)
+        with _os_errors():
+            self._fs.makedirs(self._root, exist_ok=True)
+
+    def list(self) -> list[SegmentFile]:
+        with _os_errors():
+            self._fs.invalidate_cache()
+            found = self._fs.ls(self._root, detail=True)
+        names = [(str(info["name"]).rpartition("/")[2], info) for info in found]
+        return [SegmentFile(name, int(info["size"])) for name, info in names if name.endswith(SUFFIX)]
+
+    def read(self, name: str, offset: int, into: memoryview) -> int:
+        with _os_errors():
+            data = self._fs.cat_file(self._path(name), start=offset, end=offset + len(into))
+        into[: len(data)] = data
+        return len(data)
+
+    def start(self) -> RemoteFile:
+        return RemoteFile(self)
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a whole file, or nothing."""
+        with _os_errors():
+            if not self._renames:
+                self._fs.pipe_file(self._path(name), data)
+                return
+            self._fs.pipe_file(self._path(name + PARTIAL), data)
+            self._fs.mv(self._path(name + PARTIAL), self._path(name))
+
+    def delete(self, name: str) -> None:
+        with _os_errors():
+            if self._fs.exists(self._path(name)):
+                self._fs.rm_file(self._path(name))
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def close(self) -> None:
+        """Connections are fsspec's own."""
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """Clients of object stores raise errors of their own kinds; what is no `OSError` becomes one."""
+    try:
+        yield
+    except (ValueError, RuntimeError, TimeoutError) as error:
+        raise OSError(str(error)) from error

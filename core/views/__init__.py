@@ -1,0 +1,1 @@
+"""What monitoring shows: typed records built from an engine and its statistics."""

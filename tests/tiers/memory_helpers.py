@@ -1,0 +1,133 @@
+"""Small blocks with contents that can be told apart, and memories that are audited and closed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from core.tiers import BlockLayout, HeatModel, HierarchicalMemory, LowerTier, MemoryOptions, Slot, Tier, WriteRules
+from core.tiers.compress import CodecChoice, Compressor
+from core.tiers.records import Quantization
+from core.tiers.segment_files import SegmentFiles
+from core.tiers.segment_store import SegmentStore, StoreLimits
+from core.tiers.segments import Identity
+
+
+@dataclass(frozen=True)
+class Shape:
+    num_kv_heads: int = 2
+    key_dim: int = 8
+    value_dim: int = 8
+
+
+LAYOUT = BlockLayout.of([Shape(), Shape()], block_size=4, dtype="bfloat16")
+GREEDY = WriteRules(through_hotness=0.0, back_hotness=0.0)
+"""Every block is written down at once."""
+
+
+class Clock:
+    """A clock that stands still until it is told."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def block(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+def payload(number: int, layout: BlockLayout = LAYOUT) -> bytes:
+    return random.Random(number).randbytes(layout.nbytes)
+
+
+def fill(slot: Slot, number: int) -> None:
+    slot.view()[:] = payload(number)
+
+
+def save(memory: HierarchicalMemory, number: int, parent: int) -> bool:
+    """Reserve, fill and commit; whether there was room."""
+    slot = memory.reserve(block(number), block(parent))
+    if slot is None:
+        return False
+    fill(slot, number)
+    memory.commit(slot)
+    return True
+
+
+def save_chain(memory: HierarchicalMemory, length: int, first: int = 1) -> None:
+    """Blocks `first ..`, each the next one's parent; every write-back is waited for."""
+    for number in range(first, first + length):
+        assert save(memory, number, number - 1 if number > first else 0)
+        assert memory.flush(10.0)
+
+
+def load_bytes(memory: HierarchicalMemory, blocks: Sequence[bytes]) -> list[bytes]:
+    """What a load brings, in order."""
+    loading = memory.load(blocks)
+    assert loading.wait(10.0)
+    found = [bytes(slot.view()) for slot in loading.slots()]
+    loading.release()
+    return found
+
+
+@contextmanager
+def open_memory(
+    *,
+    slots: int,
+    below: Sequence[LowerTier] = (),
+    clock: Clock | None = None,
+    rules: WriteRules | None = None,
+    max_queued_writes: int = 64,
+    write_bytes_s: float | None = None,
+    half_life_s: float = 100.0,
+    seal_s: float = 30.0,
+) -> Iterator[HierarchicalMemory]:
+    options = MemoryOptions(
+        host_bytes=slots * LAYOUT.nbytes,
+        heat=HeatModel(half_life_s),
+        rules=rules or WriteRules(),
+        max_queued_writes=max_queued_writes,
+        write_bytes_s=write_bytes_s,
+        seal_s=seal_s,
+    )
+    memory = HierarchicalMemory(LAYOUT, options, below, clock=clock or Clock())
+    try:
+        yield memory
+        memory.check_invariants()
+    finally:
+        memory.close()
+
+
+IDENTITY = Identity(salt="00", layout=LAYOUT.digest(), block_nbytes=LAYOUT.nbytes, quantization="none")
+DISK_BYTES = 64 * 1024
+
+
+def open_store(
+    files: SegmentFiles,
+    *,
+    identity: Identity = IDENTITY,
+    capacity_bytes: int = DISK_BYTES,
+    min_free_bytes: int = 0,
+    codec: CodecChoice = "none",
+    clock: Clock | None = None,
+) -> SegmentStore:
+    limits = StoreLimits(capacity_bytes, min_free_bytes)
+    quantization: Quantization = "int8" if identity.quantization == "int8" else "none"
+    compressor = Compressor(LAYOUT, codec, quantization)
+    return SegmentStore(Tier.L5, files, limits, identity, compressor, clock=clock or Clock())
+
+
+def put(store: SegmentStore, *numbers: int) -> None:
+    """Write blocks into a store; each the child of the number below it."""
+    for number in numbers:
+        assert store.write(block(number), block(number - 1), memoryview(bytearray(payload(number))))
+
+
+def get(store: SegmentStore, number: int) -> bytes | None:
+    into = bytearray(LAYOUT.nbytes)
+    return bytes(into) if store.read(block(number), memoryview(into)) else None

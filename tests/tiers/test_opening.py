@@ -1,0 +1,106 @@
+"""From settings to tiers: what is asked for is there, what cannot be had is left out and said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from memory_helpers import LAYOUT, block, load_bytes, payload, save
+from plain_settings import make_settings
+
+from core.config import MemorySettings
+from core.errors import ConfigError
+from core.tiers import HierarchicalMemory, InProcessPeer, Tier, open_memory
+from core.tiers.disk import LocalFiles
+
+
+def settings(**values: object) -> MemorySettings:
+    defaults = {
+        "memory__host_bytes": 8 * LAYOUT.nbytes,
+        "memory__disk_bytes": 1 << 20,
+        "memory__disk_min_free_bytes": 0,
+    }
+    return make_settings(**{**defaults, **{f"memory__{name}": value for name, value in values.items()}}).memory
+
+
+def opened(values: MemorySettings, **options: object) -> HierarchicalMemory:
+    memory = open_memory(values, LAYOUT, b"salt", free_host_bytes=1 << 20, **options)  # type: ignore[arg-type]
+    assert memory is not None
+    return memory
+
+
+def test_no_host_memory_is_no_hierarchy() -> None:
+    assert open_memory(settings(host_bytes=0), LAYOUT, b"", free_host_bytes=1 << 30) is None
+
+
+def test_host_memory_by_default_is_a_tenth_of_what_is_free() -> None:
+    memory = opened(settings(host_bytes=None))
+    assert memory.num_slots == (1 << 20) // 10 // LAYOUT.nbytes
+    assert [tier.tier for tier in memory.stats().tiers] == [Tier.L3]
+    memory.close()
+
+
+def test_all_tiers_hold_blocks_and_a_restart_finds_them(tmp_path: Path) -> None:
+    values = settings(
+        disk_path=tmp_path / "disk", remote_url=str(tmp_path / "remote"), remote_bytes=1 << 20, host_bytes=LAYOUT.nbytes
+    )
+    memory = opened(values, peer=InProcessPeer(2 * LAYOUT.nbytes))
+    assert {tier.tier for tier in memory.stats().tiers} == {Tier.L3, Tier.L4, Tier.L5, Tier.L6}
+    assert set(memory.speeds()) == {Tier.L4, Tier.L5, Tier.L6}
+    below = [tier.speed.fetch_s(LAYOUT.nbytes) for tier in memory.stats().tiers[1:] if tier.speed is not None]
+    assert below == sorted(below), "blocks sink to the fastest tier first"
+    disk = memory.stats().tier(Tier.L5)
+    assert disk is not None and disk.medium in ("ram disk", "nvme", "ssd", "spinning")
+    for number in range(1, 9):
+        save(memory, number, number - 1)
+        assert memory.flush(20.0)
+    assert load_bytes(memory, [block(1)]) == [payload(1)]
+    memory.close()
+    again = opened(values)
+    assert sum(len(again.find([block(number)])) for number in range(1, 9)) >= 5
+    again.close()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_another_salt_finds_nothing(tmp_path: Path) -> None:
+    memory = opened(settings(disk_path=tmp_path))
+    save(memory, 1, 0)
+    assert memory.flush(20.0)
+    memory.close()
+    other = open_memory(settings(disk_path=tmp_path), LAYOUT, b"other", free_host_bytes=0)
+    assert other is not None and other.find([block(1)]) == []
+    other.close()
+
+
+def test_int8_halves_what_is_stored_and_changes_the_numbers_a_little(tmp_path: Path) -> None:
+    memory = opened(settings(disk_path=tmp_path, kv_quantization="int8", host_bytes=LAYOUT.nbytes))
+    disk = memory.stats().tier(Tier.L5)
+    assert disk is not None and disk.codec.startswith("int8+")
+    memory.close()
+
+
+def test_a_directory_in_use_is_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = LocalFiles(tmp_path)
+    memory = opened(settings(disk_path=tmp_path))
+    assert [tier.tier for tier in memory.stats().tiers] == [Tier.L3]
+    assert any("L5 is not used" in record.getMessage() for record in caplog.records)
+    memory.close()
+    files.close()
+
+
+def test_a_directory_that_cannot_be_made_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    memory = opened(settings(disk_path=tmp_path / "file" / "below", remote_url=str(tmp_path / "file" / "below")))
+    assert [tier.tier for tier in memory.stats().tiers] == [Tier.L3]
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert "L5 is not used" in said and "L6 is not used" in said
+    memory.close()
+
+
+@pytest.mark.parametrize("values", [{"disk_bytes": 10}, {"remote_url": "nonsense://x"}])
+def test_settings_that_cannot_work_are_refused_and_nothing_stays_locked(
+    tmp_path: Path, values: dict[str, object]
+) -> None:
+    with pytest.raises(ConfigError):
+        opened(settings(**{"disk_path": tmp_path, **values}))
+    LocalFiles(tmp_path).close()
