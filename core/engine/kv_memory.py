@@ -23,7 +23,7 @@ from core.lending.homecoming import Homecoming
 from core.lending.overflow import DeviceUse, KVOverflow
 from core.placement.engine import stage_costs
 from core.tiers import BlockLayout, HierarchicalMemory, Tier, open_memory, worth_restoring
-from core.tiers.kv_tiers import KVTiers
+from core.tiers.kv_tiers import KVTiers, StepBlocks
 
 _HOST_SHARE = 4
 
@@ -54,9 +54,9 @@ class KVMemory:
 
 def open_kv(
     plan: ModelPlan, settings: Settings, stages: Sequence[Stage], budgets: Mapping[str, DeviceBudget], host: Device,
-    salt: bytes,
+    salt: bytes, blocks: StepBlocks,
 ) -> KVMemory:  # fmt: skip
-    """The blocks of a model whose stages have allocated their local pages."""
+    """The blocks of a model whose stages have allocated their local pages, and find in `blocks` what tiers keep."""
     block_size = settings.engine.block_size
     num_blocks = plan.pooled.tokens // block_size
     mapped = [
@@ -68,7 +68,7 @@ def open_kv(
         num_blocks, block_size, salt=salt, enable_prefix_caching=settings.engine.enable_prefix_caching, stages=mapped
     )
     memory = KVMemory(kv, DeviceBudget(host))
-    memory.tiers = _open_tiers(plan, settings, kv, salt)
+    memory.tiers = _open_tiers(plan, settings, kv, salt, blocks)
     if not kv.pages.is_trivial:
         try:
             memory.overflow = _open_overflow(plan, settings, stages, budgets, host, memory)
@@ -106,7 +106,9 @@ def _open_overflow(
     return overflow
 
 
-def _open_tiers(plan: ModelPlan, settings: Settings, kv: KVCacheManager, salt: bytes) -> KVTiers | None:
+def _open_tiers(
+    plan: ModelPlan, settings: Settings, kv: KVCacheManager, salt: bytes, blocks: StepBlocks
+) -> KVTiers | None:
     """What is kept below the devices. Where the devices are main memory themselves, only if it is asked for."""
     asked, architecture = settings.memory, plan.architecture
     has_cards = any(device.kind != "cpu" for device in plan.devices)
@@ -119,7 +121,7 @@ def _open_tiers(plan: ModelPlan, settings: Settings, kv: KVCacheManager, salt: b
     memory = open_memory(asked, layout, salt, free_host_bytes=free, pin=pin)
     if memory is None:
         return None
-    tiers = KVTiers(kv, memory, RestoreRule(plan, settings, kv, memory))
+    tiers = KVTiers(kv, memory, RestoreRule(plan, settings, kv, memory), blocks)
     kv.companions.append(tiers)
     kv.tiers = tiers
     return tiers

@@ -12,9 +12,10 @@ import pytest
 import torch
 from tiny_models import VOCAB, build_tiny
 
+from core.batching.scheduler import MAX_FAILURES
 from core.errors import CircuitOpenError, EngineDeadError, QueueFullError, StepFailedError
-from core.execution.input_batch import InputBatch
-from core.execution.schedule import SchedulerOutput, StepDone, StepOutput
+from core.execution.records import SchedulerOutput, StepDone, StepOutput
+from core.execution.step_buffers import InputBatch
 from core.inference_pipeline import InferencePipeline
 from core.request import SamplingParams
 
@@ -108,6 +109,12 @@ def test_lower_priority_values_are_served_earlier(llama: Path, open_pipeline: Op
     late.result(30)
 
 
+def _tokens(output: SchedulerOutput) -> list[int]:
+    """Those that a step tells of for the first time."""
+    record = output.record
+    return [*record.tokens.tolist(), *(token for new in record.new for token in new.token_ids.tolist())]
+
+
 class FailingRunner:
     """Fails the steps that compute a given token; the rest goes to the real runner."""
 
@@ -116,12 +123,12 @@ class FailingRunner:
         self._poison = poison
 
     def execute(self, output: SchedulerOutput) -> StepOutput:
-        if any(self._poison in item.token_ids for item in output.sequences):
+        if self._poison in _tokens(output):
             raise RuntimeError("the forward pass broke")
         return self._runner.execute(output)  # type: ignore[attr-defined]
 
     def submit(self, output: SchedulerOutput, done: StepDone) -> None:
-        if any(self._poison in item.token_ids for item in output.sequences):
+        if self._poison in _tokens(output):
             done(output, RuntimeError("the forward pass broke"))
         else:
             self._runner.submit(output, done)  # type: ignore[attr-defined]
@@ -134,19 +141,18 @@ def test_a_failing_step_fails_its_batch_alone(llama: Path, open_pipeline: OpenPi
     with pytest.raises(StepFailedError, match="the forward pass broke"):
         pipeline.submit([5, 90], replace(GREEDY, n=2)).result(30)
     assert len(pipeline.submit([5, 6], GREEDY).result(30).completions[0].token_ids) == 12
-    assert batcher.stats.failed_steps == 1
+    assert batcher.stats.failed_steps == MAX_FAILURES
     assert used_blocks(pipeline) == 0
 
 
 def test_steps_that_fail_in_a_row_open_the_breaker_and_it_closes_again(
     llama: Path, open_pipeline: OpenPipeline
 ) -> None:
-    pipeline = open_pipeline(llama, engine__breaker_failures=2, engine__breaker_reset_s=0.2)
+    pipeline = open_pipeline(llama, engine__breaker_failures=MAX_FAILURES, engine__breaker_reset_s=0.2)
     batcher = pipeline.engine.batcher
     batcher._runner = FailingRunner(batcher._runner, poison=90)
-    for _ in range(2):
-        with pytest.raises(StepFailedError):
-            pipeline.submit([90], GREEDY).result(30)
+    with pytest.raises(StepFailedError):
+        pipeline.submit([90], GREEDY).result(30)
     with pytest.raises(CircuitOpenError):
         pipeline.submit([5], GREEDY)
     assert pipeline.health()["checks"]["engine"]["status"] == "error"
@@ -180,8 +186,8 @@ def test_a_sequence_with_broken_logits_fails_alone(
     stage = pipeline.engine.stages[-1]
     forward = stage.forward
 
-    def break_rows(batch: InputBatch, hidden: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor:
-        logits = forward(batch, hidden, rows)
+    def break_rows(batch: InputBatch, hidden: torch.Tensor | None, wants_hidden: bool) -> torch.Tensor:
+        logits, rows = forward(batch, hidden, wants_hidden), batch.logit_rows
         if rows is not None:
             logits = torch.where((batch.input_ids[0, rows] == 90)[:, None], float("nan"), logits)
         return logits

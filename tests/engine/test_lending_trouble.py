@@ -74,7 +74,7 @@ class Once:
 
 @pytest.mark.parametrize("cohorts", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1])
-def test_a_stage_that_fails_harms_the_sequences_of_its_step_alone(
+def test_a_stage_that_fails_once_changes_nothing(
     tiny: tuple[Path, list[list[int]]], open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch, cohorts: int,
     stage: int,
 ) -> None:  # fmt: skip
@@ -89,14 +89,13 @@ def test_a_stage_that_fails_harms_the_sequences_of_its_step_alone(
     monkeypatch.setattr(broken, "forward", Once(broken.forward, late))
     handles = ask(pipeline)
     during(pipeline, handles, lambda: scatter(engine, rng, 0.5))
-    found = outcomes(handles)
-    assert 1 <= found.count(None) <= 3
-    assert all(tokens in (None, expected) for tokens, expected in zip(found, tiny[1], strict=True))
+    assert outcomes(handles) == tiny[1]
+    assert len(calls) >= 12
     assert outcomes(ask(pipeline)) == tiny[1], "prefixes that stayed are sound"
 
 
 @pytest.mark.parametrize("cohorts", [1, 2])
-def test_a_move_that_fails_ends_what_runs_and_the_engine_goes_on(
+def test_a_move_that_fails_has_everything_computed_again(
     tiny: tuple[Path, list[list[int]]], open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch, cohorts: int
 ) -> None:
     pipeline = open_tight(open_pipeline, tiny[0], [200, 640], engine__cohorts=cohorts)
@@ -106,10 +105,8 @@ def test_a_move_that_fails_ends_what_runs_and_the_engine_goes_on(
     monkeypatch.setattr(PagedKVCache, "unpack", lambda *args: broken(*args))  # noqa: PLW0108  bound to its cache
     handles = ask(pipeline)
     during(pipeline, handles, lambda: scatter(engine, rng, 0.5))
-    found = outcomes(handles)
+    assert outcomes(handles) == tiny[1]
     assert broken.raised
-    assert found.count(None) >= 1
-    assert all(tokens in (None, expected) for tokens, expected in zip(found, tiny[1], strict=True))
     assert outcomes(ask(pipeline)) == tiny[1]
     assert remote_blocks(engine) >= 0
 
