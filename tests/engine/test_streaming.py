@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from steering import LONGEST_WAIT_S
 from streamed_models import CHANGES, ENGINE, build_deep, half_of_it
 from tiny_models import build_tiny
 from typer.testing import CliRunner
@@ -173,7 +174,8 @@ def test_layers_are_loaded_while_others_compute(
     monkeypatch.setattr(pipeline.transfer, "load", notice.__get__(pipeline.transfer))
     layers = decoder_layers(pipeline)
     layers[after - 1].register_forward_pre_hook(lambda module, args: began.clear())
-    layers[after].register_forward_pre_hook(lambda module, args: met.append(began.wait(0.2)))
+    patience_s = LONGEST_WAIT_S if ahead else 0.2
+    layers[after].register_forward_pre_hook(lambda module, args: met.append(began.wait(patience_s)))
     tokens(pipeline, replace(GREEDY, max_tokens=2))
     assert all(met) if ahead else not any(met)
 
@@ -280,7 +282,7 @@ def test_unloading_ends_threads_and_gives_all_memory_back(llama: Path, open_pipe
     pipeline = slow(llama, open_pipeline, 2)
     engine = pipeline.engine
     running = pipeline.submit(PROMPT, replace(GREEDY, max_tokens=60))
-    running.get(30)
+    running.get(60)
     memory = [weakref.ref(slot.memory.untyped_storage()) for manager in streams(pipeline) for slot in manager._slots]
     memory += [weakref.ref(manager._masters[0].untyped_storage()) for manager in streams(pipeline)]
     assert sum(thread.name.startswith("vrm-stream") for thread in threading.enumerate()) == 2
