@@ -15,6 +15,7 @@ from core.batching.sequence import Request
 from core.batching.stats import BatcherStats
 from core.config import Settings
 from core.devices import HOST, Device, DeviceReader, open_devices, parse_link
+from core.engine import memory_calls
 from core.engine.model_engine import (
     LoadedModel,
     LoadProgress,
@@ -350,16 +351,16 @@ class InferencePipeline:
         return memory.memory_view(self, blocks)
 
     def move_block(self, block: str, *, up: bool) -> None:
-        """See `core.views.memory.move_block`."""
-        memory.move_block(self, block, up=up)
+        """See `core.engine.memory_calls.move_block`."""
+        memory_calls.move_block(self, block, up=up)
 
     def reclaim(self, device: str, nbytes: int | None, urgency: str) -> int:
-        """See `core.views.memory.reclaim`."""
-        return memory.reclaim(self, device, nbytes, urgency)
+        """See `core.engine.memory_calls.reclaim`."""
+        return memory_calls.reclaim(self, device, nbytes, urgency)
 
     def lend_again(self, device: str) -> int:
-        """See `core.views.memory.lend_again`."""
-        return memory.lend_again(self, device)
+        """See `core.engine.memory_calls.lend_again`."""
+        return memory_calls.lend_again(self, device)
 
     def device_status(self) -> list[dict[str, Any]]:
         return status.device_status(self)
