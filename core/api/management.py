@@ -13,6 +13,8 @@ from core.api.context import api_context
 from core.api.openai.models import model_card
 from core.api.schema import MAX_COUNT, MAX_NAME_LENGTH, RequestModel
 from core.errors import NotFoundError
+from core.views.render import render
+from core.views.status import model_views
 
 blueprint = Blueprint("management", __name__)
 
@@ -31,9 +33,9 @@ class LoadRequest(RequestModel):
 
 @blueprint.get("/api/models")
 def list_models() -> Response:
-    pipeline = api_context().pipeline
-    loaded = pipeline.model.name if pipeline.loaded else None
-    return json_response({"object": "list", "loaded": loaded, "data": pipeline.available_models()})
+    engine = api_context().pipeline.current_engine
+    loaded = engine.model.name if engine is not None else None
+    return json_response({"object": "list", "loaded": loaded, "data": render(model_views(engine))})
 
 
 @blueprint.post("/api/models/load")

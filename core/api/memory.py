@@ -11,7 +11,10 @@ from core.api.answers import json_response
 from core.api.body import read_request
 from core.api.context import api_context
 from core.api.schema import RequestModel
+from core.engine import memory_calls
 from core.errors import InvalidRequestError
+from core.views.memory import memory_view
+from core.views.render import render
 
 blueprint = Blueprint("memory", __name__)
 
@@ -42,20 +45,20 @@ def memory() -> Response:
     text = request.args.get("blocks", "0")
     if not text.isascii() or not text.isdigit() or int(text) > MAX_BLOCKS:
         raise InvalidRequestError(f"blocks is a number from 0 to {MAX_BLOCKS}.", param="blocks")
-    return json_response(api_context().pipeline.memory_view(int(text)))
+    return json_response(render(memory_view(api_context().pipeline.current_engine, int(text))))
 
 
 @blueprint.post("/api/memory/blocks/<block>/promote")
 def promote(block: str) -> Response:
     """Bring a block of a lower tier to main memory."""
-    api_context().pipeline.move_block(block, up=True)
+    memory_calls.move_block(api_context().pipeline.engine, block, up=True)
     return json_response({"block": block, "status": "promoted"})
 
 
 @blueprint.post("/api/memory/blocks/<block>/demote")
 def demote(block: str) -> Response:
     """Send a block of main memory, and what continues it, to the tier below."""
-    api_context().pipeline.move_block(block, up=False)
+    memory_calls.move_block(api_context().pipeline.engine, block, up=False)
     return json_response({"block": block, "status": "demoted"})
 
 
@@ -63,7 +66,7 @@ def demote(block: str) -> Response:
 def reclaim() -> Response:
     """Have a device take back memory that it lent; requests go on, their blocks move."""
     fields = read_request(ReclaimRequest)
-    granted = api_context().pipeline.reclaim(fields.device, fields.bytes, fields.urgency)
+    granted = memory_calls.reclaim(api_context().pipeline.engine, fields.device, fields.bytes, fields.urgency)
     return json_response({"device": fields.device, "bytes": granted, "urgency": fields.urgency})
 
 
@@ -71,4 +74,5 @@ def reclaim() -> Response:
 def lend() -> Response:
     """Have a device lend again that took everything back. `bytes`: what all devices can lend now."""
     fields = read_request(LendRequest)
-    return json_response({"device": fields.device, "bytes": api_context().pipeline.lend_again(fields.device)})
+    lendable = memory_calls.lend_again(api_context().pipeline.engine, fields.device)
+    return json_response({"device": fields.device, "bytes": lendable})

@@ -8,7 +8,6 @@ import socket
 import time
 import uuid
 from pathlib import Path
-from typing import Any
 
 import psutil
 from flask import Blueprint, Response, g, request
@@ -16,8 +15,19 @@ from prometheus_client.exposition import choose_encoder
 
 from core.api.answers import json_response
 from core.api.context import api_context
+from core.engine.model_engine import ModelEngine
+from core.views.health import health as health_of
+from core.views.render import render
+from core.views.state import ServiceState
+from core.views.status import batcher_view, device_views, pipeline_view, queue_view
 
 blueprint = Blueprint("monitoring", __name__)
+
+
+def _now() -> tuple[ModelEngine | None, ServiceState]:
+    """What views are made from."""
+    pipeline = api_context().pipeline
+    return pipeline.current_engine, pipeline.state()
 
 
 @blueprint.get("/live")
@@ -37,16 +47,11 @@ def ready() -> Response:
 @blueprint.get("/health")
 def health() -> Response:
     """503 when a check has status error. Without the token, checks are named but not described."""
-    report = api_context().pipeline.health()
-    body: dict[str, Any] = {
-        "status": report["status"],
-        "failed": [name for name, check in report["checks"].items() if check["status"] == "error"],
-    }
-    if g.authenticated:
-        body = {**report, **body}
-    else:
-        body["checks"] = {name: {"status": check["status"]} for name, check in report["checks"].items()}
-    return json_response(body, 503 if report["status"] == "error" else 200)
+    report = health_of(*_now())
+    body = {**render(report), "failed": report.failed}
+    if not g.authenticated:
+        body["checks"] = {name: {"status": check.status} for name, check in report.checks.items()}
+    return json_response(body, 503 if report.status == "error" else 200)
 
 
 @blueprint.get("/metrics")
@@ -57,17 +62,17 @@ def metrics() -> Response:
 
 @blueprint.get("/api/pipeline/status")
 def pipeline_status() -> Response:
-    return json_response(api_context().pipeline.pipeline_status())
+    return json_response(render(pipeline_view(*_now())))
 
 
 @blueprint.get("/api/queue/status")
 def queue_status() -> Response:
-    return json_response(api_context().pipeline.queue_status())
+    return json_response(render(queue_view(*_now())))
 
 
 @blueprint.get("/api/batcher/stats")
 def batcher_stats() -> Response:
-    return json_response(api_context().pipeline.batcher_stats())
+    return json_response(render(batcher_view(*_now())))
 
 
 @blueprint.get("/api/gpu")
@@ -75,7 +80,7 @@ def gpu_status() -> Response:
     """Every logical device, with its memory and utilisation."""
     context = api_context()
     context.pipeline.metrics.count_environment_hit()
-    return json_response({"devices": context.pipeline.device_status()})
+    return json_response({"devices": render(device_views(context.pipeline.current_engine))})
 
 
 @blueprint.get("/api/system")
@@ -128,7 +133,7 @@ def nodes() -> Response:
         "id": str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{uuid.getnode():012x}.{hostname}")),
         "hostname": hostname,
         "roles": ["api", "engine"],
-        "devices": context.pipeline.device_status(),
+        "devices": render(device_views(context.pipeline.current_engine)),
     }
     return json_response({"nodes": [node], "discovery": {"status": "disabled"}})
 
