@@ -8,10 +8,8 @@ from flask import Flask
 from flask_cors import CORS
 
 from core.api import management, memory, monitoring, native, tokens
-from core.api.context import EXTENSION, ApiContext
+from core.api.context import EXTENSION, REQUEST_ID_HEADER, ApiContext, LiveRequests, register_hooks
 from core.api.errors import register_error_handlers
-from core.api.hooks import REQUEST_ID_HEADER, register_hooks
-from core.api.live import LiveRequests
 from core.api.openai import batch, chat, completions, models
 from core.security.token import resolve_token
 

@@ -7,11 +7,9 @@ from typing import Literal
 from flask import Blueprint, Response
 from pydantic import ConfigDict, Field
 
-from core.api.answers import json_response
-from core.api.body import read_request
+from core.api.body import MAX_COUNT, MAX_NAME_LENGTH, RequestModel, json_response, read_request
 from core.api.context import api_context
 from core.api.openai.models import model_card
-from core.api.schema import MAX_COUNT, MAX_NAME_LENGTH, RequestModel
 from core.errors import NotFoundError
 from core.views.render import render
 from core.views.status import model_views

@@ -7,10 +7,8 @@ from typing import Literal
 from flask import Blueprint, Response, request
 from pydantic import ConfigDict, Field
 
-from core.api.answers import json_response
-from core.api.body import read_request
+from core.api.body import RequestModel, json_response, read_request
 from core.api.context import api_context
-from core.api.schema import RequestModel
 from core.engine import memory_calls
 from core.errors import InvalidRequestError
 from core.views.memory import memory_view

@@ -13,7 +13,7 @@ import psutil
 from flask import Blueprint, Response, g, request
 from prometheus_client.exposition import choose_encoder
 
-from core.api.answers import json_response
+from core.api.body import json_response
 from core.api.context import api_context
 from core.engine.model_engine import ModelEngine
 from core.views.health import health as health_of

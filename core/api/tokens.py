@@ -6,13 +6,11 @@ from typing import Any
 
 from flask import Blueprint, Response
 
-from core.api.answers import json_response
-from core.api.body import read_request
+from core.api.body import ModelName, RequestModel, json_response, read_request
 from core.api.context import served_model
-from core.api.openai.messages import encode_messages
+from core.api.openai.chat import encode_messages
 from core.api.openai.schemas import ChatMessage
 from core.api.sampling import check_token_ids
-from core.api.schema import ModelName, RequestModel
 from core.errors import InvalidRequestError
 
 blueprint = Blueprint("tokens", __name__)

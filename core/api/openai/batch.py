@@ -6,12 +6,10 @@ from contextlib import closing
 
 from flask import Blueprint, Response
 
-from core.api.answers import json_response
-from core.api.body import read_request
+from core.api.body import json_response, read_request
 from core.api.context import api_context, served_model
-from core.api.generation import start_generation
+from core.api.generation import Usage, envelope, start_generation
 from core.api.openai.completions import CompletionJob, check_prompts
-from core.api.openai.format import Usage, envelope
 from core.api.openai.schemas import BatchRequest
 from core.errors import VRAMancerError
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, Response
 
-from core.api.answers import json_response
+from core.api.body import json_response
 from core.api.context import api_context
 from core.errors import ModelNotFoundError
 
