@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from flask import Blueprint, Response
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from core.api.body import MAX_COUNT, MAX_NAME_LENGTH, RequestModel, json_response, read_request
 from core.api.context import api_context
 from core.api.openai.models import model_card
-from core.errors import NotFoundError
+from core.devices import parse_devices
+from core.errors import DeviceError, InvalidRequestError, NotFoundError
+from core.placement.engine import parse_layers
 from core.views.render import render
 from core.views.status import model_views
 
@@ -27,6 +29,31 @@ class LoadRequest(RequestModel):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = None
     devices: str | None = Field(None, min_length=1, max_length=4096)
     max_model_len: int | None = Field(None, ge=1, le=MAX_COUNT)
+
+
+def _device_list(text: str) -> str:
+    try:
+        parse_devices(text)
+    except DeviceError as error:
+        raise InvalidRequestError(error.message, param="devices") from error
+    return text
+
+
+def _layer_list(text: str) -> str:
+    parse_layers(text)
+    return text
+
+
+class PlaceRequest(RequestModel):
+    """`/api/pipeline/place`: what is left out is as in the settings. `layers` by hand go before `placement`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    devices: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_device_list)] | None = None
+    placement: str | None = Field(None, min_length=1, max_length=64)
+    layers: Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_layer_list)] | None = None
+    objective: Literal["throughput", "latency"] | None = None
+    dry_run: bool = False
 
 
 @blueprint.get("/api/models")
@@ -59,6 +86,21 @@ def unload_model() -> Response:
     name = pipeline.model.name
     pipeline.unload()
     return json_response({"unloaded": name})
+
+
+@blueprint.post("/api/pipeline/place")
+def place_model() -> Response:
+    """Put the running model on other devices or cuts while requests go on. `dry_run` shows the plan, its prediction and
+    what would have to move, and changes nothing."""
+    fields = read_request(PlaceRequest)
+    placed = api_context().pipeline.place(  # type: ignore[attr-defined]
+        devices=fields.devices,
+        placement=fields.placement,
+        layers=fields.layers,
+        objective=fields.objective,
+        dry_run=fields.dry_run,
+    )
+    return json_response(render(placed))
 
 
 @blueprint.post("/api/requests/<request_id>/cancel")

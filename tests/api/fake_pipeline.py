@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -18,7 +19,14 @@ from core.batching.stats import BatcherStats
 from core.config import Settings
 from core.devices import Device, DeviceBudget
 from core.engine.model_engine import LoadedModel
-from core.errors import ChatTemplateError, ContextLengthError, ModelNotLoadedError, VRAMancerError
+from core.errors import (
+    ChatTemplateError,
+    ConflictError,
+    ContextLengthError,
+    InvalidRequestError,
+    ModelNotLoadedError,
+    VRAMancerError,
+)
 from core.metrics import MetricsRegistry
 from core.models.resolve import DEMO_PATH
 from core.models.tokenizer import Tokenizer
@@ -117,6 +125,21 @@ def fake_engine(model: LoadedModel) -> Any:
     )
 
 
+@dataclass(frozen=True)
+class FakeStage:
+    device: str
+    layers: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class FakePlaced:
+    """What a placement answers: a record of records."""
+
+    stages: tuple[FakeStage, ...]
+    prediction: dict[int, float]
+    dry_run: bool
+
+
 class FakePipeline:
     """Answers `reply` to every prompt; `hold` keeps the answer back, `error` puts one after `tokens_before_error`."""
 
@@ -135,6 +158,8 @@ class FakePipeline:
         self.aborted: list[str] = []
         self.abort_seen = threading.Event()
         self.loads: list[tuple[str, dict[str, Any]]] = []
+        self.placements: list[dict[str, Any]] = []
+        self.load_under_way = False
         self.engine = fake_engine(self.model)
 
     @property
@@ -233,6 +258,16 @@ class FakePipeline:
 
     def ready(self) -> tuple[bool, str]:
         return self.loaded, "ready" if self.loaded else "no model is loaded"
+
+    def place(self, **options: Any) -> FakePlaced:
+        """As the real one: refused without a model and while a load is under way."""
+        name = self.model.name
+        if self.load_under_way:
+            raise ConflictError(f"A model is being loaded; {name} cannot be placed anew meanwhile.")
+        if options["placement"] == "unheard-of":
+            raise InvalidRequestError("There is no such strategy.", param="placement")
+        self.placements.append(options)
+        return FakePlaced((FakeStage("cpu#0", (0, 1)), FakeStage("cpu#1", (2, 3))), {1: 12.5}, options["dry_run"])
 
     @property
     def current_engine(self) -> Any:

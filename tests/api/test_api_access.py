@@ -26,6 +26,7 @@ EXPECTED_RULES = {
     "/api/models",
     "/api/models/load",
     "/api/models/unload",
+    "/api/pipeline/place",
     "/api/requests/<request_id>/cancel",
     "/api/requests/<request_id>",
     "/health",
@@ -105,6 +106,7 @@ def test_read_only_refuses_every_change(make_pipeline: Callable[..., FakePipelin
     changes: list[Any] = [
         client.post("/api/models/load", {"model": "x"}),
         client.post("/api/models/unload"),
+        client.post("/api/pipeline/place", {}),
         client.post("/api/requests/r/cancel"),
         client.delete("/api/requests/r"),
         client.post("/made/up"),
