@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, cast
 import structlog
 from flask import Flask, Response, current_app, g, request
 
-from core.errors import AuthenticationError, ModelNotFoundError
+from core.errors import ModelNotFoundError
 from core.logs import get_logger
-from core.security import policy
-from core.security.token import bearer_token, check_token
+from core.security.access import authorize, bearer_token, policy_of
 
 if TYPE_CHECKING:
     from core.engine.model_engine import LoadedModel
@@ -111,16 +110,17 @@ def _identify() -> None:
 
 def _authorize() -> None:
     context = api_context()
-    rule = request.url_rule.rule if request.url_rule is not None else None
     given = (request.headers.get(TOKEN_HEADER), bearer_token(request.headers.get("Authorization")))
-    try:
-        check_token(given, context.token)
-        g.authenticated = True
-    except AuthenticationError:
-        g.authenticated = False
-        if not policy.is_public(rule, request.method):
-            raise
-    policy.check_read_only(rule, request.method, read_only=context.pipeline.settings.security.read_only)
+    declared = policy_of(current_app.view_functions[request.endpoint]) if request.endpoint is not None else None
+    read_only = context.pipeline.settings.security.read_only
+    g.principal = authorize(declared, request.method, given, context.token, read_only=read_only)
+
+
+def check_policies(app: Flask) -> None:
+    """Raise `RuntimeError` for a route that does not say who may call it."""
+    for rule in app.url_map.iter_rules():
+        if policy_of(app.view_functions[rule.endpoint]) is None:
+            raise RuntimeError(f"{rule.rule}: declare the route's policy (core.security.access.policy).")
 
 
 def _finish(response: Response) -> Response:

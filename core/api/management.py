@@ -13,6 +13,7 @@ from core.api.openai.models import model_card
 from core.devices import parse_devices
 from core.errors import DeviceError, InvalidRequestError, NotFoundError
 from core.placement.engine import parse_layers
+from core.security.access import policy
 from core.views.render import render
 from core.views.status import model_views
 
@@ -57,6 +58,7 @@ class PlaceRequest(RequestModel):
 
 
 @blueprint.get("/api/models")
+@policy("viewer")
 def list_models() -> Response:
     engine = api_context().pipeline.current_engine
     loaded = engine.model.name if engine is not None else None
@@ -64,6 +66,7 @@ def list_models() -> Response:
 
 
 @blueprint.post("/api/models/load")
+@policy("operator", mutates=True)
 def load_model() -> Response:
     """Load a model and swap it in; it answers when the model serves. A load that fails leaves the old one serving."""
     fields = read_request(LoadRequest)
@@ -80,6 +83,7 @@ def load_model() -> Response:
 
 
 @blueprint.post("/api/models/unload")
+@policy("operator", mutates=True)
 def unload_model() -> Response:
     """Finish what runs, then free the model's memory."""
     pipeline = api_context().pipeline
@@ -89,6 +93,7 @@ def unload_model() -> Response:
 
 
 @blueprint.post("/api/pipeline/place")
+@policy("operator", mutates=True)
 def place_model() -> Response:
     """Put the running model on other devices or cuts while requests go on. `dry_run` shows the plan, its prediction and
     what would have to move, and changes nothing."""
@@ -105,6 +110,7 @@ def place_model() -> Response:
 
 @blueprint.post("/api/requests/<request_id>/cancel")
 @blueprint.delete("/api/requests/<request_id>")
+@policy("user", mutates=True)
 def cancel_request(request_id: str) -> Response:
     """End a running request by its answer's id or by its `X-Request-ID`; its client gets what there is by then."""
     context = api_context()

@@ -11,6 +11,7 @@ from core.api.body import RequestModel, json_response, read_request
 from core.api.context import api_context
 from core.engine import memory_calls
 from core.errors import InvalidRequestError
+from core.security.access import policy
 from core.views.memory import memory_view
 from core.views.render import render
 
@@ -38,6 +39,7 @@ class LendRequest(RequestModel):
 
 
 @blueprint.get("/api/memory")
+@policy("viewer")
 def memory() -> Response:
     """Bytes per device, leases, tiers. `?blocks=N` adds the N hottest blocks of each tier below the devices."""
     text = request.args.get("blocks", "0")
@@ -47,6 +49,7 @@ def memory() -> Response:
 
 
 @blueprint.post("/api/memory/blocks/<block>/promote")
+@policy("operator", mutates=True)
 def promote(block: str) -> Response:
     """Bring a block of a lower tier to main memory."""
     memory_calls.move_block(api_context().pipeline.engine, block, up=True)
@@ -54,6 +57,7 @@ def promote(block: str) -> Response:
 
 
 @blueprint.post("/api/memory/blocks/<block>/demote")
+@policy("operator", mutates=True)
 def demote(block: str) -> Response:
     """Send a block of main memory, and what continues it, to the tier below."""
     memory_calls.move_block(api_context().pipeline.engine, block, up=False)
@@ -61,6 +65,7 @@ def demote(block: str) -> Response:
 
 
 @blueprint.post("/api/memory/reclaim")
+@policy("operator", mutates=True)
 def reclaim() -> Response:
     """Have a device take back memory that it lent; requests go on, their blocks move."""
     fields = read_request(ReclaimRequest)
@@ -69,6 +74,7 @@ def reclaim() -> Response:
 
 
 @blueprint.post("/api/memory/lend")
+@policy("operator", mutates=True)
 def lend() -> Response:
     """Have a device lend again that took everything back. `bytes`: what all devices can lend now."""
     fields = read_request(LendRequest)

@@ -16,6 +16,7 @@ from prometheus_client.exposition import choose_encoder
 from core.api.body import json_response
 from core.api.context import api_context
 from core.engine.model_engine import ModelEngine
+from core.security.access import policy
 from core.views.health import health as health_of
 from core.views.render import render
 from core.views.state import ServiceState
@@ -31,12 +32,14 @@ def _now() -> tuple[ModelEngine | None, ServiceState]:
 
 
 @blueprint.get("/live")
+@policy(public=True)
 def live() -> Response:
     """The process answers."""
     return json_response({"status": "alive"})
 
 
 @blueprint.get("/ready")
+@policy(public=True)
 def ready() -> Response:
     """200 once the loaded model has really produced a token, else 503."""
     is_ready, reason = api_context().pipeline.ready()
@@ -45,37 +48,43 @@ def ready() -> Response:
 
 
 @blueprint.get("/health")
+@policy(public=True)
 def health() -> Response:
     """503 when a check has status error. Without the token, checks are named but not described."""
     report = health_of(*_now())
     body = {**render(report), "failed": report.failed}
-    if not g.authenticated:
+    if g.principal is None:
         body["checks"] = {name: {"status": check.status} for name, check in report.checks.items()}
     return json_response(body, 503 if report.status == "error" else 200)
 
 
 @blueprint.get("/metrics")
+@policy("viewer")
 def metrics() -> Response:
     encode, content_type = choose_encoder(request.headers.get("Accept", ""))
     return Response(encode(api_context().pipeline.metrics.registry), content_type=content_type)
 
 
 @blueprint.get("/api/pipeline/status")
+@policy("viewer")
 def pipeline_status() -> Response:
     return json_response(render(pipeline_view(*_now())))
 
 
 @blueprint.get("/api/queue/status")
+@policy("viewer")
 def queue_status() -> Response:
     return json_response(render(queue_view(*_now())))
 
 
 @blueprint.get("/api/batcher/stats")
+@policy("viewer")
 def batcher_stats() -> Response:
     return json_response(render(batcher_view(*_now())))
 
 
 @blueprint.get("/api/gpu")
+@policy("viewer")
 def gpu_status() -> Response:
     """Every logical device, with its memory and utilisation."""
     context = api_context()
@@ -84,6 +93,7 @@ def gpu_status() -> Response:
 
 
 @blueprint.get("/api/system")
+@policy("viewer")
 def system_status() -> Response:
     context = api_context()
     context.pipeline.metrics.count_environment_hit()
@@ -124,6 +134,7 @@ def system_status() -> Response:
 
 
 @blueprint.get("/api/nodes")
+@policy("viewer")
 def nodes() -> Response:
     """This node, alone: discovery of others is off."""
     context = api_context()

@@ -24,6 +24,7 @@ from core.api.openai.schemas import ChatMessage, LogprobCount
 from core.api.sampling import SamplingFields, check_token_ids, encode_prompt, sampling_params
 from core.errors import ContextLengthError, InvalidRequestError
 from core.request import Completion, RequestOutput, SequenceDelta, TokenLogprob
+from core.security.access import policy
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +71,7 @@ class InferRequest(RequestModel):
 
 
 @blueprint.post("/api/generate")
+@policy("user")
 def generate() -> Response:
     fields = read_request(GenerateRequest)
     model = served_model(fields.model)
@@ -193,6 +195,7 @@ class GenerateWriter:
 
 
 @blueprint.post("/api/infer")
+@policy("user")
 def infer() -> Response:
     """Logits or hidden states, float32: as JSON, or as a safetensors file if the client accepts one."""
     fields = read_request(InferRequest)

@@ -12,6 +12,7 @@ from core.api.openai.chat import encode_messages
 from core.api.openai.schemas import ChatMessage
 from core.api.sampling import check_token_ids
 from core.errors import InvalidRequestError
+from core.security.access import policy
 
 blueprint = Blueprint("tokens", __name__)
 
@@ -35,6 +36,7 @@ class DetokenizeRequest(RequestModel):
 
 
 @blueprint.post("/tokenize")
+@policy("user")
 def tokenize() -> Response:
     fields = read_request(TokenizeRequest)
     model = served_model(fields.model)
@@ -59,6 +61,7 @@ def tokenize() -> Response:
 
 
 @blueprint.post("/detokenize")
+@policy("user")
 def detokenize() -> Response:
     fields = read_request(DetokenizeRequest)
     model = served_model(fields.model)

@@ -12,11 +12,13 @@ from core.api.generation import Usage, envelope, start_generation
 from core.api.openai.completions import CompletionJob, check_prompts
 from core.api.openai.schemas import BatchRequest
 from core.errors import VRAMancerError
+from core.security.access import policy
 
 blueprint = Blueprint("openai_batch", __name__)
 
 
 @blueprint.post("/v1/batch/completions")
+@policy("user")
 def create_batch() -> Response:
     """A list of text completions in the order of the prompts, each with its prompt's `index`.
 

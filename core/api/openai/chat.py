@@ -15,6 +15,7 @@ from core.api.openai.schemas import ChatMessage, ChatRequest
 from core.api.sampling import sampling_params
 from core.errors import InvalidRequestError, UnsupportedParameterError
 from core.request import Completion, RequestOutput, SamplingParams, SequenceDelta, TokenLogprob
+from core.security.access import policy
 
 if TYPE_CHECKING:
     from core.engine.model_engine import LoadedModel
@@ -24,6 +25,7 @@ blueprint = Blueprint("openai_chat", __name__)
 
 
 @blueprint.post("/v1/chat/completions")
+@policy("user")
 def create_chat_completion() -> Response:
     fields = read_request(ChatRequest)
     model = served_model(fields.model)

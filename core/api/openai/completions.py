@@ -16,6 +16,7 @@ from core.api.openai.schemas import CompletionFields, CompletionRequest
 from core.api.sampling import default_max_tokens, encode_prompt, sampling_params
 from core.errors import InvalidRequestError
 from core.request import GenerationResult, RequestOutput, SequenceDelta, TokenLogprob
+from core.security.access import policy
 
 if TYPE_CHECKING:
     from core.engine.model_engine import LoadedModel
@@ -27,6 +28,7 @@ blueprint = Blueprint("openai_completions", __name__)
 
 
 @blueprint.post("/v1/completions")
+@policy("user")
 def create_completion() -> Response:
     fields = read_request(CompletionRequest)
     model = served_model(fields.model)
