@@ -13,6 +13,7 @@ import torch
 from core.batching.output import RequestHandle, Sink
 from core.batching.sequence import Request
 from core.config import Settings
+from core.defaults import DEFAULT_OWNER, DEMO_NAME
 from core.devices import HOST, Device, DeviceReader, open_devices, parse_link
 from core.engine.model_engine import (
     LoadedModel,
@@ -36,7 +37,7 @@ from core.errors import (
 )
 from core.logs import get_logger
 from core.metrics import MetricsRegistry
-from core.models.resolve import DEMO_NAME, resolve_model
+from core.models.resolve import resolve_model
 from core.request import SamplingParams
 from core.transfer import TransferManager
 from core.views.metrics import metrics_snapshot
@@ -240,15 +241,16 @@ class InferencePipeline:
         *,
         priority: int = 0,
         request_id: str | None = None,
+        owner: str = DEFAULT_OWNER,
     ) -> RequestHandle:
-        """Start one request. A lower `priority` is served earlier.
+        """Start one request of `owner`. A lower `priority` is served earlier.
 
         Raises, before anything is allocated, `InvalidRequestError`, `ContextLengthError`, `QueueFullError`,
         `CircuitOpenError`, `EngineDeadError` or `ModelNotLoadedError`.
         """
         engine = self.engine
         request_id = request_id or f"req-{uuid.uuid4().hex}"
-        return engine.batcher.submit([self._request(engine, prompt_token_ids, params, priority, request_id)])[0]
+        return engine.batcher.submit([self._request(engine, prompt_token_ids, params, priority, request_id, owner)])[0]
 
     def submit_many(
         self,
@@ -258,6 +260,7 @@ class InferencePipeline:
         request_id: str | None = None,
         sink: Sink | None = None,
         model: LoadedModel | None = None,
+        owner: str = DEFAULT_OWNER,
     ) -> list[RequestHandle]:
         """Start several requests, all or none. With `sink`, their outputs arrive there as `(index, message)`.
 
@@ -268,18 +271,21 @@ class InferencePipeline:
             raise ModelChangedError(f"{model.name} has just been replaced by {engine.model.name}; try again.")
         base = request_id or f"req-{uuid.uuid4().hex}"
         made = [
-            self._request(engine, tokens, params, priority, f"{base}-{index}")
+            self._request(engine, tokens, params, priority, f"{base}-{index}", owner)
             for index, (tokens, params) in enumerate(requests)
         ]
         return engine.batcher.submit(made, sink=sink)
 
     def _request(
-        self, engine: ModelEngine, tokens: Sequence[int], params: SamplingParams, priority: int, request_id: str
-    ) -> Request:
+        self, engine: ModelEngine, tokens: Sequence[int], params: SamplingParams, priority: int, request_id: str,
+        owner: str = DEFAULT_OWNER,
+    ) -> Request:  # fmt: skip
         if self._closing:
             raise EngineDeadError("The server is shutting down.")
         seed = self.settings.runtime.default_seed
-        return make_request(engine.model, tokens, params, priority=priority, request_id=request_id, default_seed=seed)
+        return make_request(
+            engine.model, tokens, params, priority=priority, request_id=request_id, default_seed=seed, owner=owner
+        )
 
     def cancel(self, request_id: str) -> bool:
         """Abort a request, or all that were submitted under the id as `<id>-0`, `<id>-1`... False if there is none."""

@@ -29,6 +29,7 @@ from core.engine.model_engine import LoadedModel
 from core.errors import VRAMancerError
 from core.logs import get_logger
 from core.request import GenerationResult, RequestOutput, SamplingParams
+from core.security.access import Principal
 
 log = get_logger(__name__)
 
@@ -131,7 +132,7 @@ class Generation:
 def start_generation(
     requests: Sequence[EngineRequest], model: LoadedModel, *, prefix: str, priority: int | None
 ) -> Generation:
-    """Submit for the current HTTP request, all or nothing, if `model` is still served.
+    """Submit for the current HTTP request and its caller, all or nothing, if `model` is still served.
 
     Its id is `prefix` and a random part.
 
@@ -141,9 +142,10 @@ def start_generation(
     context = api_context()
     generation_id = f"{prefix}-{uuid.uuid4().hex}"
     request_id: str = g.request_id
+    caller: Principal = g.principal  # no route that generates is public
     sink: Sink = queue.SimpleQueue()
     handles = context.pipeline.submit_many(
-        requests, priority=priority or 0, request_id=generation_id, sink=sink, model=model
+        requests, priority=priority or 0, request_id=generation_id, sink=sink, model=model, owner=caller.owner
     )
     context.live.add(request_id, generation_id)
     return Generation(

@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass, field
 from itertools import count
 
+from core.defaults import DEFAULT_OWNER
 from core.request import FinishReason, SamplingParams, TokenLogprob
 
 _sequence_ids = count()
@@ -75,7 +76,7 @@ class Sequence:
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One prompt with its parameters. `arrival` is a running number given by the batcher."""
+    """One prompt of `owner` with its parameters. `arrival` is a running number given by the batcher."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -89,6 +90,7 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)
     num_cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    owner: str = DEFAULT_OWNER
 
     @property
     def finished(self) -> bool:

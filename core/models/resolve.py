@@ -9,9 +9,9 @@ from pathlib import Path
 from huggingface_hub import scan_cache_dir, snapshot_download
 from huggingface_hub.errors import CacheNotFound, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from core.defaults import DEMO_NAME
 from core.errors import ModelNotFoundError
 
-DEMO_NAME = "vramancer-demo"
 DEMO_PATH = Path(__file__).parent / "demo"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")

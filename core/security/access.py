@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from core.defaults import DEFAULT_OWNER
 from core.errors import AuthenticationError, PermissionDeniedError
 
 READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -40,7 +41,7 @@ class Principal:
     role: Role
 
 
-ADMIN = Principal("admin", "admin")
+ADMIN = Principal(DEFAULT_OWNER, "admin")
 """Whoever has the token."""
 
 

@@ -154,6 +154,7 @@ class FakePipeline:
         self.tokens_before_error = 2
         self.submitted: list[tuple[list[int], SamplingParams]] = []
         self.priorities: list[int] = []
+        self.owners: list[str] = []
         self.running: dict[str, RequestHandle] = {}
         self.aborted: list[str] = []
         self.abort_seen = threading.Event()
@@ -173,8 +174,9 @@ class FakePipeline:
         return self.fake_model is not None
 
     def submit_many(
-        self, requests: Any, *, priority: int = 0, request_id: str = "r", sink: Any = None, model: Any = None
-    ) -> list[RequestHandle]:
+        self, requests: Any, *, priority: int = 0, request_id: str = "r", sink: Any = None, model: Any = None,
+        owner: str = "nobody",
+    ) -> list[RequestHandle]:  # fmt: skip
         if self.refusal is not None:
             raise self.refusal
         for token_ids, params in requests:
@@ -186,6 +188,7 @@ class FakePipeline:
         for index, (token_ids, params) in enumerate(requests):
             self.submitted.append((list(token_ids), params))
             self.priorities.append(priority)
+            self.owners.append(owner)
             handle = RequestHandle(f"{request_id}-{index}", params, self._abort, sink, index)
             self.running[handle.request_id] = handle
             handles.append(handle)

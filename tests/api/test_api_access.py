@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from api_client import TOKEN, ApiClient, openai_error
@@ -10,7 +11,7 @@ from fake_pipeline import FakePipeline
 from flask import Blueprint, Flask
 
 from core.api import BLUEPRINTS, create_app
-from core.security.access import READING_METHODS, policy_of
+from core.security.access import ADMIN, READING_METHODS, Principal, policy_of
 
 PUBLIC, READS, INFERS = (None, False), ("viewer", False), ("user", False)
 CANCELS, OPERATES = ("user", True), ("operator", True)
@@ -176,3 +177,23 @@ def test_cors_lets_the_given_origins_in(make_pipeline: Callable[..., FakePipelin
     assert refused.headers["Access-Control-Allow-Origin"] == "https://app.example"
     other = app.test_client().options("/v1/completions", headers={"Origin": "https://evil.example", **asked})
     assert "Access-Control-Allow-Origin" not in other.headers
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": ["a", "b"]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+        ("/v1/batch/completions", {"prompts": ["a"]}),
+        ("/api/generate", {"prompt": "a"}),
+    ],
+)
+def test_a_request_belongs_to_whom_its_token_says(
+    client: ApiClient, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    assert client.post(path, body).status_code == 200
+    assert set(pipeline.owners) == {ADMIN.owner}
+    monkeypatch.setattr("core.security.access.ADMIN", Principal("somebody else", "user"))
+    pipeline.owners.clear()
+    client.post(path, body)
+    assert set(pipeline.owners) == {"somebody else"}
