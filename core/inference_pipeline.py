@@ -12,8 +12,8 @@ import torch
 
 from core.batching.output import RequestHandle, Sink
 from core.batching.sequence import Request
-from core.batching.stats import BatcherStats
 from core.config import Settings
+from core.defaults import DEFAULT_OWNER, DEMO_NAME
 from core.devices import HOST, Device, DeviceReader, open_devices, parse_link
 from core.engine.model_engine import (
     LoadedModel,
@@ -37,10 +37,11 @@ from core.errors import (
 )
 from core.logs import get_logger
 from core.metrics import MetricsRegistry
-from core.models.resolve import DEMO_NAME, available_models, resolve_model
+from core.models.resolve import resolve_model
 from core.request import SamplingParams
 from core.transfer import TransferManager
-from core.views import memory, status
+from core.views.metrics import metrics_snapshot
+from core.views.state import ServiceState
 
 logger = get_logger(__name__)
 
@@ -58,7 +59,7 @@ class InferencePipeline:
         self._engine: ModelEngine | None = None
         self._load_lock = threading.Lock()
         self._closing = False
-        self.metrics.set_snapshot_source(lambda: status.metrics_snapshot(self))
+        self.metrics.set_snapshot_source(lambda: metrics_snapshot(self._engine))
         self._cpu_threads = settings.devices.cpu_threads or torch.get_num_threads()
 
     # -- the model --------------------------------------------------------------------------------------------------
@@ -240,15 +241,16 @@ class InferencePipeline:
         *,
         priority: int = 0,
         request_id: str | None = None,
+        owner: str = DEFAULT_OWNER,
     ) -> RequestHandle:
-        """Start one request. A lower `priority` is served earlier.
+        """Start one request of `owner`. A lower `priority` is served earlier.
 
         Raises, before anything is allocated, `InvalidRequestError`, `ContextLengthError`, `QueueFullError`,
         `CircuitOpenError`, `EngineDeadError` or `ModelNotLoadedError`.
         """
         engine = self.engine
         request_id = request_id or f"req-{uuid.uuid4().hex}"
-        return engine.batcher.submit([self._request(engine, prompt_token_ids, params, priority, request_id)])[0]
+        return engine.batcher.submit([self._request(engine, prompt_token_ids, params, priority, request_id, owner)])[0]
 
     def submit_many(
         self,
@@ -258,6 +260,7 @@ class InferencePipeline:
         request_id: str | None = None,
         sink: Sink | None = None,
         model: LoadedModel | None = None,
+        owner: str = DEFAULT_OWNER,
     ) -> list[RequestHandle]:
         """Start several requests, all or none. With `sink`, their outputs arrive there as `(index, message)`.
 
@@ -268,18 +271,21 @@ class InferencePipeline:
             raise ModelChangedError(f"{model.name} has just been replaced by {engine.model.name}; try again.")
         base = request_id or f"req-{uuid.uuid4().hex}"
         made = [
-            self._request(engine, tokens, params, priority, f"{base}-{index}")
+            self._request(engine, tokens, params, priority, f"{base}-{index}", owner)
             for index, (tokens, params) in enumerate(requests)
         ]
         return engine.batcher.submit(made, sink=sink)
 
     def _request(
-        self, engine: ModelEngine, tokens: Sequence[int], params: SamplingParams, priority: int, request_id: str
-    ) -> Request:
+        self, engine: ModelEngine, tokens: Sequence[int], params: SamplingParams, priority: int, request_id: str,
+        owner: str = DEFAULT_OWNER,
+    ) -> Request:  # fmt: skip
         if self._closing:
             raise EngineDeadError("The server is shutting down.")
         seed = self.settings.runtime.default_seed
-        return make_request(engine.model, tokens, params, priority=priority, request_id=request_id, default_seed=seed)
+        return make_request(
+            engine.model, tokens, params, priority=priority, request_id=request_id, default_seed=seed, owner=owner
+        )
 
     def cancel(self, request_id: str) -> bool:
         """Abort a request, or all that were submitted under the id as `<id>-0`, `<id>-1`... False if there is none."""
@@ -308,20 +314,11 @@ class InferencePipeline:
 
     # -- state ------------------------------------------------------------------------------------------------------
 
-    def available_models(self) -> list[dict[str, Any]]:
-        """Models that could be loaded by name, and the loaded one."""
-        engine = self._engine
-        found = [entry | {"loaded": False} for entry in available_models()]
-        if engine is not None:
-            path = str(engine.model.path)
-            found = [entry for entry in found if entry["path"] != path]
-            size = checkpoint_bytes(engine.model.path)
-            found.insert(0, {"id": engine.model.name, "path": path, "size_bytes": size, "loaded": True})
-        return found
-
     def ready(self) -> tuple[bool, str]:
-        """Whether the loaded model has really produced a token and its engine is alive, and if not, why."""
+        """Whether requests are taken, the engine is alive and the model has really produced a token; if not, why."""
         engine = self._engine
+        if self._closing:
+            return False, "the server is shutting down"
         if engine is None:
             return False, "a model is being loaded" if self.loading else "no model is loaded"
         if not engine.batcher.alive:
@@ -330,39 +327,20 @@ class InferencePipeline:
             return False, "no token has been produced yet"
         return True, "ready"
 
-    def stats(self) -> BatcherStats | None:
-        engine = self._engine
-        return engine.batcher.stats if engine is not None else None
-
-    def health(self) -> dict[str, Any]:
-        return status.health(self)
-
-    def pipeline_status(self) -> dict[str, Any]:
-        return status.pipeline_status(self)
-
-    def queue_status(self) -> dict[str, Any]:
-        return status.queue_status(self)
-
-    def batcher_stats(self) -> dict[str, Any]:
-        return status.batcher_stats(self)
-
-    def memory_view(self, blocks: int = 0) -> dict[str, Any]:
-        return memory.memory_view(self, blocks)
-
-    def move_block(self, block: str, *, up: bool) -> None:
-        """See `core.views.memory.move_block`."""
-        memory.move_block(self, block, up=up)
-
-    def reclaim(self, device: str, nbytes: int | None, urgency: str) -> int:
-        """See `core.views.memory.reclaim`."""
-        return memory.reclaim(self, device, nbytes, urgency)
-
-    def lend_again(self, device: str) -> int:
-        """See `core.views.memory.lend_again`."""
-        return memory.lend_again(self, device)
-
-    def device_status(self) -> list[dict[str, Any]]:
-        return status.device_status(self)
+    def state(self) -> ServiceState:
+        """What views show of the service beside its engine."""
+        ready, reason = self.ready()
+        engine = self.settings.engine
+        return ServiceState(
+            loading=self.loading,
+            closing=self._closing,
+            ready=ready,
+            reason=reason,
+            max_queue=engine.max_queue,
+            max_batch_size=engine.max_batch_size,
+            cache_dir=self.settings.runtime.cache_dir,
+            transfers=self.transfer.stats(),
+        )
 
     @property
     def current_engine(self) -> ModelEngine | None:

@@ -16,18 +16,15 @@ from pydantic import ConfigDict, Field
 from safetensors.torch import save
 from werkzeug.exceptions import NotAcceptable
 
-from core.api.answers import json_response
-from core.api.body import read_request
+from core.api.body import MAX_COUNT, ModelName, RequestModel, json_response, read_request
 from core.api.context import api_context, served_model
-from core.api.generation import start_generation
-from core.api.openai.format import Usage, finite
-from core.api.openai.messages import encode_messages
+from core.api.generation import Usage, finite, start_generation, stream_response
+from core.api.openai.chat import encode_messages
 from core.api.openai.schemas import ChatMessage, LogprobCount
-from core.api.openai.sse import stream_response
-from core.api.sampling import check_token_ids, encode_prompt, sampling_params
-from core.api.schema import MAX_COUNT, ModelName, RequestModel, SamplingFields
+from core.api.sampling import SamplingFields, check_token_ids, encode_prompt, sampling_params
 from core.errors import ContextLengthError, InvalidRequestError
 from core.request import Completion, RequestOutput, SequenceDelta, TokenLogprob
+from core.security.access import policy
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +71,7 @@ class InferRequest(RequestModel):
 
 
 @blueprint.post("/api/generate")
+@policy("user")
 def generate() -> Response:
     fields = read_request(GenerateRequest)
     model = served_model(fields.model)
@@ -197,6 +195,7 @@ class GenerateWriter:
 
 
 @blueprint.post("/api/infer")
+@policy("user")
 def infer() -> Response:
     """Logits or hidden states, float32: as JSON, or as a safetensors file if the client accepts one."""
     fields = read_request(InferRequest)

@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass, field
 from itertools import count
 
+from core.defaults import DEFAULT_OWNER
 from core.errors import VRAMancerError
 from core.kv_cache.block_table import PrefixChain
 from core.request import FinishReason, SamplingParams, TokenLogprob
@@ -91,14 +92,14 @@ class Sequence:
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One prompt with its parameters. `arrival` is a running number given by the batcher."""
+    """One prompt of `owner` with its parameters. `arrival` is a running number given by the batcher."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     max_tokens: int
     priority: int = 0
-    owner: str = ""
+    owner: str = DEFAULT_OWNER
     arrival: int = 0
     submitted_s: float = 0.0
     stop_token_ids: frozenset[int] = frozenset()

@@ -36,6 +36,7 @@ from core.logs import get_logger
 from core.models.checkpoint import Checkpoint, weights_digest
 from core.models.stage_model import StageSlice
 from core.models.tokenizer import Tokenizer
+from core.placement.predict import predict_rate
 from core.streaming.stream import SLOTS, StreamedLayers
 from core.tiers.kv_tiers import StepBlocks
 from core.transfer import TransferManager
@@ -104,6 +105,7 @@ class ModelEngine:
     load_s: float = 0.0
     produced_token: bool = field(default=False)
     started_s: float = field(default_factory=time.monotonic)
+    _predicted_tok_s: dict[int, float] = field(default_factory=dict)
 
     @property
     def kv(self) -> KVCacheManager:
@@ -114,6 +116,14 @@ class ModelEngine:
     def alive_s(self) -> float:
         """Seconds since the engine started."""
         return time.monotonic() - self.started_s
+
+    def predicted_tok_s(self, streams: int) -> float:
+        """Tokens a second that the cost model expects of the placement; computed once for each number of streams."""
+        if streams not in self._predicted_tok_s:
+            plan = self.plan
+            rate = predict_rate(plan.placement, plan.request, streams, plan.request.context, plan.pooled)
+            self._predicted_tok_s[streams] = rate.tok_s
+        return self._predicted_tok_s[streams]
 
     def torch_threads(self, cpu_threads: int) -> int:
         """Threads for torch's own operations in the engine thread.

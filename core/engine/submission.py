@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from core.batching.sequence import Request
 from core.batching.sequence import Sequence as TokenSequence
+from core.defaults import DEFAULT_OWNER
 from core.engine.model_engine import LoadedModel, check_prompt
 from core.errors import ContextLengthError
 from core.execution.sampler import derive_seed, fresh_seed
@@ -21,8 +22,9 @@ def make_request(
     priority: int,
     request_id: str,
     default_seed: int | None,
+    owner: str = DEFAULT_OWNER,
 ) -> Request:
-    """A request with its sequences. `default_seed` is for parameters without a seed; None: a fresh one.
+    """A request of `owner` with its sequences. `default_seed` is for parameters without a seed; None: a fresh one.
 
     Raises `InvalidRequestError` or `ContextLengthError`.
     """
@@ -48,6 +50,7 @@ def make_request(
         stop_token_ids=frozenset(params.stop_token_ids),
         eos_token_ids=frozenset(model.eos_token_ids),
         prompt_logprobs=[None] if params.prompt_logprobs is not None else None,
+        owner=owner,
     )
     seed = params.seed if params.seed is not None else default_seed
     if seed is None:

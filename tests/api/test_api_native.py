@@ -126,10 +126,46 @@ def test_load_list_unload(client: ApiClient, pipeline: FakePipeline) -> None:
     assert pipeline.loads == [("other", options)]
     body = client.get("/api/models").get_json()
     assert body["loaded"] == "other"
-    assert body["data"][0]["id"] == "demo"
+    assert (body["data"][0]["id"], body["data"][0]["loaded"]) == ("other", True)
+    assert not any(entry["loaded"] for entry in body["data"][1:])
     assert client.post("/api/models/unload").get_json() == {"unloaded": "other"}
     assert client.post("/api/models/unload").status_code == 503
     assert client.get("/api/models").get_json()["loaded"] is None
+
+
+def test_place_answers_the_plan_and_what_is_predicted_of_it(client: ApiClient, pipeline: FakePipeline) -> None:
+    asked = {"devices": "cpu=1GiB,cpu=2GiB", "placement": "vram", "layers": "2,2", "objective": "latency"}
+    response = client.post("/api/pipeline/place", {**asked, "dry_run": True})
+    assert response.status_code == 200
+    assert response.get_json() == {
+        "stages": [{"device": "cpu#0", "layers": [0, 1]}, {"device": "cpu#1", "layers": [2, 3]}],
+        "prediction": {"1": 12.5},
+        "dry_run": True,
+    }
+    assert client.post("/api/pipeline/place", {}).get_json()["dry_run"] is False
+    left_out = dict.fromkeys(asked)
+    assert pipeline.placements == [{**asked, "dry_run": True}, {**left_out, "dry_run": False}]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"devices": ""}, {"devices": 3}, {"devices": "toaster:0"}, {"devices": "cpu=1GiB," * 1000},
+        {"placement": ""}, {"placement": "x" * 65}, {"placement": "unheard-of"}, {"layers": [2, 2]}, {"layers": "2,x"},
+        {"objective": "beauty"}, {"dry_run": "yes"}, {"dry_run": None}, {"more": 1},
+    ],
+)  # fmt: skip
+def test_place_checks_its_parameters(client: ApiClient, pipeline: FakePipeline, wrong: Any) -> None:
+    assert client.error("/api/pipeline/place", wrong, status=400)["param"] == next(iter(wrong))
+    assert not pipeline.placements
+
+
+def test_place_needs_a_model_and_no_load_under_way(client: ApiClient, pipeline: FakePipeline) -> None:
+    pipeline.load_under_way = True
+    assert client.error("/api/pipeline/place", {}, status=409)["code"] == "conflict"
+    pipeline.fake_model = None
+    assert client.error("/api/pipeline/place", {}, status=503)["code"] == "model_not_loaded"
+    assert not pipeline.placements
 
 
 @pytest.mark.parametrize("extra", [{"num_gpus": 0}, {"dtype": "int3"}, {"devices": 3}, {"max_model_len": 0}])

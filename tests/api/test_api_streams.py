@@ -21,10 +21,8 @@ from steering import LONGEST_WAIT_S
 from werkzeug.serving import make_server
 
 from core.api import create_app
-from core.api.connection import disconnect_probe
 from core.api.context import EXTENSION
-from core.api.generation import Generation
-from core.api.openai.sse import DONE, KEEP_ALIVE, stream_events
+from core.api.generation import DONE, KEEP_ALIVE, Generation, disconnect_probe, stream_events
 from core.batching.output import RequestHandle
 from core.errors import StepFailedError
 from core.request import RequestOutput, SamplingParams, SequenceDelta

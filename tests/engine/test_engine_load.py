@@ -19,6 +19,8 @@ from core.execution.records import SchedulerOutput, StepDone, StepOutput
 from core.execution.step_buffers import InputBatch
 from core.inference_pipeline import InferencePipeline
 from core.request import SamplingParams
+from core.views.health import health
+from core.views.status import queue_view
 
 OpenPipeline = Callable[..., InferencePipeline]
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, detokenize=False)
@@ -171,11 +173,11 @@ def test_steps_that_fail_in_a_row_open_the_breaker_and_it_closes_again(
         pipeline.submit([90], GREEDY).result(60)
     with pytest.raises(CircuitOpenError):
         pipeline.submit([5], GREEDY)
-    assert pipeline.health()["checks"]["engine"]["status"] == "error"
-    assert pipeline.queue_status()["circuit_breaker"]["state"] == "open"
+    assert health(pipeline.engine, pipeline.state()).checks["engine"].status == "error"
+    assert queue_view(pipeline.engine, pipeline.state()).circuit_breaker.state == "open"
     now_s += 20.1
     pipeline.submit([5], GREEDY).result(60)
-    assert pipeline.queue_status()["circuit_breaker"]["state"] == "closed"
+    assert queue_view(pipeline.engine, pipeline.state()).circuit_breaker.state == "closed"
 
 
 def test_a_dead_engine_tells_its_clients_and_health(
@@ -188,9 +190,9 @@ def test_a_dead_engine_tells_its_clients_and_health(
         handle.result(60)
     with pytest.raises(EngineDeadError):
         pipeline.submit([5], GREEDY)
-    report = pipeline.health()
-    assert report["status"] == "error"
-    assert "division by zero" in report["checks"]["engine"]["detail"]
+    report = health(pipeline.engine, pipeline.state())
+    assert report.status == "error"
+    assert "division by zero" in report.checks["engine"].detail
     assert pipeline.ready()[0] is False
 
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from steering import arriving_together
@@ -21,6 +22,8 @@ from core.placement.engine import build_plan, register_strategy
 from core.placement.search import Cut
 from core.profiling.profiler import LayerProfiler
 from core.request import SamplingParams
+from core.views.render import render
+from core.views.status import pipeline_view
 
 GREEDY = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True, detokenize=False)
 THREE = "cpu=64MiB,cpu=64MiB,cpu=64MiB"
@@ -46,6 +49,11 @@ def backwards() -> Iterator[str]:
     register_strategy("backwards", last_first)
     yield "backwards"
     del placement_engine._STRATEGIES["backwards"]
+
+
+def shown(pipeline: InferencePipeline) -> Any:
+    """`/api/pipeline/status`."""
+    return render(pipeline_view(pipeline.current_engine, pipeline.state()))
 
 
 def prompts() -> list[list[int]]:
@@ -86,7 +94,7 @@ def test_the_faster_device_gets_the_model_and_status_compares(llama: Path, open_
     assert effect.gain is not None
     assert effect.gain < 0, "using the slow device would cost something, and the plan says so"
     answers(pipeline)
-    status = pipeline.pipeline_status()
+    status = shown(pipeline)
     (stage,) = status["stages"]
     assert stage["busy_seconds"] >= stage["predicted_seconds"] > 0, "an emulated device keeps to the prediction"
     assert stage["seconds_per_forward"] == pytest.approx(stage["busy_seconds"] / stage["forwards"], rel=0.01)
@@ -106,7 +114,7 @@ def test_stages_are_compared_with_what_they_take_beside_each_other(
             engine__cohorts=cohorts,
         )  # fmt: skip
         answers(pipeline)
-        stages = pipeline.pipeline_status()["stages"]
+        stages = shown(pipeline)["stages"]
         predicted_s.append(sum(stage["predicted_seconds"] for stage in stages) / stages[0]["forwards"])
     assert predicted_s[1] > 100 * predicted_s[0]
 
@@ -114,7 +122,7 @@ def test_stages_are_compared_with_what_they_take_beside_each_other(
 def test_status_has_what_each_link_achieved(llama: Path, open_pipeline: OpenPipeline) -> None:
     pipeline = open_pipeline(llama, devices__devices=THREE)
     answers(pipeline)
-    transfers = pipeline.pipeline_status()["transfers"]
+    transfers = shown(pipeline)["transfers"]
     assert {(entry["src"], entry["dst"]) for entry in transfers} == {("cpu#0", "cpu#1"), ("cpu#1", "cpu#2")}
     for entry in transfers:
         assert entry["bytes_per_second"] == pytest.approx(entry["bytes"] / entry["seconds"], rel=0.01)

@@ -26,6 +26,8 @@ from core.models.stage_model import find_decoder, measure_bytes
 from core.request import SamplingParams
 from core.streaming.stream import StreamManager
 from core.transfer import TransferManager
+from core.views.render import render
+from core.views.status import pipeline_view
 from vramancer.cli import app
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, detokenize=False)
@@ -314,7 +316,7 @@ def test_status_metrics_and_plan_say_what_streams(llama: Path, open_pipeline: Op
     pipeline = slow(llama, open_pipeline)
     tokens(pipeline)
     (plan,) = pipeline.engine.plan.placement.stages
-    status = pipeline.pipeline_status()
+    status = render(pipeline_view(pipeline.current_engine, pipeline.state()))
     (stage,) = status["stages"]
     assert stage["streamed_layers"] == list(plan.streamed_layers)
     assert stage["streamed_bytes"] == plan.streamed_bytes

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, Response
 
-from core.api.answers import json_response
+from core.api.body import json_response
 from core.api.context import api_context
 from core.errors import ModelNotFoundError
+from core.security.access import policy
 
 if TYPE_CHECKING:
     from core.engine.model_engine import LoadedModel
@@ -17,6 +18,7 @@ blueprint = Blueprint("openai_models", __name__)
 
 
 @blueprint.get("/v1/models")
+@policy("viewer")
 def list_models() -> Response:
     """Empty while no model is loaded."""
     pipeline = api_context().pipeline
@@ -28,6 +30,7 @@ def list_models() -> Response:
 
 
 @blueprint.get("/v1/models/<path:name>")
+@policy("viewer")
 def get_model(name: str) -> Response:
     pipeline = api_context().pipeline
     if not pipeline.loaded or not pipeline.model.knows(name):

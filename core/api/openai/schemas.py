@@ -6,7 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from core.api.schema import MAX_COUNT, NOTHING, RequestModel, SamplingFields, Unsupported
+from core.api.body import MAX_COUNT, NOTHING, RequestModel, Unsupported
+from core.api.sampling import SamplingFields
 from core.request import MAX_LOGPROBS
 
 LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
@@ -114,7 +115,7 @@ class BatchRequest(CompletionFields):
 
 
 class ChatMessage(RequestModel):
-    """`content` is text or a list of text parts; `core.api.openai.messages` looks into it."""
+    """`content` is text or a list of text parts; `core.api.openai.chat` looks into it."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Any = None
