@@ -11,8 +11,11 @@ from core.errors import OutOfDeviceMemoryError
 
 DeviceKind = Literal["cpu", "cuda", "rocm", "mps", "sim"]
 
+GPU_KINDS = frozenset[DeviceKind]({"cuda", "rocm"})
+"""What `torch.cuda` drives."""
+
 HOST = "host"
-"""Main memory's name, as the place where weights wait that stream in."""
+"""Main memory's name, as a place for what the devices have no room for: weights that stream in, blocks of KV."""
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -80,14 +83,41 @@ class Device:
     memory_limit_bytes: int
     speed: DeviceSpeed | None = None
 
+    @property
+    def is_gpu(self) -> bool:
+        """Driven by `torch.cuda` (CUDA or ROCm): streams, events, copies from pinned memory."""
+        return self.kind in GPU_KINDS
+
+    @property
+    def is_amd(self) -> bool:
+        """A GPU that `torch.cuda` drives through ROCm."""
+        return self.kind == "rocm"
+
+    @property
+    def is_mps(self) -> bool:
+        """Driven by `torch.mps`."""
+        return self.kind == "mps"
+
+    @property
+    def computes_on_cpu(self) -> bool:
+        """Its tensors are in main memory and the processor's threads compute on them."""
+        return self.kind in ("cpu", "sim")
+
+    @property
+    def is_emulated(self) -> bool:
+        """Stands for a card with a given speed."""
+        return self.kind == "sim"
+
+    @property
+    def is_main_memory(self) -> bool:
+        """Main memory as itself: what leaves the device for main memory gains nothing."""
+        return self.kind == "cpu"
+
     def pace(self, started_s: float, duration_s: float) -> None:
         """Emulated devices: sleep until `duration_s` have passed since `started_s` (of `time.perf_counter()`)."""
         if self.speed is None:
             return
         wait_until(started_s + duration_s)
-
-
-HOST = "host"
 
 
 def host_device(limit_bytes: int = 0) -> Device:

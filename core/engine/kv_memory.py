@@ -109,12 +109,12 @@ def _open_overflow(
 def _open_tiers(plan: ModelPlan, settings: Settings, kv: KVCacheManager, salt: bytes) -> KVTiers | None:
     """What is kept below the devices. Where the devices are main memory themselves, only if it is asked for."""
     asked, architecture = settings.memory, plan.architecture
-    has_cards = any(device.kind != "cpu" for device in plan.devices)
+    has_cards = not all(device.is_main_memory for device in plan.devices)
     wanted = asked.host_bytes is not None or asked.disk_path is not None or asked.remote_url is not None
     if not settings.engine.enable_prefix_caching or not (has_cards or wanted):
         return None
     layout = BlockLayout.of(architecture.kv_shapes, kv.block_size, str(architecture.dtype).removeprefix("torch."))
-    pin = any(device.kind in ("cuda", "rocm") for device in plan.devices)
+    pin = any(device.is_gpu for device in plan.devices)
     free = psutil.virtual_memory().available
     memory = open_memory(asked, layout, salt, free_host_bytes=free, pin=pin)
     if memory is None:
@@ -164,7 +164,7 @@ class RestoreRule:
         self._kv = kv
         self._memory = memory
         link = settings.devices.sim_link
-        emulated = parse_link(link) if link and any(device.kind == "sim" for device in plan.devices) else None
+        emulated = parse_link(link) if link and any(device.is_emulated for device in plan.devices) else None
         host = memory.stats().tiers[0].speed
         measured = host.read_bytes_s if host is not None else float("inf")
         self._link_bytes_s = emulated.bandwidth_bytes_s if emulated is not None else measured

@@ -16,7 +16,7 @@ from core.batching.breaker import CircuitBreaker
 from core.batching.scheduler import Scheduler, SchedulerLimits
 from core.config import Settings
 from core.config_schema import EngineSettings
-from core.costs import StagePlan
+from core.costs import SLOTS, StagePlan
 from core.devices import HOST, Device, DeviceBudget
 from core.devices.memory import read_memory
 from core.emulation.guest_time import GuestTime
@@ -33,7 +33,7 @@ from core.logs import get_logger
 from core.models.checkpoint import Checkpoint, weights_digest
 from core.models.stage_model import StageSlice
 from core.models.tokenizer import Tokenizer
-from core.streaming.stream import SLOTS, StreamedLayers
+from core.streaming.stream import StreamedLayers
 from core.transfer import TransferManager
 
 logger = get_logger(__name__)
@@ -188,8 +188,8 @@ def load_engine(
     stages: list[Stage] = []
     names: list[str] = []
     host = lending_host(settings)
-    kinds = [plan.devices[stage.device_index].kind for stage in plan.placement.stages]
-    threads = CpuThreads(cpu_threads, sum(kind in ("cpu", "sim") for kind in kinds))
+    used = [plan.devices[stage.device_index] for stage in plan.placement.stages]
+    threads = CpuThreads(cpu_threads, sum(device.computes_on_cpu for device in used))
     backends, guests = AttentionBackends(settings, threads), GuestTime()
     try:
         for stage_plan in plan.placement.stages:

@@ -157,7 +157,7 @@ def plan_model(
             for device, profile in zip(devices, profiles, strict=True)
         ),
         links,
-        shares_cpu=placed.devices is None and any(device.kind == "cpu" for device in devices),
+        shares_cpu=placed.devices is None and any(device.is_main_memory for device in devices),
         attention_bytes=planned_gathering(devices, settings, architecture, max_model_len),
     )
     try:

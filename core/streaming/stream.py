@@ -29,13 +29,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from core.costs import SLOTS
 from core.devices import Device, DeviceBudget
 from core.logs import get_logger
 from core.streaming.packed_layer import PackedLayer
 
 logger = get_logger(__name__)
-
-SLOTS = 2
 
 
 class Loader(Protocol):
@@ -86,7 +85,7 @@ class StreamManager:
         self.streamed = streamed
         self.wait_s = 0.0
         self._device, self._budget, self._clock = device, budget, clock
-        self._is_gpu = device.kind in ("cuda", "rocm")
+        self._is_gpu = device.is_gpu
         self._reserved = [0, 0]
         self._packed: list[PackedLayer] = []
         self._masters: list[torch.Tensor] = []
