@@ -16,9 +16,10 @@ from core.devices.discovery import (
     PhysicalDevice,
     choose_devices,
     open_devices,
-    open_host,
+    open_main_memory,
     probe_machine,
 )
+from core.devices.main_memory import MainMemory
 from core.devices.readers import DeviceReader, DeviceReading
 from core.devices.spec import DeviceSpec, parse_devices, parse_link
 
@@ -33,12 +34,13 @@ __all__ = [
     "DeviceSpeed",
     "LinkSpeed",
     "Machine",
+    "MainMemory",
     "PhysicalDevice",
     "choose_devices",
     "format_bytes",
     "host_device",
     "open_devices",
-    "open_host",
+    "open_main_memory",
     "parse_devices",
     "parse_link",
     "probe_machine",

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 
 from core.config import DeviceSettings
-from core.devices.device import HOST, Device, DeviceKind, format_bytes
+from core.devices.device import Device, DeviceKind, format_bytes
+from core.devices.main_memory import MainMemory
 from core.devices.spec import DeviceSpec, parse_devices
 from core.errors import DeviceError
 from core.logs import get_logger
@@ -45,23 +46,25 @@ class Machine:
         return next((device for device in (*self.gpus, self.cpu) if device.name == name), None)
 
 
-def open_devices(settings: DeviceSettings, *, allocate: bool = True) -> tuple[Device, ...]:
+def open_devices(settings: DeviceSettings, *, allocate: bool = True, set_aside_bytes: int = 0) -> tuple[Device, ...]:
     """The devices to use on this machine, with their limits; the choice is logged with its reason.
 
     Args:
         allocate: False only plans, so emulated devices may be larger than this machine's memory.
+        set_aside_bytes: main memory that a CPU device without a given limit leaves to others.
 
     Raises:
         DeviceError: the specification is wrong, or asks for more than the machine has.
     """
-    devices, reason = choose_devices(settings, probe_machine(), allocate=allocate)
+    machine = probe_machine()
+    devices, reason = choose_devices(settings, machine, allocate=allocate, set_aside_bytes=set_aside_bytes)
     for device in devices:
         logger.info("device", name=device.name, limit=format_bytes(device.memory_limit_bytes), reason=reason)
     return devices
 
 
 def choose_devices(
-    settings: DeviceSettings, machine: Machine, *, allocate: bool = True
+    settings: DeviceSettings, machine: Machine, *, allocate: bool = True, set_aside_bytes: int = 0
 ) -> tuple[tuple[Device, ...], str]:
     """The devices to use, and why. Pure; raises `DeviceError` as `open_devices` does."""
     if settings.devices is not None:
@@ -78,17 +81,12 @@ def choose_devices(
         reason += "; using cpu"
     specs = _take(specs, settings.num_gpus)
     _check_limits(specs, machine, allocate=allocate)
-    return tuple(_open(index, spec, machine, settings) for index, spec in enumerate(specs)), reason
+    return tuple(_open(index, spec, machine, settings, set_aside_bytes) for index, spec in enumerate(specs)), reason
 
 
-def open_host(settings: DeviceSettings, devices: Sequence[Device], *, held_bytes: int = 0) -> Device:
-    """Main memory for what does not fit on the devices: the share of what is free that devices in main memory leave.
-
-    `held_bytes` of it are in use now and will be free.
-    """
-    free = _probe_cpu().free_bytes + held_bytes
-    taken = sum(device.memory_limit_bytes for device in devices if device.torch_device == "cpu")
-    return Device(HOST, -1, "cpu", "cpu", max(0, int(free * settings.memory_fraction) - taken))
+def open_main_memory(settings: DeviceSettings) -> MainMemory:
+    """The ledger of main memory, with a share of what is free now. Made once, before anything is loaded."""
+    return MainMemory(int(_probe_cpu().free_bytes * settings.memory_fraction))
 
 
 def _ordinal(gpu: PhysicalDevice) -> int:
@@ -124,11 +122,13 @@ def _check_limits(specs: Sequence[DeviceSpec], machine: Machine, *, allocate: bo
             )
 
 
-def _open(index: int, spec: DeviceSpec, machine: Machine, settings: DeviceSettings) -> Device:
+def _open(index: int, spec: DeviceSpec, machine: Machine, settings: DeviceSettings, set_aside_bytes: int) -> Device:
     physical = machine.find(spec.physical_name) or machine.cpu
     limit = spec.limit_bytes
     if limit is None:
         limit = int(physical.free_bytes * settings.memory_fraction)
+        if physical is machine.cpu:
+            limit = max(0, limit - set_aside_bytes)
     return Device(
         name=spec.name,
         index=index,

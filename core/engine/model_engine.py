@@ -17,10 +17,10 @@ from core.batching.scheduler import Scheduler, SchedulerLimits
 from core.config import Settings
 from core.config_schema import EngineSettings
 from core.costs import SLOTS, StagePlan
-from core.devices import HOST, Device, DeviceBudget
+from core.devices import HOST, DeviceBudget, MainMemory
 from core.devices.memory import read_memory
 from core.emulation.guest_time import GuestTime
-from core.engine.kv_memory import KVMemory, lending_host, open_kv
+from core.engine.kv_memory import KVMemory, check_promises, open_kv
 from core.engine.model_plan import ModelPlan, cohort_policy, stage_timer
 from core.errors import CheckpointError, ContextLengthError, InsufficientMemoryError, InvalidRequestError
 from core.execution.attention.select import AttentionBackends
@@ -93,6 +93,7 @@ class ModelEngine:
     budgets: dict[str, DeviceBudget]
     stages: list[Stage]
     transfer: TransferManager
+    main_memory: MainMemory
     runner: ModelRunner
     memory: KVMemory
     batcher: ContinuousBatcher
@@ -140,6 +141,7 @@ class ModelEngine:
         self.memory.close()
         for budget in self.budgets.values():
             budget.release("workspace")
+        self.main_memory.close(self.budgets[HOST])
 
 
 def check_memory(plan: ModelPlan) -> None:
@@ -170,6 +172,7 @@ def load_engine(
     settings: Settings,
     *,
     transfer: TransferManager,
+    main_memory: MainMemory,
     cpu_threads: int,
     on_read: Callable[[int], None] = lambda nbytes: None,
     on_loaded: Callable[[], None] = lambda: None,
@@ -177,21 +180,21 @@ def load_engine(
     """Load a planned model and start its batcher. On failure everything allocated so far is freed. `on_loaded` is
     called when the weights are there, before tiers are opened.
 
-    Raises `InsufficientMemoryError`, before anything is allocated, if memory was taken since the plan was made.
+    Raises, before anything is allocated, `InsufficientMemoryError` if memory was taken since the plan was made, and
+    `OutOfDeviceMemoryError` if `main_memory` does not have what the settings give to KV.
     """
     started_s = time.perf_counter()
     check_memory(plan)
     tokenizer = Tokenizer.from_directory(plan.resolved.path, _chat_template(settings))
-    budgets = {device.name: DeviceBudget(device) for device in plan.devices}
-    if plan.host is not None:
-        budgets[HOST] = DeviceBudget(plan.host)
+    host = main_memory.open(plan.devices)
+    budgets = {device.name: DeviceBudget(device) for device in plan.devices} | {HOST: host}
     stages: list[Stage] = []
     names: list[str] = []
-    host = lending_host(settings)
     used = [plan.devices[stage.device_index] for stage in plan.placement.stages]
     threads = CpuThreads(cpu_threads, sum(device.computes_on_cpu for device in used))
     backends, guests = AttentionBackends(settings, threads), GuestTime()
     try:
+        check_promises(plan, settings, host)
         for stage_plan in plan.placement.stages:
             device = plan.devices[stage_plan.device_index]
             part = StageSlice(stage_plan.first_layer, stage_plan.last_layer, plan.architecture.num_layers)
@@ -203,13 +206,14 @@ def load_engine(
             stage.load(plan.resolved.path, resident, on_read, adapter, streamed)
             budgets[device.name].reserve("workspace", stage_plan.workspace_bytes)
             pages = plan.pooled.local_tokens[len(stages) - 1] // settings.engine.block_size
-            stage.allocate_kv(pages, settings.engine.block_size, backends, transfer, host, guests)
+            stage.allocate_kv(pages, settings.engine.block_size, backends, transfer, host.device, guests)
             names.append(attention.name)
         on_loaded()
-        return _assemble(plan, settings, budgets, stages, transfer, tokenizer, names, threads, host, started_s)
+        return _assemble(plan, settings, budgets, stages, transfer, main_memory, tokenizer, names, threads, started_s)
     except BaseException:
         for stage in stages:
             stage.free()
+        main_memory.close(host)
         raise
 
 
@@ -227,16 +231,16 @@ def _assemble(
     budgets: dict[str, DeviceBudget],
     stages: list[Stage],
     transfer: TransferManager,
+    main_memory: MainMemory,
     tokenizer: Tokenizer,
     backends: list[str],
     threads: CpuThreads,
-    host: Device,
     started_s: float,
 ) -> ModelEngine:
     engine = settings.engine
     model = _describe(plan, settings, tokenizer)
     salt = f"{model.path}:{plan.resolved.revision or weights_digest(model.path)}:{model.dtype}".encode()
-    memory = open_kv(plan, settings, stages, budgets, host, salt)
+    memory = open_kv(plan, settings, stages, budgets, salt)
     try:
         torch_threads = 1 if _products_are_native(backends, plan) else threads.together
         runner = ModelRunner(stages, transfer, plan.architecture.vocab_size, engine.block_size, threads, torch_threads)
@@ -252,7 +256,7 @@ def _assemble(
         )
         batcher.start()
         return ModelEngine(
-            model, plan, settings, budgets, stages, transfer, runner, memory, batcher, tuple(backends),
+            model, plan, settings, budgets, stages, transfer, main_memory, runner, memory, batcher, tuple(backends),
             load_s=time.perf_counter() - started_s,
         )  # fmt: skip
     except BaseException:
