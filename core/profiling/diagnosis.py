@@ -14,7 +14,7 @@ import torch
 from core.config import Settings
 from core.costs import DeviceProfile, LinkProfile, Sharing
 from core.costs.cards import card
-from core.devices import Device, DeviceReader, Machine, format_bytes, open_devices, probe_machine
+from core.devices import Device, DeviceReader, Machine, format_bytes, left_out, open_devices, probe_machine
 from core.devices.memory import MemoryNow, read_memory
 from core.errors import DeviceError
 from core.execution.attention.select import select_attention
@@ -239,6 +239,7 @@ def _warnings(
     busy: list[str],
 ) -> list[str]:
     found = [f"No GPU: {reason}." for reason in machine.missing]
+    found += [f"{reason}." for reason in left_out(machine, devices)]
     found += _kernel_warnings(settings, devices, told) + busy
     shared: dict[str, list[MemoryNow]] = defaultdict(list)
     for device, held in zip(devices, memory, strict=True):
