@@ -11,6 +11,7 @@ import torch
 from core.config import Settings
 from core.costs import LinkProfile, LinkTopology
 from core.devices import HOST, Device, parse_link
+from core.devices.pinned import HostBuffer
 from core.logs import get_logger
 from core.profiling import measure
 from core.profiling.profile_store import Facts, ProfileStore, device_facts, key_of
@@ -49,12 +50,15 @@ class LinkProfiler:
         facts = {"src": HOST, "dst": self._end(device), "method": "stream", "torch": torch.__version__}
         profile = self._store.load_link(facts, "stream")
         if profile is None:
-            pin = device.is_gpu
 
             def time_load(nbytes: int) -> float:
-                source = torch.ones(nbytes, dtype=torch.uint8, pin_memory=pin)
+                source = HostBuffer("profiling", nbytes, pin=device.is_gpu)
+                source.memory.fill_(1)
                 target = torch.empty(nbytes, dtype=torch.uint8, device=device.torch_device)
-                return self._time_link(lambda: self._transfer.load(source, target, device))
+                try:
+                    return self._time_link(lambda: self._transfer.load(source.memory, target, device))
+                finally:
+                    source.close()
 
             profile = self._measure_link(device, HOST, device.name, "stream", time_load)
             self._store.save_link(facts, profile)
