@@ -18,11 +18,11 @@ from core.batching.scheduler import Scheduler
 from core.batching.step import SchedulerLimits
 from core.config import Settings
 from core.config_schema import EngineSettings
-from core.costs import StagePlan
-from core.devices import HOST, Device, DeviceBudget
+from core.costs import SLOTS, StagePlan
+from core.devices import HOST, DeviceBudget, MainMemory
 from core.devices.memory import read_memory
 from core.emulation import EmulatedStage, GuestTime
-from core.engine.kv_memory import KVMemory, lending_host, open_kv
+from core.engine.kv_memory import KVMemory, check_promises, open_kv
 from core.engine.model_plan import ModelPlan, cohort_policy, stage_timer
 from core.errors import CheckpointError, ContextLengthError, InsufficientMemoryError, InvalidRequestError
 from core.execution.attention.select import AttentionBackends
@@ -37,7 +37,7 @@ from core.models.checkpoint import Checkpoint, weights_digest
 from core.models.stage_model import StageSlice
 from core.models.tokenizer import Tokenizer
 from core.placement.predict import predict_rate
-from core.streaming.stream import SLOTS, StreamedLayers
+from core.streaming.stream import StreamedLayers
 from core.tiers.kv_tiers import StepBlocks
 from core.transfer import TransferManager
 
@@ -98,6 +98,7 @@ class ModelEngine:
     budgets: dict[str, DeviceBudget]
     stages: list[Stage]
     transfer: TransferManager
+    main_memory: MainMemory
     runner: ModelRunner
     memory: KVMemory
     batcher: ContinuousBatcher
@@ -154,6 +155,7 @@ class ModelEngine:
         self.memory.close()
         for budget in self.budgets.values():
             budget.release("workspace")
+        self.main_memory.close(self.budgets[HOST])
 
 
 def check_memory(plan: ModelPlan) -> None:
@@ -184,6 +186,7 @@ def load_engine(
     settings: Settings,
     *,
     transfer: TransferManager,
+    main_memory: MainMemory,
     cpu_threads: int,
     on_read: Callable[[int], None] = lambda nbytes: None,
     on_loaded: Callable[[], None] = lambda: None,
@@ -191,24 +194,24 @@ def load_engine(
     """Load a planned model and start its batcher. On failure everything allocated so far is freed. `on_loaded` is
     called when the weights are there, before tiers are opened.
 
-    Raises `InsufficientMemoryError`, before anything is allocated, if memory was taken since the plan was made.
+    Raises, before anything is allocated, `InsufficientMemoryError` if memory was taken since the plan was made, and
+    `OutOfDeviceMemoryError` if `main_memory` does not have what the settings give to KV.
     """
     started_s = time.perf_counter()
     check_memory(plan)
     tokenizer = Tokenizer.from_directory(plan.resolved.path, _chat_template(settings))
-    budgets = {device.name: DeviceBudget(device) for device in plan.devices}
-    if plan.host is not None:
-        budgets[HOST] = DeviceBudget(plan.host)
+    host = main_memory.open(plan.devices)
+    budgets = {device.name: DeviceBudget(device) for device in plan.devices} | {HOST: host}
     stages: list[Stage] = []
     names: list[str] = []
-    host = lending_host(settings)
-    kinds = [plan.devices[stage.device_index].kind for stage in plan.placement.stages]
-    threads = CpuThreads(cpu_threads, sum(kind in ("cpu", "sim") for kind in kinds))
+    used = [plan.devices[stage.device_index] for stage in plan.placement.stages]
+    threads = CpuThreads(cpu_threads, sum(device.computes_on_cpu for device in used))
     backends, blocks = AttentionBackends(settings, threads), StepBlocks()
     size, most = settings.engine.block_size, min(plan.max_model_len, plan.pooled.tokens)
-    setup = KVSetup(size, -(-most // size) + 1, backends, transfer, host, blocks)
+    setup = KVSetup(size, -(-most // size) + 1, backends, transfer, host.device, blocks)
     make_stage = _stage_maker(plan)
     try:
+        check_promises(plan, settings, host)
         for stage_plan in plan.placement.stages:
             device = plan.devices[stage_plan.device_index]
             part = StageSlice(stage_plan.first_layer, stage_plan.last_layer, plan.architecture.num_layers)
@@ -223,10 +226,13 @@ def load_engine(
             stage.allocate_kv(pages, setup)
             names.append(attention.name)
         on_loaded()
-        return _assemble(plan, settings, budgets, stages, transfer, tokenizer, names, threads, host, blocks, started_s)
+        return _assemble(
+            plan, settings, budgets, stages, transfer, main_memory, tokenizer, names, threads, blocks, started_s
+        )
     except BaseException:
         for stage in stages:
             stage.free()
+        main_memory.close(host)
         raise
 
 
@@ -253,17 +259,17 @@ def _assemble(
     budgets: dict[str, DeviceBudget],
     stages: list[Stage],
     transfer: TransferManager,
+    main_memory: MainMemory,
     tokenizer: Tokenizer,
     backends: list[str],
     threads: CpuThreads,
-    host: Device,
     blocks: StepBlocks,
     started_s: float,
 ) -> ModelEngine:
     engine = settings.engine
     model = _describe(plan, settings, tokenizer)
     salt = f"{model.path}:{plan.resolved.revision or weights_digest(model.path)}:{model.dtype}".encode()
-    memory = open_kv(plan, settings, stages, budgets, host, salt, blocks)
+    memory = open_kv(plan, settings, stages, budgets, salt, blocks)
     try:
         torch_threads = 1 if _products_are_native(backends, plan) else threads.together
         runner = ModelRunner(stages, transfer, threads, torch_threads)
@@ -279,7 +285,7 @@ def _assemble(
         )
         batcher.start()
         return ModelEngine(
-            model, plan, settings, budgets, stages, transfer, runner, memory, batcher, tuple(backends),
+            model, plan, settings, budgets, stages, transfer, main_memory, runner, memory, batcher, tuple(backends),
             load_s=time.perf_counter() - started_s,
         )  # fmt: skip
     except BaseException:

@@ -208,7 +208,7 @@ class KVTiers:
         if not self.memory.lasts:
             return
         self.memory.flush(flush_s)
-        self.memory.close()
+        self.memory.hand_over()
 
     def close(self, flush_s: float = 10.0) -> None:
         """Write down what is worth keeping, and end the threads."""

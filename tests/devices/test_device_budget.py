@@ -1,4 +1,4 @@
-"""The ledger of a device's memory, and the pace of an emulated device."""
+"""What a device can do, the ledger of its memory, and the pace of an emulated one."""
 
 from __future__ import annotations
 
@@ -6,12 +6,28 @@ import threading
 
 import pytest
 
-from core.devices import Device, DeviceBudget, DeviceSpeed, format_bytes
+from core.devices import Device, DeviceBudget, DeviceKind, DeviceSpeed, format_bytes
 from core.errors import OutOfDeviceMemoryError
 
 
 def make_device(limit_bytes: int = 100, speed: DeviceSpeed | None = None) -> Device:
     return Device("cpu#0", 0, "sim" if speed else "cpu", "cpu", limit_bytes, speed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "able"),
+    [
+        ("cpu", {"computes_on_cpu", "is_main_memory"}),
+        ("sim", {"computes_on_cpu", "is_emulated"}),
+        ("cuda", {"is_gpu"}),
+        ("rocm", {"is_gpu", "is_amd"}),
+        ("mps", {"is_mps"}),
+    ],
+)
+def test_what_devices_can_do(kind: DeviceKind, able: set[str]) -> None:
+    device = Device(kind, 0, kind, kind, 1)
+    names = ("computes_on_cpu", "is_main_memory", "is_emulated", "is_gpu", "is_amd", "is_mps")
+    assert {name for name in names if getattr(device, name)} == able
 
 
 def test_what_does_not_fit_is_refused_with_numbers_and_changes_nothing() -> None:

@@ -143,7 +143,8 @@ def test_devices_are_filled_to_the_byte_and_no_further(llama: Path, open_pipelin
     )
     assert all(stage.free_bytes == 0 for stage in tight.engine.plan.placement.stages)
     answers(tight, replace(GREEDY, max_tokens=20))
-    for stage, budget in zip(tight.engine.stages, tight.engine.budgets.values(), strict=True):
+    for stage in tight.engine.stages:
+        budget = tight.engine.budgets[stage.device.name]
         budget.check_invariants()
         assert budget.used_bytes == budget.device.memory_limit_bytes
         assert stage.kv is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from streamed_models import CHANGES, ENGINE, build_deep, half_of_it
 from tiny_models import build_tiny
 from typer.testing import CliRunner
 
-from core.devices import HOST, Device, DeviceBudget
+from core.devices import HOST, Device, DeviceBudget, MainMemory
 from core.engine import model_engine
 from core.errors import InsufficientMemoryError, StepFailedError
 from core.inference_pipeline import InferencePipeline
@@ -107,7 +107,7 @@ def test_devices_are_filled_to_the_byte(
 def test_what_fits_does_not_stream(llama: Path, open_pipeline: OpenPipeline) -> None:
     pipeline = open_pipeline(llama, **ENGINE)
     assert not streams(pipeline)
-    assert HOST not in pipeline.engine.budgets
+    assert pipeline.engine.budgets[HOST].used_by_purpose() == {}
 
 
 def test_streaming_can_be_switched_off(llama: Path, open_pipeline: OpenPipeline) -> None:
@@ -262,6 +262,12 @@ def test_a_load_that_fails_leaves_nothing_behind(
         budgets.append(DeviceBudget(device))
         return budgets[-1]
 
+    open_part = MainMemory.open
+
+    def noted_part(self: MainMemory, devices: Sequence[Device]) -> DeviceBudget:
+        budgets.append(open_part(self, devices))
+        return budgets[-1]
+
     original, calls = getattr(StreamManager, where), iter(range(10))
 
     def fail_second(self: StreamManager, *given: Any) -> None:
@@ -271,6 +277,7 @@ def test_a_load_that_fails_leaves_nothing_behind(
 
     with monkeypatch.context() as patched:
         patched.setattr(model_engine, "DeviceBudget", noted)
+        patched.setattr(MainMemory, "open", noted_part)
         patched.setattr(StreamManager, where, fail_second)
         with pytest.raises(MemoryError):
             open_pipeline(llama, devices__devices=half_of_it(llama, 2), **ENGINE)

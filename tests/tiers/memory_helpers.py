@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from steering import LONGEST_WAIT_S
 
+from core.devices import DeviceBudget, host_device
 from core.tiers import BlockLayout, HeatModel, HierarchicalMemory, LowerTier, MemoryOptions, Slot, Tier, WriteRules
 from core.tiers.compress import CodecChoice, Compressor
 from core.tiers.records import Quantization
@@ -97,12 +98,14 @@ def open_memory(
         write_bytes_s=write_bytes_s,
         seal_s=seal_s,
     )
-    memory = HierarchicalMemory(LAYOUT, options, below, clock=clock or Clock())
+    host = DeviceBudget(host_device(slots * LAYOUT.nbytes))
+    memory = HierarchicalMemory(LAYOUT, options, host, below, clock=clock or Clock())
     try:
         yield memory
         memory.check_invariants()
     finally:
         memory.close()
+        assert host.used_by_purpose() == {}
 
 
 IDENTITY = Identity(salt="00", layout=LAYOUT.digest(), block_nbytes=LAYOUT.nbytes, quantization="none")

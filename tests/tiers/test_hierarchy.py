@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fake_runtime import FakeRuntime
 from memory_helpers import (
     GREEDY,
     LAYOUT,
@@ -22,7 +23,18 @@ from memory_helpers import (
 )
 from steering import LONGEST_WAIT_S, until
 
-from core.tiers import HierarchicalMemory, InProcessPeer, Loading, LowerTier, PeerStore, Tier, TierSpeed, WriteRules
+from core.devices import DeviceBudget, host_device, pinned
+from core.tiers import (
+    HierarchicalMemory,
+    InProcessPeer,
+    Loading,
+    LowerTier,
+    MemoryOptions,
+    PeerStore,
+    Tier,
+    TierSpeed,
+    WriteRules,
+)
 from core.tiers.compress import Compressor
 from core.tiers.disk import LocalFiles
 from core.tiers.segments import SUFFIX
@@ -475,3 +487,20 @@ def test_closing_twice_is_harmless_and_ends_everything() -> None:
         memory.close()
         assert memory.reserve(block(2), block(0)) is None
         assert memory.load([block(1)]).done()
+
+
+def test_the_arena_is_registered_for_gpus_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = FakeRuntime()
+    monkeypatch.setattr(pinned, "gpu_runtime", lambda: runtime)
+    host = DeviceBudget(host_device(3 * LAYOUT.nbytes))
+    memory = HierarchicalMemory(LAYOUT, MemoryOptions(3 * LAYOUT.nbytes, pin=True), host)
+    slot = memory.reserve(block(1), b"")
+    assert slot is not None and memory.stats().tiers[0].medium == "pinned"
+    (first,) = runtime.registered
+    assert first <= slot.buffer.data_ptr() < first + runtime.registered[first]
+    assert host.used_by_purpose() == {"kv_tiers": 3 * LAYOUT.nbytes}
+    memory.hand_over()
+    slot.buffer.fill_(1)  # a step in flight still copies into it
+    assert runtime.registered and host.used_bytes
+    memory.close()
+    assert runtime.registered == {} and host.used_bytes == 0

@@ -10,6 +10,7 @@ from plain_settings import make_settings
 from steering import LONGEST_WAIT_S
 
 from core.config import MemorySettings
+from core.devices import DeviceBudget, host_device
 from core.errors import ConfigError
 from core.tiers import HierarchicalMemory, InProcessPeer, Tier, open_memory
 from core.tiers.disk import LocalFiles
@@ -24,14 +25,18 @@ def settings(**values: object) -> MemorySettings:
     return make_settings(**{**defaults, **{f"memory__{name}": value for name, value in values.items()}}).memory
 
 
+def main_memory(nbytes: int = 1 << 20) -> DeviceBudget:
+    return DeviceBudget(host_device(nbytes))
+
+
 def opened(values: MemorySettings, **options: object) -> HierarchicalMemory:
-    memory = open_memory(values, LAYOUT, b"salt", free_host_bytes=1 << 20, **options)  # type: ignore[arg-type]
+    memory = open_memory(values, LAYOUT, b"salt", main_memory(), **options)  # type: ignore[arg-type]
     assert memory is not None
     return memory
 
 
 def test_no_host_memory_is_no_hierarchy() -> None:
-    assert open_memory(settings(host_bytes=0), LAYOUT, b"", free_host_bytes=1 << 30) is None
+    assert open_memory(settings(host_bytes=0), LAYOUT, b"", main_memory()) is None
 
 
 def test_host_memory_by_default_is_a_tenth_of_what_is_free() -> None:
@@ -68,7 +73,7 @@ def test_another_salt_finds_nothing(tmp_path: Path) -> None:
     save(memory, 1, 0)
     assert memory.flush(LONGEST_WAIT_S)
     memory.close()
-    other = open_memory(settings(disk_path=tmp_path), LAYOUT, b"other", free_host_bytes=0)
+    other = open_memory(settings(disk_path=tmp_path), LAYOUT, b"other", main_memory())
     assert other is not None and other.find([block(1)]) == []
     other.close()
 
