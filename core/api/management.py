@@ -31,9 +31,9 @@ class LoadRequest(RequestModel):
 
 @blueprint.get("/api/models")
 def list_models() -> Response:
-    pipeline = api_context().pipeline
-    loaded = pipeline.model.name if pipeline.loaded else None
-    return json_response({"object": "list", "loaded": loaded, "data": pipeline.available_models()})
+    models = api_context().pipeline.available_models()
+    loaded = next((entry["id"] for entry in models if entry["loaded"]), None)
+    return json_response({"object": "list", "loaded": loaded, "data": models})
 
 
 @blueprint.post("/api/models/load")
@@ -55,10 +55,7 @@ def load_model() -> Response:
 @blueprint.post("/api/models/unload")
 def unload_model() -> Response:
     """Finish what runs, then free the model's memory."""
-    pipeline = api_context().pipeline
-    name = pipeline.model.name
-    pipeline.unload()
-    return json_response({"unloaded": name})
+    return json_response({"unloaded": api_context().pipeline.unload().name})
 
 
 @blueprint.post("/api/requests/<request_id>/cancel")

@@ -21,7 +21,14 @@ from core.batching.publisher import EngineMetrics, Publisher
 from core.batching.scheduler import Scheduler
 from core.batching.sequence import Request
 from core.batching.stats import BatcherStats, StatsKeeper
-from core.errors import ConflictError, EngineDeadError, PageMoveError, QueueFullError, UnavailableError
+from core.errors import (
+    ConflictError,
+    EngineDeadError,
+    PageMoveError,
+    QueueFullError,
+    UnavailableError,
+    VRAMancerError,
+)
 from core.execution.schedule import Runner, SchedulerOutput, StepOutput
 from core.logs import get_logger
 
@@ -88,6 +95,7 @@ class ContinuousBatcher:
         self._ids: set[str] = set()
         self._arrivals = 0
         self._dead = False
+        self._reason: VRAMancerError | None = None  # of a stop
         self._publisher = Publisher(scheduler, detokenizer, self._release)
         self._stats = StatsKeeper(scheduler)
         self._policy = policy
@@ -128,7 +136,8 @@ class ContinuousBatcher:
         self._publisher.metrics = metrics
 
     def submit(self, requests: list[Request], *, sink: Sink | None = None) -> list[RequestHandle]:
-        """Queue requests, all or none. Raises `QueueFullError`, `CircuitOpenError` or `EngineDeadError`."""
+        """Queue requests, all or none. Raises `QueueFullError`, `CircuitOpenError`, and once the engine has ended
+        `EngineDeadError` or the reason of its `stop`."""
         self.breaker.check()
         with self._lock:
             if self._dead:
@@ -169,8 +178,10 @@ class ContinuousBatcher:
             self._inbox.put(_Call(function, future))
         return future
 
-    def stop(self, *, drain_s: float = 0.0) -> None:
-        """Let requests finish for up to `drain_s`, then fail what is left and end the thread."""
+    def stop(self, *, drain_s: float = 0.0, reason: VRAMancerError | None = None) -> None:
+        """Let requests finish for up to `drain_s`, then fail what is left and end the thread. `reason` is what clients
+        are told whose requests are left or come later; without one, an `EngineDeadError`."""
+        self._reason = reason
         deadline = time.monotonic() + drain_s
         while self._ids and self.alive and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -178,7 +189,9 @@ class ContinuousBatcher:
         if self._thread.ident is not None:
             self._thread.join()
 
-    def _death(self) -> EngineDeadError:
+    def _death(self) -> VRAMancerError:
+        if self.error is None and self._reason is not None:
+            return type(self._reason)(self._reason.message)  # one for each client that raises it
         reason = f": {self.error}" if self.error is not None else ""
         return EngineDeadError(f"The engine has stopped{reason}.")
 

@@ -205,11 +205,14 @@ class FakePipeline:
         self.fake_model = fake_model(model)
         return self.fake_model
 
-    def unload(self) -> None:
-        self.fake_model = None
+    def unload(self) -> LoadedModel:
+        model, self.fake_model = self.model, None
+        return model
 
     def available_models(self) -> list[dict[str, Any]]:
-        return [{"id": "demo", "path": "demo", "loaded": True, "size_bytes": 1}]
+        names = dict.fromkeys(([self.fake_model.name] if self.fake_model else []) + ["demo"])
+        loaded = self.fake_model.name if self.fake_model else None
+        return [{"id": name, "path": name, "loaded": name == loaded, "size_bytes": 1} for name in names]
 
     def health(self) -> dict[str, Any]:
         engine = {"status": self.health_status, "detail": "a secret detail"}

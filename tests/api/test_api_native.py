@@ -126,7 +126,7 @@ def test_load_list_unload(client: ApiClient, pipeline: FakePipeline) -> None:
     assert pipeline.loads == [("other", options)]
     body = client.get("/api/models").get_json()
     assert body["loaded"] == "other"
-    assert body["data"][0]["id"] == "demo"
+    assert [entry["id"] for entry in body["data"]] == ["other", "demo"]
     assert client.post("/api/models/unload").get_json() == {"unloaded": "other"}
     assert client.post("/api/models/unload").status_code == 503
     assert client.get("/api/models").get_json()["loaded"] is None
