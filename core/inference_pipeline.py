@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -119,7 +120,16 @@ class InferencePipeline:
         try:
             self._refuse_when_closing()
             yield
+        except BaseException as error:
+            _clear_frames(error)
+            raise
         finally:
+            # Modules live as long as the model: once what was before is gone, the collector need not walk them in
+            # mid-stream. What is frozen is never collected, so nothing may be that has ended.
+            gc.unfreeze()
+            gc.collect()
+            if self._engine is not None:
+                gc.freeze()
             self._load_lock.release()
 
     def _refuse_when_closing(self) -> None:
@@ -168,9 +178,12 @@ class InferencePipeline:
                 plan = planned(None, beside=False)
                 self._engine = self._start(plan, settings, total)
             return
+        fits_beside = True
         try:
             plan = planned(old, beside=True)
         except VRAMancerError:
+            fits_beside = False
+        if not fits_beside:
             self._replace(old, plan, settings, total)
             return
         tiers = old.memory.tiers
@@ -195,6 +208,7 @@ class InferencePipeline:
         try:
             self._engine = self._start(plan, settings, total)
         except BaseException as error:  # whatever it was, the old model has to be back before it is reported
+            _clear_frames(error)
             try:
                 self._engine = self._start(old.plan, old.settings, checkpoint_bytes(old.plan.resolved.path))
             except Exception as failure:  # noqa: BLE001  the client has to hear that nothing is served now
@@ -241,8 +255,6 @@ class InferencePipeline:
             engine.close()
             raise
         engine.batcher.report_to(self.metrics)
-        gc.collect()
-        gc.freeze()  # modules live as long as the model: the collector need not walk them in mid-stream
         logger.info(
             "model loaded",
             model=engine.model.name,
@@ -267,7 +279,6 @@ class InferencePipeline:
                 raise ModelNotLoadedError("No model is loaded.")
             model = self._engine.model
             self._serve_with(None, ModelNotLoadedError(f"{model.name} has just been unloaded."))
-            gc.unfreeze()
             return model
 
     # -- requests ---------------------------------------------------------------------------------------------------
@@ -417,3 +428,10 @@ class InferencePipeline:
         with self._load_lock:
             self._serve_with(None, EngineDeadError("The server is shutting down."), drain_s)
             gc.unfreeze()
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Let go of what the calls held that ended with this error: a model that was not loaded must not outlive it."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__

@@ -96,14 +96,22 @@ class ContinuousBatcher:
         self._arrivals = 0
         self._dead = False
         self._reason: VRAMancerError | None = None  # of a stop
-        self._publisher = Publisher(scheduler, detokenizer, self._release)
         self._stats = StatsKeeper(scheduler)
         self._policy = policy
         self._in_flight = 0
         self._starved = False  # sequences wait for memory that was taken back, and nothing else runs
         self._starved_since_s: float | None = None
         self._calls: list[_Call] = []
-        scheduler.waiting.on_loaded = lambda seq_id: self._inbox.put(_Loaded(seq_id))
+        inbox, ids, lock = self._inbox, self._ids, self._lock
+
+        def release(request_id: str) -> None:  # the request is over; its id may be used again
+            with lock:
+                ids.discard(request_id)
+
+        # Neither refers to this object, so that it goes with its last user.
+        self._release = release
+        scheduler.waiting.on_loaded = lambda seq_id: inbox.put(_Loaded(seq_id))
+        self._publisher = Publisher(scheduler, detokenizer, release)
         self._thread = threading.Thread(target=self._run, name="vrm-engine", daemon=True)
 
     # -- any thread -------------------------------------------------------------------------------------------------
@@ -352,11 +360,6 @@ class ContinuousBatcher:
             self.breaker.record_success()
             self._publisher.publish(self.scheduler.update_from_output(output, result))
         self._stats.step_done(output, None if isinstance(result, Exception) else result, self.breaker.last_error)
-
-    def _release(self, request_id: str) -> None:
-        """The request is over; its id may be used again."""
-        with self._lock:
-            self._ids.discard(request_id)
 
     def _die(self) -> None:
         """Refuse what comes and fail what waits."""

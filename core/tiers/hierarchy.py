@@ -25,6 +25,7 @@ from __future__ import annotations
 import heapq
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -72,8 +73,9 @@ class HierarchicalMemory:
         self._closed = False
         for lower in self._below:
             lower.open_index(self._heat, clock())
-        self._loader = Loader(self, self._host, self._below, self._lock, options.load_threads)
-        self._writer = Writer(self, self._below, options, self._lock)
+        me = weakref.proxy(self)  # their threads end with `close`; without it they would keep each other alive
+        self._loader = Loader(me, self._host, self._below, self._lock, options.load_threads)
+        self._writer = Writer(me, self._below, options, self._lock)
 
     @property
     def num_slots(self) -> int:
@@ -196,7 +198,7 @@ class HierarchicalMemory:
     def release_loading(self, loading: Loading, restored: int) -> None:
         """See `Loading.release`."""
         with self._lock:
-            if loading.released:
+            if loading.released or self._closed:
                 return
             self._loader.release(loading)
             self._moves["promotion", Tier.L3, Tier.L1] += restored
@@ -323,7 +325,8 @@ class HierarchicalMemory:
         return self._writer.flush(unsaved, timeout_s)
 
     def close(self) -> None:
-        """Finish what is being read, drop queued writes, end the threads and close the tiers below. Safe to repeat."""
+        """Finish what is being read, drop queued writes, end the threads, close the tiers below and give host RAM back.
+        Safe to repeat."""
         with self._lock:
             if self._closed:
                 return
@@ -332,6 +335,8 @@ class HierarchicalMemory:
         self._writer.close()
         for lower in self._below:
             lower.store.close()
+        with self._lock:
+            self._host.close()
 
     def check_invariants(self) -> None:
         """Raise `AssertionError` unless every slot is in one state and all indexes agree."""

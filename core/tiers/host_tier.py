@@ -24,6 +24,7 @@ class HostTier:
         self.num_slots = host_bytes // block_nbytes
         if self.num_slots < 1:
             raise ValueError(f"{host_bytes} bytes of host RAM hold no block of {block_nbytes}")
+        self._heat = heat
         self.index = ChainIndex(heat)
         self.slots: dict[bytes, Slot] = {}
         self.reserved: dict[bytes, Slot] = {}
@@ -62,6 +63,12 @@ class HostTier:
         """Stop holding a block."""
         self.index.remove(block)
         self._free.append(self.slots.pop(block).index)
+
+    def close(self) -> None:
+        """Forget all blocks and give the memory back; what is reserved keeps its own until it is given up."""
+        self.slots.clear()
+        self.index = ChainIndex(self._heat)
+        self.num_slots, self._free, self._arena = 0, [], torch.empty((0, self._block_nbytes), dtype=torch.uint8)
 
     def stats(self, mean_hotness: float) -> TierStats:
         return TierStats(

@@ -181,9 +181,13 @@ class KVTiers:
         """Write down what is worth keeping, and end the threads."""
         for seq_id in list(self._prefetches):
             self.cancel(seq_id)
-        for slot in self._now.saves:
-            self.memory.abandon(slot)
+        for use in (self._now, *self._steps.values()):  # an engine that died leaves steps that never came back
+            for slot in use.saves:
+                self.memory.abandon(slot)
+            for loading, _ in use.loads:
+                loading.release()
         self._now = _StepUse()
+        self._steps.clear()
         self.memory.flush(flush_s)
         self.memory.close()
 
