@@ -14,7 +14,7 @@ from torch import nn
 
 from core.costs import Batch, StageTimer
 from core.devices import Device, DeviceBudget
-from core.execution.attention.interface import ATTENTION_NAME, AttentionContext, LayerAttention, bind
+from core.execution.attention.interface import ATTENTION_NAME, AttentionContext, LayerAttention, bind, unbind
 from core.execution.attention.select import LinearAdapter
 from core.execution.known_sequences import KnownSequences, PackedStep
 from core.execution.page_mover import BlockBuffers, PageMover
@@ -26,6 +26,7 @@ from core.execution.step_buffers import InputBatch, StepBuffers
 from core.kv_cache.page_ops import StagePart
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.models.architecture import Architecture
+from core.models.shared_parts import SharedParts, share_parts
 from core.models.stage_model import StageSlice, find_decoder, load_layers, load_stage
 from core.streaming.stream import Clock, RealTime, StreamedLayers, StreamManager
 from core.transfer import TransferManager
@@ -63,7 +64,6 @@ class Stage:
         self.device = device
         self.torch_device = torch.device(device.torch_device)
         self.weight_bytes = 0
-        self.num_parameters = 0
         self.kv: PagedKVCache | None = None
         self.stream: StreamManager | None = None
         self.predicted_s = 0.0
@@ -100,11 +100,13 @@ class Stage:
 
     def load(
         self, path: Path, expected_bytes: int, on_read: Callable[[int], None], adapter: LinearAdapter | None,
-        streamed: StreamedLayers | None = None,
+        streamed: StreamedLayers | None = None, parts: SharedParts | None = None,
     ) -> None:  # fmt: skip
         """Reserve, then read the weights; `adapter` replaces modules by faster ones for this device. `streamed` layers
-        stay in main memory; `expected_bytes` are those of the others.
+        stay in main memory; `expected_bytes` are those of the others. `parts` are not read: another stage's `share`
+        has given them.
         """
+        parts = parts or SharedParts()
         self._budget.reserve(self.WEIGHTS, expected_bytes)
         self.weight_bytes = expected_bytes
         if streamed is not None:
@@ -112,9 +114,10 @@ class Stage:
         absent = frozenset(streamed.layers if streamed is not None else ())
         part = replace(self.part, without=absent)
         self._model = load_stage(
-            self.architecture, path, part, self.torch_device, attention=ATTENTION_NAME, on_read=on_read
+            self.architecture, path, parts.missing(part), self.torch_device, attention=ATTENTION_NAME, on_read=on_read
         )
-        actual = _parameter_bytes(self._model) + (adapter.extra_bytes(self._model) if adapter is not None else 0)
+        extra = adapter.extra_bytes(self._model) if adapter is not None else 0
+        actual = _parameter_bytes(self._model) + extra + parts.nbytes
         if actual > expected_bytes:
             self._budget.reserve(self.WEIGHTS, actual - expected_bytes)
             self.weight_bytes = actual
@@ -125,13 +128,25 @@ class Stage:
             for index, layer in loaded.items():
                 layers[index] = layer
             del loaded, layer
-        self.num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
         if adapter is not None:
             adapter(self._model)
+        parts.put_into(self._model, self.part)
         if not self.part.is_first:
             layers[self.part.first].register_forward_pre_hook(self._enter, with_kwargs=True)
         if self.stream is not None:
             self.stream.adopt({index: layers[index] for index in absent})
+
+    def share(self, wanted: StageSlice, adapter: LinearAdapter | None) -> SharedParts:
+        """What a stage with the slice `wanted` on the same device can use of this one's weights, while this one goes
+        on; `adapter` is the other one's."""
+        streamed = frozenset(self.stream.streamed.layers if self.stream is not None else ())
+        rehome = adapter.rehoming() if adapter is not None else unbind
+
+        def copied(module: nn.Module) -> None:
+            unbind(module)
+            rehome(module)
+
+        return share_parts(self._model, replace(self.part, without=streamed), wanted, copied)
 
     def allocate_kv(self, num_pages: int, setup: KVSetup) -> None:
         """Allocate local pages of this stage's layers and bind them to its attention modules."""
