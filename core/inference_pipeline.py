@@ -17,6 +17,7 @@ from core.batching.sequence import Request
 from core.config import Settings
 from core.defaults import DEFAULT_OWNER, DEMO_NAME
 from core.devices import HOST, Device, DeviceReader, open_devices, open_main_memory, parse_link
+from core.engine.builder import load_engine
 from core.engine.model_engine import (
     LoadedModel,
     LoadProgress,
@@ -24,7 +25,6 @@ from core.engine.model_engine import (
     ProgressCall,
     check_prompt,
     checkpoint_bytes,
-    load_engine,
 )
 from core.engine.model_plan import ModelPlan, host_for, measure_with, plan_model, promised_bytes
 from core.engine.raw_inference import run_raw
