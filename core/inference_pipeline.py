@@ -15,18 +15,10 @@ from core.batching.sequence import Request
 from core.config import Settings
 from core.defaults import DEFAULT_OWNER, DEMO_NAME
 from core.devices import HOST, Device, DeviceReader, open_devices, parse_link
-from core.engine.model_engine import (
-    LoadedModel,
-    LoadProgress,
-    ModelEngine,
-    ProgressCall,
-    check_prompt,
-    checkpoint_bytes,
-    load_engine,
-)
+from core.engine.model_engine import LoadProgress, ModelEngine, ProgressCall, checkpoint_bytes, load_engine
 from core.engine.model_plan import ModelPlan, host_for, measure_with, plan_model
 from core.engine.raw_inference import run_raw
-from core.engine.submission import make_request
+from core.engine.submission import LoadedModel, check_prompt, make_request
 from core.errors import (
     ConflictError,
     EngineDeadError,
