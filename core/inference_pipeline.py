@@ -14,9 +14,15 @@ from core.batching.output import RequestHandle, Sink
 from core.batching.sequence import Request
 from core.config import Settings
 from core.defaults import DEFAULT_OWNER, DEMO_NAME
-from core.devices import HOST, Device, DeviceReader, open_devices, parse_link
-from core.engine.model_engine import LoadProgress, ModelEngine, ProgressCall, checkpoint_bytes, load_engine
-from core.engine.model_plan import ModelPlan, host_for, measure_with, plan_model
+from core.devices import HOST, Device, DeviceReader, open_devices, open_main_memory, parse_link
+from core.engine.model_engine import (
+    LoadProgress,
+    ModelEngine,
+    ProgressCall,
+    checkpoint_bytes,
+    load_engine,
+)
+from core.engine.model_plan import ModelPlan, host_for, measure_with, plan_model, promised_bytes
 from core.engine.raw_inference import run_raw
 from core.engine.submission import LoadedModel, check_prompt, make_request
 from core.errors import (
@@ -47,6 +53,7 @@ class InferencePipeline:
         link = settings.devices.sim_link
         self.transfer = TransferManager(self.metrics, sim_link=parse_link(link) if link else None)
         self.reader = DeviceReader()
+        self.main_memory = open_main_memory(settings.devices)
         self._on_progress = on_progress
         self._engine: ModelEngine | None = None
         self._load_lock = threading.Lock()
@@ -127,8 +134,9 @@ class InferencePipeline:
 
         def planned(old: ModelEngine | None, *, beside: bool) -> ModelPlan:
             devices = self._devices(settings, old, beside=beside)
-            held = old.budgets[HOST].used_bytes if old is not None and HOST in old.budgets and not beside else 0
-            return plan_model(resolved, devices, settings, measure, host_for(settings, devices, held))
+            leaving = old.budgets[HOST] if old is not None and not beside else None
+            host = host_for(settings, devices, self.main_memory, leaving)
+            return plan_model(resolved, devices, settings, measure, host)
 
         plan = planned(old, beside=False)
         if old is None:
@@ -165,7 +173,7 @@ class InferencePipeline:
         """Devices with the limits a load may use. Given limits count what the old engine holds; free memory as it is
         measured does not.
         """
-        devices = open_devices(settings.devices)
+        devices = open_devices(settings.devices, set_aside_bytes=promised_bytes(settings))
         if old is None:
             return devices
         explicit = settings.devices.devices is not None
@@ -185,8 +193,9 @@ class InferencePipeline:
         """Load the weights, then generate one token, so that readiness means that the model works."""
         done = LoadProgress(total_bytes, self._on_progress)
         engine = load_engine(
-            plan, settings, transfer=self.transfer, cpu_threads=self._cpu_threads, on_read=done.add, on_loaded=on_loaded
-        )
+            plan, settings, transfer=self.transfer, main_memory=self.main_memory, cpu_threads=self._cpu_threads,
+            on_read=done.add, on_loaded=on_loaded,
+        )  # fmt: skip
         engine.batcher.call(lambda: torch.set_num_threads(engine.torch_threads(self._cpu_threads))).result()
         try:
             self._warm_up(engine)

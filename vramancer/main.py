@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from core.config import number_gpus_by_slot
 from vramancer.cli import app
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program with `argv` (the process's own arguments); exits with the command's status."""
+    number_gpus_by_slot()
     app(args=as_command(list(sys.argv[1:] if argv is None else argv)), prog_name="vramancer")
 
 

@@ -12,10 +12,11 @@ from core.costs.cost import (
     pipeline_s,
     stage_s,
 )
-from core.costs.plan import Experts, LayerCosts, PlacementDevice, PlacementPlan, PlacementRequest, StagePlan
+from core.costs.plan import SLOTS, Experts, LayerCosts, PlacementDevice, PlacementPlan, PlacementRequest, StagePlan
 from core.costs.profile import DeviceProfile, LinkProfile, LinkTopology, Sharing, emulated_profile
 
 __all__ = [
+    "SLOTS",
     "Batch",
     "DeviceProfile",
     "Experts",

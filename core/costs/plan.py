@@ -84,6 +84,10 @@ class LayerCosts:
         return self.weight_bytes(first, last) + kv + self.stage_workspace_bytes(last)
 
 
+SLOTS = 2
+"""In which the streamed layers of a stage take turns."""
+
+
 @dataclass(frozen=True, slots=True)
 class StagePlan:
     """Layers `first_layer .. last_layer - 1` on one device, with the bytes they take there.

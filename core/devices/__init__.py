@@ -11,14 +11,9 @@ from core.devices.device import (
     host_device,
     wait_until,
 )
-from core.devices.discovery import (
-    Machine,
-    PhysicalDevice,
-    choose_devices,
-    open_devices,
-    open_host,
-    probe_machine,
-)
+from core.devices.discovery import choose_devices, left_out, open_devices, open_main_memory
+from core.devices.main_memory import MainMemory
+from core.devices.probe import Machine, PhysicalDevice, probe_machine
 from core.devices.readers import DeviceReader, DeviceReading
 from core.devices.spec import DeviceSpec, parse_devices, parse_link
 
@@ -33,12 +28,14 @@ __all__ = [
     "DeviceSpeed",
     "LinkSpeed",
     "Machine",
+    "MainMemory",
     "PhysicalDevice",
     "choose_devices",
     "format_bytes",
     "host_device",
+    "left_out",
     "open_devices",
-    "open_host",
+    "open_main_memory",
     "parse_devices",
     "parse_link",
     "probe_machine",

@@ -11,8 +11,11 @@ from core.errors import OutOfDeviceMemoryError
 
 DeviceKind = Literal["cpu", "cuda", "rocm", "mps", "sim"]
 
+GPU_KINDS = frozenset[DeviceKind]({"cuda", "rocm"})
+"""What `torch.cuda` drives."""
+
 HOST = "host"
-"""Main memory's name, as the place where weights wait that stream in."""
+"""Main memory's name, as a place for what the devices have no room for: weights that stream in, blocks of KV."""
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -80,14 +83,41 @@ class Device:
     memory_limit_bytes: int
     speed: DeviceSpeed | None = None
 
+    @property
+    def is_gpu(self) -> bool:
+        """Driven by `torch.cuda` (CUDA or ROCm): streams, events, copies from pinned memory."""
+        return self.kind in GPU_KINDS
+
+    @property
+    def is_amd(self) -> bool:
+        """A GPU that `torch.cuda` drives through ROCm."""
+        return self.kind == "rocm"
+
+    @property
+    def is_mps(self) -> bool:
+        """Driven by `torch.mps`."""
+        return self.kind == "mps"
+
+    @property
+    def computes_on_cpu(self) -> bool:
+        """Its tensors are in main memory and the processor's threads compute on them."""
+        return self.kind in ("cpu", "sim")
+
+    @property
+    def is_emulated(self) -> bool:
+        """Stands for a card with a given speed."""
+        return self.kind == "sim"
+
+    @property
+    def is_main_memory(self) -> bool:
+        """Main memory as itself: what leaves the device for main memory gains nothing."""
+        return self.kind == "cpu"
+
     def pace(self, started_s: float, duration_s: float) -> None:
         """Emulated devices: sleep until `duration_s` have passed since `started_s` (of `time.perf_counter()`)."""
         if self.speed is None:
             return
         wait_until(started_s + duration_s)
-
-
-HOST = "host"
 
 
 def host_device(limit_bytes: int = 0) -> Device:
@@ -96,10 +126,14 @@ def host_device(limit_bytes: int = 0) -> Device:
 
 
 class DeviceBudget:
-    """The ledger of one device's memory: who reserved how many bytes, never more than the limit. Thread-safe."""
+    """The ledger of one device's memory: who reserved how many bytes, never more than the limit. Thread-safe.
 
-    def __init__(self, device: Device) -> None:
+    A part of a ledger, with `within` as the whole, has what one party holds; the whole has what all of them hold.
+    """
+
+    def __init__(self, device: Device, *, within: DeviceBudget | None = None) -> None:
         self.device = device
+        self._whole = within
         self._used: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -112,8 +146,9 @@ class DeviceBudget:
         if nbytes < 0:
             raise ValueError(f"cannot reserve {nbytes} bytes")
         with self._lock:
-            free = self.device.memory_limit_bytes - sum(self._used.values())
-            if nbytes > free:
+            if self._whole is not None:
+                self._whole.reserve(purpose, nbytes)
+            elif nbytes > (free := self.device.memory_limit_bytes - sum(self._used.values())):
                 holders = ", ".join(f"{name} {format_bytes(used)}" for name, used in self._used.items())
                 raise OutOfDeviceMemoryError(
                     f"{self.device.name}: {purpose} needs {format_bytes(nbytes)} ({nbytes} bytes), but "
@@ -123,6 +158,14 @@ class DeviceBudget:
             if nbytes:
                 self._used[purpose] = self._used.get(purpose, 0) + nbytes
 
+    def hold(self, purpose: str, nbytes: int) -> None:
+        """Have `nbytes` set aside for a purpose in place of what it has now, or as many as there are."""
+        with self._lock:
+            others = sum(used for name, used in self._used.items() if name != purpose)
+            self._used[purpose] = min(nbytes, self.device.memory_limit_bytes - others)
+            if self._used[purpose] == 0:
+                del self._used[purpose]
+
     def release(self, purpose: str, nbytes: int | None = None) -> None:
         """Give `nbytes` of a purpose back; None gives all of them, and nothing where there are none."""
         with self._lock:
@@ -130,6 +173,8 @@ class DeviceBudget:
             given_back = held if nbytes is None else nbytes
             if not 0 <= given_back <= held:
                 raise ValueError(f"{self.device.name}: {purpose} holds {held} bytes, cannot release {given_back}")
+            if self._whole is not None:
+                self._whole.release(purpose, given_back)
             self._used[purpose] = held - given_back
             if self._used[purpose] == 0:
                 del self._used[purpose]
@@ -146,7 +191,8 @@ class DeviceBudget:
 
     @property
     def free_bytes(self) -> int:
-        return self.device.memory_limit_bytes - self.used_bytes
+        """Of the whole, for a part of a ledger."""
+        return self.device.memory_limit_bytes - self.used_bytes if self._whole is None else self._whole.free_bytes
 
     def check_invariants(self) -> None:
         """Raise `AssertionError` unless every purpose holds something and all together stay within the limit."""
@@ -158,3 +204,5 @@ class DeviceBudget:
             raise AssertionError(
                 f"{self.device.name}: {used} is more than the limit of {self.device.memory_limit_bytes} bytes"
             )
+        if self._whole is not None:
+            self._whole.check_invariants()

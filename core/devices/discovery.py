@@ -1,94 +1,74 @@
-"""Looks at the machine (`probe_machine`), then decides purely which devices to use (`choose_devices`)."""
+"""Decides which of the machine's devices to use (`choose_devices`, pure), and opens them."""
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
-import psutil
+from dataclasses import replace
 
 from core.config import DeviceSettings
-from core.devices.device import HOST, Device, DeviceKind, format_bytes
+from core.devices.device import GPU_KINDS, Device, format_bytes
+from core.devices.main_memory import MainMemory
+from core.devices.probe import Machine, PhysicalDevice, probe_cpu, probe_machine
 from core.devices.spec import DeviceSpec, parse_devices
 from core.errors import DeviceError
 from core.logs import get_logger
 
 logger = get_logger(__name__)
 
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+NOMINAL = 1.08
+"""By which factor a card may be sold with more memory than its driver reports: with error correction, a fifteenth."""
 
 
-@dataclass(frozen=True, slots=True)
-class PhysicalDevice:
-    """A device of this machine, with its memory at the time of probing."""
-
-    name: str
-    kind: DeviceKind
-    torch_device: str
-    product: str
-    total_bytes: int
-    free_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What was found: accelerators, the CPU, and for each kind that is missing the reason."""
-
-    gpus: tuple[PhysicalDevice, ...]
-    cpu: PhysicalDevice
-    missing: tuple[str, ...] = ()
-
-    def find(self, name: str) -> PhysicalDevice | None:
-        return next((device for device in (*self.gpus, self.cpu) if device.name == name), None)
-
-
-def open_devices(settings: DeviceSettings, *, allocate: bool = True) -> tuple[Device, ...]:
+def open_devices(settings: DeviceSettings, *, allocate: bool = True, set_aside_bytes: int = 0) -> tuple[Device, ...]:
     """The devices to use on this machine, with their limits; the choice is logged with its reason.
 
     Args:
         allocate: False only plans, so emulated devices may be larger than this machine's memory.
+        set_aside_bytes: main memory that a CPU device without a given limit leaves to others.
 
     Raises:
         DeviceError: the specification is wrong, or asks for more than the machine has.
     """
-    devices, reason = choose_devices(settings, probe_machine(), allocate=allocate)
+    machine = probe_machine()
+    devices, reason = choose_devices(settings, machine, allocate=allocate, set_aside_bytes=set_aside_bytes)
     for device in devices:
         logger.info("device", name=device.name, limit=format_bytes(device.memory_limit_bytes), reason=reason)
     return devices
 
 
 def choose_devices(
-    settings: DeviceSettings, machine: Machine, *, allocate: bool = True
+    settings: DeviceSettings, machine: Machine, *, allocate: bool = True, set_aside_bytes: int = 0
 ) -> tuple[tuple[Device, ...], str]:
     """The devices to use, and why. Pure; raises `DeviceError` as `open_devices` does."""
     if settings.devices is not None:
         specs: Sequence[DeviceSpec] = parse_devices(settings.devices)
         reason = "asked for"
-    elif machine.gpus:
-        specs = [DeviceSpec(name=gpu.name, kind=gpu.kind, ordinal=_ordinal(gpu)) for gpu in machine.gpus]
-        reason = "found"
+    elif chosen := [gpu for gpu in machine.gpus if not gpu.drawback]:
+        specs = [DeviceSpec(name=gpu.name, kind=gpu.kind, ordinal=_ordinal(gpu)) for gpu in chosen]
+        reason = "; ".join(["found", *left_out(machine)])
     else:
-        reason = "; ".join(machine.missing)
+        reason = "; ".join([*machine.missing, *left_out(machine)])
         if settings.num_gpus is not None:
             raise DeviceError(f"num_gpus is {settings.num_gpus}, but there is no GPU: {reason}.", param="num_gpus")
         specs = [DeviceSpec(name="cpu", kind="cpu", ordinal=0)]
         reason += "; using cpu"
     specs = _take(specs, settings.num_gpus)
-    _check_limits(specs, machine, allocate=allocate)
-    return tuple(_open(index, spec, machine, settings) for index, spec in enumerate(specs)), reason
+    specs, notes = _within_limits(specs, machine, allocate=allocate)
+    devices = tuple(_open(index, spec, machine, settings, set_aside_bytes) for index, spec in enumerate(specs))
+    return devices, "; ".join([reason, *notes])
 
 
-def open_host(settings: DeviceSettings, devices: Sequence[Device], *, held_bytes: int = 0) -> Device:
-    """Main memory for what does not fit on the devices: the share of what is free that devices in main memory leave.
+def left_out(machine: Machine, used: Sequence[Device] = ()) -> list[str]:
+    """The GPUs that are not used unless they are named, each with the reason, but for those that are `used`."""
+    named = {device.torch_device for device in used}
+    gpus = [gpu for gpu in machine.gpus if gpu.drawback and gpu.torch_device not in named]
+    return [f"{gpu.name} ({gpu.product}) is left out: {gpu.drawback}" for gpu in gpus]
 
-    `held_bytes` of it are in use now and will be free.
-    """
-    free = _probe_cpu().free_bytes + held_bytes
-    taken = sum(device.memory_limit_bytes for device in devices if device.torch_device == "cpu")
-    return Device(HOST, -1, "cpu", "cpu", max(0, int(free * settings.memory_fraction) - taken))
+
+def open_main_memory(settings: DeviceSettings) -> MainMemory:
+    """The ledger of main memory, with a share of what is free now. Made once, before anything is loaded."""
+    return MainMemory(int(probe_cpu().free_bytes * settings.memory_fraction))
 
 
 def _ordinal(gpu: PhysicalDevice) -> int:
@@ -102,8 +82,28 @@ def _take(specs: Sequence[DeviceSpec], count: int | None) -> Sequence[DeviceSpec
     return specs[:count]
 
 
-def _check_limits(specs: Sequence[DeviceSpec], machine: Machine, *, allocate: bool) -> None:
-    """Every device exists, and the limits of its parts together do not exceed its memory."""
+def grant_bytes(asked: Sequence[int], physical: PhysicalDevice) -> tuple[int, ...] | None:
+    """The limits of parts of a device for which `asked` were given, or None if that is more than the device has.
+
+    A driver reports less than a card is sold with (23.69 GiB of a 3090's 24): so much, or a little more than reported,
+    means all that this process can have of the card, divided as asked.
+    """
+    together = sum(asked)
+    if together <= physical.total_bytes:
+        return tuple(asked)
+    if physical.kind not in GPU_KINDS or together > NOMINAL * physical.total_bytes:
+        return None
+    available = min(physical.total_bytes, physical.free_bytes + physical.ours_bytes)
+    return tuple(available * nbytes // together for nbytes in asked)
+
+
+def _within_limits(
+    specs: Sequence[DeviceSpec], machine: Machine, *, allocate: bool
+) -> tuple[Sequence[DeviceSpec], list[str]]:
+    """The devices with limits that their physical devices have, and what there is to say about them. Every device
+    exists and can be used."""
+    granted: dict[str, int] = {}
+    notes = []
     parts: dict[str, list[DeviceSpec]] = defaultdict(list)
     for spec in specs:
         if spec.kind != "sim" or allocate:
@@ -114,21 +114,34 @@ def _check_limits(specs: Sequence[DeviceSpec], machine: Machine, *, allocate: bo
             there = ", ".join(device.name for device in (*machine.gpus, machine.cpu))
             reasons = f" ({'; '.join(machine.missing)})" if machine.missing else ""
             raise DeviceError(f"{name} is not there; this machine has {there}{reasons}.", param="devices")
-        asked = sum(member.limit_bytes or 0 for member in members)
-        if asked > physical.total_bytes:
+        if not physical.is_usable:
+            raise DeviceError(f"{name} ({physical.product}) cannot be used: {physical.drawback}.", param="devices")
+        limited = [member for member in members if member.limit_bytes is not None]
+        limits = grant_bytes([member.limit_bytes or 0 for member in limited], physical)
+        asked = sum(member.limit_bytes or 0 for member in limited)
+        if limits is None:
             listed = " + ".join(f"{member.name} {format_bytes(member.limit_bytes or 0)}" for member in members)
             raise DeviceError(
                 f"{listed} = {format_bytes(asked)} is more than the {format_bytes(physical.total_bytes)} of memory "
                 f"that {name} ({physical.product}) has.",
                 param="devices",
             )
+        granted |= {member.name: limit for member, limit in zip(limited, limits, strict=True)}
+        if sum(limits) < asked:
+            notes.append(
+                f"{format_bytes(asked)} of {name} ({physical.product}) are taken as all of it, "
+                f"{format_bytes(sum(limits))}"
+            )
+    return [replace(spec, limit_bytes=granted.get(spec.name, spec.limit_bytes)) for spec in specs], notes
 
 
-def _open(index: int, spec: DeviceSpec, machine: Machine, settings: DeviceSettings) -> Device:
+def _open(index: int, spec: DeviceSpec, machine: Machine, settings: DeviceSettings, set_aside_bytes: int) -> Device:
     physical = machine.find(spec.physical_name) or machine.cpu
     limit = spec.limit_bytes
     if limit is None:
         limit = int(physical.free_bytes * settings.memory_fraction)
+        if physical is machine.cpu:
+            limit = max(0, limit - set_aside_bytes)
     return Device(
         name=spec.name,
         index=index,
@@ -137,61 +150,3 @@ def _open(index: int, spec: DeviceSpec, machine: Machine, settings: DeviceSettin
         memory_limit_bytes=limit,
         speed=spec.speed,
     )
-
-
-def probe_machine() -> Machine:
-    """Ask torch and the operating system what there is. Initialises the GPUs' runtime."""
-    missing: list[str] = []
-    gpus: list[PhysicalDevice] = []
-    for found, why_not in (_probe_cuda(), _probe_mps()):
-        gpus += found
-        if why_not:
-            missing.append(why_not)
-    return Machine(gpus=tuple(gpus), cpu=_probe_cpu(), missing=tuple(missing))
-
-
-def _probe_cuda() -> tuple[list[PhysicalDevice], str]:
-    """CUDA and ROCm devices: torch drives both through `torch.cuda`."""
-    import torch
-
-    kind: DeviceKind = "rocm" if torch.version.hip else "cuda"
-    label = "ROCm" if kind == "rocm" else "CUDA"
-    if torch.version.hip is None and torch.version.cuda is None:
-        return [], "no CUDA device: torch was built without CUDA"
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        available = torch.cuda.is_available()
-    if not available:
-        details = "; ".join(str(warning.message).splitlines()[0] for warning in caught)
-        return [], f"no {label} device: {details or 'the driver reports none'}"
-    found = []
-    for ordinal in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(ordinal)
-        product = torch.cuda.get_device_name(ordinal)
-        found.append(PhysicalDevice(f"{kind}:{ordinal}", kind, f"cuda:{ordinal}", product, total, free))
-    return found, "" if found else f"no {label} device: none is visible"
-
-
-def _probe_mps() -> tuple[list[PhysicalDevice], str]:
-    import torch
-
-    if not torch.backends.mps.is_available():
-        return [], ""  # worth a line on a Mac only, where torch always has it
-    total = torch.mps.recommended_max_memory()
-    free = total - torch.mps.driver_allocated_memory()
-    return [PhysicalDevice("mps", "mps", "mps", "Apple GPU", total, free)], ""
-
-
-def _probe_cpu() -> PhysicalDevice:
-    memory = psutil.virtual_memory()
-    total = min(memory.total, _container_limit_bytes() or memory.total)
-    return PhysicalDevice("cpu", "cpu", "cpu", "CPU and main memory", total, min(memory.available, total))
-
-
-def _container_limit_bytes() -> int | None:
-    """The memory limit of the container this process runs in; None without one."""
-    try:
-        text = _CGROUP_LIMIT.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from core.devices.device import Device
-from core.devices.discovery import Machine, probe_machine
+from core.devices.probe import Machine, probe_machine
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,11 +51,11 @@ class DeviceReader:
             self._nvml = self._nvml_missing = None
 
     def _read(self, device: Device) -> DeviceReading:
-        if device.kind in ("cpu", "sim"):
+        if device.computes_on_cpu:
             return _read_cpu(device)
-        if device.kind == "mps":
+        if device.is_mps:
             return _read_mps(device)
-        if device.kind == "rocm":
+        if device.is_amd:
             return _read_torch(device, "utilisation, temperature and power are read on NVIDIA cards only")
         if self._nvml is None and self._nvml_missing is None:
             self._nvml, self._nvml_missing = _open_nvml()

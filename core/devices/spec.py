@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import cast
 
-from core.devices.device import DeviceKind, DeviceSpeed, LinkSpeed
+from core.devices.device import GPU_KINDS, DeviceKind, DeviceSpeed, LinkSpeed
 from core.errors import DeviceError
 
 SYNTAX = (
@@ -42,7 +42,7 @@ class DeviceSpec:
     @property
     def physical_name(self) -> str:
         """The physical device whose memory it takes: emulated devices take the CPU's."""
-        if self.kind in ("cuda", "rocm"):
+        if self.kind in GPU_KINDS:
             return f"{self.kind}:{self.ordinal}"
         return "mps" if self.kind == "mps" else "cpu"
 
@@ -74,12 +74,12 @@ def _parse_entry(entry: str) -> DeviceSpec:
     if matched is None:
         raise _refuse(entry, f"unknown device {base.strip()!r}")
     kind, ordinal = matched[1], matched[2]
-    if ordinal is not None and kind not in ("cuda", "rocm"):
+    if ordinal is not None and kind not in GPU_KINDS:
         raise _refuse(entry, f"{kind} takes no number")
     size, at, speed = rest.partition("@")
     if bool(at) != (kind == "sim"):
         raise _refuse(entry, "sim needs a speed" if kind == "sim" else "only sim takes a speed")
-    name = f"{kind}:{int(ordinal or 0)}" if kind in ("cuda", "rocm") else kind
+    name = f"{kind}:{int(ordinal or 0)}" if kind in GPU_KINDS else kind
     return DeviceSpec(
         name=name,
         kind=cast(DeviceKind, kind),

@@ -6,12 +6,11 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from core.config import Settings
 from core.costs import Batch, pipeline_s
-from core.devices import HOST, Device, DeviceBudget, host_device, parse_link
+from core.devices import HOST, Device, DeviceBudget, parse_link
 from core.devices.memory import MemoryNow, read_memory
 from core.engine.model_plan import DATASHEET_LINK, ModelPlan
 from core.execution.stage import Stage
@@ -22,25 +21,37 @@ from core.lending import GPUBudget, SiteSpeeds, VRAMLendingPool
 from core.lending.homecoming import Homecoming
 from core.lending.overflow import DeviceUse, KVOverflow
 from core.placement.engine import stage_costs
+from core.streaming.stream import StreamManager
 from core.tiers import BlockLayout, HierarchicalMemory, Tier, open_memory, worth_restoring
-from core.tiers.kv_tiers import KVTiers
+from core.tiers.host_tier import HostTier
+from core.tiers.kv_tiers import KVTiers, StepBlocks
 
 _HOST_SHARE = 4
 
 
-def lending_host(settings: Settings) -> Device:
-    """Main memory as far as it takes KV blocks: what is set, or a quarter of what is free."""
-    limit = settings.lending.host_bytes
-    return host_device(psutil.virtual_memory().available // _HOST_SHARE if limit is None else limit)
+def check_promises(plan: ModelPlan, settings: Settings, host: DeviceBudget) -> None:
+    """Raise `OutOfDeviceMemoryError` unless main memory has what the settings give to KV, beside layers that stream."""
+    needed = (
+        (StreamManager.HOST_PURPOSE, plan.placement.streamed_bytes),
+        (HostTier.PURPOSE, settings.memory.host_bytes or 0),
+        (PagedKVCache.LENT, settings.lending.host_bytes or 0),
+    )
+    reserved: list[tuple[str, int]] = []
+    try:
+        for purpose, nbytes in needed:
+            host.reserve(purpose, nbytes)
+            reserved.append((purpose, nbytes))
+    finally:
+        for purpose, nbytes in reserved:
+            host.release(purpose, nbytes)
 
 
 @dataclass(slots=True)
 class KVMemory:
-    """Blocks and what is behind them. `host` is the ledger of main memory that takes blocks; `overflow` is there if
-    some stage has to borrow, `tiers` if blocks are kept below the devices."""
+    """Blocks and what is behind them. `overflow` is there if some stage has to borrow, `tiers` if blocks are kept below
+    the devices."""
 
     kv: KVCacheManager
-    host: DeviceBudget
     overflow: KVOverflow | None = None
     tiers: KVTiers | None = None
 
@@ -53,10 +64,11 @@ class KVMemory:
 
 
 def open_kv(
-    plan: ModelPlan, settings: Settings, stages: Sequence[Stage], budgets: Mapping[str, DeviceBudget], host: Device,
-    salt: bytes,
+    plan: ModelPlan, settings: Settings, stages: Sequence[Stage], budgets: Mapping[str, DeviceBudget], salt: bytes,
+    blocks: StepBlocks,
 ) -> KVMemory:  # fmt: skip
-    """The blocks of a model whose stages have allocated their local pages."""
+    """The blocks of a model whose stages have allocated their local pages, and find in `blocks` what tiers keep.
+    `budgets` has main memory's too."""
     block_size = settings.engine.block_size
     num_blocks = plan.pooled.tokens // block_size
     mapped = [
@@ -67,11 +79,11 @@ def open_kv(
     kv = KVCacheManager(
         num_blocks, block_size, salt=salt, enable_prefix_caching=settings.engine.enable_prefix_caching, stages=mapped
     )
-    memory = KVMemory(kv, DeviceBudget(host))
-    memory.tiers = _open_tiers(plan, settings, kv, salt)
+    memory = KVMemory(kv)
+    memory.tiers = _open_tiers(plan, settings, kv, budgets[HOST], salt, blocks)
     if not kv.pages.is_trivial:
         try:
-            memory.overflow = _open_overflow(plan, settings, stages, budgets, host, memory)
+            memory.overflow = _open_overflow(plan, settings, stages, budgets, memory)
         except BaseException:
             memory.close()
             raise
@@ -79,13 +91,11 @@ def open_kv(
 
 
 def _open_overflow(
-    plan: ModelPlan, settings: Settings, stages: Sequence[Stage], budgets: Mapping[str, DeviceBudget], host: Device,
-    memory: KVMemory,
-) -> KVOverflow:  # fmt: skip
-    devices = {device.name: device for device in plan.devices} | {HOST: host}
+    plan: ModelPlan, settings: Settings, stages: Sequence[Stage], budgets: Mapping[str, DeviceBudget], memory: KVMemory
+) -> KVOverflow:
     watch = DeviceWatch(plan.devices, stages, budgets)
     lending = VRAMLendingPool(
-        _lenders(plan, budgets, host),
+        _lenders(plan, settings, budgets),
         plan.request.links,
         lend_ratio=settings.lending.lend_ratio,
         reclaim_threshold=settings.lending.reclaim_threshold,
@@ -96,7 +106,7 @@ def _open_overflow(
     overflow = KVOverflow(
         memory.kv,
         lending,
-        Regions(stages, devices, {**budgets, HOST: memory.host}),
+        Regions(stages, budgets),
         page_bytes,
         extent_blocks=settings.lending.extent_blocks,
         observe=watch.observe,
@@ -106,20 +116,21 @@ def _open_overflow(
     return overflow
 
 
-def _open_tiers(plan: ModelPlan, settings: Settings, kv: KVCacheManager, salt: bytes) -> KVTiers | None:
+def _open_tiers(
+    plan: ModelPlan, settings: Settings, kv: KVCacheManager, host: DeviceBudget, salt: bytes, blocks: StepBlocks
+) -> KVTiers | None:
     """What is kept below the devices. Where the devices are main memory themselves, only if it is asked for."""
     asked, architecture = settings.memory, plan.architecture
-    has_cards = any(device.kind != "cpu" for device in plan.devices)
+    has_cards = not all(device.is_main_memory for device in plan.devices)
     wanted = asked.host_bytes is not None or asked.disk_path is not None or asked.remote_url is not None
     if not settings.engine.enable_prefix_caching or not (has_cards or wanted):
         return None
     layout = BlockLayout.of(architecture.kv_shapes, kv.block_size, str(architecture.dtype).removeprefix("torch."))
-    pin = any(device.kind in ("cuda", "rocm") for device in plan.devices)
-    free = psutil.virtual_memory().available
-    memory = open_memory(asked, layout, salt, free_host_bytes=free, pin=pin)
+    pin = any(device.is_gpu for device in plan.devices)
+    memory = open_memory(asked, layout, salt, host, pin=pin)
     if memory is None:
         return None
-    tiers = KVTiers(kv, memory, RestoreRule(plan, settings, kv, memory))
+    tiers = KVTiers(kv, memory, RestoreRule(plan, settings, kv, memory), blocks)
     kv.companions.append(tiers)
     kv.tiers = tiers
     return tiers
@@ -164,7 +175,7 @@ class RestoreRule:
         self._kv = kv
         self._memory = memory
         link = settings.devices.sim_link
-        emulated = parse_link(link) if link and any(device.kind == "sim" for device in plan.devices) else None
+        emulated = parse_link(link) if link and any(device.is_emulated for device in plan.devices) else None
         host = memory.stats().tiers[0].speed
         measured = host.read_bytes_s if host is not None else float("inf")
         self._link_bytes_s = emulated.bandwidth_bytes_s if emulated is not None else measured
@@ -198,32 +209,35 @@ class RestoreRule:
         return (sum(compute) + sum(hops)) / _CHUNK_TOKENS
 
 
-def _lenders(plan: ModelPlan, budgets: Mapping[str, DeviceBudget], host: Device) -> list[GPUBudget]:
-    """Every device. A stage's own pages are part of the pool as much as what it lends, so they are no need of its own:
-    they are taken off what may be allocated."""
+def _lenders(plan: ModelPlan, settings: Settings, budgets: Mapping[str, DeviceBudget]) -> list[GPUBudget]:
+    """Every device, and main memory: as much of it as is set, or a quarter of what is free there.
+
+    A stage's own pages are part of the pool as much as what it lends, so they are no need of its own: they are taken
+    off what may be allocated.
+    """
     found = []
     for device in plan.devices:
         pages = budgets[device.name].used_by_purpose().get(PagedKVCache.PURPOSE, 0)
         limit = device.memory_limit_bytes
         found.append(GPUBudget(device.name, limit - pages, limit))
-    if host.memory_limit_bytes > 0:
-        found.append(GPUBudget(HOST, host.memory_limit_bytes, host.memory_limit_bytes, last_resort=True))
+    lent = settings.lending.host_bytes
+    lent = budgets[HOST].free_bytes // _HOST_SHARE if lent is None else lent
+    if lent > 0:
+        found.append(GPUBudget(HOST, lent, lent, last_resort=True))
     return found
 
 
 class Regions:
     """Allocates regions on the devices that lend them."""
 
-    def __init__(
-        self, stages: Sequence[Stage], devices: Mapping[str, Device], budgets: Mapping[str, DeviceBudget]
-    ) -> None:
+    def __init__(self, stages: Sequence[Stage], budgets: Mapping[str, DeviceBudget]) -> None:
         self._stages = stages
-        self._devices = devices
         self._budgets = budgets
 
     def add(self, stage: int, region_id: int, device: str, pages: int) -> None:
         """Raises `OutOfDeviceMemoryError`, with nothing kept."""
-        self._cache(stage).add_region(region_id, pages, self._devices[device], self._budgets[device])
+        budget = self._budgets[device]
+        self._cache(stage).add_region(region_id, pages, budget.device, budget)
 
     def drop(self, stage: int, region_id: int) -> None:
         """Give a region's memory back to the device, and what the allocator keeps of it to other programs."""

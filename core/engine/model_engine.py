@@ -8,27 +8,30 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from core.batching.batcher import ContinuousBatcher
 from core.batching.breaker import CircuitBreaker
-from core.batching.scheduler import Scheduler, SchedulerLimits
+from core.batching.scheduler import Scheduler
+from core.batching.step import SchedulerLimits
 from core.config import Settings
 from core.config_schema import EngineSettings
-from core.costs import StagePlan
+from core.costs import SLOTS, StagePlan
 from core.defaults import GENERATION_DEFAULTS
-from core.devices import HOST, Device, DeviceBudget
+from core.devices import HOST, DeviceBudget, MainMemory
 from core.devices.memory import read_memory
-from core.emulation.guest_time import GuestTime
-from core.engine.kv_memory import KVMemory, lending_host, open_kv
+from core.emulation import EmulatedStage, GuestTime
+from core.engine.kv_memory import KVMemory, check_promises, open_kv
 from core.engine.model_plan import ModelPlan, cohort_policy, stage_timer
 from core.engine.submission import LoadedModel
 from core.errors import CheckpointError, InsufficientMemoryError
 from core.execution.attention.select import AttentionBackends
+from core.execution.known_sequences import KnownSequences
 from core.execution.model_runner import ModelRunner
 from core.execution.native import do_all_products
-from core.execution.stage import Stage
+from core.execution.stage import KVSetup, Stage
 from core.execution.threads import CpuThreads
 from core.kv_cache.manager import KVCacheManager
 from core.logs import get_logger
@@ -36,7 +39,8 @@ from core.models.checkpoint import Checkpoint, weights_digest
 from core.models.stage_model import StageSlice
 from core.models.tokenizer import Tokenizer
 from core.placement.predict import predict_rate
-from core.streaming.stream import SLOTS, StreamedLayers
+from core.streaming.stream import StreamedLayers
+from core.tiers.kv_tiers import StepBlocks
 from core.transfer import TransferManager
 
 logger = get_logger(__name__)
@@ -71,6 +75,7 @@ class ModelEngine:
     budgets: dict[str, DeviceBudget]
     stages: list[Stage]
     transfer: TransferManager
+    main_memory: MainMemory
     runner: ModelRunner
     memory: KVMemory
     batcher: ContinuousBatcher
@@ -127,6 +132,7 @@ class ModelEngine:
         self.memory.close()
         for budget in self.budgets.values():
             budget.release("workspace")
+        self.main_memory.close(self.budgets[HOST])
 
 
 def check_memory(plan: ModelPlan) -> None:
@@ -157,6 +163,7 @@ def load_engine(
     settings: Settings,
     *,
     transfer: TransferManager,
+    main_memory: MainMemory,
     cpu_threads: int,
     on_read: Callable[[int], None] = lambda nbytes: None,
     on_loaded: Callable[[], None] = lambda: None,
@@ -164,25 +171,28 @@ def load_engine(
     """Load a planned model and start its batcher. On failure everything allocated so far is freed. `on_loaded` is
     called when the weights are there, before tiers are opened.
 
-    Raises `InsufficientMemoryError`, before anything is allocated, if memory was taken since the plan was made.
+    Raises, before anything is allocated, `InsufficientMemoryError` if memory was taken since the plan was made, and
+    `OutOfDeviceMemoryError` if `main_memory` does not have what the settings give to KV.
     """
     started_s = time.perf_counter()
     check_memory(plan)
     tokenizer = Tokenizer.from_directory(plan.resolved.path, _chat_template(settings))
-    budgets = {device.name: DeviceBudget(device) for device in plan.devices}
-    if plan.host is not None:
-        budgets[HOST] = DeviceBudget(plan.host)
+    host = main_memory.open(plan.devices)
+    budgets = {device.name: DeviceBudget(device) for device in plan.devices} | {HOST: host}
     stages: list[Stage] = []
     names: list[str] = []
-    host = lending_host(settings)
-    kinds = [plan.devices[stage.device_index].kind for stage in plan.placement.stages]
-    threads = CpuThreads(cpu_threads, sum(kind in ("cpu", "sim") for kind in kinds))
-    backends, guests = AttentionBackends(settings, threads), GuestTime()
+    used = [plan.devices[stage.device_index] for stage in plan.placement.stages]
+    threads = CpuThreads(cpu_threads, sum(device.computes_on_cpu for device in used))
+    backends, blocks = AttentionBackends(settings, threads), StepBlocks()
+    size, most = settings.engine.block_size, min(plan.max_model_len, plan.pooled.tokens)
+    setup = KVSetup(size, -(-most // size) + 1, backends, transfer, host.device, blocks)
+    make_stage = _stage_maker(plan)
     try:
+        check_promises(plan, settings, host)
         for stage_plan in plan.placement.stages:
             device = plan.devices[stage_plan.device_index]
             part = StageSlice(stage_plan.first_layer, stage_plan.last_layer, plan.architecture.num_layers)
-            stage = Stage(plan.architecture, part, device, budgets[device.name], stage_timer(plan, stage_plan))
+            stage = make_stage(plan.architecture, part, device, budgets[device.name], stage_timer(plan, stage_plan))
             stages.append(stage)
             attention, adapter = backends.of(device)
             streamed = _streamed_layers(stage_plan, budgets, transfer)
@@ -190,14 +200,26 @@ def load_engine(
             stage.load(plan.resolved.path, resident, on_read, adapter, streamed)
             budgets[device.name].reserve("workspace", stage_plan.workspace_bytes)
             pages = plan.pooled.local_tokens[len(stages) - 1] // settings.engine.block_size
-            stage.allocate_kv(pages, settings.engine.block_size, backends, transfer, host, guests)
+            stage.allocate_kv(pages, setup)
             names.append(attention.name)
         on_loaded()
-        return _assemble(plan, settings, budgets, stages, transfer, tokenizer, names, threads, host, started_s)
+        return _assemble(
+            plan, settings, budgets, stages, transfer, main_memory, tokenizer, names, threads, blocks, started_s
+        )
     except BaseException:
         for stage in stages:
             stage.free()
+        main_memory.close(host)
         raise
+
+
+def _stage_maker(plan: ModelPlan) -> Callable[..., Stage]:
+    """Makes the stages of an engine. They share what this process knows of sequences; beside emulated devices, all keep
+    to what those take of each other's time."""
+    known = KnownSequences()
+    if any(device.speed is not None for device in plan.devices):
+        return partial(EmulatedStage, known=known, guests=GuestTime())
+    return partial(Stage, known=known)
 
 
 def _streamed_layers(
@@ -214,19 +236,20 @@ def _assemble(
     budgets: dict[str, DeviceBudget],
     stages: list[Stage],
     transfer: TransferManager,
+    main_memory: MainMemory,
     tokenizer: Tokenizer,
     backends: list[str],
     threads: CpuThreads,
-    host: Device,
+    blocks: StepBlocks,
     started_s: float,
 ) -> ModelEngine:
     engine = settings.engine
     model = _describe(plan, settings, tokenizer)
     salt = f"{model.path}:{plan.resolved.revision or weights_digest(model.path)}:{model.dtype}".encode()
-    memory = open_kv(plan, settings, stages, budgets, host, salt)
+    memory = open_kv(plan, settings, stages, budgets, salt, blocks)
     try:
         torch_threads = 1 if _products_are_native(backends, plan) else threads.together
-        runner = ModelRunner(stages, transfer, plan.architecture.vocab_size, engine.block_size, threads, torch_threads)
+        runner = ModelRunner(stages, transfer, threads, torch_threads)
         limits = _limits(engine, memory.kv, model.max_model_len)
         breaker = CircuitBreaker(engine.breaker_failures, engine.breaker_reset_s)
         batcher = ContinuousBatcher(
@@ -239,7 +262,7 @@ def _assemble(
         )
         batcher.start()
         return ModelEngine(
-            model, plan, settings, budgets, stages, transfer, runner, memory, batcher, tuple(backends),
+            model, plan, settings, budgets, stages, transfer, main_memory, runner, memory, batcher, tuple(backends),
             load_s=time.perf_counter() - started_s,
         )  # fmt: skip
     except BaseException:

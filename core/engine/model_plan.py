@@ -23,7 +23,7 @@ from core.costs import (
     emulated_profile,
 )
 from core.costs.cards import gpu_spec
-from core.devices import HOST, Device, open_devices, open_host
+from core.devices import HOST, Device, DeviceBudget, MainMemory, host_device, open_devices, open_main_memory
 from core.errors import ContextLengthError, InsufficientMemoryError
 from core.execution.attention.select import planned_gathering, planned_packing
 from core.models.architecture import Architecture, read_architecture
@@ -157,7 +157,7 @@ def plan_model(
             for device, profile in zip(devices, profiles, strict=True)
         ),
         links,
-        shares_cpu=placed.devices is None and any(device.kind == "cpu" for device in devices),
+        shares_cpu=placed.devices is None and any(device.is_main_memory for device in devices),
         attention_bytes=planned_gathering(devices, settings, architecture, max_model_len),
     )
     try:
@@ -276,11 +276,19 @@ class _Measure:
         return self.profiler.host_links(devices)
 
 
-def host_for(settings: Settings, devices: Sequence[Device], held_bytes: int = 0) -> Device | None:
-    """Main memory for layers that do not fit on `devices`; None if they may not stream in."""
+def host_for(
+    settings: Settings, devices: Sequence[Device], main: MainMemory, leaving: DeviceBudget | None = None
+) -> Device | None:
+    """Main memory for layers that do not fit on `devices`; None if they may not stream in. `leaving` is the part of an
+    engine that will be closed before."""
     if settings.devices.stream_weights == "off":
         return None
-    return open_host(settings.devices, devices, held_bytes=held_bytes)
+    return host_device(max(0, main.room_bytes(devices, leaving) - promised_bytes(settings)))
+
+
+def promised_bytes(settings: Settings) -> int:
+    """Main memory that the settings give to KV."""
+    return (settings.memory.host_bytes or 0) + (settings.lending.host_bytes or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,9 +320,10 @@ def preview(settings: Settings, gpus: Sequence[str] = (), *, more: Sequence[str]
         pooled = pool_of(request, placement, _lend_ratio(settings))
         prediction: Prediction | None = predict(placement, request, pooled=pooled)
     else:
-        devices = open_devices(settings.devices, allocate=False)
+        devices = open_devices(settings.devices, allocate=False, set_aside_bytes=promised_bytes(settings))
         measure = measure_with(settings, TransferManager())
-        plan = plan_model(resolved, devices, settings, measure, host_for(settings, devices))
+        host = host_for(settings, devices, open_main_memory(settings.devices))
+        plan = plan_model(resolved, devices, settings, measure, host)
         request, placement, pooled, prediction = plan.request, plan.placement, plan.pooled, plan.prediction
     others = more or tuple(dict.fromkeys(text.partition("*")[0].strip() for text in gpus))
     effects = tuple(one_more(placement, request, device) for device in gpu_spec(*others)) if prediction else ()

@@ -6,6 +6,9 @@ flattened first two dimensions (`slot = page * block_size + offset`) and a page 
     page 0 | slot 0: head 0 .. head H-1 | slot 1: ... |
     page 1 | slot bs: ...
 
+A region is one allocation, so that what lends it gets it back whole: the K pages of the first layer, then its V pages,
+then the next layer's.
+
 Pages that leave a region travel as bytes, page-first: for each layer in order the K page, then the V page.
 """
 
@@ -51,7 +54,11 @@ class PagedKVCache:
         dtype: torch.dtype,
         device: Device,
         budget: DeviceBudget,
+        *,
+        scratch: bool = False,
     ) -> None:
+        """With `scratch`, local pages have one more behind them, for rows that are nobody's; it is part of what a stage
+        works in, and not of `nbytes`."""
         element_bytes = torch.empty((), dtype=dtype).element_size()
         self.block_size = block_size
         self.dtype = dtype
@@ -59,7 +66,7 @@ class PagedKVCache:
         self._shapes = dict(shapes)
         self._budgets = {LOCAL: budget}
         self._regions: dict[int, PageRegion] = {}
-        self._add(LOCAL, num_pages, device, budget, self.PURPOSE)
+        self._add(LOCAL, num_pages, device, budget, self.PURPOSE, spare=int(scratch))
 
     @property
     def num_pages(self) -> int:
@@ -80,11 +87,13 @@ class PagedKVCache:
             del self._budgets[region_id]
             raise
 
-    def _add(self, region_id: int, num_pages: int, device: Device, budget: DeviceBudget, purpose: str) -> None:
+    def _add(
+        self, region_id: int, num_pages: int, device: Device, budget: DeviceBudget, purpose: str, spare: int = 0
+    ) -> None:
         nbytes = self.page_bytes * num_pages
         budget.reserve(purpose, nbytes)
         try:
-            layers = {index: self._pages(shape, num_pages, device) for index, shape in self._shapes.items()}
+            layers = self._pages(num_pages + spare, device)
         except (torch.OutOfMemoryError, MemoryError) as error:
             budget.release(purpose, nbytes)
             raise OutOfDeviceMemoryError(
@@ -92,12 +101,19 @@ class PagedKVCache:
             ) from error
         self._regions[region_id] = PageRegion(device, num_pages, nbytes, layers)
 
-    def _pages(self, shape: KVShape, num_pages: int, device: Device) -> Pages:
-        def zeros(dim: int) -> torch.Tensor:
-            size = (num_pages, self.block_size, shape.num_kv_heads, dim)
-            return torch.zeros(size, dtype=self.dtype, device=device.torch_device)
-
-        return zeros(shape.key_dim), zeros(shape.value_dim)
+    def _pages(self, num_pages: int, device: Device) -> dict[int, Pages]:
+        """K and V of every layer as views of one tensor."""
+        rows = num_pages * self.block_size
+        dims = [
+            (shape.num_kv_heads, dim) for shape in self._shapes.values() for dim in (shape.key_dim, shape.value_dim)
+        ]
+        sizes = [rows * heads * dim for heads, dim in dims]
+        arena = torch.zeros(sum(sizes), dtype=self.dtype, device=device.torch_device)
+        views = [
+            part.view(num_pages, self.block_size, heads, dim)
+            for part, (heads, dim) in zip(torch.split(arena, sizes), dims, strict=True)
+        ]
+        return dict(zip(self._shapes, zip(views[::2], views[1::2], strict=True), strict=True))
 
     def drop_region(self, region_id: int) -> None:
         """Give a region's memory back to the device that lent it."""

@@ -9,12 +9,12 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from core.costs import PlacementRequest
+from core.costs import SLOTS, PlacementRequest
 from core.costs.cost import Batch
 from core.costs.profile import LinkProfile
 from core.devices.device import HOST
 from core.placement.search import Cut, PlacementSearch, _Times
-from core.placement.streamed_layers import SLOTS, streamed_bytes
+from core.placement.streamed_layers import streamed_bytes
 
 _EXACT = 2.0**50
 

@@ -15,9 +15,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from core.costs.plan import LayerCosts
+from core.costs.plan import SLOTS, LayerCosts
 
-SLOTS = 2
 _EXACT_KINDS = 3
 
 

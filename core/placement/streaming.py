@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
-from core.costs import PlacementRequest
+from core.costs import SLOTS, PlacementRequest
 from core.costs.plan import LayerCosts, PlacementPlan, StagePlan
 from core.devices.device import HOST
 from core.errors import InsufficientMemoryError
@@ -18,7 +18,7 @@ from core.placement.engine import BY_HAND, cuts_by_hand, place_profiled, predict
 from core.placement.pooled import place_pooled
 from core.placement.search import Cut
 from core.placement.stream_search import StreamingSearch, streaming_cuts
-from core.placement.streamed_layers import SLOTS, choose_streamed, least_bytes
+from core.placement.streamed_layers import choose_streamed, least_bytes
 
 
 def place_or_stream(

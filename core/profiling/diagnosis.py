@@ -14,7 +14,7 @@ import torch
 from core.config import Settings
 from core.costs import DeviceProfile, LinkProfile, Sharing
 from core.costs.cards import card
-from core.devices import Device, DeviceReader, Machine, format_bytes, open_devices, probe_machine
+from core.devices import Device, DeviceReader, Machine, format_bytes, left_out, open_devices, probe_machine
 from core.devices.memory import MemoryNow, read_memory
 from core.errors import DeviceError
 from core.execution.attention.select import select_attention
@@ -159,7 +159,7 @@ def diagnose_device(
 ) -> DeviceDiagnosis:
     """One device; `profile` is for layers of `dtype`, `threads` is how many a CPU computes with."""
     streams = compute_bound_streams(profile, dtype.itemsize)
-    product = "emulated" if device.kind == "sim" else str(device_facts(device, threads)["product"])
+    product = "emulated" if device.is_emulated else str(device_facts(device, threads)["product"])
     return DeviceDiagnosis(
         name=device.name,
         kind=device.kind,
@@ -178,7 +178,7 @@ def diagnose_device(
         sharing=profile.sharing,
         compute_bound_streams=streams,
         limits=_limits(profile, dtype.itemsize, streams),
-        datasheet=_datasheet(memory, product, profile, dtype) if device.kind in ("cuda", "rocm", "mps") else None,
+        datasheet=_datasheet(memory, product, profile, dtype) if not device.computes_on_cpu else None,
     )
 
 
@@ -239,10 +239,11 @@ def _warnings(
     busy: list[str],
 ) -> list[str]:
     found = [f"No GPU: {reason}." for reason in machine.missing]
-    found += _kernel_warnings(settings, told) + busy
+    found += [f"{reason}." for reason in left_out(machine, devices)]
+    found += _kernel_warnings(settings, devices, told) + busy
     shared: dict[str, list[MemoryNow]] = defaultdict(list)
     for device, held in zip(devices, memory, strict=True):
-        if device.kind != "sim":
+        if not device.is_emulated:
             shared[device.torch_device].append(held)
     for parts in shared.values():
         found += _memory_warnings(parts)
@@ -254,9 +255,10 @@ def _warnings(
     return found
 
 
-def _kernel_warnings(settings: Settings, told: Sequence[DeviceDiagnosis]) -> list[str]:
+def _kernel_warnings(settings: Settings, devices: Sequence[Device], told: Sequence[DeviceDiagnosis]) -> list[str]:
     found = []
-    slow_cpus = [device.name for device in told if device.kind in ("cpu", "sim") and device.attention != "native"]
+    attends = [(device, tell.attention) for device, tell in zip(devices, told, strict=True)]
+    slow_cpus = [device.name for device, name in attends if device.computes_on_cpu and name != "native"]
     if slow_cpus:
         if not settings.engine.native_kernels:
             reason = "engine.native_kernels is off"
@@ -265,7 +267,7 @@ def _kernel_warnings(settings: Settings, told: Sequence[DeviceDiagnosis]) -> lis
         else:
             reason = "they cannot be built or loaded; the log says why"
         found.append(f"{', '.join(slow_cpus)} computes without the native kernels, several times slower: {reason}.")
-    slow_gpus = [device.name for device in told if device.kind in ("cuda", "rocm") and device.attention != "triton"]
+    slow_gpus = [device.name for device, name in attends if device.is_gpu and name != "triton"]
     if slow_gpus:
         reason = "it is not installed" if importlib.util.find_spec("triton") is None else "it is not used"
         found.append(f"{', '.join(slow_gpus)} attends in plain torch, without Triton: {reason}.")
@@ -274,7 +276,7 @@ def _kernel_warnings(settings: Settings, told: Sequence[DeviceDiagnosis]) -> lis
 
 def _busy_warnings(devices: Sequence[Device]) -> list[str]:
     """Looks at the devices for a moment, before anything is measured."""
-    physical = {device.torch_device: device for device in devices if device.kind != "sim"}.values()
+    physical = {device.torch_device: device for device in devices if not device.is_emulated}.values()
     reader = DeviceReader()
     try:
         reader.read(physical)

@@ -11,6 +11,7 @@ import torch
 from core.config import Settings
 from core.costs import LinkProfile, LinkTopology
 from core.devices import HOST, Device, parse_link
+from core.devices.pinned import HostBuffer
 from core.logs import get_logger
 from core.profiling import measure
 from core.profiling.profile_store import Facts, ProfileStore, device_facts, key_of
@@ -43,18 +44,21 @@ class LinkProfiler:
     def from_host(self, device: Device) -> LinkProfile:
         """From main memory, for weights that stream in."""
         emulated = self._settings.devices.sim_link
-        if emulated is not None and device.kind == "sim":
+        if emulated is not None and device.is_emulated:
             speed = parse_link(emulated)
             return LinkProfile(speed.bandwidth_bytes_s, speed.latency_s, "stream", "emulated")
         facts = {"src": HOST, "dst": self._end(device), "method": "stream", "torch": torch.__version__}
         profile = self._store.load_link(facts, "stream")
         if profile is None:
-            pin = device.kind in ("cuda", "rocm")
 
             def time_load(nbytes: int) -> float:
-                source = torch.ones(nbytes, dtype=torch.uint8, pin_memory=pin)
+                source = HostBuffer("profiling", nbytes, pin=device.is_gpu)
+                source.memory.fill_(1)
                 target = torch.empty(nbytes, dtype=torch.uint8, device=device.torch_device)
-                return self._time_link(lambda: self._transfer.load(source, target, device))
+                try:
+                    return self._time_link(lambda: self._transfer.load(source.memory, target, device))
+                finally:
+                    source.close()
 
             profile = self._measure_link(device, HOST, device.name, "stream", time_load)
             self._store.save_link(facts, profile)
@@ -63,7 +67,7 @@ class LinkProfiler:
     def _link(self, src: Device, dst: Device, refresh: bool, known: dict[str, LinkProfile]) -> LinkProfile:
         method = self._transfer.method(src, dst)
         emulated = self._settings.devices.sim_link
-        if emulated is not None and "sim" in (src.kind, dst.kind):
+        if emulated is not None and (src.is_emulated or dst.is_emulated):
             speed = parse_link(emulated)
             return LinkProfile(speed.bandwidth_bytes_s, speed.latency_s, method, "emulated")
         facts = {
@@ -85,7 +89,7 @@ class LinkProfiler:
     def _end(self, device: Device) -> Facts:
         """One end of a link: cards of one model may sit in slots that differ."""
         uuid = None
-        if device.kind in ("cuda", "rocm"):
+        if device.is_gpu:
             uuid = str(getattr(torch.cuda.get_device_properties(device.torch_device), "uuid", device.torch_device))
         return device_facts(device, self._cpu_threads) | {"uuid": uuid}
 

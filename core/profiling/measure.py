@@ -91,7 +91,7 @@ def time_runs(work: Callable[[], object], device: torch.device, budget_s: float)
 @contextmanager
 def computing_as_served(device: Device, torch_threads: int) -> Iterator[None]:
     """The device is current and torch has as many threads as in the engine; afterwards its memory is given back."""
-    at: Any = torch.cuda.device(device.torch_device) if device.kind in ("cuda", "rocm") else nullcontext()
+    at: Any = torch.cuda.device(device.torch_device) if device.is_gpu else nullcontext()
     threads = torch.get_num_threads()
     torch.set_num_threads(torch_threads)
     try:
@@ -99,9 +99,9 @@ def computing_as_served(device: Device, torch_threads: int) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
-        if device.kind in ("cuda", "rocm"):
+        if device.is_gpu:
             torch.cuda.empty_cache()
-        elif device.kind == "mps":
+        elif device.is_mps:
             torch.mps.empty_cache()
 
 
@@ -110,10 +110,10 @@ def computing_as_served(device: Device, torch_threads: int) -> Iterator[None]:
 
 def cold_bytes(device: Device) -> int:
     """How many bytes have to be read in turn so that none of them is still in a cache of `device`."""
-    if device.kind in ("cpu", "sim"):
+    if device.computes_on_cpu:
         return min(max(4 * _cpu_cache_bytes(), 64 * _MIB), _MOST_COLD_BYTES)
     cache = 0
-    if device.kind in ("cuda", "rocm"):
+    if device.is_gpu:
         cache = int(getattr(torch.cuda.get_device_properties(device.torch_device), "L2_cache_size", 0))
     return min(max(4 * cache, 512 * _MIB), _MOST_COLD_BYTES)  # AMD's and Apple's outer caches are not reported
 

@@ -199,13 +199,13 @@ def device_facts(device: Device, cpu_threads: int) -> dict[str, Any]:
 
     Parts of one device have the same facts, and so one profile.
     """
-    if device.kind in ("cpu", "sim"):
+    if device.computes_on_cpu:
         return {"kind": "cpu", "product": cpu_name(), "driver": None, "threads": cpu_threads}
-    if device.kind == "mps":
+    if device.is_mps:
         product = f"Apple GPU, {platform.machine()}, {cpu_name()}"
         return {"kind": "mps", "product": product, "driver": platform.mac_ver()[0], "threads": None}
     product = torch.cuda.get_device_name(device.torch_device)
-    driver = _nvidia_driver() if device.kind == "cuda" else _amd_driver()
+    driver = _amd_driver() if device.is_amd else _nvidia_driver()
     return {"kind": device.kind, "product": product, "driver": driver, "threads": None}
 
 

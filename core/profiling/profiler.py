@@ -155,7 +155,7 @@ class LayerProfiler:
         shape = LayerShape.of(architecture)
         facts = self._facts(parts[0], architecture, shape, *selected[0]) | {
             "parts": len(parts),
-            "threads_together": threads.together if parts[0].kind == "cpu" else None,
+            "threads_together": threads.together if parts[0].is_main_memory else None,
         }
         factors = None if refresh else self.store.load_sharing(facts)
         if factors is None:

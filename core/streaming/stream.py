@@ -20,7 +20,7 @@ One thread at a time runs the stage.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -29,13 +29,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from core.costs import SLOTS
 from core.devices import Device, DeviceBudget
-from core.logs import get_logger
+from core.devices.pinned import HostBuffer
 from core.streaming.packed_layer import PackedLayer
-
-logger = get_logger(__name__)
-
-SLOTS = 2
 
 
 class Loader(Protocol):
@@ -54,6 +51,16 @@ class Clock(Protocol):
 
     def resume(self) -> None:
         """Computing goes on now, after a wait."""
+
+
+class RealTime:
+    """A real device's clock: what takes time takes it."""
+
+    def reach(self, layer: int) -> None:
+        """Nothing to wait for."""
+
+    def resume(self) -> None:
+        """Nothing to note."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +93,13 @@ class StreamManager:
         self.streamed = streamed
         self.wait_s = 0.0
         self._device, self._budget, self._clock = device, budget, clock
-        self._is_gpu = device.kind in ("cuda", "rocm")
+        self._is_gpu = device.is_gpu
         self._reserved = [0, 0]
         self._packed: list[PackedLayer] = []
         self._masters: list[torch.Tensor] = []
         self._slots: list[_Slot] = []
         self._hooks: list[Any] = []
-        self._unpin: Callable[[], None] | None = None
+        self._buffer: HostBuffer | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._reserve(streamed.slot_bytes, streamed.host_bytes)
 
@@ -113,13 +120,11 @@ class StreamManager:
         self._reserve(max(sizes), sum(sizes))
         torch_device = torch.device(self._device.torch_device)
         self._slots = [_Slot(torch.empty(max(sizes), dtype=torch.uint8, device=torch_device)) for _ in range(SLOTS)]
-        arena = torch.empty(sum(sizes), dtype=torch.uint8)
-        self._masters = list(torch.split(arena, sizes))
+        self._buffer = HostBuffer(self.HOST_PURPOSE, sum(sizes), pin=self._is_gpu)  # reserved above
+        self._masters = list(torch.split(self._buffer.memory, sizes))
         for turn, (packed, master) in enumerate(zip(self._packed, self._masters, strict=True)):
             packed.store(master)
             packed.move(self._slot(turn).memory)  # frees what the layer held
-        if self._is_gpu:
-            self._unpin = _pin(arena)
         for turn, index in enumerate(self.streamed.layers):
             layer = layers[index]
             self._hooks.append(layer.register_forward_pre_hook(partial(self._before, turn, index)))
@@ -134,13 +139,13 @@ class StreamManager:
         """End the loader and give all memory back. Safe to call twice, and on a manager that adopted nothing."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
-        if self._unpin is not None:
-            self._unpin()
         for hook in self._hooks:
             hook.remove()
-        self._thread = self._unpin = None
         for held in (self._hooks, self._packed, self._masters, self._slots):
             held.clear()
+        if self._buffer is not None:
+            self._buffer.close()
+        self._thread = self._buffer = None
         self._budget.release(self.PURPOSE, self._reserved[0])
         self.streamed.host.release(self.HOST_PURPOSE, self._reserved[1])
         self._reserved = [0, 0]
@@ -188,15 +193,3 @@ class StreamManager:
         slot.filled = self._thread.submit(
             self.streamed.loader.load, master, slot.memory[: master.nbytes], self._device, after
         )
-
-
-def _pin(memory: torch.Tensor) -> Callable[[], None] | None:
-    """Lock the tensor's pages, so that a GPU copies from them by itself; torch's own pinned memory takes up to twice
-    the bytes. Returns what undoes it; None where the system does not allow it.
-    """
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    status = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
-    if status:
-        logger.warning("streamed layers are not pinned, so they load more slowly", bytes=memory.nbytes, status=status)
-        return None
-    return lambda: runtime.cudaHostUnregister(memory.data_ptr())

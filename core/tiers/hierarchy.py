@@ -28,6 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
+from core.devices import DeviceBudget
 from core.tiers.host_tier import HostTier
 from core.tiers.hotness import HeatTable
 from core.tiers.loader import Loader
@@ -51,6 +52,7 @@ class HierarchicalMemory:
         self,
         layout: BlockLayout,
         options: MemoryOptions,
+        host: DeviceBudget,
         below: Sequence[LowerTier] = (),
         *,
         host_speed: TierSpeed | None = None,
@@ -58,20 +60,20 @@ class HierarchicalMemory:
     ) -> None:
         """`below` in the order in which blocks sink, fastest first. `clock` gives seconds, for hotness alone.
 
-        Raises `ValueError` if host RAM of that size holds no block, `RuntimeError` if it cannot be pinned.
+        Raises `ValueError` if host RAM of that size holds no block, `OutOfDeviceMemoryError` if `host` has no room.
         """
         self.layout = layout
         self._options = options
         self._clock = clock
         self._lock = threading.Lock()
         self._heat = HeatTable(options.heat)
-        self._host = HostTier(layout.nbytes, options.host_bytes, self._heat, pin=options.pin, speed=host_speed)
         self._below = tuple(below)
         self._moves: Counter[tuple[MoveKind, Tier, Tier | None]] = Counter()
         self._unsaved = 0  # slots filled since what goes next was last looked at
         self._closed = False
         for lower in self._below:
             lower.open_index(self._heat, clock())
+        self._host = HostTier(layout.nbytes, options.host_bytes, self._heat, host, pin=options.pin, speed=host_speed)
         self._loader = Loader(self, self._host, self._below, self._lock, options.load_threads)
         self._writer = Writer(self, self._below, options, self._lock)
 
@@ -323,7 +325,15 @@ class HierarchicalMemory:
         return self._writer.flush(unsaved, timeout_s)
 
     def close(self) -> None:
-        """Finish what is being read, drop queued writes, end the threads and close the tiers below. Safe to repeat."""
+        """Give host RAM back, after `hand_over`. Safe to repeat; slots are used no more."""
+        self.hand_over()
+        self._host.close()
+
+    def hand_over(self) -> None:
+        """Finish what is being read, drop queued writes, end the threads and close the tiers below. Safe to repeat.
+
+        Nothing is found from now on, but slots that were given out stay.
+        """
         with self._lock:
             if self._closed:
                 return

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
-
+from core.devices import DeviceBudget
+from core.devices.pinned import HostBuffer
 from core.tiers.chain_index import ChainIndex
 from core.tiers.hotness import HeatTable
 from core.tiers.loading import Slot
@@ -13,14 +13,24 @@ from core.tiers.records import Tier, TierSpeed, TierStats
 
 
 class HostTier:
-    """An arena `[num_slots, block_nbytes]` of bytes. Guarded by the hierarchy's lock."""
+    """An arena `[num_slots, block_nbytes]` of bytes, on the ledger of main memory until `close`. Guarded by the
+    hierarchy's lock.
+    """
 
+    PURPOSE = "kv_tiers"
     tier = Tier.L3
 
     def __init__(
-        self, block_nbytes: int, host_bytes: int, heat: HeatTable, *, pin: bool, speed: TierSpeed | None
+        self,
+        block_nbytes: int,
+        host_bytes: int,
+        heat: HeatTable,
+        budget: DeviceBudget,
+        *,
+        pin: bool,
+        speed: TierSpeed | None,
     ) -> None:
-        """Raises `ValueError` if no block fits, `RuntimeError` if the memory cannot be pinned."""
+        """Raises `ValueError` if no block fits, `OutOfDeviceMemoryError` if `budget` does not have the memory."""
         self.num_slots = host_bytes // block_nbytes
         if self.num_slots < 1:
             raise ValueError(f"{host_bytes} bytes of host RAM hold no block of {block_nbytes}")
@@ -29,10 +39,15 @@ class HostTier:
         self.reserved: dict[bytes, Slot] = {}
         self.hits = self.misses = 0
         self._block_nbytes = block_nbytes
-        self._pinned = pin
         self._speed = speed
-        self._arena = torch.empty((self.num_slots, block_nbytes), dtype=torch.uint8, pin_memory=pin)
+        self._buffer = HostBuffer(self.PURPOSE, self.num_slots * block_nbytes, pin=pin, budget=budget)
+        self._arena = self._buffer.memory.view(self.num_slots, block_nbytes)
         self._free = list(range(self.num_slots))[::-1]
+
+    def close(self) -> None:
+        """Give the memory back. Safe to call twice; nothing is taken from then on."""
+        self._arena = self._arena[:0].clone()
+        self._buffer.close()
 
     @property
     def num_free(self) -> int:
@@ -73,7 +88,7 @@ class HostTier:
             misses=self.misses,
             mean_hotness=mean_hotness,
             speed=self._speed,
-            medium="pinned" if self._pinned else "pageable",
+            medium="pinned" if self._buffer.is_pinned else "pageable",
         )
 
     def check_invariants(self, filling: Iterable[Slot]) -> None:

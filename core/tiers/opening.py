@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from core.config import MemorySettings
-from core.devices import format_bytes
+from core.devices import DeviceBudget, format_bytes
 from core.logs import get_logger
 from core.tiers.compress import Compressor
 from core.tiers.disk import DirectoryInUseError, LocalFiles
@@ -34,8 +34,8 @@ def open_memory(
     settings: MemorySettings,
     layout: BlockLayout,
     salt: bytes,
+    host: DeviceBudget,
     *,
-    free_host_bytes: int,
     pin: bool = False,
     recompute_s: float | None = None,
     peer: Peer | None = None,
@@ -48,14 +48,15 @@ def open_memory(
 
     Args:
         salt: what the KV depends on beside its tokens (model, dtype, revision), as the prefix hashes have it.
-        free_host_bytes: free main memory, for the automatic choice.
+        host: main memory; the hierarchy reserves its part there until it is closed.
         pin: page-locked host RAM, for GPUs.
         recompute_s: predicted seconds to compute one block, None if unknown.
 
     Raises:
         ConfigError: a capacity too small for one segment, or a remote protocol that is unknown or not installed.
+        OutOfDeviceMemoryError: main memory does not have what is asked for.
     """
-    host_bytes = _host_bytes(settings, layout, free_host_bytes)
+    host_bytes = _host_bytes(settings, layout, host.free_bytes)
     if host_bytes < layout.nbytes:
         logger.info("no host memory for KV blocks", bytes=host_bytes, block_bytes=layout.nbytes)
         return None
@@ -76,7 +77,7 @@ def open_memory(
                 below.append(lower)  # noqa: PERF401  (what is open is closed if the next one fails)
         # Blocks sink to the fastest tier first.
         below.sort(key=lambda lower: lower.speed.fetch_s(layout.nbytes) if lower.speed else 0.0)
-        return HierarchicalMemory(layout, options, below, host_speed=measure_host(), clock=clock)
+        return HierarchicalMemory(layout, options, host, below, host_speed=measure_host(), clock=clock)
     except BaseException:
         for lower in below:
             lower.store.close()

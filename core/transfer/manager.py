@@ -42,6 +42,15 @@ class TransferObserver(Protocol):
     def observe_transfer(self, method: str, src: str, dst: str, nbytes: int, seconds: float) -> None: ...
 
 
+class Inlet(Protocol):
+    """Where a stage takes hidden states (`core.execution.stage_handle`)."""
+
+    @property
+    def device(self) -> Device: ...
+
+    def put(self, step: int, hidden: torch.Tensor) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class TransferStats:
     """Totals of one (method, source, destination) since the start."""
@@ -67,16 +76,20 @@ class TransferManager:
             return tensor
         method = self.method(src, dst)
         started_s = time.perf_counter()
-        if _is_gpu(src) or _is_gpu(dst):
+        if src.is_gpu or dst.is_gpu:
             arrived = _copy_gpu(tensor, src, dst, method)
         else:
             arrived = tensor.to(dst.torch_device, copy=True)
-            if "mps" in (src.kind, dst.kind):
+            if src.is_mps or dst.is_mps:
                 torch.mps.synchronize()
         if self._is_emulated(src, dst) and self._sim_link is not None:
             wait_until(started_s + self._sim_link.transfer_s(tensor.nbytes))
         self._record((method, src.name, dst.name), tensor.nbytes, time.perf_counter() - started_s)
         return arrived
+
+    def hand_on(self, hidden: torch.Tensor, src: Device, inlet: Inlet, step: int) -> None:
+        """Bring a step's hidden states from `src` to where the following stage takes them."""
+        inlet.put(step, self.send(hidden, src, inlet.device))
 
     def load(
         self, source: torch.Tensor, target: torch.Tensor, device: Device, after: torch.cuda.Event | None = None
@@ -85,20 +98,20 @@ class TransferManager:
         if after is not None:
             after.synchronize()
         started_s = time.perf_counter()
-        if _is_gpu(device):
+        if device.is_gpu:
             stream = _load_stream(device.torch_device)
             with torch.cuda.stream(stream):
                 for part, into in zip(torch.split(source, LOAD_BYTES), torch.split(target, LOAD_BYTES), strict=True):
                     into.copy_(part, non_blocking=True)
             stream.synchronize()
-        elif device.kind == "sim" and self._sim_link is not None:
+        elif device.is_emulated and self._sim_link is not None:
             early = source.nbytes * 15 // 16
             target[:early].copy_(source[:early])
             wait_until(started_s + self._sim_link.transfer_s(source.nbytes))
             target[early:].copy_(source[early:])  # nobody can use it sooner than the link allows
         else:
             target.copy_(source)
-            if device.kind == "mps":
+            if device.is_mps:
                 torch.mps.synchronize()
         self._record(("stream", HOST, device.name), source.nbytes, time.perf_counter() - started_s)
 
@@ -106,11 +119,11 @@ class TransferManager:
         """Whether a transfer takes long enough to be worth a thread that waits for it."""
         if src.name == dst.name:
             return False
-        return _is_gpu(src) or _is_gpu(dst) or (self._is_emulated(src, dst) and self._sim_link is not None)
+        return src.is_gpu or dst.is_gpu or (self._is_emulated(src, dst) and self._sim_link is not None)
 
     @staticmethod
     def _is_emulated(src: Device, dst: Device) -> bool:
-        return "sim" in (src.kind, dst.kind)
+        return src.is_emulated or dst.is_emulated
 
     def method(self, src: Device, dst: Device) -> TransferMethod:
         """How tensors get from `src` to `dst`."""
@@ -133,12 +146,8 @@ class TransferManager:
             self._metrics.observe_transfer(*link, nbytes, seconds)
 
 
-def _is_gpu(device: Device) -> bool:
-    return device.kind in ("cuda", "rocm")
-
-
 def _choose_method(src: Device, dst: Device) -> TransferMethod:
-    if not (_is_gpu(src) and _is_gpu(dst)) or src.torch_device == dst.torch_device:
+    if not (src.is_gpu and dst.is_gpu) or src.torch_device == dst.torch_device:
         return "copy"
     return "p2p" if torch.cuda.can_device_access_peer(src.torch_device, dst.torch_device) else "staged"
 
@@ -159,7 +168,7 @@ def _copy_gpu(tensor: torch.Tensor, src: Device, dst: Device, method: TransferMe
     """A copy to or from a GPU, or between two."""
     if method == "staged":
         return _copy_staged(tensor, src, dst)
-    stream = _copy_stream(src.torch_device if _is_gpu(src) else dst.torch_device)
+    stream = _copy_stream(src.torch_device if src.is_gpu else dst.torch_device)
     _wait_for_producer(stream, src)
     with torch.cuda.stream(stream):
         arrived = tensor.to(dst.torch_device, non_blocking=True, copy=True)
@@ -169,7 +178,7 @@ def _copy_gpu(tensor: torch.Tensor, src: Device, dst: Device, method: TransferMe
 
 def _wait_for_producer(stream: torch.cuda.Stream, src: Device) -> None:
     """The copy begins when what is queued on the source is done: the tensor may still be being made."""
-    if _is_gpu(src):
+    if src.is_gpu:
         stream.wait_stream(torch.cuda.current_stream(torch.device(src.torch_device)))
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from typing import Any
 
 import pytest
 from api_client import ApiClient, openai_error
 from fake_pipeline import BOS, CONTEXT, HIDDEN, VOCAB, FakePipeline
 from safetensors.torch import load
+from steering import LONGEST_WAIT_S, until
 
 from core.api import native
 
@@ -183,13 +183,12 @@ def test_cancel_ends_a_running_request(client: ApiClient, pipeline: FakePipeline
         target=lambda: answers.append(client.post("/v1/completions", {"prompt": "a"}, headers={"X-Request-ID": "mine"}))
     )
     thread.start()
-    while not pipeline.running:
-        time.sleep(0.01)
+    until(lambda: pipeline.running, "the request has arrived")
     name = "mine" if by == "request id" else next(iter(pipeline.running)).rpartition("-")[0]
     response = (
         client.delete(f"/api/requests/{name}") if by == "answer id" else client.post(f"/api/requests/{name}/cancel")
     )
     assert response.status_code == 200
-    thread.join(10)
+    thread.join(LONGEST_WAIT_S)
     assert answers[0].get_json()["choices"][0]["finish_reason"] == "abort"
     assert client.post(f"/api/requests/{name}/cancel").status_code == 404

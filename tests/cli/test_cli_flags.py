@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from core.errors import CheckpointError
 from vramancer import __version__
 from vramancer.cli import app
 from vramancer.cli.options import settings_command
-from vramancer.main import as_command
+from vramancer.main import as_command, main
 
 SECTIONS = ("model", "devices", "engine", "lending", "memory", "api", "security", "logging", "runtime")
 
@@ -158,3 +159,16 @@ def test_version() -> None:
 )
 def test_api_means_serve(given: list[str], expected: list[str]) -> None:
     assert as_command(given) == expected
+
+
+@pytest.mark.parametrize(("given", "order"), [(None, "PCI_BUS_ID"), ("FASTEST_FIRST", "FASTEST_FIRST")])
+def test_gpus_are_numbered_as_nvidia_smi_does_unless_the_user_says_how(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, order: str
+) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", given or "")  # put back afterwards
+    if given is None:
+        monkeypatch.delenv("CUDA_DEVICE_ORDER")
+    seen: list[str] = []
+    monkeypatch.setattr("vramancer.main.app", lambda **given: seen.append(os.environ["CUDA_DEVICE_ORDER"]))
+    main(["status"])
+    assert seen == [order], "set before a command runs"

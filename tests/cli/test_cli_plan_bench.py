@@ -80,6 +80,17 @@ def test_it_says_what_a_card_costs_or_brings(large: str) -> None:
     assert plan["one_more"][0]["gain"] > 0
 
 
+def test_what_is_assumed_is_told(large: str) -> None:
+    two = plan_json(large, "--gpu", "3090*2", "--max-model-len", "2048")
+    overhead, overlap = two["assumed"]
+    assert "0.3 ms of overhead per layer" in overhead and "11.6 GB/s" in overhead
+    assert "not measured" in overlap and "overlap" in overlap
+    assert overhead in plan_text(large, "--gpu", "3090*2", "--max-model-len", "2048")
+    one = plan_json("--gpu", "3090")
+    assert one["assumed"] == [overhead], "one card overlaps with nothing"
+    assert plan_json("--devices", "sim=1GiB@936GB/s/71TFLOPS")["assumed"] == []
+
+
 def test_what_devices_hold_together_is_told(large: str) -> None:
     cards = ["--gpu", "48GiB@1800GB/s", "--gpu", "24GiB@180GB/s", "--max-model-len", "8192"]
     text = CliRunner().invoke(app, ["plan", large, *cards, "--log-level", "error"]).output

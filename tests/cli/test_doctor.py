@@ -197,3 +197,12 @@ def test_warnings_of_memory_swap_and_work(tmp_path: Path, monkeypatch: pytest.Mo
     assert "cpu#0, cpu#1 may use 1.5 GiB, but only 1 GiB of 16 GiB are free now" in text
     assert "only 1 GiB of 16 GiB are free; other processes hold the rest" in warnings(GIB, "cpu=512MiB")
     assert "free" not in warnings(8 * GIB, "cpu=512MiB")
+
+
+def test_cards_that_are_left_out_are_told_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = PhysicalDevice("cpu", "cpu", "cpu", "CPU", 16 * GIB, 8 * GIB)
+    old = PhysicalDevice("cuda:0", "cuda", "cuda:0", "Tesla K80", GIB, GIB, 0, "no kernels for it", is_usable=False)
+    monkeypatch.setattr(diagnosis, "probe_machine", lambda: Machine((old,), processor))
+    result = doctor(tmp_path, "--json", devices="cpu=512MiB")
+    assert result.exit_code == 0, result.output
+    assert "cuda:0 (Tesla K80) is left out: no kernels for it." in json.loads(result.stdout)["warnings"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from core.config import DeviceSettings
-from core.devices import Machine, PhysicalDevice, choose_devices, discovery, open_devices, probe_machine
+from core.devices import Machine, PhysicalDevice, choose_devices, open_devices, probe, probe_machine
+from core.devices.discovery import grant_bytes
 from core.errors import DeviceError
 
 GIB = 1024**3
@@ -59,9 +61,60 @@ def test_a_carved_device_keeps_its_order_and_limits() -> None:
 
 
 def test_parts_may_not_exceed_the_device_together() -> None:
-    message = refusal(WITH_GPUS, devices="cuda:0=20GiB,cuda:0=5GiB")
-    assert "cuda:0#0 20 GiB + cuda:0#1 5 GiB = 25 GiB" in message and "24 GiB" in message and "RTX 3090" in message
-    assert "more than" in refusal(WITH_GPUS, devices="cuda:1=17GiB")
+    message = refusal(WITH_GPUS, devices="cuda:0=20GiB,cuda:0=8GiB")
+    assert "cuda:0#0 20 GiB + cuda:0#1 8 GiB = 28 GiB" in message and "24 GiB" in message and "RTX 3090" in message
+    assert "more than" in refusal(WITH_GPUS, devices="cuda:1=18GiB")
+
+
+@pytest.mark.parametrize(
+    ("asked", "total", "free", "ours", "granted"),
+    [
+        ([24], 24, 10, 0, [24]),  # what is given counts, whoever uses the card now
+        ([20, 4], 24, 24, 0, [20, 4]),
+        ([24], 23.69, 23.25, 0, [23.25]),  # a 3090
+        ([48], 44.99, 44.5, 0, [44.5]),  # an L40S with error correction
+        ([24], 23.69, 3.25, 20, [23.25]),  # a swap: what this process holds of it counts
+        ([24], 23.69, 8, 0, [8]),  # others hold the rest
+        ([16, 8], 23.69, 22.5, 0, [15, 7.5]),
+        ([24], 22.3, 22, 0, [22]),
+        ([24], 22.2, 22, 0, None),
+        ([13, 13], 24, 24, 0, None),
+    ],
+)
+def test_the_size_a_card_is_sold_with_means_all_of_it(
+    asked: list[float], total: float, free: float, ours: float, granted: list[float] | None
+) -> None:
+    card = PhysicalDevice("cuda:0", "cuda", "cuda:0", "card", int(total * GIB), int(free * GIB), int(ours * GIB))
+    found = grant_bytes([int(size * GIB) for size in asked], card)
+    assert found == (None if granted is None else pytest.approx([size * GIB for size in granted], abs=2))
+
+
+def test_a_nominal_size_is_taken_and_said() -> None:
+    card = replace(BIG, total_bytes=int(23.69 * GIB), free_bytes=23 * GIB)
+    devices, reason = choose_devices(DeviceSettings(devices="cuda:0=24GiB"), Machine(gpus=(card,), cpu=CPU))
+    assert [device.memory_limit_bytes for device in devices] == [23 * GIB]
+    assert reason == "asked for; 24 GiB of cuda:0 (RTX 3090) are taken as all of it, 23 GiB"
+
+
+def test_cards_with_a_drawback_are_used_only_if_they_are_named() -> None:
+    old = replace(BIG, product="GT 710", drawback="no kernels for its compute capability 3.5", is_usable=False)
+    inside = replace(SMALL, product="Radeon Graphics", drawback="it shares main memory")
+    third = replace(SMALL, name="cuda:2", torch_device="cuda:2")
+    machine = Machine(gpus=(old, inside, third), cpu=CPU)
+    devices, reason = choose_devices(DeviceSettings(), machine)
+    assert [device.name for device in devices] == ["cuda:2"]
+    assert reason == (
+        "found; cuda:0 (GT 710) is left out: no kernels for its compute capability 3.5; "
+        "cuda:1 (Radeon Graphics) is left out: it shares main memory"
+    )
+    assert [name for name, _ in names_and_limits(machine, devices="cuda:1")] == ["cuda:1"]
+    assert refusal(machine, devices="cuda:0") == (
+        "cuda:0 (GT 710) cannot be used: no kernels for its compute capability 3.5."
+    )
+    alone = Machine(gpus=(old,), cpu=CPU)
+    devices, reason = choose_devices(DeviceSettings(), alone)
+    assert [device.name for device in devices] == ["cpu"] and "cuda:0 (GT 710) is left out" in reason
+    assert "no GPU: cuda:0 (GT 710) is left out" in refusal(alone, num_gpus=1)
 
 
 def test_emulated_devices_take_main_memory() -> None:
@@ -121,7 +174,7 @@ def test_a_containers_limit_counts(
     path = tmp_path / "memory.max"
     if text is not None:
         path.write_text(text)
-    monkeypatch.setattr(discovery, "_CGROUP_LIMIT", path)
+    monkeypatch.setattr(probe, "_CGROUP_LIMIT", path)
     cpu = probe_machine().cpu
     assert cpu.total_bytes == (total or psutil.virtual_memory().total)
     assert cpu.free_bytes <= cpu.total_bytes

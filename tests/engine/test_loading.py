@@ -47,7 +47,7 @@ def peak():
 Path("/proc/self/clear_refs").write_text("5")
 before = psutil.Process().memory_info().rss
 pipeline.load()
-held = [budget.used_by_purpose() for budget in pipeline.engine.budgets.values()]
+held = [pipeline.engine.budgets[stage.device.name].used_by_purpose() for stage in pipeline.engine.stages]
 own = sum(used["weights"] + used["kv_cache"] for used in held)
 print(json.dumps({"extra": peak() - before - own, "own": own, "reports": reports}))
 pipeline.shutdown()
@@ -192,7 +192,8 @@ def test_what_does_not_fit_names_the_bytes_each_device_lacks(tiny: Path) -> None
 def test_budgets_hold_and_everything_is_given_back(tiny: Path, open_pipeline: OpenPipeline) -> None:
     pipeline = open_pipeline(tiny, devices__devices="cpu=8MiB,cpu=4MiB")
     engine = pipeline.engine
-    for budget in engine.budgets.values():
+    for stage in engine.stages:
+        budget = engine.budgets[stage.device.name]
         assert 0 < budget.used_bytes <= budget.device.memory_limit_bytes
     assert [s.num_layers for s in engine.plan.placement.stages] == [3, 1]
     pipeline.unload()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from steering import arriving_together
 from tiny_models import VOCAB, build_tiny
 
 from core.costs import PlacementPlan, PlacementRequest, Sharing
@@ -61,7 +62,8 @@ def prompts() -> list[list[int]]:
 
 
 def answers(pipeline: InferencePipeline, params: SamplingParams = GREEDY) -> list[list[int]]:
-    handles = [pipeline.submit(prompt, params) for prompt in prompts()]
+    with arriving_together(pipeline):
+        handles = [pipeline.submit(prompt, params) for prompt in prompts()]
     return [handle.result(60).completions[0].token_ids for handle in handles]
 
 
@@ -140,10 +142,9 @@ def test_devices_are_filled_to_the_byte_and_no_further(llama: Path, open_pipelin
         llama, devices__devices=exact, devices__layers="2,1,1", engine__kv_cache_tokens=64, engine__block_size=4
     )
     assert all(stage.free_bytes == 0 for stage in tight.engine.plan.placement.stages)
-    handles = [tight.submit(prompt, replace(GREEDY, max_tokens=20)) for prompt in prompts()]
-    for handle in handles:
-        handle.result(60)
-    for stage, budget in zip(tight.engine.stages, tight.engine.budgets.values(), strict=True):
+    answers(tight, replace(GREEDY, max_tokens=20))
+    for stage in tight.engine.stages:
+        budget = tight.engine.budgets[stage.device.name]
         budget.check_invariants()
         assert budget.used_bytes == budget.device.memory_limit_bytes
         assert stage.kv is not None

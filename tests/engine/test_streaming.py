@@ -5,18 +5,19 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from steering import LONGEST_WAIT_S
 from streamed_models import CHANGES, ENGINE, build_deep, half_of_it
 from tiny_models import build_tiny
 from typer.testing import CliRunner
 
-from core.devices import HOST, Device, DeviceBudget
+from core.devices import HOST, Device, DeviceBudget, MainMemory
 from core.engine import model_engine
 from core.errors import InsufficientMemoryError, StepFailedError
 from core.inference_pipeline import InferencePipeline
@@ -106,7 +107,7 @@ def test_devices_are_filled_to_the_byte(
 def test_what_fits_does_not_stream(llama: Path, open_pipeline: OpenPipeline) -> None:
     pipeline = open_pipeline(llama, **ENGINE)
     assert not streams(pipeline)
-    assert HOST not in pipeline.engine.budgets
+    assert pipeline.engine.budgets[HOST].used_by_purpose() == {}
 
 
 def test_streaming_can_be_switched_off(llama: Path, open_pipeline: OpenPipeline) -> None:
@@ -175,7 +176,8 @@ def test_layers_are_loaded_while_others_compute(
     monkeypatch.setattr(pipeline.transfer, "load", notice.__get__(pipeline.transfer))
     layers = decoder_layers(pipeline)
     layers[after - 1].register_forward_pre_hook(lambda module, args: began.clear())
-    layers[after].register_forward_pre_hook(lambda module, args: met.append(began.wait(0.2)))
+    patience_s = LONGEST_WAIT_S if ahead else 0.2
+    layers[after].register_forward_pre_hook(lambda module, args: met.append(began.wait(patience_s)))
     tokens(pipeline, replace(GREEDY, max_tokens=2))
     assert all(met) if ahead else not any(met)
 
@@ -260,6 +262,12 @@ def test_a_load_that_fails_leaves_nothing_behind(
         budgets.append(DeviceBudget(device))
         return budgets[-1]
 
+    open_part = MainMemory.open
+
+    def noted_part(self: MainMemory, devices: Sequence[Device]) -> DeviceBudget:
+        budgets.append(open_part(self, devices))
+        return budgets[-1]
+
     original, calls = getattr(StreamManager, where), iter(range(10))
 
     def fail_second(self: StreamManager, *given: Any) -> None:
@@ -269,6 +277,7 @@ def test_a_load_that_fails_leaves_nothing_behind(
 
     with monkeypatch.context() as patched:
         patched.setattr(model_engine, "DeviceBudget", noted)
+        patched.setattr(MainMemory, "open", noted_part)
         patched.setattr(StreamManager, where, fail_second)
         with pytest.raises(MemoryError):
             open_pipeline(llama, devices__devices=half_of_it(llama, 2), **ENGINE)
@@ -282,7 +291,7 @@ def test_unloading_ends_threads_and_gives_all_memory_back(llama: Path, open_pipe
     pipeline = slow(llama, open_pipeline, 2)
     engine = pipeline.engine
     running = pipeline.submit(PROMPT, replace(GREEDY, max_tokens=60))
-    running.get(30)
+    running.get(60)
     memory = [weakref.ref(slot.memory.untyped_storage()) for manager in streams(pipeline) for slot in manager._slots]
     memory += [weakref.ref(manager._masters[0].untyped_storage()) for manager in streams(pipeline)]
     assert sum(thread.name.startswith("vrm-stream") for thread in threading.enumerate()) == 2

@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_runtime import FakeRuntime
+from steering import LONGEST_WAIT_S
 from torch import nn
 
-from core.devices import HOST, Device, DeviceBudget
+from core.devices import HOST, Device, DeviceBudget, DeviceKind, pinned
 from core.errors import OutOfDeviceMemoryError
 from core.streaming.stream import StreamedLayers, StreamManager
 
@@ -28,7 +31,7 @@ class Recorder:
         self.masters: list[torch.Tensor] = []
 
     def load(self, source: torch.Tensor, target: torch.Tensor, device: Device, after: object) -> None:
-        self.gate.wait(10)
+        assert self.gate.wait(LONGEST_WAIT_S)
         target.copy_(source)
         self.loads.append(next(i for i, master in enumerate(self.masters) if master is source))
 
@@ -42,13 +45,14 @@ class NoClock:
 class Rig:
     """A stack of linear layers of which some stream."""
 
-    def __init__(self, number: int, streamed: tuple[int, ...]) -> None:
+    def __init__(self, number: int, streamed: tuple[int, ...], kind: DeviceKind = "cpu") -> None:
         torch.manual_seed(number)
         self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(number))
         self.x = torch.randn(3, WIDTH)
         with torch.inference_mode():
             self.expected = self.run()
-        self.device, self.host = (DeviceBudget(Device(name, 0, "cpu", "cpu", 100_000)) for name in ("cpu", HOST))
+        self.device = DeviceBudget(Device(kind, 0, kind, "cpu", 100_000))
+        self.host = DeviceBudget(Device(HOST, 0, "cpu", "cpu", 100_000))
         self.loader = Recorder()
         self.loader.gate.clear()
         sizes = StreamedLayers(streamed, LAYER_BYTES * len(streamed), LAYER_BYTES, self.host, self.loader)
@@ -136,7 +140,7 @@ def test_a_layer_waits_for_its_bytes(rigs: list[Rig]) -> None:
     thread.start()
     assert not done.wait(0.1)
     rig.loader.gate.set()
-    thread.join(10)
+    thread.join(LONGEST_WAIT_S)
     assert torch.equal(results[0], rig.expected)
     assert rig.manager.wait_s > 0
 
@@ -166,6 +170,19 @@ def test_more_than_was_planned_is_reserved_or_refused() -> None:
                 manager.adopt({0: layer})
         manager.close()
         assert budget.used_bytes == host.used_bytes == 0
+
+
+def test_for_a_gpu_the_layers_wait_in_registered_memory(rigs: list[Rig], monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = FakeRuntime()
+    monkeypatch.setattr(pinned, "gpu_runtime", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    rig = Rig(4, (0, 1, 2, 3), "cuda")
+    rigs.append(rig)
+    assert list(runtime.registered) == [rig.manager._masters[0].data_ptr()]
+    rig.check()
+    rig.manager.close()
+    assert runtime.registered == {}
 
 
 @pytest.mark.gpu

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from memory_helpers import LAYOUT, block, load_bytes, payload, save
 from plain_settings import make_settings
+from steering import LONGEST_WAIT_S
 
 from core.config import MemorySettings
+from core.devices import DeviceBudget, host_device
 from core.errors import ConfigError
 from core.tiers import HierarchicalMemory, InProcessPeer, Tier, open_memory
 from core.tiers.disk import LocalFiles
@@ -23,14 +25,18 @@ def settings(**values: object) -> MemorySettings:
     return make_settings(**{**defaults, **{f"memory__{name}": value for name, value in values.items()}}).memory
 
 
+def main_memory(nbytes: int = 1 << 20) -> DeviceBudget:
+    return DeviceBudget(host_device(nbytes))
+
+
 def opened(values: MemorySettings, **options: object) -> HierarchicalMemory:
-    memory = open_memory(values, LAYOUT, b"salt", free_host_bytes=1 << 20, **options)  # type: ignore[arg-type]
+    memory = open_memory(values, LAYOUT, b"salt", main_memory(), **options)  # type: ignore[arg-type]
     assert memory is not None
     return memory
 
 
 def test_no_host_memory_is_no_hierarchy() -> None:
-    assert open_memory(settings(host_bytes=0), LAYOUT, b"", free_host_bytes=1 << 30) is None
+    assert open_memory(settings(host_bytes=0), LAYOUT, b"", main_memory()) is None
 
 
 def test_host_memory_by_default_is_a_tenth_of_what_is_free() -> None:
@@ -53,7 +59,7 @@ def test_all_tiers_hold_blocks_and_a_restart_finds_them(tmp_path: Path) -> None:
     assert disk is not None and disk.medium in ("ram disk", "nvme", "ssd", "spinning")
     for number in range(1, 9):
         save(memory, number, number - 1)
-        assert memory.flush(20.0)
+        assert memory.flush(LONGEST_WAIT_S)
     assert load_bytes(memory, [block(1)]) == [payload(1)]
     memory.close()
     again = opened(values)
@@ -65,9 +71,9 @@ def test_all_tiers_hold_blocks_and_a_restart_finds_them(tmp_path: Path) -> None:
 def test_another_salt_finds_nothing(tmp_path: Path) -> None:
     memory = opened(settings(disk_path=tmp_path))
     save(memory, 1, 0)
-    assert memory.flush(20.0)
+    assert memory.flush(LONGEST_WAIT_S)
     memory.close()
-    other = open_memory(settings(disk_path=tmp_path), LAYOUT, b"other", free_host_bytes=0)
+    other = open_memory(settings(disk_path=tmp_path), LAYOUT, b"other", main_memory())
     assert other is not None and other.find([block(1)]) == []
     other.close()
 

@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from core.config import Settings
+from core.costs.cards import DATASHEET_LAYER_OVERHEAD_S
 from core.costs.cost import loaded_layers
 from core.devices import format_bytes
+from core.devices.device import GPU_KINDS
 from vramancer.cli.options import settings_command
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ def plan(
 
 
 def as_dict(shown: Preview) -> dict[str, Any]:
-    """The placement's own fields, then `pooled`, `prediction` and `one_more`."""
+    """The placement's own fields, then `pooled`, `prediction`, `one_more` and `assumed`."""
     result = dataclasses.asdict(shown.placement) | {"pooled": dataclasses.asdict(shown.pooled)}
     prediction = shown.prediction
     result["prediction"] = None
@@ -59,6 +61,7 @@ def as_dict(shown: Preview) -> dict[str, Any]:
         for target, rate in zip(result["prediction"]["rates"], prediction.rates, strict=True):
             target["roofline_share"] = rate.roofline_share
     result["one_more"] = [dataclasses.asdict(effect) | {"gain": effect.gain} for effect in shown.one_more]
+    result["assumed"] = assumptions(shown)
     return result
 
 
@@ -74,6 +77,29 @@ def print_plan(shown: Preview, console: Console) -> None:
         console.print(f"{effect.name} is left out: {_effect(effect, 'using it')}")
     for effect in shown.one_more:
         console.print(f"one more {effect.name}: {_effect(effect, 'with it')}")
+    for line in assumptions(shown):
+        console.print(line, soft_wrap=True)
+
+
+def assumptions(shown: Preview) -> list[str]:
+    """What a prediction rests on that nobody has measured."""
+    if shown.prediction is None:
+        return []
+    lines = []
+    by_datasheet = any(device.profile.source == "datasheet" for device in shown.request.devices)
+    if by_datasheet or shown.one_more:
+        told = [f"{DATASHEET_LAYER_OVERHEAD_S * 1e3:g} ms of overhead per layer and step"]
+        if by_datasheet:
+            link = shown.request.links.default
+            told.append(f"links of {link.bandwidth_bytes_s / 1e9:g} GB/s and {link.latency_s * 1e6:g} us")
+        lines.append(f"assumed of cards that are not here: the speeds of their datasheets, {', '.join(told)}")
+    on_gpus = [by_datasheet or stage.device_name.startswith(tuple(GPU_KINDS)) for stage in shown.placement.stages]
+    if sum(on_gpus) > 1:
+        lines.append(
+            "predicted, not measured: that cards whose work one process launches overlap; the interpreter's lock may "
+            "take some of it"
+        )
+    return lines
 
 
 def _print_stages(placement: PlacementPlan, pooled_tokens: int, console: Console) -> None:

@@ -39,13 +39,19 @@ class LinearAdapter:
 
     kernels: NativeKernels
 
+    @property
+    def packs(self) -> bool:
+        """Whether bf16 weights are packed: the kernels can, and it is the faster way here."""
+        return self.kernels.packs and packs_weights(torch.bfloat16)
+
     def extra_bytes(self, model: nn.Module) -> int:
         """At most what the call takes beyond the model's parameters."""
-        return packing_bytes(model) if self.kernels.packs else 0
+        return packing_bytes(model) if self.packs else 0
 
     def __call__(self, model: nn.Module) -> None:
         swap_linears(model, self.kernels)
-        pack_linears(model, self.kernels)
+        if self.packs:
+            pack_linears(model, self.kernels)
         swap_norms(model, self.kernels)
         swap_layers(model, self.kernels)
 

@@ -1,0 +1,154 @@
+"""Looks at the machine: which devices there are, and which of them are of use."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from core.devices.device import DeviceKind
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True, slots=True)
+class PhysicalDevice:
+    """A device of this machine, with its memory at the time of probing.
+
+    Attributes:
+        free_bytes: what nobody uses; `ours_bytes` more are held by this process.
+        drawback: why it is not used unless it is named; empty if there is no reason.
+        is_usable: whether torch can compute on it at all; `drawback` says why not.
+    """
+
+    name: str
+    kind: DeviceKind
+    torch_device: str
+    product: str
+    total_bytes: int
+    free_bytes: int
+    ours_bytes: int = 0
+    drawback: str = ""
+    is_usable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What was found: accelerators, the CPU, and for each kind that is missing the reason."""
+
+    gpus: tuple[PhysicalDevice, ...]
+    cpu: PhysicalDevice
+    missing: tuple[str, ...] = ()
+
+    def find(self, name: str) -> PhysicalDevice | None:
+        return next((device for device in (*self.gpus, self.cpu) if device.name == name), None)
+
+
+def probe_machine() -> Machine:
+    """Ask torch and the operating system what there is. Initialises the GPUs' runtime."""
+    missing: list[str] = []
+    gpus: list[PhysicalDevice] = []
+    for found, why_not in (_probe_cuda(), _probe_mps()):
+        gpus += found
+        if why_not:
+            missing.append(why_not)
+    return Machine(gpus=tuple(gpus), cpu=probe_cpu(), missing=tuple(missing))
+
+
+def _probe_cuda() -> tuple[list[PhysicalDevice], str]:
+    """CUDA and ROCm devices: torch drives both through `torch.cuda`."""
+    import torch
+
+    kind: DeviceKind = "rocm" if torch.version.hip else "cuda"
+    label = "ROCm" if kind == "rocm" else "CUDA"
+    if torch.version.hip is None and torch.version.cuda is None:
+        return [], "no CUDA device: torch was built without CUDA"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if not available:
+        details = "; ".join(str(warning.message).splitlines()[0] for warning in caught)
+        return [], f"no {label} device: {details or 'the driver reports none'}"
+    found = [_look_at_gpu(ordinal, kind, torch.cuda.get_arch_list()) for ordinal in range(torch.cuda.device_count())]
+    return found, "" if found else f"no {label} device: none is visible"
+
+
+def _look_at_gpu(ordinal: int, kind: DeviceKind, kernels: Sequence[str]) -> PhysicalDevice:
+    """A card that is not used by itself is not asked for its free memory: that would take some of it."""
+    import torch
+
+    properties: Any = torch.cuda.get_device_properties(ordinal)
+    name, total = f"{kind}:{ordinal}", int(properties.total_memory)
+    if kind == "rocm":
+        chip = str(properties.gcnArchName).partition(":")[0]
+        usable = runs_on_amd(chip, kernels)
+    else:
+        chip = f"compute capability {properties.major}.{properties.minor}"
+        usable = runs_on_nvidia(properties.major, properties.minor, kernels)
+    found = PhysicalDevice(name, kind, f"cuda:{ordinal}", str(properties.name), total, total)
+    if not usable:
+        drawback = f"this torch ({torch.__version__}, for {', '.join(kernels)}) has no kernels for its {chip}"
+        return replace(found, drawback=drawback, is_usable=False)
+    if properties.is_integrated or (kind == "rocm" and _APU.search(found.product)):
+        drawback = "it is part of the processor and shares main memory"
+        return replace(found, free_bytes=min(total, psutil.virtual_memory().available), drawback=drawback)
+    free, total = torch.cuda.mem_get_info(ordinal)
+    return replace(found, total_bytes=total, free_bytes=free, ours_bytes=torch.cuda.memory_reserved(ordinal))
+
+
+_APU = re.compile(r"Radeon(\(TM\)| \(TM\))?( \d{3,4}[MS])? Graphics")
+"""AMD's names of graphics inside a processor, which older drivers do not call integrated."""
+_ON_BOARDS = {(5, 3), (6, 2), (7, 2), (8, 7), (10, 1)}
+"""NVIDIA's chips for embedded boards share no machine code with the others of their generation."""
+
+
+def runs_on_nvidia(major: int, minor: int, kernels: Sequence[str]) -> bool:
+    """Whether a card of that compute capability runs one of `kernels` (`torch.cuda.get_arch_list()`).
+
+    Machine code (sm_86) runs on the same major and newer minors, with an "a" behind it on the same alone; PTX
+    (compute_90) is compiled for anything newer. An unknown list runs.
+    """
+    parsed = [match for kernel in kernels if (match := re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", kernel))]
+    for what, its_major, its_minor, variant in (match.groups() for match in parsed):
+        theirs, ours = (int(its_major), int(its_minor)), (major, minor)
+        if theirs == ours or (what == "compute" and not variant and theirs <= ours):
+            return True
+        if theirs[0] == major and theirs[1] <= minor and variant != "a" and not _ON_BOARDS & {theirs, ours}:
+            return True
+    return not parsed
+
+
+def runs_on_amd(chip: str, kernels: Sequence[str]) -> bool:
+    """Whether an AMD chip such as "gfx1100" is among `kernels`, or of a family that is ("gfx11-generic")."""
+    families = [name.removesuffix("-generic").replace("-", "") for name in kernels if name.endswith("-generic")]
+    return not kernels or chip in kernels or any(chip.startswith(family) for family in families)
+
+
+def _probe_mps() -> tuple[list[PhysicalDevice], str]:
+    import torch
+
+    if not torch.backends.mps.is_available():
+        return [], ""  # worth a line on a Mac only, where torch always has it
+    total = torch.mps.recommended_max_memory()
+    free = total - torch.mps.driver_allocated_memory()
+    return [PhysicalDevice("mps", "mps", "mps", "Apple GPU", total, free)], ""
+
+
+def probe_cpu() -> PhysicalDevice:
+    memory = psutil.virtual_memory()
+    total = min(memory.total, _container_limit_bytes() or memory.total)
+    return PhysicalDevice("cpu", "cpu", "cpu", "CPU and main memory", total, min(memory.available, total))
+
+
+def _container_limit_bytes() -> int | None:
+    """The memory limit of the container this process runs in; None without one."""
+    try:
+        text = _CGROUP_LIMIT.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
