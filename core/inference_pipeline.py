@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import threading
+import traceback
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -56,6 +58,7 @@ class InferencePipeline:
         self.main_memory = open_main_memory(settings.devices)
         self._on_progress = on_progress
         self._engine: ModelEngine | None = None
+        self._leaving: ModelEngine | None = None  # finishes what runs there
         self._load_lock = threading.Lock()
         self._closing = False
         self.metrics.set_snapshot_source(lambda: metrics_snapshot(self._engine))
@@ -65,8 +68,10 @@ class InferencePipeline:
 
     @property
     def engine(self) -> ModelEngine:
-        """The running engine. Raises `ModelNotLoadedError`, or `EngineDeadError` if its thread has ended."""
+        """The running engine. Raises `ModelNotLoadedError`."""
         engine = self._engine
+        if engine is None and self.loading:
+            raise ModelNotLoadedError("A model is being loaded; try again in a moment.")
         if engine is None:
             raise ModelNotLoadedError("No model is loaded. Load one with POST /api/models/load.")
         return engine
@@ -95,16 +100,41 @@ class InferencePipeline:
         """Load a model and serve it in place of the present one, which goes on serving if anything fails.
 
         What is not given comes from the settings (the model's name and its length only on the first load). Raises
-        the `ModelError` family, `DeviceError`, and `ConflictError` while another load is under way.
+        the `ModelError` family, `DeviceError`, `ConflictError` while another load is under way, `EngineDeadError` while
+        the server shuts down, and `ModelNotLoadedError` if the present model had to make room and cannot be loaded
+        again either.
         """
         settings = self._load_settings(model, num_gpus, dtype, devices, max_model_len)
-        if not self._load_lock.acquire(blocking=False):
-            raise ConflictError("A model is being loaded already; wait for it to finish.")
-        try:
+        with self._exclusive():
             self._swap(settings)
+            return self.model
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """One load or unload at a time: `_engine` changes inside of this alone, and so does what is done by its value.
+
+        Raises `ConflictError`, or `EngineDeadError` while the server shuts down.
+        """
+        if not self._load_lock.acquire(blocking=False):
+            raise ConflictError("A model is being loaded or unloaded already; wait for that to finish.")
+        try:
+            self._refuse_when_closing()
+            yield
+        except BaseException as error:
+            _clear_frames(error)
+            raise
         finally:
+            # Modules live as long as the model: once what was before is gone, the collector need not walk them in
+            # mid-stream. What is frozen is never collected, so nothing may be that has ended.
+            gc.unfreeze()
+            gc.collect()
+            if self._engine is not None:
+                gc.freeze()
             self._load_lock.release()
-        return self.model
+
+    def _refuse_when_closing(self) -> None:
+        if self._closing:
+            raise EngineDeadError("The server is shutting down.")
 
     def _load_settings(
         self, model: str | None, num_gpus: int | None, dtype: str | None, devices: str | None, max_model_len: int | None
@@ -149,24 +179,43 @@ class InferencePipeline:
                 plan = planned(None, beside=False)
                 self._engine = self._start(plan, settings, total)
             return
+        fits_beside = True
         try:
             plan = planned(old, beside=True)
         except VRAMancerError:
+            fits_beside = False
+        if not fits_beside:
             self._replace(old, plan, settings, total)
             return
         tiers = old.memory.tiers
-        self._engine = self._start(plan, settings, total, (lambda: None) if tiers is None else tiers.hand_over)
-        old.close(drain_s=self.settings.api.drain_timeout_s)
+        engine = self._start(plan, settings, total, (lambda: None) if tiers is None else tiers.hand_over)
+        self._serve_with(engine, ModelChangedError(f"{old.model.name} has just been replaced; try again."))
+
+    def _serve_with(self, engine: ModelEngine | None, reason: VRAMancerError, drain_s: float | None = None) -> None:
+        """From now on; None: with nothing. What runs in the engine before may finish for `drain_s` (None: as set). What
+        takes longer, or comes too late, is told the `reason`."""
+        old = self._leaving = self._engine
+        self._engine = engine
+        try:
+            if old is not None:
+                old.close(drain_s=self.settings.api.drain_timeout_s if drain_s is None else drain_s, reason=reason)
+        finally:
+            self._leaving = None
 
     def _replace(self, old: ModelEngine, plan: ModelPlan, settings: Settings, total: int) -> None:
         """Make room by closing the old engine; if the new one does not start, load the old model again."""
         logger.info("the new model does not fit beside the present one; draining it first", old=old.model.name)
-        self._engine = None
-        old.close(drain_s=self.settings.api.drain_timeout_s)
+        self._serve_with(None, ModelChangedError(f"{old.model.name} makes room for another model; try again."))
         try:
             self._engine = self._start(plan, settings, total)
-        except BaseException:  # whatever it was, the old model has to be back before it is reported
-            self._engine = self._start(old.plan, old.settings, checkpoint_bytes(old.plan.resolved.path))
+        except BaseException as error:  # whatever it was, the old model has to be back before it is reported
+            _clear_frames(error)
+            try:
+                self._engine = self._start(old.plan, old.settings, checkpoint_bytes(old.plan.resolved.path))
+            except Exception as failure:  # noqa: BLE001  the client has to hear that nothing is served now
+                raise ModelNotLoadedError(
+                    f"{error}; and {old.model.name}, which made room, cannot be loaded again: {failure}"
+                ) from error
             raise
 
     def _devices(self, settings: Settings, old: ModelEngine | None, *, beside: bool) -> tuple[Device, ...]:
@@ -192,9 +241,14 @@ class InferencePipeline:
     ) -> ModelEngine:
         """Load the weights, then generate one token, so that readiness means that the model works."""
         done = LoadProgress(total_bytes, self._on_progress)
+
+        def read(nbytes: int) -> None:
+            self._refuse_when_closing()  # a shutdown does not wait for the rest of the weights
+            done.add(nbytes)
+
         engine = load_engine(
             plan, settings, transfer=self.transfer, main_memory=self.main_memory, cpu_threads=self._cpu_threads,
-            on_read=done.add, on_loaded=on_loaded,
+            on_read=read, on_loaded=on_loaded,
         )  # fmt: skip
         engine.batcher.call(lambda: torch.set_num_threads(engine.torch_threads(self._cpu_threads))).result()
         try:
@@ -203,8 +257,6 @@ class InferencePipeline:
             engine.close()
             raise
         engine.batcher.report_to(self.metrics)
-        gc.collect()
-        gc.freeze()  # modules live as long as the model: the collector need not walk them in mid-stream
         logger.info(
             "model loaded",
             model=engine.model.name,
@@ -221,17 +273,15 @@ class InferencePipeline:
         (handle,) = engine.batcher.submit([self._request(engine, [0], params, 0, "warm-up")])
         engine.produced_token = bool(handle.result().completions[0].token_ids)
 
-    def unload(self) -> None:
-        """Stop serving and free the model's memory. Raises `ModelNotLoadedError`, `ConflictError`."""
-        engine = self.engine
-        if not self._load_lock.acquire(blocking=False):
-            raise ConflictError("A model is being loaded; wait for it to finish.")
-        try:
-            self._engine = None
-            engine.close(drain_s=self.settings.api.drain_timeout_s)
-            gc.unfreeze()
-        finally:
-            self._load_lock.release()
+    def unload(self) -> LoadedModel:
+        """Stop serving and free the model's memory; returns what was served. Raises `ModelNotLoadedError`,
+        `ConflictError`."""
+        with self._exclusive():
+            if self._engine is None:
+                raise ModelNotLoadedError("No model is loaded.")
+            model = self._engine.model
+            self._serve_with(None, ModelNotLoadedError(f"{model.name} has just been unloaded."))
+            return model
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -281,8 +331,7 @@ class InferencePipeline:
         self, engine: ModelEngine, tokens: Sequence[int], params: SamplingParams, priority: int, request_id: str,
         owner: str = DEFAULT_OWNER,
     ) -> Request:  # fmt: skip
-        if self._closing:
-            raise EngineDeadError("The server is shutting down.")
+        self._refuse_when_closing()
         seed = self.settings.runtime.default_seed
         return make_request(
             engine.model, tokens, params, priority=priority, request_id=request_id, default_seed=seed, owner=owner
@@ -290,11 +339,15 @@ class InferencePipeline:
 
     def cancel(self, request_id: str) -> bool:
         """Abort a request, or all that were submitted under the id as `<id>-0`, `<id>-1`... False if there is none."""
-        batcher = self.engine.batcher
-        matching = batcher.matching(request_id)
-        for name in matching:
-            batcher.abort(name)
-        return bool(matching)
+        now, leaving = self._engine, self._leaving  # in this order: an engine leaves before another takes its place
+        if now is None and leaving is None:
+            raise ModelNotLoadedError("No model is loaded, so nothing runs.")
+        found = False
+        for engine in {id(each): each for each in (now, leaving) if each is not None}.values():
+            for name in engine.batcher.matching(request_id):
+                engine.batcher.abort(name)
+                found = True
+        return found
 
     def infer(
         self,
@@ -352,7 +405,12 @@ class InferencePipeline:
         """Refuse new requests, let running ones finish for up to `drain_s`, free everything. Safe to call twice."""
         self._closing = True
         with self._load_lock:
-            engine, self._engine = self._engine, None
-            if engine is not None:
-                engine.close(drain_s=drain_s)
+            self._serve_with(None, EngineDeadError("The server is shutting down."), drain_s)
             gc.unfreeze()
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Let go of what the calls held that ended with this error: a model that was not loaded must not outlive it."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__

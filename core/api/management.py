@@ -86,10 +86,7 @@ def load_model() -> Response:
 @policy("operator", mutates=True)
 def unload_model() -> Response:
     """Finish what runs, then free the model's memory."""
-    pipeline = api_context().pipeline
-    name = pipeline.model.name
-    pipeline.unload()
-    return json_response({"unloaded": name})
+    return json_response({"unloaded": api_context().pipeline.unload().name})
 
 
 @blueprint.post("/api/pipeline/place")

@@ -29,6 +29,7 @@ from core.errors import (
     OutOfDeviceMemoryError,
     PageMoveError,
     UnavailableError,
+    VRAMancerError,
 )
 from core.execution.records import Runner, SchedulerOutput, StepOutput
 from core.logs import get_logger
@@ -89,8 +90,9 @@ class ContinuousBatcher:
         self._runner = runner
         batch = scheduler.limits.max_batch_size
         self.intake = Intake(max_queue + batch, f"the queue takes {max_queue} beside {batch} running ones")
-        self._inbox = self.intake.inbox
+        self._inbox = inbox = self.intake.inbox
         self._publisher = Publisher(scheduler, detokenizer, self.intake.release)
+        self._reason: VRAMancerError | None = None  # of a stop
         self._stats = StatsKeeper(scheduler)
         self._policy = policy
         self._in_flight = 0
@@ -99,7 +101,8 @@ class ContinuousBatcher:
         self._calls: list[Call] = []
         self._parked = False
         self._threads = 1
-        scheduler.waiting.on_loaded = lambda seq_id: self._inbox.put(_Loaded(seq_id))
+        # Does not refer to this object, so that it goes with its last user.
+        scheduler.waiting.on_loaded = lambda seq_id: inbox.put(_Loaded(seq_id))
         self._thread = self._new_thread()
 
     def _new_thread(self) -> threading.Thread:
@@ -133,8 +136,8 @@ class ContinuousBatcher:
         self._publisher.metrics = metrics
 
     def submit(self, requests: list[Request], *, sink: Sink | None = None) -> list[RequestHandle]:
-        """Queue requests, all or none. Raises `QueueFullError`, `CircuitOpenError`, `EngineDeadError`, or
-        `EngineMovedError` if another batcher has taken over."""
+        """Queue requests, all or none. Raises `QueueFullError`, `CircuitOpenError`, once the engine has ended
+        `EngineDeadError` or the reason of its `stop`, and `EngineMovedError` if another batcher has taken over."""
         self.breaker.check()
         return self.intake.submit(requests, self._retry_after_s(), sink)
 
@@ -150,8 +153,10 @@ class ContinuousBatcher:
         """Run a function on the engine thread between two steps, when none is in flight."""
         return self.intake.call(function)
 
-    def stop(self, *, drain_s: float = 0.0) -> None:
-        """Let requests finish for up to `drain_s`, then fail what is left and end the thread."""
+    def stop(self, *, drain_s: float = 0.0, reason: VRAMancerError | None = None) -> None:
+        """Let requests finish for up to `drain_s`, then fail what is left and end the thread. `reason` is what clients
+        are told whose requests are left or come later; without one, an `EngineDeadError`."""
+        self._reason = reason
         deadline = time.monotonic() + drain_s
         while self.num_unfinished and self.alive and not self._parked and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -162,7 +167,9 @@ class ContinuousBatcher:
             self._parked = False
             self._die()
 
-    def _death(self) -> EngineDeadError:
+    def _death(self) -> VRAMancerError:
+        if self.error is None and self._reason is not None:
+            return type(self._reason)(self._reason.message)  # one for each client that raises it
         reason = f": {self.error}" if self.error is not None else ""
         return EngineDeadError(f"The engine has stopped{reason}.")
 

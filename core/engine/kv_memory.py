@@ -61,6 +61,7 @@ class KVMemory:
             self.overflow.close()
         if self.tiers is not None:
             self.tiers.close()
+        self.kv.disconnect()
 
 
 def open_kv(

@@ -26,7 +26,7 @@ from core.emulation import EmulatedStage, GuestTime
 from core.engine.kv_memory import KVMemory, check_promises, open_kv
 from core.engine.model_plan import ModelPlan, cohort_policy, stage_timer
 from core.engine.submission import LoadedModel
-from core.errors import CheckpointError, InsufficientMemoryError
+from core.errors import CheckpointError, InsufficientMemoryError, VRAMancerError
 from core.execution.attention.select import AttentionBackends
 from core.execution.known_sequences import KnownSequences
 from core.execution.model_runner import ModelRunner
@@ -118,9 +118,10 @@ class ModelEngine:
         for budget in self.budgets.values():
             budget.check_invariants()
 
-    def close(self, *, drain_s: float = 0.0) -> None:
-        """Stop the batcher, keep what tiers can keep, and give all memory back."""
-        self.batcher.stop(drain_s=drain_s)
+    def close(self, *, drain_s: float = 0.0, reason: VRAMancerError | None = None) -> None:
+        """Stop the batcher, keep what tiers can keep, and give all memory back. Requests that have not finished after
+        `drain_s`, or come later, are told the `reason`."""
+        self.batcher.stop(drain_s=drain_s, reason=reason)
         if self.memory.tiers is not None and self.batcher.error is None:
             try:
                 self.memory.tiers.keep(self.batcher.move_pages, KEEP_S)

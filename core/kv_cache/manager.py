@@ -362,6 +362,12 @@ class KVCacheManager:
         for table in self._tables.values():
             table.num_indexed = 0
 
+    def disconnect(self) -> None:
+        """The engine has ended: nobody is asked or told anything any more, and whoever was can go."""
+        self.cold_order, self.expand, self.steps_left = list, lambda blocks: None, lambda seq_id: 0
+        self.pool.on_evict = lambda block, digest: None
+        self.companions, self.tiers = [], None
+
     def check_invariants(self, live: Iterable[int] | None = None) -> None:
         """Audit the pool; with `live`, also that exactly those sequences hold block tables."""
         if live is not None and set(live) != set(self._tables):

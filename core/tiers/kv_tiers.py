@@ -65,6 +65,10 @@ class StepBlocks:
         if uses > 1:
             self._held[digest] = (buffer, uses - 1)
 
+    def clear(self) -> None:
+        """No step uses any."""
+        self._held.clear()
+
     def __getitem__(self, digest: bytes) -> torch.Tensor:
         return self._held[digest][0]
 
@@ -214,10 +218,14 @@ class KVTiers:
         """Write down what is worth keeping, and end the threads."""
         for seq_id in list(self._prefetches):
             self.cancel(seq_id)
-        for slot in self._now.saves:
-            self.buffers.drop(slot.block)
-            self.memory.abandon(slot)
+        for use in (self._now, *self._steps.values()):  # an engine that died leaves steps that never came back
+            for slot in use.saves:
+                self.memory.abandon(slot)
+            for loading, _ in use.loads:
+                loading.release()
+        self.buffers.clear()
         self._now = _StepUse()
+        self._steps.clear()
         self.memory.flush(flush_s)
         self.memory.close()
 

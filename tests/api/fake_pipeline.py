@@ -258,8 +258,9 @@ class FakePipeline:
         self.fake_model = fake_model(model)
         return self.fake_model
 
-    def unload(self) -> None:
-        self.fake_model = None
+    def unload(self) -> LoadedModel:
+        model, self.fake_model = self.model, None
+        return model
 
     def ready(self) -> tuple[bool, str]:
         return self.loaded, "ready" if self.loaded else "no model is loaded"
