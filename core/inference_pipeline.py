@@ -19,16 +19,14 @@ from core.defaults import DEFAULT_OWNER, DEMO_NAME
 from core.devices import HOST, Device, DeviceReader, open_devices, open_main_memory, parse_link
 from core.engine.builder import load_engine
 from core.engine.model_engine import (
-    LoadedModel,
     LoadProgress,
     ModelEngine,
     ProgressCall,
-    check_prompt,
     checkpoint_bytes,
 )
 from core.engine.model_plan import ModelPlan, host_for, measure_with, plan_model, promised_bytes
 from core.engine.raw_inference import run_raw
-from core.engine.submission import make_request
+from core.engine.submission import LoadedModel, check_prompt, make_request
 from core.errors import (
     ConflictError,
     EngineDeadError,

@@ -17,7 +17,7 @@ from core.logs import get_logger
 from core.security.access import authorize, bearer_token, policy_of
 
 if TYPE_CHECKING:
-    from core.engine.model_engine import LoadedModel
+    from core.engine.submission import LoadedModel
     from core.inference_pipeline import InferencePipeline
 
 log = get_logger(__name__)

@@ -25,7 +25,7 @@ from core.api.body import to_json
 from core.api.context import api_context
 from core.api.errors import ClientDisconnectedError, unexpected_error_body
 from core.batching.output import Gathered, RequestHandle, Sink
-from core.engine.model_engine import LoadedModel
+from core.engine.submission import LoadedModel
 from core.errors import VRAMancerError
 from core.logs import get_logger
 from core.request import GenerationResult, RequestOutput, SamplingParams

@@ -12,15 +12,12 @@ from typing import Any
 
 from core.batching.batcher import ContinuousBatcher
 from core.config import Settings
+from core.defaults import GENERATION_DEFAULTS
 from core.devices import HOST, DeviceBudget, MainMemory
 from core.engine.kv_memory import KVMemory
 from core.engine.model_plan import ModelPlan
-from core.errors import (
-    CheckpointError,
-    ContextLengthError,
-    InvalidRequestError,
-    VRAMancerError,
-)
+from core.engine.submission import LoadedModel
+from core.errors import CheckpointError, VRAMancerError
 from core.execution.model_runner import ModelRunner
 from core.execution.native import do_all_products
 from core.execution.stage import Stage
@@ -35,31 +32,6 @@ logger = get_logger(__name__)
 KEEP_S = 10.0
 """For writing down, when the engine ends, what only the devices have."""
 ProgressCall = Callable[[int, int], None]
-
-_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """What clients may know of the model being served. `max_model_len` is the longest prompt plus answer: the context,
-    or all of the KV cache if that is smaller.
-    """
-
-    name: str
-    aliases: tuple[str, ...]
-    path: Path
-    created: int
-    max_model_len: int
-    vocab_size: int
-    dtype: str
-    num_parameters: int
-    eos_token_ids: tuple[int, ...]
-    generation_defaults: dict[str, Any]
-    tokenizer: Tokenizer
-
-    def knows(self, name: str) -> bool:
-        """Whether clients may call the model by this name."""
-        return name == self.name or name in self.aliases
 
 
 class LoadProgress:
@@ -172,7 +144,9 @@ def describe(plan: ModelPlan, settings: Settings, tokenizer: Tokenizer) -> Loade
         dtype=str(plan.architecture.dtype).removeprefix("torch."),
         num_parameters=plan.weights.num_parameters,
         eos_token_ids=tuple(sorted({int(token) for token in ids if token is not None and 0 <= int(token) < vocab})),
-        generation_defaults={name: generation[name] for name in _SAMPLING_DEFAULTS if generation.get(name) is not None},
+        generation_defaults={
+            name: generation[name] for name in GENERATION_DEFAULTS if generation.get(name) is not None
+        },
         tokenizer=tokenizer,
     )
 
@@ -187,23 +161,6 @@ def _generation_config(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"generation_config.json of {path.name} is damaged: {error}") from error
     return loaded if isinstance(loaded, dict) else {}
-
-
-def check_prompt(tokens: Sequence[object], model: LoadedModel, *, reserve: int = 1) -> None:
-    """A prompt has tokens, all of them in the vocabulary, and leaves room for `reserve` more."""
-    if not tokens:
-        raise InvalidRequestError("The prompt is empty.", param="prompt")
-    vocab = model.vocab_size
-    for token in tokens:
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
-            raise InvalidRequestError(
-                f"Token ids must be integers from 0 to {vocab - 1}, got {token!r}.", param="prompt"
-            )
-    if len(tokens) + reserve > model.max_model_len:
-        raise ContextLengthError(
-            f"This model's context holds {model.max_model_len} tokens, but the prompt has {len(tokens)}.",
-            param="prompt",
-        )
 
 
 def checkpoint_bytes(path: Path) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from core.batching.output import RequestHandle
 from core.batching.stats import BatcherStats
 from core.config import Settings
 from core.devices import Device, DeviceBudget
-from core.engine.model_engine import LoadedModel
+from core.engine.submission import LoadedModel
 from core.errors import (
     ChatTemplateError,
     ConflictError,
@@ -186,6 +186,8 @@ class FakePipeline:
                 raise ContextLengthError(f"The context holds {self.model.max_model_len} tokens.", param="max_tokens")
         handles = []
         for index, (token_ids, params) in enumerate(requests):
+            if params.num_sequences > params.n and params.logprobs is None:
+                params = replace(params, logprobs=0)
             self.submitted.append((list(token_ids), params))
             self.priorities.append(priority)
             self.owners.append(owner)

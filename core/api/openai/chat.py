@@ -18,7 +18,7 @@ from core.request import Completion, RequestOutput, SamplingParams, SequenceDelt
 from core.security.access import policy
 
 if TYPE_CHECKING:
-    from core.engine.model_engine import LoadedModel
+    from core.engine.submission import LoadedModel
     from core.models.tokenizer import Tokenizer
 
 blueprint = Blueprint("openai_chat", __name__)
@@ -55,11 +55,11 @@ def _params(fields: ChatRequest, model: LoadedModel) -> SamplingParams:
         raise InvalidRequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
     if fields.stream_options is not None and not fields.stream:
         raise InvalidRequestError("stream_options needs stream to be true.", param="stream_options")
-    if fields.stream and fields.best_of is not None and fields.best_of > (fields.n or 1):
-        raise InvalidRequestError("best_of above n cannot be streamed: the best are known at the end.", param="best_of")
-    limit = fields.max_completion_tokens if fields.max_completion_tokens is not None else fields.max_tokens
+    limit, names = fields.max_tokens, {"logprobs": "top_logprobs"}
+    if fields.max_completion_tokens is not None:
+        limit, names["max_tokens"] = fields.max_completion_tokens, "max_completion_tokens"
     return sampling_params(
-        fields, model, max_tokens=limit, logprobs=(fields.top_logprobs or 0) if fields.logprobs else None
+        fields, model, names, max_tokens=limit, logprobs=(fields.top_logprobs or 0) if fields.logprobs else None
     )
 
 

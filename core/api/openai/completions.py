@@ -14,15 +14,14 @@ from core.api.context import api_context, served_model
 from core.api.generation import EngineRequest, Usage, envelope, finite, start_generation, stream_response
 from core.api.openai.schemas import CompletionFields, CompletionRequest
 from core.api.sampling import default_max_tokens, encode_prompt, sampling_params
+from core.defaults import COMPLETION_MAX_TOKENS
 from core.errors import InvalidRequestError
 from core.request import GenerationResult, RequestOutput, SequenceDelta, TokenLogprob
 from core.security.access import policy
 
 if TYPE_CHECKING:
-    from core.engine.model_engine import LoadedModel
+    from core.engine.submission import LoadedModel
     from core.models.tokenizer import Tokenizer
-
-DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 blueprint = Blueprint("openai_completions", __name__)
 
@@ -93,11 +92,11 @@ class CompletionJob:
             )
             max_tokens = fields.max_tokens
             if max_tokens is None:
-                max_tokens = default_max_tokens(token_ids, model, DEFAULT_MAX_TOKENS)
+                max_tokens = default_max_tokens(token_ids, model, COMPLETION_MAX_TOKENS)
             params = sampling_params(
                 fields,
                 model,
-                max_tokens=max(1, max_tokens),  # the engine generates at least one; `choices` drops it again
+                max_tokens=1 if max_tokens == 0 else max_tokens,  # the engine generates one; `choices` drops it again
                 logprobs=fields.logprobs,
                 prompt_logprobs=fields.logprobs if fields.echo else None,
             )
@@ -145,8 +144,6 @@ def _check_fields(fields: CompletionFields) -> None:
         raise InvalidRequestError("max_tokens must be at least 1, unless echo is true.", param="max_tokens")
     if fields.stream_options is not None and not fields.stream:
         raise InvalidRequestError("stream_options needs stream to be true.", param="stream_options")
-    if fields.stream and fields.best_of is not None and fields.best_of > (fields.n or 1):
-        raise InvalidRequestError("best_of above n cannot be streamed: the best are known at the end.", param="best_of")
 
 
 class ChoiceWriter:

@@ -12,7 +12,7 @@ from core.errors import ModelNotFoundError, ModelNotLoadedError
 from core.security.access import policy
 
 if TYPE_CHECKING:
-    from core.engine.model_engine import LoadedModel
+    from core.engine.submission import LoadedModel
 
 blueprint = Blueprint("openai_models", __name__)
 
