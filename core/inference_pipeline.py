@@ -52,9 +52,11 @@ class InferencePipeline:
         self.settings = settings
         self.metrics = MetricsRegistry()
         link = settings.devices.sim_link
-        self.transfer = TransferManager(self.metrics, sim_link=parse_link(link) if link else None)
-        self.reader = DeviceReader()
         self.main_memory = open_main_memory(settings.devices)
+        self.transfer = TransferManager(
+            self.metrics, sim_link=parse_link(link) if link else None, host=self.main_memory.budget
+        )
+        self.reader = DeviceReader()
         self._on_progress = on_progress
         self._engine: ModelEngine | None = None
         self._load_lock = threading.Lock()
@@ -379,4 +381,5 @@ class InferencePipeline:
             engine, self._engine = self._engine, None
             if engine is not None:
                 engine.close(drain_s=drain_s)
+            self.transfer.close()
             gc.unfreeze()
