@@ -30,7 +30,7 @@ from core.costs.plan import StagePlan
 from core.devices import open_devices
 from core.engine.model_engine import ModelEngine
 from core.engine.model_plan import measure_with, plan_model
-from core.execution.schedule import SchedulerOutput, StepDone, StepOutput
+from core.execution.records import SchedulerOutput, StepDone, StepOutput
 from core.inference_pipeline import InferencePipeline
 from core.kv_cache.page_ops import LOCAL
 from core.models.resolve import resolve_model as find_model
@@ -291,7 +291,7 @@ class _Fetching:
 
     def execute(self, output: SchedulerOutput) -> StepOutput:
         """See `Runner`."""
-        if all(len(item.token_ids) == 1 for item in output.sequences):
+        if bool((output.record.counts == 1).all()):
             self._transfer.send(self._data, self._lender, self._owner)
         return self._runner.execute(output)
 

@@ -23,9 +23,12 @@
     ├── DeviceError                     400  code=device_error
     │   └── OutOfDeviceMemoryError      500  code=out_of_device_memory
     ├── StepFailedError                 500  code=step_failed
-    │   └── PageMoveError               500  code=step_failed
+    │   ├── PageMoveError               500  code=step_failed
+    │   ├── RecordError                 500  code=step_failed
+    │   └── DeviceLostError             500  code=device_lost
     └── UnavailableError                503  service_unavailable (Retry-After)
         ├── EngineDeadError             503  code=engine_dead
+        ├── EngineMovedError            503  code=engine_moved
         ├── CircuitOpenError            503  code=circuit_open
         ├── ModelNotLoadedError         503  code=model_not_loaded
         └── ModelChangedError           503  code=model_changed
@@ -211,6 +214,20 @@ class PageMoveError(StepFailedError):
     """KV pages could not be moved; every sequence whose pages may be among them has failed."""
 
 
+class RecordError(StepFailedError):
+    """A record of a step, or of its result, is not what it should be."""
+
+
+class DeviceLostError(StepFailedError):
+    """A device no longer answers. `device` is its logical name."""
+
+    code = "device_lost"
+
+    def __init__(self, message: str, *, device: str) -> None:
+        super().__init__(message)
+        self.device = device
+
+
 class UnavailableError(VRAMancerError):
     """Nothing can be served at the moment."""
 
@@ -227,6 +244,13 @@ class EngineDeadError(UnavailableError):
     """The engine's thread has ended; the server has to be restarted or the model loaded again."""
 
     code = "engine_dead"
+
+
+class EngineMovedError(UnavailableError):
+    """Another engine has taken the requests of this one over."""
+
+    code = "engine_moved"
+    retry_after_s = 1.0
 
 
 class CircuitOpenError(UnavailableError):

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import gc
 import threading
+import traceback
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 
 from core.batching.output import RequestHandle, Sink
 from core.batching.sequence import Request
-from core.batching.stats import BatcherStats
 from core.config import Settings
+from core.defaults import DEFAULT_OWNER, DEMO_NAME
 from core.devices import HOST, Device, DeviceReader, open_devices, open_main_memory, parse_link
+from core.engine.builder import load_engine
 from core.engine.model_engine import (
-    LoadedModel,
     LoadProgress,
     ModelEngine,
     ProgressCall,
-    check_prompt,
     checkpoint_bytes,
-    load_engine,
 )
 from core.engine.model_plan import ModelPlan, host_for, measure_with, plan_model, promised_bytes
 from core.engine.raw_inference import run_raw
-from core.engine.submission import make_request
+from core.engine.submission import LoadedModel, check_prompt, make_request
 from core.errors import (
     ConflictError,
     EngineDeadError,
@@ -37,10 +37,11 @@ from core.errors import (
 )
 from core.logs import get_logger
 from core.metrics import MetricsRegistry
-from core.models.resolve import DEMO_NAME, available_models, resolve_model
+from core.models.resolve import resolve_model
 from core.request import SamplingParams
 from core.transfer import TransferManager
-from core.views import memory, status
+from core.views.metrics import metrics_snapshot
+from core.views.state import ServiceState
 
 logger = get_logger(__name__)
 
@@ -59,17 +60,20 @@ class InferencePipeline:
         self.reader = DeviceReader()
         self._on_progress = on_progress
         self._engine: ModelEngine | None = None
+        self._leaving: ModelEngine | None = None  # finishes what runs there
         self._load_lock = threading.Lock()
         self._closing = False
-        self.metrics.set_snapshot_source(lambda: status.metrics_snapshot(self))
+        self.metrics.set_snapshot_source(lambda: metrics_snapshot(self._engine))
         self._cpu_threads = settings.devices.cpu_threads or torch.get_num_threads()
 
     # -- the model --------------------------------------------------------------------------------------------------
 
     @property
     def engine(self) -> ModelEngine:
-        """The running engine. Raises `ModelNotLoadedError`, or `EngineDeadError` if its thread has ended."""
+        """The running engine. Raises `ModelNotLoadedError`."""
         engine = self._engine
+        if engine is None and self.loading:
+            raise ModelNotLoadedError("A model is being loaded; try again in a moment.")
         if engine is None:
             raise ModelNotLoadedError("No model is loaded. Load one with POST /api/models/load.")
         return engine
@@ -98,16 +102,41 @@ class InferencePipeline:
         """Load a model and serve it in place of the present one, which goes on serving if anything fails.
 
         What is not given comes from the settings (the model's name and its length only on the first load). Raises
-        the `ModelError` family, `DeviceError`, and `ConflictError` while another load is under way.
+        the `ModelError` family, `DeviceError`, `ConflictError` while another load is under way, `EngineDeadError` while
+        the server shuts down, and `ModelNotLoadedError` if the present model had to make room and cannot be loaded
+        again either.
         """
         settings = self._load_settings(model, num_gpus, dtype, devices, max_model_len)
-        if not self._load_lock.acquire(blocking=False):
-            raise ConflictError("A model is being loaded already; wait for it to finish.")
-        try:
+        with self._exclusive():
             self._swap(settings)
+            return self.model
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """One load or unload at a time: `_engine` changes inside of this alone, and so does what is done by its value.
+
+        Raises `ConflictError`, or `EngineDeadError` while the server shuts down.
+        """
+        if not self._load_lock.acquire(blocking=False):
+            raise ConflictError("A model is being loaded or unloaded already; wait for that to finish.")
+        try:
+            self._refuse_when_closing()
+            yield
+        except BaseException as error:
+            _clear_frames(error)
+            raise
         finally:
+            # Modules live as long as the model: once what was before is gone, the collector need not walk them in
+            # mid-stream. What is frozen is never collected, so nothing may be that has ended.
+            gc.unfreeze()
+            gc.collect()
+            if self._engine is not None:
+                gc.freeze()
             self._load_lock.release()
-        return self.model
+
+    def _refuse_when_closing(self) -> None:
+        if self._closing:
+            raise EngineDeadError("The server is shutting down.")
 
     def _load_settings(
         self, model: str | None, num_gpus: int | None, dtype: str | None, devices: str | None, max_model_len: int | None
@@ -152,24 +181,43 @@ class InferencePipeline:
                 plan = planned(None, beside=False)
                 self._engine = self._start(plan, settings, total)
             return
+        fits_beside = True
         try:
             plan = planned(old, beside=True)
         except VRAMancerError:
+            fits_beside = False
+        if not fits_beside:
             self._replace(old, plan, settings, total)
             return
         tiers = old.memory.tiers
-        self._engine = self._start(plan, settings, total, (lambda: None) if tiers is None else tiers.hand_over)
-        old.close(drain_s=self.settings.api.drain_timeout_s)
+        engine = self._start(plan, settings, total, (lambda: None) if tiers is None else tiers.hand_over)
+        self._serve_with(engine, ModelChangedError(f"{old.model.name} has just been replaced; try again."))
+
+    def _serve_with(self, engine: ModelEngine | None, reason: VRAMancerError, drain_s: float | None = None) -> None:
+        """From now on; None: with nothing. What runs in the engine before may finish for `drain_s` (None: as set). What
+        takes longer, or comes too late, is told the `reason`."""
+        old = self._leaving = self._engine
+        self._engine = engine
+        try:
+            if old is not None:
+                old.close(drain_s=self.settings.api.drain_timeout_s if drain_s is None else drain_s, reason=reason)
+        finally:
+            self._leaving = None
 
     def _replace(self, old: ModelEngine, plan: ModelPlan, settings: Settings, total: int) -> None:
         """Make room by closing the old engine; if the new one does not start, load the old model again."""
         logger.info("the new model does not fit beside the present one; draining it first", old=old.model.name)
-        self._engine = None
-        old.close(drain_s=self.settings.api.drain_timeout_s)
+        self._serve_with(None, ModelChangedError(f"{old.model.name} makes room for another model; try again."))
         try:
             self._engine = self._start(plan, settings, total)
-        except BaseException:  # whatever it was, the old model has to be back before it is reported
-            self._engine = self._start(old.plan, old.settings, checkpoint_bytes(old.plan.resolved.path))
+        except BaseException as error:  # whatever it was, the old model has to be back before it is reported
+            _clear_frames(error)
+            try:
+                self._engine = self._start(old.plan, old.settings, checkpoint_bytes(old.plan.resolved.path))
+            except Exception as failure:  # noqa: BLE001  the client has to hear that nothing is served now
+                raise ModelNotLoadedError(
+                    f"{error}; and {old.model.name}, which made room, cannot be loaded again: {failure}"
+                ) from error
             raise
 
     def _devices(self, settings: Settings, old: ModelEngine | None, *, beside: bool) -> tuple[Device, ...]:
@@ -195,9 +243,14 @@ class InferencePipeline:
     ) -> ModelEngine:
         """Load the weights, then generate one token, so that readiness means that the model works."""
         done = LoadProgress(total_bytes, self._on_progress)
+
+        def read(nbytes: int) -> None:
+            self._refuse_when_closing()  # a shutdown does not wait for the rest of the weights
+            done.add(nbytes)
+
         engine = load_engine(
             plan, settings, transfer=self.transfer, main_memory=self.main_memory, cpu_threads=self._cpu_threads,
-            on_read=done.add, on_loaded=on_loaded,
+            on_read=read, on_loaded=on_loaded,
         )  # fmt: skip
         engine.batcher.call(lambda: torch.set_num_threads(engine.torch_threads(self._cpu_threads))).result()
         try:
@@ -206,8 +259,6 @@ class InferencePipeline:
             engine.close()
             raise
         engine.batcher.report_to(self.metrics)
-        gc.collect()
-        gc.freeze()  # modules live as long as the model: the collector need not walk them in mid-stream
         logger.info(
             "model loaded",
             model=engine.model.name,
@@ -224,17 +275,15 @@ class InferencePipeline:
         (handle,) = engine.batcher.submit([self._request(engine, [0], params, 0, "warm-up")])
         engine.produced_token = bool(handle.result().completions[0].token_ids)
 
-    def unload(self) -> None:
-        """Stop serving and free the model's memory. Raises `ModelNotLoadedError`, `ConflictError`."""
-        engine = self.engine
-        if not self._load_lock.acquire(blocking=False):
-            raise ConflictError("A model is being loaded; wait for it to finish.")
-        try:
-            self._engine = None
-            engine.close(drain_s=self.settings.api.drain_timeout_s)
-            gc.unfreeze()
-        finally:
-            self._load_lock.release()
+    def unload(self) -> LoadedModel:
+        """Stop serving and free the model's memory; returns what was served. Raises `ModelNotLoadedError`,
+        `ConflictError`."""
+        with self._exclusive():
+            if self._engine is None:
+                raise ModelNotLoadedError("No model is loaded.")
+            model = self._engine.model
+            self._serve_with(None, ModelNotLoadedError(f"{model.name} has just been unloaded."))
+            return model
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -245,15 +294,16 @@ class InferencePipeline:
         *,
         priority: int = 0,
         request_id: str | None = None,
+        owner: str = DEFAULT_OWNER,
     ) -> RequestHandle:
-        """Start one request. A lower `priority` is served earlier.
+        """Start one request of `owner`. A lower `priority` is served earlier.
 
         Raises, before anything is allocated, `InvalidRequestError`, `ContextLengthError`, `QueueFullError`,
         `CircuitOpenError`, `EngineDeadError` or `ModelNotLoadedError`.
         """
         engine = self.engine
         request_id = request_id or f"req-{uuid.uuid4().hex}"
-        return engine.batcher.submit([self._request(engine, prompt_token_ids, params, priority, request_id)])[0]
+        return engine.batcher.submit([self._request(engine, prompt_token_ids, params, priority, request_id, owner)])[0]
 
     def submit_many(
         self,
@@ -263,6 +313,7 @@ class InferencePipeline:
         request_id: str | None = None,
         sink: Sink | None = None,
         model: LoadedModel | None = None,
+        owner: str = DEFAULT_OWNER,
     ) -> list[RequestHandle]:
         """Start several requests, all or none. With `sink`, their outputs arrive there as `(index, message)`.
 
@@ -273,26 +324,32 @@ class InferencePipeline:
             raise ModelChangedError(f"{model.name} has just been replaced by {engine.model.name}; try again.")
         base = request_id or f"req-{uuid.uuid4().hex}"
         made = [
-            self._request(engine, tokens, params, priority, f"{base}-{index}")
+            self._request(engine, tokens, params, priority, f"{base}-{index}", owner)
             for index, (tokens, params) in enumerate(requests)
         ]
         return engine.batcher.submit(made, sink=sink)
 
     def _request(
-        self, engine: ModelEngine, tokens: Sequence[int], params: SamplingParams, priority: int, request_id: str
-    ) -> Request:
-        if self._closing:
-            raise EngineDeadError("The server is shutting down.")
+        self, engine: ModelEngine, tokens: Sequence[int], params: SamplingParams, priority: int, request_id: str,
+        owner: str = DEFAULT_OWNER,
+    ) -> Request:  # fmt: skip
+        self._refuse_when_closing()
         seed = self.settings.runtime.default_seed
-        return make_request(engine.model, tokens, params, priority=priority, request_id=request_id, default_seed=seed)
+        return make_request(
+            engine.model, tokens, params, priority=priority, request_id=request_id, default_seed=seed, owner=owner
+        )
 
     def cancel(self, request_id: str) -> bool:
         """Abort a request, or all that were submitted under the id as `<id>-0`, `<id>-1`... False if there is none."""
-        batcher = self.engine.batcher
-        matching = batcher.matching(request_id)
-        for name in matching:
-            batcher.abort(name)
-        return bool(matching)
+        now, leaving = self._engine, self._leaving  # in this order: an engine leaves before another takes its place
+        if now is None and leaving is None:
+            raise ModelNotLoadedError("No model is loaded, so nothing runs.")
+        found = False
+        for engine in {id(each): each for each in (now, leaving) if each is not None}.values():
+            for name in engine.batcher.matching(request_id):
+                engine.batcher.abort(name)
+                found = True
+        return found
 
     def infer(
         self,
@@ -313,20 +370,11 @@ class InferencePipeline:
 
     # -- state ------------------------------------------------------------------------------------------------------
 
-    def available_models(self) -> list[dict[str, Any]]:
-        """Models that could be loaded by name, and the loaded one."""
-        engine = self._engine
-        found = [entry | {"loaded": False} for entry in available_models()]
-        if engine is not None:
-            path = str(engine.model.path)
-            found = [entry for entry in found if entry["path"] != path]
-            size = checkpoint_bytes(engine.model.path)
-            found.insert(0, {"id": engine.model.name, "path": path, "size_bytes": size, "loaded": True})
-        return found
-
     def ready(self) -> tuple[bool, str]:
-        """Whether the loaded model has really produced a token and its engine is alive, and if not, why."""
+        """Whether requests are taken, the engine is alive and the model has really produced a token; if not, why."""
         engine = self._engine
+        if self._closing:
+            return False, "the server is shutting down"
         if engine is None:
             return False, "a model is being loaded" if self.loading else "no model is loaded"
         if not engine.batcher.alive:
@@ -335,39 +383,20 @@ class InferencePipeline:
             return False, "no token has been produced yet"
         return True, "ready"
 
-    def stats(self) -> BatcherStats | None:
-        engine = self._engine
-        return engine.batcher.stats if engine is not None else None
-
-    def health(self) -> dict[str, Any]:
-        return status.health(self)
-
-    def pipeline_status(self) -> dict[str, Any]:
-        return status.pipeline_status(self)
-
-    def queue_status(self) -> dict[str, Any]:
-        return status.queue_status(self)
-
-    def batcher_stats(self) -> dict[str, Any]:
-        return status.batcher_stats(self)
-
-    def memory_view(self, blocks: int = 0) -> dict[str, Any]:
-        return memory.memory_view(self, blocks)
-
-    def move_block(self, block: str, *, up: bool) -> None:
-        """See `core.views.memory.move_block`."""
-        memory.move_block(self, block, up=up)
-
-    def reclaim(self, device: str, nbytes: int | None, urgency: str) -> int:
-        """See `core.views.memory.reclaim`."""
-        return memory.reclaim(self, device, nbytes, urgency)
-
-    def lend_again(self, device: str) -> int:
-        """See `core.views.memory.lend_again`."""
-        return memory.lend_again(self, device)
-
-    def device_status(self) -> list[dict[str, Any]]:
-        return status.device_status(self)
+    def state(self) -> ServiceState:
+        """What views show of the service beside its engine."""
+        ready, reason = self.ready()
+        engine = self.settings.engine
+        return ServiceState(
+            loading=self.loading,
+            closing=self._closing,
+            ready=ready,
+            reason=reason,
+            max_queue=engine.max_queue,
+            max_batch_size=engine.max_batch_size,
+            cache_dir=self.settings.runtime.cache_dir,
+            transfers=self.transfer.stats(),
+        )
 
     @property
     def current_engine(self) -> ModelEngine | None:
@@ -378,8 +407,13 @@ class InferencePipeline:
         """Refuse new requests, let running ones finish for up to `drain_s`, free everything. Safe to call twice."""
         self._closing = True
         with self._load_lock:
-            engine, self._engine = self._engine, None
-            if engine is not None:
-                engine.close(drain_s=drain_s)
+            self._serve_with(None, EngineDeadError("The server is shutting down."), drain_s)
             self.transfer.close()
             gc.unfreeze()
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Let go of what the calls held that ended with this error: a model that was not loaded must not outlive it."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__

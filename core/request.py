@@ -5,7 +5,6 @@ Only plain values live here: no tensors, no locks, so that every package may imp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -62,12 +61,16 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
-    def validate(self, vocab_size: int) -> None:
-        """Raise `InvalidRequestError` naming the first parameter that is out of range."""
+    def validate(self, vocab_size: int, names: Mapping[str, str] | None = None) -> None:
+        """Raise `InvalidRequestError` naming the first parameter that is out of range. The one place that says what is.
+
+        `names` gives what the client calls a parameter where that is not its name here.
+        """
+        called = names or {}
         for name, low, high in _INTEGER_RANGES:
-            _check_number(name, getattr(self, name), low, high, integer=True)
+            _check_number(called.get(name, name), getattr(self, name), low, high, integer=True)
         for name, lowest, highest in _FLOAT_RANGES:
-            _check_number(name, getattr(self, name), lowest, highest, integer=False)
+            _check_number(called.get(name, name), getattr(self, name), lowest, highest, integer=False)
         if self.repetition_penalty <= 0:
             raise InvalidRequestError("repetition_penalty must be above 0.", param="repetition_penalty")
         if self.best_of is not None and self.best_of < self.n:
@@ -126,6 +129,8 @@ _FLOAT_RANGES: tuple[tuple[str, float, float], ...] = (
     ("repetition_penalty", 0.0, 10.0),
 )
 
+_SHOWN_BELOW = 10**18  # JSON's integers may have thousands of digits
+
 
 def _check_number(name: str, value: float | None, low: float, high: float, *, integer: bool) -> None:
     if value is None:
@@ -133,8 +138,9 @@ def _check_number(name: str, value: float | None, low: float, high: float, *, in
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
         kind = "an integer" if integer else "a number"
         raise InvalidRequestError(f"{name} must be {kind}.", param=name)
-    if not math.isfinite(value) or not low <= value <= high:
-        raise InvalidRequestError(f"{name} must lie between {low} and {high}, got {value}.", param=name)
+    if not low <= value <= high:  # nor is NaN
+        got = f", got {value}" if abs(value) < _SHOWN_BELOW else ""
+        raise InvalidRequestError(f"{name} must lie between {low} and {high}{got}.", param=name)
 
 
 @dataclass(frozen=True, slots=True)

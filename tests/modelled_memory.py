@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from core.kv_cache.manager import KVCacheManager
-from core.kv_cache.page_ops import LOCAL, PageCopy, PageLoad, PageRef, PageSave, StageStep
+from core.kv_cache.page_ops import LOCAL, PageCopy, PageLoad, PageRef, PageSave, StagePart
 
 BLOCK, BLOCKS = 2, 12
 Content = list[object]
@@ -27,14 +27,19 @@ class FakeTiers:
     def __init__(self, kv: KVCacheManager) -> None:
         self.kv = kv
         self.kept: dict[bytes, FakeSlot] = {}
+        self.buffers: dict[bytes, Any] = {}
         self.saving: list[FakeSlot] = []
         self.steps: dict[int, list[FakeSlot]] = {}
         self.asked: dict[int, tuple[int, Sequence[bytes]]] = {}
         self.restored = 0
 
     def save(self, block: int, digest: bytes, parent: bytes | None) -> None:
+        held = [self.kept.values(), self.saving, *self.steps.values()]
+        if any(slot.block == digest for slots in held for slot in slots):
+            return
         self.saving.append(FakeSlot(digest))
-        self.kv.pages.save(block, self.saving[-1])
+        self.buffers[digest] = self.saving[-1].buffer
+        self.kv.pages.save(block, digest)
 
     def reused(self, blocks: Sequence[int], digests: Sequence[bytes]) -> None:
         for block, digest in zip(blocks, digests, strict=True):
@@ -45,17 +50,17 @@ class FakeTiers:
         self.asked[seq_id] = known, hashes
         return False
 
-    def take(self, seq_id: int, known: int) -> tuple[list[FakeSlot], None] | None:
+    def take(self, seq_id: int, known: int) -> tuple[list[bytes], None] | None:
         _, hashes = self.asked.pop(seq_id, (0, ()))
-        found: list[FakeSlot] = []
+        found: list[bytes] = []
         for digest in hashes[known:]:
             if digest not in self.kept:
                 break
-            found.append(self.kept[digest])
+            found.append(digest)
         return (found, None) if found else None
 
-    def loaded(self, loading: Any, blocks: int) -> None:
-        self.restored += blocks
+    def loaded(self, loading: Any, digests: Sequence[bytes]) -> None:
+        self.restored += len(digests)
 
     def cancel(self, seq_id: int) -> None:
         self.asked.pop(seq_id, None)
@@ -75,8 +80,10 @@ class FakeTiers:
 class Memory:
     """One stage's pages. What is not there cannot be read: a region that is gone raises `KeyError`."""
 
-    def __init__(self, index: int, local_pages: int) -> None:
+    def __init__(self, index: int, local_pages: int, buffers: dict[bytes, Any] | None = None) -> None:
         self.index = index
+        self.buffers = {} if buffers is None else buffers
+        self.directory: dict[int, PageRef] = {}
         self.regions: dict[int, list[Content]] = {}
         self.add(LOCAL, local_pages)
 
@@ -86,22 +93,17 @@ class Memory:
     def page(self, ref: PageRef) -> Content:
         return self.regions[ref[0]][ref[1]]
 
-    def run(self, step: StageStep, items: Sequence[Item]) -> None:
-        for op in step.ops:
+    def run(self, part: StagePart, items: Sequence[Item]) -> None:
+        self.directory.update((block, (region, page)) for block, region, page in part.placed.tolist())
+        for op in part.ops:
             if isinstance(op, PageCopy):
                 self.page(op.target)[:] = self.page(op.source)
             elif isinstance(op, PageSave):
-                op.slot.buffer[self.index] = list(self.page(op.source))
+                self.buffers[op.block_hash][self.index] = list(self.page(op.source))
             elif isinstance(op, PageLoad):
-                self.page(op.target)[:] = op.slot.buffer[self.index]
-        for row, item in enumerate(items):
-            self.write_and_read(item, self.pages_of(step, row, item))
-
-    def pages_of(self, step: StageStep, row: int, item: Item) -> list[PageRef]:
-        if step.tables is None:
-            return [(LOCAL, block) for block in item.blocks]
-        table = step.tables[row]
-        return list(zip(table.regions.tolist(), table.pages.tolist(), strict=True))
+                self.page(op.target)[:] = self.buffers[op.block_hash][self.index]
+        for item in items:
+            self.write_and_read(item, [self.directory.get(block, (LOCAL, block)) for block in item.blocks])
 
     def write_and_read(self, item: Item, refs: list[PageRef]) -> None:
         """The KV of a token depends on all tokens up to it."""

@@ -133,13 +133,14 @@ def _banner(
     pipeline: InferencePipeline, listener: socket.socket, new_token: str | None, token_file: Path | None
 ) -> str:
     """What to know to use the server. A token that was generated just now is shown, this once."""
+    from core.views.status import device_views
+
     settings, model = pipeline.settings, pipeline.model
     host, port = listener.getsockname()[:2]
     shown_host = f"[{host}]" if ":" in host else host
     url = f"http://{shown_host}:{port}"
-    devices = ", ".join(
-        f"{device['name']} ({format_bytes(device['limit_bytes'])})" for device in pipeline.device_status()
-    )
+    views = device_views(pipeline.current_engine)
+    devices = ", ".join(f"{view.name} ({format_bytes(view.limit_bytes)})" for view in views)
     if token_file is None:
         token, value = "the one in VRM_API_TOKEN or api.token", "$VRM_API_TOKEN"
     else:

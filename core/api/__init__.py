@@ -8,10 +8,8 @@ from flask import Flask
 from flask_cors import CORS
 
 from core.api import management, memory, monitoring, native, tokens
-from core.api.context import EXTENSION, ApiContext
+from core.api.context import EXTENSION, REQUEST_ID_HEADER, ApiContext, LiveRequests, check_policies, register_hooks
 from core.api.errors import register_error_handlers
-from core.api.hooks import REQUEST_ID_HEADER, register_hooks
-from core.api.live import LiveRequests
 from core.api.openai import batch, chat, completions, models
 from core.security.token import resolve_token
 
@@ -41,6 +39,7 @@ def create_app(pipeline: InferencePipeline, *, token: str | None = None) -> Flas
 
     Raises:
         ConfigError: there is no usable token.
+        RuntimeError: a route has no policy.
     """
     settings = pipeline.settings
     if token is None:
@@ -53,6 +52,7 @@ def create_app(pipeline: InferencePipeline, *, token: str | None = None) -> Flas
     register_hooks(app)
     for blueprint in BLUEPRINTS:
         app.register_blueprint(blueprint)
+    check_policies(app)
     if settings.api.cors_origins:
         CORS(
             app,

@@ -1,26 +1,65 @@
-"""Request bodies: read once, as strict JSON, into a schema. Whatever is wrong with one is a 4xx that says what."""
+"""JSON in and out. A body is read once, strictly, into a schema; what is wrong with it is a 4xx that says what."""
 
 from __future__ import annotations
 
 import json
 import math
-import time
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
 
-from flask import g, request
-from pydantic import ValidationError
+from flask import Response, g, request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from core.api.context import api_context
-from core.api.errors import from_validation_error
-from core.api.schema import RequestModel
-from core.errors import InvalidRequestError, PayloadTooLargeError, UnsupportedMediaTypeError
+from core.errors import (
+    InvalidRequestError,
+    PayloadTooLargeError,
+    UnsupportedMediaTypeError,
+    UnsupportedParameterError,
+)
 
 MAX_DEPTH = 64  # nested lists and objects
-MAX_DISCARDED_BYTES = 64 * 1024 * 1024
-MAX_DISCARD_S = 10.0
-DISCARD_STEP_BYTES = 64 * 1024
+MAX_PARAM_LENGTH = 256  # the name of an unknown field is the client's, and may be as long as a body
+MAX_COUNT = 2**31 - 1  # largest token count or id that makes sense anywhere
+MAX_NAME_LENGTH = 4096  # of a model: a path may be that long
+NOTHING: tuple[Any, ...] = ()  # no value of the parameter is accepted but null
+
+Unsupported = Mapping[str, tuple[Any, ...]]
+ModelName = Annotated[str, Field(max_length=MAX_NAME_LENGTH)]
+
+
+class RequestModel(BaseModel):
+    """A request body. Fields it does not know are ignored, except those in `unsupported`.
+
+    `unsupported` maps each parameter that clients know but this server does not honour to the values that ask for
+    nothing special and are accepted beside null. A dot reaches into an object.
+    """
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    unsupported: ClassVar[Unsupported] = {}
+
+    @classmethod
+    def refuse_unsupported(cls, body: Mapping[str, Any]) -> None:
+        """Raise `UnsupportedParameterError` for a parameter that would have to be ignored."""
+        for path, accepted in cls.unsupported.items():
+            value: Any = body
+            for name in path.split("."):
+                value = value.get(name) if isinstance(value, Mapping) else None
+            if value is not None and not any(type(value) is type(item) and value == item for item in accepted):
+                raise UnsupportedParameterError(f"{path} is not supported by this server.", param=path)
+
 
 Schema = TypeVar("Schema", bound=RequestModel)
+
+
+def to_json(payload: Any) -> str:
+    """Compact JSON. Raises ValueError for NaN and infinity, which JSON does not have."""
+    return json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def json_response(payload: Any, status: int = 200) -> Response:
+    return Response(to_json(payload) + "\n", status=status, mimetype="application/json")
 
 
 def read_request(schema: type[Schema]) -> Schema:
@@ -40,6 +79,21 @@ def read_request(schema: type[Schema]) -> Schema:
         raise from_validation_error(error) from None
 
 
+def from_validation_error(error: ValidationError) -> InvalidRequestError:
+    """The first problem that pydantic found, as a 400 that names the field: `messages[0].role`."""
+    detail = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    param = _param(detail["loc"])
+    message = detail["msg"].removeprefix("Value error, ")
+    return InvalidRequestError(f"{param}: {message}" if param else message, param=param or None)
+
+
+def _param(location: tuple[int | str, ...]) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return text.removeprefix(".")[:MAX_PARAM_LENGTH]
+
+
 def _read_bytes() -> bytes:
     if request.mimetype != "application/json":
         raise UnsupportedMediaTypeError("The body must be JSON, sent with Content-Type: application/json.")
@@ -55,25 +109,6 @@ def _read_bytes() -> bytes:
         raise PayloadTooLargeError(f"The body has more than the {limit} bytes that this server accepts.")
     g.body_read = True
     return data
-
-
-def discard_unread_body() -> None:
-    """Read and drop what no route has read, within bounds: most clients look for an answer only when all is sent."""
-    if g.get("body_read") or (request.content_length is None and "Transfer-Encoding" not in request.headers):
-        return
-    stream = request.environ["wsgi.input"]
-    left_bytes = min(
-        request.content_length if request.content_length is not None else MAX_DISCARDED_BYTES, MAX_DISCARDED_BYTES
-    )
-    deadline_s = time.monotonic() + MAX_DISCARD_S
-    while left_bytes > 0 and time.monotonic() < deadline_s:
-        try:
-            data = stream.read(min(left_bytes, DISCARD_STEP_BYTES))
-        except OSError:  # the client left, or sent a broken chunk
-            return
-        if not data:
-            return
-        left_bytes -= len(data)
 
 
 def parse_object(data: bytes) -> dict[str, Any]:

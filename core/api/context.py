@@ -1,20 +1,68 @@
-"""What every route reaches: the pipeline, the token and the requests under way."""
+"""What every request has: the pipeline, an id, a caller, a log line; and the requests under way."""
 
 from __future__ import annotations
 
+import re
+import threading
+import time
+import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from flask import current_app
+import structlog
+from flask import Flask, Response, current_app, g, request
 
-from core.api.live import LiveRequests
 from core.errors import ModelNotFoundError
+from core.logs import get_logger
+from core.security.access import authorize, bearer_token, policy_of
 
 if TYPE_CHECKING:
-    from core.engine.model_engine import LoadedModel
+    from core.engine.submission import LoadedModel
     from core.inference_pipeline import InferencePipeline
 
+log = get_logger(__name__)
+
 EXTENSION = "vramancer"
+REQUEST_ID_HEADER = "X-Request-ID"
+TOKEN_HEADER = "X-API-TOKEN"
+UNMATCHED = "unmatched"
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+QUIET_RULES = frozenset({"/live", "/ready", "/health", "/metrics"})  # asked every few seconds by machines
+
+MAX_DISCARDED_BYTES = 64 * 1024 * 1024
+MAX_DISCARD_S = 10.0
+DISCARD_STEP_BYTES = 64 * 1024
+
+_SANE_ID = re.compile(r"[!-~]{1,128}")
+
+
+class LiveRequests:
+    """Maps the id that the client knows (`X-Request-ID`) to the engine's ids; several requests may share one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._engine_ids: dict[str, set[str]] = {}
+
+    def add(self, request_id: str, engine_id: str) -> None:
+        with self._lock:
+            self._engine_ids.setdefault(request_id, set()).add(engine_id)
+
+    def discard(self, request_id: str, engine_id: str) -> None:
+        """Forget a request that ended. Safe to call twice."""
+        with self._lock:
+            engine_ids = self._engine_ids.get(request_id, set())
+            engine_ids.discard(engine_id)
+            if not engine_ids:
+                self._engine_ids.pop(request_id, None)
+
+    def engine_ids(self, name: str) -> list[str]:
+        """The engine's ids of the requests called `name`; `name` itself when it is none of the clients' ids."""
+        with self._lock:
+            return sorted(self._engine_ids.get(name, ())) or [name]
+
+    def __len__(self) -> int:
+        with self._lock:
+            return sum(map(len, self._engine_ids.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +90,74 @@ def served_model(name: str | None) -> LoadedModel:
     if name is not None and not model.knows(name):
         raise ModelNotFoundError(f"The model '{name}' is not served here; '{model.name}' is.", param="model")
     return model
+
+
+def register_hooks(app: Flask) -> None:
+    app.before_request(_identify)
+    app.before_request(_authorize)
+    app.after_request(_finish)
+
+
+def _identify() -> None:
+    """Take the client's request id if it is printable ASCII of at most 128 characters, else make one."""
+    g.started_s = time.perf_counter()
+    given = request.headers.get(REQUEST_ID_HEADER, "")
+    g.request_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+    # Left bound after the answer, because a stream goes on in this thread; the next request clears it.
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(request_id=g.request_id)
+
+
+def _authorize() -> None:
+    context = api_context()
+    given = (request.headers.get(TOKEN_HEADER), bearer_token(request.headers.get("Authorization")))
+    declared = policy_of(current_app.view_functions[request.endpoint]) if request.endpoint is not None else None
+    read_only = context.pipeline.settings.security.read_only
+    g.principal = authorize(declared, request.method, given, context.token, read_only=read_only)
+
+
+def check_policies(app: Flask) -> None:
+    """Raise `RuntimeError` for a route that does not say who may call it."""
+    for rule in app.url_map.iter_rules():
+        if policy_of(app.view_functions[rule.endpoint]) is None:
+            raise RuntimeError(f"{rule.rule}: declare the route's policy (core.security.access.policy).")
+
+
+def _finish(response: Response) -> Response:
+    discard_unread_body()
+    response.headers[REQUEST_ID_HEADER] = g.request_id
+    metrics = api_context().pipeline.metrics
+    path = request.url_rule.rule if request.url_rule is not None else UNMATCHED
+    method = request.method if request.method in METHODS else "other"
+    started_s, status = g.started_s, response.status_code
+
+    def observe() -> None:
+        seconds = time.perf_counter() - started_s
+        metrics.observe_http(path, method, status, seconds)
+        write = log.debug if path in QUIET_RULES else log.info
+        write("request answered", method=method, path=path, status=status, seconds=round(seconds, 6))
+
+    if response.is_streamed:
+        response.call_on_close(observe)  # a stream's latency ends with its last event
+    else:
+        observe()
+    return response
+
+
+def discard_unread_body() -> None:
+    """Read and drop what no route has read, within bounds: most clients look for an answer only when all is sent."""
+    if g.get("body_read") or (request.content_length is None and "Transfer-Encoding" not in request.headers):
+        return
+    stream = request.environ["wsgi.input"]
+    left_bytes = min(
+        request.content_length if request.content_length is not None else MAX_DISCARDED_BYTES, MAX_DISCARDED_BYTES
+    )
+    deadline_s = time.monotonic() + MAX_DISCARD_S
+    while left_bytes > 0 and time.monotonic() < deadline_s:
+        try:
+            data = stream.read(min(left_bytes, DISCARD_STEP_BYTES))
+        except OSError:  # the client left, or sent a broken chunk
+            return
+        if not data:
+            return
+        left_bytes -= len(data)

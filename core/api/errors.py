@@ -6,10 +6,9 @@ import math
 from typing import Any
 
 from flask import Flask, Response
-from pydantic import ValidationError
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from core.api.answers import json_response
+from core.api.body import json_response
 from core.errors import (
     AuthenticationError,
     InvalidRequestError,
@@ -21,7 +20,6 @@ from core.logs import get_logger
 
 log = get_logger(__name__)
 
-MAX_PARAM_LENGTH = 256  # the name of an unknown field is the client's, and may be as long as a body
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left; nobody reads the answer, metrics and logs do
 
 
@@ -37,24 +35,9 @@ def register_error_handlers(app: Flask) -> None:
     app.register_error_handler(Exception, _answer_unexpected)
 
 
-def from_validation_error(error: ValidationError) -> InvalidRequestError:
-    """The first problem that pydantic found, as a 400 that names the field: `messages[0].role`."""
-    detail = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    param = _param(detail["loc"])
-    message = detail["msg"].removeprefix("Value error, ")
-    return InvalidRequestError(f"{param}: {message}" if param else message, param=param or None)
-
-
 def unexpected_error_body() -> dict[str, Any]:
     """What a client is told of a bug: nothing. The log has the cause, under the request's id."""
     return VRAMancerError("The server failed; the cause is in its log.", code="internal_error").to_openai()
-
-
-def _param(location: tuple[int | str, ...]) -> str:
-    text = ""
-    for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return text.removeprefix(".")[:MAX_PARAM_LENGTH]
 
 
 def _answer_error(error: VRAMancerError) -> Response:

@@ -1,23 +1,45 @@
-"""The engine's side of one HTTP request: submitted as a whole, read as one stream, given up as a whole."""
+"""The engine's side of one HTTP request: submitted as a whole, read as one stream, given up as a whole.
+
+Streams are server-sent events: one `data:` line per chunk, comments while nothing comes, `[DONE]` at the end.
+An error in the middle of a stream is sent as an event `{"error": {...}}`, which OpenAI's clients raise; the stream
+then ends without `[DONE]`, so that a client that does not look at it sees an answer that was cut off.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import math
 import queue
+import selectors
+import socket
+import ssl
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from flask import g, request
+from flask import Response, g, request
 
-from core.api.connection import disconnect_probe
+from core.api.body import to_json
 from core.api.context import api_context
-from core.api.errors import ClientDisconnectedError
+from core.api.errors import ClientDisconnectedError, unexpected_error_body
 from core.batching.output import Gathered, RequestHandle, Sink
-from core.engine.model_engine import LoadedModel
+from core.engine.submission import LoadedModel
 from core.errors import VRAMancerError
+from core.logs import get_logger
 from core.request import GenerationResult, RequestOutput, SamplingParams
+from core.security.access import Principal
+
+log = get_logger(__name__)
 
 POLL_INTERVAL_S = 0.25  # how soon a vanished client is noticed
+LEAST_LOGPROB = -9999.0  # what OpenAI writes for a probability of 0, since JSON has no infinity
+DONE = "data: [DONE]\n\n"
+KEEP_ALIVE = ": keep-alive\n\n"
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 EngineRequest = tuple[Sequence[int], SamplingParams]
 
@@ -110,7 +132,7 @@ class Generation:
 def start_generation(
     requests: Sequence[EngineRequest], model: LoadedModel, *, prefix: str, priority: int | None
 ) -> Generation:
-    """Submit for the current HTTP request, all or nothing, if `model` is still served.
+    """Submit for the current HTTP request and its caller, all or nothing, if `model` is still served.
 
     Its id is `prefix` and a random part.
 
@@ -120,9 +142,10 @@ def start_generation(
     context = api_context()
     generation_id = f"{prefix}-{uuid.uuid4().hex}"
     request_id: str = g.request_id
+    caller: Principal = g.principal  # no route that generates is public
     sink: Sink = queue.SimpleQueue()
     handles = context.pipeline.submit_many(
-        requests, priority=priority or 0, request_id=generation_id, sink=sink, model=model
+        requests, priority=priority or 0, request_id=generation_id, sink=sink, model=model, owner=caller.owner
     )
     context.live.add(request_id, generation_id)
     return Generation(
@@ -132,3 +155,126 @@ def start_generation(
         client_gone=disconnect_probe(request.environ),
         on_close=lambda: context.live.discard(request_id, generation_id),
     )
+
+
+def disconnect_probe(environ: dict[str, Any]) -> Callable[[], bool]:
+    """A function that says whether the client of this WSGI request has closed its side of the connection: nothing else
+    tells until something is written.
+
+    gunicorn and werkzeug put the socket into the WSGI environment; without it the answer is always False. A client
+    that closes only its sending side counts as gone, as it does for most proxies.
+    """
+    connection = environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
+    if not isinstance(connection, socket.socket) or isinstance(connection, ssl.SSLSocket):
+        return lambda: False  # a TLS socket cannot be peeked at; a stream still notices when it writes
+    return lambda: _closed(connection)
+
+
+def _closed(connection: socket.socket) -> bool:
+    try:
+        with _Selector() as selector:
+            selector.register(connection, selectors.EVENT_READ)
+            if not selector.select(timeout=0):
+                return False
+        return connection.recv(1, socket.MSG_PEEK) == b""  # data would be the client's next request
+    except (OSError, ValueError):  # reset, or the file descriptor is closed
+        return True
+
+
+def envelope(generation_id: str, kind: str, model: LoadedModel, name: str | None) -> dict[str, Any]:
+    """The head of an answer: id, object, time, and the model by the name that the client used for it."""
+    return {
+        "id": generation_id,
+        "object": kind,
+        "created": int(time.time()),
+        "model": name or model.name,
+        "system_fingerprint": fingerprint(model),
+    }
+
+
+def fingerprint(model: LoadedModel) -> str:
+    """Changes with what would change the answers to a seeded request: the weights and their format."""
+    text = f"{model.name}|{model.num_parameters}|{model.dtype}"
+    return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+@dataclass(slots=True)
+class Usage:
+    """Tokens of an answer: each prompt counts once, generated tokens count also where `best_of` dropped them."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    _seen: set[int] = field(default_factory=set)
+
+    def add_result(self, result: GenerationResult) -> None:
+        self.prompt_tokens += result.num_prompt_tokens
+        self.cached_tokens += result.num_cached_tokens
+        self.completion_tokens += result.num_generated_tokens
+
+    def add_output(self, index: int, output: RequestOutput) -> None:
+        """Count one output of the engine request `index`."""
+        if index not in self._seen:
+            self._seen.add(index)
+            self.prompt_tokens += output.num_prompt_tokens
+            self.cached_tokens += output.num_cached_tokens
+        self.completion_tokens += sum(len(delta.token_ids) for delta in output.deltas)
+
+    def to_openai(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+def finite(logprob: float) -> float:
+    return max(logprob, LEAST_LOGPROB) if not math.isnan(logprob) else LEAST_LOGPROB
+
+
+class ChunkRenderer(Protocol):
+    """Turns engine outputs into the chunks of one kind of stream."""
+
+    def chunks(self, index: int, output: RequestOutput) -> Iterator[dict[str, Any]]: ...
+
+    def closing(self) -> Iterator[dict[str, Any]]: ...
+
+
+def stream_response(generation: Generation, renderer: ChunkRenderer) -> Response:
+    """The open stream. However it ends, the generation is closed: by the last event, an error, or the client."""
+    keepalive_s = api_context().pipeline.settings.api.keepalive_comment_s
+    events = stream_events(generation, renderer, keepalive_s=keepalive_s)
+    response = Response(events, mimetype="text/event-stream", headers=HEADERS)
+    response.call_on_close(generation.close)  # a generator that was never started does not run its `finally`
+    return response
+
+
+def stream_events(generation: Generation, renderer: ChunkRenderer, *, keepalive_s: float) -> Iterator[str]:
+    """The stream's text, piece by piece."""
+    wrote_s = time.monotonic()
+    try:
+        for event in generation.outputs():
+            pieces = [_event(chunk) for chunk in renderer.chunks(*event)] if event is not None else []
+            if not pieces and time.monotonic() - wrote_s >= keepalive_s:
+                pieces = [KEEP_ALIVE]
+            for piece in pieces:
+                yield piece
+                wrote_s = time.monotonic()
+        for chunk in renderer.closing():
+            yield _event(chunk)
+        yield DONE
+    except ClientDisconnectedError:
+        log.info("client left its stream")
+    except VRAMancerError as error:
+        log.error("stream failed", error=error.message, code=error.error_code)
+        yield _event(error.to_openai())
+    except Exception as error:  # a bug: the status is already sent, so the error map cannot answer it
+        log.error("stream failed unexpectedly", error=repr(error), exc_info=error)
+        yield _event(unexpected_error_body())
+    finally:
+        generation.close()
+
+
+def _event(chunk: dict[str, Any]) -> str:
+    return f"data: {to_json(chunk)}\n\n"

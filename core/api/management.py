@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from flask import Blueprint, Response
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
-from core.api.answers import json_response
-from core.api.body import read_request
+from core.api.body import MAX_COUNT, MAX_NAME_LENGTH, RequestModel, json_response, read_request
 from core.api.context import api_context
 from core.api.openai.models import model_card
-from core.api.schema import MAX_COUNT, MAX_NAME_LENGTH, RequestModel
-from core.errors import NotFoundError
+from core.devices import parse_devices
+from core.errors import DeviceError, InvalidRequestError, NotFoundError
+from core.placement.engine import parse_layers
+from core.security.access import policy
+from core.views.render import render
+from core.views.status import model_views
 
 blueprint = Blueprint("management", __name__)
 
@@ -29,14 +32,41 @@ class LoadRequest(RequestModel):
     max_model_len: int | None = Field(None, ge=1, le=MAX_COUNT)
 
 
+def _device_list(text: str) -> str:
+    try:
+        parse_devices(text)
+    except DeviceError as error:
+        raise InvalidRequestError(error.message, param="devices") from error
+    return text
+
+
+def _layer_list(text: str) -> str:
+    parse_layers(text)
+    return text
+
+
+class PlaceRequest(RequestModel):
+    """`/api/pipeline/place`: what is left out is as in the settings. `layers` by hand go before `placement`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    devices: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_device_list)] | None = None
+    placement: str | None = Field(None, min_length=1, max_length=64)
+    layers: Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_layer_list)] | None = None
+    objective: Literal["throughput", "latency"] | None = None
+    dry_run: bool = False
+
+
 @blueprint.get("/api/models")
+@policy("viewer")
 def list_models() -> Response:
-    pipeline = api_context().pipeline
-    loaded = pipeline.model.name if pipeline.loaded else None
-    return json_response({"object": "list", "loaded": loaded, "data": pipeline.available_models()})
+    engine = api_context().pipeline.current_engine
+    loaded = engine.model.name if engine is not None else None
+    return json_response({"object": "list", "loaded": loaded, "data": render(model_views(engine))})
 
 
 @blueprint.post("/api/models/load")
+@policy("operator", mutates=True)
 def load_model() -> Response:
     """Load a model and swap it in; it answers when the model serves. A load that fails leaves the old one serving."""
     fields = read_request(LoadRequest)
@@ -53,16 +83,31 @@ def load_model() -> Response:
 
 
 @blueprint.post("/api/models/unload")
+@policy("operator", mutates=True)
 def unload_model() -> Response:
     """Finish what runs, then free the model's memory."""
-    pipeline = api_context().pipeline
-    name = pipeline.model.name
-    pipeline.unload()
-    return json_response({"unloaded": name})
+    return json_response({"unloaded": api_context().pipeline.unload().name})
+
+
+@blueprint.post("/api/pipeline/place")
+@policy("operator", mutates=True)
+def place_model() -> Response:
+    """Put the running model on other devices or cuts while requests go on. `dry_run` shows the plan, its prediction and
+    what would have to move, and changes nothing."""
+    fields = read_request(PlaceRequest)
+    placed = api_context().pipeline.place(  # type: ignore[attr-defined]
+        devices=fields.devices,
+        placement=fields.placement,
+        layers=fields.layers,
+        objective=fields.objective,
+        dry_run=fields.dry_run,
+    )
+    return json_response(render(placed))
 
 
 @blueprint.post("/api/requests/<request_id>/cancel")
 @blueprint.delete("/api/requests/<request_id>")
+@policy("user", mutates=True)
 def cancel_request(request_id: str) -> Response:
     """End a running request by its answer's id or by its `X-Request-ID`; its client gets what there is by then."""
     context = api_context()

@@ -7,11 +7,13 @@ from typing import Literal
 from flask import Blueprint, Response, request
 from pydantic import ConfigDict, Field
 
-from core.api.answers import json_response
-from core.api.body import read_request
+from core.api.body import RequestModel, json_response, read_request
 from core.api.context import api_context
-from core.api.schema import RequestModel
+from core.engine import memory_calls
 from core.errors import InvalidRequestError
+from core.security.access import policy
+from core.views.memory import memory_view
+from core.views.render import render
 
 blueprint = Blueprint("memory", __name__)
 
@@ -37,38 +39,44 @@ class LendRequest(RequestModel):
 
 
 @blueprint.get("/api/memory")
+@policy("viewer")
 def memory() -> Response:
     """Bytes per device, leases, tiers. `?blocks=N` adds the N hottest blocks of each tier below the devices."""
     text = request.args.get("blocks", "0")
     if not text.isascii() or not text.isdigit() or int(text) > MAX_BLOCKS:
         raise InvalidRequestError(f"blocks is a number from 0 to {MAX_BLOCKS}.", param="blocks")
-    return json_response(api_context().pipeline.memory_view(int(text)))
+    return json_response(render(memory_view(api_context().pipeline.current_engine, int(text))))
 
 
 @blueprint.post("/api/memory/blocks/<block>/promote")
+@policy("operator", mutates=True)
 def promote(block: str) -> Response:
     """Bring a block of a lower tier to main memory."""
-    api_context().pipeline.move_block(block, up=True)
+    memory_calls.move_block(api_context().pipeline.engine, block, up=True)
     return json_response({"block": block, "status": "promoted"})
 
 
 @blueprint.post("/api/memory/blocks/<block>/demote")
+@policy("operator", mutates=True)
 def demote(block: str) -> Response:
     """Send a block of main memory, and what continues it, to the tier below."""
-    api_context().pipeline.move_block(block, up=False)
+    memory_calls.move_block(api_context().pipeline.engine, block, up=False)
     return json_response({"block": block, "status": "demoted"})
 
 
 @blueprint.post("/api/memory/reclaim")
+@policy("operator", mutates=True)
 def reclaim() -> Response:
     """Have a device take back memory that it lent; requests go on, their blocks move."""
     fields = read_request(ReclaimRequest)
-    granted = api_context().pipeline.reclaim(fields.device, fields.bytes, fields.urgency)
+    granted = memory_calls.reclaim(api_context().pipeline.engine, fields.device, fields.bytes, fields.urgency)
     return json_response({"device": fields.device, "bytes": granted, "urgency": fields.urgency})
 
 
 @blueprint.post("/api/memory/lend")
+@policy("operator", mutates=True)
 def lend() -> Response:
     """Have a device lend again that took everything back. `bytes`: what all devices can lend now."""
     fields = read_request(LendRequest)
-    return json_response({"device": fields.device, "bytes": api_context().pipeline.lend_again(fields.device)})
+    lendable = memory_calls.lend_again(api_context().pipeline.engine, fields.device)
+    return json_response({"device": fields.device, "bytes": lendable})

@@ -8,25 +8,38 @@ import socket
 import time
 import uuid
 from pathlib import Path
-from typing import Any
 
 import psutil
 from flask import Blueprint, Response, g, request
 from prometheus_client.exposition import choose_encoder
 
-from core.api.answers import json_response
+from core.api.body import json_response
 from core.api.context import api_context
+from core.engine.model_engine import ModelEngine
+from core.security.access import policy
+from core.views.health import health as health_of
+from core.views.render import render
+from core.views.state import ServiceState
+from core.views.status import batcher_view, device_views, pipeline_view, queue_view
 
 blueprint = Blueprint("monitoring", __name__)
 
 
+def _now() -> tuple[ModelEngine | None, ServiceState]:
+    """What views are made from."""
+    pipeline = api_context().pipeline
+    return pipeline.current_engine, pipeline.state()
+
+
 @blueprint.get("/live")
+@policy(public=True)
 def live() -> Response:
     """The process answers."""
     return json_response({"status": "alive"})
 
 
 @blueprint.get("/ready")
+@policy(public=True)
 def ready() -> Response:
     """200 once the loaded model has really produced a token, else 503."""
     is_ready, reason = api_context().pipeline.ready()
@@ -35,50 +48,52 @@ def ready() -> Response:
 
 
 @blueprint.get("/health")
+@policy(public=True)
 def health() -> Response:
     """503 when a check has status error. Without the token, checks are named but not described."""
-    report = api_context().pipeline.health()
-    body: dict[str, Any] = {
-        "status": report["status"],
-        "failed": [name for name, check in report["checks"].items() if check["status"] == "error"],
-    }
-    if g.authenticated:
-        body = {**report, **body}
-    else:
-        body["checks"] = {name: {"status": check["status"]} for name, check in report["checks"].items()}
-    return json_response(body, 503 if report["status"] == "error" else 200)
+    report = health_of(*_now())
+    body = {**render(report), "failed": report.failed}
+    if g.principal is None:
+        body["checks"] = {name: {"status": check.status} for name, check in report.checks.items()}
+    return json_response(body, 503 if report.status == "error" else 200)
 
 
 @blueprint.get("/metrics")
+@policy("viewer")
 def metrics() -> Response:
     encode, content_type = choose_encoder(request.headers.get("Accept", ""))
     return Response(encode(api_context().pipeline.metrics.registry), content_type=content_type)
 
 
 @blueprint.get("/api/pipeline/status")
+@policy("viewer")
 def pipeline_status() -> Response:
-    return json_response(api_context().pipeline.pipeline_status())
+    return json_response(render(pipeline_view(*_now())))
 
 
 @blueprint.get("/api/queue/status")
+@policy("viewer")
 def queue_status() -> Response:
-    return json_response(api_context().pipeline.queue_status())
+    return json_response(render(queue_view(*_now())))
 
 
 @blueprint.get("/api/batcher/stats")
+@policy("viewer")
 def batcher_stats() -> Response:
-    return json_response(api_context().pipeline.batcher_stats())
+    return json_response(render(batcher_view(*_now())))
 
 
 @blueprint.get("/api/gpu")
+@policy("viewer")
 def gpu_status() -> Response:
     """Every logical device, with its memory and utilisation."""
     context = api_context()
     context.pipeline.metrics.count_environment_hit()
-    return json_response({"devices": context.pipeline.device_status()})
+    return json_response({"devices": render(device_views(context.pipeline.current_engine))})
 
 
 @blueprint.get("/api/system")
+@policy("viewer")
 def system_status() -> Response:
     context = api_context()
     context.pipeline.metrics.count_environment_hit()
@@ -119,6 +134,7 @@ def system_status() -> Response:
 
 
 @blueprint.get("/api/nodes")
+@policy("viewer")
 def nodes() -> Response:
     """This node, alone: discovery of others is off."""
     context = api_context()
@@ -128,7 +144,7 @@ def nodes() -> Response:
         "id": str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{uuid.getnode():012x}.{hostname}")),
         "hostname": hostname,
         "roles": ["api", "engine"],
-        "devices": context.pipeline.device_status(),
+        "devices": render(device_views(context.pipeline.current_engine)),
     }
     return json_response({"nodes": [node], "discovery": {"status": "disabled"}})
 

@@ -16,23 +16,20 @@ from pydantic import ConfigDict, Field
 from safetensors.torch import save
 from werkzeug.exceptions import NotAcceptable
 
-from core.api.answers import json_response
-from core.api.body import read_request
+from core.api.body import ModelName, RequestModel, json_response, read_request
 from core.api.context import api_context, served_model
-from core.api.generation import start_generation
-from core.api.openai.format import Usage, finite
-from core.api.openai.messages import encode_messages
-from core.api.openai.schemas import ChatMessage, LogprobCount
-from core.api.openai.sse import stream_response
-from core.api.sampling import check_token_ids, encode_prompt, sampling_params
-from core.api.schema import MAX_COUNT, ModelName, RequestModel, SamplingFields
+from core.api.generation import Usage, finite, start_generation, stream_response
+from core.api.openai.chat import encode_messages
+from core.api.openai.schemas import ChatMessage
+from core.api.sampling import SamplingFields, check_token_ids, encode_prompt, sampling_params
 from core.errors import ContextLengthError, InvalidRequestError
 from core.request import Completion, RequestOutput, SequenceDelta, TokenLogprob
+from core.security.access import policy
 
 if TYPE_CHECKING:
     import torch
 
-    from core.engine.model_engine import LoadedModel
+    from core.engine.submission import LoadedModel
 
 JSON_TYPE = "application/json"
 BINARY_TYPES = ("application/x-safetensors", "application/octet-stream")
@@ -56,9 +53,9 @@ class GenerateRequest(SamplingFields):
     messages: list[ChatMessage] | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    max_tokens: int | None = Field(None, ge=1, le=MAX_COUNT)
-    logprobs: LogprobCount | None = None
-    prompt_logprobs: LogprobCount | None = None
+    max_tokens: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
     detokenize: bool | None = None
 
 
@@ -74,11 +71,10 @@ class InferRequest(RequestModel):
 
 
 @blueprint.post("/api/generate")
+@policy("user")
 def generate() -> Response:
     fields = read_request(GenerateRequest)
     model = served_model(fields.model)
-    if fields.stream and fields.best_of is not None and fields.best_of > (fields.n or 1):
-        raise InvalidRequestError("best_of above n cannot be streamed: the best are known at the end.", param="best_of")
     token_ids = _prompt_token_ids(fields, model)
     params = sampling_params(
         fields,
@@ -197,6 +193,7 @@ class GenerateWriter:
 
 
 @blueprint.post("/api/infer")
+@policy("user")
 def infer() -> Response:
     """Logits or hidden states, float32: as JSON, or as a safetensors file if the client accepts one."""
     fields = read_request(InferRequest)

@@ -1,18 +1,24 @@
-"""From request fields to `SamplingParams`, and from prompts to token ids."""
+"""From request fields to `SamplingParams`, and from prompts to token ids.
+
+Known fields are typed strictly ("1" and true are no integers).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
-from core.api.schema import SamplingFields
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from core.api.body import MAX_COUNT, ModelName, RequestModel
+from core.defaults import GENERATION_DEFAULTS
 from core.errors import InvalidRequestError
 from core.request import SamplingParams
 
 if TYPE_CHECKING:
-    from core.engine.model_engine import LoadedModel
+    from core.engine.submission import LoadedModel
 
-MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of generation_config.json
 COPIED = (
     "n",
     "best_of",
@@ -29,22 +35,81 @@ COPIED = (
 )
 
 
-def sampling_params(fields: SamplingFields, model: LoadedModel, **others: Any) -> SamplingParams:
+_TOKEN_KEY = re.compile(r"[0-9]{1,10}")
+
+
+def _strings(value: Any) -> Any:
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list):
+        return tuple(value)
+    raise ValueError("Input should be a string or a list of strings")
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _token_keys(value: dict[str, float]) -> dict[int, float]:
+    for key in value:
+        if not _TOKEN_KEY.fullmatch(key):
+            raise ValueError("Keys should be token ids, as strings")
+    return {int(key): bias for key, bias in value.items()}
+
+
+StopStrings = Annotated[tuple[str, ...], BeforeValidator(_strings)]
+TokenIds = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
+LogitBias = Annotated[dict[str, float], AfterValidator(_token_keys)]
+
+
+class SamplingFields(RequestModel):
+    """How tokens are chosen, in names that every generating route shares. None means: left out.
+
+    Types alone: `SamplingParams.validate` says what is in range.
+    """
+
+    model: ModelName | None = None
+    n: int | None = None
+    best_of: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    logit_bias: LogitBias | None = None
+    stop: StopStrings | None = None
+    stop_token_ids: TokenIds | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    priority: int | None = Field(None, ge=-MAX_COUNT, le=MAX_COUNT)
+    stream: bool | None = None
+
+
+def sampling_params(
+    fields: SamplingFields, model: LoadedModel, names: Mapping[str, str] | None = None, **others: Any
+) -> SamplingParams:
     """What the request says; where it says nothing, the model's own defaults, then OpenAI's.
 
-    `others` are the parameters that each route reads in its own way (max_tokens, logprobs, ...).
+    `others` are the parameters that each route reads in its own way (max_tokens, logprobs, ...), `names` what its
+    clients call them. Raises `InvalidRequestError` for what is out of range or contradictory.
     """
-    values = {name: getattr(fields, name) for name in (*COPIED, *MODEL_DEFAULTS)}
-    for name in MODEL_DEFAULTS:
+    values = {name: getattr(fields, name) for name in (*COPIED, *GENERATION_DEFAULTS)}
+    for name in GENERATION_DEFAULTS:
         if values[name] is None:
             values[name] = model.generation_defaults.get(name)
     if values["top_k"] == -1:  # vLLM's way of writing off
         values["top_k"] = 0
     values.update(others)
-    best_of, n = values["best_of"], values["n"] or 1
-    if best_of is not None and best_of > n and values.get("logprobs") is None:
-        values["logprobs"] = 0  # the best are chosen by log-probability
-    return SamplingParams(**{name: value for name, value in values.items() if value is not None})
+    params = SamplingParams(**{name: value for name, value in values.items() if value is not None})
+    params.validate(model.vocab_size, names)
+    if fields.stream and params.num_sequences > params.n:
+        raise InvalidRequestError("best_of above n cannot be streamed: the best are known at the end.", param="best_of")
+    return params
 
 
 def default_max_tokens(prompt_token_ids: Sequence[int], model: LoadedModel, default: int) -> int:

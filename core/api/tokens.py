@@ -6,14 +6,13 @@ from typing import Any
 
 from flask import Blueprint, Response
 
-from core.api.answers import json_response
-from core.api.body import read_request
+from core.api.body import ModelName, RequestModel, json_response, read_request
 from core.api.context import served_model
-from core.api.openai.messages import encode_messages
+from core.api.openai.chat import encode_messages
 from core.api.openai.schemas import ChatMessage
 from core.api.sampling import check_token_ids
-from core.api.schema import ModelName, RequestModel
 from core.errors import InvalidRequestError
+from core.security.access import policy
 
 blueprint = Blueprint("tokens", __name__)
 
@@ -37,6 +36,7 @@ class DetokenizeRequest(RequestModel):
 
 
 @blueprint.post("/tokenize")
+@policy("user")
 def tokenize() -> Response:
     fields = read_request(TokenizeRequest)
     model = served_model(fields.model)
@@ -61,6 +61,7 @@ def tokenize() -> Response:
 
 
 @blueprint.post("/detokenize")
+@policy("user")
 def detokenize() -> Response:
     fields = read_request(DetokenizeRequest)
     model = served_model(fields.model)

@@ -16,13 +16,22 @@ from typing import Any, TypeVar
 
 from core.batching.breaker import CircuitBreaker
 from core.batching.cohorts import CohortPolicy
+from core.batching.intake import Abort, Call, Intake
 from core.batching.output import Detokenizer, RequestHandle, Sink
 from core.batching.publisher import EngineMetrics, Publisher
 from core.batching.scheduler import Scheduler
 from core.batching.sequence import Request
 from core.batching.stats import BatcherStats, StatsKeeper
-from core.errors import ConflictError, EngineDeadError, PageMoveError, QueueFullError, UnavailableError
-from core.execution.schedule import Runner, SchedulerOutput, StepOutput
+from core.errors import (
+    DeviceLostError,
+    EngineDeadError,
+    EngineMovedError,
+    OutOfDeviceMemoryError,
+    PageMoveError,
+    UnavailableError,
+    VRAMancerError,
+)
+from core.execution.records import Runner, SchedulerOutput, StepOutput
 from core.logs import get_logger
 
 T = TypeVar("T")
@@ -31,19 +40,6 @@ UPKEEP_S = 0.25
 MEMORY_WAIT_S = 30.0
 """How long a request waits for memory that was taken back while nothing else could give it room."""
 logger = get_logger(__name__)
-
-
-@dataclass(slots=True)
-class _Call:
-    """Work for the engine thread between two steps."""
-
-    function: Callable[[], Any]
-    future: Future[Any]
-
-
-@dataclass(slots=True)
-class _Abort:
-    request_id: str
 
 
 @dataclass(slots=True)
@@ -61,12 +57,21 @@ class _Loaded:
     seq_id: int
 
 
+@dataclass(frozen=True, slots=True)
 class _Stop:
-    """End the thread once the steps in flight have come back."""
+    """End the thread with this number once the steps in flight have come back; `parked`: everything stays as it is."""
+
+    thread: int
+    parked: bool = False
 
 
 class ContinuousBatcher:
-    """Requests join and leave at every step. `start` it once, `stop` it once."""
+    """Requests join and leave at every step. `start` it once, `stop` it once.
+
+    Between, it can be parked: its thread ends between two steps, requests wait where they are, and new ones queue up.
+    Then `resume` goes on, or another batcher `adopt`s the requests: their clients see nothing of it but a pause.
+    `on_lost` is asked when a device does not answer: True, and the batcher parks itself, since somebody will see to it.
+    """
 
     def __init__(
         self,
@@ -81,28 +86,34 @@ class ContinuousBatcher:
         self.scheduler = scheduler
         self.breaker = breaker
         self.error: BaseException | None = None
+        self.on_lost: Callable[[DeviceLostError], bool] = lambda error: False
         self._runner = runner
-        self._max_queue = max_queue
-        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._ids: set[str] = set()
-        self._arrivals = 0
-        self._dead = False
-        self._publisher = Publisher(scheduler, detokenizer, self._release)
+        batch = scheduler.limits.max_batch_size
+        self.intake = Intake(max_queue + batch, f"the queue takes {max_queue} beside {batch} running ones")
+        self._inbox = inbox = self.intake.inbox
+        self._publisher = Publisher(scheduler, detokenizer, self.intake.release)
+        self._reason: VRAMancerError | None = None  # of a stop
         self._stats = StatsKeeper(scheduler)
         self._policy = policy
         self._in_flight = 0
         self._starved = False  # sequences wait for memory that was taken back, and nothing else runs
         self._starved_since_s: float | None = None
-        self._calls: list[_Call] = []
-        scheduler.waiting.on_loaded = lambda seq_id: self._inbox.put(_Loaded(seq_id))
-        self._thread = threading.Thread(target=self._run, name="vrm-engine", daemon=True)
+        self._calls: list[Call] = []
+        self._parked = False
+        self._threads = 1
+        # Does not refer to this object, so that it goes with its last user.
+        scheduler.waiting.on_loaded = lambda seq_id: inbox.put(_Loaded(seq_id))
+        self._thread = self._new_thread()
+
+    def _new_thread(self) -> threading.Thread:
+        return threading.Thread(target=self._run, name="vrm-engine", daemon=True)
 
     # -- any thread -------------------------------------------------------------------------------------------------
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive() and not self._dead
+        """Whether requests are taken and served, or will be."""
+        return not self.intake.is_closed and (self._parked or self._thread.is_alive())
 
     @property
     def stats(self) -> BatcherStats:
@@ -111,14 +122,11 @@ class ContinuousBatcher:
     @property
     def num_unfinished(self) -> int:
         """Requests submitted and not finished."""
-        return len(self._ids)
+        return self.intake.num_unfinished
 
     def matching(self, request_id: str) -> list[str]:
         """Unfinished requests with this id, or submitted together under it."""
-        with self._lock:
-            if request_id in self._ids:
-                return [request_id]
-            return [name for name in self._ids if name.rpartition("-")[0] == request_id]
+        return self.intake.matching(request_id)
 
     def start(self) -> None:
         self._thread.start()
@@ -128,29 +136,10 @@ class ContinuousBatcher:
         self._publisher.metrics = metrics
 
     def submit(self, requests: list[Request], *, sink: Sink | None = None) -> list[RequestHandle]:
-        """Queue requests, all or none. Raises `QueueFullError`, `CircuitOpenError` or `EngineDeadError`."""
+        """Queue requests, all or none. Raises `QueueFullError`, `CircuitOpenError`, once the engine has ended
+        `EngineDeadError` or the reason of its `stop`, and `EngineMovedError` if another batcher has taken over."""
         self.breaker.check()
-        with self._lock:
-            if self._dead:
-                raise self._death()
-            if len(self._ids) + len(requests) > self._max_queue + self.scheduler.limits.max_batch_size:
-                raise QueueFullError(
-                    f"{len(self._ids)} requests are running or waiting, and the queue takes {self._max_queue} beside "
-                    f"{self.scheduler.limits.max_batch_size} running ones; try again later.",
-                    retry_after_s=self._retry_after_s(),
-                )
-            taken = self._ids.intersection(request.request_id for request in requests)
-            if taken:
-                raise ConflictError(f"A request with id {sorted(taken)[0]} is running already.")
-            self._ids.update(request.request_id for request in requests)
-            handles = []
-            for index, request in enumerate(requests):
-                request.arrival = self._arrivals
-                self._arrivals += 1
-                request.submitted_s = time.monotonic()
-                handles.append(RequestHandle(request.request_id, request.params, self.abort, sink, index))
-                self._inbox.put((request, handles[-1]))
-        return handles
+        return self.intake.submit(requests, self._retry_after_s(), sink)
 
     def _retry_after_s(self) -> float:
         """Guess from the measured rate: when a queued request's worth of tokens has been produced."""
@@ -158,47 +147,97 @@ class ContinuousBatcher:
         return max(1.0, min(60.0, 64.0 / rate)) if rate > 0 else 1.0
 
     def abort(self, request_id: str) -> None:
-        self._inbox.put(_Abort(request_id))
+        self.intake.abort(request_id)
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run a function on the engine thread between two steps, when none is in flight."""
-        future: Future[T] = Future()
-        with self._lock:
-            if self._dead:
-                raise self._death()
-            self._inbox.put(_Call(function, future))
-        return future
+        return self.intake.call(function)
 
-    def stop(self, *, drain_s: float = 0.0) -> None:
-        """Let requests finish for up to `drain_s`, then fail what is left and end the thread."""
+    def stop(self, *, drain_s: float = 0.0, reason: VRAMancerError | None = None) -> None:
+        """Let requests finish for up to `drain_s`, then fail what is left and end the thread. `reason` is what clients
+        are told whose requests are left or come later; without one, an `EngineDeadError`."""
+        self._reason = reason
         deadline = time.monotonic() + drain_s
-        while self._ids and self.alive and time.monotonic() < deadline:
+        while self.num_unfinished and self.alive and not self._parked and time.monotonic() < deadline:
             time.sleep(0.02)
-        self._inbox.put(_Stop())
+        self._inbox.put(_Stop(self._threads))
         if self._thread.ident is not None:
             self._thread.join()
+        if self._parked:
+            self._parked = False
+            self._die()
 
-    def _death(self) -> EngineDeadError:
+    def _death(self) -> VRAMancerError:
+        if self.error is None and self._reason is not None:
+            return type(self._reason)(self._reason.message)  # one for each client that raises it
         reason = f": {self.error}" if self.error is not None else ""
         return EngineDeadError(f"The engine has stopped{reason}.")
+
+    # -- handing requests over --------------------------------------------------------------------------------------
+
+    def park(self) -> None:
+        """Let the steps in flight come back and end the thread. Nothing is lost: see the class."""
+        self._inbox.put(_Stop(self._threads, parked=True))
+        self._thread.join()
+
+    def resume(self) -> None:
+        """Go on after `park`, with the blocks that sequences have."""
+        self._parked = False
+        self._threads += 1
+        self._thread = self._new_thread()
+        self._thread.start()
+
+    def longest_request(self) -> int:
+        """Tokens that the longest unfinished request may come to, prompt and answer. While parked."""
+        requests = {id(s.request): s.request for s in self.scheduler.live_sequences()}
+        return max((len(r.prompt_token_ids) + r.max_tokens for r in requests.values()), default=0)
+
+    def adopt(self, other: ContinuousBatcher) -> None:
+        """Take over all that another batcher, which is parked, has and was sent. Its blocks are given up: what had KV
+        there is computed again here. In the engine thread, or before that has started.
+        """
+        arrived = other.intake.close(EngineMovedError("The request has moved to another engine."))
+        other.scheduler.start_over()
+        writers = other._publisher.release()
+        self.intake.adopt(writer.request for writer in writers)
+        for writer in writers:
+            writer.handle.moved(self.abort)
+            self._publisher.take(writer)
+            self.scheduler.adopt(writer.request)
+        for message in [*other._calls, *arrived]:
+            self._pass_on(message)
+        other._parked = False
+
+    def _pass_on(self, message: Any) -> None:
+        """A message that another batcher was sent."""
+        if isinstance(message, tuple):
+            request, handle = message
+            self.intake.adopt([request])
+            handle.moved(self.abort)
+            self._inbox.put(message)
+        elif isinstance(message, Abort):
+            self._inbox.put(message)
+        elif isinstance(message, Call):
+            message.refuse(EngineMovedError("The model is being moved to other devices; try again."))
 
     # -- the engine thread ------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
-            while self._read_inbox():
+            while not self._parked and self._read_inbox():
                 self._fill()
         except BaseException as error:  # the thread's last words: whatever it was, waiting clients must hear of it
             self.error = error
             logger.error("engine stopped", error=repr(error), exc_info=True)
         finally:
-            self._die()
+            if not self._parked:
+                self._die()
 
     def _fill(self) -> None:
         """Put as many steps in flight as are wanted now. One alone runs here, without a change of threads."""
         if not self._keep_house():
             return
-        while not self._calls:
+        while not (self._calls or self._parked):
             scheduler = self.scheduler
             choice = self._policy.choose(scheduler.num_decoding, scheduler.mean_context, scheduler.prompt_tokens_left)
             if self._in_flight >= choice.cohorts:
@@ -258,7 +297,7 @@ class ContinuousBatcher:
         result = self._execute(output)
         if isinstance(result, Exception):
             logger.error("pages could not be moved", exc_info=result)
-            self._publisher.fail(self.scheduler.fail_all(output), result)
+            self._publisher.fail(self.scheduler.fail(output, moved=False), result)
             return False
         self.scheduler.kv.step_done(output.step)
         return True
@@ -279,28 +318,34 @@ class ContinuousBatcher:
             except queue.Empty:
                 return True
             if isinstance(message, _Stop):
+                if message.thread != self._threads:
+                    continue  # was meant for one that had parked by itself
                 self._drain()
+                self._parked = message.parked
                 return False
             self._take(message)
-            if isinstance(message, _Call) and not self.scheduler.kv.is_idle:
+            if self._parked:
+                self._drain()
+                return False
+            if isinstance(message, Call) and not self.scheduler.kv.is_idle:
                 return True  # callers that keep calling must not keep memory from going back
             block = not (self.scheduler.has_work or self._in_flight or self.scheduler.kv.wants_stop)
 
-    def _take(self, message: _Done | _Abort | _Call | _Loaded | tuple[Request, RequestHandle]) -> None:
+    def _take(self, message: _Done | Abort | Call | _Loaded | tuple[Request, RequestHandle]) -> None:
         if isinstance(message, _Done):
             self._in_flight -= 1
             self._complete(message.output, message.result)
-        elif isinstance(message, _Abort):
+        elif isinstance(message, Abort):
             if self._publisher.abort(message.request_id):
                 self._stats.refresh_counts()
-        elif isinstance(message, _Call):
+        elif isinstance(message, Call):
             self._calls.append(message)
         elif isinstance(message, _Loaded):
             self.scheduler.waiting.loaded(message.seq_id)
         elif self._publisher.open(*message):
             self.scheduler.add(message[0])
         while self._calls and not self._in_flight:
-            self._call_now(self._calls.pop(0))
+            self._calls.pop(0).run()
 
     def _drain(self) -> None:
         """Wait for the steps in flight; whatever else arrived is left for `_die`."""
@@ -314,14 +359,6 @@ class ContinuousBatcher:
         for message in others:
             self._inbox.put(message)
 
-    def _call_now(self, call: _Call) -> None:
-        if not call.future.set_running_or_notify_cancel():
-            return
-        try:
-            call.future.set_result(call.function())
-        except Exception as error:  # noqa: BLE001  handed to the caller, who waits on the future
-            call.future.set_exception(error)
-
     def _execute(self, output: SchedulerOutput) -> StepOutput | Exception:
         try:
             return self._runner.execute(output)
@@ -329,38 +366,34 @@ class ContinuousBatcher:
             return error
 
     def _complete(self, output: SchedulerOutput, result: StepOutput | Exception) -> None:
-        """Publish what a step produced; if it failed, its sequences fail and the engine goes on."""
+        """Publish what a step produced; if it failed, its sequences are computed again and the engine goes on."""
         if isinstance(result, Exception):
-            logger.error("step failed", step=output.step, sequences=len(output.sequences), exc_info=result)
-            self.breaker.record_failure(repr(result))
-            end = self.scheduler.fail_all if isinstance(result, PageMoveError) else self.scheduler.fail
-            self._publisher.fail(end(output), result)
+            self._failed(output, result)
         else:
             self.breaker.record_success()
             self._publisher.publish(self.scheduler.update_from_output(output, result))
         self._stats.step_done(output, None if isinstance(result, Exception) else result, self.breaker.last_error)
 
-    def _release(self, request_id: str) -> None:
-        """The request is over; its id may be used again."""
-        with self._lock:
-            self._ids.discard(request_id)
+    def _failed(self, output: SchedulerOutput, error: Exception) -> None:
+        """Sequences of a failed step are tried again; those that have failed too often are told why."""
+        logger.error("step failed", step=output.step, sequences=output.record.num_sequences, exc_info=error)
+        is_lost, no_memory = isinstance(error, DeviceLostError), isinstance(error, OutOfDeviceMemoryError)
+        if isinstance(error, DeviceLostError) and not self._parked and self.on_lost(error):
+            self._parked = True
+        if not no_memory:
+            self.breaker.record_failure(repr(error))
+        moved = not (is_lost or isinstance(error, PageMoveError))
+        ended = self.scheduler.fail(output, moved=moved, memory=no_memory, blame=not self._parked)
+        self._publisher.fail(ended, error)
 
     def _die(self) -> None:
         """Refuse what comes and fail what waits."""
-        with self._lock:
-            self._dead = True
         error = self._death()
+        waiting = self.intake.close(error)
         self._publisher.fail_everything(error)
-        for call in self._calls:
-            self._inbox.put(call)
-        while True:
-            try:
-                message = self._inbox.get(block=False)
-            except queue.Empty:
-                return
-            if isinstance(message, _Call):
-                if message.future.set_running_or_notify_cancel():
-                    message.future.set_exception(error)
+        for message in [*self._calls, *waiting]:
+            if isinstance(message, Call):
+                message.refuse(error)
             elif isinstance(message, tuple):
                 message[1].put(error)
-                self._release(message[0].request_id)
+                self.intake.release(message[0].request_id)

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
-from core.batching.scheduler import SequenceUpdate
-from core.batching.sequence import Request, Sequence
+from core.batching.sequence import Request, Sequence, SequenceUpdate
 from core.batching.stop import StopChecker
 from core.errors import VRAMancerError
 from core.request import Completion, GenerationResult, RequestOutput, SamplingParams, SequenceDelta, TokenLogprob
@@ -141,6 +140,10 @@ class RequestHandle:
             gathered.add(output)
             if output.finished:
                 return gathered.result()
+
+    def moved(self, abort: AbortCall) -> None:
+        """Another batcher writes to this handle from now on."""
+        self._abort = abort
 
     def abort(self) -> None:
         """Stop generating and free the blocks at the next step. Safe to call twice, and after the end."""

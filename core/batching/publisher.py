@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from core.batching.output import Detokenizer, RequestHandle, RequestWriter
-from core.batching.scheduler import Scheduler, SequenceUpdate
-from core.batching.sequence import Request, Sequence
+from core.batching.scheduler import Scheduler
+from core.batching.sequence import Request, Sequence, SequenceUpdate
 from core.errors import StepFailedError, VRAMancerError
 from core.logs import get_logger
 from core.request import SequenceDelta
@@ -47,6 +47,16 @@ class Publisher:
             self._on_end(request.request_id)
             return False
         return True
+
+    def take(self, writer: RequestWriter) -> None:
+        """Go on writing where another publisher has left off."""
+        self._writers[writer.request.request_id] = writer
+
+    def release(self) -> list[RequestWriter]:
+        """All writers, in the order of their requests' arrival; another publisher goes on with them."""
+        writers = sorted(self._writers.values(), key=lambda writer: writer.request.arrival)
+        self._writers.clear()
+        return writers
 
     def publish(self, updates: list[SequenceUpdate]) -> None:
         """Turn a step's tokens into outputs, one message per request."""

@@ -13,47 +13,31 @@ next step. So the steps in flight are the cohorts of a pipeline; a new request j
 they even out by themselves as requests end. A long prompt may have a chunk in each.
 
 When a running sequence needs a block and none is free, the running sequence that is served last gives up its blocks
-and waits, to be recomputed (mostly from the prefix cache). Siblings of one request (`n`, `best_of`) fork once the
-first has its prompt computed: they share its blocks and recompute the last prompt token alone.
+and waits, to be recomputed (mostly from the prefix cache). So do the sequences of a step that failed: each is tried
+again in a step of its own, so that one whose own fault it is fails alone, and after a few failures for good. Siblings
+of one request (`n`, `best_of`) fork once the first has its prompt computed: they share its blocks and recompute the
+last prompt token alone.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
-from core.batching.sequence import Request, Sequence, SequenceStatus
-from core.batching.step import Step, record_of, weight_of
+import numpy as np
+
+from core.batching.prefill_meter import PrefillMeter
+from core.batching.sequence import Request, Sequence, SequenceStatus, SequenceUpdate, ending_of
+from core.batching.step import SchedulerLimits, Step, record_of, weight_of, whole
 from core.batching.waiting import WaitingSequences
-from core.errors import VRAMancerError
-from core.execution.schedule import ScheduledSequence, SchedulerOutput, StepOutput
+from core.errors import StepFailedError
+from core.execution.records import RawRows, ScheduledSequence, SchedulerOutput, StepOutput, StepRecord, ints, longs
 from core.kv_cache.manager import KVCacheManager
-from core.request import FinishReason, TokenLogprob
+from core.request import FinishReason
 
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """Sizes of a step, in sequences and tokens. `max_model_len` caps prompt plus output."""
-
-    max_batch_size: int
-    max_num_batched_tokens: int
-    prefill_chunk_size: int
-    max_model_len: int
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceUpdate:
-    """What a step did to one sequence, a new token or an error; the batcher turns it into output."""
-
-    sequence: Sequence
-    token_id: int | None = None
-    logprob: TokenLogprob | None = None
-    error: VRAMancerError | None = None
-
-
-MEASURED_TOKENS = 16
-"""A step with as many tokens says what a token of a prompt costs."""
+MAX_FAILURES = 3
+"""A sequence that so many steps have failed with is not tried again."""
+MAX_MEMORY_FAILURES = 12
+"""The same where memory ran out: every try computes half as many tokens."""
 FIRST_STEPS = 16
 """A sequence that has just begun is expected to go on for as many steps."""
 
@@ -69,7 +53,8 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._ended: list[int] = []
         self._steps = 0
-        self._began_s: dict[int, float] = {}
+        self._meter = PrefillMeter()
+        self._token_cap: int | None = None  # since memory ran out in a step
         self._ahead = 0.0  # what rounding up gave the last step beyond its share; the next one gets so much less
         self._blocked: tuple[int, int] | None = None
         kv.cold_order = self._cold_order
@@ -112,7 +97,22 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request's sequences."""
+        for sequence in request.sequences:
+            sequence.chain = self.kv.chain(request.owner)
         self.waiting.add(request)
+
+    def adopt(self, request: Request) -> None:
+        """Queue what is not finished of a request that another scheduler has begun; it holds nothing any more."""
+        first = request.sequences[0]
+        for sequence in request.sequences:
+            if sequence.finished:
+                continue
+            sequence.chain = self.kv.chain(request.owner)
+            sequence.start_over()
+            if sequence.status is SequenceStatus.FORKING and not first.finished:
+                self.waiting.hold(sequence)
+            else:
+                self.waiting.push(sequence)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -121,11 +121,20 @@ class Scheduler:
 
         It takes one of `cohorts` equal shares of the work, and at most `chunk` tokens of a prompt.
         """
-        step = Step(self.limits.max_num_batched_tokens, min(chunk or 1 << 30, self.limits.prefill_chunk_size))
+        budget = min(self.limits.max_num_batched_tokens, self._token_cap or 1 << 30)
+        step = Step(budget, min(chunk or 1 << 30, self.limits.prefill_chunk_size, budget))
         if cohorts > 1:
             even = self._total_weight() / cohorts
             step.share = even - min(self._ahead, even)
-        ready = sorted((s for s in self._running if s.num_unscheduled > 0), key=lambda s: s.last_step)
+        ready = sorted((s for s in self._running if s.num_unscheduled > 0 and not s.replays), key=lambda s: s.last_step)
+        suspects = [s for s in ready if s.num_failures]
+        if suspects:  # until a step with it alone has succeeded
+            self._schedule_running(step, suspects[0])
+        elif (first := self.waiting.first) is not None and first.num_failures:
+            self._admit(step)
+        if step.chosen:
+            return self._output(step)
+        ready = [s for s in ready if not s.num_failures]
         for sequence in [s for s in ready if s.num_unscheduled == 1]:
             self._schedule_running(step, sequence)
         for sequence in [s for s in ready if s.num_unscheduled > 1]:
@@ -166,12 +175,18 @@ class Scheduler:
         if not self.kv.pages.has_ops:
             return None
         self._steps += 1
-        return SchedulerOutput(self._steps, (), self.kv.take_step(self._steps, ()))
+        return SchedulerOutput(StepRecord(self._steps), self.kv.take_step(self._steps))
 
-    def raw_step(self, item: ScheduledSequence) -> SchedulerOutput:
-        """A step for a sequence that is not scheduled, while none is in flight. The caller says when it is done."""
+    def raw_step(self, sequence: Sequence, start: int, end: int, raw: RawRows | None) -> SchedulerOutput:
+        """A step that computes tokens `start .. end - 1` of a sequence that is not scheduled, while none is in flight.
+        The caller says when it is done."""
         self._steps += 1
-        return SchedulerOutput(self._steps, (item,), self.kv.take_step(self._steps, (item.seq_id,)))
+        new = whole(sequence, self.kv.table(sequence.seq_id).tell_all())
+        record = StepRecord(
+            self._steps, longs([sequence.seq_id]), ints([start]), ints([end - start]), ints([0]),
+            np.zeros(1, dtype=np.uint8), new=(new,), ended=longs([sequence.seq_id]), raw=raw,
+        )  # fmt: skip
+        return SchedulerOutput(record, self.kv.take_step(self._steps))
 
     @property
     def waiting_blocks(self) -> int:
@@ -209,15 +224,17 @@ class Scheduler:
         self._running.remove(sequence)
         (close or self.kv.close)(sequence.seq_id)
         self._ended.append(sequence.seq_id)
-        sequence.rewind(0)
-        sequence.prefetched = False
+        sequence.start_over()
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.push(sequence)
 
     def _admit(self, step: Step) -> None:
-        """Start waiting sequences in order; the first that does not fit ends it, so nobody is overtaken for ever."""
+        """Start waiting sequences in order; the first that does not fit ends it, so nobody is overtaken for ever. One
+        that a step has failed with comes into a step of its own."""
         while (sequence := self.waiting.first) is not None and step.budget > 0:
+            if sequence.num_failures and step.chosen:
+                return
             if len(self._running) >= self.limits.max_batch_size or not step.has_room():
                 return
             if self._blocked == (sequence.seq_id, self.kv.pool.num_free) and self._running:
@@ -230,11 +247,14 @@ class Scheduler:
                 self._blocked = (sequence.seq_id, self.kv.pool.num_free)
                 return
             self.waiting.pop()
+            if sequence.num_failures:
+                return
 
     def _start(self, step: Step, sequence: Sequence) -> bool:
         """Take a sequence's cached prefix and first chunk; with nothing else running it may take the last block."""
         request = sequence.request
-        cached = self.kv.open(sequence.seq_id, sequence.token_ids, read_prefix=request.params.prompt_logprobs is None)
+        read_prefix = request.params.prompt_logprobs is None
+        cached = self.kv.open(sequence.seq_id, sequence.token_ids, read_prefix=read_prefix, chain=sequence.chain)
         num_new = min(len(sequence.token_ids) - cached, step.budget, step.chunk)
         reserve = len(self._running) if self._running else 0
         needed = self.kv.blocks_needed(sequence.seq_id, cached, len(sequence.token_ids))
@@ -244,7 +264,7 @@ class Scheduler:
         sequence.rewind(cached)
         if not self._grow(step, sequence, num_new):
             self.kv.close(sequence.seq_id)
-            sequence.rewind(0)
+            sequence.start_over()
             return False
         if sequence.num_preemptions == 0 and sequence.index == 0:
             request.num_cached_tokens = min(cached, sequence.num_prompt_tokens)
@@ -256,23 +276,22 @@ class Scheduler:
 
     def _output(self, step: Step) -> SchedulerOutput:
         chosen = step.in_order()
-        scheduled = tuple(record_of(s, num_new, self.kv.table(s.seq_id).snapshot()) for s, num_new in chosen)
         self._steps += 1
+        record, self._ended = record_of(self._steps, chosen, self._ended, self.kv), []
         for sequence, num_new in chosen:
             sequence.in_flight += 1
             sequence.num_scheduled_tokens += num_new
             sequence.last_step = self._steps
-        ended, self._ended = tuple(self._ended), []
-        stages = self.kv.take_step(self._steps, [item.seq_id for item in scheduled])
-        self._began_s[self._steps] = time.perf_counter()
-        return SchedulerOutput(self._steps, scheduled, stages, ended)
+        self._meter.begun(self._steps)
+        return SchedulerOutput(record, self.kv.take_step(self._steps))
 
     # -- after the step ---------------------------------------------------------------------------------------------
 
     def update_from_output(self, output: SchedulerOutput, result: StepOutput) -> list[SequenceUpdate]:
         """Advance the step's sequences; returns one update for each that gained a token or failed."""
         self.kv.step_done(output.step)
-        self._measure(output)
+        self.kv.prefill_token_s = self._meter.ended(output)
+        self._token_cap = None if self._token_cap is None else _relaxed(self._token_cap, self.limits)
         running = {sequence.seq_id: sequence for sequence in self._running}
         updates = []
         for item in output.sequences:
@@ -280,32 +299,26 @@ class Scheduler:
             if sequence is None:
                 continue
             sequence.in_flight -= 1
-            if sequence.finished:
+            if sequence.finished or sequence.replays:
                 self._leave(sequence)
                 continue
+            if item.end >= sequence.failed_at:
+                sequence.num_failures = 0
             sequence.num_computed_tokens = item.end
             self.kv.commit(item.seq_id, sequence.token_ids, item.end)
             self._record_prompt_logprobs(sequence, item, result)
             self._fork_siblings(sequence)
-            sampled, error = result.sampled.get(item.seq_id), result.failed.get(item.seq_id)
-            if error is not None:
+            sampled, failure = result.sampled.get(item.seq_id), result.failed.get(item.seq_id)
+            if failure is not None:
                 self.finish(sequence, "error")
-                updates.append(SequenceUpdate(sequence, error=error))
+                updates.append(SequenceUpdate(sequence, error=StepFailedError(failure)))
             elif sampled is not None:
                 sequence.append(sampled.token_id)
-                self._check_stop(sequence, sampled.token_id)
+                ending = ending_of(sequence, self.limits.max_model_len)
+                if ending is not None:
+                    self.finish(sequence, *ending)
                 updates.append(SequenceUpdate(sequence, sampled.token_id, sampled.logprob))
         return updates
-
-    def _measure(self, output: SchedulerOutput) -> None:
-        """How long a token of a prompt takes. Steps that also move pages take longer than that."""
-        began_s = self._began_s.pop(output.step, None)
-        if began_s is None or output.num_tokens < MEASURED_TOKENS:
-            return
-        token_s, old_s = (time.perf_counter() - began_s) / output.num_tokens, self.kv.prefill_token_s
-        if old_s is not None and any(stage.ops for stage in output.stages):
-            token_s = min(token_s, old_s)
-        self.kv.prefill_token_s = token_s if old_s is None else old_s + 0.3 * (token_s - old_s)
 
     def _record_prompt_logprobs(self, sequence: Sequence, item: ScheduledSequence, result: StepOutput) -> None:
         rows = result.prompt_logprobs.get(item.seq_id)
@@ -314,17 +327,6 @@ class Scheduler:
             return
         recorded.extend(rows[len(recorded) - item.start - 1 :])
 
-    def _check_stop(self, sequence: Sequence, token_id: int) -> None:
-        request, produced = sequence.request, len(sequence.output_token_ids)
-        if produced >= request.params.min_tokens:
-            if token_id in request.stop_token_ids:
-                return self.finish(sequence, "stop", token_id)
-            if token_id in request.eos_token_ids and not request.params.ignore_eos:
-                return self.finish(sequence, "stop")
-        if produced >= request.max_tokens or len(sequence.token_ids) >= self.limits.max_model_len:
-            self.finish(sequence, "length")
-        return None
-
     def _fork_siblings(self, sequence: Sequence) -> None:
         """Once the first sequence's prompt has KV, its siblings start from it."""
         if sequence.num_computed_tokens < sequence.num_prompt_tokens:
@@ -332,7 +334,7 @@ class Scheduler:
         for sibling in self.waiting.take_siblings(sequence):
             if len(self._running) < self.limits.max_batch_size:
                 sibling.rewind(sibling.num_prompt_tokens - 1)
-                self.kv.fork(sequence.seq_id, sibling.seq_id, sibling.num_computed_tokens)
+                self.kv.fork(sequence.seq_id, sibling.seq_id, sibling.num_computed_tokens, sibling.chain)
                 sibling.status = SequenceStatus.RUNNING
                 self._running.append(sibling)
             else:
@@ -351,40 +353,57 @@ class Scheduler:
             self._leave(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
-        if sequence in self._running and not sequence.in_flight:
-            self._running.remove(sequence)
-            self.kv.close(sequence.seq_id)
-            self._ended.append(sequence.seq_id)
+        """A sequence that has ended, or has to be computed anew, gives up its blocks once it is part of no step."""
+        if sequence not in self._running or sequence.in_flight:
+            return
+        if sequence.replays and not sequence.finished:
+            self._preempt(Step(0, 0), sequence)
+            return
+        self._running.remove(sequence)
+        self.kv.close(sequence.seq_id)
+        self._ended.append(sequence.seq_id)
 
-    def fail(self, output: SchedulerOutput) -> list[Sequence]:
-        """The step failed: end its sequences and return them, so that their requests can be told."""
-        self.kv.step_done(output.step)
-        self._began_s.pop(output.step, None)
-        self._ended.extend(output.ended_seq_ids)  # the runner may not have come to them
+    def fail(
+        self, output: SchedulerOutput, *, moved: bool = True, memory: bool = False, blame: bool = True
+    ) -> list[Sequence]:
+        """The step failed, and none of its tokens have KV. Its sequences are computed again; returns those that have
+        failed too often and are ended.
+
+        Not `moved`: the step left pages undone, so nothing that is computed can be relied on, and all that runs is
+        computed again. `memory`: it ran out, so the next steps are smaller. Without `blame` it does not count.
+        """
+        self.kv.step_done(output.step, moved=moved)
+        self._meter.failed(output.step)
+        if memory:
+            self._token_cap = max(1, output.num_tokens // 2)
         running = {sequence.seq_id: sequence for sequence in self._running}
-        failed = [running[item.seq_id] for item in output.sequences if item.seq_id in running]
-        for sequence in failed:
+        self._ended.extend(i for i in output.record.ended.tolist() if i not in running)  # may not have been come to
+        rows = [(running[item.seq_id], item) for item in output.sequences if item.seq_id in running]
+        ended = []
+        for sequence, item in rows:
             sequence.in_flight -= 1
-            if sequence.finished:
-                self._leave(sequence)
-            else:
+            sequence.num_failures += blame
+            sequence.failed_at = max(sequence.failed_at, item.end)
+            if sequence.num_failures >= (MAX_MEMORY_FAILURES if memory else MAX_FAILURES) and not sequence.finished:
                 self.finish(sequence, "error")
-        return failed
-
-    def fail_all(self, output: SchedulerOutput) -> list[Sequence]:
-        """The step failed and left pages undone: nothing that is computed can be relied on. Ends what runs."""
-        self.kv.step_done(output.step, moved=False)
-        failed = self.fail(output)
-        others = [sequence for sequence in self._running if not sequence.finished]
-        for sequence in others:
-            self.finish(sequence, "error")
-        self.kv.forget_cached()
-        return failed + others
+                ended.append(sequence)
+        for sequence in [sequence for sequence, _ in rows] if moved else list(self._running):
+            sequence.replays = True
+            self._leave(sequence)
+        if not moved:
+            self.kv.forget_cached()
+        return ended
 
     def live_sequences(self) -> Iterable[Sequence]:
         """Every sequence that is not finished."""
         yield from self.waiting
         yield from self._running
+
+    def start_over(self) -> None:
+        """Every sequence that is not finished is computed from its first token, by stages that know none. While nothing
+        is in flight."""
+        for sequence in list(self._running):
+            self._preempt(Step(0, 0), sequence)
 
     def check_invariants(self) -> None:
         """Raise `AssertionError` unless exactly the running sequences hold blocks and all ref-counts agree."""
@@ -393,3 +412,9 @@ class Scheduler:
             held = len(self.kv.table(sequence.seq_id)) * self.kv.block_size
             if held < sequence.num_computed_tokens:
                 raise AssertionError(f"sequence {sequence.seq_id} has KV for more tokens than its blocks hold")
+
+
+def _relaxed(cap: int, limits: SchedulerLimits) -> int | None:
+    """A step has succeeded: the next ones may be a little larger, up to what the limits allow."""
+    cap += max(1, cap // 16)
+    return cap if cap < limits.max_num_batched_tokens else None

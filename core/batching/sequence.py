@@ -6,6 +6,9 @@ import enum
 from dataclasses import dataclass, field
 from itertools import count
 
+from core.defaults import DEFAULT_OWNER
+from core.errors import VRAMancerError
+from core.kv_cache.block_table import PrefixChain
 from core.request import FinishReason, SamplingParams, TokenLogprob
 
 _sequence_ids = count()
@@ -27,7 +30,10 @@ class Sequence:
     """One generated continuation.
 
     `token_ids` is prompt plus output and only grows. `num_computed_tokens` of them have KV, `num_scheduled_tokens` have
-    it or will have it once the `in_flight` steps that the sequence is part of have come back. Set by the scheduler.
+    it or will have it once the `in_flight` steps that the sequence is part of have come back; stages know the first
+    `num_told_tokens`, 0 if they do not know the sequence. `chain` keeps the hashes of its blocks. `num_failures` counts
+    steps that failed with it since it last came beyond `failed_at` tokens; one that `replays` is computed again once it
+    is part of no step. Set by the scheduler.
     """
 
     request: Request
@@ -39,6 +45,11 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0
+    num_told_tokens: int = 0
+    chain: PrefixChain | None = None
+    num_failures: int = 0
+    failed_at: int = 0
+    replays: bool = False
     in_flight: int = 0
     last_step: int = 0
     num_preemptions: int = 0
@@ -54,6 +65,12 @@ class Sequence:
     def num_unscheduled(self) -> int:
         """Tokens that no step has computed or is computing. 0 while the next token is being sampled."""
         return len(self.token_ids) - self.num_scheduled_tokens
+
+    def start_over(self) -> None:
+        """It holds no blocks any more, and stages no longer know it."""
+        self.rewind(0)
+        self.num_told_tokens = 0
+        self.prefetched = self.replays = False
 
     def rewind(self, num_tokens: int) -> None:
         """Only the first `num_tokens` tokens have KV from now on."""
@@ -75,13 +92,14 @@ class Sequence:
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One prompt with its parameters. `arrival` is a running number given by the batcher."""
+    """One prompt of `owner` with its parameters. `arrival` is a running number given by the batcher."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     max_tokens: int
     priority: int = 0
+    owner: str = DEFAULT_OWNER
     arrival: int = 0
     submitted_s: float = 0.0
     stop_token_ids: frozenset[int] = frozenset()
@@ -94,8 +112,25 @@ class Request:
     def finished(self) -> bool:
         return all(sequence.finished for sequence in self.sequences)
 
-    def suppressed(self, sequence: Sequence) -> tuple[int, ...]:
-        """Token ids that may not be sampled because `min_tokens` is not reached."""
-        if len(sequence.output_token_ids) >= self.params.min_tokens:
-            return ()
-        return tuple(self.stop_token_ids | self.eos_token_ids)
+
+@dataclass(frozen=True, slots=True)
+class SequenceUpdate:
+    """What a step did to one sequence, a new token or an error; the batcher turns it into output."""
+
+    sequence: Sequence
+    token_id: int | None = None
+    logprob: TokenLogprob | None = None
+    error: VRAMancerError | None = None
+
+
+def ending_of(sequence: Sequence, max_model_len: int) -> tuple[FinishReason, int | None] | None:
+    """Why the token that a sequence has just got is its last, and which stop token it is; None if it is not."""
+    request, produced, token_id = sequence.request, len(sequence.output_token_ids), sequence.output_token_ids[-1]
+    if produced >= request.params.min_tokens:
+        if token_id in request.stop_token_ids:
+            return "stop", token_id
+        if token_id in request.eos_token_ids and not request.params.ignore_eos:
+            return "stop", None
+    if produced >= request.max_tokens or len(sequence.token_ids) >= max_model_len:
+        return "length", None
+    return None

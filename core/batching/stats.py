@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 from core.batching.scheduler import Scheduler
-from core.execution.schedule import SchedulerOutput, StepOutput
+from core.execution.records import SchedulerOutput, StepOutput
 
 RATE_WINDOW_S = 5.0
 

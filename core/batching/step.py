@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from core.batching.sequence import Sequence
-from core.execution.schedule import ScheduledSequence
+from core.execution.records import PROMPT_LOGPROBS, SAMPLE, Ints, NewSequence, StepRecord, ints, longs
+from core.kv_cache.manager import KVCacheManager
 
 CONTEXT_WEIGHT = 1 / 2048
 """What a token of context adds to the weight of a sequence, beside 1 for the token it computes."""
@@ -16,6 +17,16 @@ CONTEXT_WEIGHT = 1 / 2048
 def weight_of(sequence: Sequence) -> float:
     """What a decode of the sequence costs, beside others."""
     return 1 + CONTEXT_WEIGHT * len(sequence.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """Sizes of a step, in sequences and tokens. `max_model_len` caps prompt plus output."""
+
+    max_batch_size: int
+    max_num_batched_tokens: int
+    prefill_chunk_size: int
+    max_model_len: int
 
 
 @dataclass(slots=True)
@@ -50,20 +61,53 @@ class Step:
         return sorted(self.chosen.values(), key=lambda item: item[1] > 1)
 
 
-def record_of(sequence: Sequence, num_new: int, block_table: np.ndarray) -> ScheduledSequence:
-    """The next `num_new` tokens of a sequence, as the runner gets them."""
-    request, start = sequence.request, sequence.num_scheduled_tokens
-    reported = len(request.prompt_logprobs) if request.prompt_logprobs is not None else 0
-    return ScheduledSequence(
+def record_of(number: int, chosen: list[tuple[Sequence, int]], ended: list[int], kv: KVCacheManager) -> StepRecord:
+    """The record of step `number`, in which each sequence computes its next tokens, and `ended` ones are forgotten.
+    What stages are told by it counts as told.
+    """
+    new: list[NewSequence] = []
+    told: list[list[int]] = []
+    blocks: list[tuple[int, int, int]] = []
+    for row, (sequence, _) in enumerate(chosen):
+        table = kv.table(sequence.seq_id)
+        if not sequence.num_told_tokens:
+            new.append(whole(sequence, table.tell_all()))
+            told.append([])
+        else:
+            told.append(sequence.token_ids[sequence.num_told_tokens :])
+            blocks.extend((row, index, block) for index, block in table.tell_changes())
+        sequence.num_told_tokens = len(sequence.token_ids)
+    return StepRecord(
+        step=number,
+        seq_ids=longs([sequence.seq_id for sequence, _ in chosen]),
+        starts=ints([sequence.num_scheduled_tokens for sequence, _ in chosen]),
+        counts=ints([num_new for _, num_new in chosen]),
+        told=ints([len(tokens) for tokens in told]),
+        flags=np.array([_flags(sequence, num_new) for sequence, num_new in chosen], dtype=np.uint8),
+        tokens=ints([token for tokens in told for token in tokens]),
+        blocks=ints(blocks).reshape(-1, 3),
+        new=tuple(new),
+        ended=longs(ended),
+    )
+
+
+def whole(sequence: Sequence, blocks: Ints) -> NewSequence:
+    """Everything that stages have to know of a sequence."""
+    request = sequence.request
+    return NewSequence(
         seq_id=sequence.seq_id,
-        start=start,
-        token_ids=sequence.token_ids[start : start + num_new],
-        block_table=block_table,
+        token_ids=ints(sequence.token_ids),
+        num_prompt_tokens=sequence.num_prompt_tokens,
+        blocks=blocks,
         params=request.params,
         seed=sequence.seed,
-        sample=num_new == sequence.num_unscheduled,
-        prompt_token_ids=request.prompt_token_ids,
-        output_token_ids=sequence.output_token_ids,
-        suppress_token_ids=request.suppressed(sequence),
-        prompt_logprobs=sequence.index == 0 and 0 < reported < len(request.prompt_token_ids),
+        end_token_ids=tuple(sorted(request.stop_token_ids | request.eos_token_ids)),
     )
+
+
+def _flags(sequence: Sequence, num_new: int) -> int:
+    request = sequence.request
+    flags = SAMPLE if num_new == sequence.num_unscheduled else 0
+    if sequence.index == 0 and request.prompt_logprobs is not None:
+        flags |= PROMPT_LOGPROBS if 0 < len(request.prompt_logprobs) < len(request.prompt_token_ids) else 0
+    return flags

@@ -41,8 +41,12 @@ class WaitingSequences:
         first, *siblings = request.sequences
         self.push(first)
         for sibling in siblings:
-            sibling.status = SequenceStatus.FORKING
-            self._forking.append(sibling)
+            self.hold(sibling)
+
+    def hold(self, sibling: Sequence) -> None:
+        """Let a sequence wait for the prompt of the first of its request."""
+        sibling.status = SequenceStatus.FORKING
+        self._forking.append(sibling)
 
     def push(self, sequence: Sequence) -> None:
         sequence.status = SequenceStatus.WAITING
@@ -57,7 +61,7 @@ class WaitingSequences:
         if sequence.prefetched or sequence.request.params.prompt_logprobs is not None:
             return False
         sequence.prefetched, seq_id = True, sequence.seq_id
-        if not self._kv.prefetch(seq_id, sequence.token_ids, lambda: self.on_loaded(seq_id)):
+        if not self._kv.prefetch(seq_id, sequence.token_ids, lambda: self.on_loaded(seq_id), sequence.chain):
             return False
         sequence.status = SequenceStatus.LOADING
         self._loading[seq_id] = sequence

@@ -24,7 +24,7 @@ from core.placement.engine import stage_costs
 from core.streaming.stream import StreamManager
 from core.tiers import BlockLayout, HierarchicalMemory, Tier, open_memory, worth_restoring
 from core.tiers.host_tier import HostTier
-from core.tiers.kv_tiers import KVTiers
+from core.tiers.kv_tiers import KVTiers, StepBlocks
 
 _HOST_SHARE = 4
 
@@ -61,12 +61,15 @@ class KVMemory:
             self.overflow.close()
         if self.tiers is not None:
             self.tiers.close()
+        self.kv.disconnect()
 
 
 def open_kv(
-    plan: ModelPlan, settings: Settings, stages: Sequence[Stage], budgets: Mapping[str, DeviceBudget], salt: bytes
-) -> KVMemory:
-    """The blocks of a model whose stages have allocated their local pages. `budgets` has main memory's too."""
+    plan: ModelPlan, settings: Settings, stages: Sequence[Stage], budgets: Mapping[str, DeviceBudget], salt: bytes,
+    blocks: StepBlocks,
+) -> KVMemory:  # fmt: skip
+    """The blocks of a model whose stages have allocated their local pages, and find in `blocks` what tiers keep.
+    `budgets` has main memory's too."""
     block_size = settings.engine.block_size
     num_blocks = plan.pooled.tokens // block_size
     mapped = [
@@ -78,7 +81,7 @@ def open_kv(
         num_blocks, block_size, salt=salt, enable_prefix_caching=settings.engine.enable_prefix_caching, stages=mapped
     )
     memory = KVMemory(kv)
-    memory.tiers = _open_tiers(plan, settings, kv, budgets[HOST], salt)
+    memory.tiers = _open_tiers(plan, settings, kv, budgets[HOST], salt, blocks)
     if not kv.pages.is_trivial:
         try:
             memory.overflow = _open_overflow(plan, settings, stages, budgets, memory)
@@ -115,7 +118,7 @@ def _open_overflow(
 
 
 def _open_tiers(
-    plan: ModelPlan, settings: Settings, kv: KVCacheManager, host: DeviceBudget, salt: bytes
+    plan: ModelPlan, settings: Settings, kv: KVCacheManager, host: DeviceBudget, salt: bytes, blocks: StepBlocks
 ) -> KVTiers | None:
     """What is kept below the devices. Where the devices are main memory themselves, only if it is asked for."""
     asked, architecture = settings.memory, plan.architecture
@@ -128,7 +131,7 @@ def _open_tiers(
     memory = open_memory(asked, layout, salt, host, pin=pin)
     if memory is None:
         return None
-    tiers = KVTiers(kv, memory, RestoreRule(plan, settings, kv, memory))
+    tiers = KVTiers(kv, memory, RestoreRule(plan, settings, kv, memory), blocks)
     kv.companions.append(tiers)
     kv.tiers = tiers
     return tiers

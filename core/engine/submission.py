@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from core.batching.sequence import Request
 from core.batching.sequence import Sequence as TokenSequence
-from core.engine.model_engine import LoadedModel, check_prompt
-from core.errors import ContextLengthError
+from core.defaults import DEFAULT_OWNER
+from core.errors import ContextLengthError, InvalidRequestError
 from core.execution.sampler import derive_seed, fresh_seed
+from core.models.tokenizer import Tokenizer
 from core.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """What clients may know of the model being served. `max_model_len` is the longest prompt plus answer: the context,
+    or all of the KV cache if that is smaller.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    path: Path
+    created: int
+    max_model_len: int
+    vocab_size: int
+    dtype: str
+    num_parameters: int
+    eos_token_ids: tuple[int, ...]
+    generation_defaults: dict[str, Any]
+    tokenizer: Tokenizer
+
+    def knows(self, name: str) -> bool:
+        """Whether clients may call the model by this name."""
+        return name == self.name or name in self.aliases
 
 
 def make_request(
@@ -21,8 +47,9 @@ def make_request(
     priority: int,
     request_id: str,
     default_seed: int | None,
+    owner: str = DEFAULT_OWNER,
 ) -> Request:
-    """A request with its sequences. `default_seed` is for parameters without a seed; None: a fresh one.
+    """A request of `owner` with its sequences. `default_seed` is for parameters without a seed; None: a fresh one.
 
     Raises `InvalidRequestError` or `ContextLengthError`.
     """
@@ -48,6 +75,7 @@ def make_request(
         stop_token_ids=frozenset(params.stop_token_ids),
         eos_token_ids=frozenset(model.eos_token_ids),
         prompt_logprobs=[None] if params.prompt_logprobs is not None else None,
+        owner=owner,
     )
     seed = params.seed if params.seed is not None else default_seed
     if seed is None:
@@ -56,3 +84,20 @@ def make_request(
         TokenSequence(request, index, derive_seed(seed, index), list(tokens)) for index in range(params.num_sequences)
     ]
     return request
+
+
+def check_prompt(tokens: Sequence[object], model: LoadedModel, *, reserve: int = 1) -> None:
+    """A prompt has tokens, all of them in the vocabulary, and leaves room for `reserve` more."""
+    if not tokens:
+        raise InvalidRequestError("The prompt is empty.", param="prompt")
+    vocab = model.vocab_size
+    for token in tokens:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
+            raise InvalidRequestError(
+                f"Token ids must be integers from 0 to {vocab - 1}, got {token!r}.", param="prompt"
+            )
+    if len(tokens) + reserve > model.max_model_len:
+        raise ContextLengthError(
+            f"This model's context holds {model.max_model_len} tokens, but the prompt has {len(tokens)}.",
+            param="prompt",
+        )

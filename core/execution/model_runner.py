@@ -1,82 +1,79 @@
-"""Executes a `SchedulerOutput`: stages in order, activations handed on, the last stage's logits sampled."""
+"""Executes a `SchedulerOutput`: stages are told, compute one after the other, and the last one's results come back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from core.execution.input_batch import InputBatch, build_batch
+from core.errors import DeviceLostError, OutOfDeviceMemoryError
 from core.execution.pipeline import Station, StationLine
-from core.execution.sampler import NonFiniteLogitsError, Sampler, SamplingRow, prompt_logprobs
-from core.execution.schedule import ScheduledSequence, SchedulerOutput, StepDone, StepOutput
-from core.execution.stage import Stage
+from core.execution.records import SchedulerOutput, StepDone, StepOutput
+from core.execution.stage_handle import StageHandle
 from core.execution.threads import CpuThreads
-from core.request import TokenLogprob
 from core.transfer import TransferManager
 
 
 @dataclass(slots=True)
-class _Step:
-    """A step on its way through the stages. `hidden` is what the last stage so far produced."""
+class _Flight:
+    """A step on its way through the stages."""
 
-    output: SchedulerOutput
-    batch: InputBatch
-    rows: _LogitRows
-    logit_rows: torch.Tensor | None
-    hidden: torch.Tensor | None = None
+    step: int
     result: StepOutput | None = None
 
 
+@contextmanager
+def _faults_of(stage: StageHandle) -> Iterator[None]:
+    """What a device has to answer for, by name: memory that ran out, and a device that is gone."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        names = ", ".join(device.name for device in stage.devices)
+        raise OutOfDeviceMemoryError(f"{names} ran out of memory in a step: {error}") from error
+    except torch.AcceleratorError as error:
+        raise DeviceLostError(f"A device has failed: {error}", device=stage.devices[0].name) from error
+
+
 class ModelRunner:
-    """Owns the stages of one loaded model.
+    """Drives the stages of one loaded model.
 
     The engine thread runs a step by itself with `execute`, or puts several in flight with `submit`; then every stage
     has a thread of its own. `cpu_threads` is told which of the two it is.
     """
 
     def __init__(
-        self, stages: Sequence[Stage], transfer: TransferManager, vocab_size: int, block_size: int,
-        cpu_threads: CpuThreads | None = None, torch_threads: int | None = None,
+        self, stages: Sequence[StageHandle], transfer: TransferManager, cpu_threads: CpuThreads | None = None,
+        torch_threads: int | None = None,
     ) -> None:  # fmt: skip
         self.stages = tuple(stages)
         self._transfer = transfer
-        self._block_size = block_size
-        self._sampler = Sampler(vocab_size, self.stages[-1].torch_device)
         self._cpu_threads = cpu_threads
         self._torch_threads = torch_threads
-        self._line: StationLine[_Step] | None = None
+        self._line: StationLine[_Flight] | None = None
 
     def execute(self, output: SchedulerOutput) -> StepOutput:
         """One step, here. Raises whatever the forward pass raises; the KV of the step's tokens is then undefined.
 
-        A step without sequences moves pages and computes nothing.
+        A step without sequences moves pages and computes nothing. If a stage fails, those behind it still do what the
+        step asks of their pages: other sequences' blocks may have moved.
         """
         self._overlap(False)
-        if not output.sequences:
-            for index, stage in enumerate(self.stages):
-                stage.move_pages(output.stage(index).ops)
-            for stage in self.stages:
-                stage.settle()
-            return StepOutput(output.step)
-        step = self._begin(output)
-        self._through(step)
-        self._finish(step)
-        assert step.result is not None
-        return step.result
-
-    def _through(self, step: _Step) -> None:
-        """A step through all stages, here. If one fails, those behind it still do what the step asks of their pages:
-        other sequences' blocks may have moved."""
-        for index in range(len(self.stages)):
+        self._begin(output)
+        for index, stage in enumerate(self.stages):
             try:
-                self._receive_and_run(index, step)
+                with _faults_of(stage):
+                    stage.run(output.step)
+                    if index + 1 < len(self.stages):
+                        stage.hand_on(output.step, self.stages[index + 1].inlet)
             except BaseException:
-                for behind in range(index + 1, len(self.stages)):
-                    self._skip(behind, step)
+                for behind in self.stages[index + 1 :]:
+                    behind.skip(output.step)
                 raise
+        with _faults_of(self.stages[-1]):
+            return self.stages[-1].results(output.step)
 
     def submit(self, output: SchedulerOutput, done: StepDone) -> None:
         """One step, in the stages' own threads. `done(output, result or error)` is called from the last of them."""
@@ -84,12 +81,13 @@ class ModelRunner:
         if self._line is None:
             self._line = StationLine(self._stations())
 
-        def finish(step: _Step, error: Exception | None) -> None:
-            result = error or step.result
+        def finish(flight: _Flight, error: Exception | None) -> None:
+            result = error or flight.result
             assert result is not None
             done(output, result)
 
-        self._line.submit(self._begin(output), finish)
+        self._begin(output)
+        self._line.submit(_Flight(output.step), finish)
 
     def close(self) -> None:
         """End the stages' threads."""
@@ -101,158 +99,50 @@ class ModelRunner:
         if self._cpu_threads is not None:
             self._cpu_threads.overlap(several)
         for stage in self.stages:
-            stage.overlaps = several
+            stage.overlap(several)
 
-    def _stations(self) -> list[Station[_Step]]:
-        stations: list[Station[_Step]] = []
+    def _begin(self, output: SchedulerOutput) -> None:
         for index, stage in enumerate(self.stages):
-            has_link = index > 0 and self._transfer.is_slow(self.stages[index - 1].device, stage.device)
+            stage.begin(output.record, output.part(index))
+
+    def _stations(self) -> list[Station[_Flight]]:
+        stations: list[Station[_Flight]] = []
+        for index, stage in enumerate(self.stages):
+            has_link = index > 0 and self._transfer.is_slow(self.stages[index - 1].outlet, stage.inlet.device)
             if has_link:
                 stations.append(Station(f"link-{index}", partial(self._receive, index)))
-            run = self._run_layers if has_link or index == 0 else self._receive_and_run
-            skip = partial(self._skip, index)
-            stations.append(Station(f"stage-{index}", partial(run, index), self._prepare_thread, skip))
-        stations.append(Station("sampler", self._finish, self._prepare_thread))
+            run = self._run if has_link or index == 0 else self._receive_and_run
+            stations.append(
+                Station(f"stage-{index}", partial(run, index), self._prepare_thread, partial(self._skip, index))
+            )
+        stations.append(Station("results", self._finish, self._prepare_thread))
         return stations
 
     def _prepare_thread(self) -> None:
         if self._torch_threads is not None:
             torch.set_num_threads(self._torch_threads)
 
-    def _begin(self, output: SchedulerOutput) -> _Step:
-        batch = build_batch(output, self._block_size)
-        rows = _LogitRows(output, batch)
-        return _Step(output, batch, rows, torch.tensor(rows.indices) if rows.indices else None)
+    def _receive(self, index: int, flight: _Flight) -> None:
+        with _faults_of(self.stages[index]):
+            self.stages[index - 1].hand_on(flight.step, self.stages[index].inlet)
 
-    def _receive(self, index: int, step: _Step) -> None:
-        """Bring the activations to a stage's device."""
-        if index and step.hidden is not None:
-            source, target = self.stages[index - 1], self.stages[index]
-            step.hidden = self._transfer.send(step.hidden, source.device, target.device)
+    def _run(self, index: int, flight: _Flight) -> None:
+        with _faults_of(self.stages[index]):
+            self.stages[index].run(flight.step)
 
-    def _receive_and_run(self, index: int, step: _Step) -> None:
+    def _receive_and_run(self, index: int, flight: _Flight) -> None:
         try:
-            self._receive(index, step)
+            self._receive(index, flight)
         except BaseException:
-            self._skip(index, step)
+            self._skip(index, flight)
             raise
-        self._run_layers(index, step)
+        self._run(index, flight)
 
-    def _skip(self, index: int, step: _Step) -> None:
+    def _skip(self, index: int, flight: _Flight) -> None:
         """What a step that has failed still owes a stage."""
-        if step.output.stage(index).ops:
-            self._move_pages(index, step)
-            self.stages[index].settle()
+        self.stages[index].skip(flight.step)
 
-    def _move_pages(self, index: int, step: _Step) -> None:
-        ops = step.output.stage(index).ops
-        if ops:
-            self.stages[index].move_pages(ops)
-
-    def _run_layers(self, index: int, step: _Step) -> None:
-        """Move pages, then run a stage's layers."""
-        stage = self.stages[index]
-        self._move_pages(index, step)
-        try:
-            rows = None if step.logit_rows is None else step.logit_rows.to(stage.torch_device)
-            batch = stage.place(step.batch, step.output, step.output.stage(index))
-        except BaseException:
-            stage.settle()  # loads that were begun still read their slots
-            raise
-        step.hidden = stage.forward(batch, step.hidden, rows)
-
-    def _finish(self, step: _Step) -> None:
-        """Sample. In flight this has a thread of its own: the last stage goes on with the next step meanwhile."""
-        self._sampler.forget(step.output.ended_seq_ids)
-        assert step.hidden is not None
-        if step.logit_rows is None:
-            step.result = StepOutput(step.output.step)
-        else:
-            step.result = self._sample(step.output, step.rows, step.hidden[0])
-        step.hidden = None
-
-    def hidden_states(self, output: SchedulerOutput) -> torch.Tensor:
-        """Final hidden states of a step's tokens, `[T, hidden_size]`."""
-        return self._forward(output, None)[0]
-
-    def logits(self, output: SchedulerOutput, rows: Sequence[int]) -> torch.Tensor:
-        """Raw logits of some rows of a step's tokens, `[R, vocab]`."""
-        return self._forward(output, torch.tensor(rows))[0]
-
-    def _forward(self, output: SchedulerOutput, logit_rows: torch.Tensor | None) -> torch.Tensor:
-        """A step through all stages, here, without sampling."""
-        self._overlap(False)
-        step = self._begin(output)
-        step.logit_rows = logit_rows
-        self._through(step)
-        assert step.hidden is not None
-        return step.hidden
-
-    def _sample(self, output: SchedulerOutput, rows: _LogitRows, logits: torch.Tensor) -> StepOutput:
-        result = StepOutput(output.step)
-        for item, first, count in rows.prompt:
-            result.prompt_logprobs[item.seq_id] = self._prompt_logprobs(item, logits[first : first + count])
-        if rows.sampled:
-            self._sample_rows(logits, rows.sampled, result)
-        return result
-
-    def _sample_rows(
-        self, logits: torch.Tensor, sampled: Sequence[tuple[ScheduledSequence, int]], result: StepOutput
-    ) -> None:
-        """Sample; sequences whose logits are not finite fail alone, and the others are sampled without them."""
-        indices = torch.tensor([row for _, row in sampled], device=logits.device)
-        try:
-            tokens = self._sampler.sample(logits[indices], [_sampling_row(item) for item, _ in sampled])
-        except NonFiniteLogitsError as error:
-            result.failed.update(dict.fromkeys(error.seq_ids, error))
-            sound = [(item, row) for item, row in sampled if item.seq_id not in result.failed]
-            if sound:
-                self._sample_rows(logits, sound, result)
-            return
-        for (item, _), token in zip(sampled, tokens, strict=True):
-            result.sampled[item.seq_id] = token
-
-    def _prompt_logprobs(self, item: ScheduledSequence, logits: torch.Tensor) -> list[TokenLogprob]:
-        following = item.prompt_token_ids[item.start + 1 : item.start + 1 + logits.shape[0]]
-        targets = torch.tensor(list(following), device=logits.device)
-        return prompt_logprobs(logits, targets, item.params.prompt_logprobs or 0)
-
-
-class _LogitRows:
-    """Which rows of the packed batch need logits, and which row of the logits belongs to whom.
-
-    `sampled` pairs a sequence with its row of the logits; `prompt` holds `(sequence, first row, number of rows)`.
-    """
-
-    def __init__(self, output: SchedulerOutput, batch: InputBatch) -> None:
-        self.indices: list[int] = []
-        self.sampled: list[tuple[ScheduledSequence, int]] = []
-        self.prompt: list[tuple[ScheduledSequence, int, int]] = []
-        for item, start in zip(output.sequences, batch.attention.host_query_start, strict=False):
-            if item.prompt_logprobs:
-                self._add_prompt(item, start)
-            if item.sample:
-                self._add_sampled(item, start + item.num_tokens - 1)
-
-    def _add_prompt(self, item: ScheduledSequence, start: int) -> None:
-        """Rows whose next token is part of the prompt."""
-        count = min(item.end, len(item.prompt_token_ids) - 1) - item.start
-        if count > 0:
-            self.prompt.append((item, len(self.indices), count))
-            self.indices.extend(range(start, start + count))
-
-    def _add_sampled(self, item: ScheduledSequence, row: int) -> None:
-        self.sampled.append((item, len(self.indices)))
-        self.indices.append(row)
-
-
-def _sampling_row(item: ScheduledSequence) -> SamplingRow:
-    return SamplingRow(
-        seq_id=item.seq_id,
-        params=item.params,
-        seed=item.seed,
-        position=item.end,
-        prompt_token_ids=item.prompt_token_ids,
-        output_token_ids=item.output_token_ids,
-        suppress_token_ids=item.suppress_token_ids,
-    )
+    def _finish(self, flight: _Flight) -> None:
+        """In flight this has a thread of its own: the last stage goes on with the next step meanwhile."""
+        with _faults_of(self.stages[-1]):
+            flight.result = self.stages[-1].results(flight.step)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -32,10 +32,21 @@ WaitFor = Callable[[int], None]
 """Returns once a layer's pages are there; raises what went wrong."""
 
 
-class PageMover:
-    """Used by the thread that runs the stage. `offset` is where the stage's layers begin in a block's bytes."""
+class BlockBuffers(Protocol):
+    """Main memory of the blocks that a step saves or loads: uint8 `[block_bytes]` by hash. The bytes of all layers,
+    page-first: for each layer in order the K page, then the V page. Raises `KeyError` for a block that is not there."""
 
-    def __init__(self, kv: PagedKVCache, transfer: TransferManager, host: Device, offset: int) -> None:
+    def __getitem__(self, block_hash: bytes) -> torch.Tensor: ...
+
+
+class PageMover:
+    """Used by the thread that runs the stage. `offset` is where the stage's layers begin in a block's bytes, which
+    `buffers` has by the blocks' hashes."""
+
+    def __init__(
+        self, kv: PagedKVCache, transfer: TransferManager, host: Device, offset: int, buffers: BlockBuffers
+    ) -> None:
+        self._buffers = buffers
         self._kv = kv
         self._transfer = transfer
         self._host = host
@@ -55,7 +66,7 @@ class PageMover:
         self.finish_loads()
         try:
             return self._apply(ops)
-        except (RuntimeError, OSError, MemoryError) as error:
+        except (RuntimeError, OSError, MemoryError, KeyError) as error:
             raise _moved_not(error) from error
 
     def _apply(self, ops: Sequence[PageOp]) -> WaitFor | None:
@@ -96,7 +107,7 @@ class PageMover:
             packed = self._kv.pack(region, [save.source[1] for save in part])
             arrived = self._transfer.send(packed, self._kv.region(region).device, self._host, staged)
             for save, row in zip(part, arrived, strict=True):
-                save.slot.buffer[self._offset : end].copy_(row)
+                self._buffers[save.block_hash][self._offset : end].copy_(row)
 
     def _pieces(self, ops: Sequence[Op], row_bytes: int) -> Iterator[tuple[Sequence[Op], torch.Tensor | None]]:
         """Operations that are done at once, and pinned memory for a row each: all of them and None without a GPU.
@@ -146,7 +157,7 @@ class PageMover:
             for region in regions:
                 mine = [load for load in loads if load.target[0] == region]
                 for part, staged in self._pieces(mine, nbytes):
-                    rows = [load.slot.buffer[offset : offset + nbytes] for load in part]
+                    rows = [self._buffers[load.block_hash][offset : offset + nbytes] for load in part]
                     data = torch.stack(rows, out=staged)
                     arrived = self._transfer.send(data, self._host, self._kv.region(region).device)
                     self._kv.unpack(region, [load.target[1] for load in part], arrived, (layer,))

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 import torch
 
 from core.errors import StepFailedError
+from core.execution.records import SampledToken
 from core.execution.sampling import row_ops
 from core.execution.sampling.filters import Filters, draw_filtered, is_filtered
 from core.execution.sampling.logit_edits import LogitEditor, is_edited
 from core.execution.sampling.logprobs import prompt_logprobs, rows_per_chunk, token_logprobs
 from core.execution.sampling.random import derive_seed, fresh_seed, uniforms
-from core.execution.schedule import SampledToken
 from core.request import SamplingParams, TokenLogprob
 
 __all__ = [

@@ -7,14 +7,12 @@ merges what comes back. A borrowed page therefore costs one small query per laye
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from core.devices import Device, wait_until
-from core.emulation.guest_time import GuestTime
+from core.devices import Device
 from core.execution.attention.interface import AttentionBackend
 from core.execution.attention.merge import Part, combine
 from core.execution.attention.metadata import AttentionMetadata, AttentionSpec, Site
@@ -25,19 +23,14 @@ BackendOf = Callable[[Device], AttentionBackend]
 
 
 class SiteAttention:
-    """One stage's. `extra_s` adds up what an emulated owner has to wait for other devices beyond its own part."""
+    """One stage's."""
 
-    def __init__(
-        self, owner: Device, kv: PagedKVCache, backend_of: BackendOf, transfer: TransferManager, guests: GuestTime
-    ) -> None:
-        self.extra_s = 0.0
-        self._guests = guests
+    def __init__(self, owner: Device, kv: PagedKVCache, backend_of: BackendOf, transfer: TransferManager) -> None:
         self._owner = owner
         self._kv = kv
         self._backend_of = backend_of
         self._transfer = transfer
         self._workers: dict[str, ThreadPoolExecutor] = {}
-        self._token_bytes = {layer: nbytes // kv.block_size for layer, nbytes in kv.layer_bytes().items()}
 
     def attend(self, layer: int, query: torch.Tensor, metadata: AttentionMetadata, spec: AttentionSpec) -> torch.Tensor:
         """`query` `[T, Hq, D]` to `[T, Hq, Dv]`, over all sites of the step; this step's K and V are in the pages."""
@@ -50,10 +43,7 @@ class SiteAttention:
         backend = self._backend_of(self._owner)
         partial = backend.attend_partial(query, *self._kv.layer(layer, region), batch, spec)
         results = [future.result() for future in waiting]
-        if self._owner.speed is not None:
-            own_s = sum(batch.host_seq_lens) * self._token_bytes[layer] / self._owner.speed.bandwidth_bytes_s
-            self.extra_s += max(0.0, max((taken_s for _, taken_s in results), default=0.0) - own_s)
-        return backend.merge([partial, *(part for part, _ in results)], spec.sinks, query.dtype)
+        return backend.merge([partial, *results], spec.sinks, query.dtype)
 
     def _worker(self, name: str) -> ThreadPoolExecutor:
         worker = self._workers.get(name)
@@ -63,11 +53,8 @@ class SiteAttention:
 
     def _remote(
         self, layer: int, query: torch.Tensor, site: Site, spec: AttentionSpec, ready: torch.cuda.Event | None
-    ) -> tuple[Part, float]:
-        """In the thread of one other device: there with the rows, attend, back with out and lse. And how long it
-        took.
-        """
-        started_s = time.perf_counter()
+    ) -> Part:
+        """In the thread of one other device: there with the rows, attend, back with out and lse."""
         if ready is not None:
             ready.synchronize()
         with torch.inference_mode():
@@ -75,20 +62,16 @@ class SiteAttention:
             there = self._transfer.send(query[site.rows], self._owner, device)
             out, lse = self._attend_there(layer, there, site, device, _without_sinks(spec))
             back = self._transfer.send(_complete(torch.cat((out, lse[..., None]), dim=-1)), device, self._owner)
-            part = _scatter(back, site.rows, query.shape[0])
-        return part, time.perf_counter() - started_s
+            return _scatter(back, site.rows, query.shape[0])
 
     def _attend_there(self, layer: int, query: torch.Tensor, site: Site, device: Device, spec: AttentionSpec) -> Part:
-        started_s, backend = time.perf_counter(), self._backend_of(device)
-        parts = [
-            backend.attend_partial(query, *self._kv.layer(layer, region), batch, spec) for region, batch in site.regions
-        ]
-        if device.speed is not None:
-            keys = sum(sum(batch.host_seq_lens) for _, batch in site.regions)
-            reading_s = keys * self._token_bytes[layer] / device.speed.bandwidth_bytes_s
-            self._guests.add(device.name, reading_s)
-            wait_until(started_s + reading_s)
-        return combine(parts)
+        backend = self._backend_of(device)
+        return combine(
+            [
+                backend.attend_partial(query, *self._kv.layer(layer, region), batch, spec)
+                for region, batch in site.regions
+            ]
+        )
 
     def close(self) -> None:
         """End the threads."""

@@ -1,10 +1,11 @@
-"""One pipeline stage: some layers of the model, with their pages, on one device."""
+"""One pipeline stage in this process: some layers of the model, with their pages, on one device."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,81 +14,110 @@ from torch import nn
 
 from core.costs import Batch, StageTimer
 from core.devices import Device, DeviceBudget
-from core.emulation.guest_time import GuestTime
-from core.emulation.pace import Pace
-from core.execution.attention.interface import (
-    ATTENTION_NAME,
-    AttentionContext,
-    LayerAttention,
-    bind,
-)
+from core.execution.attention.interface import ATTENTION_NAME, AttentionContext, LayerAttention, bind, unbind
 from core.execution.attention.select import LinearAdapter
-from core.execution.input_batch import InputBatch
-from core.execution.page_mover import PageMover
-from core.execution.placed_batch import place_batch
-from core.execution.schedule import SchedulerOutput
+from core.execution.known_sequences import KnownSequences, PackedStep
+from core.execution.page_mover import BlockBuffers, PageMover
+from core.execution.page_sites import PageDirectory, sites_of
+from core.execution.records import StageReport, StepOutput, StepRecord
+from core.execution.results import ResultMaker
 from core.execution.site_attention import BackendOf, SiteAttention
-from core.kv_cache.page_ops import PageOp, StageStep
+from core.execution.step_buffers import InputBatch, StepBuffers
+from core.kv_cache.page_ops import StagePart
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.models.architecture import Architecture
+from core.models.shared_parts import SharedParts, share_parts
 from core.models.stage_model import StageSlice, find_decoder, load_layers, load_stage
-from core.streaming.stream import StreamedLayers, StreamManager
+from core.streaming.stream import Clock, RealTime, StreamedLayers, StreamManager
 from core.transfer import TransferManager
+
+DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+"""Sequences that a GPU's steps are padded to, so that few sizes occur."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVSetup:
+    """What a stage needs to know of KV, beside its own layers. `backend_of` gives the attention of this and of other
+    devices; `host` is main memory; `buffers` are the blocks of tiers below; a block table has up to `table_width`
+    entries."""
+
+    block_size: int
+    table_width: int
+    backend_of: BackendOf
+    transfer: TransferManager
+    host: Device
+    buffers: BlockBuffers
 
 
 class Stage:
-    """Weights and KV of layers `part.first .. part.last - 1`. One thread at a time runs `forward`.
-
-    `overlaps` says whether other stages compute at the same time; it is set between steps.
-    """
+    """Weights and KV of layers `part.first .. part.last - 1`. One thread at a time runs it; see `StageHandle`."""
 
     WEIGHTS = "weights"
 
     def __init__(
         self, architecture: Architecture, part: StageSlice, device: Device, budget: DeviceBudget,
-        timer: StageTimer | None = None,
+        timer: StageTimer | None = None, known: KnownSequences | None = None,
     ) -> None:  # fmt: skip
-        """`timer` predicts how long a forward pass takes; an emulated device keeps to it."""
+        """`timer` predicts how long a forward pass takes; `known` is shared by the stages of this process."""
         self.architecture = architecture
         self.part = part
         self.device = device
         self.torch_device = torch.device(device.torch_device)
         self.weight_bytes = 0
-        self.num_parameters = 0
         self.kv: PagedKVCache | None = None
         self.stream: StreamManager | None = None
-        self.busy_s = 0.0
         self.predicted_s = 0.0
         self.overlaps = False
         self.forwards = 0
         self.last_used_s = time.monotonic()
+        self._busy_s = 0.0
+        self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._budget = budget
         self._timer = timer
-        self._pace = Pace(device, timer, part.first)
+        self._known = known if known is not None else KnownSequences()
+        self._begun: dict[int, tuple[PackedStep, StagePart]] = {}
+        self._received: dict[int, torch.Tensor] = {}
+        self._computed: dict[int, tuple[PackedStep, torch.Tensor]] = {}
+        self._directory = PageDirectory()
+        self._results = ResultMaker(architecture.vocab_size, self.torch_device) if part.is_last else None
         self._model: Any = None
         self._context: AttentionContext | None = None
-        self._received: torch.Tensor | None = None
+        self._entering: torch.Tensor | None = None
         self._sites: SiteAttention | None = None
-        self._guests: GuestTime | None = None
         self._mover: PageMover | None = None
+        self._buffers: StepBuffers | None = None
+
+    # -- loading ----------------------------------------------------------------------------------------------------
+
+    @property
+    def clock(self) -> Clock:
+        """What layers that stream in keep time by."""
+        return RealTime()
+
+    def sites(self) -> Callable[..., SiteAttention]:
+        """Makes what attends to pages on other devices."""
+        return SiteAttention
 
     def load(
         self, path: Path, expected_bytes: int, on_read: Callable[[int], None], adapter: LinearAdapter | None,
-        streamed: StreamedLayers | None = None,
+        streamed: StreamedLayers | None = None, parts: SharedParts | None = None,
     ) -> None:  # fmt: skip
         """Reserve, then read the weights; `adapter` replaces modules by faster ones for this device. `streamed` layers
-        stay in main memory; `expected_bytes` are those of the others.
+        stay in main memory; `expected_bytes` are those of the others. `parts` are not read: another stage's `share`
+        has given them.
         """
+        parts = parts or SharedParts()
         self._budget.reserve(self.WEIGHTS, expected_bytes)
         self.weight_bytes = expected_bytes
         if streamed is not None:
-            self.stream = StreamManager(streamed, self.device, self._budget, self._pace)
+            self.stream = StreamManager(streamed, self.device, self._budget, self.clock)
         absent = frozenset(streamed.layers if streamed is not None else ())
         part = replace(self.part, without=absent)
         self._model = load_stage(
-            self.architecture, path, part, self.torch_device, attention=ATTENTION_NAME, on_read=on_read
+            self.architecture, path, parts.missing(part), self.torch_device, attention=ATTENTION_NAME, on_read=on_read
         )
-        actual = _parameter_bytes(self._model) + (adapter.extra_bytes(self._model) if adapter is not None else 0)
+        extra = adapter.extra_bytes(self._model) if adapter is not None else 0
+        actual = _parameter_bytes(self._model) + extra + parts.nbytes
         if actual > expected_bytes:
             self._budget.reserve(self.WEIGHTS, actual - expected_bytes)
             self.weight_bytes = actual
@@ -98,40 +128,120 @@ class Stage:
             for index, layer in loaded.items():
                 layers[index] = layer
             del loaded, layer
-        self.num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
         if adapter is not None:
             adapter(self._model)
+        parts.put_into(self._model, self.part)
         if not self.part.is_first:
             layers[self.part.first].register_forward_pre_hook(self._enter, with_kwargs=True)
         if self.stream is not None:
             self.stream.adopt({index: layers[index] for index in absent})
 
-    def allocate_kv(
-        self, num_pages: int, block_size: int, backend_of: BackendOf, transfer: TransferManager, host: Device,
-        guests: GuestTime,
-    ) -> None:  # fmt: skip
-        """Allocate local pages of this stage's layers and bind them to its attention modules.
+    def share(self, wanted: StageSlice, adapter: LinearAdapter | None) -> SharedParts:
+        """What a stage with the slice `wanted` on the same device can use of this one's weights, while this one goes
+        on; `adapter` is the other one's."""
+        streamed = frozenset(self.stream.streamed.layers if self.stream is not None else ())
+        rehome = adapter.rehoming() if adapter is not None else unbind
 
-        `backend_of` gives the attention of this and of other devices; `host` is main memory; `guests` is shared by all
-        stages of an engine.
-        """
+        def copied(module: nn.Module) -> None:
+            unbind(module)
+            rehome(module)
+
+        return share_parts(self._model, replace(self.part, without=streamed), wanted, copied)
+
+    def allocate_kv(self, num_pages: int, setup: KVSetup) -> None:
+        """Allocate local pages of this stage's layers and bind them to its attention modules."""
         layers = range(self.part.first, self.part.last)
         shapes = {index: self.architecture.kv_shapes[index] for index in layers}
-        self.kv = PagedKVCache(shapes, num_pages, block_size, self.architecture.dtype, self.device, self._budget)
+        is_gpu = self.torch_device.type == "cuda"
+        self.kv = PagedKVCache(
+            shapes, num_pages, setup.block_size, self.architecture.dtype, self.device, self._budget, scratch=is_gpu
+        )
         element = self.kv.dtype.itemsize
         before = sum(shape.bytes_per_token(element) for shape in self.architecture.kv_shapes[: self.part.first])
-        self._mover = PageMover(self.kv, transfer, host, before * block_size)
-        self._sites = SiteAttention(self.device, self.kv, backend_of, transfer, guests)
-        self._guests = guests
-        self._context = AttentionContext(backend_of(self.device), self._sites)
+        self._mover = PageMover(self.kv, setup.transfer, setup.host, before * setup.block_size, setup.buffers)
+        self._sites = self.sites()(self.device, self.kv, setup.backend_of, setup.transfer)
+        self._transfer = setup.transfer
+        self._buffers = StepBuffers(
+            self.torch_device, setup.block_size, buckets=DECODE_BUCKETS if is_gpu else (),
+            table_width=setup.table_width if is_gpu else None, scratch_page=num_pages,
+        )  # fmt: skip
+        self._context = AttentionContext(setup.backend_of(self.device), self._sites)
         windows = self.architecture.sliding_windows
         bound = {i: LayerAttention(self._context, i, *self.kv.layer(i), windows[i]) for i in layers}
         bind(self._model, bound)
 
-    def move_pages(self, ops: Sequence[PageOp]) -> None:
+    def _enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before this stage's first layer: put what the previous stage sent where `forward` has its embeddings."""
+        if args:
+            return (self._entering, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._entering}
+
+    # -- a step -----------------------------------------------------------------------------------------------------
+
+    @property
+    def devices(self) -> Sequence[Device]:
+        return (self.device,)
+
+    @property
+    def inlet(self) -> Stage:
+        """Itself: see `put`."""
+        return self
+
+    @property
+    def outlet(self) -> Device:
+        return self.device
+
+    def overlap(self, several: bool) -> None:
+        self.overlaps = several
+
+    def begin(self, record: StepRecord, part: StagePart) -> None:
+        self._begun[record.step] = (self._known.take(record), part)
+
+    def put(self, step: int, hidden: torch.Tensor) -> None:
+        self._received[step] = hidden
+
+    def run(self, step: int) -> None:
+        """Move pages, then run the layers. A step without sequences moves pages and computes nothing."""
+        packed, part = self._begun.pop(step)
+        hidden = self._received.pop(step, None)
+        self._move_pages(part)
+        if not packed.num_sequences:
+            self.settle()
+            return
+        try:
+            batch = self.prepare(packed)
+        except BaseException:
+            self.settle()  # loads that were begun still read their slots
+            raise
+        work = Batch(batch.num_tokens, batch.num_kv_tokens, 0 if batch.logit_rows is None else len(batch.logit_rows))
+        self._computed[step] = (packed, self.timed(batch, hidden, work, packed.raw == "hidden_states"))
+
+    def hand_on(self, step: int, inlet: Any) -> None:
+        if step in self._computed:
+            self._transfer.hand_on(self._computed.pop(step)[1], self.device, inlet, step)
+
+    def results(self, step: int) -> StepOutput:
+        if step not in self._computed:
+            return StepOutput(step)
+        assert self._results is not None
+        packed, output = self._computed.pop(step)
+        return self._results.make(packed, output[0])
+
+    def skip(self, step: int) -> None:
+        self._received.pop(step, None)
+        begun = self._begun.pop(step, None)
+        if begun is not None:
+            self._move_pages(begun[1])
+            self.settle()
+
+    def _move_pages(self, part: StagePart) -> None:
         """Do what a step asks of the pages before it computes. Loads begin here and end before their layer attends."""
-        assert self._mover is not None and self._context is not None
-        self._context.wait_for = self._mover.apply(ops)
+        self._directory.learn(part.placed)
+        if part.ops:
+            assert self._mover is not None and self._context is not None
+            self._context.wait_for = self._mover.apply(part.ops)
 
     def settle(self) -> None:
         """Let loads that were begun end: a step that has failed does not wait for them. Raises `PageMoveError` if one
@@ -140,79 +250,91 @@ class Stage:
         self._context.wait_for = None
         self._mover.finish_loads()
 
-    def place(self, batch: InputBatch, output: SchedulerOutput, step: StageStep) -> InputBatch:
-        """A step's batch on this stage's device, with this stage's pages."""
-        if step.tables is None:
-            return batch.to(self.torch_device)
-        assert self.kv is not None
-        return place_batch(batch, output.sequences, step.tables, self.kv.block_size, self.torch_device, self._device_of)
+    def prepare(self, packed: PackedStep) -> InputBatch:
+        """The step's inputs on the device: one copy."""
+        assert self._buffers is not None and self.kv is not None
+        regions, pages = self._directory.locate(packed.tables)
+        batch = self._buffers.fill(packed, pages)
+        sites = sites_of(packed, regions, pages, self.kv.block_size, self.torch_device, self._device_of)
+        return replace(batch, attention=replace(batch.attention, sites=sites)) if sites else batch
 
     def _device_of(self, region: int) -> tuple[str, torch.device]:
         assert self.kv is not None
         device = self.kv.region(region).device
         return device.name, torch.device(device.torch_device)
 
-    def _enter(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Before this stage's first layer: put what the previous stage sent where `forward` has its embeddings."""
-        if args:
-            return (self._received, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._received}
+    def timed(self, batch: InputBatch, hidden: torch.Tensor | None, work: Batch, wants_hidden: bool) -> torch.Tensor:
+        """`forward`, and account for the time it takes. Nothing waits for a GPU here."""
+        started_s = time.perf_counter()
+        begun = self._mark()
+        try:
+            return self.forward(batch, hidden, wants_hidden)
+        finally:
+            self._account(work, started_s, begun)
 
     @torch.inference_mode()
-    def forward(self, batch: InputBatch, hidden: torch.Tensor | None, logit_rows: torch.Tensor | None) -> torch.Tensor:
-        """Run a step's tokens through the layers.
+    def forward(self, batch: InputBatch, hidden: torch.Tensor | None, wants_hidden: bool = False) -> torch.Tensor:
+        """Run a step's tokens through the layers: device work alone.
 
-        Args:
-            hidden: `[1, T, hidden_size]` from the previous stage; None for the first.
-            logit_rows: int64 `[R]`, rows of the packed batch whose logits are wanted from the last stage; None asks
-                for hidden states.
-
-        Returns:
-            `[1, R, vocab]` logits or `[1, T, hidden_size]` hidden states (after the final norm on the last stage).
+        `hidden` is `[1, T, hidden_size]` from the previous stage, None for the first. Returns `[1, R, vocab]` logits of
+        the batch's `logit_rows` from the last stage, otherwise, or if they are wanted, hidden states
+        `[1, T, hidden_size]` (after the final norm on the last stage).
         """
-        started_s = time.perf_counter()
         assert self._context is not None
-        work = Batch(batch.num_tokens, batch.num_kv_tokens, 0 if logit_rows is None else len(logit_rows))
-        self._pace.begin(work)
-        if self._guests is not None:
-            self._guests.take(self.device.name)  # what was done for others while this device was idle cost it nothing
-        self._context.metadata, self._received = batch.attention, hidden
+        self._context.metadata, self._entering = batch.attention, hidden
         inputs = {"input_ids": batch.input_ids} if hidden is None else {"inputs_embeds": hidden}
         try:
-            if logit_rows is None or not self.part.is_last:
+            if not self.part.is_last or wants_hidden or batch.logit_rows is None:
                 result = self._model.base_model(position_ids=batch.position_ids, use_cache=False, **inputs)[0]
             else:
                 result = self._model(
-                    position_ids=batch.position_ids, use_cache=False, logits_to_keep=logit_rows, **inputs
+                    position_ids=batch.position_ids, use_cache=False, logits_to_keep=batch.logit_rows, **inputs
                 ).logits
         finally:
-            self._context.metadata = self._received = None
+            self._context.metadata = self._entering = None
             if self._context.wait_for is not None:
                 self.settle()
-        self._account(started_s, work)
         return result  # type: ignore[no-any-return]
 
-    def _account(self, started_s: float, work: Batch) -> None:
-        """Keep an emulated device's pace, and the time spent beside the time predicted."""
-        waited_s = self._waited_s()
-        predicted_s = (self._timer.seconds(work, self.overlaps) if self._timer is not None else 0.0) + waited_s
-        self._pace.end(waited_s)
-        if self.torch_device.type == "cuda":
-            torch.cuda.current_stream(self.torch_device).synchronize()
-        self.predicted_s += predicted_s
-        self.busy_s += time.perf_counter() - started_s
+    # -- accounts ---------------------------------------------------------------------------------------------------
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """This moment, in the order of what a GPU is given to do."""
+        if self.torch_device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.torch_device))
+        return event
+
+    def predicted(self, work: Batch) -> float:
+        """Seconds that the pass should take; 0 where that is not known."""
+        return self._timer.seconds(work, self.overlaps) if self._timer is not None else 0.0
+
+    def _account(self, work: Batch, started_s: float, begun: torch.cuda.Event | None) -> None:
+        """The time spent beside the time predicted. A GPU's is read from its own clock, once it is over."""
+        self.predicted_s += self.predicted(work)
+        ended = self._mark()
+        if begun is None or ended is None:
+            self._busy_s += time.perf_counter() - started_s
+        else:
+            self._timed.append((begun, ended))
+            self._collect()
         self.forwards += 1
         self.last_used_s = time.monotonic()
 
-    def _waited_s(self) -> float:
-        """What an emulated device had to wait for others in this step, and what it did for others meanwhile."""
-        sites, guests = self._sites, self._guests
-        if sites is None or guests is None or self.device.speed is None:
-            return 0.0
-        waited_s, sites.extra_s = sites.extra_s, 0.0
-        return waited_s + guests.take(self.device.name)
+    def _collect(self) -> None:
+        while self._timed and self._timed[0][1].query():  # type: ignore[no-untyped-call]
+            begun, ended = self._timed.popleft()
+            self._busy_s += begun.elapsed_time(ended) / 1e3
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds of forward passes that are over."""
+        return self._busy_s
+
+    def report(self) -> StageReport:
+        stream_wait_s = self.stream.wait_s if self.stream is not None else 0.0
+        return StageReport(self.forwards, self._busy_s, self.predicted_s, stream_wait_s, self._budget.used_by_purpose())
 
     def free(self) -> None:
         """Give weights and pages back to the device."""
@@ -224,7 +346,10 @@ class Stage:
             self.stream.close()
         if self.kv is not None:
             self.kv.free()
-        self.kv = self.stream = self._model = self._context = self._sites = self._mover = None
+        self.kv = self.stream = self._model = self._context = self._sites = self._mover = self._buffers = None
+        self._results = None
+        for held in (self._begun, self._received, self._computed):
+            held.clear()
         self._budget.release(self.WEIGHTS)
         if self.torch_device.type == "cuda":
             torch.cuda.empty_cache()

@@ -7,47 +7,82 @@ from array import array
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
+
+
+class PrefixChain:
+    """The chained hashes of a sequence's blocks: `h_i = H(h_{i-1}, tokens_i)`, with `h_{-1}` the `root`; equal hashes
+    mean equal prefixes of whole blocks. They are worked out once, and outlive the sequence's blocks.
+
+    The root holds what else the KV depends on (model, dtype, revision), and whose it is.
+    """
+
+    __slots__ = ("_block_size", "_root", "hashes")
+
+    def __init__(self, root: bytes, block_size: int) -> None:
+        self.hashes: list[bytes] = []
+        self._root = root
+        self._block_size = block_size
+
+    def extend(self, token_ids: Sequence[int], upto_tokens: int) -> list[bytes]:
+        """`hashes`, with those of all full blocks among the first `upto_tokens` tokens."""
+        size, hashes = self._block_size, self.hashes
+        for index in range(len(hashes), upto_tokens // size):
+            tokens = np.asarray(token_ids[index * size : (index + 1) * size], dtype=np.int64)
+            parent = hashes[-1] if hashes else self._root
+            hashes.append(hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest())
+        return hashes
+
+    def parent(self, index: int) -> bytes | None:
+        """The hash of the block before number `index`."""
+        return self.hashes[index - 1] if index else None
+
+
+def prefix_root(salt: bytes, owner: str) -> bytes:
+    """What the chains of an owner's sequences begin with."""
+    return hashlib.blake2b(salt + b"\0" + owner.encode(), digest_size=16).digest()
 
 
 class BlockTable:
     """Blocks of a sequence in order: token `t` lives in `blocks[t // block_size]` at offset `t % block_size`.
 
-    `hashes[i]` is the chained hash of block `i`, known once the block's tokens are; `num_indexed` counts the leading
-    blocks that have been offered to the prefix index, `num_full` those that are written and will not be written again,
-    `num_reused` the leading ones that others have computed, until the sequence has started.
+    `chain` has the hashes of its blocks, as far as they are known; `num_indexed` counts the leading blocks that have
+    been offered to the prefix index, `num_full` those that are written and will not be written again, `num_reused` the
+    leading ones that others have computed, until the sequence has started. `num_told` of the blocks are known to the
+    stages, but for those at `changed`.
     """
 
-    __slots__ = ("blocks", "hashes", "num_full", "num_indexed", "num_reused")
+    __slots__ = ("blocks", "chain", "changed", "num_full", "num_indexed", "num_reused", "num_told")
 
-    def __init__(self) -> None:
+    def __init__(self, chain: PrefixChain) -> None:
         self.blocks: array[int] = array("i")
-        self.hashes: list[bytes] = []
+        self.chain = chain
         self.num_indexed = 0
         self.num_full = 0
         self.num_reused = 0
+        self.num_told = 0
+        self.changed: list[int] = []
 
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def snapshot(self) -> np.ndarray:
-        """Block ids as an int32 array of its own, safe to read while the table goes on changing."""
+    def replace(self, index: int, block: int) -> None:
+        """Another block in the place of one."""
+        self.blocks[index] = block
+        if index < self.num_told:
+            self.changed.append(index)
+
+    def tell_all(self) -> npt.NDArray[np.int32]:
+        """All block ids, int32, an array of its own."""
+        self.num_told = len(self.blocks)
+        self.changed.clear()
         return np.array(self.blocks, dtype=np.int32)
 
-
-class PrefixHasher:
-    """`h_i = H(h_{i-1}, tokens_i)`, with `h_{-1} = H(salt)`; equal hashes mean equal prefixes of whole blocks.
-
-    The salt holds what else the KV depends on: model, dtype, revision.
-    """
-
-    def __init__(self, block_size: int, salt: bytes) -> None:
-        self.block_size = block_size
-        self._root = hashlib.blake2b(salt, digest_size=16).digest()
-
-    def extend(self, hashes: list[bytes], token_ids: Sequence[int], upto_tokens: int) -> None:
-        """Append the hashes of all full blocks among the first `upto_tokens` tokens that are not in `hashes` yet."""
-        size = self.block_size
-        for index in range(len(hashes), upto_tokens // size):
-            tokens = np.asarray(token_ids[index * size : (index + 1) * size], dtype=np.int64)
-            parent = hashes[-1] if hashes else self._root
-            hashes.append(hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest())
+    def tell_changes(self) -> list[tuple[int, int]]:
+        """`(index, block)` of what is new or has changed since it was last told."""
+        if self.num_told == len(self.blocks) and not self.changed:
+            return []
+        told = [*dict.fromkeys(self.changed), *range(self.num_told, len(self.blocks))]
+        self.num_told = len(self.blocks)
+        self.changed.clear()
+        return [(index, self.blocks[index]) for index in told]

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from core.kv_cache.block_pool import BlockPool
-from core.kv_cache.block_table import BlockTable, PrefixHasher
+from core.kv_cache.block_table import BlockTable, PrefixChain, prefix_root
 from core.kv_cache.page_map import PageMap
-from core.kv_cache.page_ops import Slot, StageStep
+from core.kv_cache.page_ops import StagePart
 from core.kv_cache.stage_pages import StagePages
 
 
@@ -64,9 +64,9 @@ class Tiers(Companion, Protocol):
 
     def prefetch(self, seq_id: int, known: int, hashes: Sequence[bytes], on_done: Callable[[], Any]) -> bool: ...
 
-    def take(self, seq_id: int, known: int) -> tuple[Sequence[Slot], Any] | None: ...
+    def take(self, seq_id: int, known: int) -> tuple[Sequence[bytes], Any] | None: ...
 
-    def loaded(self, loading: Any, blocks: int) -> None: ...
+    def loaded(self, loading: Any, digests: Sequence[bytes]) -> None: ...
 
     def cancel(self, seq_id: int) -> None: ...
 
@@ -102,7 +102,7 @@ class KVCacheManager:
         self.steps_left: Callable[[int], int] = lambda seq_id: 0
         self.unwanted: set[int] = set()
         self._taken = self._done = self._spoiled = 0
-        self._hasher = PrefixHasher(block_size, salt)
+        self._salt = salt
         self._tables: dict[int, BlockTable] = {}
         self.refresh_limit()
 
@@ -134,45 +134,51 @@ class KVCacheManager:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def match_prefix(self, token_ids: Sequence[int]) -> tuple[list[int], list[bytes]]:
+    def chain(self, owner: str = "") -> PrefixChain:
+        """For the hashes of a sequence's blocks; what one owner's sequences leave in the cache is no other's."""
+        return PrefixChain(prefix_root(self._salt, owner), self.block_size)
+
+    def match_prefix(self, token_ids: Sequence[int], chain: PrefixChain | None = None) -> list[int]:
         """Longest run of cached blocks that starts the tokens, leaving at least the last token to compute."""
         if not self.pool.enable_prefix_caching:
-            return [], []
-        hashes: list[bytes] = []
+            return []
+        chain = chain or self.chain()
         blocks: list[int] = []
         for index in range((len(token_ids) - 1) // self.block_size):
-            self._hasher.extend(hashes, token_ids, (index + 1) * self.block_size)
-            block = self.pool.lookup(hashes[index])
+            block = self.pool.lookup(chain.extend(token_ids, (index + 1) * self.block_size)[index])
             if block is None:
-                return blocks, hashes[:index]
+                break
             blocks.append(block)
-        return blocks, hashes
+        return blocks
 
-    def open(self, seq_id: int, token_ids: Sequence[int], *, read_prefix: bool) -> int:
+    def open(
+        self, seq_id: int, token_ids: Sequence[int], *, read_prefix: bool, chain: PrefixChain | None = None
+    ) -> int:
         """Start a sequence, taking over cached blocks of its prefix. Returns the number of tokens they hold."""
         if seq_id in self._tables:
             raise ValueError(f"sequence {seq_id} already holds blocks")
-        table = self._tables[seq_id] = BlockTable()
+        table = self._tables[seq_id] = BlockTable(chain or self.chain())
         if not read_prefix:
             return 0
-        blocks, hashes = self.match_prefix(token_ids)
+        blocks = self.match_prefix(token_ids, table.chain)
         self.pool.share(blocks)
         table.blocks.extend(blocks)
-        table.hashes.extend(hashes)
         table.num_reused = len(blocks)
         self._restore(seq_id, table)
         table.num_indexed = table.num_full = len(table)
         return len(table) * self.block_size
 
-    def prefetch(self, seq_id: int, token_ids: Sequence[int], on_done: Callable[[], Any]) -> bool:
+    def prefetch(
+        self, seq_id: int, token_ids: Sequence[int], on_done: Callable[[], Any], chain: PrefixChain | None = None
+    ) -> bool:
         """Before a sequence is opened: fetch what tiers below have of its prefix. True: wait for `on_done`, which
         another thread calls.
         """
         if self.tiers is None or not self.pool.enable_prefix_caching:
             return False
-        blocks, _ = self.match_prefix(token_ids)
-        hashes: list[bytes] = []
-        self._hasher.extend(hashes, token_ids, (len(token_ids) - 1) // self.block_size * self.block_size)
+        chain = chain or self.chain()
+        blocks, count = self.match_prefix(token_ids, chain), (len(token_ids) - 1) // self.block_size
+        hashes = chain.extend(token_ids, count * self.block_size)[:count]
         return self.tiers.prefetch(seq_id, len(blocks), hashes, on_done)
 
     def forget_prefetch(self, seq_id: int) -> None:
@@ -185,27 +191,26 @@ class KVCacheManager:
         fetched = self.tiers.take(seq_id, len(table)) if self.tiers is not None else None
         if self.tiers is None or fetched is None:
             return
-        slots, loading = fetched
-        room = self.ensure_free(len(slots)) and self.pages.can_write(len(slots), (), self._cold_blocks)
-        for slot in slots if room else ():
+        digests, loading = fetched
+        room = self.ensure_free(len(digests)) and self.pages.can_write(len(digests), (), self._cold_blocks)
+        for digest in digests if room else ():
             block = self._allocate()
-            self.pages.load(slot, block)
-            parent = table.hashes[-1] if table.hashes else None
+            self.pages.load(digest, block)
+            parent = table.chain.parent(len(table))
             table.blocks.append(block)
-            table.hashes.append(slot.block)
-            self.pool.register(block, slot.block, parent)
-        self.tiers.loaded(loading, len(slots) if room else 0)
+            self.pool.register(block, digest, parent)
+        self.tiers.loaded(loading, digests if room else ())
 
-    def fork(self, parent_id: int, child_id: int, num_tokens: int) -> None:
+    def fork(self, parent_id: int, child_id: int, num_tokens: int, chain: PrefixChain | None = None) -> None:
         """Start a sequence that shares its parent's blocks for the first `num_tokens` tokens (copied when written)."""
         parent = self._tables[parent_id]
-        table = self._tables[child_id] = BlockTable()
+        table = self._tables[child_id] = BlockTable(chain or self.chain())
         count = self.blocks_for(num_tokens)
         self.pool.share(parent.blocks[:count])
         table.blocks.extend(parent.blocks[:count])
-        full = min(num_tokens // self.block_size, len(parent.hashes))
-        table.hashes.extend(parent.hashes[:full])
-        table.num_indexed = min(parent.num_indexed, full)
+        known = len(table.chain.hashes)
+        table.chain.hashes.extend(parent.chain.hashes[known : num_tokens // self.block_size])
+        table.num_indexed = min(parent.num_indexed, num_tokens // self.block_size)
         table.num_full = min(parent.num_full, num_tokens // self.block_size)
 
     def blocks_needed(self, seq_id: int, first_token: int, num_tokens: int) -> int:
@@ -240,7 +245,7 @@ class KVCacheManager:
         for index in shared:
             source = table.blocks[index]
             target = self._allocate()
-            table.blocks[index] = target
+            table.replace(index, target)
             table.num_indexed = min(table.num_indexed, index)
             self.pages.copy(source, target)
             self.pages.drop(self.pool.release([source]))
@@ -248,7 +253,7 @@ class KVCacheManager:
             self.pages.bring_home(block, self._cold_blocks)
         table.blocks.extend(self._allocate() for _ in range(grown))
         if table.num_reused and self.tiers is not None:
-            self.tiers.reused(table.blocks[: table.num_reused], table.hashes[: table.num_reused])
+            self.tiers.reused(table.blocks[: table.num_reused], table.chain.hashes[: table.num_reused])
         table.num_reused = 0  # a sequence that was opened has started
         return True
 
@@ -282,15 +287,15 @@ class KVCacheManager:
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
-    def take_step(self, step: int, seq_ids: Sequence[int]) -> tuple[StageStep, ...]:
-        """Each stage's part of step number `step`, which computes these sequences: what was gathered for it, and where
-        their blocks are. Steps end in the order in which they are taken: say so with `step_done`.
+    def take_step(self, step: int) -> tuple[StagePart, ...]:
+        """Each stage's part of step number `step`: what was gathered for it. Steps end in the order in which they are
+        taken: say so with `step_done`.
         """
         self._taken = step
-        stages = self.pages.take([np.array(self._tables[seq_id].blocks, dtype=np.int32) for seq_id in seq_ids])
+        parts = self.pages.take()
         for companion in self.companions:
             companion.step_taken(step)
-        return stages
+        return parts
 
     def step_done(self, step: int, *, moved: bool = True) -> None:
         """The step has passed all stages, computed or not; not `moved`: its pages were not all moved. Then what steps
@@ -328,10 +333,9 @@ class KVCacheManager:
         table.num_full = max(table.num_full, num_computed_tokens // self.block_size)
         if not self.pool.enable_prefix_caching:
             return
-        self._hasher.extend(table.hashes, token_ids, num_computed_tokens)
+        hashes = table.chain.extend(token_ids, num_computed_tokens)
         for index in range(table.num_indexed, num_computed_tokens // self.block_size):
-            parent = table.hashes[index - 1] if index else None
-            self.pool.register(table.blocks[index], table.hashes[index], parent)
+            self.pool.register(table.blocks[index], hashes[index], table.chain.parent(index))
             table.num_indexed = index + 1
 
     def close(self, seq_id: int) -> None:
@@ -357,6 +361,12 @@ class KVCacheManager:
         self.pages.drop(self.pool.clear_index())
         for table in self._tables.values():
             table.num_indexed = 0
+
+    def disconnect(self) -> None:
+        """The engine has ended: nobody is asked or told anything any more, and whoever was can go."""
+        self.cold_order, self.expand, self.steps_left = list, lambda blocks: None, lambda seq_id: 0
+        self.pool.on_evict = lambda block, digest: None
+        self.companions, self.tiers = [], None
 
     def check_invariants(self, live: Iterable[int] | None = None) -> None:
         """Audit the pool; with `live`, also that exactly those sequences hold block tables."""

@@ -14,9 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
-import numpy as np
-
-from core.kv_cache.page_ops import LOCAL, NOTHING, PageCopy, PageLoad, PageOp, PageRef, PageSave, Slot, StageStep
+from core.kv_cache.page_ops import LOCAL, NO_PART, PageCopy, PageLoad, PageOp, PageRef, PageSave, StagePart
 from core.kv_cache.stage_pages import StagePages
 
 ColdBlocks = Callable[[StagePages], Iterable[int]]
@@ -103,15 +101,15 @@ class PageMap:
         for index in range(len(self.stages)):
             self._ops[index].append(PageCopy(self._ref(index, source), self._ref(index, target)))
 
-    def save(self, block: int, slot: Slot) -> None:
+    def save(self, block: int, block_hash: bytes) -> None:
         """Copy a block to a tier below."""
         for index in range(len(self.stages)):
-            self._ops[index].append(PageSave(self._ref(index, block), slot))
+            self._ops[index].append(PageSave(self._ref(index, block), block_hash))
 
-    def load(self, slot: Slot, block: int) -> None:
+    def load(self, block_hash: bytes, block: int) -> None:
         """Fill a block from a tier below."""
         for index in range(len(self.stages)):
-            self._ops[index].append(PageLoad(slot, self._ref(index, block)))
+            self._ops[index].append(PageLoad(block_hash, self._ref(index, block)))
 
     def _ref(self, index: int, block: int) -> PageRef:
         pages = self.stages[index]
@@ -125,16 +123,18 @@ class PageMap:
     def has_ops(self) -> bool:
         return any(self._ops)
 
-    def take(self, tables: Sequence[np.ndarray]) -> tuple[StageStep, ...]:
-        """Each stage's part of the step with these block tables (int32 arrays), operations since the last included."""
+    def take(self) -> tuple[StagePart, ...]:
+        """Each stage's part of a step: operations since the last, and where blocks are that have moved since."""
         if self.is_trivial and not self.has_ops:
             return ()
-        steps = []
+        parts = []
         for ops, pages in zip(self._ops, self.stages, strict=True):
-            placed = None if pages is None else tuple(pages.table(table) for table in tables)
-            steps.append(StageStep(tuple(ops), placed) if ops or placed is not None else NOTHING)
+            if pages is not None:
+                parts.append(StagePart(tuple(ops), pages.take_moved()))
+            else:
+                parts.append(StagePart(tuple(ops)) if ops else NO_PART)
             ops.clear()
-        return tuple(steps)
+        return tuple(parts)
 
     def check_invariants(self, holding: Iterable[int]) -> None:
         """Raise `AssertionError` unless exactly the blocks `holding` content have pages, in every stage."""

@@ -1,15 +1,15 @@
 """What a stage does to its pages before it computes a step, and where it then finds them. No torch here.
 
 A page is one block's K and V of all layers of one stage. It lives in a *region*: region 0 is the stage's own device,
-others are memory of another device or of the host, taken on a lease. Operations are done in order.
+others are memory of another device or of the host, taken on a lease. Operations are done in order. They name blocks of
+tiers below by their hash: whoever executes them knows where it keeps those.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
-
+import msgspec
 import numpy as np
+import numpy.typing as npt
 
 LOCAL = 0
 """The region on the stage's own device."""
@@ -18,61 +18,43 @@ PageRef = tuple[int, int]
 """(region, page in it)"""
 
 
-class Slot(Protocol):
-    """A block's place in a tier below (`core.tiers`). `buffer` holds the bytes of all layers, page-first: for each
-    layer in order the K page, then the V page."""
-
-    @property
-    def block(self) -> bytes:
-        """The block's hash."""
-        ...
-
-    @property
-    def buffer(self) -> Any: ...
-
-
-@dataclass(frozen=True, slots=True)
-class PageCopy:
+class PageCopy(msgspec.Struct, frozen=True, tag=0, array_like=True):
     """Copy a page: a block that moves, or one that is copied before it is written."""
 
     source: PageRef
     target: PageRef
 
 
-@dataclass(frozen=True, slots=True)
-class PageSave:
-    """Copy a page to a tier below."""
+class PageSave(msgspec.Struct, frozen=True, tag=1, array_like=True):
+    """Copy a page to a tier below, as its part of the block with this hash."""
 
     source: PageRef
-    slot: Slot
+    block_hash: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class PageLoad:
+class PageLoad(msgspec.Struct, frozen=True, tag=2, array_like=True):
     """Copy a page from a tier below, before the layer that reads it attends."""
 
-    slot: Slot
+    block_hash: bytes
     target: PageRef
 
 
 PageOp = PageCopy | PageSave | PageLoad
 
 
-@dataclass(frozen=True, slots=True)
-class TablePages:
-    """Where the blocks of one sequence are: `regions` int16 `[n]` and `pages` int32 `[n]`."""
-
-    regions: np.ndarray
-    pages: np.ndarray
+def _no_pages() -> npt.NDArray[np.int32]:
+    return np.zeros((0, 3), dtype=np.int32)
 
 
-@dataclass(frozen=True, slots=True)
-class StageStep:
-    """One stage's part of a step. `tables` has an entry per sequence; None where page numbers are block ids."""
+class StagePart(msgspec.Struct, frozen=True, eq=False):
+    """One stage's part of a step: what it does to its pages before it computes anything, in order, and where blocks
+    are from then on: `placed` is int32 `[n, 3]` of (block, region, page). Blocks of a stage that is never told of any
+    are on the local page with their own number.
+    """
 
     ops: tuple[PageOp, ...] = ()
-    tables: tuple[TablePages, ...] | None = None
+    placed: npt.NDArray[np.int32] = msgspec.field(default_factory=_no_pages)
 
 
-NOTHING = StageStep()
-"""Nothing to do, and pages are where their ids say."""
+NO_PART = StagePart()
+"""Nothing to do, and nothing has moved."""

@@ -54,7 +54,11 @@ class PagedKVCache:
         dtype: torch.dtype,
         device: Device,
         budget: DeviceBudget,
+        *,
+        scratch: bool = False,
     ) -> None:
+        """With `scratch`, local pages have one more behind them, for rows that are nobody's; it is part of what a stage
+        works in, and not of `nbytes`."""
         element_bytes = torch.empty((), dtype=dtype).element_size()
         self.block_size = block_size
         self.dtype = dtype
@@ -62,7 +66,7 @@ class PagedKVCache:
         self._shapes = dict(shapes)
         self._budgets = {LOCAL: budget}
         self._regions: dict[int, PageRegion] = {}
-        self._add(LOCAL, num_pages, device, budget, self.PURPOSE)
+        self._add(LOCAL, num_pages, device, budget, self.PURPOSE, spare=int(scratch))
 
     @property
     def num_pages(self) -> int:
@@ -83,11 +87,13 @@ class PagedKVCache:
             del self._budgets[region_id]
             raise
 
-    def _add(self, region_id: int, num_pages: int, device: Device, budget: DeviceBudget, purpose: str) -> None:
+    def _add(
+        self, region_id: int, num_pages: int, device: Device, budget: DeviceBudget, purpose: str, spare: int = 0
+    ) -> None:
         nbytes = self.page_bytes * num_pages
         budget.reserve(purpose, nbytes)
         try:
-            layers = self._pages(num_pages, device)
+            layers = self._pages(num_pages + spare, device)
         except (torch.OutOfMemoryError, MemoryError) as error:
             budget.release(purpose, nbytes)
             raise OutOfDeviceMemoryError(

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
-from core.kv_cache.page_ops import LOCAL, PageCopy, PageRef, TablePages
+from core.kv_cache.page_ops import LOCAL, PageCopy, PageRef
 
 NOWHERE = -1
 
@@ -37,6 +38,7 @@ class StagePages:
         self._region_of = np.full(num_blocks, NOWHERE, dtype=np.int16)
         self._page_of = np.full(num_blocks, NOWHERE, dtype=np.int32)
         self._regions = {LOCAL: Region(LOCAL, site, local_pages)}
+        self._moved: dict[int, None] = {}
 
     @property
     def regions(self) -> dict[int, Region]:
@@ -93,6 +95,7 @@ class StagePages:
         page = region.free.pop()
         region.blocks[page] = block
         self._region_of[block], self._page_of[block] = region.region_id, page
+        self._moved[block] = None
         return region.region_id, page
 
     def drop(self, block: int) -> None:
@@ -120,9 +123,19 @@ class StagePages:
             if region.free and not region.closing and (local or region.region_id != LOCAL):
                 yield region
 
-    def table(self, blocks: np.ndarray) -> TablePages:
-        """A snapshot of where a sequence's blocks are."""
-        return TablePages(self._region_of[blocks], self._page_of[blocks])
+    def regions_of(self, blocks: np.ndarray) -> np.ndarray:
+        """The regions that hold these blocks, int16."""
+        regions: np.ndarray = self._region_of[blocks]
+        return regions
+
+    def take_moved(self) -> npt.NDArray[np.int32]:
+        """Int32 `[n, 3]`, (block, region, page), of all blocks that have got a page since the last call and still have
+        one."""
+        moved = np.fromiter(self._moved, dtype=np.int32, count=len(self._moved))
+        self._moved.clear()
+        placed = np.stack((moved, self._region_of[moved].astype(np.int32), self._page_of[moved]), axis=1)
+        kept: npt.NDArray[np.int32] = placed[placed[:, 1] != NOWHERE]
+        return kept
 
     def check_invariants(self, holding: Iterable[int]) -> None:
         """Raise `AssertionError` unless exactly the blocks `holding` content have one page each."""

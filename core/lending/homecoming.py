@@ -61,7 +61,7 @@ class Homecoming:
         sites = {i: region.site for i, region in pages.regions.items() if i != LOCAL and not region.closing}
         for seq_id in self._kv.sequences():
             blocks = np.array(self._kv.table(seq_id).blocks, dtype=np.int64)
-            regions = pages.table(blocks).regions
+            regions = pages.regions_of(blocks)
             local += int((regions == LOCAL).sum())
             for region in set(regions.tolist()) & sites.keys():
                 mine = away.setdefault(sites[region], {}).setdefault(seq_id, [])

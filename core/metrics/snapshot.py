@@ -1,4 +1,4 @@
-"""The state of the engine at one moment, as metrics show it. Made by the pipeline at each scrape, never changed."""
+"""The engine's state at one moment, as metrics show it. Made by `core.views.metrics` at each scrape, never changed."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class LendingState:
 class MetricsSnapshot:
     """Counters (`*_total`) count since the engine started; everything else is the value now.
 
-    Filled by the pipeline: `devices` from its device list, tiers from `MemoryStats.for_metrics`, `lending` from the
+    Filled by `core.views.metrics`: `devices` from the plan, tiers from `MemoryStats.for_metrics`, `lending` from the
     statistics of the lending pool, the rest from the batcher's statistics and the runner's stages. `batch_size` is the
     sequences of the last step.
     """

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import scan_cache_dir, snapshot_download
 from huggingface_hub.errors import CacheNotFound, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from core.defaults import DEMO_NAME
 from core.errors import ModelNotFoundError
 
-DEMO_NAME = "vramancer-demo"
 DEMO_PATH = Path(__file__).parent / "demo"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
@@ -26,6 +25,16 @@ class ResolvedModel:
     name: str
     path: Path
     revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AvailableModel:
+    """A model that could be loaded by its `id`, or is. Bytes are of safetensors files."""
+
+    id: str
+    path: str
+    size_bytes: int
+    loaded: bool = False
 
 
 def resolve_model(name: str | None, revision: str | None = None) -> ResolvedModel:
@@ -57,8 +66,8 @@ def _from_hub(name: str, revision: str | None) -> ResolvedModel:
     return ResolvedModel(name, Path(path), revision)
 
 
-def available_models() -> list[dict[str, Any]]:
-    """Models on disk that could be loaded: the demo model and the hub's cache. Bytes are of safetensors files."""
+def available_models() -> list[AvailableModel]:
+    """Models on disk that could be loaded: the demo model and the hub's cache."""
     found = [_entry(DEMO_NAME, DEMO_PATH)]
     try:
         cache = scan_cache_dir()
@@ -74,6 +83,6 @@ def available_models() -> list[dict[str, Any]]:
     return found
 
 
-def _entry(name: str, path: Path) -> dict[str, Any]:
+def _entry(name: str, path: Path) -> AvailableModel:
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    return {"id": name, "path": str(path), "size_bytes": size}
+    return AvailableModel(name, str(path), size)

@@ -25,19 +25,20 @@ from core.models.architecture import Architecture
 from core.models.checkpoint import Checkpoint
 
 # Modules beside the layers, by the names that architectures give them.
-_BEFORE_LAYERS = {
+BEFORE_LAYERS = {
     "embed_tokens", "embed_positions", "wte", "wpe", "embed_in", "word_embeddings", "tok_embeddings", "project_in",
 }  # fmt: skip
 # What configs call the number of experts that a token is routed to.
 _PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
-_AFTER_LAYERS = {"norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm", "project_out"}
+AFTER_LAYERS = {"norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm", "project_out"}
 
 
 @dataclass(frozen=True, slots=True)
 class StageSlice:
     """Layers `first .. last - 1` of `num_layers`; the first stage also embeds, the last has norm and head.
 
-    `only`, where given: these layers of them and no ends; `without` are left out.
+    `only`, where given: these layers of them and no ends; `without` are left out. Ends that come from `elsewhere` are
+    put in later.
     """
 
     first: int
@@ -45,14 +46,16 @@ class StageSlice:
     num_layers: int
     only: frozenset[int] | None = None
     without: frozenset[int] = frozenset()
+    first_elsewhere: bool = False
+    last_elsewhere: bool = False
 
     @property
     def is_first(self) -> bool:
-        return self.first == 0 and self.only is None
+        return self.first == 0 and self.only is None and not self.first_elsewhere
 
     @property
     def is_last(self) -> bool:
-        return self.last == self.num_layers and self.only is None
+        return self.last == self.num_layers and self.only is None and not self.last_elsewhere
 
     @property
     def is_whole(self) -> bool:
@@ -104,11 +107,11 @@ def _prune(model: Any, part: StageSlice) -> None:
     for name, child in list(decoder.named_children()):
         if name == list_name:
             continue
-        if name in _BEFORE_LAYERS:
+        if name in BEFORE_LAYERS:
             is_tokens = isinstance(child, nn.Embedding) and child is model.get_input_embeddings()
             if not part.is_first and not (is_tokens and keeps_embedding):
                 setattr(decoder, name, nn.Identity() if name == "project_in" else NoEmbedding())
-        elif name in _AFTER_LAYERS:
+        elif name in AFTER_LAYERS:
             if not part.is_last:
                 setattr(decoder, name, nn.Identity())
         elif part.only is not None:
@@ -244,7 +247,7 @@ def measure_bytes(architecture: Architecture, packing: Callable[[nn.Module], int
         return total + packing(module)
 
     layers = tuple(nbytes(layer) for layer in blocks)
-    after = sum(nbytes(child) for name, child in decoder.named_children() if name in _AFTER_LAYERS)
+    after = sum(nbytes(child) for name, child in decoder.named_children() if name in AFTER_LAYERS)
     before = nbytes(decoder) - sum(layers) - after
     unique = {id(parameter): parameter.numel() for parameter in model.parameters()}
     return ModelBytes(

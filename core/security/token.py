@@ -1,8 +1,7 @@
-"""The API token: where it comes from, what is weak, and how it is compared."""
+"""The API token: where it comes from, and what is weak."""
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
 import os
 import secrets
@@ -12,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from core.config import Settings
-from core.errors import AuthenticationError, ConfigError
+from core.errors import ConfigError
 
 TOKEN_FILE_NAME = "api-token"
 TOKEN_BYTES = 32
@@ -57,26 +56,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
-
-
-def check_token(given: tuple[str | None, ...], expected: str) -> None:
-    """Raise `AuthenticationError` unless one of the given tokens is the expected one. Takes constant time per token."""
-    wanted = expected.encode()
-    present = [token.encode("utf-8", "surrogateescape") for token in given if token]
-    matches = [hmac.compare_digest(token, wanted) for token in present]
-    if any(matches):
-        return
-    if present:
-        raise AuthenticationError("The API token is wrong.")
-    raise AuthenticationError(
-        "This route needs the API token, in X-API-TOKEN or as Authorization: Bearer.", code="missing_api_key"
-    )
-
-
-def bearer_token(authorization: str | None) -> str | None:
-    """The token in an Authorization header of scheme Bearer, None for any other."""
-    scheme, _, token = (authorization or "").partition(" ")
-    return token.strip() or None if scheme.lower() == "bearer" else None
 
 
 def _check_token(token: str, source: str, *, production: bool) -> None:

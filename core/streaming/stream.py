@@ -53,6 +53,16 @@ class Clock(Protocol):
         """Computing goes on now, after a wait."""
 
 
+class RealTime:
+    """A real device's clock: what takes time takes it."""
+
+    def reach(self, layer: int) -> None:
+        """Nothing to wait for."""
+
+    def resume(self) -> None:
+        """Nothing to note."""
+
+
 @dataclass(frozen=True, slots=True)
 class StreamedLayers:
     """What to stream: `layers` in order, with what they take in `host`'s budget and in each slot, and who loads."""

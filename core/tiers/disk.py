@@ -90,7 +90,8 @@ class LocalFiles:
         """Creates the directory if need be and locks it. Raises `DirectoryInUseError`, or `OSError`."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.directory = directory
-        self._lock = filelock.FileLock(directory / LOCK_NAME, timeout=0)
+        # Any thread may close what another opened: the next model is loaded, and this one unloaded, by other threads.
+        self._lock = filelock.FileLock(directory / LOCK_NAME, timeout=0, thread_local=False)
         try:
             self._lock.acquire()
         except filelock.Timeout as error:

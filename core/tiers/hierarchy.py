@@ -25,6 +25,7 @@ from __future__ import annotations
 import heapq
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -74,8 +75,9 @@ class HierarchicalMemory:
         for lower in self._below:
             lower.open_index(self._heat, clock())
         self._host = HostTier(layout.nbytes, options.host_bytes, self._heat, host, pin=options.pin, speed=host_speed)
-        self._loader = Loader(self, self._host, self._below, self._lock, options.load_threads)
-        self._writer = Writer(self, self._below, options, self._lock)
+        me = weakref.proxy(self)  # their threads end with `close`; without it they would keep each other alive
+        self._loader = Loader(me, self._host, self._below, self._lock, options.load_threads)
+        self._writer = Writer(me, self._below, options, self._lock)
 
     @property
     def num_slots(self) -> int:
@@ -198,7 +200,7 @@ class HierarchicalMemory:
     def release_loading(self, loading: Loading, restored: int) -> None:
         """See `Loading.release`."""
         with self._lock:
-            if loading.released:
+            if loading.released or self._closed:
                 return
             self._loader.release(loading)
             self._moves["promotion", Tier.L3, Tier.L1] += restored
@@ -327,7 +329,8 @@ class HierarchicalMemory:
     def close(self) -> None:
         """Give host RAM back, after `hand_over`. Safe to repeat; slots are used no more."""
         self.hand_over()
-        self._host.close()
+        with self._lock:
+            self._host.close()
 
     def hand_over(self) -> None:
         """Finish what is being read, drop queued writes, end the threads and close the tiers below. Safe to repeat.

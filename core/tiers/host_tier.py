@@ -34,6 +34,7 @@ class HostTier:
         self.num_slots = host_bytes // block_nbytes
         if self.num_slots < 1:
             raise ValueError(f"{host_bytes} bytes of host RAM hold no block of {block_nbytes}")
+        self._heat = heat
         self.index = ChainIndex(heat)
         self.slots: dict[bytes, Slot] = {}
         self.reserved: dict[bytes, Slot] = {}
@@ -43,11 +44,6 @@ class HostTier:
         self._buffer = HostBuffer(self.PURPOSE, self.num_slots * block_nbytes, pin=pin, budget=budget)
         self._arena = self._buffer.memory.view(self.num_slots, block_nbytes)
         self._free = list(range(self.num_slots))[::-1]
-
-    def close(self) -> None:
-        """Give the memory back. Safe to call twice; nothing is taken from then on."""
-        self._arena = self._arena[:0].clone()
-        self._buffer.close()
 
     @property
     def num_free(self) -> int:
@@ -77,6 +73,13 @@ class HostTier:
         """Stop holding a block."""
         self.index.remove(block)
         self._free.append(self.slots.pop(block).index)
+
+    def close(self) -> None:
+        """Forget all blocks and give the memory back. Safe to call twice; nothing is taken from then on."""
+        self.slots.clear()
+        self.index = ChainIndex(self._heat)
+        self.num_slots, self._free, self._arena = 0, [], self._arena[:0].clone()
+        self._buffer.close()
 
     def stats(self, mean_hotness: float) -> TierStats:
         return TierStats(

@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from core.kv_cache.manager import KVCacheManager
 from core.tiers.hierarchy import HierarchicalMemory
 from core.tiers.loading import Loading, Slot
@@ -42,17 +44,46 @@ class _StepUse:
     """What the step being gathered, or one in flight, does with slots."""
 
     saves: list[Slot] = field(default_factory=list)
-    loads: list[tuple[Loading, int]] = field(default_factory=list)
+    loads: list[tuple[Loading, Sequence[bytes]]] = field(default_factory=list)
+
+
+class StepBlocks:
+    """Main memory of the blocks that steps in flight save or load, by hash: where stages find it. Written by the engine
+    thread, read by the stages'."""
+
+    def __init__(self) -> None:
+        self._held: dict[bytes, tuple[torch.Tensor, int]] = {}
+
+    def hold(self, digest: bytes, buffer: torch.Tensor) -> None:
+        """A step uses the block from now on."""
+        _, uses = self._held.get(digest, (buffer, 0))
+        self._held[digest] = (buffer, uses + 1)
+
+    def drop(self, digest: bytes) -> None:
+        """A step no longer does."""
+        buffer, uses = self._held.pop(digest)
+        if uses > 1:
+            self._held[digest] = (buffer, uses - 1)
+
+    def clear(self) -> None:
+        """No step uses any."""
+        self._held.clear()
+
+    def __getitem__(self, digest: bytes) -> torch.Tensor:
+        return self._held[digest][0]
 
 
 class KVTiers:
     """The tiers below the devices of one engine."""
 
-    def __init__(self, kv: KVCacheManager, memory: HierarchicalMemory, worth: Worth) -> None:
+    def __init__(
+        self, kv: KVCacheManager, memory: HierarchicalMemory, worth: Worth, buffers: StepBlocks | None = None
+    ) -> None:
         self.memory = memory
         self._kv = kv
         self._worth = worth
         self._prefetches: dict[int, _Prefetch] = {}
+        self.buffers = buffers if buffers is not None else StepBlocks()
         self._now = _StepUse()
         self._steps: dict[int, _StepUse] = {}
 
@@ -62,7 +93,8 @@ class KVTiers:
         """The block's id is about to be reused."""
         slot = self.memory.reserve(digest, parent or b"")
         if slot is not None:
-            self._kv.pages.save(block, slot)
+            self._kv.pages.save(block, digest)
+            self.buffers.hold(digest, slot.buffer)
             self._now.saves.append(slot)
 
     def reused(self, blocks: Sequence[int], digests: Sequence[bytes]) -> None:
@@ -122,8 +154,8 @@ class KVTiers:
             on_done()
         return True
 
-    def take(self, seq_id: int, known: int) -> tuple[list[Slot], Loading] | None:
-        """What has been fetched for the blocks of a sequence from number `known` on."""
+    def take(self, seq_id: int, known: int) -> tuple[list[bytes], Loading] | None:
+        """The hashes of what has been fetched for the blocks of a sequence from number `known` on."""
         prefetch = self._prefetches.pop(seq_id, None)
         if prefetch is None:
             return None
@@ -131,11 +163,13 @@ class KVTiers:
         if known < prefetch.first or not slots:
             prefetch.loading.release()
             return None
-        return slots, prefetch.loading
+        return [slot.block for slot in slots], prefetch.loading
 
-    def loaded(self, loading: Loading, blocks: int) -> None:
-        """`blocks` of a loading are copied by the step being gathered."""
-        self._now.loads.append((loading, blocks))
+    def loaded(self, loading: Loading, digests: Sequence[bytes]) -> None:
+        """These blocks of a loading are copied by the step being gathered."""
+        for digest in digests:
+            self.buffers.hold(digest, loading.arrived[digest].buffer)
+        self._now.loads.append((loading, digests))
 
     def cancel(self, seq_id: int) -> None:
         """A sequence no longer wants what it asked for."""
@@ -166,9 +200,12 @@ class KVTiers:
         for number in [number for number in self._steps if number <= step]:
             use = self._steps.pop(number)
             for slot in use.saves:
+                self.buffers.drop(slot.block)
                 (self.memory.commit if moved else self.memory.abandon)(slot)
-            for loading, blocks in use.loads:
-                loading.release(blocks if moved else 0)
+            for loading, digests in use.loads:
+                for digest in digests:
+                    self.buffers.drop(digest)
+                loading.release(len(digests) if moved else 0)
 
     def hand_over(self, flush_s: float = 10.0) -> None:
         """Another engine is about to open the places that outlast this one, which goes on without tiers. Any thread."""
@@ -181,9 +218,14 @@ class KVTiers:
         """Write down what is worth keeping, and end the threads."""
         for seq_id in list(self._prefetches):
             self.cancel(seq_id)
-        for slot in self._now.saves:
-            self.memory.abandon(slot)
+        for use in (self._now, *self._steps.values()):  # an engine that died leaves steps that never came back
+            for slot in use.saves:
+                self.memory.abandon(slot)
+            for loading, _ in use.loads:
+                loading.release()
+        self.buffers.clear()
         self._now = _StepUse()
+        self._steps.clear()
         self.memory.flush(flush_s)
         self.memory.close()
 

@@ -48,6 +48,15 @@ class TransferObserver(Protocol):
     def observe_transfer(self, method: str, src: str, dst: str, nbytes: int, seconds: float) -> None: ...
 
 
+class Inlet(Protocol):
+    """Where a stage takes hidden states (`core.execution.stage_handle`)."""
+
+    @property
+    def device(self) -> Device: ...
+
+    def put(self, step: int, hidden: torch.Tensor) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class TransferStats:
     """Totals of one (method, source, destination) since the start."""
@@ -107,6 +116,10 @@ class TransferManager:
             wait_until(started_s + self._sim_link.transfer_s(tensor.nbytes))
         self._record((method, src.name, dst.name), tensor.nbytes, time.perf_counter() - started_s)
         return arrived
+
+    def hand_on(self, hidden: torch.Tensor, src: Device, inlet: Inlet, step: int) -> None:
+        """Bring a step's hidden states from `src` to where the following stage takes them."""
+        inlet.put(step, self.send(hidden, src, inlet.device))
 
     def load(
         self, source: torch.Tensor, target: torch.Tensor, device: Device, after: torch.cuda.Event | None = None

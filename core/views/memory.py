@@ -1,185 +1,195 @@
-"""What is in memory, and moving it by call: devices, leases, tiers and their blocks."""
+"""What is in memory: devices, leases, tiers and their blocks."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from core.errors import ConflictError, InvalidRequestError, NotFoundError
+from core.engine.model_engine import ModelEngine
 from core.kv_cache.paged_kv_cache import PagedKVCache
-from core.lending import Urgency, VRAMLendingPool
-from core.metrics import LendingState, TierMoves, TierState
-from core.tiers import Tier
-
-if TYPE_CHECKING:
-    from core.engine.model_engine import ModelEngine
-    from core.inference_pipeline import InferencePipeline
-    from core.lending.overflow import OverflowView
-    from core.tiers.kv_tiers import KVTiers
-
-_CALL_S = 30.0
+from core.lending.overflow import OverflowView
+from core.tiers.kv_tiers import KVTiers
+from core.tiers.records import MemoryStats, TierStats
+from core.views.render import JSON_NAME
 
 
-def memory_view(pipeline: InferencePipeline, blocks: int = 0) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class DeviceMemoryView:
+    """Who holds a device's memory. The parts and what is free add up to the limit; `borrowed_bytes` lie elsewhere."""
+
+    name: str
+    limit_bytes: int
+    weights_bytes: int
+    own_kv_bytes: int
+    lent_bytes: int
+    borrowed_bytes: int
+    other_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVBlocksView:
+    """`with_memory` of all blocks are backed by pages now."""
+
+    size_tokens: int
+    total: int
+    with_memory: int
+    free: int
+    cached: int
+
+
+@dataclass(frozen=True, slots=True)
+class StagePagesView:
+    """Where the pages of a stage that borrows are; `blocks_away` are blocks whose page is on another device."""
+
+    stage: int
+    device: str
+    local_pages: int
+    borrowed_pages: int
+    blocks_away: int
+    page_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseView:
+    """Memory that one device lends to another."""
+
+    id: int
+    borrower: str
+    lender: str
+    bytes: int
+    blocks: int
+    state: str
+    priority: int
+    age_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class MoveView:
+    """Blocks that went from one tier to another since the start; `target` is None for those that no tier keeps."""
+
+    kind: str
+    source: str = field(metadata={JSON_NAME: "from"})
+    target: str | None = field(metadata={JSON_NAME: "to"})
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockView:
+    """One block, by the hexadecimal digits of its hash."""
+
+    block: str
+    hotness: float
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TierView:
+    """One tier below the devices. Speeds are None until they are measured; `stopped` says why nothing is written."""
+
+    tier: str
+    medium: str
+    codec: str
+    blocks: int
+    used_bytes: int
+    capacity_bytes: int
+    hits: int
+    misses: int
+    damaged: int
+    stopped: str | None
+    mean_hotness: float
+    read_bytes_per_second: int | None
+    write_bytes_per_second: int | None
+    moves: tuple[MoveView, ...]
+    hottest: tuple[BlockView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryView:
+    """All memory of the loaded model; empty without one. `decisions` counts what became of blocks that were away when
+    there was room at home."""
+
+    devices: tuple[DeviceMemoryView, ...] = ()
+    kv_blocks: KVBlocksView | None = None
+    stages: tuple[StagePagesView, ...] = ()
+    leases: tuple[LeaseView, ...] = ()
+    decisions: Mapping[str, int] = field(default_factory=dict)
+    tiers: tuple[TierView, ...] = ()
+
+
+def memory_view(engine: ModelEngine | None, blocks: int = 0) -> MemoryView:
     """`/api/memory`: bytes per device, leases, tiers; with `blocks`, as many of each tier's hottest blocks."""
-    engine = pipeline.current_engine
     if engine is None:
-        return {"devices": [], "kv_blocks": None, "stages": [], "leases": [], "decisions": {}, "tiers": []}
-    view, stats = _overflow(engine), engine.batcher.stats
-    tiers = engine.memory.tiers
-    return {
-        "devices": _devices(engine, view),
-        "kv_blocks": {
-            "size_tokens": engine.kv.block_size,
-            "total": engine.kv.pool.num_blocks,
-            "with_memory": stats.blocks_total,
-            "free": stats.blocks_free,
-            "cached": stats.blocks_cached,
-        },
-        "stages": [] if view is None else [dict(stage) for stage in view.stages],
-        "leases": [] if view is None else [dict(lease) for lease in view.leases],
-        "decisions": {} if view is None else dict(view.decisions),
-        "tiers": [] if tiers is None else _tiers(tiers, blocks),
-    }
-
-
-def _overflow(engine: ModelEngine) -> OverflowView | None:
-    return None if engine.memory.overflow is None else engine.memory.overflow.view
-
-
-def _devices(engine: ModelEngine, view: OverflowView | None) -> list[dict[str, Any]]:
-    found = []
-    for device in engine.plan.devices:
-        budget = engine.budgets[device.name]
-        used = budget.used_by_purpose()
-        own, lent = used.get(PagedKVCache.PURPOSE, 0), used.get(PagedKVCache.LENT, 0)
-        leases = [] if view is None else view.leases
-        found.append(
-            {
-                "name": device.name,
-                "limit_bytes": device.memory_limit_bytes,
-                "weights_bytes": used.get("weights", 0),
-                "own_kv_bytes": own,
-                "lent_bytes": lent,
-                "borrowed_bytes": sum(lease["bytes"] for lease in leases if lease["borrower"] == device.name),
-                "other_bytes": sum(used.values()) - own - lent - used.get("weights", 0),
-                "free_bytes": budget.free_bytes,
-            }
-        )
-    return found
-
-
-def _tiers(tiers: KVTiers, blocks: int) -> list[dict[str, Any]]:
-    stats = tiers.memory.stats()
-    return [
-        {
-            "tier": tier.tier.name,
-            "medium": tier.medium,
-            "codec": tier.codec,
-            "blocks": tier.blocks,
-            "used_bytes": tier.bytes,
-            "capacity_bytes": tier.capacity_bytes,
-            "hits": tier.hits,
-            "misses": tier.misses,
-            "damaged": tier.damaged,
-            "stopped": tier.stopped,
-            "mean_hotness": round(tier.mean_hotness, 4),
-            "read_bytes_per_second": None if tier.speed is None else round(tier.speed.read_bytes_s),
-            "write_bytes_per_second": None if tier.speed is None else round(tier.speed.write_bytes_s),
-            "moves": [
-                {"kind": kind, "from": source.name, "to": None if target is None else target.name, "blocks": count}
-                for (kind, source, target), count in stats.moves.items()
-                if tier.tier in (source, target)
-            ],
-            "hottest": [
-                {"block": info.hash.hex(), "hotness": round(info.hotness, 4), "pinned": info.pinned}
-                for info in (tiers.memory.blocks(tier.tier, blocks) if blocks else ())
-            ],
-        }
-        for tier in stats.tiers
-    ]
-
-
-def move_block(pipeline: InferencePipeline, block: str, *, up: bool) -> None:
-    """Bring a block of a lower tier to main memory, or send one of main memory to the tier below.
-
-    Raises `InvalidRequestError` for what is no block, `NotFoundError` where there are no tiers or no such block,
-    `ConflictError` if it cannot move now.
-    """
-    try:
-        digest = bytes.fromhex(block)
-    except ValueError as error:
-        raise InvalidRequestError("A block is named by 32 hexadecimal digits.", param="block") from error
-    tiers = pipeline.engine.memory.tiers
-    if tiers is None:
-        raise NotFoundError("No tiers below the devices are in use (memory.host_bytes, memory.disk_path).")
-    where = tiers.memory.find([digest], record=False)
-    if not where:
-        raise NotFoundError(f"No tier holds block {block}.")
-    if not (tiers.memory.promote(digest) if up else tiers.memory.demote(digest)):
-        raise ConflictError(f"Block {block} is in {where[0].name} and cannot move {'up' if up else 'down'} now.")
-
-
-def reclaim(pipeline: InferencePipeline, device: str, nbytes: int | None, urgency: str) -> int:
-    """Have a device ask back what it lent. Returns how many bytes will come back.
-
-    Raises `NotFoundError` for an unknown device or where nothing is lent.
-    """
-    lending = _lending(pipeline, device)
-    level = Urgency[urgency.upper()]
-    return pipeline.engine.batcher.call(lambda: lending.request_reclaim(device, nbytes, level)).result(_CALL_S)
-
-
-def lend_again(pipeline: InferencePipeline, device: str) -> int:
-    """Have a device lend again that took everything back. Returns the bytes that all devices can lend now.
-
-    Raises `NotFoundError` for an unknown device or where nothing is lent.
-    """
-    lending = _lending(pipeline, device)
-
-    def reopen() -> int:
-        lending.reopen(device)
-        return lending.capacity_bytes()
-
-    return pipeline.engine.batcher.call(reopen).result(_CALL_S)
-
-
-def _lending(pipeline: InferencePipeline, device: str) -> VRAMLendingPool:
-    engine = pipeline.engine
-    overflow = engine.memory.overflow
-    if overflow is None or device not in {each.name for each in engine.plan.devices}:
-        raise NotFoundError(f"{device} lends no memory.")
-    return overflow.lending
-
-
-def lending_state(engine: ModelEngine) -> LendingState:
-    """What metrics show of the lending pool."""
-    view = _overflow(engine)
-    if view is None:
-        return LendingState()
-    stats = view.stats
-    return LendingState(
-        borrows_total=stats.borrows,
-        reclaims_total={urgency.label: count for urgency, count in stats.reclaims.items()},
-        bytes_lent_total=stats.bytes_lent_total,
-        active_leases=stats.active_leases,
-        capacity_bytes=stats.capacity_bytes,
+        return MemoryView()
+    lent, stats, tiers = overflow_of(engine), engine.batcher.stats, engine.memory.tiers
+    leases = () if lent is None else tuple(LeaseView(**lease) for lease in lent.leases)
+    return MemoryView(
+        devices=_devices(engine, leases),
+        kv_blocks=KVBlocksView(
+            size_tokens=engine.kv.block_size,
+            total=engine.kv.pool.num_blocks,
+            with_memory=stats.blocks_total,
+            free=stats.blocks_free,
+            cached=stats.blocks_cached,
+        ),
+        stages=() if lent is None else tuple(StagePagesView(**stage) for stage in lent.stages),
+        leases=leases,
+        decisions={} if lent is None else dict(lent.decisions),
+        tiers=() if tiers is None else _tiers(tiers, blocks),
     )
 
 
-def tier_states(engine: ModelEngine) -> tuple[tuple[TierState, ...], tuple[TierMoves, ...], int]:
-    """What metrics show of the tiers, and how many writes were given up. Moves to and from lent memory are counted as
-    between L1 and L2."""
-    view, tiers = _overflow(engine), engine.memory.tiers
-    states: tuple[TierState, ...] = ()
-    moves: tuple[TierMoves, ...] = ()
-    dropped = 0
-    if tiers is not None:
-        stats = tiers.memory.stats()
-        states, moves = stats.for_metrics()
-        dropped = stats.dropped_writes
-    if view is not None:
-        moves += (
-            TierMoves("demotion", Tier.L1.name, Tier.L2.name, view.moved_out),
-            TierMoves("promotion", Tier.L2.name, Tier.L1.name, view.moved_home),
+def overflow_of(engine: ModelEngine) -> OverflowView | None:
+    """What is lent; None where stages hold all of their pages themselves."""
+    return None if engine.memory.overflow is None else engine.memory.overflow.view
+
+
+def _devices(engine: ModelEngine, leases: tuple[LeaseView, ...]) -> tuple[DeviceMemoryView, ...]:
+    found = []
+    for device in engine.plan.devices:
+        used = engine.budgets[device.name].used_by_purpose()
+        weights, own = used.get("weights", 0), used.get(PagedKVCache.PURPOSE, 0)
+        lent = used.get(PagedKVCache.LENT, 0)
+        found.append(
+            DeviceMemoryView(
+                name=device.name,
+                limit_bytes=device.memory_limit_bytes,
+                weights_bytes=weights,
+                own_kv_bytes=own,
+                lent_bytes=lent,
+                borrowed_bytes=sum(lease.bytes for lease in leases if lease.borrower == device.name),
+                other_bytes=sum(used.values()) - own - lent - weights,
+                free_bytes=device.memory_limit_bytes - sum(used.values()),
+            )
         )
-    return states, moves, dropped
+    return tuple(found)
+
+
+def _tiers(tiers: KVTiers, blocks: int) -> tuple[TierView, ...]:
+    stats = tiers.memory.stats()
+    return tuple(_tier(tiers, stats, tier, blocks) for tier in stats.tiers)
+
+
+def _tier(tiers: KVTiers, stats: MemoryStats, tier: TierStats, blocks: int) -> TierView:
+    hottest = tiers.memory.blocks(tier.tier, blocks) if blocks else ()
+    return TierView(
+        tier=tier.tier.name,
+        medium=tier.medium,
+        codec=tier.codec,
+        blocks=tier.blocks,
+        used_bytes=tier.bytes,
+        capacity_bytes=tier.capacity_bytes,
+        hits=tier.hits,
+        misses=tier.misses,
+        damaged=tier.damaged,
+        stopped=tier.stopped,
+        mean_hotness=round(tier.mean_hotness, 4),
+        read_bytes_per_second=None if tier.speed is None else round(tier.speed.read_bytes_s),
+        write_bytes_per_second=None if tier.speed is None else round(tier.speed.write_bytes_s),
+        moves=tuple(
+            MoveView(kind, source.name, None if target is None else target.name, count)
+            for (kind, source, target), count in stats.moves.items()
+            if tier.tier in (source, target)
+        ),
+        hottest=tuple(BlockView(info.hash.hex(), round(info.hotness, 4), info.pinned) for info in hottest),
+    )

@@ -1,244 +1,304 @@
-"""What monitoring shows of the pipeline: plain dictionaries from snapshots, never from the engine's live state."""
+"""What monitoring shows of a model at work: placement, stages, prediction, transfers, queue, batch, devices."""
 
 from __future__ import annotations
 
-import shutil
-from typing import TYPE_CHECKING, Any
-
-import psutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from core.batching.stats import BatcherStats
-from core.metrics.snapshot import DeviceMemory, KVPages, MetricsSnapshot, StageWork
-from core.placement.predict import predict_rate
-from core.views.memory import lending_state, memory_view, tier_states
-
-if TYPE_CHECKING:
-    from core.engine.model_engine import ModelEngine
-    from core.inference_pipeline import InferencePipeline
-
-_LOW_DISK_BYTES = 256 * 1024 * 1024
-_LOW_MEMORY_BYTES = 128 * 1024 * 1024
+from core.costs import StagePlan
+from core.engine.model_engine import ModelEngine, checkpoint_bytes
+from core.models.resolve import AvailableModel, available_models
+from core.views.health import Check, health
+from core.views.memory import MemoryView, memory_view
+from core.views.state import ServiceState
 
 
-def _check(ok: bool, detail: str, *, warn: bool = False) -> dict[str, str]:
-    return {"status": ("degraded" if warn else "ok") if ok else "error", "detail": detail}
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """The loaded model. `max_model_len` is in tokens."""
+
+    name: str
+    aliases: tuple[str, ...]
+    dtype: str
+    parameters: int
+    max_model_len: int
+    load_seconds: float
 
 
-def health(pipeline: InferencePipeline) -> dict[str, Any]:
-    """`{"status", "checks": {name: {"status", "detail"}}}`; the worst check is the whole's status."""
-    engine = pipeline.current_engine
-    checks = {"engine": _engine_check(pipeline, engine), "model": _model_check(pipeline, engine)}
-    checks["devices"] = _devices_check(engine)
-    available = psutil.virtual_memory().available
-    checks["memory"] = _check(True, f"{available} bytes of main memory available", warn=available < _LOW_MEMORY_BYTES)
-    if engine is not None:
-        stats = engine.batcher.stats
-        used = stats.blocks_total - stats.blocks_free
-        checks["kv_cache"] = _check(True, f"{used} of {stats.blocks_total} blocks in use")
-    free = shutil.disk_usage(pipeline.settings.runtime.cache_dir.anchor or ".").free
-    checks["disk"] = _check(True, f"{free} bytes free", warn=free < _LOW_DISK_BYTES)
-    order = ("ok", "degraded", "error")
-    worst = max((check["status"] for check in checks.values()), key=order.index)
-    return {"status": worst, "checks": checks}
+@dataclass(frozen=True, slots=True)
+class PlacementView:
+    """How layers were given to devices."""
+
+    strategy: str
+    unused_devices: tuple[str, ...]
 
 
-def _engine_check(pipeline: InferencePipeline, engine: ModelEngine | None) -> dict[str, str]:
+@dataclass(frozen=True, slots=True)
+class KVCacheView:
+    """Tokens that all blocks hold."""
+
+    tokens: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageView:
+    """One stage. `layers` are its first and last; `predicted_seconds` are to be compared with `busy_seconds`, and None
+    where speeds were not measured."""
+
+    index: int
+    device: str
+    layers: tuple[int, int]
+    weight_bytes: int
+    streamed_layers: tuple[int, ...]
+    streamed_bytes: int
+    stream_slot_bytes: int
+    stream_wait_seconds: float
+    kv_bytes: int
+    workspace_bytes: int
+    limit_bytes: int
+    attention: str
+    forwards: int
+    seconds_per_forward: float | None
+    busy_seconds: float
+    predicted_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RateView:
+    """Tokens a second at `streams` streams: `predicted` is None while none run."""
+
+    streams: int
+    predicted: float | None
+    measured: float
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionView:
+    """What the cost model expects of the placement, by streams of `context` tokens, beside what is measured now.
+    `floor_seconds` a token is what no step can be faster than."""
+
+    context: int
+    floor_seconds: float
+    tokens_per_second: Mapping[int, float]
+    now: RateView
+
+
+@dataclass(frozen=True, slots=True)
+class TransferView:
+    """Totals of one way from device to device."""
+
+    method: str
+    src: str
+    dst: str
+    ops: int
+    bytes: int
+    seconds: float
+    bytes_per_second: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class NoModelView:
+    """The pipeline while nothing is loaded."""
+
+    ready: bool
+    state: str
+    subsystems: Mapping[str, Check]
+    model: None = None
+    stages: tuple[StageView, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineView:
+    """The pipeline with a model. `prediction` is None where speeds were not measured."""
+
+    ready: bool
+    state: str
+    subsystems: Mapping[str, Check]
+    model: ModelView
+    placement: PlacementView
+    kv_cache: KVCacheView
+    memory: MemoryView
+    stages: tuple[StageView, ...]
+    prediction: PredictionView | None
+    transfers: tuple[TransferView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerView:
+    """The circuit breaker: closed, open or half-open, after how many failures in a row."""
+
+    state: str = "closed"
+    failures: int = 0
+    last_error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QueueView:
+    """Sequences that run and wait, requests that are not finished, and how many may wait."""
+
+    running: int
+    waiting: int
+    unfinished: int
+    limit: int
+    circuit_breaker: BreakerView
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksView:
+    """KV blocks by use; cached ones are free and still hold a prefix."""
+
+    total: int
+    free: int
+    cached: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatcherView:
+    """Counters since the start, the last step's batch, and the rate of the last seconds."""
+
+    steps: int
+    failed_steps: int
+    running: int
+    waiting: int
+    batch_size: int
+    batch_tokens: int
+    tokens_per_second: float
+    generated_tokens: int
+    preemptions: int
+    prefix_hit_rate: float
+    kv_blocks: BlocksView
+    max_batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceView:
+    """A logical device, its limit, and what is held on it, by purpose."""
+
+    name: str
+    index: int
+    backend: str
+    limit_bytes: int
+    used_bytes: int
+    used_by_purpose: Mapping[str, int]
+
+
+def pipeline_view(engine: ModelEngine | None, service: ServiceState) -> PipelineView | NoModelView:
+    """`/api/pipeline/status`: model, placement, stages and subsystems."""
+    subsystems = health(engine, service).checks
     if engine is None:
-        return _check(False, "a model is being loaded" if pipeline.loading else "no engine: no model is loaded")
-    batcher = engine.batcher
-    if not batcher.alive:
-        return _check(False, f"the engine thread has ended: {batcher.error!r}")
-    state = batcher.breaker.state
-    if state != "closed":
-        return _check(state != "open", f"circuit breaker is {state}: {batcher.breaker.last_error}", warn=True)
-    return _check(True, f"{batcher.stats.steps} steps, {batcher.stats.failed_steps} failed")
-
-
-def _model_check(pipeline: InferencePipeline, engine: ModelEngine | None) -> dict[str, str]:
-    ready, reason = pipeline.ready()
-    if engine is None or not ready:
-        return _check(False, reason)
-    return _check(True, f"{engine.model.name} has produced tokens")
-
-
-def _devices_check(engine: ModelEngine | None) -> dict[str, str]:
-    if engine is None:
-        return _check(True, "no device in use")
-    try:
-        for budget in engine.budgets.values():
-            budget.check_invariants()
-    except AssertionError as error:
-        return _check(False, str(error))
-    names = ", ".join(engine.budgets)
-    return _check(True, f"within budget: {names}")
-
-
-def pipeline_status(pipeline: InferencePipeline) -> dict[str, Any]:
-    """Model, placement, stages and subsystems."""
-    engine = pipeline.current_engine
-    ready, reason = pipeline.ready()
-    result: dict[str, Any] = {"ready": ready, "state": reason, "subsystems": health(pipeline)["checks"]}
-    if engine is None:
-        return result | {"model": None, "stages": []}
+        return NoModelView(service.ready, service.reason, subsystems)
     model, placement = engine.model, engine.plan.placement
-    result["model"] = {
-        "name": model.name,
-        "aliases": list(model.aliases),
-        "dtype": model.dtype,
-        "parameters": model.num_parameters,
-        "max_model_len": model.max_model_len,
-        "load_seconds": round(engine.load_s, 3),
-    }
-    result["placement"] = {"strategy": placement.strategy, "unused_devices": list(placement.unused_devices)}
-    result["kv_cache"] = {"tokens": engine.kv.capacity_tokens, "block_size": engine.kv.block_size}
-    result["memory"] = memory_view(pipeline)
-    result["stages"] = [
-        {
-            "index": index,
-            "device": plan.device_name,
-            "layers": [plan.first_layer, plan.last_layer - 1],
-            "weight_bytes": stage.weight_bytes,
-            "streamed_layers": list(plan.streamed_layers),
-            "streamed_bytes": plan.streamed_bytes,
-            "stream_slot_bytes": plan.slot_bytes,
-            "stream_wait_seconds": round(stage.stream.wait_s, 3) if stage.stream is not None else 0.0,
-            "kv_bytes": stage.kv.nbytes if stage.kv is not None else 0,
-            "workspace_bytes": plan.workspace_bytes,
-            "limit_bytes": plan.limit_bytes,
-            "attention": backend,
-            "forwards": stage.forwards,
-            "seconds_per_forward": round(stage.busy_s / stage.forwards, 6) if stage.forwards else None,
-            "busy_seconds": round(stage.busy_s, 3),
-            "predicted_seconds": round(stage.predicted_s, 3) if engine.plan.is_measured else None,
-        }
-        for index, (plan, stage, backend) in enumerate(
-            zip(placement.stages, engine.stages, engine.backends, strict=True)
-        )
-    ]
-    result["prediction"] = _prediction(engine)
-    result["transfers"] = [
-        {
-            "method": link[0], "src": link[1], "dst": link[2], "ops": s.ops, "bytes": s.bytes, "seconds": s.seconds,
-            "bytes_per_second": round(s.bytes / s.seconds) if s.seconds else None,
-        }
-        for link, s in pipeline.transfer.stats().items()
-    ]  # fmt: skip
-    return result
-
-
-def _prediction(engine: ModelEngine) -> dict[str, Any] | None:
-    """What the cost model expects of the placement, beside what is measured now; None where speeds are not known."""
-    plan, stats = engine.plan, engine.batcher.stats
-    if plan.prediction is None:
-        return None
-    now = None
-    if stats.running:
-        rate = predict_rate(plan.placement, plan.request, stats.running, plan.request.context, plan.pooled)
-        now = round(rate.tok_s, 2)
-    return {
-        "context": plan.prediction.context,
-        "floor_seconds": plan.prediction.floor_s,
-        "tokens_per_second": {str(rate.streams): round(rate.tok_s, 2) for rate in plan.prediction.rates},
-        "now": {"streams": stats.running, "predicted": now, "measured": round(stats.tokens_per_s, 2)},
-    }
-
-
-def queue_status(pipeline: InferencePipeline) -> dict[str, Any]:
-    """Queue depth and limit, and the circuit breaker."""
-    engine = pipeline.current_engine
-    limit = pipeline.settings.engine.max_queue
-    if engine is None:
-        return {"running": 0, "waiting": 0, "limit": limit, "circuit_breaker": {"state": "closed", "failures": 0}}
-    stats, breaker = engine.batcher.stats, engine.batcher.breaker
-    return {
-        "running": stats.running,
-        "waiting": stats.waiting,
-        "unfinished": engine.batcher.num_unfinished,
-        "limit": limit,
-        "circuit_breaker": {
-            "state": breaker.state,
-            "failures": breaker.consecutive_failures,
-            "last_error": breaker.last_error,
-        },
-    }
-
-
-def batcher_stats(pipeline: InferencePipeline) -> dict[str, Any]:
-    """Throughput, batch and KV numbers of the last step."""
-    engine = pipeline.current_engine
-    stats = engine.batcher.stats if engine is not None else BatcherStats()
-    hits = stats.hit_tokens / stats.queried_tokens if stats.queried_tokens else 0.0
-    return {
-        "steps": stats.steps,
-        "failed_steps": stats.failed_steps,
-        "running": stats.running,
-        "waiting": stats.waiting,
-        "batch_size": stats.batch_size,
-        "batch_tokens": stats.batch_tokens,
-        "tokens_per_second": round(stats.tokens_per_s, 2),
-        "generated_tokens": stats.total_tokens,
-        "preemptions": stats.preemptions,
-        "prefix_hit_rate": round(hits, 4),
-        "kv_blocks": {"total": stats.blocks_total, "free": stats.blocks_free, "cached": stats.blocks_cached},
-        "max_batch_size": pipeline.settings.engine.max_batch_size,
-    }
-
-
-def device_status(pipeline: InferencePipeline) -> list[dict[str, Any]]:
-    """Per device: its limit, what VRAMancer holds on it, and what the hardware reports."""
-    engine = pipeline.current_engine
-    result: list[dict[str, Any]] = []
-    for device in engine.plan.devices if engine is not None else ():
-        budget = engine.budgets[device.name] if engine is not None else None
-        used = budget.used_by_purpose() if budget is not None else {}
-        result.append(
-            {
-                "name": device.name,
-                "index": device.index,
-                "backend": device.kind,
-                "limit_bytes": device.memory_limit_bytes,
-                "used_bytes": sum(used.values()),
-                "used_by_purpose": used,
-            }
-        )
-    return result
-
-
-def metrics_snapshot(pipeline: InferencePipeline) -> MetricsSnapshot:
-    """What Prometheus reads at a scrape."""
-    engine = pipeline.current_engine
-    if engine is None:
-        return MetricsSnapshot()
-    stats = engine.batcher.stats
-    used, alive_s = stats.blocks_total - stats.blocks_free, max(engine.alive_s, 1e-9)
-    stages = list(zip(engine.plan.placement.stages, engine.stages, strict=True))
-    tiers, tier_moves, dropped = tier_states(engine)
-    return MetricsSnapshot(
-        tiers=tiers,
-        tier_moves=tier_moves,
-        tier_dropped_writes_total=dropped,
-        lending=lending_state(engine),
-        devices=tuple(
-            DeviceMemory(
-                device.name,
-                device.kind,
-                device.index,
-                engine.budgets[device.name].used_bytes,
-                device.memory_limit_bytes,
-            )
-            for device in engine.plan.devices
+    return PipelineView(
+        ready=service.ready,
+        state=service.reason,
+        subsystems=subsystems,
+        model=ModelView(
+            name=model.name,
+            aliases=model.aliases,
+            dtype=model.dtype,
+            parameters=model.num_parameters,
+            max_model_len=model.max_model_len,
+            load_seconds=round(engine.load_s, 3),
         ),
-        kv_pages=tuple(KVPages(plan.device_name, used, stats.blocks_free) for plan, _ in stages),
-        batch_size=stats.batch_size,
-        requests_running=stats.running,
-        requests_waiting=stats.waiting,
-        throughput_tok_s=stats.tokens_per_s,
-        preemptions_total=stats.preemptions,
-        prefix_cache_queries_total=stats.queried_tokens,
-        prefix_cache_hits_total=stats.hit_tokens,
-        kv_evictions_total=stats.evictions,
-        stages=tuple(
-            StageWork(f"{i}:{plan.device_name}", min(1.0, s.busy_s / alive_s), s.forwards, s.busy_s, s.predicted_s)
-            for i, (plan, s) in enumerate(stages)
+        placement=PlacementView(placement.strategy, placement.unused_devices),
+        kv_cache=KVCacheView(engine.kv.capacity_tokens, engine.kv.block_size),
+        memory=memory_view(engine),
+        stages=tuple(_stage(engine, index, plan) for index, plan in enumerate(placement.stages)),
+        prediction=_prediction(engine),
+        transfers=tuple(
+            TransferView(*link, s.ops, s.bytes, s.seconds, round(s.bytes / s.seconds) if s.seconds else None)
+            for link, s in service.transfers.items()
         ),
     )
+
+
+def _stage(engine: ModelEngine, index: int, plan: StagePlan) -> StageView:
+    """Sizes are the plan's: a swap may free the stage while it is looked at."""
+    stage = engine.stages[index]
+    forwards, busy_s, stream = stage.forwards, stage.busy_s, stage.stream
+    block_size = engine.kv.block_size
+    local_blocks = engine.plan.pooled.local_tokens[index] // block_size
+    return StageView(
+        index=index,
+        device=plan.device_name,
+        layers=(plan.first_layer, plan.last_layer - 1),
+        weight_bytes=stage.weight_bytes,
+        streamed_layers=plan.streamed_layers,
+        streamed_bytes=plan.streamed_bytes,
+        stream_slot_bytes=plan.slot_bytes,
+        stream_wait_seconds=round(stream.wait_s, 3) if stream is not None else 0.0,
+        kv_bytes=local_blocks * block_size * plan.kv_bytes_per_token,
+        workspace_bytes=plan.workspace_bytes,
+        limit_bytes=plan.limit_bytes,
+        attention=engine.backends[index],
+        forwards=forwards,
+        seconds_per_forward=round(busy_s / forwards, 6) if forwards else None,
+        busy_seconds=round(busy_s, 3),
+        predicted_seconds=round(stage.predicted_s, 3) if engine.plan.is_measured else None,
+    )
+
+
+def _prediction(engine: ModelEngine) -> PredictionView | None:
+    prediction, stats = engine.plan.prediction, engine.batcher.stats
+    if prediction is None:
+        return None
+    now = round(engine.predicted_tok_s(stats.running), 2) if stats.running else None
+    return PredictionView(
+        context=prediction.context,
+        floor_seconds=prediction.floor_s,
+        tokens_per_second={rate.streams: round(rate.tok_s, 2) for rate in prediction.rates},
+        now=RateView(stats.running, now, round(stats.tokens_per_s, 2)),
+    )
+
+
+def queue_view(engine: ModelEngine | None, service: ServiceState) -> QueueView:
+    """`/api/queue/status`."""
+    if engine is None:
+        return QueueView(0, 0, 0, service.max_queue, BreakerView())
+    stats, breaker = engine.batcher.stats, engine.batcher.breaker
+    shown = BreakerView(breaker.state, breaker.consecutive_failures, breaker.last_error)
+    return QueueView(stats.running, stats.waiting, engine.batcher.num_unfinished, service.max_queue, shown)
+
+
+def batcher_view(engine: ModelEngine | None, service: ServiceState) -> BatcherView:
+    """`/api/batcher/stats`."""
+    stats = engine.batcher.stats if engine is not None else BatcherStats()
+    hits = stats.hit_tokens / stats.queried_tokens if stats.queried_tokens else 0.0
+    return BatcherView(
+        steps=stats.steps,
+        failed_steps=stats.failed_steps,
+        running=stats.running,
+        waiting=stats.waiting,
+        batch_size=stats.batch_size,
+        batch_tokens=stats.batch_tokens,
+        tokens_per_second=round(stats.tokens_per_s, 2),
+        generated_tokens=stats.total_tokens,
+        preemptions=stats.preemptions,
+        prefix_hit_rate=round(hits, 4),
+        kv_blocks=BlocksView(stats.blocks_total, stats.blocks_free, stats.blocks_cached),
+        max_batch_size=service.max_batch_size,
+    )
+
+
+def device_views(engine: ModelEngine | None) -> tuple[DeviceView, ...]:
+    """`/api/gpu`: the devices that the model was given, whether a stage is there or not."""
+    if engine is None:
+        return ()
+    found = []
+    for device in engine.plan.devices:
+        used = engine.budgets[device.name].used_by_purpose()
+        limit, total = device.memory_limit_bytes, sum(used.values())
+        found.append(DeviceView(device.name, device.index, device.kind, limit, total, used))
+    return tuple(found)
+
+
+def model_views(engine: ModelEngine | None) -> tuple[AvailableModel, ...]:
+    """`/api/models`: the loaded model, and those that could be loaded by name."""
+    found = available_models()
+    if engine is None:
+        return tuple(found)
+    path = str(engine.model.path)
+    loaded = AvailableModel(engine.model.name, path, checkpoint_bytes(engine.model.path), loaded=True)
+    return (loaded, *(model for model in found if model.path != path))

@@ -8,18 +8,30 @@ from __future__ import annotations
 import codecs
 import threading
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 
 from core.batching.output import RequestHandle
+from core.batching.stats import BatcherStats
 from core.config import Settings
-from core.engine.model_engine import LoadedModel
-from core.errors import ChatTemplateError, ContextLengthError, ModelNotLoadedError, VRAMancerError
+from core.devices import Device, DeviceBudget
+from core.engine.submission import LoadedModel
+from core.errors import (
+    ChatTemplateError,
+    ConflictError,
+    ContextLengthError,
+    InvalidRequestError,
+    ModelNotLoadedError,
+    VRAMancerError,
+)
 from core.metrics import MetricsRegistry
+from core.models.resolve import DEMO_PATH
 from core.models.tokenizer import Tokenizer
 from core.request import RequestOutput, SamplingParams, SequenceDelta, TokenLogprob
+from core.views.state import ServiceState
 
 BOS, EOS, VOCAB = 256, 257, 258
 CONTEXT = 512
@@ -82,7 +94,7 @@ def fake_model(name: str = "demo") -> LoadedModel:
     return LoadedModel(
         name=name,
         aliases=("org/demo",),
-        path=Path("demo"),
+        path=DEMO_PATH,
         created=1_700_000_000,
         max_model_len=CONTEXT,
         vocab_size=VOCAB,
@@ -92,6 +104,40 @@ def fake_model(name: str = "demo") -> LoadedModel:
         generation_defaults={},
         tokenizer=cast(Tokenizer, ByteTokenizer()),
     )
+
+
+def fake_engine(model: LoadedModel) -> Any:
+    """What views read of an engine: one device, no stage, a breaker."""
+    device = Device("cpu:0", 0, "cpu", "cpu", 1024)
+    budget = DeviceBudget(device)
+    budget.reserve("weights", 512)
+    breaker = SimpleNamespace(state="closed", consecutive_failures=0, last_error=None)
+    placement = SimpleNamespace(strategy="vram", unused_devices=(), stages=())
+    return SimpleNamespace(
+        model=model,
+        plan=SimpleNamespace(devices=(device,), placement=placement, prediction=None),
+        budgets={device.name: budget},
+        stages=[],
+        load_s=0.0,
+        kv=SimpleNamespace(block_size=16, capacity_tokens=CONTEXT, pool=SimpleNamespace(num_blocks=CONTEXT // 16)),
+        memory=SimpleNamespace(overflow=None, tiers=None),
+        batcher=SimpleNamespace(alive=True, error=None, breaker=breaker, stats=BatcherStats(), num_unfinished=0),
+    )
+
+
+@dataclass(frozen=True)
+class FakeStage:
+    device: str
+    layers: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class FakePlaced:
+    """What a placement answers: a record of records."""
+
+    stages: tuple[FakeStage, ...]
+    prediction: dict[int, float]
+    dry_run: bool
 
 
 class FakePipeline:
@@ -108,11 +154,14 @@ class FakePipeline:
         self.tokens_before_error = 2
         self.submitted: list[tuple[list[int], SamplingParams]] = []
         self.priorities: list[int] = []
+        self.owners: list[str] = []
         self.running: dict[str, RequestHandle] = {}
         self.aborted: list[str] = []
         self.abort_seen = threading.Event()
         self.loads: list[tuple[str, dict[str, Any]]] = []
-        self.health_status = "ok"
+        self.placements: list[dict[str, Any]] = []
+        self.load_under_way = False
+        self.engine = fake_engine(self.model)
 
     @property
     def model(self) -> LoadedModel:
@@ -125,8 +174,9 @@ class FakePipeline:
         return self.fake_model is not None
 
     def submit_many(
-        self, requests: Any, *, priority: int = 0, request_id: str = "r", sink: Any = None, model: Any = None
-    ) -> list[RequestHandle]:
+        self, requests: Any, *, priority: int = 0, request_id: str = "r", sink: Any = None, model: Any = None,
+        owner: str = "nobody",
+    ) -> list[RequestHandle]:  # fmt: skip
         if self.refusal is not None:
             raise self.refusal
         for token_ids, params in requests:
@@ -136,8 +186,11 @@ class FakePipeline:
                 raise ContextLengthError(f"The context holds {self.model.max_model_len} tokens.", param="max_tokens")
         handles = []
         for index, (token_ids, params) in enumerate(requests):
+            if params.num_sequences > params.n and params.logprobs is None:
+                params = replace(params, logprobs=0)
             self.submitted.append((list(token_ids), params))
             self.priorities.append(priority)
+            self.owners.append(owner)
             handle = RequestHandle(f"{request_id}-{index}", params, self._abort, sink, index)
             self.running[handle.request_id] = handle
             handles.append(handle)
@@ -205,27 +258,33 @@ class FakePipeline:
         self.fake_model = fake_model(model)
         return self.fake_model
 
-    def unload(self) -> None:
-        self.fake_model = None
-
-    def available_models(self) -> list[dict[str, Any]]:
-        return [{"id": "demo", "path": "demo", "loaded": True, "size_bytes": 1}]
-
-    def health(self) -> dict[str, Any]:
-        engine = {"status": self.health_status, "detail": "a secret detail"}
-        return {"status": self.health_status, "checks": {"engine": engine, "disk": {"status": "ok", "detail": "free"}}}
+    def unload(self) -> LoadedModel:
+        model, self.fake_model = self.model, None
+        return model
 
     def ready(self) -> tuple[bool, str]:
         return self.loaded, "ready" if self.loaded else "no model is loaded"
 
-    def pipeline_status(self) -> dict[str, Any]:
-        return {"ready": True, "stages": []}
+    def place(self, **options: Any) -> FakePlaced:
+        """As the real one: refused without a model and while a load is under way."""
+        name = self.model.name
+        if self.load_under_way:
+            raise ConflictError(f"A model is being loaded; {name} cannot be placed anew meanwhile.")
+        if options["placement"] == "unheard-of":
+            raise InvalidRequestError("There is no such strategy.", param="placement")
+        self.placements.append(options)
+        return FakePlaced((FakeStage("cpu#0", (0, 1)), FakeStage("cpu#1", (2, 3))), {1: 12.5}, options["dry_run"])
 
-    def queue_status(self) -> dict[str, Any]:
-        return {"waiting": 0}
+    @property
+    def current_engine(self) -> Any:
+        if self.fake_model is None:
+            return None
+        self.engine.model = self.fake_model
+        return self.engine
 
-    def batcher_stats(self) -> dict[str, Any]:
-        return {"steps": 0}
-
-    def device_status(self) -> list[dict[str, Any]]:
-        return [{"name": "cpu:0", "limit_bytes": 1024, "used_bytes": 512}]
+    def state(self) -> ServiceState:
+        ready, reason = self.ready()
+        return ServiceState(
+            loading=False, closing=False, ready=ready, reason=reason, max_queue=8, max_batch_size=4,
+            cache_dir=self.settings.runtime.cache_dir, transfers={},
+        )  # fmt: skip

@@ -8,41 +8,44 @@ from typing import Any
 import pytest
 from api_client import TOKEN, ApiClient, openai_error
 from fake_pipeline import FakePipeline
-from flask import Flask
+from flask import Blueprint, Flask
 
-from core.api import create_app
-from core.security.policy import INFERENCE_RULES, PUBLIC_RULES
+from core.api import BLUEPRINTS, create_app
+from core.security.access import ADMIN, READING_METHODS, Principal, policy_of
 
-EXPECTED_RULES = {
-    "/v1/completions",
-    "/v1/chat/completions",
-    "/v1/batch/completions",
-    "/v1/models",
-    "/v1/models/<path:name>",
-    "/api/generate",
-    "/api/infer",
-    "/tokenize",
-    "/detokenize",
-    "/api/models",
-    "/api/models/load",
-    "/api/models/unload",
-    "/api/requests/<request_id>/cancel",
-    "/api/requests/<request_id>",
-    "/health",
-    "/ready",
-    "/live",
-    "/metrics",
-    "/api/memory",
-    "/api/memory/reclaim",
-    "/api/memory/lend",
-    "/api/memory/blocks/<block>/promote",
-    "/api/memory/blocks/<block>/demote",
-    "/api/pipeline/status",
-    "/api/gpu",
-    "/api/system",
-    "/api/nodes",
-    "/api/queue/status",
-    "/api/batcher/stats",
+PUBLIC, READS, INFERS = (None, False), ("viewer", False), ("user", False)
+CANCELS, OPERATES = ("user", True), ("operator", True)
+EXPECTED_POLICIES = {
+    "/v1/completions": INFERS,
+    "/v1/chat/completions": INFERS,
+    "/v1/batch/completions": INFERS,
+    "/v1/models": READS,
+    "/v1/models/<path:name>": READS,
+    "/api/generate": INFERS,
+    "/api/infer": INFERS,
+    "/tokenize": INFERS,
+    "/detokenize": INFERS,
+    "/api/models": READS,
+    "/api/models/load": OPERATES,
+    "/api/models/unload": OPERATES,
+    "/api/pipeline/place": OPERATES,
+    "/api/requests/<request_id>/cancel": CANCELS,
+    "/api/requests/<request_id>": CANCELS,
+    "/health": PUBLIC,
+    "/ready": PUBLIC,
+    "/live": PUBLIC,
+    "/metrics": READS,
+    "/api/memory": READS,
+    "/api/memory/reclaim": OPERATES,
+    "/api/memory/lend": OPERATES,
+    "/api/memory/blocks/<block>/promote": OPERATES,
+    "/api/memory/blocks/<block>/demote": OPERATES,
+    "/api/pipeline/status": READS,
+    "/api/gpu": READS,
+    "/api/system": READS,
+    "/api/nodes": READS,
+    "/api/queue/status": READS,
+    "/api/batcher/stats": READS,
 }
 
 
@@ -55,9 +58,27 @@ def routes(app: Flask) -> list[tuple[str, str, str]]:
     return found
 
 
-def test_the_routes_are_those_expected(app: Flask) -> None:
-    assert {rule for rule, _, _ in routes(app)} == EXPECTED_RULES
-    assert PUBLIC_RULES | INFERENCE_RULES <= EXPECTED_RULES
+def test_every_route_declares_the_policy_that_is_expected(app: Flask) -> None:
+    found = {}
+    for rule in app.url_map.iter_rules():
+        declared = policy_of(app.view_functions[rule.endpoint])
+        assert declared is not None
+        found[rule.rule] = (declared.role, declared.mutates)
+        if (rule.methods or set()) - READING_METHODS:
+            assert declared.mutates or declared.role == "user", "what is sent either changes something or is inferred"
+        else:
+            assert not declared.mutates
+    assert found == EXPECTED_POLICIES
+
+
+def test_a_route_without_a_policy_is_refused_at_the_start(
+    pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    careless = Blueprint("careless", __name__)
+    careless.get("/api/careless")(lambda: "")
+    monkeypatch.setattr("core.api.BLUEPRINTS", (*BLUEPRINTS, careless))
+    with pytest.raises(RuntimeError, match="/api/careless"):
+        create_app(pipeline)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +98,7 @@ def test_every_route_but_the_public_ones_needs_the_token(app: Flask, headers: di
     client = app.test_client()
     for rule, url, method in routes(app):
         response = client.open(url, method=method, headers=headers)
-        if rule in PUBLIC_RULES:
+        if EXPECTED_POLICIES[rule] == PUBLIC:
             assert response.status_code == 200, (rule, method)
             continue
         assert response.status_code == 401, (rule, method)
@@ -101,20 +122,20 @@ def test_what_does_not_exist_needs_the_token_too(app: Flask) -> None:
 
 def test_read_only_refuses_every_change(make_pipeline: Callable[..., FakePipeline]) -> None:
     pipeline = make_pipeline(security__read_only=True)
-    client = ApiClient(create_app(pipeline))  # type: ignore[arg-type]
-    changes: list[Any] = [
-        client.post("/api/models/load", {"model": "x"}),
-        client.post("/api/models/unload"),
-        client.post("/api/requests/r/cancel"),
-        client.delete("/api/requests/r"),
-        client.post("/made/up"),
-    ]
-    for response in changes:
-        assert response.status_code == 403
+    app = create_app(pipeline)  # type: ignore[arg-type]
+    client = ApiClient(app)
+    changes = [(url, method) for rule, url, method in routes(app) if EXPECTED_POLICIES[rule][1]]
+    assert len(changes) == 9
+    for url, method in [*changes, ("/made/up", "POST"), ("/api/models", "PUT")]:
+        response = client.raw.open(url, method=method, headers=client.headers)
+        assert response.status_code == 403, (url, method)
         assert openai_error(response)["type"] == "permission_error"
     assert not pipeline.loads
+    assert not pipeline.placements
     assert client.post("/v1/completions", {"prompt": "a"}).status_code == 200
     assert client.get("/api/models").status_code == 200
+    assert client.get("/made/up").status_code == 404
+    assert client.raw.options("/api/models/unload").status_code == 200
 
 
 def test_read_only_still_asks_for_the_token_first(make_pipeline: Callable[..., FakePipeline]) -> None:
@@ -156,3 +177,23 @@ def test_cors_lets_the_given_origins_in(make_pipeline: Callable[..., FakePipelin
     assert refused.headers["Access-Control-Allow-Origin"] == "https://app.example"
     other = app.test_client().options("/v1/completions", headers={"Origin": "https://evil.example", **asked})
     assert "Access-Control-Allow-Origin" not in other.headers
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": ["a", "b"]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+        ("/v1/batch/completions", {"prompts": ["a"]}),
+        ("/api/generate", {"prompt": "a"}),
+    ],
+)
+def test_a_request_belongs_to_whom_its_token_says(
+    client: ApiClient, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    assert client.post(path, body).status_code == 200
+    assert set(pipeline.owners) == {ADMIN.owner}
+    monkeypatch.setattr("core.security.access.ADMIN", Principal("somebody else", "user"))
+    pipeline.owners.clear()
+    client.post(path, body)
+    assert set(pipeline.owners) == {"somebody else"}

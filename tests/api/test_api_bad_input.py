@@ -22,6 +22,7 @@ from core.errors import (
     UnavailableError,
     VRAMancerError,
 )
+from core.request import SamplingParams
 
 POST_ROUTES = {
     "/v1/completions": {"prompt": "a"},
@@ -203,6 +204,38 @@ def test_sampling_parameters_out_of_range(
     assert error["param"].split("[")[0].split(".")[0] == name
     assert len(error["message"]) < 500
     assert not pipeline.submitted
+
+
+@each_generating
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("n", 0), ("best_of", 129), ("temperature", 2.1), ("top_p", 0), ("top_k", 2**40), ("min_p", -1.0), ("seed", 2**63),
+     ("repetition_penalty", 0), ("presence_penalty", 3), ("min_tokens", 2**31), ("max_tokens", 2**31), ("stop", ("",)),
+     ("stop_token_ids", (VOCAB,)), ("logit_bias", {1: 101.0})],
+)  # fmt: skip
+def test_what_is_out_of_range_is_said_in_one_place(client: ApiClient, path: str, name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        SamplingParams(**{name: value}).validate(VOCAB)
+    sent = {str(key): bias for key, bias in value.items()} if isinstance(value, dict) else value
+    error = client.error(path, {**POST_ROUTES[path], name: sent}, status=400)
+    assert (error["message"].replace(".0", ""), error["param"]) == (refused.value.message.replace(".0", ""), name)
+
+
+@each_generating
+@pytest.mark.parametrize("name", ["n", "best_of", "max_tokens", "min_tokens", "seed", "top_k", "temperature", "top_p"])
+@pytest.mark.parametrize("value", [10**400, -(10**400)], ids=["huge", "minus-huge"])
+def test_numbers_without_end_are_out_of_range(client: ApiClient, path: str, name: str, value: int) -> None:
+    error = client.error(path, {**POST_ROUTES[path], name: value}, status=400)
+    assert error["param"] == name
+    assert len(error["message"]) < 200
+
+
+def test_a_parameter_is_called_what_the_client_calls_it(client: ApiClient) -> None:
+    chat = POST_ROUTES["/v1/chat/completions"]
+    for name, value, also in (("top_logprobs", 21, {"logprobs": True}), ("max_completion_tokens", 0, {})):
+        error = client.error("/v1/chat/completions", {**chat, **also, name: value}, status=400)
+        assert error["param"] == name
+        assert error["message"].startswith(f"{name} must lie between")
 
 
 @each_generating

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 from api_client import TOKEN, ApiClient
 from engine.lending_cases import open_tight
+from steering import until
 from tiny_models import VOCAB, build_tiny
 
 from core.api import create_app
@@ -124,20 +124,14 @@ def test_a_device_takes_back_what_it_lent_and_lends_again(opened: Opener) -> Non
     assert lent == sum(lease["bytes"] for lease in client.get("/api/memory").get_json()["leases"]) > 0
     answer = client.post("/api/memory/reclaim", {"device": lender, "urgency": "critical"})
     assert answer.get_json() == {"device": lender, "bytes": lent, "urgency": "critical"}
-    deadline_s = time.monotonic() + 30
-    while lent_bytes(pipeline, lender) and time.monotonic() < deadline_s:
-        time.sleep(0.01)
-    assert lent_bytes(pipeline, lender) == 0
+    until(lambda: lent_bytes(pipeline, lender) == 0, "the lender has its memory")
     fill(pipeline, 1, 40)
     assert lent_bytes(pipeline, lender) == 0
     assert metric(client, "lending_borrows_total") > 0
     assert metric(client, "lending_bytes_lent_total") >= lent
     answer = client.post("/api/memory/lend", {"device": lender})
     assert answer.get_json()["bytes"] >= lent
-    deadline_s = time.monotonic() + 30
-    while not lent_bytes(pipeline, lender) and time.monotonic() < deadline_s:
-        fill(pipeline, 3)
-    assert lent_bytes(pipeline, lender) > 0
+    until(lambda: fill(pipeline, 3) or lent_bytes(pipeline, lender), "it lends again")
 
 
 def test_a_request_that_no_longer_fits_is_told_so_and_fits_when_memory_is_lent_again(
@@ -151,6 +145,7 @@ def test_a_request_that_no_longer_fits_is_told_so_and_fits_when_memory_is_lent_a
     error = client.error("/v1/completions", asked, status=503)
     assert "100 tokens" in error["message"]
     assert client.post("/v1/completions", {**asked, "prompt": [3, 4, 5]}).status_code == 200
+    monkeypatch.setattr(batcher, "MEMORY_WAIT_S", 60.0)
     client.post("/api/memory/lend", {"device": lender})
     assert client.post("/v1/completions", asked).status_code == 200
 
@@ -160,14 +155,9 @@ def test_who_waited_and_went_does_not_shorten_the_wait_of_others(opened: Opener)
     engine = pipeline.engine
     client.post("/api/memory/reclaim", {"device": engine.plan.devices[1].name, "urgency": "critical"})
     waits = pipeline.submit([3 + i % 80 for i in range(100)], GREEDY)
-    deadline_s = time.monotonic() + 20
-    while engine.batcher._starved_since_s is None and time.monotonic() < deadline_s:
-        time.sleep(0.01)
-    assert engine.batcher._starved_since_s is not None
+    until(lambda: engine.batcher._starved_since_s is not None, "it waits for memory")
     waits.abort()
-    while engine.batcher._starved_since_s is not None and time.monotonic() < deadline_s:
-        time.sleep(0.01)
-    assert engine.batcher._starved_since_s is None
+    until(lambda: engine.batcher._starved_since_s is None, "nobody waits any more")
 
 
 def test_unknown_devices_and_fields_are_refused(opened: Opener) -> None:

@@ -19,22 +19,39 @@ def test_ready_follows_the_pipeline(client: ApiClient, pipeline: FakePipeline) -
     assert response.get_json() == {"status": "not_ready", "reason": "no model is loaded"}
 
 
-@pytest.mark.parametrize(("status", "code"), [("ok", 200), ("degraded", 200), ("error", 503)])
-def test_health_names_what_is_wrong(client: ApiClient, pipeline: FakePipeline, status: str, code: int) -> None:
-    pipeline.health_status = status
+@pytest.fixture
+def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is low on nothing."""
+    monkeypatch.setattr("core.views.health.LOW_DISK_BYTES", 0)
+    monkeypatch.setattr("core.views.health.LOW_MEMORY_BYTES", 0)
+
+
+@pytest.mark.parametrize(
+    ("breaker", "status", "code"), [("closed", "ok", 200), ("half_open", "degraded", 200), ("open", "error", 503)]
+)
+@pytest.mark.usefixtures("roomy")
+def test_health_names_what_is_wrong(
+    client: ApiClient, pipeline: FakePipeline, breaker: str, status: str, code: int
+) -> None:
+    pipeline.engine.batcher.breaker.state = breaker
     response = client.get("/health")
     assert response.status_code == code
     body = response.get_json()
     assert body["status"] == status
     assert body["failed"] == (["engine"] if status == "error" else [])
-    assert body["checks"]["engine"]["detail"] == "a secret detail"
+    assert set(body["checks"]) == {"engine", "model", "devices", "memory", "kv_cache", "disk"}
+    assert body["checks"]["engine"]["status"] == status
+    assert "0 steps" in body["checks"]["engine"]["detail"] or breaker in body["checks"]["engine"]["detail"]
 
 
 def test_health_gives_details_only_with_the_token(client: ApiClient, pipeline: FakePipeline) -> None:
-    pipeline.health_status = "error"
+    breaker = pipeline.engine.batcher.breaker
+    breaker.state, breaker.last_error = "open", "a secret"
+    assert "secret" in client.get("/health").text
     response = client.raw.get("/health")
     assert response.status_code == 503
     assert response.get_json()["failed"] == ["engine"]
+    assert response.get_json()["checks"]["engine"] == {"status": "error"}
     assert "secret" not in response.text
 
 

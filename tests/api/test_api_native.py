@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from typing import Any
 
 import pytest
 from api_client import ApiClient, openai_error
 from fake_pipeline import BOS, CONTEXT, HIDDEN, VOCAB, FakePipeline
 from safetensors.torch import load
+from steering import LONGEST_WAIT_S, until
 
 from core.api import native
 
@@ -126,10 +126,46 @@ def test_load_list_unload(client: ApiClient, pipeline: FakePipeline) -> None:
     assert pipeline.loads == [("other", options)]
     body = client.get("/api/models").get_json()
     assert body["loaded"] == "other"
-    assert body["data"][0]["id"] == "demo"
+    assert (body["data"][0]["id"], body["data"][0]["loaded"]) == ("other", True)
+    assert not any(entry["loaded"] for entry in body["data"][1:])
     assert client.post("/api/models/unload").get_json() == {"unloaded": "other"}
     assert client.post("/api/models/unload").status_code == 503
     assert client.get("/api/models").get_json()["loaded"] is None
+
+
+def test_place_answers_the_plan_and_what_is_predicted_of_it(client: ApiClient, pipeline: FakePipeline) -> None:
+    asked = {"devices": "cpu=1GiB,cpu=2GiB", "placement": "vram", "layers": "2,2", "objective": "latency"}
+    response = client.post("/api/pipeline/place", {**asked, "dry_run": True})
+    assert response.status_code == 200
+    assert response.get_json() == {
+        "stages": [{"device": "cpu#0", "layers": [0, 1]}, {"device": "cpu#1", "layers": [2, 3]}],
+        "prediction": {"1": 12.5},
+        "dry_run": True,
+    }
+    assert client.post("/api/pipeline/place", {}).get_json()["dry_run"] is False
+    left_out = dict.fromkeys(asked)
+    assert pipeline.placements == [{**asked, "dry_run": True}, {**left_out, "dry_run": False}]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"devices": ""}, {"devices": 3}, {"devices": "toaster:0"}, {"devices": "cpu=1GiB," * 1000},
+        {"placement": ""}, {"placement": "x" * 65}, {"placement": "unheard-of"}, {"layers": [2, 2]}, {"layers": "2,x"},
+        {"objective": "beauty"}, {"dry_run": "yes"}, {"dry_run": None}, {"more": 1},
+    ],
+)  # fmt: skip
+def test_place_checks_its_parameters(client: ApiClient, pipeline: FakePipeline, wrong: Any) -> None:
+    assert client.error("/api/pipeline/place", wrong, status=400)["param"] == next(iter(wrong))
+    assert not pipeline.placements
+
+
+def test_place_needs_a_model_and_no_load_under_way(client: ApiClient, pipeline: FakePipeline) -> None:
+    pipeline.load_under_way = True
+    assert client.error("/api/pipeline/place", {}, status=409)["code"] == "conflict"
+    pipeline.fake_model = None
+    assert client.error("/api/pipeline/place", {}, status=503)["code"] == "model_not_loaded"
+    assert not pipeline.placements
 
 
 @pytest.mark.parametrize("extra", [{"num_gpus": 0}, {"dtype": "int3"}, {"devices": 3}, {"max_model_len": 0}])
@@ -147,13 +183,12 @@ def test_cancel_ends_a_running_request(client: ApiClient, pipeline: FakePipeline
         target=lambda: answers.append(client.post("/v1/completions", {"prompt": "a"}, headers={"X-Request-ID": "mine"}))
     )
     thread.start()
-    while not pipeline.running:
-        time.sleep(0.01)
+    until(lambda: pipeline.running, "the request has arrived")
     name = "mine" if by == "request id" else next(iter(pipeline.running)).rpartition("-")[0]
     response = (
         client.delete(f"/api/requests/{name}") if by == "answer id" else client.post(f"/api/requests/{name}/cancel")
     )
     assert response.status_code == 200
-    thread.join(10)
+    thread.join(LONGEST_WAIT_S)
     assert answers[0].get_json()["choices"][0]["finish_reason"] == "abort"
     assert client.post(f"/api/requests/{name}/cancel").status_code == 404

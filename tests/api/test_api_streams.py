@@ -17,13 +17,12 @@ from api_client import TOKEN, ApiClient
 from fake_pipeline import FakePipeline
 from flask import Flask
 from openai import APIError, OpenAI
+from steering import LONGEST_WAIT_S
 from werkzeug.serving import make_server
 
 from core.api import create_app
-from core.api.connection import disconnect_probe
 from core.api.context import EXTENSION
-from core.api.generation import Generation
-from core.api.openai.sse import DONE, KEEP_ALIVE, stream_events
+from core.api.generation import DONE, KEEP_ALIVE, Generation, disconnect_probe, stream_events
 from core.batching.output import RequestHandle
 from core.errors import StepFailedError
 from core.request import RequestOutput, SamplingParams, SequenceDelta
@@ -191,7 +190,7 @@ def ask(port: int, body: dict[str, Any]) -> socket.socket:
         "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"X-API-TOKEN: {TOKEN}\r\nContent-Length: {len(data)}\r\n\r\n"
     )
-    connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+    connection = socket.create_connection(("127.0.0.1", port), timeout=60)
     connection.sendall(head.encode() + data)
     return connection
 
@@ -201,8 +200,8 @@ def test_a_client_that_hangs_up_has_its_request_aborted(pipeline: FakePipeline, 
     pipeline.hold = True
     with serving(pipeline) as port:
         with closing(ask(port, {**CHAT, "stream": stream})):
-            assert not pipeline.abort_seen.wait(0.6)
-        assert pipeline.abort_seen.wait(5)
+            assert not pipeline.abort_seen.wait(0.6), "while it is there"
+        assert pipeline.abort_seen.wait(LONGEST_WAIT_S)
     text = pipeline.metrics
     assert (
         text.registry.get_sample_value(
@@ -220,7 +219,7 @@ def test_a_client_that_sends_too_much_gets_its_answer(
 ) -> None:
     part = b" " * 1_000_000
     headers = {"X-API-TOKEN": token, "Content-Type": "application/json"}
-    with serving(pipeline) as port, closing(HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+    with serving(pipeline) as port, closing(HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
         body = iter([b'{"prompt": "a"}', *[part] * 20]) if chunked else part * 20
         connection.request("POST", "/tokenize", body=body, headers=headers)
         with connection.getresponse() as response:
@@ -232,7 +231,7 @@ def test_a_body_of_just_the_accepted_length_passes(make_pipeline: Callable[..., 
     pipeline = make_pipeline(api__max_body_bytes=2048)
     headers = {"X-API-TOKEN": TOKEN, "Content-Type": "application/json"}
     start = b'{"prompt": "a"}'
-    with serving(pipeline) as port, closing(HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+    with serving(pipeline) as port, closing(HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
         for length, status in ((2048, 200), (2049, 413)):
             connection.request("POST", "/tokenize", body=iter([start, b" " * (length - len(start))]), headers=headers)
             with connection.getresponse() as response:

@@ -6,9 +6,10 @@ from collections import deque
 
 import pytest
 
-from core.batching.scheduler import Scheduler, SchedulerLimits
+from core.batching.scheduler import Scheduler
 from core.batching.sequence import Request, Sequence
-from core.execution.schedule import SampledToken, SchedulerOutput, StepOutput
+from core.batching.step import SchedulerLimits
+from core.execution.records import SampledToken, SchedulerOutput, StepOutput
 from core.kv_cache.manager import KVCacheManager
 from core.request import SamplingParams
 

@@ -72,10 +72,10 @@ class Server:
     def ask(self, path: str, token: str | None, body: dict[str, Any] | None = None) -> Any:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
         data = None if body is None else json.dumps(body).encode()
-        return urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers), timeout=60)
+        return urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers), timeout=120)
 
     def finish(self) -> int:
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=120)
 
     def close(self) -> None:
         if self.process.poll() is None:

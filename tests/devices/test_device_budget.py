@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 
@@ -99,24 +98,43 @@ def test_threads_together_never_exceed_the_limit() -> None:
     assert len(refused) == 600
 
 
-def test_an_emulated_device_takes_its_time() -> None:
+class Clock:
+    """Stands still while nobody sleeps; a sleep of no length takes a moment."""
+
+    def __init__(self) -> None:
+        self.now_s = 50.0
+
+    def perf_counter(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds or 1e-5
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    still = Clock()
+    monkeypatch.setattr("core.devices.device.time", still)
+    return still
+
+
+def test_an_emulated_device_takes_its_time(clock: Clock) -> None:
     device = make_device(speed=DeviceSpeed(bandwidth_bytes_s=1e6, flops=1e9))
-    started_s = time.perf_counter()
-    device.pace(started_s, 0.05)
-    assert 0.05 <= time.perf_counter() - started_s < 1.0
+    device.pace(50.0, 0.05)
+    assert clock.now_s == pytest.approx(50.05, abs=1e-4)
 
 
-def test_time_already_spent_counts() -> None:
+def test_time_already_spent_counts(clock: Clock) -> None:
     device = make_device(speed=DeviceSpeed(bandwidth_bytes_s=1e6, flops=1e9))
-    before_s = time.perf_counter()
-    device.pace(before_s - 10.0, 1.0)
-    assert time.perf_counter() - before_s < 0.5
+    device.pace(49.98, 0.05)
+    assert clock.now_s == pytest.approx(50.03, abs=1e-4)
+    device.pace(40.0, 1.0)
+    assert clock.now_s == pytest.approx(50.03, abs=1e-4)
 
 
-def test_real_devices_are_not_paced() -> None:
-    before_s = time.perf_counter()
-    make_device().pace(before_s, 1000.0)
-    assert time.perf_counter() - before_s < 0.5
+def test_real_devices_are_not_paced(clock: Clock) -> None:
+    make_device().pace(50.0, 1000.0)
+    assert clock.now_s == 50.0
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def client(self, token: str = TOKEN) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=token, max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=token, max_retries=0, timeout=120)
 
 
 def free_port() -> int:
@@ -75,7 +75,7 @@ def stop_server(server: Server) -> int:
     if server.process.poll() is None:
         server.process.send_signal(signal.SIGINT)
         try:
-            server.process.wait(60)
+            server.process.wait(120)
         except subprocess.TimeoutExpired:
             server.process.kill()
             server.process.wait()

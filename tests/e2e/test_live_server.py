@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 from e2e.conftest import TOKEN, Server, start_server, stop_server
+from steering import LONGEST_WAIT_S, until
 
 ESSAY = {"model": "vramancer-demo", "prompt": "Once upon a time", "max_tokens": 600, "ignore_eos": True}
 
 
 def call(server: Server, method: str, path: str, body: Any = None, token: str = TOKEN) -> tuple[int, Any]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=LONGEST_WAIT_S)
     headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
     connection.request(method, path, None if body is None else json.dumps(body), headers)
     response = connection.getresponse()
@@ -33,7 +34,7 @@ def call(server: Server, method: str, path: str, body: Any = None, token: str = 
 
 def leave_early(server: Server, body: dict[str, Any], *, read_bytes: int) -> None:
     """Open a request, read a little of its answer (0: not even that), and close the connection."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=LONGEST_WAIT_S)
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
     connection.request("POST", "/v1/completions", json.dumps(body), headers)
     if read_bytes:
@@ -43,7 +44,7 @@ def leave_early(server: Server, body: dict[str, Any], *, read_bytes: int) -> Non
     connection.close()
 
 
-def wait_until_idle(server: Server, seconds: float = 30) -> dict[str, Any]:
+def wait_until_idle(server: Server, seconds: float = LONGEST_WAIT_S) -> dict[str, Any]:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         stats = call(server, "GET", "/api/batcher/stats")[1]
@@ -105,16 +106,14 @@ def test_one_request_can_be_cancelled_by_its_id(server: Server) -> None:
             json.dumps(ESSAY | {"stream": True}).encode(),
             {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json", "X-Request-ID": "cancel-me"},
         )
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=LONGEST_WAIT_S) as response:
             seen.extend(response)
 
     reader = threading.Thread(target=read)
     reader.start()
-    deadline = time.monotonic() + 20
-    while not seen and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: seen, "the answer has begun")
     assert call(server, "POST", "/api/requests/cancel-me/cancel")[0] == 200
-    reader.join(30)
+    reader.join(LONGEST_WAIT_S)
     assert not reader.is_alive()
     wait_until_idle(server)
 
@@ -134,7 +133,7 @@ def test_ctrl_c_lets_streams_finish_and_exits_cleanly(tmp_path: Path) -> None:
     seen: list[bytes] = []
 
     def read() -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=LONGEST_WAIT_S)
         headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
         body = json.dumps(ESSAY | {"stream": True, "max_tokens": 150})
         connection.request("POST", "/v1/completions", body, headers)
@@ -145,11 +144,10 @@ def test_ctrl_c_lets_streams_finish_and_exits_cleanly(tmp_path: Path) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    while len(seen) < 4:
-        time.sleep(0.01)
+    until(lambda: len(seen) >= 4, "the answer has begun")
     server.process.send_signal(signal.SIGINT)
-    reader.join(60)
-    assert server.process.wait(60) == 0, server.log.read_text()[-2000:]
+    reader.join(LONGEST_WAIT_S)
+    assert server.process.wait(LONGEST_WAIT_S) == 0, server.log.read_text()[-2000:]
     assert seen[-1].strip() == b"data: [DONE]" or b"data: [DONE]\n" in seen
 
 
@@ -162,14 +160,13 @@ def test_a_second_ctrl_c_exits_at_once(tmp_path: Path) -> None:
 
     client = threading.Thread(target=ask)
     client.start()
-    time.sleep(0.3)
+    until(lambda: call(server, "GET", "/api/batcher/stats")[1]["running"], "the answer has begun")
     server.process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
-    started = time.monotonic()
+    until(lambda: "once more to exit at once" in server.log.read_text(), "it stops")
     server.process.send_signal(signal.SIGINT)
-    server.process.wait(30)
-    client.join(30)
-    assert time.monotonic() - started < 15
+    assert server.process.wait(LONGEST_WAIT_S) == 130
+    client.join(LONGEST_WAIT_S)
+    assert not client.is_alive()
 
 
 def test_a_generated_token_is_private_and_shown_once(tmp_path: Path) -> None:

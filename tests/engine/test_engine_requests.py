@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from steering import OnEngineThread, arriving_together
 from tiny_models import VOCAB, build_tiny
 
 from core.errors import ContextLengthError, InvalidRequestError
@@ -34,31 +34,21 @@ def pipeline(model: tuple[Path, torch.nn.Module], open_pipeline: OpenPipeline) -
 
 
 def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(pipeline: InferencePipeline) -> None:
-    alone = pipeline.submit([5, 6, 7], SEEDED).result(30).completions[0].token_ids
-    crowd = [pipeline.submit([8 + i, 9, 10], replace(SEEDED, seed=i, temperature=1.3)) for i in range(9)]
-    together = pipeline.submit([5, 6, 7], SEEDED).result(30).completions[0].token_ids
+    alone = pipeline.submit([5, 6, 7], SEEDED).result(60).completions[0].token_ids
+    with arriving_together(pipeline):
+        crowd = [pipeline.submit([8 + i, 9, 10], replace(SEEDED, seed=i, temperature=1.3)) for i in range(9)]
+        together = pipeline.submit([5, 6, 7], SEEDED)
+    assert together.result(60).completions[0].token_ids == alone
     for handle in crowd:
-        handle.result(30)
-    assert together == alone
-    other = pipeline.submit([5, 6, 7], replace(SEEDED, seed=8)).result(30).completions[0].token_ids
+        handle.result(60)
+    other = pipeline.submit([5, 6, 7], replace(SEEDED, seed=8)).result(60).completions[0].token_ids
     assert other != alone
 
 
 def test_samples_of_one_prompt_differ_and_share_its_blocks(pipeline: InferencePipeline) -> None:
-    result = pipeline.submit(list(range(5, 25)), replace(SEEDED, n=4)).result(30)
+    result = pipeline.submit(list(range(5, 25)), replace(SEEDED, n=4)).result(60)
     assert [completion.index for completion in result.completions] == [0, 1, 2, 3]
     assert len({tuple(completion.token_ids) for completion in result.completions}) == 4
-
-
-class OnEngineThread(queue.SimpleQueue):  # type: ignore[type-arg]
-    """A sink that looks at every message in the thread that puts it, so that nothing moves on meanwhile."""
-
-    def __init__(self, look: Callable[[RequestOutput], None]) -> None:
-        self._look = look
-
-    def put(self, item: tuple[int, RequestOutput]) -> None:
-        self._look(item[1])
-        super().put(item)
 
 
 def test_forked_samples_use_fewer_blocks_than_separate_ones(pipeline: InferencePipeline) -> None:
@@ -75,7 +65,7 @@ def test_forked_samples_use_fewer_blocks_than_separate_ones(pipeline: InferenceP
 
     prompt = list(range(5, 69))  # 16 blocks of 4
     (handle,) = pipeline.submit_many([(prompt, replace(SEEDED, n=4, max_tokens=20))], sink=OnEngineThread(look))
-    handle.result(30)
+    handle.result(60)
     used, separate = blocks[0]
     assert separate >= 4 * 16
     assert used <= separate - 3 * 15, "the four share the fifteen blocks of their prompt that none writes to"
@@ -83,8 +73,8 @@ def test_forked_samples_use_fewer_blocks_than_separate_ones(pipeline: InferenceP
 
 def test_best_of_returns_the_most_likely(pipeline: InferencePipeline) -> None:
     params = replace(SEEDED, n=4, logprobs=0)
-    every = pipeline.submit([5, 6, 7], params).result(30).completions
-    best = pipeline.submit([5, 6, 7], replace(params, n=1, best_of=4)).result(30)
+    every = pipeline.submit([5, 6, 7], params).result(60).completions
+    best = pipeline.submit([5, 6, 7], replace(params, n=1, best_of=4)).result(60)
     assert len(best.completions) == 1
     likeliest = max(every, key=lambda completion: completion.cumulative_logprob)
     assert best.completions[0].token_ids == likeliest.token_ids
@@ -95,8 +85,8 @@ def test_prompt_logprobs_match_the_model(pipeline: InferencePipeline, model: tup
     prompt = list(range(5, 45))
     with torch.inference_mode():
         rows = model[1](torch.tensor([prompt])).logits[0].log_softmax(-1)
-    pipeline.submit(prompt, GREEDY).result(30)  # fills the prefix cache, which must not swallow logprobs
-    result = pipeline.submit(prompt, replace(GREEDY, prompt_logprobs=2)).result(30)
+    pipeline.submit(prompt, GREEDY).result(60)  # fills the prefix cache, which must not swallow logprobs
+    result = pipeline.submit(prompt, replace(GREEDY, prompt_logprobs=2)).result(60)
     assert result.prompt_logprobs is not None
     assert result.prompt_logprobs[0] is None
     assert len(result.prompt_logprobs) == len(prompt)
@@ -112,7 +102,7 @@ def test_prompt_logprobs_survive_chunked_prefill(
 ) -> None:
     small = open_pipeline(model[0], engine__max_num_batched_tokens=7, engine__block_size=4)
     prompt = list(range(5, 45))
-    whole = small.submit(prompt, replace(GREEDY, prompt_logprobs=0)).result(30)
+    whole = small.submit(prompt, replace(GREEDY, prompt_logprobs=0)).result(60)
     assert whole.prompt_logprobs is not None
     assert [item.token_id for item in whole.prompt_logprobs[1:] if item] == prompt[1:]
 
@@ -132,7 +122,7 @@ def test_raw_inference_returns_the_models_logits(
 
 def test_max_tokens_end_at_the_context(model: tuple[Path, torch.nn.Module], open_pipeline: OpenPipeline) -> None:
     short = open_pipeline(model[0], model__max_model_len=20)
-    result = short.submit([5] * 10, replace(GREEDY, max_tokens=None)).result(30)
+    result = short.submit([5] * 10, replace(GREEDY, max_tokens=None)).result(60)
     assert len(result.completions[0].token_ids) == 10
     assert result.completions[0].finish_reason == "length"
 
@@ -163,8 +153,9 @@ def test_max_tokens_end_at_the_context(model: tuple[Path, torch.nn.Module], open
 def test_bad_requests_are_refused_before_anything_is_allocated(
     pipeline: InferencePipeline, prompt: list[int], changes: dict[str, object], error: type[Exception], param: str
 ) -> None:
-    neighbour = pipeline.submit([5, 6], GREEDY)
-    with pytest.raises(error) as caught:
-        pipeline.submit(prompt, replace(GREEDY, **changes))  # type: ignore[arg-type]
+    with arriving_together(pipeline):
+        neighbour = pipeline.submit([5, 6], GREEDY)
+        with pytest.raises(error) as caught:
+            pipeline.submit(prompt, replace(GREEDY, **changes))  # type: ignore[arg-type]
     assert caught.value.param == param  # type: ignore[attr-defined]
-    assert len(neighbour.result(30).completions[0].token_ids) == 8
+    assert len(neighbour.result(60).completions[0].token_ids) == 8

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from lending_cases import OpenPipeline, open_tight, remote_blocks, tight_devices
+from steering import arriving_together, between_steps
 from test_lending_serving import GREEDY, prompts
 from tiny_models import build_tiny
 
@@ -39,19 +39,17 @@ def outgrow(pipeline: InferencePipeline) -> tuple[list[int], int, dict[Choice, i
     Returns its tokens, how many of its blocks were still away near its end, and what was decided meanwhile.
     """
     engine = pipeline.engine
-    others = [pipeline.submit(prompts()[2] + prompts()[4], GREEDY) for _ in range(2)]
-    last = pipeline.submit(prompts()[3], LONG)
     seen: list[tuple[int, int]] = []
-    while not last.finished:
-        seen.append(
-            engine.batcher.call(lambda: (engine.batcher.scheduler.num_running, remote_blocks(engine))).result(60)
-        )
-        time.sleep(0.002)
+    with between_steps(pipeline, lambda: seen.append((engine.batcher.scheduler.num_running, remote_blocks(engine)))):
+        with arriving_together(pipeline):
+            others = [pipeline.submit(prompts()[2] + prompts()[4], GREEDY) for _ in range(2)]
+            last = pipeline.submit(prompts()[3], LONG)
+        tokens = last.result(60).completions[0].token_ids
     assert all(handle.finished for handle in others)
     assert max(away for running, away in seen if running == 3)
     assert engine.memory.overflow is not None and engine.memory.overflow.homecoming is not None
     alone = [away for running, away in seen if running == 1]
-    return last.result(60).completions[0].token_ids, alone[-1], engine.memory.overflow.homecoming.decisions
+    return tokens, alone[-1], engine.memory.overflow.homecoming.decisions
 
 
 @pytest.fixture

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import random
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from lending_cases import OpenPipeline, open_tight, reclaim_something, remote_blocks, scatter
-from test_lending_serving import GREEDY, prompts, reference
-from test_lending_trouble import ask, check_budgets, during, outcomes
+from steering import between_steps, until
+from test_lending_serving import GREEDY, ask, prompts, reference
+from test_lending_trouble import check_budgets, outcomes, outcomes_while
 from tiny_models import build_tiny
 
 import core.engine.kv_memory
@@ -43,9 +43,7 @@ def test_500_random_reclaims_cost_no_request_a_token(
         check_budgets(engine)
 
     while sum(lending.stats().reclaims.values()) < 250:
-        handles = ask(pipeline)
-        during(pipeline, handles, reclaim)
-        assert outcomes(handles) == tiny[1]
+        assert outcomes_while(pipeline, reclaim) == tiny[1]
 
 
 def test_memory_taken_for_good_leaves_requests_waiting_until_it_is_back(
@@ -57,14 +55,13 @@ def test_memory_taken_for_good_leaves_requests_waiting_until_it_is_back(
     assert overflow is not None
     expected = pipeline.submit(long, GREEDY).result(60).completions[0].token_ids
     lender = engine.plan.devices[1].name
-    engine.batcher.call(lambda: overflow.lending.request_reclaim(lender, None, Urgency.CRITICAL)).result(30)
+    engine.batcher.call(lambda: overflow.lending.request_reclaim(lender, None, Urgency.CRITICAL)).result(60)
     small, waits = pipeline.submit(prompts()[0], GREEDY), pipeline.submit(long, GREEDY)
     assert outcomes([small]) == tiny[1][:1], "what fits at home goes on"
-    for _ in range(3):
-        engine.batcher.call(lambda: check_budgets(engine)).result(30)
-    assert overflow.lending.leases() == ()
+    until(lambda: engine.batcher.call(overflow.lending.leases).result(60) == (), "the lender has its memory")
+    engine.batcher.call(lambda: check_budgets(engine)).result(60)
     assert not waits.finished
-    engine.batcher.call(lambda: overflow.lending.reopen(lender)).result(30)
+    engine.batcher.call(lambda: overflow.lending.reopen(lender)).result(60)
     assert outcomes([waits]) == [expected]
 
 
@@ -76,7 +73,7 @@ def test_a_lender_pressed_by_another_program_gets_its_memory_back(
     overflow = engine.memory.overflow
     assert overflow is not None
     lender = engine.plan.devices[1].name
-    engine.batcher.call(lambda: scatter(engine, random.Random(1), 0.5)).result(30)
+    engine.batcher.call(lambda: scatter(engine, random.Random(1), 0.5)).result(60)
     assert overflow.lending.leases(lender=lender)
     monkeypatch.setattr(
         core.engine.kv_memory, "read_memory", lambda devices: [replace(m, free_bytes=0) for m in read_memory(devices)]
@@ -85,9 +82,8 @@ def test_a_lender_pressed_by_another_program_gets_its_memory_back(
     handles = ask(pipeline)
     assert outcomes(handles) == tiny[1]
     assert sum(overflow.lending.stats().reclaims.values()) > 0
-    engine.batcher.call(lambda: check_budgets(engine)).result(30)
-    engine.batcher.call(lambda: None).result(30)
-    assert overflow.lending.leases(lender=lender) == ()
+    engine.batcher.call(lambda: check_budgets(engine)).result(60)
+    until(lambda: engine.batcher.call(lambda: overflow.lending.leases(lender=lender)).result(60) == (), "it is back")
 
 
 def test_a_lender_is_served_while_all_others_wait_for_its_memory(
@@ -99,16 +95,18 @@ def test_a_lender_is_served_while_all_others_wait_for_its_memory(
     overflow = engine.memory.overflow
     assert overflow is not None
     lender = engine.plan.devices[1].name
-    waits = pipeline.submit(list(range(3, 93)), replace(GREEDY, max_tokens=30))
-    while not engine.batcher.call(lambda: remote_blocks(engine)).result(30):
-        assert not waits.finished
-    engine.batcher.call(lambda: overflow.lending.request_reclaim(lender, None, Urgency.HIGH)).result(30)
-    deadline_s = time.monotonic() + 20
-    while engine.batcher.call(overflow.lending.leases).result(30) and time.monotonic() < deadline_s:
-        time.sleep(0.01)
-    assert overflow.lending.leases() == ()
+    reclaimed: list[int] = []
+
+    def reclaim_what_is_used() -> None:
+        if remote_blocks(engine) and not reclaimed:
+            reclaimed.append(overflow.lending.request_reclaim(lender, None, Urgency.HIGH))
+
+    with between_steps(pipeline, reclaim_what_is_used):
+        waits = pipeline.submit(list(range(3, 93)), replace(GREEDY, max_tokens=30))
+        until(lambda: reclaimed, "blocks that live at the lender")
+    until(lambda: engine.batcher.call(overflow.lending.leases).result(60) == (), "the lender has its memory")
     assert not waits.finished
-    engine.batcher.call(lambda: overflow.lending.reopen(lender)).result(30)
+    engine.batcher.call(lambda: overflow.lending.reopen(lender)).result(60)
     assert len(waits.result(60).completions[0].token_ids) == 30
 
 
@@ -127,7 +125,5 @@ def test_pages_move_in_pieces_that_fit_into_little_memory(
         return pack(self, region, pages)
 
     monkeypatch.setattr(PagedKVCache, "pack", counted)
-    handles = ask(pipeline)
-    during(pipeline, handles, lambda: scatter(engine, rng, 0.5))
-    assert outcomes(handles) == tiny[1]
+    assert outcomes_while(pipeline, lambda: scatter(engine, rng, 0.5)) == tiny[1]
     assert max(packed) == 2

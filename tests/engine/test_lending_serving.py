@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from lending_cases import OpenPipeline, open_tight, reclaim_something, remote_blocks, scatter
+from steering import arriving_together, between_steps
 from tiny_models import VOCAB, build_tiny
 
+from core.batching.output import RequestHandle
+from core.inference_pipeline import InferencePipeline
 from core.request import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True, detokenize=False)
@@ -34,6 +37,15 @@ def reference(model: torch.nn.Module, prompt: list[int]) -> list[int]:
     return out[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
 
 
+def ask(pipeline: InferencePipeline) -> list[RequestHandle]:
+    with arriving_together(pipeline):
+        return [pipeline.submit(prompt, GREEDY) for prompt in prompts()]
+
+
+def answers(handles: list[RequestHandle]) -> list[list[int]]:
+    return [handle.result(60).completions[0].token_ids for handle in handles]
+
+
 @pytest.fixture(scope="module", params=["llama", "gemma3_text", "gpt_oss", "qwen3"])
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]]]:
     path = tmp_path_factory.mktemp(request.param)
@@ -49,8 +61,7 @@ def test_a_tight_stage_borrows_and_tokens_stay_the_same(
     pipeline = open_tight(open_pipeline, tiny[0], own, engine__cohorts=cohorts)
     engine = pipeline.engine
     assert engine.kv.capacity_tokens > 64
-    handles = [pipeline.submit(prompt, GREEDY) for prompt in prompts()]
-    assert [handle.result(60).completions[0].token_ids for handle in handles] == tiny[1]
+    assert answers(ask(pipeline)) == tiny[1]
     assert engine.batcher.stats.preemptions == 0
     assert engine.memory.overflow is not None
     assert engine.memory.overflow.lending.stats().bytes_lent_total > 0
@@ -70,13 +81,10 @@ def test_any_share_of_blocks_may_be_anywhere_and_move_at_any_time(
         scatter(engine, rng, share)
         away.append(remote_blocks(engine))
 
-    handles = [pipeline.submit(prompt, GREEDY) for prompt in prompts()]
-    while not all(handle.finished for handle in handles):
-        engine.batcher.call(stir).result(30)
-    assert [handle.result(60).completions[0].token_ids for handle in handles] == tiny[1]
+    with between_steps(pipeline, stir):
+        assert answers(ask(pipeline)) == tiny[1]
     assert max(away) > 0 if share > 0 else max(away) == 0
-    again = [pipeline.submit(prompt, GREEDY) for prompt in prompts()]  # prefixes are where they were left
-    assert [handle.result(60).completions[0].token_ids for handle in again] == tiny[1]
+    assert answers(ask(pipeline)) == tiny[1], "prefixes are where they were left"
 
 
 def test_reclaims_at_random_moments_cost_no_request_a_token(
@@ -84,12 +92,13 @@ def test_reclaims_at_random_moments_cost_no_request_a_token(
 ) -> None:
     pipeline = open_tight(open_pipeline, tiny[0], [64, 640], engine__cohorts=2)
     engine, rng = pipeline.engine, random.Random(5)
-    expected = tiny[1]
-    for _ in range(4):
-        handles = [pipeline.submit(prompt, GREEDY) for prompt in prompts()]
-        while not all(handle.finished for handle in handles):
-            engine.batcher.call(lambda: reclaim_something(engine, rng)).result(30)
-            engine.batcher.call(engine.batcher.scheduler.check_invariants).result(30)
-        assert [handle.result(60).completions[0].token_ids for handle in handles] == expected
+
+    def reclaim() -> None:
+        reclaim_something(engine, rng)
+        engine.batcher.scheduler.check_invariants()
+
+    with between_steps(pipeline, reclaim):
+        for _ in range(4):
+            assert answers(ask(pipeline)) == tiny[1]
     assert engine.memory.overflow is not None
     assert sum(engine.memory.overflow.lending.stats().reclaims.values()) > 20

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lending_cases import OpenPipeline, open_tight, remote_blocks, scatter
-from test_lending_serving import GREEDY, prompts, reference
+from steering import between_steps, until, with_each_step
+from test_lending_serving import ask, prompts, reference
 from tiny_models import build_tiny
 
 from core.batching.output import RequestHandle
@@ -50,13 +52,10 @@ def outcomes(handles: list[RequestHandle]) -> list[list[int] | None]:
     return found
 
 
-def ask(pipeline: InferencePipeline) -> list[RequestHandle]:
-    return [pipeline.submit(prompt, GREEDY) for prompt in prompts()]
-
-
-def during(pipeline: InferencePipeline, handles: list[RequestHandle], act: Callable[[], Any]) -> None:
-    while not all(handle.finished for handle in handles):
-        pipeline.engine.batcher.call(act).result(60)
+def outcomes_while(pipeline: InferencePipeline, act: Callable[[], object]) -> list[list[int] | None]:
+    """Outcomes of all prompts, with `act` on the engine thread between their steps."""
+    with between_steps(pipeline, act):
+        return outcomes(ask(pipeline))
 
 
 class Once:
@@ -74,7 +73,7 @@ class Once:
 
 @pytest.mark.parametrize("cohorts", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1])
-def test_a_stage_that_fails_harms_the_sequences_of_its_step_alone(
+def test_a_stage_that_fails_once_changes_nothing(
     tiny: tuple[Path, list[list[int]]], open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch, cohorts: int,
     stage: int,
 ) -> None:  # fmt: skip
@@ -87,16 +86,13 @@ def test_a_stage_that_fails_harms_the_sequences_of_its_step_alone(
         return len(calls) == 12
 
     monkeypatch.setattr(broken, "forward", Once(broken.forward, late))
-    handles = ask(pipeline)
-    during(pipeline, handles, lambda: scatter(engine, rng, 0.5))
-    found = outcomes(handles)
-    assert 1 <= found.count(None) <= 3
-    assert all(tokens in (None, expected) for tokens, expected in zip(found, tiny[1], strict=True))
+    assert outcomes_while(pipeline, lambda: scatter(engine, rng, 0.5)) == tiny[1]
+    assert len(calls) >= 12
     assert outcomes(ask(pipeline)) == tiny[1], "prefixes that stayed are sound"
 
 
 @pytest.mark.parametrize("cohorts", [1, 2])
-def test_a_move_that_fails_ends_what_runs_and_the_engine_goes_on(
+def test_a_move_that_fails_has_everything_computed_again(
     tiny: tuple[Path, list[list[int]]], open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch, cohorts: int
 ) -> None:
     pipeline = open_tight(open_pipeline, tiny[0], [200, 640], engine__cohorts=cohorts)
@@ -104,12 +100,8 @@ def test_a_move_that_fails_ends_what_runs_and_the_engine_goes_on(
     assert isinstance(engine.stages[0], Stage)
     broken = Once(PagedKVCache.unpack, lambda *args: True)
     monkeypatch.setattr(PagedKVCache, "unpack", lambda *args: broken(*args))  # noqa: PLW0108  bound to its cache
-    handles = ask(pipeline)
-    during(pipeline, handles, lambda: scatter(engine, rng, 0.5))
-    found = outcomes(handles)
+    assert outcomes_while(pipeline, lambda: scatter(engine, rng, 0.5)) == tiny[1]
     assert broken.raised
-    assert found.count(None) >= 1
-    assert all(tokens in (None, expected) for tokens, expected in zip(found, tiny[1], strict=True))
     assert outcomes(ask(pipeline)) == tiny[1]
     assert remote_blocks(engine) >= 0
 
@@ -140,11 +132,17 @@ def test_a_move_that_fails_with_a_raw_call_is_not_taken_for_done(
         monkeypatch.setattr(PagedKVCache, "unpack", lambda *args: broken(*args))  # noqa: PLW0108  bound to its cache
         run_raw(engine, list(range(3, 13)), "logits", "last")
 
-    handles = ask(pipeline)
-    while engine.batcher.stats.running == 0:
-        pass
+    called: list[Future[None]] = []
+
+    def call_once() -> None:
+        if not called:
+            called.append(engine.batcher.call(raw))
+
+    with with_each_step(pipeline, call_once):
+        handles = ask(pipeline)
+        until(lambda: called, "a step")
     with pytest.raises(PageMoveError):
-        engine.batcher.call(raw).result(60)
+        called[0].result(60)
     found = outcomes(handles)
     assert broken.raised
     assert all(tokens in (None, right) for tokens, right in zip(found, tiny[1], strict=True))

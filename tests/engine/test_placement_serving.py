@@ -6,8 +6,10 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from steering import arriving_together
 from tiny_models import VOCAB, build_tiny
 
 from core.costs import PlacementPlan, PlacementRequest, Sharing
@@ -20,6 +22,8 @@ from core.placement.engine import build_plan, register_strategy
 from core.placement.search import Cut
 from core.profiling.profiler import LayerProfiler
 from core.request import SamplingParams
+from core.views.render import render
+from core.views.status import pipeline_view
 
 GREEDY = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True, detokenize=False)
 THREE = "cpu=64MiB,cpu=64MiB,cpu=64MiB"
@@ -47,13 +51,19 @@ def backwards() -> Iterator[str]:
     del placement_engine._STRATEGIES["backwards"]
 
 
+def shown(pipeline: InferencePipeline) -> Any:
+    """`/api/pipeline/status`."""
+    return render(pipeline_view(pipeline.current_engine, pipeline.state()))
+
+
 def prompts() -> list[list[int]]:
     source = random.Random(8)
     return [[source.randrange(3, VOCAB) for _ in range(source.choice((1, 5, 23)))] for _ in range(12)]
 
 
 def answers(pipeline: InferencePipeline, params: SamplingParams = GREEDY) -> list[list[int]]:
-    handles = [pipeline.submit(prompt, params) for prompt in prompts()]
+    with arriving_together(pipeline):
+        handles = [pipeline.submit(prompt, params) for prompt in prompts()]
     return [handle.result(60).completions[0].token_ids for handle in handles]
 
 
@@ -84,7 +94,7 @@ def test_the_faster_device_gets_the_model_and_status_compares(llama: Path, open_
     assert effect.gain is not None
     assert effect.gain < 0, "using the slow device would cost something, and the plan says so"
     answers(pipeline)
-    status = pipeline.pipeline_status()
+    status = shown(pipeline)
     (stage,) = status["stages"]
     assert stage["busy_seconds"] >= stage["predicted_seconds"] > 0, "an emulated device keeps to the prediction"
     assert stage["seconds_per_forward"] == pytest.approx(stage["busy_seconds"] / stage["forwards"], rel=0.01)
@@ -104,7 +114,7 @@ def test_stages_are_compared_with_what_they_take_beside_each_other(
             engine__cohorts=cohorts,
         )  # fmt: skip
         answers(pipeline)
-        stages = pipeline.pipeline_status()["stages"]
+        stages = shown(pipeline)["stages"]
         predicted_s.append(sum(stage["predicted_seconds"] for stage in stages) / stages[0]["forwards"])
     assert predicted_s[1] > 100 * predicted_s[0]
 
@@ -112,7 +122,7 @@ def test_stages_are_compared_with_what_they_take_beside_each_other(
 def test_status_has_what_each_link_achieved(llama: Path, open_pipeline: OpenPipeline) -> None:
     pipeline = open_pipeline(llama, devices__devices=THREE)
     answers(pipeline)
-    transfers = pipeline.pipeline_status()["transfers"]
+    transfers = shown(pipeline)["transfers"]
     assert {(entry["src"], entry["dst"]) for entry in transfers} == {("cpu#0", "cpu#1"), ("cpu#1", "cpu#2")}
     for entry in transfers:
         assert entry["bytes_per_second"] == pytest.approx(entry["bytes"] / entry["seconds"], rel=0.01)
@@ -132,9 +142,7 @@ def test_devices_are_filled_to_the_byte_and_no_further(llama: Path, open_pipelin
         llama, devices__devices=exact, devices__layers="2,1,1", engine__kv_cache_tokens=64, engine__block_size=4
     )
     assert all(stage.free_bytes == 0 for stage in tight.engine.plan.placement.stages)
-    handles = [tight.submit(prompt, replace(GREEDY, max_tokens=20)) for prompt in prompts()]
-    for handle in handles:
-        handle.result(60)
+    answers(tight, replace(GREEDY, max_tokens=20))
     for stage in tight.engine.stages:
         budget = tight.engine.budgets[stage.device.name]
         budget.check_invariants()

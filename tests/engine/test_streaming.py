@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from steering import LONGEST_WAIT_S
 from streamed_models import CHANGES, ENGINE, build_deep, half_of_it
 from tiny_models import build_tiny
 from typer.testing import CliRunner
 
 from core.devices import HOST, Device, DeviceBudget, MainMemory
-from core.engine import model_engine
+from core.engine import builder
 from core.errors import InsufficientMemoryError, StepFailedError
 from core.inference_pipeline import InferencePipeline
 from core.models.architecture import read_architecture
@@ -25,6 +26,8 @@ from core.models.stage_model import find_decoder, measure_bytes
 from core.request import SamplingParams
 from core.streaming.stream import StreamManager
 from core.transfer import TransferManager
+from core.views.render import render
+from core.views.status import pipeline_view
 from vramancer.cli import app
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, detokenize=False)
@@ -173,7 +176,8 @@ def test_layers_are_loaded_while_others_compute(
     monkeypatch.setattr(pipeline.transfer, "load", notice.__get__(pipeline.transfer))
     layers = decoder_layers(pipeline)
     layers[after - 1].register_forward_pre_hook(lambda module, args: began.clear())
-    layers[after].register_forward_pre_hook(lambda module, args: met.append(began.wait(0.2)))
+    patience_s = LONGEST_WAIT_S if ahead else 0.2
+    layers[after].register_forward_pre_hook(lambda module, args: met.append(began.wait(patience_s)))
     tokens(pipeline, replace(GREEDY, max_tokens=2))
     assert all(met) if ahead else not any(met)
 
@@ -272,7 +276,7 @@ def test_a_load_that_fails_leaves_nothing_behind(
             raise MemoryError("no more")
 
     with monkeypatch.context() as patched:
-        patched.setattr(model_engine, "DeviceBudget", noted)
+        patched.setattr(builder, "DeviceBudget", noted)
         patched.setattr(MainMemory, "open", noted_part)
         patched.setattr(StreamManager, where, fail_second)
         with pytest.raises(MemoryError):
@@ -287,7 +291,7 @@ def test_unloading_ends_threads_and_gives_all_memory_back(llama: Path, open_pipe
     pipeline = slow(llama, open_pipeline, 2)
     engine = pipeline.engine
     running = pipeline.submit(PROMPT, replace(GREEDY, max_tokens=60))
-    running.get(30)
+    running.get(60)
     memory = [weakref.ref(slot.memory.untyped_storage()) for manager in streams(pipeline) for slot in manager._slots]
     memory += [weakref.ref(manager._masters[0].untyped_storage()) for manager in streams(pipeline)]
     assert sum(thread.name.startswith("vrm-stream") for thread in threading.enumerate()) == 2
@@ -319,7 +323,7 @@ def test_status_metrics_and_plan_say_what_streams(llama: Path, open_pipeline: Op
     pipeline = slow(llama, open_pipeline)
     tokens(pipeline)
     (plan,) = pipeline.engine.plan.placement.stages
-    status = pipeline.pipeline_status()
+    status = render(pipeline_view(pipeline.current_engine, pipeline.state()))
     (stage,) = status["stages"]
     assert stage["streamed_layers"] == list(plan.streamed_layers)
     assert stage["streamed_bytes"] == plan.streamed_bytes

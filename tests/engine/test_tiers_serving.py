@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lending_cases import OpenPipeline
+from steering import arriving_together, until
 from tiny_models import VOCAB, build_tiny
 
 from core.errors import StepFailedError, VRAMancerError
@@ -37,7 +37,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answers(pipeline: InferencePipeline, asked: list[list[int]], params: SamplingParams = GREEDY) -> list[list[int]]:
-    handles = [pipeline.submit(prompt, params) for prompt in asked]
+    with arriving_together(pipeline):
+        handles = [pipeline.submit(prompt, params) for prompt in asked]
     return [handle.result(60).completions[0].token_ids for handle in handles]
 
 
@@ -157,10 +158,8 @@ def test_what_is_used_again_is_written_down_at_once(tiny: Path, open_pipeline: O
     answers(pipeline, others)
     assert pipeline.engine.memory.tiers is not None
     memory = pipeline.engine.memory.tiers.memory
-    deadline_s = time.monotonic() + 20
-    while (count := memory.stats().tiers[1].blocks) < 11 and time.monotonic() < deadline_s:
-        time.sleep(0.01)
-    assert count == 11
+    until(lambda: memory.stats().tiers[1].blocks >= 11, "the first prompt's blocks are written")
+    assert memory.stats().tiers[1].blocks == 11
 
 
 @pytest.mark.parametrize("cohorts", [1, 2])

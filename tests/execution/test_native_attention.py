@@ -6,10 +6,11 @@ import threading
 
 import pytest
 import torch
+from execution.kernel_variants import VARIANTS, load_variant
 from execution.paged_cases import CASES, Case, dense, make, tolerance
 
 from core.execution.attention.metadata import AttentionMetadata, AttentionSpec
-from core.execution.native import NativeKernels, load_native
+from core.execution.native import NativeKernels
 
 MORE = {
     "long": Case(((1, 1023), (1, 1024), (1, 1025), (1, 3001), (3, 2050)), heads=4, kv_heads=2),
@@ -24,12 +25,9 @@ MORE = {
 ALL = CASES | MORE
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
-    found = load_native(tmp_path_factory.getbasetemp().parent / "kernels")
-    if found is None:
-        pytest.skip("no C compiler here")
-    return found
+@pytest.fixture(scope="module", params=VARIANTS)
+def kernels(request: pytest.FixtureRequest) -> NativeKernels:
+    return load_variant(request.param)
 
 
 def attend(

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from execution.kernel_variants import VARIANTS, load_variant
 from paged_cases import CASES, Case, make
-from plain_settings import CACHE_DIR
 from torch import nn
 from transformers import Gemma2Config, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.gemma.modeling_gemma import GemmaMLP
@@ -22,7 +22,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from core.execution.attention.interface import ATTENTION_NAME, AttentionContext, LayerAttention, bind
 from core.execution.attention.metadata import AttentionMetadata
 from core.execution.attention.native_paged import NativePagedAttention
-from core.execution.native import NativeKernels, load_native, swap_layers, swap_linears
+from core.execution.native import NativeKernels, swap_layers, swap_linears
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS: dict[str, tuple[type[nn.Module], type[Any], dict[str, Any]]] = {
@@ -34,12 +34,9 @@ KINDS: dict[str, tuple[type[nn.Module], type[Any], dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def kernels() -> NativeKernels:
-    loaded = load_native(CACHE_DIR / "kernels")
-    if loaded is None:
-        pytest.skip("no C compiler")
-    return loaded
+@pytest.fixture(scope="module", params=VARIANTS)
+def kernels(request: pytest.FixtureRequest) -> NativeKernels:
+    return load_variant(request.param)
 
 
 def attention(kind: str, head_dim: int, dtype: torch.dtype) -> nn.Module:

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from execution.kernel_variants import VARIANTS, load_variant
+from plain_settings import CACHE_DIR
 from torch import nn
 
 from core.execution.native import NativeKernels, NativeLinear, NativeRMSNorm, load_native, swap_linears, swap_norms
 from core.execution.native import kernels as native_kernels
+from core.execution.native.build import build_library
 from core.execution.native.kernels import MAX_ROWS
 
 BOUNDS = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-6}
@@ -18,12 +21,9 @@ DTYPES = sorted(BOUNDS, key=str)
 SHAPES = [(1, 1), (3, 16), (5, 7), (13, 33), (100, 512), (97, 1030), (200, 1536)]
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
-    found = load_native(tmp_path_factory.getbasetemp().parent / "kernels")
-    if found is None:
-        pytest.skip("no C compiler here")
-    return found
+@pytest.fixture(scope="module", params=VARIANTS)
+def kernels(request: pytest.FixtureRequest) -> NativeKernels:
+    return load_variant(request.param)
 
 
 def make(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -86,6 +86,18 @@ def test_rows_that_torch_computes_are_close_too(kernels: NativeKernels) -> None:
     x, weight, bias = make(MAX_ROWS[torch.float32] + 1, 64, 96, torch.float32)
     assert_close(kernels.linear(x, weight, bias), x, weight, bias)
     assert_close(kernels.linear_native(x, weight, bias), x, weight, bias)
+
+
+def test_with_bf16_instructions_torch_multiplies_many_rows(
+    kernels: NativeKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MAX_ROWS, torch.bfloat16, 4)
+    x, weight, bias = make(5, 64, 96, torch.bfloat16)
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.nn.functional.linear", lambda *given: torch.zeros(1))
+        assert torch.equal(kernels.linear(x[:4], weight, bias), kernels.linear_native(x[:4], weight, bias))
+        assert kernels.linear(x, weight, bias).shape == (1,)
+    assert_close(kernels.linear(x, weight, bias), x, weight, bias)
 
 
 def test_special_values(kernels: NativeKernels) -> None:
@@ -174,11 +186,14 @@ def test_norms_of_a_model_keep_their_meaning(kernels: NativeKernels) -> None:
     assert names == list(model.state_dict())
 
 
-def test_cache_is_reused(kernels: NativeKernels, tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.getbasetemp().parent / "kernels"
-    stamps = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert load_native(folder) is not None
-    assert stamps == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+def test_cache_is_reused() -> None:
+    built = build_library(CACHE_DIR / "kernels")
+    if built is None:
+        pytest.skip("no C compiler here")
+    stamp = built.stat().st_mtime_ns
+    assert build_library(CACHE_DIR / "kernels") == built and load_native(CACHE_DIR / "kernels") is not None
+    assert built.stat().st_mtime_ns == stamp
+    assert build_library(CACHE_DIR / "kernels", [["-O1"]]) != built, "other flags, other code"
 
 
 def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,9 +207,7 @@ def test_with_a_broken_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not list(tmp_path.iterdir())
 
 
-def test_with_a_damaged_or_foreign_library(
-    kernels: NativeKernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_a_damaged_or_foreign_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     damaged = tmp_path / "damaged.so"
     damaged.write_bytes(b"not a library")
     monkeypatch.setattr("core.execution.native.kernels.build_library", lambda folder: damaged)

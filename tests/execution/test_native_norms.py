@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain_settings import CACHE_DIR
+from execution.kernel_variants import VARIANTS, load_variant
 from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from core.execution.native import NativeKernels, NativeRMSNorm, load_native, swap_norms
+from core.execution.native import NativeKernels, NativeRMSNorm, swap_norms
 from core.execution.native.norms import is_llama_norm
 
 
-@pytest.fixture(scope="module")
-def kernels() -> NativeKernels:
-    loaded = load_native(CACHE_DIR / "kernels")
-    if loaded is None:
-        pytest.skip("no C compiler")
-    return loaded
+@pytest.fixture(scope="module", params=VARIANTS)
+def kernels(request: pytest.FixtureRequest) -> NativeKernels:
+    return load_variant(request.param)
 
 
 def test_only_norms_of_llamas_kind_are_taken() -> None:

@@ -7,19 +7,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from plain_settings import CACHE_DIR
+from execution.kernel_variants import VARIANTS, load_variant
 from torch import nn
 
+from core.execution.attention.select import LinearAdapter
 from core.execution.native import (
     NativeKernels,
     NativeLinear,
     PackedLinear,
-    load_native,
     pack_linears,
     packing_bytes,
     packs_weights,
     swap_linears,
 )
+from core.execution.native.kernels import MAX_ROWS
 from core.execution.native.packed import exponent_bytes
 
 GROUP = 128
@@ -27,13 +28,11 @@ SHAPES = [(16, 16), (48, 128), (320, 272), (80, 1280), (32, 3200)]
 ROWS = [1, 2, 3, 5, 6, 7, 16, 23, 64, 121, 130]
 
 
-@pytest.fixture(scope="module")
-def kernels() -> NativeKernels:
-    loaded = load_native(CACHE_DIR / "kernels")
-    if loaded is None:
-        pytest.skip("no C compiler")
-    if not (loaded.packs and packs_weights(torch.bfloat16)):
-        pytest.skip("weights are not packed on this processor")
+@pytest.fixture(scope="module", params=[name for name in VARIANTS if name != "any processor"])
+def kernels(request: pytest.FixtureRequest) -> NativeKernels:
+    loaded = load_variant(request.param)
+    if not loaded.packs:
+        pytest.skip("this processor lacks avx2")
     return loaded
 
 
@@ -231,3 +230,20 @@ def test_packing_takes_no_second_copy(kernels: NativeKernels) -> None:
     assert layer.exponents.nbytes == exponent_bytes(640, 1280) == 6400
     assert not [name for name, _ in layer.named_parameters() if name != "bias"]
     torch.testing.assert_close(layer.weight, weight, rtol=0, atol=2.0**-12 * float(weight.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("rows", "machine", "chosen"), [(1 << 30, "x86_64", True), (4, "x86_64", False), (1 << 30, "arm64", False)]
+)
+def test_what_can_be_packed_is_packed_where_that_is_faster(
+    kernels: NativeKernels, monkeypatch: pytest.MonkeyPatch, rows: int, machine: str, chosen: bool
+) -> None:
+    """Not where torch has instructions for bf16 products: there the kernels get few rows alone."""
+    monkeypatch.setitem(MAX_ROWS, torch.bfloat16, rows)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    model = nn.Sequential(nn.Linear(128, 64)).bfloat16().requires_grad_(False)
+    adapter = LinearAdapter(kernels)
+    assert packs_weights(torch.bfloat16) == adapter.packs == chosen
+    assert adapter.extra_bytes(model) == (64 if chosen else 0)
+    adapter(model)
+    assert isinstance(model[0], PackedLinear if chosen else NativeLinear)

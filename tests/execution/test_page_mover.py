@@ -13,7 +13,6 @@ from core.execution.page_mover import PageMover
 from core.kv_cache.page_ops import LOCAL, PageLoad, PageSave
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.models.architecture import KVShape
-from core.tiers import Slot
 from core.transfer import TransferManager
 from core.transfer.gpu_copy import GpuCopier
 
@@ -37,16 +36,16 @@ def test_pages_come_back_as_they_were(kind: str, pages_at_once: int, monkeypatch
     before = [tensor.clone() for tensor in tensors]
 
     offset = 16  # of other stages' layers
-    mover = PageMover(kv, transfer, host_device(), offset)
+    buffers = {bytes([n]): torch.zeros(offset + kv.page_bytes, dtype=torch.uint8) for n in range(PAGES)}
+    mover = PageMover(kv, transfer, host_device(), offset, buffers)
     staged = pages_at_once * kv.page_bytes
     assert ledger.used_by_purpose() == ({"transfers": staged} if kind == "cuda" else {})
     assert len(runtime.registered) == (kind == "cuda")
-    slots = [Slot(bytes([n]), b"", n, torch.zeros(offset + kv.page_bytes, dtype=torch.uint8)) for n in range(PAGES)]
-    assert mover.apply([PageSave((LOCAL, page), slot) for page, slot in enumerate(slots)]) is None
+    assert mover.apply([PageSave((LOCAL, page), block_hash) for page, block_hash in enumerate(buffers)]) is None
     for tensor in tensors:
         tensor.zero_()
     order = [3, 0, 6, 1, 5, 2, 4]
-    wait_for = mover.apply([PageLoad(slots[page], (LOCAL, target)) for target, page in enumerate(order)])
+    wait_for = mover.apply([PageLoad(bytes([page]), (LOCAL, target)) for target, page in enumerate(order)])
     assert wait_for is not None
     for layer in SHAPES:
         wait_for(layer)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from steering import arriving_together, until, with_each_step
 from tiny_models import LAYERS, TINY, VOCAB, build_tiny
 
 from core.batching.output import RequestHandle
@@ -67,7 +67,8 @@ def check(reference: Reference, results: list[GenerationResult]) -> None:
 
 
 def submit_all(pipeline: InferencePipeline, reference: Reference, params: SamplingParams) -> list[RequestHandle]:
-    return [pipeline.submit(prompt, params) for prompt in reference.prompts]
+    with arriving_together(pipeline):
+        return [pipeline.submit(prompt, params) for prompt in reference.prompts]
 
 
 @pytest.mark.parametrize("stages", sorted(DEVICES))
@@ -88,10 +89,14 @@ def test_arrivals_prefix_hits_and_forks(
     check(reference, [handle.result(60) for handle in submit_all(pipeline, reference, GREEDY)])  # all at once
     assert engine.batcher.stats.hit_tokens > hits_before, "the second round must have hit the prefix cache"
 
-    staggered = []
-    for prompt in reference.prompts:
-        staggered.append(pipeline.submit(prompt, GREEDY))
-        time.sleep(0.003)
+    staggered: list[RequestHandle] = []
+
+    def submit_next() -> None:
+        staggered.extend(pipeline.submit(prompt, GREEDY) for prompt in reference.prompts[len(staggered) :][:1])
+
+    with with_each_step(pipeline, submit_next):  # one more beside each step that runs
+        submit_next()
+        until(lambda: len(staggered) == len(LENGTHS), "each request has arrived")
     check(reference, [handle.result(60) for handle in staggered])
 
     forked = SamplingParams(n=3, max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, detokenize=False, logprobs=0)

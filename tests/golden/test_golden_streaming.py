@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from steering import arriving_together
 from streamed_models import CHANGES, ENGINE, build_deep, half_of_it, weight_bytes
 from tiny_models import VOCAB
 
@@ -66,10 +67,11 @@ def test_twice_the_devices_memory(reference: Reference, stages: int, native: boo
     for prompt, expected in zip(reference.prompts, reference.tokens, strict=True):
         assert pipeline.submit(prompt, GREEDY).result(60).completions[0].token_ids == expected
     hits = engine.batcher.stats.hit_tokens
-    given_up = [pipeline.submit([7, 8, 9], replace(GREEDY, max_tokens=60)) for _ in range(2)]
-    handles = [pipeline.submit(prompt, GREEDY) for prompt in reference.prompts]
+    with arriving_together(pipeline):
+        given_up = [pipeline.submit([7, 8, 9], replace(GREEDY, max_tokens=60)) for _ in range(2)]
+        handles = [pipeline.submit(prompt, GREEDY) for prompt in reference.prompts]
     for handle in given_up:
-        handle.get(30)
+        handle.get(60)
         handle.abort()
     assert [handle.result(60).completions[0].token_ids for handle in handles] == reference.tokens
     assert engine.batcher.stats.hit_tokens > hits, "the second round must have hit the prefix cache"

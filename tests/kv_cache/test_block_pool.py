@@ -7,7 +7,7 @@ import random
 import pytest
 
 from core.kv_cache.block_pool import BlockPool
-from core.kv_cache.block_table import PrefixHasher
+from core.kv_cache.block_table import PrefixChain, prefix_root
 from core.kv_cache.manager import KVCacheManager
 from core.kv_cache.page_ops import LOCAL, PageCopy
 
@@ -71,23 +71,22 @@ def test_the_audit_finds_a_leaked_block() -> None:
 
 
 def test_prefix_hashes_depend_on_their_parent_and_the_salt() -> None:
-    def hashes(salt: bytes, tokens: list[int]) -> list[bytes]:
-        found: list[bytes] = []
-        PrefixHasher(2, salt).extend(found, tokens, len(tokens))
-        return found
+    def hashes(salt: bytes, tokens: list[int], owner: str = "") -> list[bytes]:
+        return PrefixChain(prefix_root(salt, owner), 2).extend(tokens, len(tokens))
 
     assert hashes(b"a", [1, 2, 3, 4])[1] != hashes(b"a", [9, 9, 3, 4])[1]
     assert hashes(b"a", [1, 2])[0] != hashes(b"b", [1, 2])[0]
     assert hashes(b"a", [1, 2, 3]) == hashes(b"a", [1, 2])
+    assert hashes(b"a", [1, 2], "you")[0] != hashes(b"a", [1, 2], "me")[0], "what one has said, no other can find"
 
 
 def test_a_block_is_indexed_only_once_its_kv_is_written() -> None:
     kv = KVCacheManager(8, 2)
     kv.open(1, [1, 2, 3, 4, 5], read_prefix=True)
     kv.grow(1, 0, 5)
-    assert kv.match_prefix([1, 2, 3, 4, 5])[0] == []
+    assert kv.match_prefix([1, 2, 3, 4, 5]) == []
     kv.commit(1, [1, 2, 3, 4, 5], 3)
-    assert len(kv.match_prefix([1, 2, 3, 4, 5])[0]) == 1
+    assert len(kv.match_prefix([1, 2, 3, 4, 5])) == 1
 
 
 def test_a_hit_leaves_a_token_to_compute() -> None:
@@ -106,11 +105,11 @@ def test_writing_a_shared_block_copies_it_and_the_last_owner_keeps_the_original(
     kv.fork(1, 2, 2)
     assert kv.table(2).blocks[0] == original
     assert kv.grow(2, 2, 3)
-    (step,) = kv.take_step(1, [2])
+    (step,) = kv.take_step(1)
     assert step.ops == (PageCopy((LOCAL, original), (LOCAL, kv.table(2).blocks[0])),)
     assert kv.table(2).blocks[0] != original
     assert kv.grow(1, 3, 4)
-    assert kv.take_step(2, [1]) == (), "the last owner writes in place"
+    assert kv.take_step(2) == (), "the last owner writes in place"
     kv.check_invariants([1, 2])
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from modelled_memory import BLOCK, BLOCKS, FakeTiers, Item, Memory
 
 from core.kv_cache.manager import KVCacheManager
-from core.kv_cache.page_ops import LOCAL, StageStep
+from core.kv_cache.page_ops import LOCAL, StagePart
 from core.kv_cache.stage_pages import StagePages
 
 
@@ -38,8 +38,8 @@ class World:
         self.tiers = FakeTiers(self.kv)
         self.kv.tiers = self.tiers
         self.kv.companions.append(self.tiers)
-        self.memories = [Memory(i, pages) for i, pages in enumerate((BLOCKS, *local))]
-        self.queues: list[deque[tuple[int, StageStep, list[Item]]]] = [deque() for _ in stages]
+        self.memories = [Memory(i, pages, self.tiers.buffers) for i, pages in enumerate((BLOCKS, *local))]
+        self.queues: list[deque[tuple[int, StagePart, list[Item]]]] = [deque() for _ in stages]
         self.passed = [0 for _ in stages]
         self.flying: deque[tuple[int, list[Item]]] = deque()
         self.live: dict[int, Live] = {}
@@ -96,7 +96,7 @@ class World:
             items.append(Item(seq_id, tuple(live.tokens[:end]), live.scheduled, end, blocks))
             live.scheduled, live.in_flight = end, live.in_flight + 1
         self.step += 1
-        parts = self.kv.take_step(self.step, [item.seq_id for item in items])
+        parts = self.kv.take_step(self.step)
         for index, queue in enumerate(self.queues):
             queue.append((self.step, parts[index], items))
         self.flying.append((self.step, items))
@@ -240,8 +240,8 @@ def test_the_histories_do_all_there_is_to_do() -> None:
 def test_operations_out_of_order_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Memory.run
 
-    def backwards(self: Memory, step: StageStep, items: Sequence[Item]) -> None:
-        run(self, StageStep(tuple(reversed(step.ops)), step.tables), items)
+    def backwards(self: Memory, step: StagePart, items: Sequence[Item]) -> None:
+        run(self, StagePart(tuple(reversed(step.ops)), step.placed), items)
 
     monkeypatch.setattr(Memory, "run", backwards)
     seeds = iter(range(20))

@@ -14,7 +14,7 @@ from modelled_memory import BLOCK, Item, Memory
 from core.costs import LinkProfile
 from core.errors import OutOfDeviceMemoryError
 from core.kv_cache.manager import KVCacheManager
-from core.kv_cache.page_ops import LOCAL, StageStep
+from core.kv_cache.page_ops import LOCAL, StagePart
 from core.kv_cache.stage_pages import StagePages
 from core.lending import GPUBudget, Lease, LeaseState, SiteSpeeds, Urgency
 from core.lending.homecoming import Homecoming
@@ -99,7 +99,7 @@ class Rig:
         self.kv.companions.append(self.overflow)
         self.depth = depth
         self.live: dict[int, Live] = {}
-        self.flying: deque[tuple[int, tuple[StageStep, ...], list[Item]]] = deque()
+        self.flying: deque[tuple[int, tuple[StagePart, ...], list[Item]]] = deque()
         self.step = self.last_seq = self.computed_steps = self.preempted = 0
         self.moves: list[int] = []
         self.rounds_left = 2000
@@ -155,7 +155,7 @@ class Rig:
 
     def take(self, items: Sequence[Item] = ()) -> None:
         self.step += 1
-        parts = self.kv.take_step(self.step, [item.seq_id for item in items])
+        parts = self.kv.take_step(self.step)
         self.flying.append((self.step, parts, list(items)))
         self.moves.append(sum(len(part.ops) for part in parts))
 

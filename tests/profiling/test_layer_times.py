@@ -6,11 +6,10 @@ import threading
 from typing import Any
 
 import pytest
+from steering import LONGEST_WAIT_S
 
 from core.profiling import layer_times
 from core.profiling.layer_times import OVERHEAD_ROWS, SHARING_ROWS, Overheads, measure_sharing, split_overheads
-
-LONGEST_WAIT_S = 30.0
 
 
 def test_overheads_are_told_apart_by_what_grows_with_the_rows() -> None:

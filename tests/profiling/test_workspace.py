@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny_models import TINY, VOCAB, build_tiny
 
-from core.execution.input_batch import InputBatch
 from core.execution.stage import Stage
+from core.execution.step_buffers import InputBatch
 from core.inference_pipeline import InferencePipeline
 from core.models.architecture import read_architecture
 from core.models.stage_model import measure_bytes
@@ -69,15 +69,13 @@ def test_no_step_takes_more_than_was_set_aside(
     largest = 0
     forward = Stage.forward
 
-    def counted(
-        stage: Stage, batch: InputBatch, hidden: torch.Tensor | None, rows: torch.Tensor | None
-    ) -> torch.Tensor:
+    def counted(stage: Stage, batch: InputBatch, hidden: torch.Tensor | None, wants_hidden: bool) -> torch.Tensor:
         nonlocal largest
         assert stage.kv is not None
         pages = [page for layer in range(stage.part.first, stage.part.last) for page in stage.kv.layer(layer)]
         known = (*stage._model.parameters(), *stage._model.buffers(), *pages)
         with LiveBytes(known) as live:
-            result = forward(stage, batch, hidden, rows)
+            result = forward(stage, batch, hidden, wants_hidden)
         received = 0 if hidden is None else hidden.nbytes
         peaks[stage.part.first] = max(peaks.get(stage.part.first, 0), live.peak + received)
         largest = max(largest, batch.num_tokens)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from core.config import Settings, load_settings
-from core.errors import AuthenticationError, ConfigError
-from core.security.policy import is_mutation, is_public
-from core.security.token import bearer_token, check_bind, check_token, is_loopback, resolve_token
+from core.errors import AuthenticationError, ConfigError, PermissionDeniedError
+from core.security.access import ADMIN, Policy, Principal, authorize, bearer_token, check_token, policy, policy_of
+from core.security.token import check_bind, is_loopback, resolve_token
 
 MakeSettings = Callable[..., Settings]
 
@@ -139,10 +139,34 @@ def test_bearer_token(header: str | None, token: str | None) -> None:
     assert bearer_token(header) == token
 
 
-def test_what_is_written_nowhere_is_private_and_a_change() -> None:
-    assert not is_public("/api/new", "GET")
-    assert not is_public(None, "GET")
-    assert is_mutation("/api/new", "POST")
-    assert is_mutation(None, "DELETE")
-    assert not is_mutation("/api/new", "GET")
-    assert not is_mutation("/v1/completions", "POST")
+def test_a_route_is_public_or_for_a_role() -> None:
+    for wrong in ({}, {"role": "viewer", "public": True}):
+        with pytest.raises(ValueError, match="either public or for a role"):
+            policy(**wrong)
+
+    @policy("operator", mutates=True)
+    def route() -> None: ...
+
+    assert policy_of(route) == Policy("operator", mutates=True)
+    assert policy_of(lambda: None) is None
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+@pytest.mark.parametrize("declared", [None, Policy(None), Policy("viewer"), Policy("user"), Policy("operator", True)])
+def test_authorize(declared: Policy | None, method: str, read_only: bool) -> None:
+    """What matches no route is private, and a change unless it only reads; preflights are public."""
+
+    def ask(token: str) -> Principal | None:
+        return authorize(declared, method, (token, None), "right", read_only=read_only)
+
+    if method == "OPTIONS" or declared == Policy(None):
+        assert ask("wrong") is None
+    else:
+        with pytest.raises(AuthenticationError):
+            ask("wrong")
+    if read_only and method != "OPTIONS" and (declared.mutates if declared is not None else method == "POST"):
+        with pytest.raises(PermissionDeniedError):
+            ask("right")
+    else:
+        assert ask("right") == ADMIN

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fake_runtime import FakeRuntime
+from steering import LONGEST_WAIT_S
 from torch import nn
 
 from core.devices import HOST, Device, DeviceBudget, DeviceKind, pinned
@@ -30,7 +31,7 @@ class Recorder:
         self.masters: list[torch.Tensor] = []
 
     def load(self, source: torch.Tensor, target: torch.Tensor, device: Device, after: object) -> None:
-        self.gate.wait(10)
+        assert self.gate.wait(LONGEST_WAIT_S)
         target.copy_(source)
         self.loads.append(next(i for i, master in enumerate(self.masters) if master is source))
 
@@ -139,7 +140,7 @@ def test_a_layer_waits_for_its_bytes(rigs: list[Rig]) -> None:
     thread.start()
     assert not done.wait(0.1)
     rig.loader.gate.set()
-    thread.join(10)
+    thread.join(LONGEST_WAIT_S)
     assert torch.equal(results[0], rig.expected)
     assert rig.manager.wait_s > 0
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from steering import LONGEST_WAIT_S
+
 from core.devices import DeviceBudget, host_device
 from core.tiers import BlockLayout, HeatModel, HierarchicalMemory, LowerTier, MemoryOptions, Slot, Tier, WriteRules
 from core.tiers.compress import CodecChoice, Compressor
@@ -64,13 +66,13 @@ def save_chain(memory: HierarchicalMemory, length: int, first: int = 1) -> None:
     """Blocks `first ..`, each the next one's parent; every write-back is waited for."""
     for number in range(first, first + length):
         assert save(memory, number, number - 1 if number > first else 0)
-        assert memory.flush(10.0)
+        assert memory.flush(LONGEST_WAIT_S)
 
 
 def load_bytes(memory: HierarchicalMemory, blocks: Sequence[bytes]) -> list[bytes]:
     """What a load brings, in order."""
     loading = memory.load(blocks)
-    assert loading.wait(10.0)
+    assert loading.wait(LONGEST_WAIT_S)
     found = [bytes(slot.view()) for slot in loading.slots()]
     loading.release()
     return found

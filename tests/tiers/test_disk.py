@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -340,6 +341,16 @@ def test_a_second_user_of_the_directory_is_refused_until_the_first_ends(tmp_path
     with pytest.raises(DirectoryInUseError, match="in use by another process"):
         LocalFiles(tmp_path)
     first.close()
+    LocalFiles(tmp_path).close()
+
+
+def test_another_thread_may_give_the_directory_back(tmp_path: Path) -> None:
+    """The model that uses it is loaded by one thread of the server and unloaded by another."""
+    files = LocalFiles(tmp_path)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(files.close).result()
+        second = thread.submit(LocalFiles, tmp_path).result()
+    second.close()
     LocalFiles(tmp_path).close()
 
 

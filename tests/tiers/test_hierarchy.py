@@ -21,6 +21,7 @@ from memory_helpers import (
     save,
     save_chain,
 )
+from steering import LONGEST_WAIT_S, until
 
 from core.devices import DeviceBudget, host_device, pinned
 from core.tiers import (
@@ -50,8 +51,7 @@ def disk_tier(path: Path) -> LowerTier:
 
 def await_writes(memory: HierarchicalMemory) -> None:
     """Until nothing is queued; unlike `flush`, nothing more is written."""
-    while memory.stats().queued_writes:
-        time.sleep(0.001)
+    until(lambda: not memory.stats().queued_writes, "everything is written")
 
 
 class SlowTier(LowerTier):
@@ -68,12 +68,12 @@ class SlowTier(LowerTier):
 
     def write(self, block: bytes, parent: bytes, payload: memoryview, timer: object) -> bool:
         self.started.set()
-        assert self.gate.wait(10.0)
+        assert self.gate.wait(LONGEST_WAIT_S)
         self.write_order.append(block)
         return self.store.write(block, parent, payload)
 
     def read(self, block: bytes, into: memoryview, timer: object) -> bool:
-        assert self.read_gate.wait(10.0)
+        assert self.read_gate.wait(LONGEST_WAIT_S)
         if self.fails:
             raise RuntimeError("a bug in a driver")
         return self.store.read(block, into)
@@ -133,7 +133,7 @@ def test_the_coldest_tail_makes_room(clock: Clock) -> None:
 def test_lookups_count_hits_and_misses_in_every_tier_asked() -> None:
     with open_memory(slots=2, below=[peer_tier()], rules=GREEDY) as memory:
         save(memory, 1, 0)
-        assert memory.flush(10.0)
+        assert memory.flush(LONGEST_WAIT_S)
         memory.find([block(1), block(2)])
         memory.find([block(1), block(2)], record=False)
         host, peer = memory.stats().tiers
@@ -151,7 +151,7 @@ def test_blocks_come_back_from_below(clock: Clock) -> None:
         assert Tier.L4 in tiers and len(tiers) == 4
         done: list[Loading] = []
         loading = memory.load([block(1), block(2)], done.append)
-        assert loading.wait(10.0)
+        assert loading.wait(LONGEST_WAIT_S)
         assert [bytes(slot.view()) for slot in loading.slots()] == [payload(1), payload(2)]
         loading.release(restored=2)
         assert done == [loading]
@@ -170,7 +170,7 @@ def test_two_loads_of_one_block_read_it_once_and_both_get_it() -> None:
         assert not first.done() and not second.done() and first.slots() == []
         assert memory.stats().loads_in_flight == 1
         slow.read_gate.set()
-        assert first.wait(10.0) and second.wait(10.0)
+        assert first.wait(LONGEST_WAIT_S) and second.wait(LONGEST_WAIT_S)
         assert [bytes(slot.view()) for slot in second.slots()] == [payload(1)]
         first.release()
         assert memory.reserve(block(9), block(0)) is None, "the second still pins it"
@@ -186,7 +186,7 @@ def test_a_loading_released_before_it_is_done_pins_nothing() -> None:
         loading = memory.load([block(1)])
         loading.release()
         slow.read_gate.set()
-        assert loading.wait(10.0)
+        assert loading.wait(LONGEST_WAIT_S)
         assert memory.reserve(block(9), block(0)) is not None
 
 
@@ -200,13 +200,13 @@ def test_a_run_gives_its_tail_up_for_its_head_and_pins_what_it_gives(clock: Cloc
     with open_memory(slots=3, below=[peer_tier()], clock=clock, rules=GREEDY) as memory:
         for number in (1, 2, 3):
             save(memory, number, number - 1)
-        assert memory.flush(10.0) and memory.demote(block(1))  # all three leave
-        assert memory.flush(10.0)
+        assert memory.flush(LONGEST_WAIT_S) and memory.demote(block(1))  # all three leave
+        assert memory.flush(LONGEST_WAIT_S)
         for number, parent in ((11, 10), (12, 11), (2, 1)):
             save(memory, number, parent)
         busy = memory.load([block(12)])  # 11 and 12 are in use
         loading = memory.load([block(1), block(2)])
-        assert loading.wait(10.0)
+        assert loading.wait(LONGEST_WAIT_S)
         assert [bytes(slot.view()) for slot in loading.slots()] == [payload(1)]
         assert memory.reserve(block(21), block(20)) is None, "everything is pinned"
         loading.release()
@@ -217,8 +217,8 @@ def test_a_tail_that_was_given_up_and_stayed_is_pinned_again() -> None:
     with open_memory(slots=4, below=[peer_tier()], rules=GREEDY) as memory:
         for number in (1, 2, 3):
             save(memory, number, number - 1)
-        assert memory.flush(10.0) and memory.demote(block(1))
-        assert memory.flush(10.0)
+        assert memory.flush(LONGEST_WAIT_S) and memory.demote(block(1))
+        assert memory.flush(LONGEST_WAIT_S)
         save(memory, 3, 2)
         for number in (11, 12):
             save(memory, number, 10)
@@ -226,7 +226,7 @@ def test_a_tail_that_was_given_up_and_stayed_is_pinned_again() -> None:
         assert reserved is not None
         busy = memory.load([block(11)]), memory.load([block(12)])
         loading = memory.load([block(1), block(2), block(3)])
-        assert loading.wait(10.0)
+        assert loading.wait(LONGEST_WAIT_S)
         assert [slot.block for slot in loading.slots()] == [block(1)]
         loading.release()
         for other in busy:
@@ -241,11 +241,11 @@ def test_a_block_colder_than_all_of_a_full_tier_does_not_go_there() -> None:
             for _ in range(2):
                 memory.touch(block(number))
             save(memory, number, 0)
-        assert memory.flush(10.0)
+        assert memory.flush(LONGEST_WAIT_S)
         held = set(lower.index)
         assert held
         save(memory, 3, 0)
-        assert memory.flush(10.0)
+        assert memory.flush(LONGEST_WAIT_S)
         assert held <= set(lower.index)
 
 
@@ -260,7 +260,7 @@ def test_a_failing_driver_costs_a_miss_and_is_logged(caplog: pytest.LogCaptureFi
         assert memory.find([block(1)]) == []
         slow.fails = False
         save(memory, 3, 0)
-        assert memory.flush(10.0)
+        assert memory.flush(LONGEST_WAIT_S)
         assert save(memory, 4, 0) and load_bytes(memory, [block(3)]) == [payload(3)], "the worker goes on"
     assert any("memory worker failed" in record.getMessage() for record in caplog.records)
 
@@ -271,12 +271,12 @@ def test_a_failing_driver_does_not_hold_up_the_blocks_behind() -> None:
     with open_memory(slots=12, below=[slow], rules=GREEDY) as memory:
         for number in range(1, 11):
             save(memory, number, number - 1)
-        assert memory.flush(10.0) and memory.demote(block(1))
+        assert memory.flush(LONGEST_WAIT_S) and memory.demote(block(1))
         slow.fails = True
         loading = memory.load([block(number) for number in range(1, 11)])
         assert len(loading.blocks) == 10
         slow.read_gate.set()
-        assert loading.wait(10.0) and loading.slots() == []
+        assert loading.wait(LONGEST_WAIT_S) and loading.slots() == []
         loading.release()
 
 
@@ -319,21 +319,21 @@ def test_cold_blocks_are_not_written(clock: Clock) -> None:
     with open_memory(slots=2, below=[lower], clock=clock) as memory:
         save(memory, 1, 0)
         clock.now_s += 1000.0  # ten half-lives
-        assert memory.flush(10.0) and len(lower.index) == 0
+        assert memory.flush(LONGEST_WAIT_S) and len(lower.index) == 0
 
 
 def test_recomputing_that_is_faster_than_the_tier_keeps_blocks_out_of_it() -> None:
     lower = peer_tier()
     with open_memory(slots=2, below=[lower], rules=WriteRules(0.0, 0.0, recompute_s=1e-9)) as memory:
         save(memory, 1, 0)
-        assert memory.flush(10.0) and len(lower.index) == 0
+        assert memory.flush(LONGEST_WAIT_S) and len(lower.index) == 0
 
 
 def test_a_full_queue_gives_up_cold_writes_and_nobody_waits(clock: Clock) -> None:
     slow = SlowTier()
     with open_memory(slots=8, below=[slow], clock=clock, rules=GREEDY, max_queued_writes=2) as memory:
         save(memory, 1, 0)
-        assert slow.started.wait(10.0)  # its write hangs
+        assert slow.started.wait(LONGEST_WAIT_S)  # its write hangs
         for number in range(2, 5):
             save(memory, number, 0)
         memory.touch(block(9))
@@ -344,7 +344,7 @@ def test_a_full_queue_gives_up_cold_writes_and_nobody_waits(clock: Clock) -> Non
         for number in range(11, 40):
             assert save(memory, number, 0), "saving goes on while the tier below hangs"
         slow.gate.set()
-        assert memory.flush(10.0)
+        assert memory.flush(LONGEST_WAIT_S)
         assert slow.write_order[0] == block(1)
 
 
@@ -352,11 +352,11 @@ def test_a_block_being_written_is_not_overwritten() -> None:
     slow = SlowTier()
     with open_memory(slots=1, below=[slow], rules=GREEDY) as memory:
         save(memory, 1, 0)
-        assert slow.started.wait(10.0)
+        assert slow.started.wait(LONGEST_WAIT_S)
         assert memory.reserve(block(2), block(0)) is None
         slow.gate.set()
         slow.read_gate.set()
-        assert memory.flush(10.0)
+        assert memory.flush(LONGEST_WAIT_S)
         assert save(memory, 2, 0)
         assert load_bytes(memory, [block(1)]) == [payload(1)]
 
@@ -367,7 +367,7 @@ def test_a_block_that_is_being_read_is_not_pushed_out_of_its_tier() -> None:
     with open_memory(slots=4, below=[slow], rules=GREEDY) as memory:
         for number in (1, 2):
             save(memory, number, 0)
-            assert memory.flush(10.0) and memory.demote(block(number))
+            assert memory.flush(LONGEST_WAIT_S) and memory.demote(block(number))
         loadings = [memory.load([block(1)]), memory.load([block(2)])]
         for _ in range(5):
             memory.touch(block(3))
@@ -375,7 +375,7 @@ def test_a_block_that_is_being_read_is_not_pushed_out_of_its_tier() -> None:
         await_writes(memory)
         slow.read_gate.set()
         for loading, number in zip(loadings, (1, 2), strict=True):
-            assert loading.wait(10.0)
+            assert loading.wait(LONGEST_WAIT_S)
             assert [bytes(slot.view()) for slot in loading.slots()] == [payload(number)]
             loading.release()
 
@@ -386,11 +386,10 @@ def test_write_back_keeps_its_pace_and_flush_does_not_wait_for_it() -> None:
     with open_memory(slots=4, below=[slow], rules=GREEDY, write_bytes_s=1.0) as memory:
         for number in (1, 2, 3):
             save(memory, number, 0)
-        while not slow.write_order:
-            time.sleep(0.001)
+        until(lambda: slow.write_order, "the first write")
         time.sleep(0.05)  # the second write is due in minutes
         assert slow.write_order == [block(1)] and memory.stats().queued_writes == 2
-        assert memory.flush(10.0)
+        assert memory.flush(LONGEST_WAIT_S)
         assert slow.write_order == [block(1), block(2), block(3)]
 
 
@@ -399,9 +398,7 @@ def test_what_is_written_lasts_after_a_while_without_being_asked_to(tmp_path: Pa
     with open_memory(slots=4, below=[disk_tier(tmp_path)], rules=GREEDY, seal_s=0.02) as memory:
         for number in (1, 2):
             save(memory, number, 0)
-            deadline_s = time.monotonic() + 20
-            while len(list(tmp_path.glob("*" + SUFFIX))) < number and time.monotonic() < deadline_s:
-                time.sleep(0.005)
+            until(lambda count=number: len(list(tmp_path.glob("*" + SUFFIX))) >= count, "its file is there")
             assert len(list(tmp_path.glob("*" + SUFFIX))) == number
 
 
@@ -411,7 +408,7 @@ def test_flush_gives_up_in_time() -> None:
         save(memory, 1, 0)
         assert not memory.flush(0.01)
         slow.gate.set()
-        assert memory.flush(10.0)
+        assert memory.flush(LONGEST_WAIT_S)
 
 
 def test_a_full_tier_lets_its_coldest_sink_to_the_next(tmp_path: Path) -> None:
@@ -430,7 +427,7 @@ def test_a_restart_finds_what_was_flushed(tmp_path: Path) -> None:
     with open_memory(slots=4, below=[disk_tier(tmp_path)]) as memory:
         for number in range(1, 5):
             save(memory, number, number - 1)
-        assert memory.flush(10.0)
+        assert memory.flush(LONGEST_WAIT_S)
     with open_memory(slots=4, below=[disk_tier(tmp_path)]) as memory:
         run = [block(number) for number in range(1, 5)]
         assert memory.find(run) == [Tier.L5] * 4
@@ -445,12 +442,12 @@ def test_promote_and_demote_by_call() -> None:
         for number in (1, 2, 3):
             save(memory, number, number - 1)
         assert memory.demote(block(2)), "and the block that continues it"
-        assert memory.flush(10.0)
+        assert memory.flush(LONGEST_WAIT_S)
         assert memory.find([block(1), block(2), block(3)]) == [Tier.L3, Tier.L4, Tier.L4]
         assert memory.promote(block(2))
-        assert memory.flush(10.0)
+        assert memory.flush(LONGEST_WAIT_S)
         loading = memory.load([block(2)])
-        assert loading.wait(10.0)
+        assert loading.wait(LONGEST_WAIT_S)
         assert not memory.demote(block(2)), "in use"
         loading.release()
         assert not memory.promote(block(2)) and not memory.promote(block(9)) and not memory.demote(block(9))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from memory_helpers import LAYOUT, block, load_bytes, payload, save
 from plain_settings import make_settings
+from steering import LONGEST_WAIT_S
 
 from core.config import MemorySettings
 from core.devices import DeviceBudget, host_device
@@ -58,7 +59,7 @@ def test_all_tiers_hold_blocks_and_a_restart_finds_them(tmp_path: Path) -> None:
     assert disk is not None and disk.medium in ("ram disk", "nvme", "ssd", "spinning")
     for number in range(1, 9):
         save(memory, number, number - 1)
-        assert memory.flush(20.0)
+        assert memory.flush(LONGEST_WAIT_S)
     assert load_bytes(memory, [block(1)]) == [payload(1)]
     memory.close()
     again = opened(values)
@@ -70,7 +71,7 @@ def test_all_tiers_hold_blocks_and_a_restart_finds_them(tmp_path: Path) -> None:
 def test_another_salt_finds_nothing(tmp_path: Path) -> None:
     memory = opened(settings(disk_path=tmp_path))
     save(memory, 1, 0)
-    assert memory.flush(20.0)
+    assert memory.flush(LONGEST_WAIT_S)
     memory.close()
     other = open_memory(settings(disk_path=tmp_path), LAYOUT, b"other", main_memory())
     assert other is not None and other.find([block(1)]) == []

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_helpers import GREEDY, LAYOUT, Clock, block, fill, open_memory, open_store, payload
+from steering import LONGEST_WAIT_S
 
 from core.tiers import HierarchicalMemory, InProcessPeer, Loading, LowerTier, PeerStore, Slot, Tier, TierSpeed
 from core.tiers.compress import CodecChoice, Compressor
@@ -67,11 +68,11 @@ class History:
         elif kind == "demote":
             self.memory.demote(name)
         elif kind == "flush":
-            assert self.memory.flush(20.0)
+            assert self.memory.flush(LONGEST_WAIT_S)
         elif kind == "damage":
             self.damage(number)
         elif kind == "wait" and self.loadings:
-            assert self.loadings[-1].wait(20.0)
+            assert self.loadings[-1].wait(LONGEST_WAIT_S)
 
     def damage(self, number: int) -> None:
         for path in self.directory.glob("*" + SUFFIX):
@@ -81,7 +82,7 @@ class History:
                 path.write_bytes(data)
 
     def check_and_release(self, loading: Loading) -> None:
-        assert loading.wait(20.0)
+        assert loading.wait(LONGEST_WAIT_S)
         for slot in loading.slots():
             number = int.from_bytes(slot.block, "big")
             assert bytes(slot.view()) == payload(number), "every block that comes back is the one that went"
@@ -111,7 +112,7 @@ def test_random_histories(codec: CodecChoice, steps: list[tuple[str, int]], slot
                 history.check_and_release(loading)
             for slot in history.reserved:
                 memory.abandon(slot)
-            assert memory.flush(20.0)
+            assert memory.flush(LONGEST_WAIT_S)
             stats = memory.stats()
             assert all(tier.bytes <= tier.capacity_bytes for tier in stats.tiers)
             assert not any(info.pinned for tier in Tier for info in memory.blocks(tier, 100)), "no pin is left"

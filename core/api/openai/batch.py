@@ -6,19 +6,19 @@ from contextlib import closing
 
 from flask import Blueprint, Response
 
-from core.api.answers import json_response
-from core.api.body import read_request
+from core.api.body import json_response, read_request
 from core.api.context import api_context, served_model
-from core.api.generation import start_generation
+from core.api.generation import Usage, envelope, start_generation
 from core.api.openai.completions import CompletionJob, check_prompts
-from core.api.openai.format import Usage, envelope
 from core.api.openai.schemas import BatchRequest
 from core.errors import VRAMancerError
+from core.security.access import policy
 
 blueprint = Blueprint("openai_batch", __name__)
 
 
 @blueprint.post("/v1/batch/completions")
+@policy("user")
 def create_batch() -> Response:
     """A list of text completions in the order of the prompts, each with its prompt's `index`.
 

@@ -1,32 +1,31 @@
-"""`POST /v1/chat/completions`."""
+"""`POST /v1/chat/completions`, and messages as chat templates take them: plain dictionaries whose content is text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, Response
 
-from core.api.answers import json_response
-from core.api.body import read_request
+from core.api.body import json_response, read_request
 from core.api.context import served_model
-from core.api.generation import start_generation
-from core.api.openai.format import Usage, chat_logprobs, envelope
-from core.api.openai.messages import encode_messages
-from core.api.openai.schemas import ChatRequest
-from core.api.openai.sse import stream_response
+from core.api.generation import Usage, envelope, finite, start_generation, stream_response
+from core.api.openai.schemas import ChatMessage, ChatRequest
 from core.api.sampling import sampling_params
-from core.errors import InvalidRequestError
+from core.errors import InvalidRequestError, UnsupportedParameterError
 from core.request import Completion, RequestOutput, SamplingParams, SequenceDelta, TokenLogprob
+from core.security.access import policy
 
 if TYPE_CHECKING:
-    from core.engine.model_engine import LoadedModel
+    from core.engine.submission import LoadedModel
+    from core.models.tokenizer import Tokenizer
 
 blueprint = Blueprint("openai_chat", __name__)
 
 
 @blueprint.post("/v1/chat/completions")
+@policy("user")
 def create_chat_completion() -> Response:
     fields = read_request(ChatRequest)
     model = served_model(fields.model)
@@ -56,11 +55,11 @@ def _params(fields: ChatRequest, model: LoadedModel) -> SamplingParams:
         raise InvalidRequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
     if fields.stream_options is not None and not fields.stream:
         raise InvalidRequestError("stream_options needs stream to be true.", param="stream_options")
-    if fields.stream and fields.best_of is not None and fields.best_of > (fields.n or 1):
-        raise InvalidRequestError("best_of above n cannot be streamed: the best are known at the end.", param="best_of")
-    limit = fields.max_completion_tokens if fields.max_completion_tokens is not None else fields.max_tokens
+    limit, names = fields.max_tokens, {"logprobs": "top_logprobs"}
+    if fields.max_completion_tokens is not None:
+        limit, names["max_tokens"] = fields.max_completion_tokens, "max_completion_tokens"
     return sampling_params(
-        fields, model, max_tokens=limit, logprobs=(fields.top_logprobs or 0) if fields.logprobs else None
+        fields, model, names, max_tokens=limit, logprobs=(fields.top_logprobs or 0) if fields.logprobs else None
     )
 
 
@@ -127,3 +126,93 @@ class ChatStream:
             "stop_reason": stop_reason,
         }
         return {**self._head, "choices": [shown]}
+
+
+def chat_logprobs(tokenizer: Tokenizer, logprobs: Iterable[TokenLogprob], *, num_top: int) -> dict[str, Any]:
+    """`logprobs` of a chat completion: one entry per token, each with its bytes and the alternatives."""
+    content = []
+    for logprob in logprobs:
+        entry = _chat_entry(tokenizer, logprob.token_id, logprob.logprob)
+        entry["top_logprobs"] = [_chat_entry(tokenizer, *top) for top in logprob.top[:num_top]]
+        content.append(entry)
+    return {"content": content, "refusal": None}
+
+
+def _chat_entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+    return {
+        "token": tokenizer.token_text(token_id),
+        "logprob": finite(logprob),
+        "bytes": list(tokenizer.token_bytes(token_id)),
+    }
+
+
+def encode_messages(
+    messages: Sequence[ChatMessage],
+    model: LoadedModel,
+    *,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a conversation; the model's turn comes next unless the final message is to be continued.
+
+    Raises:
+        InvalidRequestError: no messages, or a content that is not text.
+        ChatTemplateError: the model's template refuses the conversation.
+    """
+    continued = bool(continue_final_message)
+    generation_prompt = not continued if add_generation_prompt is None else add_generation_prompt
+    if continued and generation_prompt:
+        raise InvalidRequestError(
+            "continue_final_message and add_generation_prompt cannot both be true.", param="continue_final_message"
+        )
+    token_ids = model.tokenizer.encode_chat(
+        template_messages(messages),
+        add_generation_prompt=generation_prompt,
+        continue_final_message=continued,
+        chat_template_kwargs=chat_template_kwargs,
+    )
+    if not token_ids:
+        raise InvalidRequestError("The messages have no tokens.", param="messages")
+    return token_ids
+
+
+def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Messages for the template. A developer's message is given as the system's, which every template knows."""
+    if not messages:
+        raise InvalidRequestError("messages must not be empty.", param="messages")
+    return [_template_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _template_message(message: ChatMessage, param: str) -> dict[str, Any]:
+    role = "system" if message.role == "developer" else message.role
+    if message.content is None and not message.tool_calls:
+        raise InvalidRequestError(f"{param} has no content.", param=f"{param}.content")
+    values: dict[str, Any] = {"role": role, "content": _text(message.content, f"{param}.content")}
+    for name in ("name", "tool_calls", "tool_call_id"):
+        value = getattr(message, name)
+        if value is not None:
+            values[name] = value
+    return values
+
+
+def _text(content: Any, param: str) -> str:
+    """The content's text; text parts are joined by line breaks."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise InvalidRequestError(f"{param} must be text or a list of text parts.", param=param)
+    return "\n".join(_part_text(part, f"{param}[{index}]") for index, part in enumerate(content))
+
+
+def _part_text(part: Any, param: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str):
+        raise InvalidRequestError(f"{param} must be an object with a type.", param=param)
+    if kind != "text":
+        raise UnsupportedParameterError(f"{param}: this server reads parts of type text only.", param=param)
+    if not isinstance(part.get("text"), str):
+        raise InvalidRequestError(f"{param}.text must be a string.", param=f"{param}.text")
+    return str(part["text"])

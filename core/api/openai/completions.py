@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, Response
 
-from core.api.answers import json_response
-from core.api.body import read_request
+from core.api.body import json_response, read_request
 from core.api.context import api_context, served_model
-from core.api.generation import EngineRequest, start_generation
-from core.api.openai.format import TextOffsets, Usage, completion_logprobs, envelope
+from core.api.generation import EngineRequest, Usage, envelope, finite, start_generation, stream_response
 from core.api.openai.schemas import CompletionFields, CompletionRequest
-from core.api.openai.sse import stream_response
 from core.api.sampling import default_max_tokens, encode_prompt, sampling_params
+from core.defaults import COMPLETION_MAX_TOKENS
 from core.errors import InvalidRequestError
 from core.request import GenerationResult, RequestOutput, SequenceDelta, TokenLogprob
+from core.security.access import policy
 
 if TYPE_CHECKING:
-    from core.engine.model_engine import LoadedModel
-
-DEFAULT_MAX_TOKENS = 16  # OpenAI's
+    from core.engine.submission import LoadedModel
+    from core.models.tokenizer import Tokenizer
 
 blueprint = Blueprint("openai_completions", __name__)
 
 
 @blueprint.post("/v1/completions")
+@policy("user")
 def create_completion() -> Response:
     fields = read_request(CompletionRequest)
     model = served_model(fields.model)
@@ -93,11 +92,11 @@ class CompletionJob:
             )
             max_tokens = fields.max_tokens
             if max_tokens is None:
-                max_tokens = default_max_tokens(token_ids, model, DEFAULT_MAX_TOKENS)
+                max_tokens = default_max_tokens(token_ids, model, COMPLETION_MAX_TOKENS)
             params = sampling_params(
                 fields,
                 model,
-                max_tokens=max(1, max_tokens),  # the engine generates at least one; `choices` drops it again
+                max_tokens=1 if max_tokens == 0 else max_tokens,  # the engine generates one; `choices` drops it again
                 logprobs=fields.logprobs,
                 prompt_logprobs=fields.logprobs if fields.echo else None,
             )
@@ -145,8 +144,6 @@ def _check_fields(fields: CompletionFields) -> None:
         raise InvalidRequestError("max_tokens must be at least 1, unless echo is true.", param="max_tokens")
     if fields.stream_options is not None and not fields.stream:
         raise InvalidRequestError("stream_options needs stream to be true.", param="stream_options")
-    if fields.stream and fields.best_of is not None and fields.best_of > (fields.n or 1):
-        raise InvalidRequestError("best_of above n cannot be streamed: the best are known at the end.", param="best_of")
 
 
 class ChoiceWriter:
@@ -248,3 +245,58 @@ class CompletionStream:
             "stop_reason": stop_reason,
         }
         return {**self._head, "choices": [shown]}
+
+
+class TextOffsets:
+    """Where each token's text begins in a choice's text, in characters.
+
+    Counted by detokenizing step by step, because a token's own text need not be what it adds: a character may be
+    spread over several tokens, which then all begin where it does.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool) -> None:
+        self._stream = tokenizer.stream(list(prompt_token_ids), skip_special_tokens=skip_special_tokens)
+        self._length = 0
+
+    def start_at(self, length: int) -> None:
+        self._length = length
+
+    def push(self, token_id: int) -> int:
+        offset = self._length
+        self._length += len(self._stream.push(token_id))
+        return offset
+
+
+def completion_logprobs(
+    tokenizer: Tokenizer,
+    token_ids: Iterable[int],
+    logprobs: Iterable[TokenLogprob | None],
+    offsets: TextOffsets,
+    *,
+    num_top: int,
+) -> dict[str, list[Any]]:
+    """`logprobs` of a text completion: four lists, one entry per token; the first token of a prompt has none."""
+    values: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for token_id, logprob in zip(token_ids, logprobs, strict=True):
+        values["tokens"].append(token_name(tokenizer, token_id))
+        values["text_offset"].append(offsets.push(token_id))
+        if logprob is None:
+            values["token_logprobs"].append(None)
+            values["top_logprobs"].append(None)
+            continue
+        values["token_logprobs"].append(finite(logprob.logprob))
+        # The token itself is always among them, so there may be one more than asked for.
+        top = {**dict(logprob.top[:num_top]), token_id: logprob.logprob}
+        names: dict[str, float] = {}
+        for top_id, value in sorted(top.items(), key=lambda item: -item[1]):
+            names.setdefault(token_name(tokenizer, top_id), finite(value))
+        values["top_logprobs"].append(names)
+    return values
+
+
+def token_name(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token's text; one that is part of a character is written as OpenAI does, `bytes:\\xe2\\x82`."""
+    text = tokenizer.token_text(token_id)
+    if "\ufffd" not in text:
+        return text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in tokenizer.token_bytes(token_id))

@@ -6,33 +6,37 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, Response
 
-from core.api.answers import json_response
-from core.api.context import api_context
-from core.errors import ModelNotFoundError
+from core.api.body import json_response
+from core.api.context import api_context, served_model
+from core.errors import ModelNotFoundError, ModelNotLoadedError
+from core.security.access import policy
 
 if TYPE_CHECKING:
-    from core.engine.model_engine import LoadedModel
+    from core.engine.submission import LoadedModel
 
 blueprint = Blueprint("openai_models", __name__)
 
 
 @blueprint.get("/v1/models")
+@policy("viewer")
 def list_models() -> Response:
     """Empty while no model is loaded."""
-    pipeline = api_context().pipeline
-    if not pipeline.loaded:
+    try:
+        model = api_context().pipeline.model
+    except ModelNotLoadedError:
         return json_response({"object": "list", "data": []})
-    model = pipeline.model
     names = dict.fromkeys((model.name, *model.aliases))
     return json_response({"object": "list", "data": [model_card(model, name) for name in names]})
 
 
 @blueprint.get("/v1/models/<path:name>")
+@policy("viewer")
 def get_model(name: str) -> Response:
-    pipeline = api_context().pipeline
-    if not pipeline.loaded or not pipeline.model.knows(name):
-        raise ModelNotFoundError(f"The model '{name}' is not served here.", param="model")
-    return json_response(model_card(pipeline.model, name))
+    try:
+        model = served_model(name)
+    except ModelNotLoadedError as error:
+        raise ModelNotFoundError(f"The model '{name}' is not served here.", param="model") from error
+    return json_response(model_card(model, name))
 
 
 def model_card(model: LoadedModel, name: str) -> dict[str, Any]:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
-
-from core.api.schema import MAX_COUNT, NOTHING, RequestModel, SamplingFields, Unsupported
-from core.request import MAX_LOGPROBS
-
-LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+from core.api.body import NOTHING, RequestModel, Unsupported
+from core.api.sampling import SamplingFields
 
 # What OpenAI's clients, vLLM's and llama.cpp's may send for both kinds of completion, and what asks for nothing.
 UNSUPPORTED: Unsupported = {
@@ -81,7 +77,7 @@ class StreamOptions(RequestModel):
 class OpenAIFields(SamplingFields):
     """What both kinds of completion know beside the sampling parameters."""
 
-    max_tokens: int | None = Field(None, ge=0, le=MAX_COUNT)
+    max_tokens: int | None = None
     stream_options: StreamOptions | None = None
 
     @property
@@ -94,7 +90,7 @@ class CompletionFields(OpenAIFields):
 
     unsupported: ClassVar[Unsupported] = COMPLETION_UNSUPPORTED
 
-    logprobs: LogprobCount | None = None
+    logprobs: int | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
 
@@ -114,7 +110,7 @@ class BatchRequest(CompletionFields):
 
 
 class ChatMessage(RequestModel):
-    """`content` is text or a list of text parts; `core.api.openai.messages` looks into it."""
+    """`content` is text or a list of text parts; `core.api.openai.chat` looks into it."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Any = None
@@ -129,10 +125,9 @@ class ChatRequest(OpenAIFields):
     unsupported: ClassVar[Unsupported] = CHAT_UNSUPPORTED
 
     messages: list[ChatMessage]
-    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_COUNT)
-    max_tokens: int | None = Field(None, ge=1, le=MAX_COUNT)
+    max_completion_tokens: int | None = None
     logprobs: bool | None = None
-    top_logprobs: LogprobCount | None = None
+    top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

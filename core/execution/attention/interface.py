@@ -126,6 +126,11 @@ def bind(model: nn.Module, layers: dict[int, LayerAttention]) -> None:
         )
 
 
+def unbind(module: nn.Module) -> None:
+    """Take away what `bind` gave a module."""
+    vars(module).pop(_BOUND, None)
+
+
 def bound_attention(module: object) -> LayerAttention | None:
     """What `bind` gave a module."""
     return getattr(module, _BOUND, None)

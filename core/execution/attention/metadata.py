@@ -22,6 +22,7 @@ class AttentionMetadata:
         seq_lens: int32 `[S]`, tokens with KV once this step's are written.
         num_decodes: leading sequences with one token in this step.
         host_query_start, host_seq_lens: the same numbers as `query_start` and `seq_lens`, without a device round trip.
+        max_query_len: tokens of the longest sequence in this step.
         sites: where pages are, if not all on the stage's own device: the own device's part first. `block_tables` then
             mean nothing.
     """
@@ -33,6 +34,7 @@ class AttentionMetadata:
     num_decodes: int
     host_query_start: tuple[int, ...]
     host_seq_lens: tuple[int, ...]
+    max_query_len: int
     sites: tuple[Site, ...] = ()
 
 

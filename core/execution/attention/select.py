@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,10 +17,12 @@ from core.execution.attention.native_paged import NativePagedAttention
 from core.execution.attention.torch_paged import TILE_BYTES, TorchPagedAttention, is_fused, most_bytes
 from core.execution.native import (
     NativeKernels,
+    NativeLayers,
     load_native,
     pack_linears,
     packing_bytes,
     packs_weights,
+    rehome,
     swap_layers,
     swap_linears,
     swap_norms,
@@ -39,13 +42,23 @@ class LinearAdapter:
 
     kernels: NativeKernels
 
+    @property
+    def packs(self) -> bool:
+        """Whether bf16 weights are packed: the kernels can, and it is the faster way here."""
+        return self.kernels.packs and packs_weights(torch.bfloat16)
+
     def extra_bytes(self, model: nn.Module) -> int:
         """At most what the call takes beyond the model's parameters."""
-        return packing_bytes(model) if self.kernels.packs else 0
+        return packing_bytes(model) if self.packs else 0
+
+    def rehoming(self) -> Callable[[nn.Module], None]:
+        """Hands twins of modules that another stage's adapter has replaced over to this one, children first."""
+        return partial(rehome, native=NativeLayers(self.kernels))
 
     def __call__(self, model: nn.Module) -> None:
         swap_linears(model, self.kernels)
-        pack_linears(model, self.kernels)
+        if self.packs:
+            pack_linears(model, self.kernels)
         swap_norms(model, self.kernels)
         swap_layers(model, self.kernels)
 

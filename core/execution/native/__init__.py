@@ -4,13 +4,14 @@
 """
 
 from core.execution.native.kernels import NativeKernels, do_all_products, load_native
-from core.execution.native.layers import swap_layers
+from core.execution.native.layers import NativeLayers, rehome, swap_layers
 from core.execution.native.modules import NativeLinear, swap_linears
 from core.execution.native.norms import NativeRMSNorm, swap_norms
 from core.execution.native.packed import PackedLinear, pack_linears, packing_bytes, packs_weights
 
 __all__ = [
     "NativeKernels",
+    "NativeLayers",
     "NativeLinear",
     "NativeRMSNorm",
     "PackedLinear",
@@ -19,6 +20,7 @@ __all__ = [
     "pack_linears",
     "packing_bytes",
     "packs_weights",
+    "rehome",
     "swap_layers",
     "swap_linears",
     "swap_norms",

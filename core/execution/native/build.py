@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 from core.logs import get_logger
@@ -37,10 +37,9 @@ def find_compilers() -> list[list[str]]:
     return found
 
 
-def _flag_sets() -> Iterator[list[str]]:
+def _native_flags() -> list[Sequence[str]]:
     """Flags to try, best first."""
-    yield ["-mcpu=native"] if platform.machine() in ("arm64", "aarch64") else ["-march=native"]
-    yield []
+    return [["-mcpu=native"] if platform.machine() in ("arm64", "aarch64") else ["-march=native"], []]
 
 
 def _cpu_model() -> str:
@@ -61,7 +60,7 @@ def _run(command: list[str]) -> tuple[bool, str]:
     return done.returncode == 0, (done.stderr or done.stdout).strip()
 
 
-def _compile(compiler: list[str], flags: list[str], target: Path) -> str | None:
+def _compile(compiler: list[str], flags: Sequence[str], target: Path) -> str | None:
     """Build `target` and put it in place in one step. Returns the compiler's complaint, None on success."""
     source_dir = Path(__file__).parent
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
@@ -79,8 +78,11 @@ def _compile(compiler: list[str], flags: list[str], target: Path) -> str | None:
     return None
 
 
-def build_library(cache_dir: Path) -> Path | None:
-    """The compiled library under `cache_dir`, built if need be; None if no compiler can, with a log line."""
+def build_library(cache_dir: Path, flag_sets: Sequence[Sequence[str]] | None = None) -> Path | None:
+    """The compiled library under `cache_dir`, built if need be; None if no compiler can, with a log line.
+
+    `flag_sets` are compiler flags to try, best first; None: those for this processor, then none.
+    """
     compilers = find_compilers()
     if not compilers:
         logger.info("native kernels are off", reason="no C compiler found")
@@ -93,8 +95,8 @@ def build_library(cache_dir: Path) -> Path | None:
         for compiler in compilers:
             _, version = _run([*compiler, "-dumpfullversion", "-dumpversion"])
             parts = (shlex.join(compiler), _run([*compiler, "--version"])[1], version, _cpu_model())
-            for flags in _flag_sets():
-                key = hashlib.sha256(sources + repr((parts, _BASE_FLAGS, flags)).encode()).hexdigest()[:32]
+            for flags in _native_flags() if flag_sets is None else flag_sets:
+                key = hashlib.sha256(sources + repr((parts, _BASE_FLAGS, list(flags))).encode()).hexdigest()[:32]
                 target = cache_dir / f"{key}.so"
                 if target.exists():
                     return target

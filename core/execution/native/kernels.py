@@ -133,7 +133,7 @@ class NativeKernels:
 
     @property
     def packs(self) -> bool:
-        """Whether the library was built for a processor that packed bf16 weights are faster on."""
+        """Whether the library has the kernels for packed bf16 weights."""
         return bool(self._library.vrm_packs())
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from core.execution.attention.interface import LayerAttention, bound_attention
 from core.execution.attention.metadata import AttentionMetadata
 from core.execution.native.dtypes import DTYPES
 from core.execution.native.kernels import MAX_ROWS, NativeKernels
+from core.execution.native.modules import NativeLinear
 from core.execution.native.norms import is_llama_norm
 from core.execution.native.packed import linear_facts
 from core.execution.native.recognize import same_forward
@@ -242,3 +243,17 @@ def swap_layers(model: nn.Module, kernels: NativeKernels) -> int:
     """
     native = NativeLayers(kernels)
     return sum(_adopt_attention(module, native) or _adopt_mlp(module, native) for module in list(model.modules()))
+
+
+def rehome(module: nn.Module, native: NativeLayers) -> None:
+    """A module that is a twin of one that the kernels were given, over the same tensors, from now on uses these
+    kernels and this step. Its children come first."""
+    for name in ("kernels", "_kernels"):
+        if isinstance(vars(module).get(name), NativeKernels):
+            setattr(module, name, native.kernels)
+    if "_native" in vars(module):
+        object.__setattr__(module, "_native", native)
+    if isinstance(module, NativeLinear):
+        module._prepared = None
+    if hasattr(module, "tensors_moved"):
+        module.tensors_moved()  # type: ignore[operator]

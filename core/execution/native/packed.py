@@ -22,7 +22,10 @@ _MOST = 2.0**107
 
 
 def packs_weights(dtype: torch.dtype) -> bool:
-    """Whether the kernels, where they can be built, may pack weights of this dtype on this processor."""
+    """Whether weights of this dtype are better packed on this processor, if the kernels can be built for it.
+
+    `NativeKernels.packs` says whether they can pack.
+    """
     return dtype is torch.bfloat16 and do_all_products(dtype) and platform.machine() in ("x86_64", "AMD64")
 
 
@@ -101,7 +104,7 @@ def pack_linears(model: nn.Module, kernels: NativeKernels) -> int:
     Left alone: weights that others read too (tied embeddings), of a shape that `exponent_bytes` does not know, of
     values beyond the format's range or not finite. A module in several places stays one module.
     """
-    if not (kernels.packs and packs_weights(torch.bfloat16)):
+    if not kernels.packs:
         return 0
     shared = _shared_weights(model)
     replaced: dict[nn.Module, PackedLinear] = {}

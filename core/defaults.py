@@ -1,0 +1,16 @@
+"""Names and values that hold where nothing else is said. Settings have theirs in `core/config_schema.py`, sampling
+parameters in `core.request.SamplingParams`."""
+
+from __future__ import annotations
+
+DEMO_NAME = "vramancer-demo"
+"""The bundled model, which is served where none is named."""
+
+DEFAULT_OWNER = "admin"
+"""Whose requests they are; whoever has the API token is it too."""
+
+COMPLETION_MAX_TOKENS = 16
+"""Of a text completion; OpenAI's."""
+
+GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Sampling parameters whose default a model's `generation_config.json` may set."""

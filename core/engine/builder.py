@@ -1,0 +1,220 @@
+"""Builds an engine, stage by stage, so that the one it is to replace may serve on meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from core.batching.batcher import ContinuousBatcher
+from core.batching.breaker import CircuitBreaker
+from core.batching.scheduler import Scheduler
+from core.batching.step import SchedulerLimits
+from core.config import Settings
+from core.config_schema import EngineSettings
+from core.costs import SLOTS
+from core.devices import HOST, Device, DeviceBudget, MainMemory
+from core.devices.memory import read_memory
+from core.emulation import EmulatedStage, GuestTime
+from core.engine.kv_memory import check_promises, open_kv
+from core.engine.model_engine import ModelEngine, describe, products_are_native
+from core.engine.model_plan import ModelPlan, cohort_policy, stage_timer
+from core.errors import InsufficientMemoryError
+from core.execution.attention.select import AttentionBackends
+from core.execution.known_sequences import KnownSequences
+from core.execution.model_runner import ModelRunner
+from core.execution.stage import KVSetup, Stage
+from core.execution.threads import CpuThreads
+from core.kv_cache.manager import KVCacheManager
+from core.models.checkpoint import weights_digest
+from core.models.shared_parts import SharedParts
+from core.models.stage_model import StageSlice
+from core.models.tokenizer import Tokenizer
+from core.streaming.stream import StreamedLayers
+from core.tiers.kv_tiers import StepBlocks
+from core.transfer import TransferManager
+
+PREVIOUS = "previous placement"
+"""What an engine that is about to go still has on a device, in the ledger of the one that comes."""
+
+
+def check_memory(plan: ModelPlan, present: Mapping[str, int] | None = None) -> None:
+    """Raise `InsufficientMemoryError` if the devices no longer have the memory that the plan counts on, because
+    something else took it since. `present`: bytes by device that are there already, or will be free again."""
+    needed: dict[str, int] = defaultdict(int)
+    for stage, local_tokens in zip(plan.placement.stages, plan.pooled.local_tokens, strict=True):
+        device = plan.devices[stage.device_index]
+        kv_bytes = stage.kv_bytes_per_token * local_tokens
+        needed[device.torch_device] += stage.weight_bytes + kv_bytes + stage.workspace_bytes
+        needed[device.torch_device] -= (present or {}).get(device.name, 0)
+    devices = plan.devices
+    if plan.host is not None:
+        devices = (*devices, plan.host)
+        needed[plan.host.torch_device] += plan.placement.streamed_bytes
+    free = {
+        device.torch_device: memory.free_bytes for device, memory in zip(devices, read_memory(devices), strict=True)
+    }
+    lacking = {name: nbytes - free[name] for name, nbytes in needed.items() if nbytes > free[name]}
+    if lacking:
+        listed = ", ".join(f"{name} has {free[name]} bytes free, {nbytes} too few" for name, nbytes in lacking.items())
+        raise InsufficientMemoryError(
+            f"Since the placement was planned, other programs have taken memory: {listed}.", lacking_bytes=lacking
+        )
+
+
+class EngineBuilder:
+    """`load_stage` each stage, in any order, then `finish`; on failure `free`.
+
+    `parts` are, by stage, what need not be read; `held` are bytes by device that another engine has beside them, until
+    `previous_gone` is called.
+    """
+
+    def __init__(
+        self, plan: ModelPlan, settings: Settings, *, transfer: TransferManager, main_memory: MainMemory,
+        cpu_threads: int, on_read: Callable[[int], None] = lambda nbytes: None, held: Mapping[str, int] | None = None,
+    ) -> None:  # fmt: skip
+        self.plan = plan
+        self._settings = settings
+        self._transfer = transfer
+        self._main_memory = main_memory
+        self._on_read = on_read
+        self._started_s = time.perf_counter()
+        self._tokenizer = Tokenizer.from_directory(plan.resolved.path, _chat_template(settings))
+        self._host = main_memory.open(plan.devices)
+        self.budgets = {device.name: DeviceBudget(device) for device in plan.devices} | {HOST: self._host}
+        for name, nbytes in (held or {}).items():
+            self.budgets[name].reserve(PREVIOUS, nbytes)
+        used = [plan.devices[stage.device_index] for stage in plan.placement.stages]
+        self._threads = CpuThreads(cpu_threads, sum(device.computes_on_cpu for device in used))
+        self.backends = AttentionBackends(settings, self._threads)
+        self._blocks = StepBlocks()
+        self._make_stage = _stage_maker(plan)
+        self._stages: dict[int, Stage] = {}
+
+    @property
+    def loaded(self) -> frozenset[int]:
+        """The stages that have their weights."""
+        return frozenset(self._stages)
+
+    def slice_of(self, index: int) -> StageSlice:
+        stage = self.plan.placement.stages[index]
+        return StageSlice(stage.first_layer, stage.last_layer, self.plan.architecture.num_layers)
+
+    def device_of(self, index: int) -> Device:
+        return self.plan.devices[self.plan.placement.stages[index].device_index]
+
+    def load_stage(self, index: int, parts: SharedParts | None = None) -> None:
+        """Read a stage's weights, but for `parts`."""
+        plan, device = self.plan.placement.stages[index], self.device_of(index)
+        budget, timer = self.budgets[device.name], stage_timer(self.plan, plan)
+        stage = self._make_stage(self.plan.architecture, self.slice_of(index), device, budget, timer)
+        self._stages[index] = stage
+        streamed = None
+        if plan.streamed_layers:
+            sizes = (plan.streamed_layers, plan.streamed_bytes, plan.slot_bytes)
+            streamed = StreamedLayers(*sizes, self._host, self._transfer)
+        resident = plan.weight_bytes - SLOTS * plan.slot_bytes
+        _, adapter = self.backends.of(device)
+        stage.load(self.plan.resolved.path, resident, self._on_read, adapter, streamed, parts)
+
+    def previous_gone(self) -> None:
+        """Nothing else is on the devices any more."""
+        for budget in self.budgets.values():
+            budget.release(PREVIOUS)
+
+    def finish(self) -> ModelEngine:
+        """Give all stages their pages and start the batcher."""
+        plan, settings = self.plan, self._settings
+        check_promises(plan, settings, self._host)
+        stages = [self._stages[index] for index in range(len(plan.placement.stages))]
+        size, most = settings.engine.block_size, min(plan.max_model_len, plan.pooled.tokens)
+        setup = KVSetup(size, -(-most // size) + 1, self.backends, self._transfer, self._host.device, self._blocks)
+        names = []
+        for stage, placed, tokens in zip(stages, plan.placement.stages, plan.pooled.local_tokens, strict=True):
+            self.budgets[stage.device.name].reserve("workspace", placed.workspace_bytes)
+            stage.allocate_kv(tokens // size, setup)
+            names.append(self.backends(stage.device).name)
+        return self._assemble(stages, tuple(names))
+
+    def _assemble(self, stages: list[Stage], backends: tuple[str, ...]) -> ModelEngine:
+        plan, settings = self.plan, self._settings
+        engine, model = settings.engine, describe(plan, settings, self._tokenizer)
+        salt = f"{model.path}:{plan.resolved.revision or weights_digest(model.path)}:{model.dtype}".encode()
+        memory = open_kv(plan, settings, stages, self.budgets, salt, self._blocks)
+        try:
+            torch_threads = 1 if products_are_native(backends, plan) else self._threads.together
+            runner = ModelRunner(stages, self._transfer, self._threads, torch_threads)
+            batcher = ContinuousBatcher(
+                runner,
+                Scheduler(memory.kv, _limits(engine, memory.kv, model.max_model_len)),
+                self._tokenizer,
+                max_queue=engine.max_queue,
+                breaker=CircuitBreaker(engine.breaker_failures, engine.breaker_reset_s),
+                policy=cohort_policy(plan, settings),
+            )
+            batcher.start()
+        except BaseException:
+            memory.close()
+            raise
+        return ModelEngine(
+            model, plan, settings, self.budgets, stages, self._transfer, self._main_memory, runner, memory, batcher,
+            backends, load_s=time.perf_counter() - self._started_s,
+        )  # fmt: skip
+
+    def free(self) -> None:
+        """Give back what has been loaded."""
+        for stage in self._stages.values():
+            stage.free()
+        self._stages.clear()
+        self._main_memory.close(self._host)
+
+
+def load_engine(
+    plan: ModelPlan, settings: Settings, *, transfer: TransferManager, main_memory: MainMemory, cpu_threads: int,
+    on_read: Callable[[int], None] = lambda nbytes: None, on_loaded: Callable[[], None] = lambda: None,
+) -> ModelEngine:  # fmt: skip
+    """Load a planned model and start its batcher. On failure everything allocated so far is freed. `on_loaded` is
+    called when the weights are there, before tiers are opened.
+
+    Raises, before anything is allocated, `InsufficientMemoryError` if memory was taken since the plan was made, and
+    `OutOfDeviceMemoryError` if `main_memory` does not have what the settings give to KV.
+    """
+    check_memory(plan)
+    builder = EngineBuilder(
+        plan, settings, transfer=transfer, main_memory=main_memory, cpu_threads=cpu_threads, on_read=on_read
+    )
+    try:
+        check_promises(plan, settings, builder.budgets[HOST])
+        for index in range(len(plan.placement.stages)):
+            builder.load_stage(index)
+        on_loaded()
+        return builder.finish()
+    except BaseException:
+        builder.free()
+        raise
+
+
+def _stage_maker(plan: ModelPlan) -> Callable[..., Stage]:
+    """Makes the stages of an engine. They share what this process knows of sequences; beside emulated devices, all keep
+    to what those take of each other's time."""
+    known = KnownSequences()
+    if any(device.is_emulated for device in plan.devices):
+        return partial(EmulatedStage, known=known, guests=GuestTime())
+    return partial(Stage, known=known)
+
+
+def _limits(engine: EngineSettings, kv: KVCacheManager, max_model_len: int) -> SchedulerLimits:
+    """As set; where a stage has few pages of its own, no more than half of them for the blocks that sequences are
+    in the middle of, and half for what a step writes."""
+    half = kv.writable_blocks // 2
+    tokens = engine.max_num_batched_tokens
+    if not kv.pages.is_trivial:
+        tokens = min(tokens, half * engine.block_size)
+    batch = engine.max_batch_size if kv.pages.is_trivial else min(engine.max_batch_size, half)
+    return SchedulerLimits(batch, tokens, min(tokens, engine.prefill_chunk_size or tokens), max_model_len)
+
+
+def _chat_template(settings: Settings) -> str | None:
+    path = settings.model.chat_template
+    return path.read_text(encoding="utf-8") if path is not None else None

@@ -1,0 +1,240 @@
+"""What a worker knows of the sequences it computes, and the steps it makes of what it is told. No torch here.
+
+All stages in one process share one `KnownSequences`: records are told to it once each, in the order of their steps, and
+every stage is given the same `PackedStep`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from core.errors import RecordError
+from core.execution.records import PROMPT_LOGPROBS, SAMPLE, Ints, Longs, NewSequence, StepRecord
+from core.request import SamplingParams
+
+
+@dataclass(eq=False, slots=True)
+class KnownSequence:
+    """A sequence as it was told. `output_token_ids` grows with what is told; `slot` is its row of the block tables."""
+
+    seq_id: int
+    slot: int
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    end_token_ids: tuple[int, ...]
+    num_blocks: int = 0
+
+    @classmethod
+    def of(cls, new: NewSequence, slot: int) -> KnownSequence:
+        tokens = new.token_ids.tolist()
+        prompt, output = tokens[: new.num_prompt_tokens], tokens[new.num_prompt_tokens :]
+        return cls(new.seq_id, slot, prompt, output, new.params, new.seed, new.end_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def suppress_token_ids(self) -> tuple[int, ...]:
+        """What may not be sampled next, because `min_tokens` is not reached."""
+        return self.end_token_ids if len(self.output_token_ids) < self.params.min_tokens else ()
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Token ids at positions `start .. end - 1`."""
+        prompt = len(self.prompt_token_ids)
+        if start >= prompt:
+            return self.output_token_ids[start - prompt : end - prompt]
+        return (self.prompt_token_ids[start:end] + self.output_token_ids[: max(0, end - prompt)])[: end - start]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRow:
+    """A sequence whose next token is sampled from row `logits` of the logits, at `position` of the sequence."""
+
+    sequence: KnownSequence
+    logits: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRows:
+    """Rows `first .. first + len(targets) - 1` of the logits predict the prompt tokens `targets`."""
+
+    sequence: KnownSequence
+    first: int
+    targets: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedStep:
+    """A step's tokens in one batch without padding, on the host. The same for all stages of a process.
+
+    Attributes:
+        token_ids, positions: int64 `[T]`. query_start: int32 `[S + 1]`. seq_lens: int32 `[S]`, with this step's tokens.
+        tables: int32 `[S, M]`, block ids; entries beyond a sequence's blocks are whatever they are.
+        num_decodes: leading rows with one token. max_query_len: tokens of the longest row.
+        logit_rows: int64 `[R]`, rows of the batch whose logits are wanted; empty: nobody's.
+        sampled, prompts: which rows of the logits are whose.
+        raw: None, or what is wanted of `logit_rows` instead of samples.
+        ended: sequences to forget.
+    """
+
+    step: int
+    token_ids: Longs
+    positions: Longs
+    query_start: Ints
+    seq_lens: Ints
+    tables: Ints
+    num_decodes: int
+    max_query_len: int
+    logit_rows: Longs
+    sampled: tuple[SampledRow, ...] = ()
+    prompts: tuple[PromptRows, ...] = ()
+    raw: str | None = None
+    ended: tuple[int, ...] = ()
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.seq_lens)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+class KnownSequences:
+    """Used by one thread: whoever tells stages of steps."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, KnownSequence] = {}
+        self._tables = np.zeros((8, 16), dtype=np.int32)
+        self._free: list[int] = list(range(8))
+        self._last: PackedStep | None = None
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def take(self, record: StepRecord) -> PackedStep:
+        """Learn what a record tells and pack its step. Raises `RecordError` for what does not follow on what is known.
+
+        A record that is told again, to another stage, gives what it gave the first time.
+        """
+        if self._last is None or self._last.step != record.step:
+            self._last = self._take(record)
+        return self._last
+
+    def _take(self, record: StepRecord) -> PackedStep:
+        for seq_id in record.ended.tolist():
+            self._forget(seq_id)
+        for new in record.new:
+            self._learn(new)
+        try:
+            rows = [self._known[seq_id] for seq_id in record.seq_ids.tolist()]
+        except KeyError as error:
+            raise RecordError(f"step {record.step} computes sequence {error}, which has not been told") from error
+        self._extend(rows, record)
+        self._change_blocks(rows, record.blocks)
+        return self._pack(rows, record)
+
+    def _forget(self, seq_id: int) -> None:
+        known = self._known.pop(seq_id, None)
+        if known is not None:
+            self._free.append(known.slot)
+
+    def _learn(self, new: NewSequence) -> None:
+        self._forget(new.seq_id)
+        if not self._free:
+            rows = len(self._tables)
+            self._tables = np.concatenate((self._tables, np.zeros_like(self._tables)))
+            self._free.extend(range(rows, 2 * rows))
+        known = self._known[new.seq_id] = KnownSequence.of(new, self._free.pop())
+        self._make_width(len(new.blocks))
+        self._tables[known.slot, : len(new.blocks)] = new.blocks
+        known.num_blocks = len(new.blocks)
+
+    def _make_width(self, blocks: int) -> None:
+        if blocks > self._tables.shape[1]:
+            wider = np.zeros((len(self._tables), 1 << (blocks - 1).bit_length()), dtype=np.int32)
+            wider[:, : self._tables.shape[1]] = self._tables
+            self._tables = wider
+
+    def _extend(self, rows: Sequence[KnownSequence], record: StepRecord) -> None:
+        if not len(record.tokens):
+            return
+        tokens, at = record.tokens.tolist(), 0
+        for known, told in zip(rows, record.told.tolist(), strict=True):
+            known.output_token_ids.extend(tokens[at : at + told])
+            at += told
+
+    def _change_blocks(self, rows: Sequence[KnownSequence], blocks: Ints) -> None:
+        for row, index, block in blocks.tolist():
+            known = rows[row]
+            if index > known.num_blocks:
+                raise RecordError(
+                    f"sequence {known.seq_id} has {known.num_blocks} blocks and is told of number {index}"
+                )
+            self._make_width(index + 1)
+            self._tables[known.slot, index] = block
+            known.num_blocks = max(known.num_blocks, index + 1)
+
+    def _pack(self, rows: Sequence[KnownSequence], record: StepRecord) -> PackedStep:
+        starts, counts = record.starts, record.counts
+        seq_lens = starts + counts
+        query_start = np.zeros(len(rows) + 1, dtype=np.int32)
+        np.cumsum(counts, out=query_start[1:])
+        offsets = np.repeat(starts - query_start[:-1], counts)
+        positions = (np.arange(int(query_start[-1]), dtype=np.int32) + offsets).astype(np.int64)
+        tokens: list[int] = []
+        for known, start, end in zip(rows, starts.tolist(), seq_lens.tolist(), strict=True):
+            tokens += known.tokens(start, end)
+        if len(tokens) != len(positions):
+            raise RecordError(f"step {record.step} computes tokens that have not been told")
+        width = max((known.num_blocks for known in rows), default=0)
+        logits = _LogitRows(rows, record, query_start)
+        raw = record.raw
+        return PackedStep(
+            step=record.step,
+            token_ids=np.array(tokens, dtype=np.int64),
+            positions=positions,
+            query_start=query_start,
+            seq_lens=seq_lens,
+            tables=self._tables[[known.slot for known in rows], :width],
+            num_decodes=int((counts == 1).sum()),
+            max_query_len=int(counts.max(initial=0)),
+            logit_rows=np.array(logits.indices, dtype=np.int64) if raw is None else raw.rows.astype(np.int64),
+            sampled=tuple(logits.sampled),
+            prompts=tuple(logits.prompts),
+            raw=None if raw is None else raw.output,
+            ended=tuple(record.ended.tolist()),
+        )
+
+
+class _LogitRows:
+    """Which rows of the packed batch need logits, and which row of the logits belongs to whom."""
+
+    def __init__(self, rows: Sequence[KnownSequence], record: StepRecord, query_start: Ints) -> None:
+        self.indices: list[int] = []
+        self.sampled: list[SampledRow] = []
+        self.prompts: list[PromptRows] = []
+        if not record.flags.any():
+            return
+        columns: tuple[npt.NDArray[np.generic], ...] = (query_start[:-1], record.starts, record.counts, record.flags)
+        for known, first, start, count, flags in zip(rows, *(column.tolist() for column in columns), strict=True):
+            if flags & PROMPT_LOGPROBS:
+                self._add_prompt(known, first, start, count)
+            if flags & SAMPLE:
+                self.sampled.append(SampledRow(known, len(self.indices), start + count))
+                self.indices.append(first + count - 1)
+
+    def _add_prompt(self, known: KnownSequence, first: int, start: int, count: int) -> None:
+        """Rows whose next token is part of the prompt."""
+        targets = known.prompt_token_ids[start + 1 : start + 1 + count]
+        if targets:
+            self.prompts.append(PromptRows(known, len(self.indices), targets))
+            self.indices.extend(range(first, first + len(targets)))

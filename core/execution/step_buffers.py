@@ -1,0 +1,195 @@
+"""A step on one stage's device: packed into one buffer, sent there by one copy.
+
+::
+
+    | query_start | seq_lens | slot_mapping | token_ids | positions | logit_rows | block_tables |
+
+A stage has one such buffer on its device, so a step of the same size finds its inputs at the same addresses; where
+sizes come in `buckets`, steps that decode are padded to the next one. Rows that pad a step write to a scratch page and
+are nobody's. The host's side is pinned for a GPU, and there are two, since the copy of one may still be under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from core.execution.attention.metadata import AttentionMetadata
+from core.execution.known_sequences import PackedStep
+from core.execution.records import Ints
+
+_ALIGN = 16
+
+
+@dataclass(frozen=True, slots=True)
+class InputBatch:
+    """A step on one device. `input_ids` and `position_ids` are int64 `[1, T]`; `logit_rows` int64 `[R]`, None where no
+    logits are wanted.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    logit_rows: torch.Tensor | None
+    attention: AttentionMetadata
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """KV tokens that attention reads on the stage's own device, over all sequences."""
+        if self.attention.sites:
+            return sum(self.attention.sites[0].regions[0][1].host_seq_lens)
+        return sum(self.attention.host_seq_lens)
+
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    """Where an array is in the buffer."""
+
+    first: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def end(self) -> int:
+        return self.first + int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def view(self, buffer: torch.Tensor) -> torch.Tensor:
+        return buffer[self.first : self.end].view(self.dtype).view(self.shape)
+
+
+def _layout(tokens: int, sequences: int, rows: int, width: int) -> tuple[_Section, ...]:
+    arrays: tuple[tuple[tuple[int, ...], torch.dtype], ...] = (
+        ((sequences + 1,), torch.int32),
+        ((sequences,), torch.int32),
+        ((tokens,), torch.int64),
+        ((tokens,), torch.int64),
+        ((tokens,), torch.int64),
+        ((rows,), torch.int64),
+        ((sequences, width), torch.int32),
+    )
+    sections: list[_Section] = []
+    first = 0
+    for shape, dtype in arrays:
+        sections.append(_Section(first, shape, dtype))
+        first = -(-sections[-1].end // _ALIGN) * _ALIGN
+    return tuple(sections)
+
+
+class StepBuffers:
+    """Used by the thread that runs the stage.
+
+    With `buckets`, a step of single tokens is padded to the next of these numbers of sequences, in rows that write to
+    page `scratch_page`. With `table_width`, block tables always have so many columns; else as many as a step needs.
+    """
+
+    def __init__(
+        self, device: torch.device, block_size: int, *, buckets: Sequence[int] = (), table_width: int | None = None,
+        scratch_page: int = 0,
+    ) -> None:  # fmt: skip
+        self._device = device
+        self._block_size = block_size
+        self._buckets = tuple(sorted(buckets))
+        self._width = table_width
+        self._scratch_page = scratch_page
+        self._is_host = device.type == "cpu"
+        self._sides = [_HostSide(pinned=device.type == "cuda") for _ in range(1 if self._is_host else 2)]
+        self._turn = 0
+        self._on_device = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def fill(self, step: PackedStep, pages: Ints) -> InputBatch:
+        """The step's arrays on the device. `pages` int32 `[S, M]` are the local pages of its block tables."""
+        padding = self._padding(step)
+        sequences, tokens = step.num_sequences + padding, step.num_tokens + padding
+        rows = len(step.logit_rows)
+        width = max(1, pages.shape[1]) if self._width is None else self._width
+        sections = _layout(tokens, sequences, rows, width)
+        side = self._next_side(sections[-1].end)
+        starts, lengths, slots, ids, positions, logit_rows, tables = (
+            section.view(side.buffer).numpy() for section in sections
+        )
+        count, total = step.num_sequences, step.num_tokens
+        starts[: count + 1], lengths[:count] = step.query_start, step.seq_lens
+        ids[:total], positions[:total], logit_rows[:] = step.token_ids, step.positions, step.logit_rows
+        tables[:count, : pages.shape[1]] = pages
+        slots[:total] = self._slots(step, pages)
+        if padding:
+            starts[count + 1 :] = np.arange(total + 1, tokens + 1)
+            lengths[count:], ids[total:], positions[total:] = 1, 0, 0
+            tables[count:, 0] = self._scratch_page
+            slots[total:] = self._scratch_page * self._block_size
+        return self._batch(step, padding, [section.view(self._send(side, sections[-1].end)) for section in sections])
+
+    def _padding(self, step: PackedStep) -> int:
+        """Rows to add. Only steps that decode and nothing else come in buckets."""
+        if step.num_decodes < step.num_sequences or step.raw is not None:
+            return 0
+        return next((size - step.num_sequences for size in self._buckets if size >= step.num_sequences), 0)
+
+    def _slots(self, step: PackedStep, pages: Ints) -> np.ndarray:
+        """int64 `[T]`: where each token's K and V go."""
+        row = np.repeat(np.arange(step.num_sequences), np.diff(step.query_start))
+        block, offset = np.divmod(step.positions, self._block_size)
+        return pages[row, block].astype(np.int64) * self._block_size + offset
+
+    def _next_side(self, nbytes: int) -> _HostSide:
+        side = self._sides[self._turn]
+        self._turn = (self._turn + 1) % len(self._sides)
+        side.make_room(nbytes)
+        return side
+
+    def _send(self, side: _HostSide, nbytes: int) -> torch.Tensor:
+        """The first bytes of a host side, on the device."""
+        if self._is_host:
+            return side.buffer
+        if self._on_device.nbytes < nbytes:
+            self._on_device = torch.empty(_roomy(nbytes), dtype=torch.uint8, device=self._device)
+        self._on_device[:nbytes].copy_(side.buffer[:nbytes], non_blocking=True)
+        side.sent(self._device)
+        return self._on_device
+
+    def _batch(self, step: PackedStep, padding: int, views: Sequence[torch.Tensor]) -> InputBatch:
+        starts, lengths, slots, ids, positions, logit_rows, tables = views
+        host_start, host_lens = step.query_start.tolist(), step.seq_lens.tolist()
+        metadata = AttentionMetadata(
+            slot_mapping=slots,
+            block_tables=tables,
+            query_start=starts,
+            seq_lens=lengths,
+            num_decodes=step.num_decodes + padding,
+            host_query_start=(*host_start, *range(host_start[-1] + 1, host_start[-1] + padding + 1)),
+            host_seq_lens=(*host_lens, *(1,) * padding),
+            max_query_len=step.max_query_len,
+        )
+        return InputBatch(ids[None], positions[None], logit_rows if len(logit_rows) else None, metadata)
+
+
+def _roomy(nbytes: int) -> int:
+    return 1 << (max(4096, nbytes) - 1).bit_length()
+
+
+class _HostSide:
+    """A buffer on the host, and the moment from which it may be written again."""
+
+    def __init__(self, *, pinned: bool) -> None:
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+        self._pinned = pinned
+        self._copied: torch.cuda.Event | None = None
+
+    def make_room(self, nbytes: int) -> None:
+        """The buffer has at least so many bytes, and nothing reads it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        if self.buffer.nbytes < nbytes:
+            self.buffer = torch.empty(_roomy(nbytes), dtype=torch.uint8, pin_memory=self._pinned)
+
+    def sent(self, device: torch.device) -> None:
+        """A copy to `device` has been queued."""
+        if self._pinned:
+            self._copied = self._copied or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record(torch.cuda.current_stream(device))

@@ -1,0 +1,104 @@
+"""Who calls, and what a route asks of its caller. A route's policy is declared beside it, with `policy`.
+
+Public routes need no token: liveness and readiness for orchestrators, and `/health`, which then names checks without
+details. Read-only mode (`VRM_READ_ONLY`) refuses routes that alter shared state; generating is allowed, and so is
+everything that only reads. What no route answers needs a token, and counts as a change unless it only reads.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from core.defaults import DEFAULT_OWNER
+from core.errors import AuthenticationError, PermissionDeniedError
+
+READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+
+Role = Literal["viewer", "user", "operator", "admin"]
+"""Each may do what those before it may: a viewer reads; a user also infers and cancels its own requests; an operator
+also loads and places models and moves memory; an admin also gives out keys. Declared; the one token is the admin's."""
+
+Route = TypeVar("Route", bound=Callable[..., Any])
+_ATTRIBUTE = "route_policy"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What a route asks: the least `role` of its caller, None if it is public; and whether it alters shared state."""
+
+    role: Role | None
+    mutates: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """An authenticated caller; `owner` is whom its requests belong to."""
+
+    owner: str
+    role: Role
+
+
+ADMIN = Principal(DEFAULT_OWNER, "admin")
+"""Whoever has the token."""
+
+
+def policy(role: Role | None = None, *, public: bool = False, mutates: bool = False) -> Callable[[Route], Route]:
+    """Declare a route's policy: `@policy("viewer")`, or `@policy(public=True)`. Raises `ValueError` for neither or
+    both."""
+    if public == (role is not None):
+        raise ValueError("A route is either public or for a role.")
+
+    def declare(route: Route) -> Route:
+        setattr(route, _ATTRIBUTE, Policy(role, mutates))
+        return route
+
+    return declare
+
+
+def policy_of(route: Callable[..., Any]) -> Policy | None:
+    """What was declared; None if nothing was."""
+    return getattr(route, _ATTRIBUTE, None)
+
+
+def authorize(
+    declared: Policy | None, method: str, given: tuple[str | None, ...], expected: str, *, read_only: bool
+) -> Principal | None:
+    """The caller, None without the right token; `declared` is None where no route matches.
+
+    A CORS preflight cannot carry a token, so OPTIONS is public.
+    Raises `AuthenticationError` where a token is needed, `PermissionDeniedError` for a change in read-only mode.
+    """
+    principal: Principal | None = None
+    try:
+        check_token(given, expected)
+        principal = ADMIN
+    except AuthenticationError:
+        if method != "OPTIONS" and (declared is None or declared.role is not None):
+            raise
+    mutates = method not in READING_METHODS if declared is None else declared.mutates and method != "OPTIONS"
+    if read_only and mutates:
+        raise PermissionDeniedError("The server is in read-only mode; this request would change its state.")
+    return principal
+
+
+def check_token(given: tuple[str | None, ...], expected: str) -> None:
+    """Raise `AuthenticationError` unless one of the given tokens is the expected one. Takes constant time per token."""
+    wanted = expected.encode()
+    present = [token.encode("utf-8", "surrogateescape") for token in given if token]
+    matches = [hmac.compare_digest(token, wanted) for token in present]
+    if any(matches):
+        return
+    if present:
+        raise AuthenticationError("The API token is wrong.")
+    raise AuthenticationError(
+        "This route needs the API token, in X-API-TOKEN or as Authorization: Bearer.", code="missing_api_key"
+    )
+
+
+def bearer_token(authorization: str | None) -> str | None:
+    """The token in an Authorization header of scheme Bearer, None for any other."""
+    scheme, _, token = (authorization or "").partition(" ")
+    return token.strip() or None if scheme.lower() == "bearer" else None

@@ -1,0 +1,91 @@
+"""Whether the service is well: one check per part."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import psutil
+
+from core.engine.model_engine import ModelEngine
+from core.views.state import ServiceState
+
+LOW_DISK_BYTES = 256 * 1024 * 1024
+LOW_MEMORY_BYTES = 128 * 1024 * 1024
+
+Status = Literal["ok", "degraded", "error"]
+_ORDER: tuple[Status, ...] = ("ok", "degraded", "error")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """How one part is."""
+
+    status: Status
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """All checks by the name of the part; the worst one's status is the whole's."""
+
+    status: Status
+    checks: Mapping[str, Check]
+
+    @property
+    def failed(self) -> list[str]:
+        """Parts with an error."""
+        return [name for name, check in self.checks.items() if check.status == "error"]
+
+
+def health(engine: ModelEngine | None, service: ServiceState) -> Health:
+    """`/health`."""
+    checks = {"engine": _engine_check(engine, service), "model": _model_check(engine, service)}
+    checks["devices"] = _devices_check(engine)
+    available = psutil.virtual_memory().available
+    checks["memory"] = _check(True, f"{available} bytes of main memory available", warn=available < LOW_MEMORY_BYTES)
+    if engine is not None:
+        stats = engine.batcher.stats
+        used = stats.blocks_total - stats.blocks_free
+        checks["kv_cache"] = _check(True, f"{used} of {stats.blocks_total} blocks in use")
+    free = shutil.disk_usage(service.cache_dir.anchor or ".").free
+    checks["disk"] = _check(True, f"{free} bytes free", warn=free < LOW_DISK_BYTES)
+    return Health(max((check.status for check in checks.values()), key=_ORDER.index), checks)
+
+
+def _check(ok: bool, detail: str, *, warn: bool = False) -> Check:
+    return Check(("degraded" if warn else "ok") if ok else "error", detail)
+
+
+def _engine_check(engine: ModelEngine | None, service: ServiceState) -> Check:
+    if service.closing:
+        return _check(False, "the server is shutting down")
+    if engine is None:
+        return _check(False, "a model is being loaded" if service.loading else "no engine: no model is loaded")
+    batcher = engine.batcher
+    if not batcher.alive:
+        return _check(False, f"the engine thread has ended: {batcher.error!r}")
+    state = batcher.breaker.state
+    if state != "closed":
+        return _check(state != "open", f"circuit breaker is {state}: {batcher.breaker.last_error}", warn=True)
+    return _check(True, f"{batcher.stats.steps} steps, {batcher.stats.failed_steps} failed")
+
+
+def _model_check(engine: ModelEngine | None, service: ServiceState) -> Check:
+    if engine is None or not service.ready:
+        return _check(False, service.reason)
+    return _check(True, f"{engine.model.name} has produced tokens")
+
+
+def _devices_check(engine: ModelEngine | None) -> Check:
+    if engine is None:
+        return _check(True, "no device in use")
+    try:
+        for budget in engine.budgets.values():
+            budget.check_invariants()
+    except AssertionError as error:
+        return _check(False, str(error))
+    names = ", ".join(engine.budgets)
+    return _check(True, f"within budget: {names}")

@@ -1,0 +1,56 @@
+"""The native kernels as they are built for other processors, on whichever has the instructions.
+
+Production builds for the processor that it runs on and there chooses what is fastest. Both are left out here: a
+variant is built with flags of its own, and tests call its kernels whether they would be chosen here or not.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from plain_settings import CACHE_DIR
+
+from core.execution.native import NativeKernels
+from core.execution.native.build import build_library
+
+_INFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Compiler flags (None: those of production) and what `/proc/cpuinfo` has to say where the code can run."""
+
+    flags: tuple[str, ...] | None = None
+    needs: frozenset[str] = frozenset()
+
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+_AVX2_NAMES = frozenset({"avx2", "fma", "f16c", "bmi2"})
+VARIANTS = {
+    "this processor": Variant(),
+    "any processor": Variant(()),
+    "avx2": Variant(_AVX2, _AVX2_NAMES),
+    "avx512": Variant(_AVX2 + _AVX512, _AVX2_NAMES | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+}
+
+
+@functools.cache
+def _instructions() -> frozenset[str]:
+    text = _INFO.read_text(errors="replace") if _INFO.exists() else ""
+    return frozenset(word for line in text.splitlines() if line.startswith("flags") for word in line.split())
+
+
+def load_variant(name: str) -> NativeKernels:
+    """The kernels of a variant; skips where the processor lacks its instructions, or no compiler builds it."""
+    variant = VARIANTS[name]
+    lacking = variant.needs - _instructions()
+    if lacking:
+        pytest.skip(f"this processor lacks {', '.join(sorted(lacking))}")
+    path = build_library(CACHE_DIR / "kernels", None if variant.flags is None else [variant.flags])
+    if path is None:
+        pytest.skip("no C compiler that builds this")
+    return NativeKernels(path)
