@@ -57,9 +57,11 @@ class InferencePipeline:
         self.settings = settings
         self.metrics = MetricsRegistry()
         link = settings.devices.sim_link
-        self.transfer = TransferManager(self.metrics, sim_link=parse_link(link) if link else None)
-        self.reader = DeviceReader()
         self.main_memory = open_main_memory(settings.devices)
+        self.transfer = TransferManager(
+            self.metrics, sim_link=parse_link(link) if link else None, host=self.main_memory.budget
+        )
+        self.reader = DeviceReader()
         self._on_progress = on_progress
         self._engine: ModelEngine | None = None
         self._leaving: ModelEngine | None = None  # finishes what runs there
@@ -509,6 +511,7 @@ class InferencePipeline:
         self._closing = True
         with self._load_lock:
             self._serve_with(None, EngineDeadError("The server is shutting down."), drain_s)
+            self.transfer.close()
             gc.unfreeze()
 
 

@@ -18,7 +18,7 @@ from tiny_models import build_tiny
 from typer.testing import CliRunner
 
 from core.devices import HOST, Device, DeviceBudget, MainMemory
-from core.engine import model_engine
+from core.engine import builder
 from core.errors import InsufficientMemoryError, StepFailedError
 from core.inference_pipeline import InferencePipeline
 from core.models.architecture import read_architecture
@@ -276,7 +276,7 @@ def test_a_load_that_fails_leaves_nothing_behind(
             raise MemoryError("no more")
 
     with monkeypatch.context() as patched:
-        patched.setattr(model_engine, "DeviceBudget", noted)
+        patched.setattr(builder, "DeviceBudget", noted)
         patched.setattr(MainMemory, "open", noted_part)
         patched.setattr(StreamManager, where, fail_second)
         with pytest.raises(MemoryError):
