@@ -12,7 +12,7 @@ from lending_cases import OpenPipeline
 from steering import arriving_together, until
 from tiny_models import VOCAB, build_tiny
 
-from core.errors import StepFailedError, VRAMancerError
+from core.errors import VRAMancerError
 from core.execution.page_mover import PageMover
 from core.inference_pipeline import InferencePipeline
 from core.request import SamplingParams
@@ -163,7 +163,7 @@ def test_what_is_used_again_is_written_down_at_once(tiny: Path, open_pipeline: O
 
 
 @pytest.mark.parametrize("cohorts", [1, 2])
-def test_a_load_that_fails_ends_what_runs_and_leaves_nothing_wrong_behind(
+def test_what_a_load_that_fails_was_for_is_computed_and_nothing_wrong_is_left(
     tiny: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch, cohorts: int
 ) -> None:
     expected = answers(open_pipeline(tiny, engine__kv_cache_tokens=4096), prompts(4))
@@ -178,8 +178,7 @@ def test_a_load_that_fails_ends_what_runs_and_leaves_nothing_wrong_behind(
         load(self, *args)
 
     monkeypatch.setattr(PageMover, "_load_layer", broken)
-    with pytest.raises(StepFailedError):
-        answers(pipeline, [prompts(4)[0]])
+    assert answers(pipeline, [prompts(4)[0]]) == expected[:1]
     assert failed
     for _ in range(2):
         assert [answers(pipeline, [prompt])[0] for prompt in prompts(4)] == expected
