@@ -42,7 +42,7 @@ class SequenceWriter:
             if params.detokenize
             else None
         )
-        self._stops = StopChecker(params.stop, params.include_stop_str_in_output)
+        self._stops = StopChecker(params.stop, params.include_stop_str_in_output) if params.stop else None
         self.matched_stop: str | None = None
 
     def push(self, token_id: int) -> str:
@@ -63,6 +63,8 @@ class SequenceWriter:
     def _emit(self, text: str) -> str:
         if self.matched_stop is not None or not text:
             return ""
+        if self._stops is None:
+            return text
         emitted, matched = self._stops.push(text)
         self.matched_stop = matched
         return emitted
@@ -72,7 +74,7 @@ class SequenceWriter:
         if self._stream is None or self.matched_stop is not None:
             return ""
         text = self._emit(self._stream.flush())
-        return text if self._has_stopped() else text + self._stops.flush()
+        return text if self._stops is None or self._has_stopped() else text + self._stops.flush()
 
     def _has_stopped(self) -> bool:
         return self.matched_stop is not None

@@ -25,9 +25,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from core.batching.prefill_meter import PrefillMeter
 from core.batching.sequence import Request, Sequence, SequenceStatus, SequenceUpdate, ending_of
-from core.batching.step import SchedulerLimits, Step, record_of, weight_of, whole
+from core.batching.step import PrefillMeter, SchedulerLimits, Step, record_of, weight_of, whole
 from core.batching.waiting import WaitingSequences
 from core.errors import StepFailedError
 from core.execution.records import RawRows, ScheduledSequence, SchedulerOutput, StepOutput, StepRecord, ints, longs

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from core.batching.sequence import Sequence
-from core.execution.records import PROMPT_LOGPROBS, SAMPLE, Ints, NewSequence, StepRecord, ints, longs
+from core.execution.records import PROMPT_LOGPROBS, SAMPLE, Ints, NewSequence, SchedulerOutput, StepRecord, ints, longs
 from core.kv_cache.manager import KVCacheManager
 
 CONTEXT_WEIGHT = 1 / 2048
@@ -111,3 +112,38 @@ def _flags(sequence: Sequence, num_new: int) -> int:
     if sequence.index == 0 and request.prompt_logprobs is not None:
         flags |= PROMPT_LOGPROBS if 0 < len(request.prompt_logprobs) < len(request.prompt_token_ids) else 0
     return flags
+
+
+MEASURED_TOKENS = 16
+"""A step with as many tokens says what a token of a prompt costs."""
+
+
+class PrefillMeter:
+    """Steps end in the order in which they begin. What a step waited for those in flight before it is not its time, and
+    what it took to move pages besides counts as little as possible."""
+
+    def __init__(self) -> None:
+        self.token_s: float | None = None
+        self._began_s: dict[int, float] = {}
+        self._ended_s = 0.0
+
+    def begun(self, step: int) -> None:
+        self._began_s[step] = time.perf_counter()
+
+    def failed(self, step: int) -> None:
+        """A step that failed says nothing."""
+        self._began_s.pop(step, None)
+        self._ended_s = time.perf_counter()
+
+    def ended(self, output: SchedulerOutput) -> float | None:
+        """Seconds per token of a prompt, with this step; None until one has been measured."""
+        now_s, before_s = time.perf_counter(), self._ended_s
+        self._ended_s = now_s
+        began_s = self._began_s.pop(output.step, None)
+        if began_s is None or output.num_tokens < MEASURED_TOKENS:
+            return self.token_s
+        token_s, old_s = (now_s - max(began_s, before_s)) / output.num_tokens, self.token_s
+        if old_s is not None and any(part.ops for part in output.parts):
+            token_s = min(token_s, old_s)
+        self.token_s = token_s if old_s is None else old_s + 0.3 * (token_s - old_s)
+        return self.token_s

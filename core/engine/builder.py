@@ -81,7 +81,7 @@ class EngineBuilder:
         self.budgets = {device.name: DeviceBudget(device) for device in plan.devices} | {HOST: self._host}
         used = [plan.devices[stage.device_index] for stage in plan.placement.stages]
         self._threads = CpuThreads(cpu_threads, sum(device.computes_on_cpu for device in used))
-        self.backends = AttentionBackends(settings, self._threads)
+        self.backends = AttentionBackends(settings, partial(getattr, self._threads, "current"))
         self._blocks = StepBlocks()
         self._make_stage = _stage_maker(plan)
         self._stages: dict[int, Stage] = {}

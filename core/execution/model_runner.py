@@ -53,6 +53,7 @@ class ModelRunner:
         self._cpu_threads = cpu_threads
         self._torch_threads = torch_threads
         self._line: StationLine[_Flight] | None = None
+        self._several: bool | None = None
 
     def execute(self, output: SchedulerOutput) -> StepOutput:
         """One step, here. Raises whatever the forward pass raises; the KV of the step's tokens is then undefined.
@@ -96,6 +97,9 @@ class ModelRunner:
             self._line = None
 
     def _overlap(self, several: bool) -> None:
+        if several is self._several:
+            return
+        self._several = several
         if self._cpu_threads is not None:
             self._cpu_threads.overlap(several)
         for stage in self.stages:

@@ -18,11 +18,11 @@ from core.execution.attention.interface import ATTENTION_NAME, AttentionContext,
 from core.execution.attention.select import LinearAdapter
 from core.execution.known_sequences import KnownSequences, PackedStep
 from core.execution.page_mover import BlockBuffers, PageMover
-from core.execution.page_sites import PageDirectory, sites_of
+from core.execution.page_sites import sites_of
 from core.execution.records import StageReport, StepOutput, StepRecord
 from core.execution.results import ResultMaker
 from core.execution.site_attention import BackendOf, SiteAttention
-from core.execution.step_buffers import InputBatch, StepBuffers
+from core.execution.step_buffers import InputBatch, PageDirectory, StepBuffers
 from core.kv_cache.page_ops import StagePart
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.models.architecture import Architecture
@@ -64,6 +64,7 @@ class Stage:
         self.device = device
         self.torch_device = torch.device(device.torch_device)
         self.weight_bytes = 0
+        self._is_last = part.is_last
         self.kv: PagedKVCache | None = None
         self.stream: StreamManager | None = None
         self.predicted_s = 0.0
@@ -260,6 +261,8 @@ class Stage:
         assert self._buffers is not None and self.kv is not None
         regions, pages = self._directory.locate(packed.tables)
         batch = self._buffers.fill(packed, pages)
+        if not self._directory.is_told:
+            return batch
         sites = sites_of(packed, regions, pages, self.kv.block_size, self.torch_device, self._device_of)
         return replace(batch, attention=replace(batch.attention, sites=sites)) if sites else batch
 
@@ -289,7 +292,7 @@ class Stage:
         self._context.metadata, self._entering = batch.attention, hidden
         inputs = {"input_ids": batch.input_ids} if hidden is None else {"inputs_embeds": hidden}
         try:
-            if not self.part.is_last or wants_hidden or batch.logit_rows is None:
+            if not self._is_last or wants_hidden or batch.logit_rows is None:
                 result = self._model.base_model(position_ids=batch.position_ids, use_cache=False, **inputs)[0]
             else:
                 result = self._model(

@@ -81,6 +81,35 @@ def _layout(tokens: int, sequences: int, rows: int, width: int) -> tuple[_Sectio
     return tuple(sections)
 
 
+class PageDirectory:
+    """Block ids to pages, by what the stage has been told. Until it is told of any, a block's page is its id."""
+
+    def __init__(self) -> None:
+        self.is_told = False
+        self._region_of = np.zeros(0, dtype=np.int16)
+        self._page_of = np.zeros(0, dtype=np.int32)
+
+    def learn(self, placed: Ints) -> None:
+        """int32 `[n, 3]` of (block, region, page)."""
+        if not len(placed):
+            return
+        self.is_told = True
+        lacking = int(placed[:, 0].max()) + 1 - len(self._page_of)
+        if lacking > 0:
+            lacking = max(lacking, len(self._page_of))
+            self._region_of = np.concatenate((self._region_of, np.zeros(lacking, dtype=np.int16)))
+            self._page_of = np.concatenate((self._page_of, np.zeros(lacking, dtype=np.int32)))
+        self._region_of[placed[:, 0]] = placed[:, 1]
+        self._page_of[placed[:, 0]] = placed[:, 2]
+
+    def locate(self, tables: Ints) -> tuple[np.ndarray, Ints]:
+        """Regions int16 and pages int32 of block tables, `[S, M]` each."""
+        if not len(self._page_of):
+            return np.zeros(tables.shape, dtype=np.int16), tables
+        known = np.minimum(tables, len(self._page_of) - 1)  # what lies beyond a sequence's blocks may be any number
+        return self._region_of[known], self._page_of[known]
+
+
 class StepBuffers:
     """Used by the thread that runs the stage.
 

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from core.execution.native import NativeKernels, NativeRMSNorm, swap_norms
-from core.execution.native.norms import is_llama_norm
+from core.execution.native.modules import is_llama_norm
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

@@ -15,7 +15,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from core.errors import ChatTemplateError, CheckpointError, InvalidRequestError, UnsupportedModelError
-from core.models import token_stream
+from core.models import tokenizer as token_stream
 from core.models.tokenizer import Tokenizer
 
 SENTENCES = ["Hello world, this is a small text.", "The quick brown fox jumps over the lazy dog.", "naïve café 你好 😀"]

@@ -5,8 +5,7 @@
 
 from core.execution.native.kernels import NativeKernels, do_all_products, load_native
 from core.execution.native.layers import NativeLayers, rehome, swap_layers
-from core.execution.native.modules import NativeLinear, swap_linears
-from core.execution.native.norms import NativeRMSNorm, swap_norms
+from core.execution.native.modules import NativeLinear, NativeRMSNorm, swap_linears, swap_norms
 from core.execution.native.packed import PackedLinear, pack_linears, packing_bytes, packs_weights
 
 __all__ = [

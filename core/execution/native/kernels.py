@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 from collections.abc import Callable, Sequence
+from ctypes import addressof
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 
 from core.execution.native.build import build_library, is_safe
 from core.execution.native.dtypes import DTYPES
-from core.execution.native.structs import Weights, address
+from core.execution.native.structs import Weights
 from core.logs import get_logger
 
 logger = get_logger(__name__)
@@ -337,7 +338,7 @@ class PreparedLinear:
         self.n, self.k = weight.shape
         self.weight_address = weight.data_ptr()
         self.facts = Weights.of(weight, bias, exponents)
-        self._address = address(self.facts)
+        self._address = addressof(self.facts)
         self._call = kernels._linear
         self._threads = kernels.num_threads
         self._max_rows = MAX_ROWS[weight.dtype]

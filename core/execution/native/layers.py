@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from ctypes import addressof
 from typing import Any
 
 import torch
@@ -22,11 +23,10 @@ from core.execution.attention.interface import LayerAttention, bound_attention
 from core.execution.attention.metadata import AttentionMetadata
 from core.execution.native.dtypes import DTYPES
 from core.execution.native.kernels import MAX_ROWS, NativeKernels
-from core.execution.native.modules import NativeLinear
-from core.execution.native.norms import is_llama_norm
+from core.execution.native.modules import NativeLinear, is_llama_norm
 from core.execution.native.packed import linear_facts
 from core.execution.native.recognize import same_forward
-from core.execution.native.structs import AttentionLayer, Step, Weights, address, weights_array
+from core.execution.native.structs import AttentionLayer, Step, Weights, weights_array
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -105,7 +105,7 @@ class _Attention:
     ) -> torch.Tensor:
         out = x.new_empty((1, x.shape[1], layer.o.n))
         self._native.kernels.attention_layer(
-            address(layer), address(self._native.step(metadata)), x.data_ptr(), x.stride(1), cos.data_ptr(),
+            addressof(layer), addressof(self._native.step(metadata)), x.data_ptr(), x.stride(1), cos.data_ptr(),
             sin.data_ptr(), out.data_ptr(),
         )  # fmt: skip
         return out
@@ -179,7 +179,7 @@ class _GatedMLP:
             out = x.new_empty((*shape[:-1], self._weights[2].n))
             rows = x.numel() // first.k
             self._native.kernels.gated_mlp(
-                address(self._weights), self._activation, rows, x.data_ptr(), first.k, out.data_ptr()
+                addressof(self._weights), self._activation, rows, x.data_ptr(), first.k, out.data_ptr()
             )
             return out
         return super().forward(x)  # type: ignore[misc, no-any-return]

@@ -49,11 +49,6 @@ class Step(ctypes.Structure):
     _fields_ = _fields("tokens seqs max_blocks tables query_start seq_lens slots")
 
 
-def address(struct: ctypes.Structure | ctypes.Array[Any]) -> int:
-    """Where the structure is."""
-    return ctypes.addressof(struct)
-
-
 def weights_array(items: Iterable[Weights]) -> ctypes.Array[Weights]:
     """The structures one after the other."""
     values = list(items)
