@@ -116,6 +116,7 @@ def pipeline_status(pipeline: InferencePipeline) -> dict[str, Any]:
         )
     ]
     result["prediction"] = _prediction(engine)
+    result["notes"] = list(engine.plan.notes)
     result["transfers"] = [
         {
             "method": link[0], "src": link[1], "dst": link[2], "ops": s.ops, "bytes": s.bytes, "seconds": s.seconds,
