@@ -50,7 +50,7 @@ def make(sequences: list[tuple[int, int]]) -> Inputs:
     lengths = torch.tensor([length for _, length in sequences]).int()
     metadata = AttentionMetadata(
         torch.zeros(0, dtype=torch.int64), tables, starts, lengths, sum(rows == 1 for rows, _ in sequences),
-        tuple(starts.tolist()), tuple(lengths.tolist()),
+        tuple(starts.tolist()), tuple(lengths.tolist()), max(rows for rows, _ in sequences),
     )  # fmt: skip
     pages = [torch.randn(sum(needed), BLOCK, KV_HEADS, DIM).bfloat16() for _ in range(2)]
     query = torch.randn(int(starts[-1]), HEADS, DIM).bfloat16()

@@ -24,6 +24,7 @@ from core.engine.kv_memory import KVMemory, lending_host, open_kv
 from core.engine.model_plan import ModelPlan, cohort_policy, stage_timer
 from core.errors import CheckpointError, ContextLengthError, InsufficientMemoryError, InvalidRequestError
 from core.execution.attention.select import AttentionBackends
+from core.execution.attention.warm_up import warm_up_attention
 from core.execution.model_runner import ModelRunner
 from core.execution.native import do_all_products
 from core.execution.stage import Stage
@@ -205,6 +206,8 @@ def load_engine(
             pages = plan.pooled.local_tokens[len(stages) - 1] // settings.engine.block_size
             stage.allocate_kv(pages, settings.engine.block_size, backends, transfer, host, guests)
             names.append(attention.name)
+        lenders = plan.devices if settings.lending.enabled else ()
+        warm_up_attention([(stage.device, stage.attention_kinds()) for stage in stages], lenders, backends)
         on_loaded()
         return _assemble(plan, settings, budgets, stages, transfer, tokenizer, names, threads, host, started_s)
     except BaseException:

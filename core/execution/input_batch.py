@@ -63,6 +63,7 @@ def build_batch(output: SchedulerOutput, block_size: int) -> InputBatch:
         num_decodes=sum(1 for length in lengths if length == 1),
         host_query_start=tuple(query_start.tolist()),
         host_seq_lens=tuple(seq_lens.tolist()),
+        max_query_len=max(lengths),
     )
     return InputBatch(torch.from_numpy(tokens)[None], torch.from_numpy(positions)[None], metadata)
 

@@ -19,9 +19,11 @@ from core.execution.attention.interface import (
     ATTENTION_NAME,
     AttentionContext,
     LayerAttention,
+    attention_kinds,
     bind,
 )
 from core.execution.attention.select import LinearAdapter
+from core.execution.attention.triton_variants import AttentionKind
 from core.execution.input_batch import InputBatch
 from core.execution.page_mover import PageMover
 from core.execution.placed_batch import place_batch
@@ -127,6 +129,10 @@ class Stage:
         windows = self.architecture.sliding_windows
         bound = {i: LayerAttention(self._context, i, *self.kv.layer(i), windows[i]) for i in layers}
         bind(self._model, bound)
+
+    def attention_kinds(self) -> frozenset[AttentionKind]:
+        """How the layers attend, as far as kernels differ; there are pages by then."""
+        return attention_kinds(self._model, self.architecture.num_heads)
 
     def move_pages(self, ops: Sequence[PageOp]) -> None:
         """Do what a step asks of the pages before it computes. Loads begin here and end before their layer attends."""

@@ -98,6 +98,7 @@ class RandomLayers:
             num_decodes=rows,
             host_query_start=tuple(range(rows + 1)),
             host_seq_lens=(context,) * rows,
+            max_query_len=1,
         )
         positions = torch.full((1, rows), context - 1, device=at)
         if self._part.is_first:

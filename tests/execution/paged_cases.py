@@ -76,6 +76,7 @@ def make(
         num_decodes=sum(1 for count in rows if count == 1),
         host_query_start=tuple(starts),
         host_seq_lens=tuple(lengths),
+        max_query_len=max(rows),
     )
     sinks = torch.randn(case.heads, generator=generator) if case.sinks else None
     return query, k_pages, v_pages, metadata, AttentionSpec(case.key_dim**-0.5, case.window, case.softcap, sinks)
