@@ -22,6 +22,7 @@ from core.engine.model_engine import ModelEngine, describe, products_are_native
 from core.engine.model_plan import ModelPlan, cohort_policy, stage_timer
 from core.errors import InsufficientMemoryError
 from core.execution.attention.select import AttentionBackends, LinearAdapter
+from core.execution.attention.warm_up import warm_up_attention
 from core.execution.known_sequences import KnownSequences
 from core.execution.model_runner import ModelRunner
 from core.execution.stage import KVSetup, Stage
@@ -136,6 +137,8 @@ class EngineBuilder:
             self.budgets[stage.device.name].reserve("workspace", placed.workspace_bytes)
             stage.allocate_kv(tokens // size, setup)
             names.append(self.backends(stage.device).name)
+        lenders = plan.devices if settings.lending.enabled else ()
+        warm_up_attention([(stage.device, stage.attention_kinds()) for stage in stages], lenders, self.backends)
         return self._assemble(stages, tuple(names))
 
     def _assemble(self, stages: list[Stage], backends: tuple[str, ...]) -> ModelEngine:

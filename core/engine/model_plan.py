@@ -26,7 +26,9 @@ from core.costs.cards import gpu_spec
 from core.devices import HOST, Device, DeviceBudget, MainMemory, host_device, open_devices, open_main_memory
 from core.errors import ContextLengthError, InsufficientMemoryError
 from core.execution.attention.select import planned_gathering, planned_packing
+from core.logs import get_logger
 from core.models.architecture import Architecture, read_architecture
+from core.models.dtype import served_architecture
 from core.models.resolve import ResolvedModel, resolve_model
 from core.models.stage_model import ModelBytes, measure_bytes
 from core.placement.engine import parse_layers, stage_costs
@@ -37,6 +39,8 @@ from core.placement.streaming import place_or_stream, place_streaming
 from core.profiling.profiler import LayerProfiler
 from core.profiling.workspace import Workspace, measure_workspace
 from core.transfer import TransferManager
+
+logger = get_logger(__name__)
 
 
 class Measure(Protocol):
@@ -66,7 +70,8 @@ _ANY_MACHINE_BYTES = 1 << 60
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
     """A load as planned. `request` is what placement worked from; `prediction` is there if its speeds are known;
-    `pooled` is the KV that devices hold together; `host` is there if layers stay in main memory.
+    `pooled` is the KV that devices hold together; `host` is there if layers stay in main memory; `notes` say where the
+    model is served otherwise than its checkpoint says.
     """
 
     resolved: ResolvedModel
@@ -79,6 +84,7 @@ class ModelPlan:
     prediction: Prediction | None
     pooled: PooledKV
     host: Device | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def is_measured(self) -> bool:
@@ -138,7 +144,9 @@ def plan_model(
     Raises `UnsupportedModelError`, `CheckpointError`, `InsufficientMemoryError`, `ContextLengthError`,
     `InvalidRequestError` for a strategy or layers that do not exist.
     """
-    architecture = read_architecture(resolved.path, settings.model.dtype)
+    architecture, notes = served_architecture(resolved.path, settings.model.dtype, devices)
+    for note in notes:
+        logger.warning("plan", note=note)
     weights = measure_bytes(architecture, planned_packing(devices, settings, architecture.dtype))
     max_model_len = _max_model_len(resolved, architecture, settings)
     placed = settings.devices
@@ -179,7 +187,7 @@ def plan_model(
     return ModelPlan(
         resolved, architecture, weights, request, placement, tuple(devices), max_model_len, prediction,
         pooled,
-        host if placement.streamed_bytes else None,
+        host if placement.streamed_bytes else None, notes,
     )  # fmt: skip
 
 
@@ -301,6 +309,7 @@ class Preview:
     pooled: PooledKV
     prediction: Prediction | None
     one_more: tuple[DeviceEffect, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def preview(settings: Settings, gpus: Sequence[str] = (), *, more: Sequence[str] = ()) -> Preview:
@@ -319,15 +328,17 @@ def preview(settings: Settings, gpus: Sequence[str] = (), *, more: Sequence[str]
         placement = place_or_stream(request, settings.devices.placement, _lend_ratio(settings), length)
         pooled = pool_of(request, placement, _lend_ratio(settings))
         prediction: Prediction | None = predict(placement, request, pooled=pooled)
+        notes: tuple[str, ...] = ()
     else:
         devices = open_devices(settings.devices, allocate=False, set_aside_bytes=promised_bytes(settings))
         measure = measure_with(settings, TransferManager())
         host = host_for(settings, devices, open_main_memory(settings.devices))
         plan = plan_model(resolved, devices, settings, measure, host)
         request, placement, pooled, prediction = plan.request, plan.placement, plan.pooled, plan.prediction
+        notes = plan.notes
     others = more or tuple(dict.fromkeys(text.partition("*")[0].strip() for text in gpus))
     effects = tuple(one_more(placement, request, device) for device in gpu_spec(*others)) if prediction else ()
-    return Preview(request, placement, pooled, prediction, effects)
+    return Preview(request, placement, pooled, prediction, effects, notes)
 
 
 def _max_model_len(resolved: ResolvedModel, architecture: Architecture, settings: Settings) -> int:

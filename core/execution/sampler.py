@@ -75,11 +75,15 @@ class SamplingRow:
 
 
 class Sampler:
-    """Samples batches of rows. Keeps counts for sequences with penalties until `forget`. One thread at a time."""
+    """Samples batches of rows. Keeps counts for sequences with penalties until `forget`. One thread at a time.
+
+    Draws need float64, which Apple's GPUs do not have: their logits are sampled in main memory, which is the same
+    memory. Rows that are greedy and plain, alone in a step, are not moved.
+    """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
-        self._device = torch.device(device)
+        self._device = torch.device("cpu" if torch.device(device).type == "mps" else device)
         self._editor = LogitEditor(vocab_size, self._device)
 
     @property
@@ -105,6 +109,8 @@ class Sampler:
             token_ids = _argmax(logits).tolist()
             sampled = [SampledToken(token) for token in token_ids]
         else:
+            if logits.device.type == "mps":
+                logits = logits.cpu()
             step = rows_per_chunk(self._vocab_size, self._device)
             sampled = []
             for start in range(0, len(rows), step):

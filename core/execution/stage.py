@@ -14,8 +14,16 @@ from torch import nn
 
 from core.costs import Batch, StageTimer
 from core.devices import Device, DeviceBudget
-from core.execution.attention.interface import ATTENTION_NAME, AttentionContext, LayerAttention, bind, unbind
+from core.execution.attention.interface import (
+    ATTENTION_NAME,
+    AttentionContext,
+    LayerAttention,
+    attention_kinds,
+    bind,
+    unbind,
+)
 from core.execution.attention.select import LinearAdapter
+from core.execution.attention.triton_variants import AttentionKind
 from core.execution.known_sequences import KnownSequences, PackedStep
 from core.execution.page_mover import BlockBuffers, PageMover
 from core.execution.page_sites import sites_of
@@ -175,6 +183,10 @@ class Stage:
         windows = self.architecture.sliding_windows
         bound = {i: LayerAttention(self._context, i, *self.kv.layer(i), windows[i]) for i in layers}
         bind(self._model, bound)
+
+    def attention_kinds(self) -> frozenset[AttentionKind]:
+        """How the layers attend, as far as kernels differ; there are pages by then."""
+        return attention_kinds(self._model, self.architecture.num_heads)
 
     def _enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -19,7 +19,7 @@ from core.devices.memory import MemoryNow, read_memory
 from core.errors import DeviceError
 from core.execution.attention.select import select_attention
 from core.execution.native.build import find_compilers
-from core.models.architecture import read_architecture
+from core.models.dtype import served_architecture
 from core.models.resolve import resolve_model
 from core.profiling.profile_store import device_facts
 from core.profiling.profiler import DEVICE_BUDGET_S, LayerProfiler
@@ -129,8 +129,8 @@ def diagnose(settings: Settings, refresh: bool = False, *, budget_s: float = DEV
     Raises `ModelError`, `DeviceError`.
     """
     resolved = resolve_model(settings.model.name, settings.model.revision)
-    architecture = read_architecture(resolved.path, settings.model.dtype)
     devices = open_devices(settings.devices, allocate=False)
+    architecture, _ = served_architecture(resolved.path, settings.model.dtype, devices)
     machine = probe_machine()
     memory = read_memory(devices, machine)
     busy = _busy_warnings(devices)

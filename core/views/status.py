@@ -111,7 +111,8 @@ class NoModelView:
 
 @dataclass(frozen=True, slots=True)
 class PipelineView:
-    """The pipeline with a model. `prediction` is None where speeds were not measured."""
+    """The pipeline with a model. `prediction` is None where speeds were not measured; `notes` say where the plan is not
+    what was asked for."""
 
     ready: bool
     state: str
@@ -123,6 +124,7 @@ class PipelineView:
     stages: tuple[StageView, ...]
     prediction: PredictionView | None
     transfers: tuple[TransferView, ...]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +213,7 @@ def pipeline_view(engine: ModelEngine | None, service: ServiceState) -> Pipeline
             TransferView(*link, s.ops, s.bytes, s.seconds, round(s.bytes / s.seconds) if s.seconds else None)
             for link, s in service.transfers.items()
         ),
+        notes=engine.plan.notes,
     )
 
 

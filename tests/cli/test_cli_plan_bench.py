@@ -53,6 +53,14 @@ def test_a_plan_is_a_row_per_stage() -> None:
         assert part in text
 
 
+def test_a_plan_says_that_bf16_becomes_fp16(large: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = (large, "--devices", "sim=80GiB@936GB/s/71TFLOPS")
+    assert plan_json(*arguments)["notes"] == [] and "note:" not in plan_text(*arguments)
+    monkeypatch.setattr("core.models.dtype.supports_bf16", lambda kind, capability: False)
+    assert "float16 in place of bfloat16, which sim" in plan_json(*arguments)["notes"][0]
+    assert "note: float16 in place of bfloat16" in plan_text(*arguments)
+
+
 def test_planning_the_demo_model_reads_no_weights_and_needs_no_such_memory() -> None:
     placement = plan_json("--devices", "sim=2048GiB@936GB/s/71TFLOPS,cpu=64MiB", "--placement", "vram")
     assert [stage["device_name"] for stage in placement["stages"]] == ["sim", "cpu"]

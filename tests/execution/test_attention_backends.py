@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from execution.paged_cases import CASES, Case, dense, make, tolerance
 
 from core.execution.attention.torch_paged import TorchPagedAttention
+from core.execution.attention.triton_probe import open_triton
 from core.profiling.workspace import LiveBytes
 
 _INTERPRETED = """
@@ -20,12 +22,13 @@ import sys
 sys.path.insert(0, {tests!r})
 from execution.paged_cases import CASES, dense, make, tolerance
 from core.execution.attention.triton_paged import TritonPagedAttention
+from core.execution.attention.triton_variants import GpuLimits
 import torch
 for name, case in CASES.items():
     if case.dtype is torch.bfloat16:
         continue  # numpy, which the interpreter computes with, has none: the test on a GPU covers it
     inputs = make(case)
-    got, expected = TritonPagedAttention().attend(*inputs).double(), dense(*inputs)
+    got, expected = TritonPagedAttention(GpuLimits("cuda", 86, 99 * 1024)).attend(*inputs).double(), dense(*inputs)
     worst = (got - expected).abs().max().item()
     assert worst < tolerance(case), (name, worst)
     print("checked", name)
@@ -78,10 +81,7 @@ def test_writing_goes_to_the_slots() -> None:
     query, k_pages, v_pages, metadata, _ = make(CASES["prefill"])
     slots = torch.randperm(k_pages.shape[0] * k_pages.shape[1])[: query.shape[0]]
     key, value = torch.randn(query.shape[0], 2, 16), torch.randn(query.shape[0], 2, 16)
-    metadata = type(metadata)(
-        slots, metadata.block_tables, metadata.query_start, metadata.seq_lens, 0, metadata.host_query_start,
-        metadata.host_seq_lens,
-    )  # fmt: skip
+    metadata = replace(metadata, slot_mapping=slots)
     before = k_pages.flatten(0, 1).clone()
     TorchPagedAttention().write(key, value, k_pages, v_pages, metadata)
     assert torch.equal(k_pages.flatten(0, 1)[slots], key)
@@ -110,8 +110,8 @@ def test_triton_kernel_in_the_interpreter(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_triton_kernel_on_a_gpu(name: str) -> None:
-    from core.execution.attention.triton_paged import TritonPagedAttention
-
+    backend = open_triton("cuda:0")
+    assert backend is not None
     case = CASES[name]
     query, k_pages, v_pages, metadata, spec = make(case)
     expected = dense(query, k_pages, v_pages, metadata, spec)
@@ -119,9 +119,9 @@ def test_triton_kernel_on_a_gpu(name: str) -> None:
         *(tensor.cuda() for tensor in (
             metadata.slot_mapping, metadata.block_tables, metadata.query_start, metadata.seq_lens,
         )),
-        metadata.num_decodes, metadata.host_query_start, metadata.host_seq_lens,
+        metadata.num_decodes, metadata.host_query_start, metadata.host_seq_lens, metadata.max_query_len,
     )  # fmt: skip
     sinks = spec.sinks.cuda() if spec.sinks is not None else None
     on_gpu = type(spec)(spec.scale, spec.window, spec.softcap, sinks)
-    got = TritonPagedAttention().attend(query.cuda(), k_pages.cuda(), v_pages.cuda(), moved, on_gpu)
+    got = backend.attend(query.cuda(), k_pages.cuda(), v_pages.cuda(), moved, on_gpu)
     torch.testing.assert_close(got.cpu().double(), expected, atol=tolerance(case), rtol=0)

@@ -21,6 +21,7 @@ from core.execution.attention.merge import combine
 from core.execution.attention.metadata import AttentionSpec, SiteBatch, build_site_batch
 from core.execution.attention.native_paged import NativePagedAttention
 from core.execution.attention.torch_paged import TorchPagedAttention
+from core.execution.attention.triton_probe import open_triton
 from core.execution.native import load_native
 
 _INTERPRETED = """
@@ -29,14 +30,16 @@ sys.path.insert(0, {tests!r})
 from execution.paged_cases import dense, make, tolerance
 from execution.partial_cases import SPREADS, part_by_definition, parts_of, spread
 from core.execution.attention.triton_paged import TritonPagedAttention
+from core.execution.attention.triton_variants import GpuLimits
 import torch
+BACKEND = TritonPagedAttention(GpuLimits("cuda", 86, 99 * 1024))
 for name, case in SPREADS.items():
     if case.dtype is torch.bfloat16 or name.startswith("long"):
         continue  # numpy, which the interpreter computes with, has no bf16; and long cases take it minutes
     query, k, v, metadata, spec = make(case)
     held = spread(k, v, metadata, 3, seed=1)
-    parts = parts_of(TritonPagedAttention(), query, held, spec)
-    got = TritonPagedAttention().merge(parts, spec.sinks, query.dtype).double()
+    parts = parts_of(BACKEND, query, held, spec)
+    got = BACKEND.merge(parts, spec.sinks, query.dtype).double()
     worst = (got - dense(query, k, v, metadata, spec)).abs().max().item()
     assert worst < tolerance(case), (name, worst)
     for site, (out, lse) in zip(held, parts):
@@ -264,11 +267,11 @@ def test_unfit_parts(backend: AttentionBackend) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")
 @pytest.mark.parametrize("name", sorted(SPREADS))
 def test_triton_kernel_on_a_gpu(name: str) -> None:
-    from core.execution.attention.triton_paged import TritonPagedAttention
-
+    backend = open_triton("cuda:0")
+    assert backend is not None
     query, k_pages, v_pages, metadata, spec = make(SPREADS[name])
     expected = dense(query, k_pages, v_pages, metadata, spec)
     sinks = spec.sinks.cuda() if spec.sinks is not None else None
     sites = spread(k_pages.cuda(), v_pages.cuda(), metadata, 3, seed=0)
-    got = merged(TritonPagedAttention(), query.cuda(), sites, replace(spec, sinks=sinks))
+    got = merged(backend, query.cuda(), sites, replace(spec, sinks=sinks))
     torch.testing.assert_close(got.cpu().double(), expected, atol=tolerance(SPREADS[name]), rtol=0)

@@ -52,7 +52,7 @@ def plan(
 
 
 def as_dict(shown: Preview) -> dict[str, Any]:
-    """The placement's own fields, then `pooled`, `prediction`, `one_more` and `assumed`."""
+    """The placement's own fields, then `pooled`, `prediction`, `one_more`, `assumed` and `notes`."""
     result = dataclasses.asdict(shown.placement) | {"pooled": dataclasses.asdict(shown.pooled)}
     prediction = shown.prediction
     result["prediction"] = None
@@ -62,6 +62,7 @@ def as_dict(shown: Preview) -> dict[str, Any]:
             target["roofline_share"] = rate.roofline_share
     result["one_more"] = [dataclasses.asdict(effect) | {"gain": effect.gain} for effect in shown.one_more]
     result["assumed"] = assumptions(shown)
+    result["notes"] = list(shown.notes)
     return result
 
 
@@ -69,6 +70,8 @@ def print_plan(shown: Preview, console: Console) -> None:
     """Stages in the order of execution, then what to expect of them."""
     _print_stages(shown.placement, shown.pooled.tokens, console)
     _print_streams(shown.placement, shown.request.costs, console)
+    for note in shown.notes:
+        console.print(f"note: {note}", soft_wrap=True)
     if shown.prediction is None:
         console.print("One device: nothing depends on its speed, so it was not measured.")
         return

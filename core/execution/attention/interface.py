@@ -7,7 +7,7 @@ name, so transformers builds no masks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,9 +17,13 @@ from transformers import AttentionInterface
 from core.errors import UnsupportedModelError
 from core.execution.attention.merge import Part
 from core.execution.attention.metadata import AttentionMetadata, AttentionSpec, SiteBatch
+from core.execution.attention.triton_variants import AttentionKind, Heads
 
 ATTENTION_NAME = "vramancer_paged"
 _BOUND = "_vramancer_attention"
+
+OnKernel = Callable[[int, int], None]
+"""Told how many kernels are ready, of how many."""
 
 
 class AttentionBackend(Protocol):
@@ -50,6 +54,12 @@ class AttentionBackend(Protocol):
 
     def merge(self, parts: Sequence[Part], sinks: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """`core.execution.attention.merge.merge_partials`, the backend's way."""
+        ...
+
+    def warm_up(
+        self, kinds: Iterable[AttentionKind], device: torch.device, *, partial: bool, on_kernel: OnKernel
+    ) -> None:
+        """Make ready all that layers of these kinds will ask for: `attend_partial` if `partial`, else `attend`."""
         ...
 
 
@@ -129,6 +139,28 @@ def bind(model: nn.Module, layers: dict[int, LayerAttention]) -> None:
 def unbind(module: nn.Module) -> None:
     """Take away what `bind` gave a module."""
     vars(module).pop(_BOUND, None)
+
+
+def attention_kinds(model: nn.Module, num_heads: int) -> frozenset[AttentionKind]:
+    """How the layers that `bind` gave pages attend, as far as kernels differ; each with `num_heads` query heads."""
+    kinds = set()
+    for module in model.modules():
+        layer = bound_attention(module)
+        if layer is None:
+            continue
+        (_, block_size, kv_heads, key_dim), value_dim = layer.k_pages.shape, layer.v_pages.shape[3]
+        heads = Heads(kv_heads, num_heads // kv_heads, key_dim, value_dim, layer.k_pages.dtype)
+        sinks = getattr(module, "sinks", None)
+        for window in {layer.window, getattr(module, "sliding_window", layer.window)}:
+            kind = AttentionKind(
+                heads,
+                block_size,
+                has_window=window is not None,
+                has_softcap=bool(getattr(module, "attn_logit_softcapping", None)),
+                sinks=None if sinks is None else sinks.dtype,
+            )
+            kinds.add(kind)
+    return frozenset(kinds)
 
 
 def bound_attention(module: object) -> LayerAttention | None:

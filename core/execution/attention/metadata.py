@@ -62,6 +62,7 @@ class SiteBatch:
         query_start: int32 `[S + 1]`, first row of each sequence among the query rows.
         seq_lens: int32 `[S]`, keys of each sequence at this site; 0 where it has none.
         host_query_start, host_seq_lens: the same numbers without a device round trip.
+        max_query_len: rows of the sequence that has most of them.
         block_index: int32 `[S, M]`, on the host: key j of entry m is at position `block_index[s, m] * block_size + j`.
         query_at: int32 `[R]`, on the host: the position of each query row, ascending within a sequence.
         block_size: keys per page.
@@ -72,6 +73,7 @@ class SiteBatch:
     seq_lens: torch.Tensor
     host_query_start: tuple[int, ...]
     host_seq_lens: tuple[int, ...]
+    max_query_len: int
     block_index: np.ndarray
     query_at: np.ndarray
     block_size: int
@@ -142,6 +144,7 @@ def build_site_batch(
         seq_lens=seq_lens,
         host_query_start=tuple(starts.tolist()),
         host_seq_lens=tuple(lengths.tolist()),
+        max_query_len=max(query_lens, default=0),
         block_index=block_index,
         query_at=np.asarray(query_at, dtype=np.int32),
         block_size=block_size,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
+from core.execution.attention.interface import OnKernel
 from core.execution.attention.merge import Part
 from core.execution.attention.metadata import AttentionMetadata, AttentionSpec, SiteBatch
+from core.execution.attention.triton_variants import AttentionKind
 from core.execution.native import NativeKernels
 
 
@@ -47,3 +49,8 @@ class NativePagedAttention:
     def merge(self, parts: Sequence[Part], sinks: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """See `AttentionBackend.merge`."""
         return self._kernels.merge_partials(parts, sinks, dtype)
+
+    def warm_up(
+        self, kinds: Iterable[AttentionKind], device: torch.device, *, partial: bool, on_kernel: OnKernel
+    ) -> None:
+        """See `AttentionBackend.warm_up`: nothing has to be made ready."""

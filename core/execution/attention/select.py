@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from core.devices import Device
 from core.execution.attention.interface import AttentionBackend
 from core.execution.attention.native_paged import NativePagedAttention
 from core.execution.attention.torch_paged import TILE_BYTES, TorchPagedAttention, is_fused, most_bytes
+from core.execution.attention.triton_probe import open_triton
 from core.execution.native import (
     NativeKernels,
     NativeLayers,
@@ -27,10 +27,7 @@ from core.execution.native import (
     swap_linears,
     swap_norms,
 )
-from core.logs import get_logger
 from core.models.architecture import Architecture
-
-logger = get_logger(__name__)
 
 _LIMIT_PER_TILE = 16
 """Plain torch attention takes no more than one part in so many of what a device may hold."""
@@ -82,11 +79,9 @@ def select_attention(
     `threads` is how many a CPU device computes with, or says so at every call.
     """
     if device.kind in ("cuda", "rocm"):
-        if importlib.util.find_spec("triton") is not None:
-            from core.execution.attention.triton_paged import TritonPagedAttention
-
-            return TritonPagedAttention(), None
-        logger.info("attention in plain torch", device=device.name, reason="Triton is not installed")
+        triton = open_triton(device.torch_device)
+        if triton is not None:
+            return triton, None
     if device.kind in ("cpu", "sim") and settings.engine.native_kernels:
         kernels = load_native(settings.runtime.cache_dir / "kernels", threads)
         if kernels is not None:

@@ -8,13 +8,15 @@ are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 
+from core.execution.attention.interface import OnKernel
 from core.execution.attention.merge import Part, combine, merge_partials
 from core.execution.attention.metadata import AttentionMetadata, AttentionSpec, SiteBatch
+from core.execution.attention.triton_variants import AttentionKind
 
 TILE_BYTES = 256 * 1024 * 1024
 """What attention takes at one time beside its output, if it is given no less."""
@@ -123,6 +125,11 @@ class TorchPagedAttention:
     def merge(self, parts: Sequence[Part], sinks: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """See `AttentionBackend.merge`."""
         return merge_partials(parts, sinks, dtype)
+
+    def warm_up(
+        self, kinds: Iterable[AttentionKind], device: torch.device, *, partial: bool, on_kernel: OnKernel
+    ) -> None:
+        """See `AttentionBackend.warm_up`: nothing has to be made ready."""
 
 
 class _Pages:

@@ -1,0 +1,57 @@
+"""Which dtype a model is served in, on these devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from core.devices import Device
+from core.devices.device import DeviceKind
+from core.errors import DeviceError
+from core.models.architecture import Architecture, read_architecture
+
+_BF16_CAPABILITY = 80
+
+
+def compute_capability(device: torch.device) -> int | None:
+    """NVIDIA's: 86 for 8.6; None for other devices."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def supports_bf16(kind: DeviceKind, capability: int | None) -> bool:
+    """Whether a device computes with bf16 itself: NVIDIA's do from Ampere on. `capability` as `compute_capability`."""
+    return kind != "cuda" or capability is None or capability >= _BF16_CAPABILITY
+
+
+def served_architecture(path: Path, asked: str, devices: Sequence[Device]) -> tuple[Architecture, tuple[str, ...]]:
+    """A checkpoint's architecture with the dtype that all of `devices` can serve it in, and what there is to say of it.
+
+    A bf16 checkpoint (`asked` is "auto") becomes fp16 if one device has no bf16: one model has one dtype. Raises as
+    `read_architecture` does, and `DeviceError` if bf16 is asked for where a device has none.
+    """
+    architecture = read_architecture(path, asked)
+    if architecture.dtype is not torch.bfloat16:
+        return architecture, ()
+    capabilities = [(device, compute_capability(torch.device(device.torch_device))) for device in devices]
+    lacking = [
+        f"{device.name} (compute capability {(capability or 0) / 10})"
+        for device, capability in capabilities
+        if not supports_bf16(device.kind, capability)
+    ]
+    if not lacking:
+        return architecture, ()
+    names = ", ".join(lacking)
+    if asked != "auto":
+        raise DeviceError(
+            f"dtype bfloat16 needs compute capability 8.0, which is more than that of {names}. Use float16 or auto, "
+            f"or leave the device out.",
+            param="dtype",
+        )
+    note = f"float16 in place of bfloat16, which {names} cannot compute with; numbers beyond 65,504 overflow"
+    return replace(architecture, dtype=torch.float16), (note,)
