@@ -58,6 +58,11 @@ class SamplingParams:
         return self.best_of if self.best_of is not None else self.n
 
     @property
+    def penalized(self) -> bool:
+        """Whether tokens that have occurred are less, or more, likely."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
 

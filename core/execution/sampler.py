@@ -20,12 +20,12 @@ import torch
 
 from core.errors import StepFailedError
 from core.execution.records import SampledToken
-from core.execution.sampling import row_ops
-from core.execution.sampling.filters import Filters, draw_filtered, is_filtered
-from core.execution.sampling.logit_edits import LogitEditor, is_edited
-from core.execution.sampling.logprobs import prompt_logprobs, rows_per_chunk, token_logprobs
+from core.execution.sampling import draws
+from core.execution.sampling.draws import Filters, draw_filtered, is_filtered
+from core.execution.sampling.logit_edits import LogitEditor
+from core.execution.sampling.logprobs import Reported, prompt_logprobs, rows_per_chunk, to_host, token_logprobs
 from core.execution.sampling.random import derive_seed, fresh_seed, uniforms
-from core.request import SamplingParams, TokenLogprob
+from core.request import SamplingParams
 
 __all__ = [
     "NonFiniteLogitsError",
@@ -73,6 +73,23 @@ class SamplingRow:
     def greedy(self) -> bool:
         return self.params.temperature < GREEDY_TEMPERATURE
 
+    @property
+    def edited(self) -> bool:
+        """Whether the row's logits differ from the model's before temperature."""
+        params = self.params
+        return bool(params.logit_bias) or bool(self.suppress_token_ids) or params.penalized
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """What was chosen for some rows, on the device: token ids `[R]`, -1 where there is none; rows at `asking` also want
+    log-probabilities, with `tops` alternatives each."""
+
+    token_ids: torch.Tensor
+    asking: list[int]
+    tops: list[int]
+    found: Reported | None
+
 
 class Sampler:
     """Samples batches of rows. Keeps counts for sequences with penalties until `forget`. One thread at a time.
@@ -84,16 +101,18 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._device = torch.device("cpu" if torch.device(device).type == "mps" else device)
-        self._editor = LogitEditor(vocab_size, self._device)
+        self._rows_per_chunk = rows_per_chunk(vocab_size, self._device)
+        self._editor: LogitEditor | None = None  # made for the first row that needs it
 
     @property
     def num_tracked_sequences(self) -> int:
         """Sequences for which state is held."""
-        return self._editor.num_tracked
+        return 0 if self._editor is None else self._editor.num_tracked
 
     def forget(self, seq_ids: Iterable[int]) -> None:
         """Drop the state of sequences that ended or were preempted; it is rebuilt when one comes back."""
-        self._editor.forget(seq_ids)
+        if self._editor is not None:
+            self._editor.forget(seq_ids)
 
     def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         """Choose a token for each row of `logits` `[R, V]` (any float type; left as they are).
@@ -105,39 +124,40 @@ class Sampler:
         if not rows:
             return []
         logits = logits[:, : self._vocab_size]
-        if all(row.greedy and row.params.logprobs is None and not is_edited(row) for row in rows):
+        if all(row.greedy and row.params.logprobs is None and not row.edited for row in rows):
             token_ids = _argmax(logits).tolist()
             sampled = [SampledToken(token) for token in token_ids]
         else:
             if logits.device.type == "mps":
                 logits = logits.cpu()
-            step = rows_per_chunk(self._vocab_size, self._device)
-            sampled = []
-            for start in range(0, len(rows), step):
-                sampled += self._sample_chunk(logits[start : start + step], rows[start : start + step])
+            step = self._rows_per_chunk
+            chunks = [
+                self._sample_chunk(logits[start : start + step], rows[start : start + step])
+                for start in range(0, len(rows), step)
+            ]
+            sampled = _records(chunks)
         failed = [row.seq_id for row, item in zip(rows, sampled, strict=True) if item.token_id < 0]
         if failed:
             raise NonFiniteLogitsError(failed)
         return sampled
 
-    def _sample_chunk(self, raw: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
-        reported = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
-        logprobs = torch.log_softmax(_select(raw, reported).to(torch.float32), dim=1) if reported else None
+    def _sample_chunk(self, raw: torch.Tensor, rows: Sequence[SamplingRow]) -> _Chunk:
+        asking = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
+        tops = [rows[index].params.logprobs or 0 for index in asking]
+        logprobs = torch.log_softmax(_select(raw, asking).to(torch.float32), dim=1) if asking else None
         token_ids = self._choose(self._edited(raw, rows), rows)
-        sampled = [SampledToken(token) for token in token_ids.tolist()]
-        if logprobs is not None:
-            chosen = _select(token_ids, reported).clamp(min=0)
-            tops = [rows[index].params.logprobs or 0 for index in reported]
-            for index, record in zip(reported, token_logprobs(logprobs, chosen, tops), strict=True):
-                sampled[index] = SampledToken(sampled[index].token_id, _checked(record, sampled[index]))
-        return sampled
+        if logprobs is None:
+            return _Chunk(token_ids, [], [], None)
+        found = Reported.of(logprobs, _select(token_ids, asking).clamp(min=0), max(tops))
+        return _Chunk(token_ids, asking, tops, found)
 
     def _edited(self, raw: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
         """Logits as float32, with biases and penalties; `raw` itself if nothing changes it."""
         logits = raw.to(torch.float32)
-        if any(is_edited(row) for row in rows):
+        if any(row.edited for row in rows):
             if logits is raw or not logits.is_contiguous():
                 logits = logits.clone(memory_format=torch.contiguous_format)
+            self._editor = self._editor or LogitEditor(self._vocab_size, self._device)
             self._editor.apply(logits, rows)
         return logits
 
@@ -159,7 +179,7 @@ class Sampler:
         if any(temperature != 1.0 for temperature in temperatures):
             logits = logits / torch.tensor(temperatures, dtype=torch.float32, device=logits.device)[:, None]
         probs = torch.softmax(logits, dim=1)
-        sums = row_ops.block_sums(probs)
+        sums = draws.block_sums(probs)
         totals = sums.cumsum(dim=1)[:, -1]
         uniform = torch.from_numpy(uniforms([row.seed for row in rows], [row.position for row in rows]))
         uniform = uniform.to(logits.device)
@@ -168,7 +188,7 @@ class Sampler:
         free = [index for index, row in enumerate(rows) if not is_filtered(row.params, self._vocab_size)]
         token_ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
         if free:
-            token_ids[free] = row_ops.draw_by_weight(_select(probs, free), _select(sums, free), _select(uniform, free))
+            token_ids[free] = draws.draw_by_weight(_select(probs, free), _select(sums, free), _select(uniform, free))
         if filtered:
             filters = Filters.of([rows[index].params for index in filtered], self._vocab_size)
             token_ids[filtered] = draw_filtered(
@@ -183,7 +203,7 @@ class Sampler:
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:
     """Most likely token of each row, int64 `[R]`; -1 if the largest logit is not finite (a NaN counts as largest)."""
-    token_ids = row_ops.argmax(logits)
+    token_ids = draws.argmax(logits)
     finite = logits.gather(1, token_ids[:, None]).squeeze(1).isfinite()
     return torch.where(finite, token_ids, -1)
 
@@ -193,5 +213,24 @@ def _select(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
     return tensor if len(rows) == tensor.shape[0] else tensor[rows]
 
 
-def _checked(record: TokenLogprob, sampled: SampledToken) -> TokenLogprob | None:
-    return record if sampled.token_id >= 0 else None
+def _records(chunks: Sequence[_Chunk]) -> list[SampledToken]:
+    """What all chunks chose, brought to the host together."""
+    tensors: list[torch.Tensor] = []
+    for chunk in chunks:
+        found = chunk.found
+        tensors += [chunk.token_ids] if found is None else [
+            chunk.token_ids, found.chosen, found.top_values, found.top_ids,
+        ]  # fmt: skip
+    parts = iter(to_host(*tensors))
+    sampled: list[SampledToken] = []
+    for chunk in chunks:
+        tokens = next(parts).tolist()
+        mine = [SampledToken(token) for token in tokens]
+        if chunk.found is not None:
+            chosen = [tokens[index] for index in chunk.asking]
+            records = token_logprobs(chosen, next(parts), next(parts), next(parts), chunk.tops)
+            for index, record in zip(chunk.asking, records, strict=True):
+                if tokens[index] >= 0:
+                    mine[index] = SampledToken(tokens[index], record)
+        sampled += mine
+    return sampled

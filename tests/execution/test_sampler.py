@@ -19,9 +19,9 @@ from transformers.generation.logits_process import (
 
 from core.errors import StepFailedError
 from core.execution.sampler import NonFiniteLogitsError, Sampler, SamplingRow, prompt_logprobs
-from core.execution.sampling import filters as filters_module
-from core.execution.sampling import row_ops
-from core.execution.sampling.filters import Filters, draw_filtered
+from core.execution.sampling import draws
+from core.execution.sampling.draws import Filters, draw_filtered
+from core.execution.sampling.logprobs import to_host
 from core.execution.sampling.random import uniforms
 from core.request import SamplingParams
 
@@ -175,7 +175,7 @@ def test_support_equals_hugging_face_warpers(params, warpers):
         scaled = (logits / params.temperature).expand(num_uniform, -1)
         probs = torch.softmax(scaled, 1)
         tokens = draw_filtered(
-            scaled, probs, row_ops.block_sums(probs).sum(1), torch.arange(num_uniform).double() / num_uniform,
+            scaled, probs, draws.block_sums(probs).sum(1), torch.arange(num_uniform).double() / num_uniform,
             Filters.of([params] * num_uniform, vocab_size),
         )  # fmt: skip
         share = torch.bincount(tokens, minlength=vocab_size).double() / num_uniform
@@ -237,10 +237,10 @@ def test_candidates_give_the_token_of_a_full_sort():
         logits = (random_logits(len(params), vocab_size, scale=1.0) * scales[:, None]).to(dtype).float()
         probs = torch.softmax(logits, 1)
         uniform = torch.from_numpy(uniforms(range(len(params)), [1] * len(params)))
-        totals = row_ops.block_sums(probs).cumsum(1)[:, -1]
+        totals = draws.block_sums(probs).cumsum(1)[:, -1]
         results = [
             draw_filtered(logits, probs, totals, uniform, Filters.of(params, vocab_size), tiers).tolist()
-            for tiers in ((), (64,), (64, 1024), filters_module.CANDIDATE_TIERS, (4, 300, 5000))
+            for tiers in ((), (64,), (64, 1024), draws.CANDIDATE_TIERS, (4, 300, 5000))
         ]
         assert all(result == results[0] for result in results)
 
@@ -251,7 +251,7 @@ def test_largest_is_ordered_by_value_then_column(count, distinct):
     values = (torch.rand(3, 20_000, generator=torch.Generator().manual_seed(0)) * distinct).floor() / distinct
     values[1] = -values[1]
     values[2, ::7] = -math.inf
-    top, columns = row_ops.largest(values, count)
+    top, columns = draws.largest(values, count)
     expected = values.sort(dim=1, descending=True, stable=True)
     assert torch.equal(top, expected.values[:, :count])
     assert torch.equal(values.gather(1, columns), top)
@@ -296,7 +296,7 @@ def test_never_draws_an_impossible_token():
 def test_extreme_uniforms_stay_on_possible_tokens(uniform, vocab_size):
     weights = torch.zeros(1, vocab_size)
     weights[0, 1 : vocab_size - 1] = 0.1
-    drawn = row_ops.draw_by_weight(weights, row_ops.block_sums(weights), torch.tensor([uniform], dtype=torch.float64))
+    drawn = draws.draw_by_weight(weights, draws.block_sums(weights), torch.tensor([uniform], dtype=torch.float64))
     assert 1 <= drawn.item() < vocab_size - 1
     if uniform in (0.0, 1 - 2.0**-53):
         assert drawn.item() == (1 if uniform == 0.0 else vocab_size - 2)
@@ -400,3 +400,39 @@ def test_chunks_do_not_change_anything(monkeypatch):
     whole = Sampler(2000, CPU).sample(logits, rows)
     monkeypatch.setattr("core.execution.sampling.logprobs.CHUNK_ELEMENTS", 6000)
     assert Sampler(2000, CPU).sample(logits, rows) == whole
+
+
+@pytest.mark.parametrize("asks", [0, 3])
+def test_a_batch_comes_to_the_host_at_once(monkeypatch: pytest.MonkeyPatch, asks: int) -> None:
+    """However many chunks it is computed in, and whatever is asked of it."""
+    fetched = []
+
+    def counted(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        fetched.append(len(tensors))
+        return to_host(*tensors)
+
+    monkeypatch.setattr("core.execution.sampling.logprobs.CHUNK_ELEMENTS", 600 * 2)
+    monkeypatch.setattr("core.execution.sampler.to_host", counted)
+    rows = [
+        SamplingRow(i, SamplingParams(temperature=0.7, top_p=0.9, logprobs=2 if i < asks else None), i, 5)
+        for i in range(7)
+    ]
+    logits = torch.randn(7, 600, generator=torch.Generator().manual_seed(0))
+    tokens = Sampler(600, torch.device("cpu")).sample(logits, rows)
+    assert len(fetched) == 1
+    assert [token.logprob is not None for token in tokens] == [i < asks for i in range(7)]
+
+
+def test_tensors_of_all_kinds_travel_in_one_copy() -> None:
+    class Elsewhere(torch.Tensor):
+        """A tensor that says it is on a GPU."""
+
+        @property
+        def device(self) -> torch.device:  # type: ignore[override]
+            return torch.device("cuda")
+
+    tensors = [torch.arange(5), torch.rand(2, 3), torch.zeros(0, dtype=torch.int32)]
+    first = tensors[0].as_subclass(Elsewhere)
+    for part, tensor in zip(to_host(first, *tensors[1:]), tensors, strict=True):
+        assert part.dtype == tensor.dtype
+        assert torch.equal(part.as_subclass(torch.Tensor), tensor)

@@ -32,15 +32,6 @@ class EditedRow(Protocol):
     def suppress_token_ids(self) -> tuple[int, ...]: ...
 
 
-def is_penalized(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-
-
-def is_edited(row: EditedRow) -> bool:
-    """Whether the row's logits differ from the model's before temperature."""
-    return bool(row.params.logit_bias) or bool(row.suppress_token_ids) or is_penalized(row.params)
-
-
 class TokenCounts:
     """Distinct tokens of one sequence and how often each occurs in its output.
 
@@ -142,7 +133,7 @@ class LogitEditor:
             flat.index_fill_(0, self._tensor(np.array(positions, dtype=np.int64)), -torch.inf)
 
     def _penalize(self, flat: torch.Tensor, rows: Sequence[EditedRow]) -> None:
-        penalized = [(index, row) for index, row in enumerate(rows) if is_penalized(row.params)]
+        penalized = [(index, row) for index, row in enumerate(rows) if row.params.penalized]
         found = [(index, row.params, self._token_counts(row)) for index, row in penalized]
         if not found:
             return

@@ -6,11 +6,12 @@ Values are held at or above `LOGPROB_FLOOR`, as in OpenAI's API, because JSON ha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from core.errors import StepFailedError
-from core.execution.sampling import row_ops
+from core.execution.sampling import draws
 from core.request import MAX_LOGPROBS, TokenLogprob
 
 LOGPROB_FLOOR = -9999.0
@@ -19,27 +20,49 @@ CHUNK_ELEMENTS = 2**20
 CHUNK_ELEMENTS_ACCELERATOR = 2**26
 
 
+def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors in main memory, by one copy."""
+    if tensors[0].device.type == "cpu":
+        return list(tensors)
+    packed = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]).cpu()
+    parts = torch.split(packed, [tensor.nbytes for tensor in tensors])
+    return [part.clone().view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
 def rows_per_chunk(vocab_size: int, device: torch.device) -> int:
     elements = CHUNK_ELEMENTS if device.type == "cpu" else CHUNK_ELEMENTS_ACCELERATOR
     return max(1, elements // vocab_size)
 
 
-def token_logprobs(logprobs: torch.Tensor, token_ids: torch.Tensor, tops: Sequence[int]) -> list[TokenLogprob]:
-    """One record per row of `logprobs` `[R, V]`, for `token_ids` `[R]` with `tops[r]` alternatives.
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """Log-probabilities of some rows, on the device: of the rows' tokens `[R]`, and the alternatives' `[R, W]` with
+    their token ids, best first."""
 
-    As many as `MAX_LOGPROBS` are always looked for, so that a choice among equals is the same in every batch.
-    """
-    chosen = logprobs.gather(1, token_ids[:, None]).squeeze(1).clamp(min=LOGPROB_FLOOR).tolist()
-    tokens = token_ids.tolist()
-    most = max(tops, default=0)
-    if most == 0:
-        return [TokenLogprob(token, value) for token, value in zip(tokens, chosen, strict=True)]
-    width = min(max(MAX_LOGPROBS, most), logprobs.shape[1])
-    values, columns = row_ops.largest(logprobs, width)
-    top_values, top_ids = values.clamp(min=LOGPROB_FLOOR)[:, :most].tolist(), columns[:, :most].tolist()
+    chosen: torch.Tensor
+    top_values: torch.Tensor
+    top_ids: torch.Tensor
+
+    @classmethod
+    def of(cls, logprobs: torch.Tensor, token_ids: torch.Tensor, most: int) -> Reported:
+        """Of `logprobs` `[R, V]`, for `token_ids` `[R]` with up to `most` alternatives. As many as `MAX_LOGPROBS` are
+        always looked for, so that a choice among equals is the same in every batch."""
+        chosen = logprobs.gather(1, token_ids[:, None]).squeeze(1).clamp(min=LOGPROB_FLOOR)
+        if most == 0:
+            none = chosen.new_zeros((len(chosen), 0))
+            return cls(chosen, none, none.to(torch.int64))
+        values, columns = draws.largest(logprobs, min(max(MAX_LOGPROBS, most), logprobs.shape[1]))
+        return cls(chosen, values.clamp(min=LOGPROB_FLOOR)[:, :most], columns[:, :most])
+
+
+def token_logprobs(
+    tokens: Sequence[int], chosen: torch.Tensor, top_values: torch.Tensor, top_ids: torch.Tensor, tops: Sequence[int]
+) -> list[TokenLogprob]:
+    """One record per row of what is `Reported`, by now on the host, with `tops[r]` alternatives."""
+    rows = zip(tokens, chosen.tolist(), top_ids.tolist(), top_values.tolist(), tops, strict=True)
     return [
-        TokenLogprob(token, value, tuple(zip(ids[:top], row[:top], strict=True)))
-        for token, value, ids, row, top in zip(tokens, chosen, top_ids, top_values, tops, strict=True)
+        TokenLogprob(token, value, tuple(zip(ids[:top], values[:top], strict=True)))
+        for token, value, ids, values, top in rows
     ]
 
 
@@ -62,5 +85,7 @@ def prompt_logprobs(
         tokens = next_token_ids[rows]
         if bool(logprobs.gather(1, tokens[:, None]).isnan().any()):
             raise StepFailedError("The model produced logits that are not numbers for the prompt (NaN or infinity).")
-        result += token_logprobs(logprobs, tokens, [top] * len(tokens))
+        found = Reported.of(logprobs, tokens, top)
+        ids, chosen, values, columns = to_host(tokens, found.chosen, found.top_values, found.top_ids)
+        result += token_logprobs(ids.tolist(), chosen, values, columns, [top] * len(tokens))
     return result
