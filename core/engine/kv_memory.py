@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from core.config import Settings
+from core.config import MemorySettings, Settings
 from core.costs import Batch, pipeline_s
 from core.devices import HOST, Device, DeviceBudget, host_device, parse_link
 from core.devices.memory import MemoryNow, read_memory
@@ -22,7 +22,7 @@ from core.lending import GPUBudget, SiteSpeeds, VRAMLendingPool
 from core.lending.homecoming import Homecoming
 from core.lending.overflow import DeviceUse, KVOverflow
 from core.placement.engine import stage_costs
-from core.tiers import BlockLayout, HierarchicalMemory, Tier, open_memory, worth_restoring
+from core.tiers import BlockLayout, HierarchicalMemory, Tier, open_lasting, open_memory, worth_restoring
 from core.tiers.kv_tiers import KVTiers
 
 _HOST_SHARE = 4
@@ -41,8 +41,14 @@ class KVMemory:
 
     kv: KVCacheManager
     host: DeviceBudget
+    salt: bytes
     overflow: KVOverflow | None = None
     tiers: KVTiers | None = None
+
+    def open_lasting(self, asked: MemorySettings) -> None:
+        """Keep blocks from now on where they outlast the process. No other engine may have these places. Any thread."""
+        if self.tiers is not None:
+            open_lasting(self.tiers.memory, asked, self.salt)
 
     def close(self) -> None:
         """The engine has ended and the stages' pages are free."""
@@ -68,8 +74,8 @@ def open_kv(
     kv = KVCacheManager(
         num_blocks, block_size, salt=salt, enable_prefix_caching=settings.engine.enable_prefix_caching, stages=mapped
     )
-    memory = KVMemory(kv, DeviceBudget(host))
-    memory.tiers = _open_tiers(plan, settings, kv, salt)
+    memory = KVMemory(kv, DeviceBudget(host), salt)
+    memory.tiers = _open_tiers(plan, settings, kv)
     if not kv.pages.is_trivial:
         try:
             memory.overflow = _open_overflow(plan, settings, stages, budgets, host, memory)
@@ -107,8 +113,9 @@ def _open_overflow(
     return overflow
 
 
-def _open_tiers(plan: ModelPlan, settings: Settings, kv: KVCacheManager, salt: bytes) -> KVTiers | None:
-    """What is kept below the devices. Where the devices are main memory themselves, only if it is asked for."""
+def _open_tiers(plan: ModelPlan, settings: Settings, kv: KVCacheManager) -> KVTiers | None:
+    """What is kept below the devices, without the places that outlast the process. Where the devices are main memory
+    themselves, only if it is asked for."""
     asked, architecture = settings.memory, plan.architecture
     has_cards = any(device.kind != "cpu" for device in plan.devices)
     wanted = asked.host_bytes is not None or asked.disk_path is not None or asked.remote_url is not None
@@ -117,7 +124,7 @@ def _open_tiers(plan: ModelPlan, settings: Settings, kv: KVCacheManager, salt: b
     layout = BlockLayout.of(architecture.kv_shapes, kv.block_size, str(architecture.dtype).removeprefix("torch."))
     pin = any(device.kind in ("cuda", "rocm") for device in plan.devices)
     free = psutil.virtual_memory().available
-    memory = open_memory(asked, layout, salt, free_host_bytes=free, pin=pin)
+    memory = open_memory(asked, layout, free_host_bytes=free, pin=pin)
     if memory is None:
         return None
     tiers = KVTiers(kv, memory, RestoreRule(plan, settings, kv, memory))

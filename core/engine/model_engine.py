@@ -132,6 +132,10 @@ class ModelEngine:
         for budget in self.budgets.values():
             budget.check_invariants()
 
+    def open_lasting(self) -> None:
+        """Use the tiers that outlast the process. Call it once no other engine has them."""
+        self.memory.open_lasting(self.settings.memory)
+
     def close(self, *, drain_s: float = 0.0, reason: VRAMancerError | None = None) -> None:
         """Stop the batcher, keep what tiers can keep, and give all memory back. Requests that have not finished after
         `drain_s`, or come later, are told the `reason`."""
@@ -179,10 +183,9 @@ def load_engine(
     transfer: TransferManager,
     cpu_threads: int,
     on_read: Callable[[int], None] = lambda nbytes: None,
-    on_loaded: Callable[[], None] = lambda: None,
 ) -> ModelEngine:
-    """Load a planned model and start its batcher. On failure everything allocated so far is freed. `on_loaded` is
-    called when the weights are there, before tiers are opened.
+    """Load a planned model and start its batcher, without the tiers that outlast the process. On failure everything
+    allocated so far is freed.
 
     Raises `InsufficientMemoryError`, before anything is allocated, if memory was taken since the plan was made.
     """
@@ -212,7 +215,6 @@ def load_engine(
             pages = plan.pooled.local_tokens[len(stages) - 1] // settings.engine.block_size
             stage.allocate_kv(pages, settings.engine.block_size, backends, transfer, host, guests)
             names.append(attention.name)
-        on_loaded()
         return _assemble(plan, settings, budgets, stages, transfer, tokenizer, names, threads, host, started_s)
     except BaseException:
         for stage in stages:

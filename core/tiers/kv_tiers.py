@@ -170,13 +170,6 @@ class KVTiers:
             for loading, blocks in use.loads:
                 loading.release(blocks if moved else 0)
 
-    def hand_over(self, flush_s: float = 10.0) -> None:
-        """Another engine is about to open the places that outlast this one, which goes on without tiers. Any thread."""
-        if not self.memory.lasts:
-            return
-        self.memory.flush(flush_s)
-        self.memory.close()
-
     def close(self, flush_s: float = 10.0) -> None:
         """Write down what is worth keeping, and end the threads."""
         for seq_id in list(self._prefetches):

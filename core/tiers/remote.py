@@ -7,6 +7,7 @@ process writes segments of its own and knows those that were there when it start
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,20 @@ from core.errors import ConfigError
 from core.tiers.disk import PARTIAL
 from core.tiers.segment_files import SegmentFile, new_name
 from core.tiers.segments import SUFFIX
+
+
+def check_url(url: str) -> None:
+    """Raises `ConfigError` for a protocol that is unknown or whose package is missing."""
+    with contextlib.suppress(OSError):  # whether the place answers is another matter
+        _file_system(url)
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """And the path in it. Raises `ConfigError` as `check_url` does, `OSError`."""
+    try:
+        return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"memory.remote_url: {url} cannot be opened: {error}") from error
 
 
 class RemoteFile:
@@ -54,10 +69,7 @@ class RemoteFiles:
     def __init__(self, url: str) -> None:
         """Raises `ConfigError` for a protocol that is unknown or whose package is missing, `OSError` if the place
         cannot be reached."""
-        try:
-            self._fs, self._root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise ConfigError(f"memory.remote_url: {url} cannot be opened: {error}") from error
+        self._fs, self._root = _file_system(url)
         self._renames = "file" in _protocols(self._fs)
         with _os_errors():
             self._fs.makedirs(self._root, exist_ok=True)

@@ -23,7 +23,15 @@ def memory_view(pipeline: InferencePipeline, blocks: int = 0) -> dict[str, Any]:
     """`/api/memory`: bytes per device, leases, tiers; with `blocks`, as many of each tier's hottest blocks."""
     engine = pipeline.current_engine
     if engine is None:
-        return {"devices": [], "kv_blocks": None, "stages": [], "leases": [], "decisions": {}, "tiers": []}
+        return {
+            "devices": [],
+            "kv_blocks": None,
+            "stages": [],
+            "leases": [],
+            "decisions": {},
+            "tiers": [],
+            "tier_troubles": {},
+        }
     view, stats = _overflow(engine), engine.batcher.stats
     tiers = engine.memory.tiers
     return {
@@ -39,6 +47,7 @@ def memory_view(pipeline: InferencePipeline, blocks: int = 0) -> dict[str, Any]:
         "leases": [] if view is None else [dict(lease) for lease in view.leases],
         "decisions": {} if view is None else dict(view.decisions),
         "tiers": [] if tiers is None else _tiers(tiers, blocks),
+        "tier_troubles": {} if tiers is None else tier_troubles(tiers),
     }
 
 
@@ -66,6 +75,11 @@ def _devices(engine: ModelEngine, view: OverflowView | None) -> list[dict[str, A
             }
         )
     return found
+
+
+def tier_troubles(tiers: KVTiers) -> dict[str, str]:
+    """Why tiers that were asked for are missing or take no blocks at the moment, by name."""
+    return {tier.name: reason for tier, reason in tiers.memory.troubles().items()}
 
 
 def _tiers(tiers: KVTiers, blocks: int) -> list[dict[str, Any]]:

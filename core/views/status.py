@@ -10,7 +10,7 @@ import psutil
 from core.batching.stats import BatcherStats
 from core.metrics.snapshot import DeviceMemory, KVPages, MetricsSnapshot, StageWork
 from core.placement.predict import predict_rate
-from core.views.memory import lending_state, memory_view, tier_states
+from core.views.memory import lending_state, memory_view, tier_states, tier_troubles
 
 if TYPE_CHECKING:
     from core.engine.model_engine import ModelEngine
@@ -34,6 +34,10 @@ def health(pipeline: InferencePipeline) -> dict[str, Any]:
     if engine is not None:
         stats = engine.batcher.stats
         used = stats.blocks_total - stats.blocks_free
+        if engine.memory.tiers is not None:
+            troubles = tier_troubles(engine.memory.tiers)
+            detail = "; ".join(f"{name} is not used: {reason}" for name, reason in troubles.items())
+            checks["tiers"] = _check(True, detail or "all tiers take blocks", warn=bool(troubles))
         checks["kv_cache"] = _check(True, f"{used} of {stats.blocks_total} blocks in use")
     free = shutil.disk_usage(pipeline.settings.runtime.cache_dir.anchor or ".").free
     checks["disk"] = _check(True, f"{free} bytes free", warn=free < _LOW_DISK_BYTES)

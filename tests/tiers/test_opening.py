@@ -10,7 +10,7 @@ from plain_settings import make_settings
 
 from core.config import MemorySettings
 from core.errors import ConfigError
-from core.tiers import HierarchicalMemory, InProcessPeer, Tier, open_memory
+from core.tiers import HierarchicalMemory, InProcessPeer, Tier, open_lasting, open_memory
 from core.tiers.disk import LocalFiles
 
 
@@ -23,14 +23,15 @@ def settings(**values: object) -> MemorySettings:
     return make_settings(**{**defaults, **{f"memory__{name}": value for name, value in values.items()}}).memory
 
 
-def opened(values: MemorySettings, **options: object) -> HierarchicalMemory:
-    memory = open_memory(values, LAYOUT, b"salt", free_host_bytes=1 << 20, **options)  # type: ignore[arg-type]
+def opened(values: MemorySettings, salt: bytes = b"salt", **options: object) -> HierarchicalMemory:
+    memory = open_memory(values, LAYOUT, free_host_bytes=1 << 20, **options)  # type: ignore[arg-type]
     assert memory is not None
+    open_lasting(memory, values, salt)
     return memory
 
 
 def test_no_host_memory_is_no_hierarchy() -> None:
-    assert open_memory(settings(host_bytes=0), LAYOUT, b"", free_host_bytes=1 << 30) is None
+    assert open_memory(settings(host_bytes=0), LAYOUT, free_host_bytes=1 << 30) is None
 
 
 def test_host_memory_by_default_is_a_tenth_of_what_is_free() -> None:
@@ -67,8 +68,8 @@ def test_another_salt_finds_nothing(tmp_path: Path) -> None:
     save(memory, 1, 0)
     assert memory.flush(20.0)
     memory.close()
-    other = open_memory(settings(disk_path=tmp_path), LAYOUT, b"other", free_host_bytes=0)
-    assert other is not None and other.find([block(1)]) == []
+    other = opened(settings(disk_path=tmp_path), b"other")
+    assert other.find([block(1)]) == []
     other.close()
 
 
@@ -84,6 +85,7 @@ def test_a_directory_in_use_is_left_out_and_said(tmp_path: Path, caplog: pytest.
     memory = opened(settings(disk_path=tmp_path))
     assert [tier.tier for tier in memory.stats().tiers] == [Tier.L3]
     assert any("L5 is not used" in record.getMessage() for record in caplog.records)
+    assert "in use by another process" in memory.troubles()[Tier.L5]
     memory.close()
     files.close()
 
