@@ -250,7 +250,7 @@ class InferencePipeline:
             done.add(nbytes)
 
         engine = load_engine(plan, settings, transfer=self.transfer, cpu_threads=self._cpu_threads, on_read=read)
-        engine.batcher.call(lambda: torch.set_num_threads(engine.torch_threads(self._cpu_threads))).result()
+        engine.batcher.call_within(lambda: torch.set_num_threads(engine.torch_threads(self._cpu_threads)))
         try:
             self._warm_up(engine)
         except BaseException:
@@ -353,13 +353,13 @@ class InferencePipeline:
     ) -> torch.Tensor:
         """One raw forward pass over the tokens. Returns fp32 on the CPU, `[P, vocab]` or `[P, hidden_size]`.
 
-        Raises `InvalidRequestError`, `ContextLengthError`, and `QueueFullError` if no KV blocks are free for it.
+        Raises `InvalidRequestError`, `ContextLengthError`, `QueueFullError` if no KV blocks are free for it, and
+        `UnavailableError` if the engine does not come to it.
         """
         engine = self.engine
         tokens = list(token_ids)
         check_prompt(tokens, engine.model, reserve=0)
-        future = engine.batcher.call(lambda: run_raw(engine, tokens, output, positions))
-        return future.result()
+        return engine.batcher.call_within(lambda: run_raw(engine, tokens, output, positions))
 
     # -- state ------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,6 +34,8 @@ from core.execution.schedule import Runner, SchedulerOutput, StepOutput
 from core.logs import get_logger
 
 T = TypeVar("T")
+CALL_S = 30.0
+"""How long a caller waits for its turn between two steps."""
 UPKEEP_S = 0.25
 """How often an engine without work looks after memory that is lent."""
 MEMORY_WAIT_S = 30.0
@@ -185,6 +188,18 @@ class ContinuousBatcher:
                 raise self._death()
             self._inbox.put(_Call(function, future))
         return future
+
+    def call_within(self, function: Callable[[], T], timeout_s: float | None = None) -> T:
+        """`call`, and wait for the result. What has not begun within `timeout_s` (None: `CALL_S`) never will: raises
+        `UnavailableError`. What has is waited for."""
+        future, timeout_s = self.call(function), CALL_S if timeout_s is None else timeout_s
+        try:
+            return future.result(timeout_s)
+        except FutureTimeoutError:
+            if future.cancel():
+                said = f"The engine has not come to it within {timeout_s:g} s, so nothing was done; try again later."
+                raise UnavailableError(said) from None
+        return future.result()
 
     def stop(self, *, drain_s: float = 0.0, reason: VRAMancerError | None = None) -> None:
         """Let requests finish for up to `drain_s`, then fail what is left and end the thread. `reason` is what clients

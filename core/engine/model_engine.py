@@ -128,7 +128,7 @@ class ModelEngine:
 
     def check_invariants(self) -> None:
         """Audit blocks and budgets. Call it while the engine is idle."""
-        self.batcher.call(self.batcher.scheduler.check_invariants).result()
+        self.batcher.call_within(self.batcher.scheduler.check_invariants)
         for budget in self.budgets.values():
             budget.check_invariants()
 

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from core.lending.overflow import OverflowView
     from core.tiers.kv_tiers import KVTiers
 
-_CALL_S = 30.0
-
 
 def memory_view(pipeline: InferencePipeline, blocks: int = 0) -> dict[str, Any]:
     """`/api/memory`: bytes per device, leases, tiers; with `blocks`, as many of each tier's hottest blocks."""
@@ -136,29 +134,31 @@ def move_block(pipeline: InferencePipeline, block: str, *, up: bool) -> None:
 def reclaim(pipeline: InferencePipeline, device: str, nbytes: int | None, urgency: str) -> int:
     """Have a device ask back what it lent. Returns how many bytes will come back.
 
-    Raises `NotFoundError` for an unknown device or where nothing is lent.
+    Raises `NotFoundError` for an unknown device or where nothing is lent, `UnavailableError` if the engine does not
+    come to it.
     """
-    lending = _lending(pipeline, device)
+    engine = pipeline.engine
+    lending = _lending(engine, device)
     level = Urgency[urgency.upper()]
-    return pipeline.engine.batcher.call(lambda: lending.request_reclaim(device, nbytes, level)).result(_CALL_S)
+    return engine.batcher.call_within(lambda: lending.request_reclaim(device, nbytes, level))
 
 
 def lend_again(pipeline: InferencePipeline, device: str) -> int:
     """Have a device lend again that took everything back. Returns the bytes that all devices can lend now.
 
-    Raises `NotFoundError` for an unknown device or where nothing is lent.
+    Raises as `reclaim` does.
     """
-    lending = _lending(pipeline, device)
+    engine = pipeline.engine
+    lending = _lending(engine, device)
 
     def reopen() -> int:
         lending.reopen(device)
         return lending.capacity_bytes()
 
-    return pipeline.engine.batcher.call(reopen).result(_CALL_S)
+    return engine.batcher.call_within(reopen)
 
 
-def _lending(pipeline: InferencePipeline, device: str) -> VRAMLendingPool:
-    engine = pipeline.engine
+def _lending(engine: ModelEngine, device: str) -> VRAMLendingPool:
     overflow = engine.memory.overflow
     if overflow is None or device not in {each.name for each in engine.plan.devices}:
         raise NotFoundError(f"{device} lends no memory.")
