@@ -29,9 +29,12 @@ def check_url(url: str) -> None:
 def _file_system(url: str) -> tuple[Any, str]:
     """And the path in it. Raises `ConfigError` as `check_url` does, `OSError`."""
     try:
-        return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"memory.remote_url: {url} cannot be opened: {error}") from error
+        with _os_errors():
+            return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
+    except OSError as error:
+        if isinstance(error.__cause__, (ImportError, ValueError)):
+            raise ConfigError(f"memory.remote_url: {url} cannot be opened: {error.__cause__}") from error
+        raise
 
 
 class RemoteFile:
@@ -78,14 +81,14 @@ class RemoteFiles:
         with _os_errors():
             self._fs.invalidate_cache()
             found = self._fs.ls(self._root, detail=True)
-        names = [(str(info["name"]).rpartition("/")[2], info) for info in found]
-        return [SegmentFile(name, int(info["size"])) for name, info in names if name.endswith(SUFFIX)]
+            names = [(str(info["name"]).rpartition("/")[2], info) for info in found]
+            return [SegmentFile(name, int(info["size"])) for name, info in names if name.endswith(SUFFIX)]
 
     def read(self, name: str, offset: int, into: memoryview) -> int:
         with _os_errors():
             data = self._fs.cat_file(self._path(name), start=offset, end=offset + len(into))
-        into[: len(data)] = data
-        return len(data)
+            into[: len(data)] = data
+            return len(data)
 
     def start(self) -> RemoteFile:
         return RemoteFile(self)
@@ -120,8 +123,10 @@ def _protocols(fs: Any) -> tuple[str, ...]:
 
 @contextmanager
 def _os_errors() -> Iterator[None]:
-    """Clients of object stores raise errors of their own kinds; what is no `OSError` becomes one."""
+    """What is no `OSError` becomes one: the store cannot be used now."""
     try:
         yield
-    except (ValueError, RuntimeError, TimeoutError) as error:
-        raise OSError(str(error)) from error
+    except OSError:
+        raise
+    except Exception as error:  # every backend brings its own kinds, up to drivers that are missing
+        raise OSError(f"{type(error).__name__}: {error}") from error

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from broken_store import BrokenStore
 from lending_cases import OpenPipeline
 from tiny_models import VOCAB, build_tiny
 
@@ -318,6 +319,17 @@ def test_a_model_that_does_not_load_leaves_the_old_ones_tiers_working(
     pipeline.load()
     assert cached(pipeline, fresh[0]) >= 40
     assert [answers(pipeline, [prompt]) for prompt in prompts(9)] == expected
+
+
+def test_a_remote_place_whose_driver_fails_does_not_stop_a_load(
+    tiny: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BrokenStore, "fails", frozenset(["list"]))
+    pipeline = open_small(open_pipeline, tiny, memory__remote_url="broken://place")
+    assert answers(pipeline, prompts(1))
+    assert pipeline.health()["checks"]["tiers"] == {
+        "status": "degraded", "detail": "L6 is not used: BackendError: cannot list",
+    }  # fmt: skip
 
 
 def test_health_says_which_tier_is_missing_and_why(tiny: Path, open_pipeline: OpenPipeline, tmp_path: Path) -> None:

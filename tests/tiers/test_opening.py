@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from broken_store import BrokenStore
 from memory_helpers import LAYOUT, block, load_bytes, payload, save
 from plain_settings import make_settings
 
@@ -96,6 +97,20 @@ def test_a_directory_that_cannot_be_made_is_left_out(tmp_path: Path, caplog: pyt
     assert [tier.tier for tier in memory.stats().tiers] == [Tier.L3]
     said = " ".join(record.getMessage() for record in caplog.records)
     assert "L5 is not used" in said and "L6 is not used" in said
+    memory.close()
+
+
+@pytest.mark.parametrize("fault", ["open", "makedirs", "list", "read", "write", "delete"])
+def test_a_remote_place_whose_driver_fails_is_left_out_and_named(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr(BrokenStore, "fails", frozenset([fault]))
+    memory = opened(settings(remote_url="broken://place", remote_bytes=1 << 20))
+    assert [tier.tier for tier in memory.stats().tiers] == [Tier.L3]
+    assert memory.troubles() == {Tier.L6: f"BackendError: cannot {fault}"}
+    assert any("L6 is not used" in record.getMessage() for record in caplog.records)
+    save(memory, 1, 0)
+    assert load_bytes(memory, [block(1)]) == [payload(1)]
     memory.close()
 
 
