@@ -124,7 +124,7 @@ class EngineBuilder:
             budget.release(PREVIOUS)
 
     def finish(self) -> ModelEngine:
-        """Give all stages their pages and start the batcher."""
+        """Give all stages their pages and start the batcher, without the tiers that outlast the process."""
         plan, settings = self.plan, self._settings
         check_promises(plan, settings, self._host)
         stages = [self._stages[index] for index in range(len(plan.placement.stages))]
@@ -172,10 +172,10 @@ class EngineBuilder:
 
 def load_engine(
     plan: ModelPlan, settings: Settings, *, transfer: TransferManager, main_memory: MainMemory, cpu_threads: int,
-    on_read: Callable[[int], None] = lambda nbytes: None, on_loaded: Callable[[], None] = lambda: None,
+    on_read: Callable[[int], None] = lambda nbytes: None,
 ) -> ModelEngine:  # fmt: skip
-    """Load a planned model and start its batcher. On failure everything allocated so far is freed. `on_loaded` is
-    called when the weights are there, before tiers are opened.
+    """Load a planned model and start its batcher, without the tiers that outlast the process. On failure everything
+    allocated so far is freed.
 
     Raises, before anything is allocated, `InsufficientMemoryError` if memory was taken since the plan was made, and
     `OutOfDeviceMemoryError` if `main_memory` does not have what the settings give to KV.
@@ -188,7 +188,6 @@ def load_engine(
         check_promises(plan, settings, builder.budgets[HOST])
         for index in range(len(plan.placement.stages)):
             builder.load_stage(index)
-        on_loaded()
         return builder.finish()
     except BaseException:
         builder.free()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from core.config import Settings
+from core.config import MemorySettings, Settings
 from core.costs import Batch, pipeline_s
 from core.devices import HOST, Device, DeviceBudget, parse_link
 from core.devices.memory import MemoryNow, read_memory
@@ -22,7 +22,7 @@ from core.lending.homecoming import Homecoming
 from core.lending.overflow import DeviceUse, KVOverflow
 from core.placement.engine import stage_costs
 from core.streaming.stream import StreamManager
-from core.tiers import BlockLayout, HierarchicalMemory, Tier, open_memory, worth_restoring
+from core.tiers import BlockLayout, HierarchicalMemory, Tier, open_lasting, open_memory, worth_restoring
 from core.tiers.host_tier import HostTier
 from core.tiers.kv_tiers import KVTiers, StepBlocks
 
@@ -52,8 +52,14 @@ class KVMemory:
     the devices."""
 
     kv: KVCacheManager
+    salt: bytes
     overflow: KVOverflow | None = None
     tiers: KVTiers | None = None
+
+    def open_lasting(self, asked: MemorySettings) -> None:
+        """Keep blocks from now on where they outlast the process. No other engine may have these places. Any thread."""
+        if self.tiers is not None:
+            open_lasting(self.tiers.memory, asked, self.salt)
 
     def close(self) -> None:
         """The engine has ended and the stages' pages are free."""
@@ -80,8 +86,8 @@ def open_kv(
     kv = KVCacheManager(
         num_blocks, block_size, salt=salt, enable_prefix_caching=settings.engine.enable_prefix_caching, stages=mapped
     )
-    memory = KVMemory(kv)
-    memory.tiers = _open_tiers(plan, settings, kv, budgets[HOST], salt, blocks)
+    memory = KVMemory(kv, salt)
+    memory.tiers = _open_tiers(plan, settings, kv, budgets[HOST], blocks)
     if not kv.pages.is_trivial:
         try:
             memory.overflow = _open_overflow(plan, settings, stages, budgets, memory)
@@ -118,9 +124,10 @@ def _open_overflow(
 
 
 def _open_tiers(
-    plan: ModelPlan, settings: Settings, kv: KVCacheManager, host: DeviceBudget, salt: bytes, blocks: StepBlocks
+    plan: ModelPlan, settings: Settings, kv: KVCacheManager, host: DeviceBudget, blocks: StepBlocks
 ) -> KVTiers | None:
-    """What is kept below the devices. Where the devices are main memory themselves, only if it is asked for."""
+    """What is kept below the devices, without the places that outlast the process. Where the devices are main memory
+    themselves, only if it is asked for."""
     asked, architecture = settings.memory, plan.architecture
     has_cards = not all(device.is_main_memory for device in plan.devices)
     wanted = asked.host_bytes is not None or asked.disk_path is not None or asked.remote_url is not None
@@ -128,7 +135,7 @@ def _open_tiers(
         return None
     layout = BlockLayout.of(architecture.kv_shapes, kv.block_size, str(architecture.dtype).removeprefix("torch."))
     pin = any(device.is_gpu for device in plan.devices)
-    memory = open_memory(asked, layout, salt, host, pin=pin)
+    memory = open_memory(asked, layout, host, pin=pin)
     if memory is None:
         return None
     tiers = KVTiers(kv, memory, RestoreRule(plan, settings, kv, memory), blocks)

@@ -4,7 +4,7 @@ from core.tiers.hierarchy import HierarchicalMemory
 from core.tiers.hotness import HeatModel
 from core.tiers.loading import Loading, Slot
 from core.tiers.lower_tier import LowerTier
-from core.tiers.opening import open_memory
+from core.tiers.opening import open_lasting, open_memory
 from core.tiers.peer import InProcessPeer, Peer, PeerStore
 from core.tiers.policy import MemoryOptions, RestorePlan, WriteRules, worth_restoring
 from core.tiers.records import BlockInfo, BlockLayout, MemoryStats, Tier, TierSpeed, TierStats
@@ -27,6 +27,7 @@ __all__ = [
     "TierSpeed",
     "TierStats",
     "WriteRules",
+    "open_lasting",
     "open_memory",
     "worth_restoring",
 ]

@@ -207,13 +207,6 @@ class KVTiers:
                     self.buffers.drop(digest)
                 loading.release(len(digests) if moved else 0)
 
-    def hand_over(self, flush_s: float = 10.0) -> None:
-        """Another engine is about to open the places that outlast this one, which goes on without tiers. Any thread."""
-        if not self.memory.lasts:
-            return
-        self.memory.flush(flush_s)
-        self.memory.hand_over()
-
     def close(self, flush_s: float = 10.0) -> None:
         """Write down what is worth keeping, and end the threads."""
         for seq_id in list(self._prefetches):

@@ -38,13 +38,11 @@ class LoadTarget(Protocol):
 class Loader:
     """Blocks on their way up. Its methods are called under the hierarchy's lock, but for `close`."""
 
-    def __init__(
-        self, target: LoadTarget, host: HostTier, below: Sequence[LowerTier], lock: threading.Lock, threads: int
-    ) -> None:
+    def __init__(self, target: LoadTarget, host: HostTier, lock: threading.Lock, threads: int) -> None:
         self.fills: dict[bytes, Fill] = {}
+        self.below: tuple[LowerTier, ...] = ()
         self._target = target
         self._host = host
-        self._below = below
         self._lock = lock
         self._num_threads = threads
         self._closed = False
@@ -86,7 +84,7 @@ class Loader:
 
     def source(self, block: bytes) -> LowerTier | None:
         """The nearest tier below host RAM that holds a block."""
-        return next((lower for lower in self._below if block in lower.index), None)
+        return next((lower for lower in self.below if block in lower.index), None)
 
     def _await_fill(self, loading: Loading, block: bytes) -> bool:
         """Join the reading of a block, or start it; False if it is nowhere, or there is no room."""
