@@ -8,6 +8,7 @@ import traceback
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from core.batching.sequence import Request
 from core.config import Settings
 from core.defaults import DEFAULT_OWNER, DEMO_NAME
 from core.devices import HOST, Device, DeviceReader, open_devices, open_main_memory, parse_link
-from core.engine.builder import load_engine
+from core.engine.builder import EngineBuilder, load_engine
 from core.engine.model_engine import (
     LoadProgress,
     ModelEngine,
@@ -26,10 +27,13 @@ from core.engine.model_engine import (
 )
 from core.engine.model_plan import ModelPlan, host_for, measure_with, plan_model, promised_bytes
 from core.engine.raw_inference import run_raw
+from core.engine.relocation import Relocation, Relocator
 from core.engine.submission import LoadedModel, check_prompt, make_request
 from core.errors import (
     ConflictError,
+    DeviceLostError,
     EngineDeadError,
+    EngineMovedError,
     InsufficientMemoryError,
     ModelChangedError,
     ModelNotLoadedError,
@@ -53,9 +57,11 @@ class InferencePipeline:
         self.settings = settings
         self.metrics = MetricsRegistry()
         link = settings.devices.sim_link
-        self.transfer = TransferManager(self.metrics, sim_link=parse_link(link) if link else None)
-        self.reader = DeviceReader()
         self.main_memory = open_main_memory(settings.devices)
+        self.transfer = TransferManager(
+            self.metrics, sim_link=parse_link(link) if link else None, host=self.main_memory.budget
+        )
+        self.reader = DeviceReader()
         self._on_progress = on_progress
         self._engine: ModelEngine | None = None
         self._leaving: ModelEngine | None = None  # finishes what runs there
@@ -254,13 +260,11 @@ class InferencePipeline:
             plan, settings, transfer=self.transfer, main_memory=self.main_memory, cpu_threads=self._cpu_threads,
             on_read=read,
         )  # fmt: skip
-        engine.batcher.intake.call_within(lambda: torch.set_num_threads(engine.torch_threads(self._cpu_threads)))
         try:
-            self._warm_up(engine)
+            self._bring_up(engine)
         except BaseException:
             engine.close()
             raise
-        engine.batcher.report_to(self.metrics)
         logger.info(
             "model loaded",
             model=engine.model.name,
@@ -271,6 +275,94 @@ class InferencePipeline:
             attention=engine.backends[0],
         )
         return engine
+
+    def place(
+        self,
+        *,
+        devices: str | None = None,
+        placement: str | None = None,
+        layers: str | None = None,
+        objective: str | None = None,
+        dry_run: bool = False,
+    ) -> Relocation:
+        """Move the running model to other devices or cuts while its requests go on; see `core.engine.relocation`.
+
+        `devices` None: every device of the machine. What else is not given is as the model was placed, but for layers
+        by hand. With `dry_run` nothing changes. Raises what a load does, and `ConflictError` if a request that runs
+        would not fit; then the old placement serves on.
+        """
+        with self._exclusive():
+            engine = self.engine
+            given = {"placement": placement, "objective": objective}
+            changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+            changes |= {"devices": devices, "layers": layers, "num_gpus": None}
+            base = engine.settings.devices
+            settings = engine.settings.model_copy(
+                update={"devices": type(base).model_validate(base.model_dump() | changes)}
+            )
+            relocator = self._relocator(engine, settings, self._devices(settings, engine, beside=False))
+            return relocator.outlook() if dry_run else self._relocate(relocator)
+
+    def _relocator(
+        self, engine: ModelEngine, settings: Settings, devices: Sequence[Device], lost: frozenset[str] = frozenset()
+    ) -> Relocator:
+        host = host_for(settings, devices, self.main_memory, engine.budgets[HOST])
+        plan = plan_model(engine.plan.resolved, devices, settings, measure_with(settings, self.transfer), host)
+
+        def build(plan: ModelPlan) -> EngineBuilder:
+            chosen = settings if plan is not engine.plan else engine.settings
+            return EngineBuilder(
+                plan, chosen, transfer=self.transfer, main_memory=self.main_memory, cpu_threads=self._cpu_threads,
+                on_read=lambda nbytes: self._refuse_when_closing(), tokenizer=engine.model.tokenizer,
+            )  # fmt: skip
+
+        def switch(engine: ModelEngine) -> None:
+            self._engine = engine
+
+        return Relocator(engine, plan, build, self._bring_up, switch, lost)
+
+    def _relocate(self, relocator: Relocator) -> Relocation:
+        try:
+            return relocator.run()
+        except BaseException:
+            if self._engine is not None and not self._engine.batcher.alive:  # going back has failed too
+                self._engine = None
+            raise
+
+    def _device_lost(self, error: DeviceLostError) -> bool:
+        """A device of the engine does not answer. True: what runs there will be moved to the others."""
+        engine = self._engine
+        if self._closing or engine is None:
+            return False
+        others = tuple(device for device in engine.plan.devices if device.name != error.device)
+        if not others:
+            return False
+        logger.error("a device is lost; moving to the others", device=error.device, reason=error.message)
+        threading.Thread(target=self._leave, args=(engine, others, error), name="vrm-relocation", daemon=True).start()
+        return True
+
+    def _leave(self, engine: ModelEngine, devices: tuple[Device, ...], error: DeviceLostError) -> None:
+        with self._load_lock:
+            if self._engine is not engine or self._closing:
+                return
+            base = engine.settings.devices
+            placed = base.model_copy(update={"layers": None, "placement": base.placement})
+            settings = engine.settings.model_copy(update={"devices": placed})
+            try:
+                numbered = tuple(replace(device, index=index) for index, device in enumerate(devices))
+                self._relocate(self._relocator(engine, settings, numbered, frozenset({error.device})))
+            except Exception as failure:
+                logger.error("the model could not be moved off a lost device", exc_info=failure)
+                if self._engine is engine:
+                    engine.batcher.on_lost = lambda error: False
+                    engine.batcher.resume()
+
+    def _bring_up(self, engine: ModelEngine) -> None:
+        """To the first token, so that readiness means that the model works."""
+        engine.batcher.intake.call_within(lambda: torch.set_num_threads(engine.torch_threads(self._cpu_threads)))
+        self._warm_up(engine)
+        engine.batcher.report_to(self.metrics)
+        engine.batcher.on_lost = self._device_lost
 
     def _warm_up(self, engine: ModelEngine) -> None:
         params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
@@ -303,9 +395,9 @@ class InferencePipeline:
         Raises, before anything is allocated, `InvalidRequestError`, `ContextLengthError`, `QueueFullError`,
         `CircuitOpenError`, `EngineDeadError` or `ModelNotLoadedError`.
         """
-        engine = self.engine
         request_id = request_id or f"req-{uuid.uuid4().hex}"
-        return engine.batcher.submit([self._request(engine, prompt_token_ids, params, priority, request_id, owner)])[0]
+        requests = [(prompt_token_ids, params)]
+        return self._submit(requests, [request_id], priority, owner)[0]
 
     def submit_many(
         self,
@@ -321,15 +413,28 @@ class InferencePipeline:
 
         Token ids mean nothing to another model: with `model`, raises `ModelChangedError` if that is no longer served.
         """
-        engine = self.engine
-        if model is not None and engine.model is not model:
-            raise ModelChangedError(f"{model.name} has just been replaced by {engine.model.name}; try again.")
         base = request_id or f"req-{uuid.uuid4().hex}"
-        made = [
-            self._request(engine, tokens, params, priority, f"{base}-{index}", owner)
-            for index, (tokens, params) in enumerate(requests)
-        ]
-        return engine.batcher.submit(made, sink=sink)
+        ids = [f"{base}-{index}" for index in range(len(requests))]
+        return self._submit(requests, ids, priority, owner, sink, model)
+
+    def _submit(
+        self, requests: Sequence[tuple[Sequence[int], SamplingParams]], ids: Sequence[str], priority: int, owner: str,
+        sink: Sink | None = None, model: LoadedModel | None = None,
+    ) -> list[RequestHandle]:  # fmt: skip
+        """To the engine that serves, also if that changes right now."""
+        while True:
+            engine = self.engine
+            if model is not None and engine.model.tokenizer is not model.tokenizer:
+                raise ModelChangedError(f"{model.name} has just been replaced by {engine.model.name}; try again.")
+            made = [
+                self._request(engine, tokens, params, priority, name, owner)
+                for (tokens, params), name in zip(requests, ids, strict=True)
+            ]
+            try:
+                return engine.batcher.submit(made, sink=sink)
+            except EngineMovedError:
+                if self._engine is engine:
+                    raise
 
     def _request(
         self, engine: ModelEngine, tokens: Sequence[int], params: SamplingParams, priority: int, request_id: str,
@@ -410,6 +515,7 @@ class InferencePipeline:
         self._closing = True
         with self._load_lock:
             self._serve_with(None, EngineDeadError("The server is shutting down."), drain_s)
+            self.transfer.close()
             gc.unfreeze()
 
 

@@ -95,7 +95,7 @@ def place_model() -> Response:
     """Put the running model on other devices or cuts while requests go on. `dry_run` shows the plan, its prediction and
     what would have to move, and changes nothing."""
     fields = read_request(PlaceRequest)
-    placed = api_context().pipeline.place(  # type: ignore[attr-defined]
+    placed = api_context().pipeline.place(
         devices=fields.devices,
         placement=fields.placement,
         layers=fields.layers,

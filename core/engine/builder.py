@@ -21,7 +21,7 @@ from core.engine.kv_memory import check_promises, open_kv
 from core.engine.model_engine import ModelEngine, describe, products_are_native
 from core.engine.model_plan import ModelPlan, cohort_policy, stage_timer
 from core.errors import InsufficientMemoryError
-from core.execution.attention.select import AttentionBackends
+from core.execution.attention.select import AttentionBackends, LinearAdapter
 from core.execution.known_sequences import KnownSequences
 from core.execution.model_runner import ModelRunner
 from core.execution.stage import KVSetup, Stage
@@ -64,15 +64,11 @@ def check_memory(plan: ModelPlan, present: Mapping[str, int] | None = None) -> N
 
 
 class EngineBuilder:
-    """`load_stage` each stage, in any order, then `finish`; on failure `free`.
-
-    `parts` are, by stage, what need not be read; `held` are bytes by device that another engine has beside them, until
-    `previous_gone` is called.
-    """
+    """`load_stage` each stage, in any order, then `finish`; on failure `free`. `tokenizer` is read if not given."""
 
     def __init__(
         self, plan: ModelPlan, settings: Settings, *, transfer: TransferManager, main_memory: MainMemory,
-        cpu_threads: int, on_read: Callable[[int], None] = lambda nbytes: None, held: Mapping[str, int] | None = None,
+        cpu_threads: int, on_read: Callable[[int], None] = lambda nbytes: None, tokenizer: Tokenizer | None = None,
     ) -> None:  # fmt: skip
         self.plan = plan
         self._settings = settings
@@ -80,11 +76,9 @@ class EngineBuilder:
         self._main_memory = main_memory
         self._on_read = on_read
         self._started_s = time.perf_counter()
-        self._tokenizer = Tokenizer.from_directory(plan.resolved.path, _chat_template(settings))
+        self._tokenizer = tokenizer or Tokenizer.from_directory(plan.resolved.path, _chat_template(settings))
         self._host = main_memory.open(plan.devices)
         self.budgets = {device.name: DeviceBudget(device) for device in plan.devices} | {HOST: self._host}
-        for name, nbytes in (held or {}).items():
-            self.budgets[name].reserve(PREVIOUS, nbytes)
         used = [plan.devices[stage.device_index] for stage in plan.placement.stages]
         self._threads = CpuThreads(cpu_threads, sum(device.computes_on_cpu for device in used))
         self.backends = AttentionBackends(settings, self._threads)
@@ -93,9 +87,9 @@ class EngineBuilder:
         self._stages: dict[int, Stage] = {}
 
     @property
-    def loaded(self) -> frozenset[int]:
-        """The stages that have their weights."""
-        return frozenset(self._stages)
+    def stages(self) -> Mapping[int, Stage]:
+        """Those that have been loaded, by number."""
+        return self._stages
 
     def slice_of(self, index: int) -> StageSlice:
         stage = self.plan.placement.stages[index]
@@ -115,8 +109,15 @@ class EngineBuilder:
             sizes = (plan.streamed_layers, plan.streamed_bytes, plan.slot_bytes)
             streamed = StreamedLayers(*sizes, self._host, self._transfer)
         resident = plan.weight_bytes - SLOTS * plan.slot_bytes
-        _, adapter = self.backends.of(device)
-        stage.load(self.plan.resolved.path, resident, self._on_read, adapter, streamed, parts)
+        stage.load(self.plan.resolved.path, resident, self._on_read, self.adapter_of(index), streamed, parts)
+
+    def adapter_of(self, index: int) -> LinearAdapter | None:
+        """What replaces modules of a stage by faster ones."""
+        return self.backends.of(self.device_of(index))[1]
+
+    def hold_previous(self, device: str, nbytes: int) -> None:
+        """Another engine has so many bytes on a device beside this one's, until `previous_gone`."""
+        self.budgets[device].reserve(PREVIOUS, nbytes)
 
     def previous_gone(self) -> None:
         """Nothing else is on the devices any more."""

@@ -116,6 +116,10 @@ class ModelEngine:
                 self.memory.tiers.keep(self.batcher.move_pages, KEEP_S)
             except Exception as error:  # noqa: BLE001  everything has to be given back whatever it was
                 logger.warning("blocks were not kept", reason=repr(error))
+        self.free()
+
+    def free(self) -> None:
+        """Give all memory back. The batcher has ended, or is parked with its requests. Safe to call twice."""
         self.runner.close()
         for stage in self.stages:
             stage.free()

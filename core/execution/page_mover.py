@@ -7,20 +7,26 @@ layer by layer: while the first layer computes, the second one's pages arrive.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from core.devices import Device
+from core.devices.pinned import HostBuffer
 from core.errors import PageMoveError
-from core.kv_cache.page_ops import PageCopy, PageLoad, PageOp, PageRef, PageSave
+from core.kv_cache.page_ops import LOCAL, PageCopy, PageLoad, PageOp, PageRef, PageSave
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.transfer import TransferManager
 
 GROUP_BYTES = 64 << 20
 """What is packed for one transfer: a device that is asked for its memory back has little to spare for it."""
+
+STAGED_BYTES = 8 << 20
+"""Pages on their way between a GPU and main memory are put together in so much pinned memory."""
+
+Op = TypeVar("Op", PageSave, PageLoad)
 
 WaitFor = Callable[[int], None]
 """Returns once a layer's pages are there; raises what went wrong."""
@@ -46,6 +52,9 @@ class PageMover:
         self._host = host
         self._offset = offset
         self._layer_bytes = kv.layer_bytes()
+        self._staging: HostBuffer | None = None
+        if kv.region(LOCAL).device.is_gpu:
+            self._staging = transfer.host_buffer(max(STAGED_BYTES, kv.page_bytes))
         self._loader: ThreadPoolExecutor | None = None
         self._loading: dict[int, Future[None]] = {}
 
@@ -93,11 +102,26 @@ class PageMover:
 
     def _save(self, saves: Sequence[PageSave]) -> None:
         region = saves[0].source[0]
-        packed = self._kv.pack(region, [save.source[1] for save in saves])
-        arrived = self._transfer.send(packed, self._kv.region(region).device, self._host)
         end = self._offset + self._kv.page_bytes
-        for save, row in zip(saves, arrived, strict=True):
-            self._buffers[save.block_hash][self._offset : end].copy_(row)
+        for part, staged in self._pieces(saves, self._kv.page_bytes):
+            packed = self._kv.pack(region, [save.source[1] for save in part])
+            arrived = self._transfer.send(packed, self._kv.region(region).device, self._host, staged)
+            for save, row in zip(part, arrived, strict=True):
+                self._buffers[save.block_hash][self._offset : end].copy_(row)
+
+    def _pieces(self, ops: Sequence[Op], row_bytes: int) -> Iterator[tuple[Sequence[Op], torch.Tensor | None]]:
+        """Operations that are done at once, and pinned memory for a row each: all of them and None without a GPU.
+
+        The memory is one piece's until the next is asked for. Saves and loads do not overlap: the loader's thread
+        begins after a step's saves, and is waited for before the next step's.
+        """
+        if self._staging is None:
+            yield ops, None
+            return
+        most = len(self._staging.memory) // row_bytes
+        for first in range(0, len(ops), most):
+            part = ops[first : first + most]
+            yield part, self._staging.memory[: len(part) * row_bytes].view(len(part), row_bytes)
 
     def _start_loads(self, loads: Sequence[PageLoad]) -> WaitFor:
         if self._loader is None:
@@ -132,16 +156,21 @@ class PageMover:
         with torch.inference_mode():
             for region in regions:
                 mine = [load for load in loads if load.target[0] == region]
-                data = torch.stack([self._buffers[load.block_hash][offset : offset + nbytes] for load in mine])
-                arrived = self._transfer.send(data, self._host, self._kv.region(region).device)
-                self._kv.unpack(region, [load.target[1] for load in mine], arrived, (layer,))
+                for part, staged in self._pieces(mine, nbytes):
+                    rows = [self._buffers[load.block_hash][offset : offset + nbytes] for load in part]
+                    data = torch.stack(rows, out=staged)
+                    arrived = self._transfer.send(data, self._host, self._kv.region(region).device)
+                    self._kv.unpack(region, [load.target[1] for load in part], arrived, (layer,))
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread and give pinned memory back."""
         self._loading = {}
         if self._loader is not None:
             self._loader.shutdown()
             self._loader = None
+        if self._staging is not None:
+            self._staging.close()
+            self._staging = None
 
 
 def _moved_not(error: BaseException) -> PageMoveError:

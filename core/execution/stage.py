@@ -136,6 +136,11 @@ class Stage:
         if self.stream is not None:
             self.stream.adopt({index: layers[index] for index in absent})
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it has its weights."""
+        return self._model is not None
+
     def share(self, wanted: StageSlice, adapter: LinearAdapter | None) -> SharedParts:
         """What a stage with the slice `wanted` on the same device can use of this one's weights, while this one goes
         on; `adapter` is the other one's."""

@@ -112,7 +112,7 @@ class LinkProfiler:
     def _time_transfer(self, src: Device, dst: Device, nbytes: int) -> float:
         payload = torch.ones(nbytes, dtype=torch.uint8, device=src.torch_device)
         measure.synchronize(payload.device)
-        return self._time_link(lambda: self._transfer.send(payload, src, dst))
+        return self._time_link(lambda: measure.synchronize(self._transfer.send(payload, src, dst).device))
 
     def _time_link(self, transfer: Callable[[], object]) -> float:
         host = torch.device("cpu")  # the transfer has waited for the devices: the wall clock is theirs

@@ -2,16 +2,18 @@
 
 Methods, best first:
 
-- `p2p`: between two GPUs that can read each other's memory;
+- `p2p`: between two GPUs that can read each other's memory, once it has been seen that what is sent arrives;
 - `staged`: between two GPUs that cannot, through pinned host memory;
 - `copy`: everything else: to and from the CPU, and between parts of one physical device, where the copy is real too,
   so that no two logical devices ever share memory.
 
 Weights that stream in from main memory go through `load`, as method `stream` from "host".
 
-`send` returns when the data has arrived. The tensor's contents must be complete when it is called. Callers treat the
-returned tensor as theirs and the sent one as given away. GPUs copy on streams of their own, so that a transfer made in
-one thread overlaps with what the devices compute for another.
+Callers treat the tensor that `send` returns as theirs and the sent one as given away. In main memory the returned data
+is there, and a sent tensor is free to be written again. On a GPU it is there for whatever is queued from then on on the
+stream that is current for that GPU in the calling thread; other streams and other threads' own have to wait for that
+one. What is sent from a GPU is what its current stream will have written by then. Copies have streams of their own: see
+`gpu_copy`.
 """
 
 from __future__ import annotations
@@ -19,18 +21,22 @@ from __future__ import annotations
 import functools
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
 
-from core.devices import HOST, Device, LinkSpeed, wait_until
+from core.devices import HOST, Device, DeviceBudget, LinkSpeed, format_bytes, wait_until
+from core.devices.pinned import HostBuffer
+from core.errors import OutOfDeviceMemoryError
+from core.logs import get_logger
+from core.transfer.gpu_copy import GpuCopier
+
+logger = get_logger(__name__)
 
 TransferMethod = Literal["p2p", "staged", "copy", "stream"]
 Link = tuple[TransferMethod, str, str]
-
-STAGING_BYTES = 4 << 20
-"""Size of each of the two pinned buffers of a staged transfer."""
 
 LOAD_BYTES = 32 << 20
 """Weights are loaded in pieces of this size, between which a GPU can receive activations."""
@@ -61,27 +67,51 @@ class TransferStats:
 
 
 class TransferManager:
-    """Copies tensors between logical devices; thread-safe."""
+    """Copies tensors between logical devices; thread-safe.
 
-    def __init__(self, metrics: TransferObserver | None = None, *, sim_link: LinkSpeed | None = None) -> None:
+    `host` is the ledger of main memory that pinned buffers are on; without one they are on none. `copier` replaces what
+    copies with GPUs.
+    """
+
+    PURPOSE = "transfers"
+
+    def __init__(
+        self,
+        metrics: TransferObserver | None = None,
+        *,
+        sim_link: LinkSpeed | None = None,
+        host: DeviceBudget | None = None,
+        copier: GpuCopier | None = None,
+    ) -> None:
         self._metrics = metrics
+        self._host = host
+        self._copier = copier or GpuCopier(self.host_buffer)
+        self._choosing = threading.Lock()
+        self._under_way: list[tuple[Link, int, Callable[[], float | None]]] = []
         self._sim_link = sim_link
         self._lock = threading.Lock()
         self._stats: dict[Link, TransferStats] = {}
         self._methods: dict[tuple[str, str], TransferMethod] = {}
 
-    def send(self, tensor: torch.Tensor, src: Device, dst: Device) -> torch.Tensor:
-        """`tensor` (any shape, on `src`) as a tensor on `dst`; the same object if both are the same logical device."""
+    def send(self, tensor: torch.Tensor, src: Device, dst: Device, into: torch.Tensor | None = None) -> torch.Tensor:
+        """`tensor` (any shape, on `src`) as a tensor on `dst`; the same object if both are the same logical device.
+
+        `into` is main memory for a tensor that comes from a GPU, of its shape and dtype.
+        """
         if src.name == dst.name:
             return tensor
         method = self.method(src, dst)
         started_s = time.perf_counter()
         if src.is_gpu or dst.is_gpu:
-            arrived = _copy_gpu(tensor, src, dst, method)
-        else:
-            arrived = tensor.to(dst.torch_device, copy=True)
-            if src.is_mps or dst.is_mps:
-                torch.mps.synchronize()
+            if method == "staged":
+                copied = self._copier.copy_staged(tensor, src, dst)
+            else:
+                copied = self._copier.copy(tensor, src, dst, into)
+            self._note((method, src.name, dst.name), tensor.nbytes, copied.elapsed_s)
+            return copied.tensor
+        arrived = tensor.to(dst.torch_device, copy=True)
+        if src.is_mps or dst.is_mps:
+            torch.mps.synchronize()
         if self._is_emulated(src, dst) and self._sim_link is not None:
             wait_until(started_s + self._sim_link.transfer_s(tensor.nbytes))
         self._record((method, src.name, dst.name), tensor.nbytes, time.perf_counter() - started_s)
@@ -128,15 +158,54 @@ class TransferManager:
     def method(self, src: Device, dst: Device) -> TransferMethod:
         """How tensors get from `src` to `dst`."""
         key = (src.torch_device, dst.torch_device)
-        with self._lock:
+        with self._choosing:
             if key not in self._methods:
-                self._methods[key] = _choose_method(src, dst)
+                self._methods[key] = self._choose_method(src, dst)
             return self._methods[key]
 
+    def _choose_method(self, src: Device, dst: Device) -> TransferMethod:
+        if not (src.is_gpu and dst.is_gpu) or src.torch_device == dst.torch_device:
+            return "copy"
+        if not torch.cuda.can_device_access_peer(src.torch_device, dst.torch_device):
+            return "staged"
+        if not self._copier.brings_what_was_sent(src, dst):
+            logger.warning("a direct link does not bring what was sent: it is not used", src=src.name, dst=dst.name)
+            return "staged"
+        return "p2p"
+
+    def host_buffer(self, nbytes: int) -> HostBuffer | None:
+        """Main memory that GPUs copy from and to, to be closed by the caller; None where the ledger has none left."""
+        try:
+            return HostBuffer(self.PURPOSE, nbytes, pin=True, budget=self._host)
+        except OutOfDeviceMemoryError as error:
+            logger.warning("copies are not staged", size=format_bytes(nbytes), reason=error.message)
+            return None
+
+    def close(self) -> None:
+        """Give pinned buffers back. Nothing is sent any more."""
+        self._copier.close()
+
     def stats(self) -> dict[Link, TransferStats]:
-        """A snapshot of the totals, keyed (method, source, destination)."""
+        """A snapshot of the totals of what has arrived, keyed (method, source, destination)."""
+        self._settle()
         with self._lock:
             return dict(self._stats)
+
+    def _note(self, link: Link, nbytes: int, elapsed_s: Callable[[], float | None]) -> None:
+        """A transfer that may be under way; it is recorded at a later one's or when somebody asks."""
+        with self._lock:
+            self._under_way.append((link, nbytes, elapsed_s))
+        self._settle()
+
+    def _settle(self) -> None:
+        with self._lock:
+            seen = [(*noted[:2], noted[2]()) for noted in self._under_way]
+            self._under_way = [
+                noted for noted, (*_, seconds) in zip(self._under_way, seen, strict=True) if seconds is None
+            ]
+        for link, nbytes, seconds in seen:
+            if seconds is not None:
+                self._record(link, nbytes, seconds)
 
     def _record(self, link: Link, nbytes: int, seconds: float) -> None:
         with self._lock:
@@ -146,70 +215,7 @@ class TransferManager:
             self._metrics.observe_transfer(*link, nbytes, seconds)
 
 
-def _choose_method(src: Device, dst: Device) -> TransferMethod:
-    if not (src.is_gpu and dst.is_gpu) or src.torch_device == dst.torch_device:
-        return "copy"
-    return "p2p" if torch.cuda.can_device_access_peer(src.torch_device, dst.torch_device) else "staged"
-
-
-@functools.lru_cache(maxsize=64)
-def _copy_stream(torch_device: str) -> torch.cuda.Stream:
-    """A stream for copies from or to a GPU."""
-    return torch.cuda.Stream(torch.device(torch_device))  # type: ignore[no-untyped-call]
-
-
 @functools.lru_cache(maxsize=64)
 def _load_stream(torch_device: str) -> torch.cuda.Stream:
     """A stream for weights, which what the stages send each other need not wait for."""
     return torch.cuda.Stream(torch.device(torch_device))  # type: ignore[no-untyped-call]
-
-
-def _copy_gpu(tensor: torch.Tensor, src: Device, dst: Device, method: TransferMethod) -> torch.Tensor:
-    """A copy to or from a GPU, or between two."""
-    if method == "staged":
-        return _copy_staged(tensor, src, dst)
-    stream = _copy_stream(src.torch_device if src.is_gpu else dst.torch_device)
-    _wait_for_producer(stream, src)
-    with torch.cuda.stream(stream):
-        arrived = tensor.to(dst.torch_device, non_blocking=True, copy=True)
-    stream.synchronize()
-    return _for_consumer(arrived)
-
-
-def _wait_for_producer(stream: torch.cuda.Stream, src: Device) -> None:
-    """The copy begins when what is queued on the source is done: the tensor may still be being made."""
-    if src.is_gpu:
-        stream.wait_stream(torch.cuda.current_stream(torch.device(src.torch_device)))
-
-
-def _for_consumer(arrived: torch.Tensor) -> torch.Tensor:
-    """Memory that was allocated on a copy stream is not given to the next copy before the reader is done."""
-    if arrived.is_cuda:
-        arrived.record_stream(torch.cuda.current_stream(arrived.device))
-    return arrived
-
-
-def _copy_staged(tensor: torch.Tensor, src: Device, dst: Device) -> torch.Tensor:
-    """Through two pinned buffers in turn: while one is copied in, the other is copied out."""
-    flat = tensor.contiguous().view(-1)
-    out, inward = _copy_stream(src.torch_device), _copy_stream(dst.torch_device)
-    _wait_for_producer(out, src)
-    with torch.cuda.stream(inward):
-        arrived = torch.empty_like(flat, device=dst.torch_device)
-    length = max(1, min(flat.numel(), STAGING_BYTES // flat.element_size()))
-    buffers = [torch.empty(length, dtype=flat.dtype, pin_memory=True) for _ in range(2)]
-    filled, drained = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))  # type: ignore[no-untyped-call]
-    for turn, start in enumerate(range(0, flat.numel(), length)):
-        part, which = flat[start : start + length], turn % 2
-        buffer = buffers[which][: part.numel()]
-        with torch.cuda.stream(out):
-            if turn >= 2:
-                out.wait_event(drained[which])
-            buffer.copy_(part, non_blocking=True)
-            filled[which].record(out)
-        with torch.cuda.stream(inward):
-            inward.wait_event(filled[which])
-            arrived[start : start + part.numel()].copy_(buffer, non_blocking=True)
-            drained[which].record(inward)
-    inward.synchronize()
-    return _for_consumer(arrived).view(tensor.shape)

@@ -118,7 +118,7 @@ def test_a_load_that_fails_leaves_nothing_on_it(
     def broken(*given: object, **named: object) -> None:
         raise RuntimeError("no scheduler")
 
-    monkeypatch.setattr("core.engine.model_engine.Scheduler", broken)
+    monkeypatch.setattr("core.engine.builder.Scheduler", broken)
     with pytest.raises(RuntimeError, match="no scheduler"):
         pipeline.load(str(tiny))
     assert pipeline.main_memory.budget.used_by_purpose() == before

@@ -18,8 +18,8 @@ from tiny_models import build_tiny
 from typer.testing import CliRunner
 
 from core.devices import HOST, Device, DeviceBudget, MainMemory
-from core.engine import model_engine
-from core.errors import InsufficientMemoryError, StepFailedError
+from core.engine import builder
+from core.errors import InsufficientMemoryError
 from core.inference_pipeline import InferencePipeline
 from core.models.architecture import read_architecture
 from core.models.stage_model import find_decoder, measure_bytes
@@ -216,7 +216,7 @@ def test_half_precision_streams_the_same_numbers(tmp_path: Path, open_pipeline: 
 # -- errors ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_pass_that_fails_in_the_middle_fails_alone(
+def test_a_pass_that_fails_in_the_middle_is_computed_again(
     llama: Path, expected: list[int], open_pipeline: OpenPipeline
 ) -> None:
     pipeline = slow(llama, open_pipeline, 2, engine__cohorts=2)
@@ -229,13 +229,13 @@ def test_a_pass_that_fails_in_the_middle_fails_alone(
                 raise error
 
         hook = layers[index].register_forward_pre_hook(fail_once)
-        with pytest.raises(StepFailedError, match="a kernel broke"):
-            tokens(pipeline)
+        assert tokens(pipeline) == expected
+        assert next(failures, None) is None, "a pass has failed"
         hook.remove()
         assert tokens(pipeline) == expected
 
 
-def test_a_load_that_fails_fails_its_pass_and_is_tried_again(
+def test_a_load_that_fails_is_tried_again_with_its_pass(
     llama: Path, expected: list[int], open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = open_pipeline(llama, devices__devices=half_of_it(llama, 1), **ENGINE)
@@ -247,8 +247,8 @@ def test_a_load_that_fails_fails_its_pass_and_is_tried_again(
         load(self, *given)
 
     monkeypatch.setattr(pipeline.transfer, "load", fail_once.__get__(pipeline.transfer))
-    with pytest.raises(StepFailedError, match="the bus is gone"):
-        tokens(pipeline)
+    assert tokens(pipeline) == expected
+    assert next(failures, None) is None, "a load has failed"
     assert tokens(pipeline) == expected
 
 
@@ -276,7 +276,7 @@ def test_a_load_that_fails_leaves_nothing_behind(
             raise MemoryError("no more")
 
     with monkeypatch.context() as patched:
-        patched.setattr(model_engine, "DeviceBudget", noted)
+        patched.setattr(builder, "DeviceBudget", noted)
         patched.setattr(MainMemory, "open", noted_part)
         patched.setattr(StreamManager, where, fail_second)
         with pytest.raises(MemoryError):

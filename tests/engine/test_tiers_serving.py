@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tiny_models import VOCAB, build_tiny
 
 from core.batching.batcher import ContinuousBatcher
 from core.engine.model_engine import ModelEngine
+from core.engine.relocation import Relocator
 from core.errors import StepFailedError, VRAMancerError
 from core.execution.page_mover import PageMover
 from core.inference_pipeline import InferencePipeline
@@ -171,7 +173,7 @@ def test_what_is_used_again_is_written_down_at_once(tiny: Path, open_pipeline: O
 
 
 @pytest.mark.parametrize("cohorts", [1, 2])
-def test_a_load_that_fails_ends_what_runs_and_leaves_nothing_wrong_behind(
+def test_what_a_load_that_fails_was_for_is_computed_and_nothing_wrong_is_left(
     tiny: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch, cohorts: int
 ) -> None:
     expected = answers(open_pipeline(tiny, engine__kv_cache_tokens=4096), prompts(4))
@@ -186,8 +188,7 @@ def test_a_load_that_fails_ends_what_runs_and_leaves_nothing_wrong_behind(
         load(self, *args)
 
     monkeypatch.setattr(PageMover, "_load_layer", broken)
-    with pytest.raises(StepFailedError):
-        answers(pipeline, [prompts(4)[0]])
+    assert answers(pipeline, [prompts(4)[0]]) == expected[:1]
     assert failed
     for _ in range(2):
         assert [answers(pipeline, [prompt])[0] for prompt in prompts(4)] == expected
@@ -324,6 +325,35 @@ def test_a_model_that_does_not_load_leaves_the_old_ones_tiers_working(
     pipeline.load()
     assert cached(pipeline, fresh[0]) >= 40
     assert [answers(pipeline, [prompt]) for prompt in prompts(9)] == expected
+
+
+@pytest.mark.parametrize("way", ["beside", "alone", "back"])
+def test_a_model_that_moves_takes_its_directory_along(
+    tiny: Path, open_pipeline: OpenPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Beside the old placement, after that made room, and back to it because the move failed."""
+    pipeline = open_small(open_pipeline, tiny, **on_disk(tmp_path))
+    expected = [answers_written(pipeline, prompt) for prompt in prompts(6)]
+    place = partial(pipeline.place, devices="cpu=64MiB")
+    if way != "beside":
+        monkeypatch.setattr(Relocator, "_all_fits", lambda *_: False)
+    if way == "back":
+        warm_up, calls = pipeline._warm_up, []
+
+        def fail(engine: ModelEngine) -> None:
+            calls.append(engine)
+            if len(calls) == 1:
+                raise StepFailedError("broken for a test")
+            warm_up(engine)
+
+        monkeypatch.setattr(pipeline, "_warm_up", fail)
+        with pytest.raises(StepFailedError):
+            place()
+    else:
+        place()
+    assert names(pipeline) == ["L3", "L5"]
+    assert cached(pipeline, prompts(6)[2]) >= 40
+    assert [answers(pipeline, [prompt]) for prompt in prompts(6)] == expected
 
 
 def test_a_remote_place_whose_driver_fails_does_not_stop_a_load(
