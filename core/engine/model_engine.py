@@ -18,7 +18,7 @@ from core.config import Settings
 from core.config_schema import EngineSettings
 from core.costs import StagePlan
 from core.devices import HOST, Device, DeviceBudget
-from core.devices.memory import read_memory
+from core.devices.memory import free_bytes_of
 from core.emulation.guest_time import GuestTime
 from core.engine.kv_memory import KVMemory, lending_host, open_kv
 from core.engine.model_plan import ModelPlan, cohort_policy, stage_timer
@@ -165,9 +165,7 @@ def check_memory(plan: ModelPlan) -> None:
     if plan.host is not None:
         devices = (*devices, plan.host)
         needed[plan.host.torch_device] += plan.placement.streamed_bytes
-    free = {
-        device.torch_device: memory.free_bytes for device, memory in zip(devices, read_memory(devices), strict=True)
-    }
+    free = {device.torch_device: free_bytes_of(device) for device in devices}
     lacking = {name: nbytes - free[name] for name, nbytes in needed.items() if nbytes > free[name]}
     if lacking:
         listed = ", ".join(f"{name} has {free[name]} bytes free, {nbytes} too few" for name, nbytes in lacking.items())
