@@ -15,7 +15,7 @@ import numpy as np
 from core.kv_cache.block_pool import BlockPool
 from core.kv_cache.block_table import BlockTable, PrefixHasher
 from core.kv_cache.page_map import PageMap
-from core.kv_cache.page_ops import Slot, StageStep
+from core.kv_cache.page_ops import BlockBuffer, StageStep
 from core.kv_cache.stage_pages import StagePages
 
 
@@ -64,7 +64,7 @@ class Tiers(Companion, Protocol):
 
     def prefetch(self, seq_id: int, known: int, hashes: Sequence[bytes], on_done: Callable[[], Any]) -> bool: ...
 
-    def take(self, seq_id: int, known: int) -> tuple[Sequence[Slot], Any] | None: ...
+    def take(self, seq_id: int, known: int) -> tuple[Sequence[BlockBuffer], Any] | None: ...
 
     def loaded(self, loading: Any, blocks: int) -> None: ...
 

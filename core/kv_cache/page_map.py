@@ -16,7 +16,7 @@ from itertools import islice
 
 import numpy as np
 
-from core.kv_cache.page_ops import LOCAL, NOTHING, PageCopy, PageLoad, PageOp, PageRef, PageSave, Slot, StageStep
+from core.kv_cache.page_ops import LOCAL, NOTHING, BlockBuffer, PageCopy, PageLoad, PageOp, PageRef, PageSave, StageStep
 from core.kv_cache.stage_pages import StagePages
 
 ColdBlocks = Callable[[StagePages], Iterable[int]]
@@ -103,12 +103,12 @@ class PageMap:
         for index in range(len(self.stages)):
             self._ops[index].append(PageCopy(self._ref(index, source), self._ref(index, target)))
 
-    def save(self, block: int, slot: Slot) -> None:
+    def save(self, block: int, slot: BlockBuffer) -> None:
         """Copy a block to a tier below."""
         for index in range(len(self.stages)):
             self._ops[index].append(PageSave(self._ref(index, block), slot))
 
-    def load(self, slot: Slot, block: int) -> None:
+    def load(self, slot: BlockBuffer, block: int) -> None:
         """Fill a block from a tier below."""
         for index in range(len(self.stages)):
             self._ops[index].append(PageLoad(slot, self._ref(index, block)))

@@ -18,7 +18,7 @@ PageRef = tuple[int, int]
 """(region, page in it)"""
 
 
-class Slot(Protocol):
+class BlockBuffer(Protocol):
     """A block's place in a tier below (`core.tiers`). `buffer` holds the bytes of all layers, page-first: for each
     layer in order the K page, then the V page."""
 
@@ -44,14 +44,14 @@ class PageSave:
     """Copy a page to a tier below."""
 
     source: PageRef
-    slot: Slot
+    slot: BlockBuffer
 
 
 @dataclass(frozen=True, slots=True)
 class PageLoad:
     """Copy a page from a tier below, before the layer that reads it attends."""
 
-    slot: Slot
+    slot: BlockBuffer
     target: PageRef
 
 

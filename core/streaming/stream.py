@@ -38,7 +38,7 @@ logger = get_logger(__name__)
 SLOTS = 2
 
 
-class Loader(Protocol):
+class WeightCopier(Protocol):
     """What copies from main memory to a device, and waits until the bytes are there."""
 
     def load(
@@ -64,7 +64,7 @@ class StreamedLayers:
     host_bytes: int
     slot_bytes: int
     host: DeviceBudget
-    loader: Loader
+    loader: WeightCopier
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 from core.kv_cache.manager import KVCacheManager
 from core.tiers.hierarchy import HierarchicalMemory
-from core.tiers.loading import Loading, Slot
+from core.tiers.loading import HostSlot, Loading
 from core.tiers.records import Tier
 
 Worth = Callable[[int, Sequence[Tier]], int]
@@ -41,7 +41,7 @@ class _Prefetch:
 class _StepUse:
     """What the step being gathered, or one in flight, does with slots."""
 
-    saves: list[Slot] = field(default_factory=list)
+    saves: list[HostSlot] = field(default_factory=list)
     loads: list[tuple[Loading, int]] = field(default_factory=list)
 
 
@@ -122,7 +122,7 @@ class KVTiers:
             on_done()
         return True
 
-    def take(self, seq_id: int, known: int) -> tuple[list[Slot], Loading] | None:
+    def take(self, seq_id: int, known: int) -> tuple[list[HostSlot], Loading] | None:
         """What has been fetched for the blocks of a sequence from number `known` on."""
         prefetch = self._prefetches.pop(seq_id, None)
         if prefetch is None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from core.tiers import BlockLayout, HeatModel, HierarchicalMemory, LowerTier, MemoryOptions, Slot, Tier, WriteRules
+from core.tiers import BlockLayout, HeatModel, HierarchicalMemory, HostSlot, LowerTier, MemoryOptions, Tier, WriteRules
 from core.tiers.compress import CodecChoice, Compressor
 from core.tiers.records import Quantization
 from core.tiers.segment_files import SegmentFiles
@@ -45,7 +45,7 @@ def payload(number: int, layout: BlockLayout = LAYOUT) -> bytes:
     return random.Random(number).randbytes(layout.nbytes)
 
 
-def fill(slot: Slot, number: int) -> None:
+def fill(slot: HostSlot, number: int) -> None:
     slot.view()[:] = payload(number)
 
 

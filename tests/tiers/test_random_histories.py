@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_helpers import GREEDY, LAYOUT, Clock, block, fill, open_memory, open_store, payload
 
-from core.tiers import HierarchicalMemory, InProcessPeer, Loading, LowerTier, PeerStore, Slot, Tier, TierSpeed
+from core.tiers import HierarchicalMemory, HostSlot, InProcessPeer, Loading, LowerTier, PeerStore, Tier, TierSpeed
 from core.tiers.compress import CodecChoice, Compressor
 from core.tiers.disk import LocalFiles
 from core.tiers.segments import SUFFIX
@@ -40,7 +40,7 @@ class History:
     def __init__(self, memory: HierarchicalMemory, directory: Path) -> None:
         self.memory = memory
         self.directory = directory
-        self.reserved: list[Slot] = []
+        self.reserved: list[HostSlot] = []
         self.loadings: list[Loading] = []
 
     def apply(self, kind: str, index: int) -> None:
