@@ -15,7 +15,7 @@ from core.config import Settings
 from core.config_schema import EngineSettings
 from core.costs import SLOTS
 from core.devices import HOST, Device, DeviceBudget, MainMemory
-from core.devices.memory import read_memory
+from core.devices.memory import free_bytes_of
 from core.emulation import EmulatedStage, GuestTime
 from core.engine.kv_memory import check_promises, open_kv
 from core.engine.model_engine import ModelEngine, describe, products_are_native
@@ -52,9 +52,7 @@ def check_memory(plan: ModelPlan, present: Mapping[str, int] | None = None) -> N
     if plan.host is not None:
         devices = (*devices, plan.host)
         needed[plan.host.torch_device] += plan.placement.streamed_bytes
-    free = {
-        device.torch_device: memory.free_bytes for device, memory in zip(devices, read_memory(devices), strict=True)
-    }
+    free = {device.torch_device: free_bytes_of(device) for device in devices}
     lacking = {name: nbytes - free[name] for name, nbytes in needed.items() if nbytes > free[name]}
     if lacking:
         listed = ", ".join(f"{name} has {free[name]} bytes free, {nbytes} too few" for name, nbytes in lacking.items())

@@ -11,7 +11,7 @@ import torch
 from core.config import MemorySettings, Settings
 from core.costs import Batch, pipeline_s
 from core.devices import HOST, Device, DeviceBudget, parse_link
-from core.devices.memory import MemoryNow, read_memory
+from core.devices.memory import free_bytes_of
 from core.engine.model_plan import DATASHEET_LINK, ModelPlan
 from core.execution.stage import Stage
 from core.kv_cache.manager import KVCacheManager
@@ -271,33 +271,30 @@ class DeviceWatch:
     """What the devices are used for now. Made when the stages have been loaded."""
 
     def __init__(self, devices: Sequence[Device], stages: Sequence[Stage], budgets: Mapping[str, DeviceBudget]) -> None:
-        self._devices = tuple(devices)
         self._stages = {stage.device.name: stage for stage in stages}
         self._budgets = budgets
         self._started_s = time.monotonic()
         self._cards: dict[str, list[Device]] = {}
         for device in devices:
             self._cards.setdefault(device.torch_device, []).append(device)
-        self._others_before = {name: self._others(name, memory) for name, memory in self._read().items()}
+        self._left_before = {card: self._left_by_others(card, free) for card, free in self._read().items()}
 
-    def _read(self) -> dict[str, MemoryNow]:
-        """By card."""
-        found = zip(self._devices, read_memory(self._devices), strict=True)
-        return {device.torch_device: memory for device, memory in found}
+    def _read(self) -> dict[str, int]:
+        """Free bytes by card."""
+        return {card: free_bytes_of(parts[0]) for card, parts in self._cards.items()}
 
-    def _others(self, card: str, memory: MemoryNow) -> int:
-        """What is neither free nor ours."""
-        ours = sum(sum(self._budgets[device.name].used_by_purpose().values()) for device in self._cards[card])
-        return memory.total_bytes - memory.free_bytes - ours
+    def _left_by_others(self, card: str, free_bytes: int) -> int:
+        """What is free or ours."""
+        return free_bytes + sum(self._budgets[device.name].used_bytes for device in self._cards[card])
 
     def observe(self) -> Iterable[DeviceUse]:
         """One entry per device. What is missing of a card's free memory is charged to its parts by what each may use,
         lent memory included."""
-        for card, memory in self._read().items():
+        for card, free in self._read().items():
             parts = self._cards[card]
             kept = min(PRESSED_BYTES, sum(device.memory_limit_bytes for device in parts) // _PRESSED_SHARE)
-            grown = self._others(card, memory) > self._others_before[card] + kept
-            free = memory.free_bytes - (kept if grown else 0)
+            if self._left_by_others(card, free) < self._left_before[card] - kept:  # they have taken more
+                free -= kept
             budgets = [self._budgets[device.name] for device in parts]
             lent = [budget.used_by_purpose().get(PagedKVCache.LENT, 0) for budget in budgets]
             shares = [budget.free_bytes + nbytes for budget, nbytes in zip(budgets, lent, strict=True)]

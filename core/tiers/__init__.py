@@ -2,7 +2,7 @@
 
 from core.tiers.hierarchy import HierarchicalMemory
 from core.tiers.hotness import HeatModel
-from core.tiers.loading import Loading, Slot
+from core.tiers.loading import HostSlot, Loading
 from core.tiers.lower_tier import LowerTier
 from core.tiers.opening import open_lasting, open_memory
 from core.tiers.peer import InProcessPeer, Peer, PeerStore
@@ -14,6 +14,7 @@ __all__ = [
     "BlockLayout",
     "HeatModel",
     "HierarchicalMemory",
+    "HostSlot",
     "InProcessPeer",
     "Loading",
     "LowerTier",
@@ -22,7 +23,6 @@ __all__ = [
     "Peer",
     "PeerStore",
     "RestorePlan",
-    "Slot",
     "Tier",
     "TierSpeed",
     "TierStats",

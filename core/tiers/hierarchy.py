@@ -32,8 +32,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from core.devices import DeviceBudget
 from core.tiers.host_tier import HostTier
 from core.tiers.hotness import HeatTable
-from core.tiers.loader import Loader
-from core.tiers.loading import Loading, Slot
+from core.tiers.loader import BlockLoader
+from core.tiers.loading import HostSlot, Loading
 from core.tiers.lower_tier import LowerTier
 from core.tiers.policy import MemoryOptions
 from core.tiers.records import BlockInfo, BlockLayout, MemoryStats, MoveKind, Tier, TierSpeed
@@ -75,7 +75,7 @@ class HierarchicalMemory:
         self._unsaved = 0  # slots filled since what goes next was last looked at
         self._closed = False
         me = weakref.proxy(self)  # their threads end with `close`; without it they would keep each other alive
-        self._loader = Loader(me, self._host, self._lock, options.load_threads)
+        self._loader = BlockLoader(me, self._host, self._lock, options.load_threads)
         self._writer = Writer(me, options, self._lock)
         self.add_below(below)
 
@@ -112,7 +112,7 @@ class HierarchicalMemory:
 
     # -- from VRAM to host RAM --------------------------------------------------------------------------------------
 
-    def reserve(self, block: bytes, parent: bytes) -> Slot | None:
+    def reserve(self, block: bytes, parent: bytes) -> HostSlot | None:
         """A slot to copy a block into, then `commit` or `abandon`; the coldest unpinned block makes room.
 
         None: host RAM has the block already (or is about to), or everything in it is in use.
@@ -125,7 +125,7 @@ class HierarchicalMemory:
                 self._host.reserved[block] = slot
             return slot
 
-    def commit(self, slot: Slot) -> None:
+    def commit(self, slot: HostSlot) -> None:
         """The slot's content is complete: from now on the block is found. Counts as a demotion from L1."""
         with self._lock:
             self._host.end_reservation(slot)
@@ -139,7 +139,7 @@ class HierarchicalMemory:
                 self._writer.offer(slot.block, leave=False)
             self._clean_ahead()
 
-    def abandon(self, slot: Slot) -> None:
+    def abandon(self, slot: HostSlot) -> None:
         """Give a reserved slot back unused."""
         with self._lock:
             self._host.end_reservation(slot)
@@ -272,7 +272,7 @@ class HierarchicalMemory:
 
     # -- what loader and writer ask for, under the lock -------------------------------------------------------------
 
-    def take_slot(self, block: bytes, parent: bytes) -> Slot | None:
+    def take_slot(self, block: bytes, parent: bytes) -> HostSlot | None:
         """A slot, for which the coldest block leaves if need be; None if none may leave."""
         if not self._host.num_free:
             victim = self._host.index.coldest()
@@ -281,12 +281,12 @@ class HierarchicalMemory:
             self._leave_host(victim)
         return self._host.take(block, parent)
 
-    def hold(self, slot: Slot) -> None:
+    def hold(self, slot: HostSlot) -> None:
         """A slot's content is complete."""
         self._heat.meet(slot.block, self._clock())
         self._host.hold(slot)
 
-    def begin_write(self, block: bytes) -> Slot | None:
+    def begin_write(self, block: bytes) -> HostSlot | None:
         """The slot of a block that is to be written, pinned; None if it has left."""
         slot = self._host.slots.get(block)
         if slot is not None:

@@ -22,7 +22,7 @@ import torch
 
 from core.kv_cache.manager import KVCacheManager
 from core.tiers.hierarchy import HierarchicalMemory
-from core.tiers.loading import Loading, Slot
+from core.tiers.loading import HostSlot, Loading
 from core.tiers.records import Tier
 
 Worth = Callable[[int, Sequence[Tier]], int]
@@ -43,7 +43,7 @@ class _Prefetch:
 class _StepUse:
     """What the step being gathered, or one in flight, does with slots."""
 
-    saves: list[Slot] = field(default_factory=list)
+    saves: list[HostSlot] = field(default_factory=list)
     loads: list[tuple[Loading, Sequence[bytes]]] = field(default_factory=list)
 
 

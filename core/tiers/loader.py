@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from core.tiers.host_tier import HostTier
-from core.tiers.loading import Loading, Slot, log_failure
+from core.tiers.loading import HostSlot, Loading, log_failure
 from core.tiers.lower_tier import LowerTier
 from core.tiers.records import MoveKind, Tier
 
@@ -20,7 +20,7 @@ from core.tiers.records import MoveKind, Tier
 class Fill:
     """A block that is being read into a slot, and who waits for it."""
 
-    slot: Slot
+    slot: HostSlot
     source: LowerTier
     waiting: list[Loading] = field(default_factory=list)
 
@@ -28,14 +28,14 @@ class Fill:
 class LoadTarget(Protocol):
     """What the hierarchy offers; every method is called under its lock."""
 
-    def take_slot(self, block: bytes, parent: bytes) -> Slot | None: ...
+    def take_slot(self, block: bytes, parent: bytes) -> HostSlot | None: ...
 
-    def hold(self, slot: Slot) -> None: ...
+    def hold(self, slot: HostSlot) -> None: ...
 
     def count_move(self, kind: MoveKind, source: Tier, target: Tier | None) -> None: ...
 
 
-class Loader:
+class BlockLoader:
     """Blocks on their way up. Its methods are called under the hierarchy's lock, but for `close`."""
 
     def __init__(self, target: LoadTarget, host: HostTier, lock: threading.Lock, threads: int) -> None:

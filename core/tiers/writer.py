@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Protocol
 
-from core.tiers.loading import Slot, log_failure
+from core.tiers.loading import HostSlot, log_failure
 from core.tiers.lower_tier import LowerTier
 from core.tiers.policy import WriteRules
 from core.tiers.records import BlockLayout, MoveKind, Tier
@@ -37,7 +37,7 @@ class WriteSource(Protocol):
 
     layout: BlockLayout
 
-    def begin_write(self, block: bytes) -> Slot | None: ...
+    def begin_write(self, block: bytes) -> HostSlot | None: ...
 
     def end_write(self, block: bytes, *, leave: bool) -> None: ...
 
