@@ -6,7 +6,7 @@ import gc
 import threading
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -177,13 +177,14 @@ class InferencePipeline:
         plan = planned(old, beside=False)
         if old is None:
             try:
-                self._engine = self._start(plan, settings, total)
+                engine = self._start(plan, settings, total)
             except InsufficientMemoryError as error:
                 if settings.devices.devices is not None:
                     raise
                 logger.warning("memory was taken since the plan was made; planning again", reason=error.message)
                 plan = planned(None, beside=False)
-                self._engine = self._start(plan, settings, total)
+                engine = self._start(plan, settings, total)
+            self._serve_with(engine)
             return
         fits_beside = True
         try:
@@ -193,13 +194,15 @@ class InferencePipeline:
         if not fits_beside:
             self._replace(old, plan, settings, total)
             return
-        tiers = old.memory.tiers
-        engine = self._start(plan, settings, total, (lambda: None) if tiers is None else tiers.hand_over)
+        engine = self._start(plan, settings, total)
         self._serve_with(engine, ModelChangedError(f"{old.model.name} has just been replaced; try again."))
 
-    def _serve_with(self, engine: ModelEngine | None, reason: VRAMancerError, drain_s: float | None = None) -> None:
+    def _serve_with(
+        self, engine: ModelEngine | None, reason: VRAMancerError | None = None, drain_s: float | None = None
+    ) -> None:
         """From now on; None: with nothing. What runs in the engine before may finish for `drain_s` (None: as set). What
-        takes longer, or comes too late, is told the `reason`."""
+        takes longer, or comes too late, is told the `reason`. The engine before keeps its tiers until it has ended, and
+        writes down what it has; then those that outlast it are the new one's."""
         old = self._leaving = self._engine
         self._engine = engine
         try:
@@ -207,17 +210,19 @@ class InferencePipeline:
                 old.close(drain_s=self.settings.api.drain_timeout_s if drain_s is None else drain_s, reason=reason)
         finally:
             self._leaving = None
+        if engine is not None:
+            engine.open_lasting()
 
     def _replace(self, old: ModelEngine, plan: ModelPlan, settings: Settings, total: int) -> None:
         """Make room by closing the old engine; if the new one does not start, load the old model again."""
         logger.info("the new model does not fit beside the present one; draining it first", old=old.model.name)
         self._serve_with(None, ModelChangedError(f"{old.model.name} makes room for another model; try again."))
         try:
-            self._engine = self._start(plan, settings, total)
+            self._serve_with(self._start(plan, settings, total))
         except BaseException as error:  # whatever it was, the old model has to be back before it is reported
             _clear_frames(error)
             try:
-                self._engine = self._start(old.plan, old.settings, checkpoint_bytes(old.plan.resolved.path))
+                self._serve_with(self._start(old.plan, old.settings, checkpoint_bytes(old.plan.resolved.path)))
             except Exception as failure:  # noqa: BLE001  the client has to hear that nothing is served now
                 raise ModelNotLoadedError(
                     f"{error}; and {old.model.name}, which made room, cannot be loaded again: {failure}"
@@ -242,10 +247,9 @@ class InferencePipeline:
             for device in devices
         )  # fmt: skip
 
-    def _start(
-        self, plan: ModelPlan, settings: Settings, total_bytes: int, on_loaded: Callable[[], None] = lambda: None
-    ) -> ModelEngine:
-        """Load the weights, then generate one token, so that readiness means that the model works."""
+    def _start(self, plan: ModelPlan, settings: Settings, total_bytes: int) -> ModelEngine:
+        """Load the weights, then generate one token, so that readiness means that the model works. Not used before
+        `_serve_with`."""
         done = LoadProgress(total_bytes, self._on_progress)
 
         def read(nbytes: int) -> None:
@@ -254,7 +258,7 @@ class InferencePipeline:
 
         engine = load_engine(
             plan, settings, transfer=self.transfer, main_memory=self.main_memory, cpu_threads=self._cpu_threads,
-            on_read=read, on_loaded=on_loaded,
+            on_read=read,
         )  # fmt: skip
         try:
             self._bring_up(engine)
@@ -355,7 +359,7 @@ class InferencePipeline:
 
     def _bring_up(self, engine: ModelEngine) -> None:
         """To the first token, so that readiness means that the model works."""
-        engine.batcher.call(lambda: torch.set_num_threads(engine.torch_threads(self._cpu_threads))).result()
+        engine.batcher.intake.call_within(lambda: torch.set_num_threads(engine.torch_threads(self._cpu_threads)))
         self._warm_up(engine)
         engine.batcher.report_to(self.metrics)
         engine.batcher.on_lost = self._device_lost
@@ -463,13 +467,13 @@ class InferencePipeline:
     ) -> torch.Tensor:
         """One raw forward pass over the tokens. Returns fp32 on the CPU, `[P, vocab]` or `[P, hidden_size]`.
 
-        Raises `InvalidRequestError`, `ContextLengthError`, and `QueueFullError` if no KV blocks are free for it.
+        Raises `InvalidRequestError`, `ContextLengthError`, `QueueFullError` if no KV blocks are free for it, and
+        `UnavailableError` if the engine does not come to it.
         """
         engine = self.engine
         tokens = list(token_ids)
         check_prompt(tokens, engine.model, reserve=0)
-        future = engine.batcher.call(lambda: run_raw(engine, tokens, output, positions))
-        return future.result()
+        return engine.batcher.intake.call_within(lambda: run_raw(engine, tokens, output, positions))
 
     # -- state ------------------------------------------------------------------------------------------------------
 

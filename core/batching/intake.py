@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,6 +20,8 @@ from core.batching.sequence import Request
 from core.errors import ConflictError, QueueFullError, UnavailableError, VRAMancerError
 
 T = TypeVar("T")
+CALL_S = 30.0
+"""How long a caller waits for its turn between two steps."""
 
 
 @dataclass(slots=True)
@@ -116,15 +119,16 @@ class Intake:
             self.inbox.put(Call(function, future))
         return future
 
-    def call_within(self, function: Callable[[], T], timeout_s: float) -> T:
-        """The same, waited for. What has not begun within `timeout_s` never will: raises `UnavailableError`."""
-        future = self.call(function)
+    def call_within(self, function: Callable[[], T], timeout_s: float | None = None) -> T:
+        """`call`, and wait for the result. What has not begun within `timeout_s` (None: `CALL_S`) never will: raises
+        `UnavailableError`. What has is waited for."""
+        future, timeout_s = self.call(function), CALL_S if timeout_s is None else timeout_s
         try:
             return future.result(timeout_s)
-        except TimeoutError:
+        except FutureTimeoutError:  # before Python 3.11 no `TimeoutError`
             if future.cancel():
-                message = f"The engine did not come to this within {timeout_s:g} s; try again later."
-                raise UnavailableError(message, retry_after_s=timeout_s) from None
+                said = f"The engine has not come to it within {timeout_s:g} s, so nothing was done; try again later."
+                raise UnavailableError(said, retry_after_s=timeout_s) from None
         return future.result()
 
     def release(self, request_id: str) -> None:

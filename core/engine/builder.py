@@ -15,7 +15,7 @@ from core.config import Settings
 from core.config_schema import EngineSettings
 from core.costs import SLOTS
 from core.devices import HOST, Device, DeviceBudget, MainMemory
-from core.devices.memory import read_memory
+from core.devices.memory import free_bytes_of
 from core.emulation import EmulatedStage, GuestTime
 from core.engine.kv_memory import check_promises, open_kv
 from core.engine.model_engine import ModelEngine, describe, products_are_native
@@ -53,9 +53,7 @@ def check_memory(plan: ModelPlan, present: Mapping[str, int] | None = None) -> N
     if plan.host is not None:
         devices = (*devices, plan.host)
         needed[plan.host.torch_device] += plan.placement.streamed_bytes
-    free = {
-        device.torch_device: memory.free_bytes for device, memory in zip(devices, read_memory(devices), strict=True)
-    }
+    free = {device.torch_device: free_bytes_of(device) for device in devices}
     lacking = {name: nbytes - free[name] for name, nbytes in needed.items() if nbytes > free[name]}
     if lacking:
         listed = ", ".join(f"{name} has {free[name]} bytes free, {nbytes} too few" for name, nbytes in lacking.items())
@@ -126,7 +124,7 @@ class EngineBuilder:
             budget.release(PREVIOUS)
 
     def finish(self) -> ModelEngine:
-        """Give all stages their pages and start the batcher."""
+        """Give all stages their pages and start the batcher, without the tiers that outlast the process."""
         plan, settings = self.plan, self._settings
         check_promises(plan, settings, self._host)
         stages = [self._stages[index] for index in range(len(plan.placement.stages))]
@@ -176,10 +174,10 @@ class EngineBuilder:
 
 def load_engine(
     plan: ModelPlan, settings: Settings, *, transfer: TransferManager, main_memory: MainMemory, cpu_threads: int,
-    on_read: Callable[[int], None] = lambda nbytes: None, on_loaded: Callable[[], None] = lambda: None,
+    on_read: Callable[[int], None] = lambda nbytes: None,
 ) -> ModelEngine:  # fmt: skip
-    """Load a planned model and start its batcher. On failure everything allocated so far is freed. `on_loaded` is
-    called when the weights are there, before tiers are opened.
+    """Load a planned model and start its batcher, without the tiers that outlast the process. On failure everything
+    allocated so far is freed.
 
     Raises, before anything is allocated, `InsufficientMemoryError` if memory was taken since the plan was made, and
     `OutOfDeviceMemoryError` if `main_memory` does not have what the settings give to KV.
@@ -192,7 +190,6 @@ def load_engine(
         check_promises(plan, settings, builder.budgets[HOST])
         for index in range(len(plan.placement.stages)):
             builder.load_stage(index)
-        on_loaded()
         return builder.finish()
     except BaseException:
         builder.free()

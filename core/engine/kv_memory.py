@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from core.config import Settings
+from core.config import MemorySettings, Settings
 from core.costs import Batch, pipeline_s
 from core.devices import HOST, Device, DeviceBudget, parse_link
-from core.devices.memory import MemoryNow, read_memory
+from core.devices.memory import free_bytes_of
 from core.engine.model_plan import DATASHEET_LINK, ModelPlan
 from core.execution.stage import Stage
 from core.kv_cache.manager import KVCacheManager
@@ -22,7 +22,7 @@ from core.lending.homecoming import Homecoming
 from core.lending.overflow import DeviceUse, KVOverflow
 from core.placement.engine import stage_costs
 from core.streaming.stream import StreamManager
-from core.tiers import BlockLayout, HierarchicalMemory, Tier, open_memory, worth_restoring
+from core.tiers import BlockLayout, HierarchicalMemory, Tier, open_lasting, open_memory, worth_restoring
 from core.tiers.host_tier import HostTier
 from core.tiers.kv_tiers import KVTiers, StepBlocks
 
@@ -52,8 +52,14 @@ class KVMemory:
     the devices."""
 
     kv: KVCacheManager
+    salt: bytes
     overflow: KVOverflow | None = None
     tiers: KVTiers | None = None
+
+    def open_lasting(self, asked: MemorySettings) -> None:
+        """Keep blocks from now on where they outlast the process. No other engine may have these places. Any thread."""
+        if self.tiers is not None:
+            open_lasting(self.tiers.memory, asked, self.salt)
 
     def close(self) -> None:
         """The engine has ended and the stages' pages are free."""
@@ -80,8 +86,8 @@ def open_kv(
     kv = KVCacheManager(
         num_blocks, block_size, salt=salt, enable_prefix_caching=settings.engine.enable_prefix_caching, stages=mapped
     )
-    memory = KVMemory(kv)
-    memory.tiers = _open_tiers(plan, settings, kv, budgets[HOST], salt, blocks)
+    memory = KVMemory(kv, salt)
+    memory.tiers = _open_tiers(plan, settings, kv, budgets[HOST], blocks)
     if not kv.pages.is_trivial:
         try:
             memory.overflow = _open_overflow(plan, settings, stages, budgets, memory)
@@ -118,9 +124,10 @@ def _open_overflow(
 
 
 def _open_tiers(
-    plan: ModelPlan, settings: Settings, kv: KVCacheManager, host: DeviceBudget, salt: bytes, blocks: StepBlocks
+    plan: ModelPlan, settings: Settings, kv: KVCacheManager, host: DeviceBudget, blocks: StepBlocks
 ) -> KVTiers | None:
-    """What is kept below the devices. Where the devices are main memory themselves, only if it is asked for."""
+    """What is kept below the devices, without the places that outlast the process. Where the devices are main memory
+    themselves, only if it is asked for."""
     asked, architecture = settings.memory, plan.architecture
     has_cards = not all(device.is_main_memory for device in plan.devices)
     wanted = asked.host_bytes is not None or asked.disk_path is not None or asked.remote_url is not None
@@ -128,7 +135,7 @@ def _open_tiers(
         return None
     layout = BlockLayout.of(architecture.kv_shapes, kv.block_size, str(architecture.dtype).removeprefix("torch."))
     pin = any(device.is_gpu for device in plan.devices)
-    memory = open_memory(asked, layout, salt, host, pin=pin)
+    memory = open_memory(asked, layout, host, pin=pin)
     if memory is None:
         return None
     tiers = KVTiers(kv, memory, RestoreRule(plan, settings, kv, memory), blocks)
@@ -264,33 +271,30 @@ class DeviceWatch:
     """What the devices are used for now. Made when the stages have been loaded."""
 
     def __init__(self, devices: Sequence[Device], stages: Sequence[Stage], budgets: Mapping[str, DeviceBudget]) -> None:
-        self._devices = tuple(devices)
         self._stages = {stage.device.name: stage for stage in stages}
         self._budgets = budgets
         self._started_s = time.monotonic()
         self._cards: dict[str, list[Device]] = {}
         for device in devices:
             self._cards.setdefault(device.torch_device, []).append(device)
-        self._others_before = {name: self._others(name, memory) for name, memory in self._read().items()}
+        self._left_before = {card: self._left_by_others(card, free) for card, free in self._read().items()}
 
-    def _read(self) -> dict[str, MemoryNow]:
-        """By card."""
-        found = zip(self._devices, read_memory(self._devices), strict=True)
-        return {device.torch_device: memory for device, memory in found}
+    def _read(self) -> dict[str, int]:
+        """Free bytes by card."""
+        return {card: free_bytes_of(parts[0]) for card, parts in self._cards.items()}
 
-    def _others(self, card: str, memory: MemoryNow) -> int:
-        """What is neither free nor ours."""
-        ours = sum(sum(self._budgets[device.name].used_by_purpose().values()) for device in self._cards[card])
-        return memory.total_bytes - memory.free_bytes - ours
+    def _left_by_others(self, card: str, free_bytes: int) -> int:
+        """What is free or ours."""
+        return free_bytes + sum(self._budgets[device.name].used_bytes for device in self._cards[card])
 
     def observe(self) -> Iterable[DeviceUse]:
         """One entry per device. What is missing of a card's free memory is charged to its parts by what each may use,
         lent memory included."""
-        for card, memory in self._read().items():
+        for card, free in self._read().items():
             parts = self._cards[card]
             kept = min(PRESSED_BYTES, sum(device.memory_limit_bytes for device in parts) // _PRESSED_SHARE)
-            grown = self._others(card, memory) > self._others_before[card] + kept
-            free = memory.free_bytes - (kept if grown else 0)
+            if self._left_by_others(card, free) < self._left_before[card] - kept:  # they have taken more
+                free -= kept
             budgets = [self._budgets[device.name] for device in parts]
             lent = [budget.used_by_purpose().get(PagedKVCache.LENT, 0) for budget in budgets]
             shares = [budget.free_bytes + nbytes for budget, nbytes in zip(budgets, lent, strict=True)]

@@ -6,8 +6,6 @@ from core.engine.model_engine import ModelEngine
 from core.errors import ConflictError, InvalidRequestError, NotFoundError
 from core.lending import Urgency, VRAMLendingPool
 
-_CALL_S = 30.0
-
 
 def move_block(engine: ModelEngine, block: str, *, up: bool) -> None:
     """Bring a block of a lower tier to main memory, or send one of main memory to the tier below.
@@ -32,17 +30,18 @@ def move_block(engine: ModelEngine, block: str, *, up: bool) -> None:
 def reclaim(engine: ModelEngine, device: str, nbytes: int | None, urgency: str) -> int:
     """Have a device ask back what it lent. Returns how many bytes will come back.
 
-    Raises `NotFoundError` for an unknown device or where nothing is lent.
+    Raises `NotFoundError` for an unknown device or where nothing is lent, `UnavailableError` if the engine does not
+    come to it.
     """
     lending = _lending(engine, device)
     level = Urgency[urgency.upper()]
-    return engine.batcher.call(lambda: lending.request_reclaim(device, nbytes, level)).result(_CALL_S)
+    return engine.batcher.intake.call_within(lambda: lending.request_reclaim(device, nbytes, level))
 
 
 def lend_again(engine: ModelEngine, device: str) -> int:
     """Have a device lend again that took everything back. Returns the bytes that all devices can lend now.
 
-    Raises `NotFoundError` for an unknown device or where nothing is lent.
+    Raises as `reclaim` does.
     """
     lending = _lending(engine, device)
 
@@ -50,7 +49,7 @@ def lend_again(engine: ModelEngine, device: str) -> int:
         lending.reopen(device)
         return lending.capacity_bytes()
 
-    return engine.batcher.call(reopen).result(_CALL_S)
+    return engine.batcher.intake.call_within(reopen)
 
 
 def _lending(engine: ModelEngine, device: str) -> VRAMLendingPool:

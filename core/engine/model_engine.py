@@ -99,9 +99,13 @@ class ModelEngine:
 
     def check_invariants(self) -> None:
         """Audit blocks and budgets. Call it while the engine is idle."""
-        self.batcher.call(self.batcher.scheduler.check_invariants).result()
+        self.batcher.intake.call_within(self.batcher.scheduler.check_invariants)
         for budget in self.budgets.values():
             budget.check_invariants()
+
+    def open_lasting(self) -> None:
+        """Use the tiers that outlast the process. Call it once no other engine has them."""
+        self.memory.open_lasting(self.settings.memory)
 
     def close(self, *, drain_s: float = 0.0, reason: VRAMancerError | None = None) -> None:
         """Stop the batcher, keep what tiers can keep, and give all memory back. Requests that have not finished after

@@ -10,7 +10,8 @@
 
 Stages that stay on their device share the weights they have. Where everything fits beside the old engine, its requests
 are parked for as long as it takes to hand them over; otherwise while what lacks room is read. If anything fails, the
-old engine goes on: as it is, or, if it had to make room, loaded anew with all its requests.
+old engine goes on: as it is, or, if it had to make room, loaded anew with all its requests. Tiers that outlast the
+process are the new engine's once the old one has ended.
 """
 
 from __future__ import annotations
@@ -169,6 +170,7 @@ class Relocator:
         ended_s = time.perf_counter()
         self.old.close()
         builder.previous_gone()
+        engine.open_lasting()
         pause_s = ended_s - parked_s
         logger.info("the model has moved", pause_s=round(pause_s, 3), stages=[s.device for s in outlook.stages])
         return replace(outlook, dry_run=False, seconds=round(ended_s - began_s, 3), pause_seconds=round(pause_s, 3))
@@ -243,6 +245,7 @@ class Relocator:
             self.old.batcher.stop(reason=reason)
             raise reason from error
         self._hand_over(restored)
+        restored.open_lasting()
 
     def _hand_over(self, engine: ModelEngine) -> None:
         """Requests go on in another engine, which is the same model to its clients."""

@@ -35,7 +35,7 @@ from core.devices.pinned import HostBuffer
 from core.streaming.packed_layer import PackedLayer
 
 
-class Loader(Protocol):
+class WeightCopier(Protocol):
     """What copies from main memory to a device, and waits until the bytes are there."""
 
     def load(
@@ -71,7 +71,7 @@ class StreamedLayers:
     host_bytes: int
     slot_bytes: int
     host: DeviceBudget
-    loader: Loader
+    loader: WeightCopier
 
 
 @dataclass(slots=True)

@@ -2,9 +2,9 @@
 
 from core.tiers.hierarchy import HierarchicalMemory
 from core.tiers.hotness import HeatModel
-from core.tiers.loading import Loading, Slot
+from core.tiers.loading import HostSlot, Loading
 from core.tiers.lower_tier import LowerTier
-from core.tiers.opening import open_memory
+from core.tiers.opening import open_lasting, open_memory
 from core.tiers.peer import InProcessPeer, Peer, PeerStore
 from core.tiers.policy import MemoryOptions, RestorePlan, WriteRules, worth_restoring
 from core.tiers.records import BlockInfo, BlockLayout, MemoryStats, Tier, TierSpeed, TierStats
@@ -14,6 +14,7 @@ __all__ = [
     "BlockLayout",
     "HeatModel",
     "HierarchicalMemory",
+    "HostSlot",
     "InProcessPeer",
     "Loading",
     "LowerTier",
@@ -22,11 +23,11 @@ __all__ = [
     "Peer",
     "PeerStore",
     "RestorePlan",
-    "Slot",
     "Tier",
     "TierSpeed",
     "TierStats",
     "WriteRules",
+    "open_lasting",
     "open_memory",
     "worth_restoring",
 ]

@@ -27,13 +27,13 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from core.devices import DeviceBudget
 from core.tiers.host_tier import HostTier
 from core.tiers.hotness import HeatTable
-from core.tiers.loader import Loader
-from core.tiers.loading import Loading, Slot
+from core.tiers.loader import BlockLoader
+from core.tiers.loading import HostSlot, Loading
 from core.tiers.lower_tier import LowerTier
 from core.tiers.policy import MemoryOptions
 from core.tiers.records import BlockInfo, BlockLayout, MemoryStats, MoveKind, Tier, TierSpeed
@@ -59,7 +59,7 @@ class HierarchicalMemory:
         host_speed: TierSpeed | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        """`below` in the order in which blocks sink, fastest first. `clock` gives seconds, for hotness alone.
+        """`below` may be given later too (`add_below`). `clock` gives seconds, for hotness alone.
 
         Raises `ValueError` if host RAM of that size holds no block, `OutOfDeviceMemoryError` if `host` has no room.
         """
@@ -68,16 +68,16 @@ class HierarchicalMemory:
         self._clock = clock
         self._lock = threading.Lock()
         self._heat = HeatTable(options.heat)
-        self._below = tuple(below)
+        self._host = HostTier(layout.nbytes, options.host_bytes, self._heat, host, pin=options.pin, speed=host_speed)
+        self._below: tuple[LowerTier, ...] = ()
+        self._missing: dict[Tier, str] = {}
         self._moves: Counter[tuple[MoveKind, Tier, Tier | None]] = Counter()
         self._unsaved = 0  # slots filled since what goes next was last looked at
         self._closed = False
-        for lower in self._below:
-            lower.open_index(self._heat, clock())
-        self._host = HostTier(layout.nbytes, options.host_bytes, self._heat, host, pin=options.pin, speed=host_speed)
         me = weakref.proxy(self)  # their threads end with `close`; without it they would keep each other alive
-        self._loader = Loader(me, self._host, self._below, self._lock, options.load_threads)
-        self._writer = Writer(me, self._below, options, self._lock)
+        self._loader = BlockLoader(me, self._host, self._lock, options.load_threads)
+        self._writer = Writer(me, options, self._lock)
+        self.add_below(below)
 
     @property
     def num_slots(self) -> int:
@@ -89,9 +89,30 @@ class HierarchicalMemory:
         """Whether any tier outlasts the process and takes blocks."""
         return any(lower.store.accepting for lower in self._below)
 
+    def add_below(self, below: Sequence[LowerTier], missing: Mapping[Tier, str] | None = None) -> None:
+        """Tiers that are there from now on; all are put in the order of their speeds, blocks sink to the fastest first.
+        `missing` are those that are not, and why."""
+        for lower in below:
+            lower.open_index(self._heat, self._clock(), self._lock)
+        ordered = tuple(sorted([*self._below, *below], key=self._fetch_s))
+        if below:
+            self._writer.sink_to(ordered)
+        with self._lock:
+            self._below = self._loader.below = ordered
+            self._missing |= missing or {}
+
+    def _fetch_s(self, lower: LowerTier) -> float:
+        return lower.speed.fetch_s(self.layout.nbytes) if lower.speed else 0.0
+
+    def troubles(self) -> dict[Tier, str]:
+        """Tiers that were asked for and are missing, or take no blocks at the moment, and why."""
+        with self._lock:
+            stopped = {lower.tier: lower.store.stopped for lower in self._below}
+            return self._missing | {tier: reason for tier, reason in stopped.items() if reason is not None}
+
     # -- from VRAM to host RAM --------------------------------------------------------------------------------------
 
-    def reserve(self, block: bytes, parent: bytes) -> Slot | None:
+    def reserve(self, block: bytes, parent: bytes) -> HostSlot | None:
         """A slot to copy a block into, then `commit` or `abandon`; the coldest unpinned block makes room.
 
         None: host RAM has the block already (or is about to), or everything in it is in use.
@@ -104,7 +125,7 @@ class HierarchicalMemory:
                 self._host.reserved[block] = slot
             return slot
 
-    def commit(self, slot: Slot) -> None:
+    def commit(self, slot: HostSlot) -> None:
         """The slot's content is complete: from now on the block is found. Counts as a demotion from L1."""
         with self._lock:
             self._host.end_reservation(slot)
@@ -118,7 +139,7 @@ class HierarchicalMemory:
                 self._writer.offer(slot.block, leave=False)
             self._clean_ahead()
 
-    def abandon(self, slot: Slot) -> None:
+    def abandon(self, slot: HostSlot) -> None:
         """Give a reserved slot back unused."""
         with self._lock:
             self._host.end_reservation(slot)
@@ -251,7 +272,7 @@ class HierarchicalMemory:
 
     # -- what loader and writer ask for, under the lock -------------------------------------------------------------
 
-    def take_slot(self, block: bytes, parent: bytes) -> Slot | None:
+    def take_slot(self, block: bytes, parent: bytes) -> HostSlot | None:
         """A slot, for which the coldest block leaves if need be; None if none may leave."""
         if not self._host.num_free:
             victim = self._host.index.coldest()
@@ -260,12 +281,12 @@ class HierarchicalMemory:
             self._leave_host(victim)
         return self._host.take(block, parent)
 
-    def hold(self, slot: Slot) -> None:
+    def hold(self, slot: HostSlot) -> None:
         """A slot's content is complete."""
         self._heat.meet(slot.block, self._clock())
         self._host.hold(slot)
 
-    def begin_write(self, block: bytes) -> Slot | None:
+    def begin_write(self, block: bytes) -> HostSlot | None:
         """The slot of a block that is to be written, pinned; None if it has left."""
         slot = self._host.slots.get(block)
         if slot is not None:
@@ -327,16 +348,8 @@ class HierarchicalMemory:
         return self._writer.flush(unsaved, timeout_s)
 
     def close(self) -> None:
-        """Give host RAM back, after `hand_over`. Safe to repeat; slots are used no more."""
-        self.hand_over()
-        with self._lock:
-            self._host.close()
-
-    def hand_over(self) -> None:
-        """Finish what is being read, drop queued writes, end the threads and close the tiers below. Safe to repeat.
-
-        Nothing is found from now on, but slots that were given out stay.
-        """
+        """Finish what is being read, drop queued writes, end the threads, close the tiers below and give host RAM back.
+        Safe to repeat; slots are used no more."""
         with self._lock:
             if self._closed:
                 return
@@ -345,6 +358,8 @@ class HierarchicalMemory:
         self._writer.close()
         for lower in self._below:
             lower.store.close()
+        with self._lock:
+            self._host.close()
 
     def check_invariants(self) -> None:
         """Raise `AssertionError` unless every slot is in one state and all indexes agree."""

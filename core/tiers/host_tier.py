@@ -8,7 +8,7 @@ from core.devices import DeviceBudget
 from core.devices.pinned import HostBuffer
 from core.tiers.chain_index import ChainIndex
 from core.tiers.hotness import HeatTable
-from core.tiers.loading import Slot
+from core.tiers.loading import HostSlot
 from core.tiers.records import Tier, TierSpeed, TierStats
 
 
@@ -36,8 +36,8 @@ class HostTier:
             raise ValueError(f"{host_bytes} bytes of host RAM hold no block of {block_nbytes}")
         self._heat = heat
         self.index = ChainIndex(heat)
-        self.slots: dict[bytes, Slot] = {}
-        self.reserved: dict[bytes, Slot] = {}
+        self.slots: dict[bytes, HostSlot] = {}
+        self.reserved: dict[bytes, HostSlot] = {}
         self.hits = self.misses = 0
         self._block_nbytes = block_nbytes
         self._speed = speed
@@ -49,22 +49,22 @@ class HostTier:
     def num_free(self) -> int:
         return len(self._free)
 
-    def take(self, block: bytes, parent: bytes) -> Slot:
+    def take(self, block: bytes, parent: bytes) -> HostSlot:
         """A free slot for a block; the caller checks `num_free`."""
         index = self._free.pop()
-        return Slot(block, parent, index, self._arena[index])
+        return HostSlot(block, parent, index, self._arena[index])
 
-    def end_reservation(self, slot: Slot) -> None:
+    def end_reservation(self, slot: HostSlot) -> None:
         """Raises `ValueError` for a slot that is not reserved."""
         if self.reserved.get(slot.block) is not slot:
             raise ValueError(f"slot {slot.index} is not reserved for block {slot.block.hex()}")
         del self.reserved[slot.block]
 
-    def put_back(self, slot: Slot) -> None:
+    def put_back(self, slot: HostSlot) -> None:
         """A slot that was taken is free again."""
         self._free.append(slot.index)
 
-    def hold(self, slot: Slot) -> None:
+    def hold(self, slot: HostSlot) -> None:
         """A slot that was taken holds its block from now on."""
         self.index.add(slot.block, slot.parent)
         self.slots[slot.block] = slot
@@ -94,7 +94,7 @@ class HostTier:
             medium="pinned" if self._buffer.is_pinned else "pageable",
         )
 
-    def check_invariants(self, filling: Iterable[Slot]) -> None:
+    def check_invariants(self, filling: Iterable[HostSlot]) -> None:
         """Raise `AssertionError` unless every slot is in one state; `filling` are those being read into."""
         self.index.check_invariants()
         if set(self.slots) != set(self.index):

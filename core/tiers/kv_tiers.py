@@ -22,7 +22,7 @@ import torch
 
 from core.kv_cache.manager import KVCacheManager
 from core.tiers.hierarchy import HierarchicalMemory
-from core.tiers.loading import Loading, Slot
+from core.tiers.loading import HostSlot, Loading
 from core.tiers.records import Tier
 
 Worth = Callable[[int, Sequence[Tier]], int]
@@ -43,7 +43,7 @@ class _Prefetch:
 class _StepUse:
     """What the step being gathered, or one in flight, does with slots."""
 
-    saves: list[Slot] = field(default_factory=list)
+    saves: list[HostSlot] = field(default_factory=list)
     loads: list[tuple[Loading, Sequence[bytes]]] = field(default_factory=list)
 
 
@@ -206,13 +206,6 @@ class KVTiers:
                 for digest in digests:
                     self.buffers.drop(digest)
                 loading.release(len(digests) if moved else 0)
-
-    def hand_over(self, flush_s: float = 10.0) -> None:
-        """Another engine is about to open the places that outlast this one, which goes on without tiers. Any thread."""
-        if not self.memory.lasts:
-            return
-        self.memory.flush(flush_s)
-        self.memory.hand_over()
 
     def close(self, flush_s: float = 10.0) -> None:
         """Write down what is worth keeping, and end the threads."""

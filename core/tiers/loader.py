@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from core.tiers.host_tier import HostTier
-from core.tiers.loading import Loading, Slot, log_failure
+from core.tiers.loading import HostSlot, Loading, log_failure
 from core.tiers.lower_tier import LowerTier
 from core.tiers.records import MoveKind, Tier
 
@@ -20,7 +20,7 @@ from core.tiers.records import MoveKind, Tier
 class Fill:
     """A block that is being read into a slot, and who waits for it."""
 
-    slot: Slot
+    slot: HostSlot
     source: LowerTier
     waiting: list[Loading] = field(default_factory=list)
 
@@ -28,23 +28,21 @@ class Fill:
 class LoadTarget(Protocol):
     """What the hierarchy offers; every method is called under its lock."""
 
-    def take_slot(self, block: bytes, parent: bytes) -> Slot | None: ...
+    def take_slot(self, block: bytes, parent: bytes) -> HostSlot | None: ...
 
-    def hold(self, slot: Slot) -> None: ...
+    def hold(self, slot: HostSlot) -> None: ...
 
     def count_move(self, kind: MoveKind, source: Tier, target: Tier | None) -> None: ...
 
 
-class Loader:
+class BlockLoader:
     """Blocks on their way up. Its methods are called under the hierarchy's lock, but for `close`."""
 
-    def __init__(
-        self, target: LoadTarget, host: HostTier, below: Sequence[LowerTier], lock: threading.Lock, threads: int
-    ) -> None:
+    def __init__(self, target: LoadTarget, host: HostTier, lock: threading.Lock, threads: int) -> None:
         self.fills: dict[bytes, Fill] = {}
+        self.below: tuple[LowerTier, ...] = ()
         self._target = target
         self._host = host
-        self._below = below
         self._lock = lock
         self._num_threads = threads
         self._closed = False
@@ -86,7 +84,7 @@ class Loader:
 
     def source(self, block: bytes) -> LowerTier | None:
         """The nearest tier below host RAM that holds a block."""
-        return next((lower for lower in self._below if block in lower.index), None)
+        return next((lower for lower in self.below if block in lower.index), None)
 
     def _await_fill(self, loading: Loading, block: bytes) -> bool:
         """Join the reading of a block, or start it; False if it is nowhere, or there is no room."""

@@ -16,7 +16,7 @@ logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Slot:
+class HostSlot:
     """A block's place in host RAM. `buffer` is its `[block_nbytes]` uint8 view of the arena (pinned if that is)."""
 
     block: bytes
@@ -54,7 +54,7 @@ class Loading:
         self._finished = threading.Event()
         # The rest is written by the hierarchy alone, under its lock.
         self.blocks: list[bytes] = []
-        self.arrived: dict[bytes, Slot] = {}
+        self.arrived: dict[bytes, HostSlot] = {}
         self.pending = 0
         self.released = False
 
@@ -66,10 +66,10 @@ class Loading:
         """Wait until `done`; False after `timeout_s` seconds."""
         return self._finished.wait(timeout_s)
 
-    def slots(self) -> list[Slot]:
+    def slots(self) -> list[HostSlot]:
         """The leading blocks that are there, in order. Before `done` this grows, so a caller may start with the head;
         a block that was damaged or had vanished ends it for good."""
-        leading: list[Slot] = []
+        leading: list[HostSlot] = []
         for block in self.blocks:
             slot = self.arrived.get(block)
             if slot is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 from core.tiers.chain_index import ChainIndex
@@ -22,12 +23,14 @@ class LowerTier:
         self._writes = SpeedMeter(speed.write_bytes_s if speed else None)
         self.index: ChainIndex
 
-    def open_index(self, heat: HeatTable, now_s: float) -> None:
-        """Index what the store still holds from before; each block counts as used once, now."""
+    def open_index(self, heat: HeatTable, now_s: float, lock: threading.Lock) -> None:
+        """Index what the store still holds from before; each block counts as used once, now. The lock is taken for each
+        by itself: nobody waits for all."""
         self.index = ChainIndex(heat)
         for block, parent in self.store.known():
-            heat.meet(block, now_s)
-            self.index.add(block, parent)
+            with lock:
+                heat.meet(block, now_s)
+                self.index.add(block, parent)
 
     @property
     def speed(self) -> TierSpeed | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from core.config import MemorySettings
 from core.devices import DeviceBudget, format_bytes
+from core.errors import ConfigError
 from core.logs import get_logger
 from core.tiers.compress import Compressor
 from core.tiers.disk import DirectoryInUseError, LocalFiles
@@ -19,9 +20,9 @@ from core.tiers.measure import measure_directory, measure_files, measure_host, m
 from core.tiers.peer import Peer, PeerStore
 from core.tiers.policy import MemoryOptions, WriteRules
 from core.tiers.records import BlockLayout, Tier, TierSpeed
-from core.tiers.remote import RemoteFiles
+from core.tiers.remote import RemoteFiles, check_url
 from core.tiers.segment_files import SegmentFiles
-from core.tiers.segment_store import SegmentStore, StoreLimits
+from core.tiers.segment_store import SegmentSizes, SegmentStore, StoreLimits
 from core.tiers.segments import Identity
 
 logger = get_logger(__name__)
@@ -33,7 +34,6 @@ MOST_AUTOMATIC_SLOTS = 1 << 17
 def open_memory(
     settings: MemorySettings,
     layout: BlockLayout,
-    salt: bytes,
     host: DeviceBudget,
     *,
     pin: bool = False,
@@ -41,28 +41,24 @@ def open_memory(
     peer: Peer | None = None,
     clock: Clock = time.monotonic,
 ) -> HierarchicalMemory | None:
-    """Open every tier that is asked for, or None if host RAM may not be used or holds no block.
-
-    A tier that cannot be opened is left out with a log line: a directory that another process uses or that cannot be
-    written, a remote place that does not answer.
+    """Host RAM and a peer, or None if host RAM may not be used or holds no block. What outlasts the process is opened
+    by `open_lasting`, once nobody else has it.
 
     Args:
-        salt: what the KV depends on beside its tokens (model, dtype, revision), as the prefix hashes have it.
         host: main memory; the hierarchy reserves its part there until it is closed.
         pin: page-locked host RAM, for GPUs.
         recompute_s: predicted seconds to compute one block, None if unknown.
 
     Raises:
-        ConfigError: a capacity too small for one segment, or a remote protocol that is unknown or not installed.
+        ConfigError: what `open_lasting` could never open: a capacity too small for one segment, or a remote protocol
+            that is unknown or not installed.
         OutOfDeviceMemoryError: main memory does not have what is asked for.
     """
+    _check_lasting(settings, layout)
     host_bytes = _host_bytes(settings, layout, host.free_bytes)
     if host_bytes < layout.nbytes:
         logger.info("no host memory for KV blocks", bytes=host_bytes, block_bytes=layout.nbytes)
         return None
-    below = []
-    if peer is not None and (lent := _open_peer(settings, layout, peer)) is not None:
-        below.append(lent)
     options = MemoryOptions(
         host_bytes=host_bytes,
         pin=pin,
@@ -71,13 +67,42 @@ def open_memory(
         write_bytes_s=settings.write_back_bytes_s,
         max_queued_writes=settings.max_queued_writes,
     )
+    memory = HierarchicalMemory(layout, options, host, host_speed=measure_host(), clock=clock)
+    if peer is not None and (lent := _open_peer(settings, layout, peer)) is not None:
+        memory.add_below([lent])
+    return memory
+
+
+def _check_lasting(settings: MemorySettings, layout: BlockLayout) -> None:
+    if settings.disk_path is not None and settings.disk_bytes is not None:
+        SegmentSizes.of(Tier.L5, settings.disk_bytes, layout.nbytes)
+    if settings.remote_url is not None:
+        SegmentSizes.of(Tier.L6, settings.remote_bytes, layout.nbytes)
+        check_url(settings.remote_url)
+
+
+def open_lasting(memory: HierarchicalMemory, settings: MemorySettings, salt: bytes) -> None:
+    """Add the tiers that outlast the process. One that cannot be opened is left out, with a log line, and is among the
+    memory's `troubles`: a directory that another process uses or that cannot be written, a remote place that does not
+    answer.
+
+    `salt` is what the KV depends on beside its tokens (model, dtype, revision), as the prefix hashes have it.
+    """
+    below: list[LowerTier] = []
+    missing: dict[Tier, str] = {}
     try:
-        for opening in (_open_disk, _open_remote):
-            if (lower := opening(settings, layout, salt)) is not None:
-                below.append(lower)  # noqa: PERF401  (what is open is closed if the next one fails)
-        # Blocks sink to the fastest tier first.
-        below.sort(key=lambda lower: lower.speed.fetch_s(layout.nbytes) if lower.speed else 0.0)
-        return HierarchicalMemory(layout, options, host, below, host_speed=measure_host(), clock=clock)
+        for tier, place, opening in (
+            (Tier.L5, settings.disk_path, _open_disk),
+            (Tier.L6, settings.remote_url, _open_remote),
+        ):
+            if place is None:
+                continue
+            try:
+                below.append(opening(settings, memory.layout, salt))
+            except (ConfigError, DirectoryInUseError, OSError) as error:  # too little space is known by now alone
+                said, missing[tier] = f"{tier.name} is not used", str(error)
+                logger.warning(said, place=str(place), reason=missing[tier])
+        memory.add_below(below, missing)
     except BaseException:
         for lower in below:
             lower.store.close()
@@ -102,34 +127,27 @@ def _open_peer(settings: MemorySettings, layout: BlockLayout, peer: Peer) -> Low
     return LowerTier(PeerStore(peer, compressor, layout.nbytes), speed)
 
 
-def _open_disk(settings: MemorySettings, layout: BlockLayout, salt: bytes) -> LowerTier | None:
-    if settings.disk_path is None:
-        return None
+def _open_disk(settings: MemorySettings, layout: BlockLayout, salt: bytes) -> LowerTier:
+    """Raises `DirectoryInUseError`, `OSError`, or `ConfigError` if there is too little space."""
+    path = settings.disk_path
+    assert path is not None
+    files = LocalFiles(path)
     try:
-        files = LocalFiles(settings.disk_path)
-    except (DirectoryInUseError, OSError) as error:
-        logger.warning("L5 is not used", path=str(settings.disk_path), reason=str(error))
-        return None
-    try:
-        measured = measure_directory(settings.disk_path)
+        measured = measure_directory(path)
         logger.info(
             "disk measured",
-            path=str(settings.disk_path),
+            path=str(path),
             medium=measured.medium,
             read_gb_s=round(measured.speed.read_bytes_s / 1e9, 2),
             write_gb_s=round(measured.speed.write_bytes_s / 1e9, 2),
             random_read_us=round(measured.random_read_s * 1e6, 1),
             method=measured.method,
         )
-        limits = StoreLimits(_disk_bytes(settings, settings.disk_path), settings.disk_min_free_bytes)
+        limits = StoreLimits(_disk_bytes(settings, path), settings.disk_min_free_bytes)
         compressor = Compressor(layout, settings.disk_codec, settings.kv_quantization, measured.speed)
         identity = make_identity(layout, salt, settings)
         store = SegmentStore(Tier.L5, files, limits, identity, compressor, medium=measured.medium)
-    except OSError as error:
-        logger.warning("L5 is not used", path=str(settings.disk_path), reason=str(error))
-        files.close()
-        return None
-    except ValueError:
+    except BaseException:
         files.close()
         raise
     return LowerTier(store, measured.speed)
@@ -143,18 +161,14 @@ def _disk_bytes(settings: MemorySettings, path: Path) -> int:
     return chosen
 
 
-def _open_remote(settings: MemorySettings, layout: BlockLayout, salt: bytes) -> LowerTier | None:
-    if settings.remote_url is None:
-        return None
-    try:
-        files: SegmentFiles = RemoteFiles(settings.remote_url)
-        speed: TierSpeed = measure_files(files)
-        compressor = Compressor(layout, settings.remote_codec, settings.kv_quantization, speed)
-        identity = make_identity(layout, salt, settings)
-        store = SegmentStore(Tier.L6, files, StoreLimits(settings.remote_bytes), identity, compressor)
-    except OSError as error:
-        logger.warning("L6 is not used", url=settings.remote_url, reason=str(error))
-        return None
+def _open_remote(settings: MemorySettings, layout: BlockLayout, salt: bytes) -> LowerTier:
+    """Raises `OSError`."""
+    assert settings.remote_url is not None
+    files: SegmentFiles = RemoteFiles(settings.remote_url)
+    speed: TierSpeed = measure_files(files)
+    compressor = Compressor(layout, settings.remote_codec, settings.kv_quantization, speed)
+    identity = make_identity(layout, salt, settings)
+    store = SegmentStore(Tier.L6, files, StoreLimits(settings.remote_bytes), identity, compressor)
     return LowerTier(store, speed)
 
 

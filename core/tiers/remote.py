@@ -7,6 +7,7 @@ process writes segments of its own and knows those that were there when it start
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,23 @@ from core.errors import ConfigError
 from core.tiers.disk import PARTIAL
 from core.tiers.segment_files import SegmentFile, new_name
 from core.tiers.segments import SUFFIX
+
+
+def check_url(url: str) -> None:
+    """Raises `ConfigError` for a protocol that is unknown or whose package is missing."""
+    with contextlib.suppress(OSError):  # whether the place answers is another matter
+        _file_system(url)
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """And the path in it. Raises `ConfigError` as `check_url` does, `OSError`."""
+    try:
+        with _os_errors():
+            return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
+    except OSError as error:
+        if isinstance(error.__cause__, (ImportError, ValueError)):
+            raise ConfigError(f"memory.remote_url: {url} cannot be opened: {error.__cause__}") from error
+        raise
 
 
 class RemoteFile:
@@ -54,10 +72,7 @@ class RemoteFiles:
     def __init__(self, url: str) -> None:
         """Raises `ConfigError` for a protocol that is unknown or whose package is missing, `OSError` if the place
         cannot be reached."""
-        try:
-            self._fs, self._root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise ConfigError(f"memory.remote_url: {url} cannot be opened: {error}") from error
+        self._fs, self._root = _file_system(url)
         self._renames = "file" in _protocols(self._fs)
         with _os_errors():
             self._fs.makedirs(self._root, exist_ok=True)
@@ -66,14 +81,14 @@ class RemoteFiles:
         with _os_errors():
             self._fs.invalidate_cache()
             found = self._fs.ls(self._root, detail=True)
-        names = [(str(info["name"]).rpartition("/")[2], info) for info in found]
-        return [SegmentFile(name, int(info["size"])) for name, info in names if name.endswith(SUFFIX)]
+            names = [(str(info["name"]).rpartition("/")[2], info) for info in found]
+            return [SegmentFile(name, int(info["size"])) for name, info in names if name.endswith(SUFFIX)]
 
     def read(self, name: str, offset: int, into: memoryview) -> int:
         with _os_errors():
             data = self._fs.cat_file(self._path(name), start=offset, end=offset + len(into))
-        into[: len(data)] = data
-        return len(data)
+            into[: len(data)] = data
+            return len(data)
 
     def start(self) -> RemoteFile:
         return RemoteFile(self)
@@ -108,8 +123,10 @@ def _protocols(fs: Any) -> tuple[str, ...]:
 
 @contextmanager
 def _os_errors() -> Iterator[None]:
-    """Clients of object stores raise errors of their own kinds; what is no `OSError` becomes one."""
+    """What is no `OSError` becomes one: the store cannot be used now."""
     try:
         yield
-    except (ValueError, RuntimeError, TimeoutError) as error:
-        raise OSError(str(error)) from error
+    except OSError:
+        raise
+    except Exception as error:  # every backend brings its own kinds, up to drivers that are missing
+        raise OSError(f"{type(error).__name__}: {error}") from error

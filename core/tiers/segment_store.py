@@ -60,6 +60,32 @@ class StoreLimits:
     min_free_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class SegmentSizes:
+    """How a capacity is divided, in bytes: a `segment` of at most so many blocks, `room` for its header, `reserve` to
+    clean into, `usable` by blocks that live."""
+
+    segment: int
+    most_blocks: int
+    room: int
+    reserve: int
+    usable: int
+
+    @classmethod
+    def of(cls, tier: Tier, capacity_bytes: int, block_nbytes: int) -> SegmentSizes:
+        """Raises `ConfigError` if no block fits."""
+        block_bytes = block_nbytes + ENTRY_BYTES
+        segment = max(min(LARGEST_SEGMENT_BYTES, capacity_bytes // 16), block_bytes)
+        blocks = max(1, segment // block_bytes)
+        room = header_room(blocks)
+        reserve = segment + block_bytes + room
+        usable = capacity_bytes - max(reserve + 2 * room, capacity_bytes // 8)
+        if usable < block_bytes:
+            least = reserve + 2 * room + block_bytes
+            raise ConfigError(f"{tier.name} needs at least {least} bytes for blocks of {block_nbytes}")
+        return cls(segment, blocks, room, reserve, usable)
+
+
 class SegmentStore:
     """A `BlockStore` over `SegmentFiles`. Reads from any thread, everything else from one."""
 
@@ -84,15 +110,7 @@ class SegmentStore:
         self._compressor = compressor
         self._clock = clock
         self._retry_at_s = 0.0
-        block_bytes = identity.block_nbytes + ENTRY_BYTES
-        self._segment_bytes = max(min(LARGEST_SEGMENT_BYTES, limits.capacity_bytes // 16), block_bytes)
-        self._blocks_per_segment = max(1, self._segment_bytes // block_bytes)
-        self._room = header_room(self._blocks_per_segment)
-        self._reserve = self._segment_bytes + block_bytes + self._room  # to clean into
-        self._usable = limits.capacity_bytes - max(self._reserve + 2 * self._room, limits.capacity_bytes // 8)
-        if self._usable < block_bytes:
-            least = self._reserve + 2 * self._room + block_bytes
-            raise ConfigError(f"{tier.name} needs at least {least} bytes for blocks of {identity.block_nbytes}")
+        self._sizes = SegmentSizes.of(tier, limits.capacity_bytes, identity.block_nbytes)
         self._lock = threading.Lock()
         self._where: dict[bytes, Segment] = {}
         self._segments: list[Segment] = []  # oldest first; the open one is the last
@@ -225,7 +243,7 @@ class SegmentStore:
     # -- writing ----------------------------------------------------------------------------------------------------
 
     def has_room(self) -> bool:
-        if self._live_bytes + self._identity.block_nbytes + ENTRY_BYTES > self._usable:
+        if self._live_bytes + self._identity.block_nbytes + ENTRY_BYTES > self._sizes.usable:
             return False
         try:
             return self._make_space(self._identity.block_nbytes)
@@ -256,19 +274,19 @@ class SegmentStore:
 
     def _make_space(self, nbytes: int) -> bool:
         """Delete and clean until `nbytes` more and a segment to clean into fit; False if too little of it is dead."""
-        while self.used_bytes + self._room + nbytes + self._reserve > self._limits.capacity_bytes:
+        while self.used_bytes + self._sizes.room + nbytes + self._sizes.reserve > self._limits.capacity_bytes:
             if self._foreign:
                 self._remove_oldest()
                 continue
             sealed = (segment for segment in self._segments if segment.open is None)
             emptiest = max(sealed, key=self._dead_bytes, default=None)
-            if emptiest is None or self._dead_bytes(emptiest) < max(1, self._segment_bytes // 64):
+            if emptiest is None or self._dead_bytes(emptiest) < max(1, self._sizes.segment // 64):
                 return False
             self._clean(emptiest)
         return True
 
     def _dead_bytes(self, segment: Segment) -> int:
-        return segment.nbytes - self._room - segment.live_bytes
+        return segment.nbytes - self._sizes.room - segment.live_bytes
 
     def _append(self, entry: Entry, data: memoryview) -> None:
         """Add a block, whose offset is not known yet, to the open segment, and seal that if it is then full."""
@@ -280,19 +298,22 @@ class SegmentStore:
             segment.nbytes += len(data)
             self._place(segment, replace(entry, offset=offset))
             segment.blocks_written += 1
-        if segment.nbytes - self._room >= self._segment_bytes or segment.blocks_written >= self._blocks_per_segment:
+        if (
+            segment.nbytes - self._sizes.room >= self._sizes.segment
+            or segment.blocks_written >= self._sizes.most_blocks
+        ):
             self._seal(segment)
 
     def _open_segment(self) -> Segment:
         if self._segments and self._segments[-1].open is not None:
             return self._segments[-1]
         free = self._files.free_bytes()
-        if free is not None and free < self._limits.min_free_bytes + self._segment_bytes + self._room:
+        if free is not None and free < self._limits.min_free_bytes + self._sizes.segment + self._sizes.room:
             raise OSError(errno.ENOSPC, f"only {free} bytes of free space are left")
         opened = self._files.start()
-        segment = Segment(self._room, open=opened)
+        segment = Segment(self._sizes.room, open=opened)
         try:
-            opened.write_at(0, bytes(self._room))  # so that a full disk shows now, not when it is sealed
+            opened.write_at(0, bytes(self._sizes.room))  # so that a full disk shows now, not when it is sealed
         except OSError:
             opened.discard()
             raise
@@ -307,7 +328,7 @@ class SegmentStore:
         with self._lock:
             entries = sorted(segment.entries.values(), key=lambda entry: entry.offset)
         try:
-            opened.write_at(0, encode_header(self._identity, self.codec_name, entries, self._room))
+            opened.write_at(0, encode_header(self._identity, self.codec_name, entries, self._sizes.room))
             name = opened.seal()
         except OSError:
             self._lose(segment)
@@ -345,7 +366,7 @@ class SegmentStore:
             segment = self._forget(block)
         if segment is None or segment.open is not None:
             return
-        if segment.live_bytes > MOSTLY_DEAD * (segment.nbytes - self._room):
+        if segment.live_bytes > MOSTLY_DEAD * (segment.nbytes - self._sizes.room):
             return
         try:
             self._clean(segment)

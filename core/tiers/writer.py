@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Protocol
 
-from core.tiers.loading import Slot, log_failure
+from core.tiers.loading import HostSlot, log_failure
 from core.tiers.lower_tier import LowerTier
 from core.tiers.policy import WriteRules
 from core.tiers.records import BlockLayout, MoveKind, Tier
@@ -37,7 +37,7 @@ class WriteSource(Protocol):
 
     layout: BlockLayout
 
-    def begin_write(self, block: bytes) -> Slot | None: ...
+    def begin_write(self, block: bytes) -> HostSlot | None: ...
 
     def end_write(self, block: bytes, *, leave: bool) -> None: ...
 
@@ -51,15 +51,9 @@ class WriteSource(Protocol):
 class Writer:
     """The queue of writes and its thread. Methods marked so are called under the hierarchy's lock."""
 
-    def __init__(
-        self,
-        source: WriteSource,
-        below: Sequence[LowerTier],
-        options: WriteOptions,
-        lock: threading.Lock,
-    ) -> None:
+    def __init__(self, source: WriteSource, options: WriteOptions, lock: threading.Lock) -> None:
         self._source = source
-        self._below = below
+        self._below: tuple[LowerTier, ...] = ()
         self._rules = options.rules
         self._lock = lock
         self._changed = threading.Condition(lock)
@@ -78,6 +72,14 @@ class Writer:
     @property
     def queued(self) -> int:
         return len(self._queue) + self._in_flight
+
+    def sink_to(self, below: tuple[LowerTier, ...]) -> None:
+        """The tiers to write to from now on, fastest first. Waits for a write that runs."""
+
+        def change() -> None:
+            self._below = below
+
+        self._thread.submit(change).result()
 
     def offer(self, block: bytes, *, leave: bool) -> None:
         """Under the lock: write a block down some time, if that is worth it or it is to `leave`; never waits."""

@@ -10,6 +10,8 @@ from typing import Literal
 import psutil
 
 from core.engine.model_engine import ModelEngine
+from core.tiers.kv_tiers import KVTiers
+from core.views.memory import tier_troubles
 from core.views.state import ServiceState
 
 LOW_DISK_BYTES = 256 * 1024 * 1024
@@ -50,6 +52,8 @@ def health(engine: ModelEngine | None, service: ServiceState) -> Health:
         stats = engine.batcher.stats
         used = stats.blocks_total - stats.blocks_free
         checks["kv_cache"] = _check(True, f"{used} of {stats.blocks_total} blocks in use")
+        if engine.memory.tiers is not None:
+            checks["tiers"] = _tiers_check(engine.memory.tiers)
     free = shutil.disk_usage(service.cache_dir.anchor or ".").free
     checks["disk"] = _check(True, f"{free} bytes free", warn=free < LOW_DISK_BYTES)
     return Health(max((check.status for check in checks.values()), key=_ORDER.index), checks)
@@ -89,3 +93,9 @@ def _devices_check(engine: ModelEngine | None) -> Check:
         return _check(False, str(error))
     names = ", ".join(engine.budgets)
     return _check(True, f"within budget: {names}")
+
+
+def _tiers_check(tiers: KVTiers) -> Check:
+    troubles = tier_troubles(tiers)
+    detail = "; ".join(f"{name} is not used: {reason}" for name, reason in troubles.items())
+    return _check(True, detail or "all tiers take blocks", warn=bool(troubles))

@@ -107,7 +107,7 @@ class TierView:
 @dataclass(frozen=True, slots=True)
 class MemoryView:
     """All memory of the loaded model; empty without one. `decisions` counts what became of blocks that were away when
-    there was room at home."""
+    there was room at home, `tier_troubles` says why tiers that were asked for are missing or take no blocks now."""
 
     devices: tuple[DeviceMemoryView, ...] = ()
     kv_blocks: KVBlocksView | None = None
@@ -115,6 +115,7 @@ class MemoryView:
     leases: tuple[LeaseView, ...] = ()
     decisions: Mapping[str, int] = field(default_factory=dict)
     tiers: tuple[TierView, ...] = ()
+    tier_troubles: Mapping[str, str] = field(default_factory=dict)
 
 
 def memory_view(engine: ModelEngine | None, blocks: int = 0) -> MemoryView:
@@ -136,6 +137,7 @@ def memory_view(engine: ModelEngine | None, blocks: int = 0) -> MemoryView:
         leases=leases,
         decisions={} if lent is None else dict(lent.decisions),
         tiers=() if tiers is None else _tiers(tiers, blocks),
+        tier_troubles={} if tiers is None else tier_troubles(tiers),
     )
 
 
@@ -163,6 +165,11 @@ def _devices(engine: ModelEngine, leases: tuple[LeaseView, ...]) -> tuple[Device
             )
         )
     return tuple(found)
+
+
+def tier_troubles(tiers: KVTiers) -> dict[str, str]:
+    """Why tiers that were asked for are missing or take no blocks at the moment, by name."""
+    return {tier.name: reason for tier, reason in tiers.memory.troubles().items()}
 
 
 def _tiers(tiers: KVTiers, blocks: int) -> tuple[TierView, ...]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,9 @@ from engine.lending_cases import open_tight
 from steering import until
 from tiny_models import VOCAB, build_tiny
 
+from core import inference_pipeline
 from core.api import create_app
-from core.batching import batcher
+from core.batching import batcher, intake
 from core.inference_pipeline import InferencePipeline
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.request import SamplingParams
@@ -158,6 +162,53 @@ def test_who_waited_and_went_does_not_shorten_the_wait_of_others(opened: Opener)
     until(lambda: engine.batcher._starved_since_s is not None, "it waits for memory")
     waits.abort()
     until(lambda: engine.batcher._starved_since_s is None, "nobody waits any more")
+
+
+CALLS: list[tuple[str, Any]] = [
+    ("/api/memory/reclaim", {"device": "cpu#1", "urgency": "critical"}),
+    ("/api/memory/lend", {"device": "cpu#1"}),
+    ("/api/infer", {"token_ids": [5, 6]}),
+]
+
+
+def test_a_call_that_the_engine_does_not_come_to_is_never_done(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, client = opened(lending__host_bytes=0)
+    fill(pipeline, 3)
+    assert lent_bytes(pipeline, "cpu#1") > 0
+    engine, go_on, done = pipeline.engine, threading.Event(), []
+    assert engine.memory.overflow is not None
+    monkeypatch.setattr(engine.memory.overflow.lending, "request_reclaim", lambda *_: done.append("reclaim"))
+    monkeypatch.setattr(engine.memory.overflow.lending, "reopen", lambda *_: done.append("lend"))
+    monkeypatch.setattr(inference_pipeline, "run_raw", lambda *_: done.append("infer"))
+    engine.batcher.call(lambda: go_on.wait(60))
+    try:
+        with monkeypatch.context() as short:
+            short.setattr(intake, "CALL_S", 0.01)
+            for path, body in CALLS:
+                answer = client.post(path, body)
+                assert answer.status_code == 503, path
+                assert answer.get_json()["error"]["code"] == "unavailable"
+                assert int(answer.headers["Retry-After"]) >= 1
+    finally:
+        go_on.set()
+    engine.check_invariants()
+    assert done == []
+
+
+def test_a_call_that_has_begun_is_waited_for(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(Future[int]):
+        def result(self, timeout: float | None = None) -> int:
+            if timeout is not None:
+                self.set_result(5)
+                raise FutureTimeoutError
+            return super().result()
+
+    pipeline, _ = opened()
+    begun = Slow()
+    begun.set_running_or_notify_cancel()
+    monkeypatch.setattr(pipeline.engine.batcher.intake, "call", lambda function: begun)
+    assert pipeline.engine.batcher.intake.call_within(lambda: 0, 0.01) == 5
+    monkeypatch.undo()
 
 
 def test_unknown_devices_and_fields_are_refused(opened: Opener) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from test_lending_trouble import check_budgets, outcomes, outcomes_while
 from tiny_models import build_tiny
 
 import core.engine.kv_memory
-from core.devices.memory import read_memory
+from core.devices import Device, discovery, memory
+from core.devices.memory import free_bytes_of
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.lending import Urgency
 
@@ -75,15 +77,37 @@ def test_a_lender_pressed_by_another_program_gets_its_memory_back(
     lender = engine.plan.devices[1].name
     engine.batcher.call(lambda: scatter(engine, random.Random(1), 0.5)).result(60)
     assert overflow.lending.leases(lender=lender)
-    monkeypatch.setattr(
-        core.engine.kv_memory, "read_memory", lambda devices: [replace(m, free_bytes=0) for m in read_memory(devices)]
-    )
+    monkeypatch.setattr(core.engine.kv_memory, "free_bytes_of", lambda device: 0)
     overflow._observe_s = 0.0
     handles = ask(pipeline)
     assert outcomes(handles) == tiny[1]
     assert sum(overflow.lending.stats().reclaims.values()) > 0
     engine.batcher.call(lambda: check_budgets(engine)).result(60)
     until(lambda: engine.batcher.call(lambda: overflow.lending.leases(lender=lender)).result(60) == (), "it is back")
+
+
+def test_only_the_devices_in_use_are_asked_while_a_model_serves(
+    tiny: tuple[Path, list[list[int]]], open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Probing a machine opens every card, and changes the warnings of all threads meanwhile."""
+    pipeline = open_tight(open_pipeline, tiny[0], [64, 700])
+    engine = pipeline.engine
+    overflow = engine.memory.overflow
+    assert overflow is not None
+    asked: list[str] = []
+
+    def free(device: Device) -> int:
+        asked.append(device.torch_device)
+        return free_bytes_of(device)
+
+    monkeypatch.setattr(core.engine.kv_memory, "free_bytes_of", free)
+    monkeypatch.setattr(warnings, "catch_warnings", lambda **_: pytest.fail("warnings are caught"))
+    monkeypatch.setattr(discovery, "probe_machine", lambda: pytest.fail("the machine is probed"))
+    monkeypatch.setattr(memory, "probe_machine", discovery.probe_machine)
+    overflow._observe_s = 0.0
+    assert outcomes(ask(pipeline)) == tiny[1]
+    assert set(asked) == {"cpu"}
+    assert engine.batcher.error is None
 
 
 def test_a_lender_is_served_while_all_others_wait_for_its_memory(

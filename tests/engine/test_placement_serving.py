@@ -13,8 +13,9 @@ from steering import arriving_together
 from tiny_models import VOCAB, build_tiny
 
 from core.costs import PlacementPlan, PlacementRequest, Sharing
-from core.devices.memory import read_memory
-from core.engine import model_engine
+from core.devices import Device
+from core.engine import builder
+from core.engine.model_plan import ModelPlan
 from core.errors import InsufficientMemoryError, InvalidRequestError
 from core.inference_pipeline import InferencePipeline
 from core.placement import engine as placement_engine
@@ -162,14 +163,17 @@ def test_devices_are_filled_to_the_byte_and_no_further(llama: Path, open_pipelin
 def test_memory_taken_since_the_plan_is_noticed(
     llama: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
+    calls: list[tuple[Device, ...]] = []
+    check = builder.check_memory
 
-    def taken_once(devices: object) -> object:
-        calls.append(devices)
-        now = read_memory(devices)  # type: ignore[arg-type]
-        return now if len(calls) > 1 else tuple(replace(entry, free_bytes=10) for entry in now)
+    def taken_once(plan: ModelPlan) -> None:
+        calls.append(plan.devices)
+        with monkeypatch.context() as taken:
+            if len(calls) == 1:
+                taken.setattr(builder, "free_bytes_of", lambda device: 10)
+            check(plan)
 
-    monkeypatch.setattr(model_engine, "read_memory", taken_once)
+    monkeypatch.setattr(builder, "check_memory", taken_once)
     with pytest.raises(InsufficientMemoryError, match="other programs have taken memory"):
         open_pipeline(llama, devices__devices=THREE)
     calls.clear()

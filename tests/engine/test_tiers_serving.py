@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from broken_store import BrokenStore
 from lending_cases import OpenPipeline
 from steering import arriving_together, until
 from tiny_models import VOCAB, build_tiny
 
-from core.errors import VRAMancerError
+from core.batching.batcher import ContinuousBatcher
+from core.engine.model_engine import ModelEngine
+from core.engine.relocation import Relocator
+from core.errors import StepFailedError, VRAMancerError
 from core.execution.page_mover import PageMover
 from core.inference_pipeline import InferencePipeline
 from core.request import SamplingParams
 from core.tiers import Tier
+from core.tiers.disk import LocalFiles
+from core.views.health import Check, health
+from core.views.memory import memory_view
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, detokenize=False)
 HOST = {"memory__host_bytes": 1 << 20}
@@ -211,26 +221,158 @@ def test_other_weights_in_the_same_place_find_nothing_of_the_old_ones(
     assert answers(second, [prompts(1)[0]]) != old
 
 
-def test_a_swapped_in_model_has_the_directory(tiny: Path, open_pipeline: OpenPipeline, tmp_path: Path) -> None:
-    """The old engine serves until the new one is there, and both cannot have it at once."""
-    disk = {"memory__disk_path": tmp_path / "kv", "memory__disk_bytes": 1 << 24}
-    build_tiny("llama", tmp_path / "llama")
-    pipeline = open_small(open_pipeline, tiny, **disk)
-    expected = answers(pipeline, [prompts(1)[0]])
-    for model in (tmp_path / "llama", tiny):
-        pipeline.load(str(model))
-        assert [tier["tier"] for tier in pipeline.memory_view()["tiers"]] == ["L3", "L5"]
-    assert answers(pipeline, [prompts(1)[0]]) == expected
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    build_tiny("llama", path)
+    return path
 
 
-def test_a_model_that_does_not_load_leaves_the_directory_to_the_old_one(
-    tiny: Path, open_pipeline: OpenPipeline, tmp_path: Path
+ROOMS = ["cpu=64MiB,cpu=64MiB", "cpu=1300KiB,cpu=1300KiB"]
+"""Both models at once, and one at a time."""
+
+
+def on_disk(tmp_path: Path, **more: Any) -> dict[str, Any]:
+    return {"memory__disk_path": tmp_path / "kv", "memory__disk_bytes": 1 << 24, **more}
+
+
+def names(pipeline: InferencePipeline) -> list[str]:
+    return [tier.tier for tier in memory_view(pipeline.engine).tiers]
+
+
+def tiers_check(pipeline: InferencePipeline) -> Check:
+    return health(pipeline.current_engine, pipeline.state()).checks["tiers"]
+
+
+def answers_written(pipeline: InferencePipeline, prompt: list[int]) -> list[list[int]]:
+    """What main memory has of it is on disk afterwards."""
+    tokens = answers(pipeline, [prompt])
+    assert pipeline.engine.memory.tiers is not None
+    assert pipeline.engine.memory.tiers.memory.flush(60.0)
+    return tokens
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_swapped_in_model_has_the_directory_and_both_models_find_their_blocks(
+    tiny: Path, other: Path, open_pipeline: OpenPipeline, tmp_path: Path, room: str
 ) -> None:
-    pipeline, expected = restarted(open_pipeline, tiny, tmp_path)
-    build_tiny("llama", tmp_path / "llama")
-    (file,) = (tmp_path / "llama").glob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:-200])
+    """Also those that only the devices had when a model left. Every load has a thread of its own, as in the server."""
+    pipeline = open_small(open_pipeline, tiny, devices__devices=room, **on_disk(tmp_path))
+    expected = {tiny: answers(pipeline, prompts(1))}
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(pipeline.load, str(other)).result()
+    assert names(pipeline) == ["L3", "L5"]
+    expected[other] = answers(pipeline, prompts(1))
+    for model in (tiny, other):
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(pipeline.load, str(model)).result()
+        assert names(pipeline) == ["L3", "L5"]
+        assert cached(pipeline, prompts(1)[0]) >= 44
+        assert answers(pipeline, prompts(1)) == expected[model]
+
+
+def test_the_old_model_has_the_directory_until_it_has_ended(
+    tiny: Path, other: Path, open_pipeline: OpenPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = open_small(open_pipeline, tiny, **on_disk(tmp_path))
+    old = pipeline.engine.memory.tiers
+    assert old is not None
+    stop, seen = ContinuousBatcher.stop, []
+
+    def look(self: ContinuousBatcher, **options: Any) -> None:
+        if not seen:
+            seen.append((pipeline.model.name, names(pipeline), old.memory.lasts, old.memory.promote(b"unknown")))
+        stop(self, **options)
+
+    monkeypatch.setattr(ContinuousBatcher, "stop", look)
+    pipeline.load(str(other))
+    assert seen == [(other.name, ["L3"], True, False)]
+    assert names(pipeline) == ["L3", "L5"]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("fault", ["weights", "warm-up"])
+def test_a_model_that_does_not_load_leaves_the_old_ones_tiers_working(
+    tiny: Path, other: Path, open_pipeline: OpenPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    room: str, fault: str,
+) -> None:  # fmt: skip
+    """What was saved before comes back from disk, and so does what is saved after."""
+    room_for_two = {"devices__devices": room, "memory__host_bytes": 64 << 10}  # of nine prompts; the others sink
+    pipeline = open_small(open_pipeline, tiny, **room_for_two, **on_disk(tmp_path))
+    expected = [answers_written(pipeline, prompt) for prompt in prompts(6)]
+    broken = tmp_path / "broken"
+    shutil.copytree(other, broken)
+    warm_up = pipeline._warm_up
+
+    def fail(engine: ModelEngine) -> None:
+        if engine.model.path == broken:
+            raise StepFailedError("broken for a test")
+        warm_up(engine)
+
+    if fault == "weights":
+        (file,) = broken.glob("*.safetensors")
+        file.write_bytes(file.read_bytes()[:-200])
+    else:
+        monkeypatch.setattr(pipeline, "_warm_up", fail)
     with pytest.raises(VRAMancerError):
-        pipeline.load(str(tmp_path / "llama"))
+        pipeline.load(str(broken))
+    assert pipeline.model.path == tiny
+    assert names(pipeline) == ["L3", "L5"]
+    assert tiers_check(pipeline).status == "ok"
     assert cached(pipeline, prompts(6)[2]) >= 40
-    assert answers(pipeline, [prompts(6)[2]]) == expected[2]
+    fresh = prompts(9)[6:]
+    expected += [answers_written(pipeline, prompt) for prompt in fresh]
+    pipeline.load()
+    assert cached(pipeline, fresh[0]) >= 40
+    assert [answers(pipeline, [prompt]) for prompt in prompts(9)] == expected
+
+
+@pytest.mark.parametrize("way", ["beside", "alone", "back"])
+def test_a_model_that_moves_takes_its_directory_along(
+    tiny: Path, open_pipeline: OpenPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Beside the old placement, after that made room, and back to it because the move failed."""
+    pipeline = open_small(open_pipeline, tiny, **on_disk(tmp_path))
+    expected = [answers_written(pipeline, prompt) for prompt in prompts(6)]
+    place = partial(pipeline.place, devices="cpu=64MiB")
+    if way != "beside":
+        monkeypatch.setattr(Relocator, "_all_fits", lambda *_: False)
+    if way == "back":
+        warm_up, calls = pipeline._warm_up, []
+
+        def fail(engine: ModelEngine) -> None:
+            calls.append(engine)
+            if len(calls) == 1:
+                raise StepFailedError("broken for a test")
+            warm_up(engine)
+
+        monkeypatch.setattr(pipeline, "_warm_up", fail)
+        with pytest.raises(StepFailedError):
+            place()
+    else:
+        place()
+    assert names(pipeline) == ["L3", "L5"]
+    assert cached(pipeline, prompts(6)[2]) >= 40
+    assert [answers(pipeline, [prompt]) for prompt in prompts(6)] == expected
+
+
+def test_a_remote_place_whose_driver_fails_does_not_stop_a_load(
+    tiny: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BrokenStore, "fails", frozenset(["list"]))
+    pipeline = open_small(open_pipeline, tiny, memory__remote_url="broken://place")
+    assert answers(pipeline, prompts(1))
+    assert tiers_check(pipeline) == Check("degraded", "L6 is not used: BackendError: cannot list")
+
+
+def test_health_says_which_tier_is_missing_and_why(tiny: Path, open_pipeline: OpenPipeline, tmp_path: Path) -> None:
+    files = LocalFiles(tmp_path / "kv")
+    pipeline = open_small(open_pipeline, tiny, **on_disk(tmp_path))
+    assert health(pipeline.current_engine, pipeline.state()).status == "degraded"
+    assert tiers_check(pipeline).status == "degraded"
+    assert "L5 is not used: " in tiers_check(pipeline).detail
+    assert "in use by another process" in memory_view(pipeline.engine).tier_troubles["L5"]
+    files.close()
+    pipeline.load()
+    assert tiers_check(pipeline).status == "ok"
+    assert memory_view(pipeline.engine).tier_troubles == {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from plain_settings import CACHE_DIR, make_settings
@@ -18,7 +19,7 @@ from tiny_models import build_tiny
 from core.config import DeviceSettings
 from core.costs import DeviceProfile, LinkTopology, Sharing
 from core.devices import Device, DeviceSpeed, Machine, PhysicalDevice, open_devices
-from core.devices.memory import read_memory
+from core.devices.memory import free_bytes_of, read_memory
 from core.errors import OutOfDeviceMemoryError
 from core.execution.attention.select import select_attention
 from core.models.architecture import Architecture, read_architecture
@@ -336,6 +337,25 @@ def test_free_memory_is_the_machines(llama: Architecture) -> None:
     assert (first.usable_bytes, second.usable_bytes, emulated.total_bytes) == (3 * GIB, 2 * GIB, 64 * GIB)
     (now,) = read_memory([CPU])
     assert 0 < now.free_bytes <= now.total_bytes
+
+
+def test_free_memory_of_a_device_is_asked_of_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another card is not touched: that would take memory of it."""
+    asked: list[str] = []
+
+    def mem_get_info(device: str) -> tuple[int, int]:
+        asked.append(device)
+        return 3 * GIB, 24 * GIB
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("all cards are looked for"))
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 10 * GIB)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 4 * GIB)
+    assert free_bytes_of(Device("cuda:1#0", 0, "cuda", "cuda:1", GIB)) == 3 * GIB
+    assert free_bytes_of(Device("mps", 0, "mps", "mps", GIB)) == 6 * GIB
+    assert 0 < free_bytes_of(CPU) <= psutil.virtual_memory().total
+    assert free_bytes_of(SIM) > 0
+    assert asked == ["cuda:1"]
 
 
 # -- timing ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from steering import LONGEST_WAIT_S
 
 from core.devices import DeviceBudget, host_device
-from core.tiers import BlockLayout, HeatModel, HierarchicalMemory, LowerTier, MemoryOptions, Slot, Tier, WriteRules
+from core.tiers import BlockLayout, HeatModel, HierarchicalMemory, HostSlot, LowerTier, MemoryOptions, Tier, WriteRules
 from core.tiers.compress import CodecChoice, Compressor
 from core.tiers.records import Quantization
 from core.tiers.segment_files import SegmentFiles
@@ -48,7 +48,7 @@ def payload(number: int, layout: BlockLayout = LAYOUT) -> bytes:
     return random.Random(number).randbytes(layout.nbytes)
 
 
-def fill(slot: Slot, number: int) -> None:
+def fill(slot: HostSlot, number: int) -> None:
     slot.view()[:] = payload(number)
 
 

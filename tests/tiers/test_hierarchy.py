@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -499,8 +500,38 @@ def test_the_arena_is_registered_for_gpus_and_given_back(monkeypatch: pytest.Mon
     (first,) = runtime.registered
     assert first <= slot.buffer.data_ptr() < first + runtime.registered[first]
     assert host.used_by_purpose() == {"kv_tiers": 3 * LAYOUT.nbytes}
-    memory.hand_over()
-    slot.buffer.fill_(1)  # a step in flight still copies into it
-    assert runtime.registered and host.used_bytes
+    memory.commit(slot)
     memory.close()
     assert runtime.registered == {} and host.used_bytes == 0
+
+
+def test_a_closed_memory_gives_its_slots_back_whoever_still_has_it(tmp_path: Path) -> None:
+    """And whoever holds a loading may release it as ever."""
+    with open_memory(slots=4, below=[disk_tier(tmp_path)]) as memory:
+        save_chain(memory, 2)
+        loading = memory.load([block(1), block(2)])
+        assert loading.wait(LONGEST_WAIT_S)
+        arena = weakref.ref(memory._host._arena._base)
+        memory.close()
+        assert arena() is not None, "the loading has it"
+        loading.release()
+        del loading
+        assert arena() is None
+        assert memory.stats().tiers[0].bytes == 0
+        assert load_bytes(memory, [block(1)]) == []
+        assert memory.reserve(block(3), block(2)) is None
+
+
+def test_tiers_may_be_added_later_and_hold_blocks_from_before(tmp_path: Path) -> None:
+    with open_memory(slots=4, below=[disk_tier(tmp_path)], rules=GREEDY) as memory:
+        save_chain(memory, 2)
+    with open_memory(slots=4, below=[peer_tier(2)], rules=GREEDY) as memory:
+        save_chain(memory, 1, first=7)
+        memory.add_below([disk_tier(tmp_path)], {Tier.L6: "not there"})
+        assert [tier.tier for tier in memory.stats().tiers] == [Tier.L3, Tier.L4, Tier.L5], "fastest first"
+        assert memory.troubles() == {Tier.L6: "not there"}
+        assert load_bytes(memory, [block(1), block(2)]) == [payload(1), payload(2)]
+        for number in range(10, 20):
+            assert save(memory, number, 0) and memory.flush(LONGEST_WAIT_S)
+        disk = memory.stats().tier(Tier.L5)
+        assert disk is not None and disk.blocks > 2, "what the peer has no room for sinks on"

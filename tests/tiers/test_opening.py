@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from broken_store import BrokenStore
 from memory_helpers import LAYOUT, block, load_bytes, payload, save
 from plain_settings import make_settings
 from steering import LONGEST_WAIT_S
@@ -12,7 +13,7 @@ from steering import LONGEST_WAIT_S
 from core.config import MemorySettings
 from core.devices import DeviceBudget, host_device
 from core.errors import ConfigError
-from core.tiers import HierarchicalMemory, InProcessPeer, Tier, open_memory
+from core.tiers import HierarchicalMemory, InProcessPeer, Tier, open_lasting, open_memory
 from core.tiers.disk import LocalFiles
 
 
@@ -29,14 +30,15 @@ def main_memory(nbytes: int = 1 << 20) -> DeviceBudget:
     return DeviceBudget(host_device(nbytes))
 
 
-def opened(values: MemorySettings, **options: object) -> HierarchicalMemory:
-    memory = open_memory(values, LAYOUT, b"salt", main_memory(), **options)  # type: ignore[arg-type]
+def opened(values: MemorySettings, salt: bytes = b"salt", **options: object) -> HierarchicalMemory:
+    memory = open_memory(values, LAYOUT, main_memory(), **options)  # type: ignore[arg-type]
     assert memory is not None
+    open_lasting(memory, values, salt)
     return memory
 
 
 def test_no_host_memory_is_no_hierarchy() -> None:
-    assert open_memory(settings(host_bytes=0), LAYOUT, b"", main_memory()) is None
+    assert open_memory(settings(host_bytes=0), LAYOUT, main_memory()) is None
 
 
 def test_host_memory_by_default_is_a_tenth_of_what_is_free() -> None:
@@ -73,8 +75,8 @@ def test_another_salt_finds_nothing(tmp_path: Path) -> None:
     save(memory, 1, 0)
     assert memory.flush(LONGEST_WAIT_S)
     memory.close()
-    other = open_memory(settings(disk_path=tmp_path), LAYOUT, b"other", main_memory())
-    assert other is not None and other.find([block(1)]) == []
+    other = opened(settings(disk_path=tmp_path), b"other")
+    assert other.find([block(1)]) == []
     other.close()
 
 
@@ -90,6 +92,7 @@ def test_a_directory_in_use_is_left_out_and_said(tmp_path: Path, caplog: pytest.
     memory = opened(settings(disk_path=tmp_path))
     assert [tier.tier for tier in memory.stats().tiers] == [Tier.L3]
     assert any("L5 is not used" in record.getMessage() for record in caplog.records)
+    assert "in use by another process" in memory.troubles()[Tier.L5]
     memory.close()
     files.close()
 
@@ -100,6 +103,20 @@ def test_a_directory_that_cannot_be_made_is_left_out(tmp_path: Path, caplog: pyt
     assert [tier.tier for tier in memory.stats().tiers] == [Tier.L3]
     said = " ".join(record.getMessage() for record in caplog.records)
     assert "L5 is not used" in said and "L6 is not used" in said
+    memory.close()
+
+
+@pytest.mark.parametrize("fault", ["open", "makedirs", "list", "read", "write", "delete"])
+def test_a_remote_place_whose_driver_fails_is_left_out_and_named(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr(BrokenStore, "fails", frozenset([fault]))
+    memory = opened(settings(remote_url="broken://place", remote_bytes=1 << 20))
+    assert [tier.tier for tier in memory.stats().tiers] == [Tier.L3]
+    assert memory.troubles() == {Tier.L6: f"BackendError: cannot {fault}"}
+    assert any("L6 is not used" in record.getMessage() for record in caplog.records)
+    save(memory, 1, 0)
+    assert load_bytes(memory, [block(1)]) == [payload(1)]
     memory.close()
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from memory_helpers import GREEDY, LAYOUT, Clock, block, fill, open_memory, open_store, payload
 from steering import LONGEST_WAIT_S
 
-from core.tiers import HierarchicalMemory, InProcessPeer, Loading, LowerTier, PeerStore, Slot, Tier, TierSpeed
+from core.tiers import HierarchicalMemory, HostSlot, InProcessPeer, Loading, LowerTier, PeerStore, Tier, TierSpeed
 from core.tiers.compress import CodecChoice, Compressor
 from core.tiers.disk import LocalFiles
 from core.tiers.segments import SUFFIX
@@ -41,7 +41,7 @@ class History:
     def __init__(self, memory: HierarchicalMemory, directory: Path) -> None:
         self.memory = memory
         self.directory = directory
-        self.reserved: list[Slot] = []
+        self.reserved: list[HostSlot] = []
         self.loadings: list[Loading] = []
 
     def apply(self, kind: str, index: int) -> None:

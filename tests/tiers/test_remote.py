@@ -7,6 +7,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from broken_store import BrokenStore
 from memory_helpers import LAYOUT, block, get, open_store, payload, put
 
 from core.errors import ConfigError
@@ -78,6 +79,39 @@ def test_nothing_half_written_is_seen(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_protocol_that_is_not_there_is_named(url: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         RemoteFiles(url)
+
+
+FAULTS = ["open", "makedirs", "list", "read", "write", "delete"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_drivers_own_error_is_an_os_error(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    place = f"broken://{uuid.uuid4().hex}"
+    files, opened = RemoteFiles(place), None
+    opened = files.start()
+    opened.write_at(0, b"abcd")
+    name = opened.seal()
+    monkeypatch.setattr(BrokenStore, "fails", frozenset([fault]))
+
+    def use() -> None:
+        RemoteFiles(place).list()
+        files.read(name, 0, memoryview(bytearray(4)))
+        opened.seal()
+        files.delete(name)
+
+    with pytest.raises(OSError, match=f"BackendError: cannot {fault}"):
+        use()
+
+
+def test_a_store_that_begins_to_fail_takes_no_more_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(RemoteFiles(f"broken://{uuid.uuid4().hex}"))
+    put(store, 1)
+    monkeypatch.setattr(BrokenStore, "fails", frozenset(["write"]))
+    store.sync()
+    assert store.stopped == "BackendError: cannot write" and not store.accepting
+    assert get(store, 1) is None
+    monkeypatch.setattr(BrokenStore, "fails", frozenset())
+    store.close()
 
 
 def test_reading_past_the_end_says_how_much_there_was(url: str) -> None:

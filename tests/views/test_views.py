@@ -63,7 +63,8 @@ def test_views_without_a_model_are_whole(llama: Path, open_pipeline: OpenPipelin
     assert queue_view(engine, service).limit == pipeline.settings.engine.max_queue
     assert batcher_view(engine, service).max_batch_size == pipeline.settings.engine.max_batch_size
     assert render(memory_view(engine)) == {
-        "devices": [], "kv_blocks": None, "stages": [], "leases": [], "decisions": {}, "tiers": []
+        "devices": [], "kv_blocks": None, "stages": [], "leases": [], "decisions": {}, "tiers": [],
+        "tier_troubles": {},
     }  # fmt: skip
     assert device_views(engine) == ()
 
