@@ -44,7 +44,7 @@ class Server:
 
     def __init__(self, home: Path, *flags: str) -> None:
         self.process = subprocess.Popen(
-            command("--port", "0", "--metrics-port", "0", "--log-json", *flags),
+            command("--port", "0", "--metrics-port", "0", "--log-json", "--drain-timeout-s", "120", *flags),
             env=environment(home),
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
@@ -159,7 +159,7 @@ def test_a_process_that_cannot_start_says_why_and_ends(tmp_path: Path) -> None:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 1

@@ -57,7 +57,7 @@ def start_server(directory: Path, *flags: str, **environment: str) -> Server:
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environ)
     server = Server(process, port, log)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         try:
             with urllib.request.urlopen(f"{server.url}/ready", timeout=5):

@@ -129,7 +129,7 @@ def test_the_model_is_swapped_without_a_restart(server: Server) -> None:
 
 
 def test_ctrl_c_lets_streams_finish_and_exits_cleanly(tmp_path: Path) -> None:
-    server = start_server(tmp_path, "--devices", "cpu=128MiB")
+    server = start_server(tmp_path, "--devices", "cpu=128MiB", "--drain-timeout-s", "120")
     seen: list[bytes] = []
 
     def read() -> None:
@@ -152,7 +152,7 @@ def test_ctrl_c_lets_streams_finish_and_exits_cleanly(tmp_path: Path) -> None:
 
 
 def test_a_second_ctrl_c_exits_at_once(tmp_path: Path) -> None:
-    server = start_server(tmp_path, "--devices", "cpu=128MiB")
+    server = start_server(tmp_path, "--devices", "cpu=128MiB", "--drain-timeout-s", "600")
 
     def ask() -> None:
         with contextlib.suppress(OSError, http.client.HTTPException):  # the server is killed in mid-answer
@@ -196,7 +196,7 @@ def test_a_generated_token_is_private_and_shown_once(tmp_path: Path) -> None:
 def test_a_start_that_cannot_work_says_why_and_exits(tmp_path: Path, flags: list[str], said: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "vramancer.main", "--api", "--port", "0", "--metrics-port", "0", *flags],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
         env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode not in (0, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +14,20 @@ from test_lending_serving import GREEDY, prompts
 from tiny_models import build_tiny
 
 from core.inference_pipeline import InferencePipeline
+from core.kv_cache.manager import KVCacheManager
 from core.lending import Choice
 
 LONG = replace(GREEDY, max_tokens=80)
 SPEED = "@40MB/s/1GFLOPS"
+
+
+@pytest.fixture(autouse=True)
+def same_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decisions weigh what prompts and steps take by the clock against the emulated links: here prompts always take the
+    same, and steps do in `outgrow`."""
+    monkeypatch.setattr(
+        KVCacheManager, "prefill_token_s", property(lambda kv: 1e-3, lambda kv, measured_s: None), raising=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +51,8 @@ def outgrow(pipeline: InferencePipeline) -> tuple[list[int], int, dict[Choice, i
     Returns its tokens, how many of its blocks were still away near its end, and what was decided meanwhile.
     """
     engine = pipeline.engine
+    assert engine.memory.overflow is not None and engine.memory.overflow.homecoming is not None
+    engine.memory.overflow._clock = itertools.count(time.monotonic(), 0.02).__next__
     seen: list[tuple[int, int]] = []
     with between_steps(pipeline, lambda: seen.append((engine.batcher.scheduler.num_running, remote_blocks(engine)))):
         with arriving_together(pipeline):
@@ -47,7 +61,6 @@ def outgrow(pipeline: InferencePipeline) -> tuple[list[int], int, dict[Choice, i
         tokens = last.result(60).completions[0].token_ids
     assert all(handle.finished for handle in others)
     assert max(away for running, away in seen if running == 3)
-    assert engine.memory.overflow is not None and engine.memory.overflow.homecoming is not None
     alone = [away for running, away in seen if running == 1]
     return tokens, alone[-1], engine.memory.overflow.homecoming.decisions
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from steering import LONGEST_WAIT_S, OnEngineThread, arriving_together, until
+from steering import OnEngineThread, arriving_together, until
 from tiny_models import VOCAB, build_tiny
 
 from core.execution.step_buffers import InputBatch
@@ -22,6 +22,8 @@ from core.request import RequestOutput, SamplingParams
 
 BLOCK = 4
 THREE = "cpu=64MiB,cpu=64MiB,cpu=64MiB"
+PATIENCE_S = 40.0
+"""How long calls wait for each other that have to meet."""
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, detokenize=False)
 
 OpenPipeline = Callable[..., InferencePipeline]
@@ -69,7 +71,7 @@ def meet(
     first: tuple[object, str],
     second: tuple[object, str],
     monkeypatch: pytest.MonkeyPatch,
-    patience_s: float = LONGEST_WAIT_S,
+    patience_s: float = PATIENCE_S,
 ) -> threading.Event:
     """Calls of two methods, of which the second takes what the first has made, wait for each other once a step has
     been through both (prompts that arrive together share it) and another through the first. The event says that they
@@ -99,7 +101,7 @@ def test_stages_work_at_the_same_time(
 ) -> None:
     pipeline = open_pipeline(llama, devices__devices="cpu=64MiB,cpu=64MiB", engine__cohorts=cohorts)
     first, second = pipeline.engine.stages
-    met = meet((first, "forward"), (second, "forward"), monkeypatch, LONGEST_WAIT_S if cohorts == 2 else 0.2)
+    met = meet((first, "forward"), (second, "forward"), monkeypatch, PATIENCE_S if cohorts == 2 else 0.2)
     answers(pipeline, [[5, 6], [7, 8]], replace(GREEDY, max_tokens=3))
     assert met.is_set() == (cohorts == 2)
 

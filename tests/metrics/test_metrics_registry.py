@@ -183,7 +183,7 @@ def server(metrics: MetricsRegistry) -> Iterator[MetricsServer]:
 
 
 def fetch(server: MetricsServer) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=10) as response:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=60) as response:
         text: str = response.read().decode()
         return text
 
