@@ -110,7 +110,7 @@ def trace_request(devices: str, max_tokens: int, cache_dir: Path | None) -> dict
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max", type=int, help="exit with 1 if there are more files than this")
-    parser.add_argument("--devices", default="cpu=1GiB,cpu=1GiB", help="as for `vramancer serve`; one stage each")
+    parser.add_argument("--devices", default="cpu=1GiB", help="as for `vramancer serve`; one stage each")
     parser.add_argument("--max-tokens", type=int, default=32, help="how long the answer is")
     parser.add_argument("--cache-dir", type=Path, help="where compiled kernels and measurements are kept")
     options = parser.parse_args()

@@ -21,9 +21,9 @@ import torch
 from core.errors import StepFailedError
 from core.execution.records import SampledToken
 from core.execution.sampling import draws
-from core.execution.sampling.draws import Filters, draw_filtered, is_filtered
+from core.execution.sampling.draws import Filters, draw_filtered, is_filtered, to_host
 from core.execution.sampling.logit_edits import LogitEditor
-from core.execution.sampling.logprobs import Reported, prompt_logprobs, rows_per_chunk, to_host, token_logprobs
+from core.execution.sampling.logprobs import Reported, prompt_logprobs, rows_per_chunk, token_logprobs
 from core.execution.sampling.random import derive_seed, fresh_seed, uniforms
 from core.request import SamplingParams
 

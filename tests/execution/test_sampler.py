@@ -20,8 +20,7 @@ from transformers.generation.logits_process import (
 from core.errors import StepFailedError
 from core.execution.sampler import NonFiniteLogitsError, Sampler, SamplingRow, prompt_logprobs
 from core.execution.sampling import draws
-from core.execution.sampling.draws import Filters, draw_filtered
-from core.execution.sampling.logprobs import to_host
+from core.execution.sampling.draws import Filters, draw_filtered, to_host
 from core.execution.sampling.random import uniforms
 from core.request import SamplingParams
 

@@ -148,6 +148,15 @@ def _largest_by_keys(values: torch.Tensor, count: int) -> tuple[torch.Tensor, to
     return values.gather(1, columns), columns
 
 
+def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors in main memory, by one copy."""
+    if tensors[0].device.type == "cpu":
+        return list(tensors)
+    packed = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]).cpu()
+    parts = torch.split(packed, [tensor.nbytes for tensor in tensors])
+    return [part.clone().view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
 # -- filters ----------------------------------------------------------------------------------------------------------
 
 CANDIDATE_TIERS = (64, 8192)

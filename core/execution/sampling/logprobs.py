@@ -12,21 +12,13 @@ import torch
 
 from core.errors import StepFailedError
 from core.execution.sampling import draws
+from core.execution.sampling.draws import to_host
 from core.request import MAX_LOGPROBS, TokenLogprob
 
 LOGPROB_FLOOR = -9999.0
 CHUNK_ELEMENTS = 2**20
 """Logits that are processed at a time on the CPU (4 MiB as float32): what fits in its caches."""
 CHUNK_ELEMENTS_ACCELERATOR = 2**26
-
-
-def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors in main memory, by one copy."""
-    if tensors[0].device.type == "cpu":
-        return list(tensors)
-    packed = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]).cpu()
-    parts = torch.split(packed, [tensor.nbytes for tensor in tensors])
-    return [part.clone().view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def rows_per_chunk(vocab_size: int, device: torch.device) -> int:
