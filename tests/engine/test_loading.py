@@ -279,7 +279,7 @@ def test_the_old_model_comes_back_whatever_stops_the_new_one(
     tiny: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = open_pipeline(tiny, devices__devices="cpu=25MiB")
-    start = pipeline._warm_up
+    start = pipeline._keeper._warm_up
     calls = iter([MemoryError("no more"), None])
 
     def fail_once(engine: object) -> None:
@@ -288,7 +288,7 @@ def test_the_old_model_comes_back_whatever_stops_the_new_one(
             raise error
         start(engine)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pipeline, "_warm_up", fail_once)
+    monkeypatch.setattr(pipeline._keeper, "_warm_up", fail_once)
     with pytest.raises(MemoryError):
         pipeline.load(DEMO_NAME)
     assert pipeline.model.name == tiny.name

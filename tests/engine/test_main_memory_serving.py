@@ -90,14 +90,14 @@ def test_swaps_leave_the_ledger_as_the_first_load_did(
     ledger, held = pipeline.main_memory.budget, []
     first = ledger.used_by_purpose()
     assert set(first) == {"devices", "kv_tiers"}
-    start = pipeline._start
+    start = pipeline._keeper._start
 
     def noting(*given: object) -> object:
         engine = start(*given)  # type: ignore[arg-type]
         held.append(ledger.used_by_purpose())
         return engine
 
-    monkeypatch.setattr(pipeline, "_start", noting)
+    monkeypatch.setattr(pipeline._keeper, "_start", noting)
     for _ in range(2):
         pipeline.load(str(tiny))
         (device,) = pipeline.engine.plan.devices  # what the other engine holds has been taken off its limit

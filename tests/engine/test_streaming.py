@@ -119,7 +119,7 @@ def test_main_memory_that_is_too_small_is_refused_with_the_bytes_lacking(
     llama: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = Device(HOST, -1, "cpu", "cpu", 1000)
-    monkeypatch.setattr("core.inference_pipeline.host_for", lambda *given: small)
+    monkeypatch.setattr("core.engine.keeper.host_for", lambda *given: small)
     with pytest.raises(InsufficientMemoryError, match="host lacks") as caught:
         open_pipeline(llama, devices__devices=half_of_it(llama, 1), **ENGINE)
     assert caught.value.lacking_bytes[HOST] > 0

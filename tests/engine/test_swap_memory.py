@@ -135,14 +135,14 @@ def test_a_load_that_fails_leaves_nothing_either(
 ) -> None:
     """Beside the old model, and after it had to make room and came back."""
     pipeline = open_pipeline(tiny, devices__devices=room, memory__host_bytes=MIB)
-    threads, start, failing = threading.active_count(), pipeline._warm_up, [True, False]
+    threads, start, failing = threading.active_count(), pipeline._keeper._warm_up, [True, False]
 
     def fail_once(engine: ModelEngine) -> None:
         if failing and failing.pop(0):
             raise RuntimeError("broken for a test")
         start(engine)
 
-    monkeypatch.setattr(pipeline, "_warm_up", fail_once)
+    monkeypatch.setattr(pipeline._keeper, "_warm_up", fail_once)
     with pytest.raises(RuntimeError, match="broken for a test") as caught:
         pipeline.load()
     assert set(alive().values()) == {1}, "although the error is still in hand"

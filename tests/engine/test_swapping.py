@@ -96,7 +96,7 @@ def test_an_unload_ends_the_engine_that_runs_then(
     """A swap that comes between looking at the engine and the lock used to leave one that nobody could reach."""
     before = engine_threads()
     pipeline = open_pipeline(tiny)
-    monkeypatch.setattr(pipeline, "_load_lock", LockAfter(lambda: pipeline.load(DEMO_NAME)))
+    monkeypatch.setattr(pipeline._keeper, "_lock", LockAfter(lambda: pipeline.load(DEMO_NAME)))
     assert pipeline.unload().name == DEMO_NAME
     assert engine_threads() == before
     with pytest.raises(ModelNotLoadedError, match="No model is loaded"):
@@ -221,7 +221,7 @@ def test_when_the_old_model_does_not_come_back_either_both_reasons_are_told(
         raise RuntimeError(next(reasons))
 
     with monkeypatch.context() as broken:
-        broken.setattr(pipeline, "_warm_up", fail)
+        broken.setattr(pipeline._keeper, "_warm_up", fail)
         with pytest.raises(ModelNotLoadedError, match=r"the new one is broken.*the old one is gone"):
             pipeline.load(DEMO_NAME)
     assert engine_threads() == before
@@ -247,7 +247,7 @@ def test_a_shutdown_does_not_wait_for_the_rest_of_a_load(tiny: Path) -> None:
         loading = threads.submit(pipeline.load)
         assert read.get(timeout=WAIT_S)
         ending = threads.submit(pipeline.shutdown)
-        while not pipeline._closing:
+        while not pipeline._keeper.closing:
             assert not ending.done()
         closing.set()
         with pytest.raises(EngineDeadError, match="shutting down"):

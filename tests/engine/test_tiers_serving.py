@@ -302,7 +302,7 @@ def test_a_model_that_does_not_load_leaves_the_old_ones_tiers_working(
     expected = [answers_written(pipeline, prompt) for prompt in prompts(6)]
     broken = tmp_path / "broken"
     shutil.copytree(other, broken)
-    warm_up = pipeline._warm_up
+    warm_up = pipeline._keeper._warm_up
 
     def fail(engine: ModelEngine) -> None:
         if engine.model.path == broken:
@@ -313,7 +313,7 @@ def test_a_model_that_does_not_load_leaves_the_old_ones_tiers_working(
         (file,) = broken.glob("*.safetensors")
         file.write_bytes(file.read_bytes()[:-200])
     else:
-        monkeypatch.setattr(pipeline, "_warm_up", fail)
+        monkeypatch.setattr(pipeline._keeper, "_warm_up", fail)
     with pytest.raises(VRAMancerError):
         pipeline.load(str(broken))
     assert pipeline.model.path == tiny
@@ -338,7 +338,7 @@ def test_a_model_that_moves_takes_its_directory_along(
     if way != "beside":
         monkeypatch.setattr(Relocator, "_all_fits", lambda *_: False)
     if way == "back":
-        warm_up, calls = pipeline._warm_up, []
+        warm_up, calls = pipeline._keeper._warm_up, []
 
         def fail(engine: ModelEngine) -> None:
             calls.append(engine)
@@ -346,7 +346,7 @@ def test_a_model_that_moves_takes_its_directory_along(
                 raise StepFailedError("broken for a test")
             warm_up(engine)
 
-        monkeypatch.setattr(pipeline, "_warm_up", fail)
+        monkeypatch.setattr(pipeline._keeper, "_warm_up", fail)
         with pytest.raises(StepFailedError):
             place()
     else:

@@ -1,0 +1,295 @@
+"""Which engine is served: loading one in place of another, moving it to other devices, letting it go."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from core.config import Settings
+from core.devices import HOST, Device, MainMemory, open_devices
+from core.engine.builder import EngineBuilder, load_engine
+from core.engine.model_engine import LoadProgress, ModelEngine, ProgressCall, checkpoint_bytes
+from core.engine.model_plan import ModelPlan, host_for, measure_with, plan_model, promised_bytes
+from core.engine.relocation import Relocation, Relocator
+from core.engine.submission import make_request
+from core.errors import (
+    ConflictError,
+    DeviceLostError,
+    EngineDeadError,
+    InsufficientMemoryError,
+    ModelChangedError,
+    ModelNotLoadedError,
+    VRAMancerError,
+)
+from core.logs import get_logger
+from core.metrics import MetricsRegistry
+from core.models.resolve import resolve_model
+from core.request import SamplingParams
+from core.transfer import TransferManager
+
+logger = get_logger(__name__)
+
+
+class EngineKeeper:
+    """`engine` is the one that is served, `leaving` one that finishes what runs there. Thread-safe."""
+
+    def __init__(
+        self, settings: Settings, transfer: TransferManager, main_memory: MainMemory, metrics: MetricsRegistry,
+        on_progress: ProgressCall | None,
+    ) -> None:  # fmt: skip
+        self.engine: ModelEngine | None = None
+        self.leaving: ModelEngine | None = None
+        self.closing = False
+        self._transfer = transfer
+        self._main_memory = main_memory
+        self._metrics = metrics
+        self._on_progress = on_progress
+        self._drain_s = settings.api.drain_timeout_s
+        self._cpu_threads = settings.devices.cpu_threads or torch.get_num_threads()
+        self._lock = threading.Lock()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a model is being loaded, moved or unloaded."""
+        return self._lock.locked()
+
+    @contextmanager
+    def exclusive(self, *, wait: bool = False) -> Iterator[None]:
+        """One load, move or unload at a time: `engine` changes inside of this alone, and so does what is done by its
+        value.
+
+        Raises `EngineDeadError` while the server shuts down, and `ConflictError` unless it is to `wait`.
+        """
+        if not self._lock.acquire(blocking=wait):
+            raise ConflictError("A model is being loaded or unloaded already; wait for that to finish.")
+        try:
+            self.refuse_when_closing()
+            yield
+        except BaseException as error:
+            _clear_frames(error)
+            raise
+        finally:
+            # Modules live as long as the model: once what was before is gone, the collector need not walk them in
+            # mid-stream. What is frozen is never collected, so nothing may be that has ended.
+            gc.unfreeze()
+            gc.collect()
+            if self.engine is not None:
+                gc.freeze()
+            self._lock.release()
+
+    def refuse_when_closing(self) -> None:
+        """Raise `EngineDeadError` once `close` has begun."""
+        if self.closing:
+            raise EngineDeadError("The server is shutting down.")
+
+    def swap(self, settings: Settings) -> None:
+        """Beside the present model if both fit; else the present one is drained first and restored on failure."""
+        resolved = resolve_model(settings.model.name, settings.model.revision)
+        total = checkpoint_bytes(resolved.path)
+        old = self.engine
+        measure = measure_with(settings, self._transfer)
+
+        def planned(old: ModelEngine | None, *, beside: bool) -> ModelPlan:
+            devices = self._devices(settings, old, beside=beside)
+            leaving = old.budgets[HOST] if old is not None and not beside else None
+            host = host_for(settings, devices, self._main_memory, leaving)
+            return plan_model(resolved, devices, settings, measure, host)
+
+        plan = planned(old, beside=False)
+        if old is None:
+            try:
+                engine = self._start(plan, settings, total)
+            except InsufficientMemoryError as error:
+                if settings.devices.devices is not None:
+                    raise
+                logger.warning("memory was taken since the plan was made; planning again", reason=error.message)
+                plan = planned(None, beside=False)
+                engine = self._start(plan, settings, total)
+            self.serve_with(engine)
+            return
+        fits_beside = True
+        try:
+            plan = planned(old, beside=True)
+        except VRAMancerError:
+            fits_beside = False
+        if not fits_beside:
+            self._replace(old, plan, settings, total)
+            return
+        engine = self._start(plan, settings, total)
+        self.serve_with(engine, ModelChangedError(f"{old.model.name} has just been replaced; try again."))
+
+    def serve_with(
+        self, engine: ModelEngine | None, reason: VRAMancerError | None = None, drain_s: float | None = None
+    ) -> None:
+        """From now on; None: with nothing. What runs in the engine before may finish for `drain_s` (None: as set). What
+        takes longer, or comes too late, is told the `reason`. The engine before keeps its tiers until it has ended, and
+        writes down what it has; then those that outlast it are the new one's."""
+        old = self.leaving = self.engine
+        self.engine = engine
+        try:
+            if old is not None:
+                old.close(drain_s=self._drain_s if drain_s is None else drain_s, reason=reason)
+        finally:
+            self.leaving = None
+        if engine is not None:
+            engine.open_lasting()
+
+    def _replace(self, old: ModelEngine, plan: ModelPlan, settings: Settings, total: int) -> None:
+        """Make room by closing the old engine; if the new one does not start, load the old model again."""
+        logger.info("the new model does not fit beside the present one; draining it first", old=old.model.name)
+        self.serve_with(None, ModelChangedError(f"{old.model.name} makes room for another model; try again."))
+        try:
+            self.serve_with(self._start(plan, settings, total))
+        except BaseException as error:  # whatever it was, the old model has to be back before it is reported
+            _clear_frames(error)
+            try:
+                self.serve_with(self._start(old.plan, old.settings, checkpoint_bytes(old.plan.resolved.path)))
+            except Exception as failure:  # noqa: BLE001  the client has to hear that nothing is served now
+                raise ModelNotLoadedError(
+                    f"{error}; and {old.model.name}, which made room, cannot be loaded again: {failure}"
+                ) from error
+            raise
+
+    def _devices(self, settings: Settings, old: ModelEngine | None, *, beside: bool) -> tuple[Device, ...]:
+        """Devices with the limits a load may use. Given limits count what the old engine holds; free memory as it is
+        measured does not.
+        """
+        devices = open_devices(settings.devices, set_aside_bytes=promised_bytes(settings))
+        if old is None:
+            return devices
+        explicit = settings.devices.devices is not None
+        held = {name: budget.used_bytes for name, budget in old.budgets.items()}
+        change = -1 if explicit and beside else 1 if not explicit and not beside else 0
+        return tuple(
+            Device(
+                device.name, device.index, device.kind, device.torch_device,
+                max(0, device.memory_limit_bytes + change * held.get(device.name, 0)), device.speed,
+            )
+            for device in devices
+        )  # fmt: skip
+
+    def _start(self, plan: ModelPlan, settings: Settings, total_bytes: int) -> ModelEngine:
+        """Load the weights, then generate one token, so that readiness means that the model works. Not used before
+        `serve_with`."""
+        done = LoadProgress(total_bytes, self._on_progress)
+
+        def read(nbytes: int) -> None:
+            self.refuse_when_closing()  # a shutdown does not wait for the rest of the weights
+            done.add(nbytes)
+
+        engine = load_engine(
+            plan, settings, transfer=self._transfer, main_memory=self._main_memory, cpu_threads=self._cpu_threads,
+            on_read=read,
+        )  # fmt: skip
+        try:
+            self._bring_up(engine)
+        except BaseException:
+            engine.close()
+            raise
+        logger.info(
+            "model loaded",
+            model=engine.model.name,
+            seconds=round(engine.load_s, 2),
+            stages=[f"{s.device_name}:{s.first_layer}-{s.last_layer - 1}" for s in plan.placement.stages],
+            kv_tokens=plan.placement.kv_tokens,
+            streamed_bytes=plan.placement.streamed_bytes,
+            attention=engine.backends[0],
+        )
+        return engine
+
+    def place(self, settings: Settings, *, dry_run: bool) -> Relocation:
+        """Move the model that is served to where it belongs by other settings; see `core.engine.relocation`."""
+        engine = self.engine
+        if engine is None:
+            raise ModelNotLoadedError("No model is loaded. Load one with POST /api/models/load.")
+        relocator = self._relocator(engine, settings, self._devices(settings, engine, beside=False))
+        return relocator.outlook() if dry_run else self._relocate(relocator)
+
+    def _relocator(
+        self, engine: ModelEngine, settings: Settings, devices: Sequence[Device], lost: frozenset[str] = frozenset()
+    ) -> Relocator:
+        host = host_for(settings, devices, self._main_memory, engine.budgets[HOST])
+        plan = plan_model(engine.plan.resolved, devices, settings, measure_with(settings, self._transfer), host)
+
+        def build(plan: ModelPlan) -> EngineBuilder:
+            chosen = settings if plan is not engine.plan else engine.settings
+            return EngineBuilder(
+                plan, chosen, transfer=self._transfer, main_memory=self._main_memory, cpu_threads=self._cpu_threads,
+                on_read=lambda nbytes: self.refuse_when_closing(), tokenizer=engine.model.tokenizer,
+            )  # fmt: skip
+
+        def switch(engine: ModelEngine) -> None:
+            self.engine = engine
+
+        return Relocator(engine, plan, build, self._bring_up, switch, lost)
+
+    def _relocate(self, relocator: Relocator) -> Relocation:
+        try:
+            return relocator.run()
+        except BaseException:
+            if self.engine is not None and not self.engine.batcher.alive:  # going back has failed too
+                self.engine = None
+            raise
+
+    def _device_lost(self, error: DeviceLostError) -> bool:
+        """A device of the engine does not answer. True: what runs there will be moved to the others."""
+        engine = self.engine
+        if self.closing or engine is None:
+            return False
+        others = tuple(device for device in engine.plan.devices if device.name != error.device)
+        if not others:
+            return False
+        logger.error("a device is lost; moving to the others", device=error.device, reason=error.message)
+        threading.Thread(target=self._leave, args=(engine, others, error), name="vrm-relocation", daemon=True).start()
+        return True
+
+    def _leave(self, engine: ModelEngine, devices: tuple[Device, ...], error: DeviceLostError) -> None:
+        if self.closing:
+            return
+        with self.exclusive(wait=True):
+            if self.engine is not engine:
+                return
+            base = engine.settings.devices
+            placed = base.model_copy(update={"layers": None, "placement": base.placement})
+            settings = engine.settings.model_copy(update={"devices": placed})
+            try:
+                numbered = tuple(replace(device, index=index) for index, device in enumerate(devices))
+                self._relocate(self._relocator(engine, settings, numbered, frozenset({error.device})))
+            except Exception as failure:
+                logger.error("the model could not be moved off a lost device", exc_info=failure)
+                if self.engine is engine:
+                    engine.batcher.on_lost = lambda error: False
+                    engine.batcher.resume()
+
+    def _bring_up(self, engine: ModelEngine) -> None:
+        """To the first token, so that readiness means that the model works."""
+        engine.batcher.intake.call_within(lambda: torch.set_num_threads(engine.torch_threads(self._cpu_threads)))
+        self._warm_up(engine)
+        engine.batcher.report_to(self._metrics)
+        engine.batcher.on_lost = self._device_lost
+
+    def _warm_up(self, engine: ModelEngine) -> None:
+        params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+        request = make_request(engine.model, [0], params, priority=0, request_id="warm-up", default_seed=0)
+        (handle,) = engine.batcher.submit([request])
+        engine.produced_token = bool(handle.result().completions[0].token_ids)
+
+    def close(self, drain_s: float) -> None:
+        """Let what runs end within `drain_s`, then free everything. Safe to call twice."""
+        self.closing = True
+        with self._lock:
+            self.serve_with(None, EngineDeadError("The server is shutting down."), drain_s)
+            gc.unfreeze()
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Let go of what the calls held that ended with this error: a model that was not loaded must not outlive it."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
