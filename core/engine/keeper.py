@@ -145,7 +145,7 @@ class EngineKeeper:
         logger.info("the new model does not fit beside the present one; draining it first", old=old.model.name)
         self.serve_with(None, ModelChangedError(f"{old.model.name} makes room for another model; try again."))
         try:
-            self.serve_with(self._start(plan, settings, total))
+            engine = self._start(plan, settings, total)
         except BaseException as error:  # whatever it was, the old model has to be back before it is reported
             _clear_frames(error)
             try:
@@ -155,6 +155,7 @@ class EngineKeeper:
                     f"{error}; and {old.model.name}, which made room, cannot be loaded again: {failure}"
                 ) from error
             raise
+        self.serve_with(engine)
 
     def _devices(self, settings: Settings, old: ModelEngine | None, *, beside: bool) -> tuple[Device, ...]:
         """Devices with the limits a load may use. Given limits count what the old engine holds; free memory as it is

@@ -17,6 +17,7 @@ from tiny_models import build_tiny
 
 from core import inference_pipeline
 from core.batching.batcher import ContinuousBatcher
+from core.engine.model_engine import ModelEngine
 from core.errors import ConflictError, EngineDeadError, ModelChangedError, ModelNotLoadedError, UnavailableError
 from core.inference_pipeline import InferencePipeline
 from core.models.resolve import DEMO_NAME
@@ -227,6 +228,26 @@ def test_when_the_old_model_does_not_come_back_either_both_reasons_are_told(
     assert engine_threads() == before
     assert pipeline.ready() == (False, "no model is loaded")
     pipeline.load(str(tiny))
+    assert pipeline.submit([5, 6], GREEDY).result(WAIT_S).completions[0].token_ids
+
+
+@pytest.mark.parametrize("room", ["cpu=64MiB", "cpu=25MiB"])
+def test_a_model_that_serves_goes_on_when_its_tiers_cannot_be_opened(
+    tiny: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch, room: str
+) -> None:
+    """It has started; the old one is not loaded again beside it."""
+    before = engine_threads()
+    pipeline = open_pipeline(tiny, devices__devices=room)
+
+    def fail(engine: ModelEngine) -> None:
+        raise RuntimeError("broken for a test")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(ModelEngine, "open_lasting", fail)
+        with pytest.raises(RuntimeError, match="broken for a test"):
+            pipeline.load(DEMO_NAME)
+    assert pipeline.model.name == DEMO_NAME
+    assert engine_threads() == before + 1
     assert pipeline.submit([5, 6], GREEDY).result(WAIT_S).completions[0].token_ids
 
 
