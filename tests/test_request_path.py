@@ -18,8 +18,8 @@ from plain_settings import CACHE_DIR
 from core.request import SamplingParams
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "trace_request.py"
-MOST = 62
-"""Files that a request may cross; to be lowered as they get fewer."""
+MOST = 40
+"""Files that a request may cross."""
 
 
 @pytest.fixture
