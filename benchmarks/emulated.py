@@ -127,7 +127,7 @@ def predicted_tok_s(
     plan: ModelPlan, streams: int, context: int, cohorts: int, profiles: Sequence[DeviceProfile] | None = None
 ) -> float:
     """What the cost model expects of a plan; with other `profiles` of its devices than those it was made with."""
-    request = plan.request
+    request = plan.problem
     if profiles is not None:
         measured = zip(request.devices, profiles, strict=True)
         request = replace(request, devices=tuple(replace(device, profile=profile) for device, profile in measured))

@@ -51,8 +51,8 @@ class Result:
 def floor_tok_s(pipeline: InferencePipeline, context: int) -> float:
     """Tokens per second of one stream when every byte is read once and every hop made once."""
     plan = pipeline.engine.plan
-    stages = stage_costs(plan.placement, plan.request)
-    compute, hops = pipeline_s(plan.costs, stages, plan.request.links, Batch.decode(1, context))
+    stages = stage_costs(plan.placement, plan.problem)
+    compute, hops = pipeline_s(plan.costs, stages, plan.problem.links, Batch.decode(1, context))
     return 1 / (sum(compute) + sum(hops))
 
 

@@ -129,7 +129,7 @@ class Loads:
 def rate_of(pipeline: InferencePipeline, batch: Batch, spent_s: float, tokens: int, mb_s: float) -> Rate:
     """`tokens` took `spent_s`, in steps like `batch`."""
     plan = pipeline.engine.plan
-    stages, links = stage_costs(plan.placement, plan.request), plan.request.links
+    stages, links = stage_costs(plan.placement, plan.problem), plan.problem.links
     compute = [stage_s(plan.costs, stage.device, stage.first, stage.last, batch) for stage in stages]
     loads = [sum(plan.costs.layer_bytes[layer] for layer in stage.streamed) / (mb_s * 1e6) for stage in stages]
     per_step = batch.tokens

@@ -212,7 +212,8 @@ class InferencePipeline:
         self, engine: ModelEngine, tokens: Sequence[int], params: SamplingParams, priority: int, request_id: str,
         owner: str = DEFAULT_OWNER,
     ) -> Request:  # fmt: skip
-        self._keeper.refuse_when_closing()
+        if self._keeper.closing:
+            self._keeper.refuse_when_closing()
         seed = self.settings.runtime.default_seed
         return make_request(
             engine.model, tokens, params, priority=priority, request_id=request_id, default_seed=seed, owner=owner

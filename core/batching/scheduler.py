@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from core.batching.sequence import Request, Sequence, SequenceStatus, SequenceUpdate, ending_of
-from core.batching.step import PrefillMeter, SchedulerLimits, Step, record_of, weight_of, whole
+from core.batching.step import PrefillMeter, SchedulerLimits, StepDraft, record_of, weight_of, whole
 from core.batching.waiting import WaitingSequences
 from core.errors import StepFailedError
 from core.execution.records import RawRows, ScheduledSequence, SchedulerOutput, StepOutput, StepRecord, ints, longs
@@ -121,7 +121,7 @@ class Scheduler:
         It takes one of `cohorts` equal shares of the work, and at most `chunk` tokens of a prompt.
         """
         budget = min(self.limits.max_num_batched_tokens, self._token_cap or 1 << 30)
-        step = Step(budget, min(chunk or 1 << 30, self.limits.prefill_chunk_size, budget))
+        step = StepDraft(budget, min(chunk or 1 << 30, self.limits.prefill_chunk_size, budget))
         if cohorts > 1:
             even = self._total_weight() / cohorts
             step.share = even - min(self._ahead, even)
@@ -149,7 +149,7 @@ class Scheduler:
         room = self.limits.max_batch_size - len(self._running)
         return sum(map(weight_of, self._running)) + sum(map(weight_of, self.waiting.foremost(room)))
 
-    def _schedule_running(self, step: Step, sequence: Sequence) -> None:
+    def _schedule_running(self, step: StepDraft, sequence: Sequence) -> None:
         """Give a running sequence its tokens, preempting those served after it if blocks run out."""
         if sequence.status is not SequenceStatus.RUNNING or step.budget == 0 or not step.has_room():
             return
@@ -162,7 +162,7 @@ class Scheduler:
             if victim is sequence:
                 return
 
-    def _grow(self, step: Step, sequence: Sequence, num_new: int) -> bool:
+    def _grow(self, step: StepDraft, sequence: Sequence, num_new: int) -> bool:
         start = sequence.num_scheduled_tokens
         if not self.kv.grow(sequence.seq_id, start, start + num_new):
             return False
@@ -197,13 +197,13 @@ class Scheduler:
         """After memory was given back: preempt until the blocks in use fit into what is left."""
         pool = self.kv.pool
         while pool.num_referenced > pool.limit and (victim := self._victim()) is not None:
-            self._preempt(Step(0, 0), victim)
+            self._preempt(StepDraft(0, 0), victim)
             self.kv.refresh_limit()
 
     def drop_unwanted(self) -> None:
         """Sequences that are better computed again than read where they are."""
         for sequence in [s for s in self._running if s.seq_id in self.kv.unwanted and not s.in_flight]:
-            self._preempt(Step(0, 0), sequence, self.kv.close_and_drop_away)
+            self._preempt(StepDraft(0, 0), sequence, self.kv.close_and_drop_away)
         self.kv.unwanted.clear()
 
     def _steps_left(self, seq_id: int) -> int:
@@ -218,7 +218,7 @@ class Scheduler:
         """The running sequence that is served last; None while all of them are in flight."""
         return max((s for s in self._running if not s.in_flight), key=lambda s: s.sort_key, default=None)
 
-    def _preempt(self, step: Step, sequence: Sequence, close: Callable[[int], None] | None = None) -> None:
+    def _preempt(self, step: StepDraft, sequence: Sequence, close: Callable[[int], None] | None = None) -> None:
         step.drop(sequence)
         self._running.remove(sequence)
         (close or self.kv.close)(sequence.seq_id)
@@ -228,7 +228,7 @@ class Scheduler:
         self.num_preemptions += 1
         self.waiting.push(sequence)
 
-    def _admit(self, step: Step) -> None:
+    def _admit(self, step: StepDraft) -> None:
         """Start waiting sequences in order; the first that does not fit ends it, so nobody is overtaken for ever. One
         that a step has failed with comes into a step of its own."""
         while (sequence := self.waiting.first) is not None and step.budget > 0:
@@ -249,7 +249,7 @@ class Scheduler:
             if sequence.num_failures:
                 return
 
-    def _start(self, step: Step, sequence: Sequence) -> bool:
+    def _start(self, step: StepDraft, sequence: Sequence) -> bool:
         """Take a sequence's cached prefix and first chunk; with nothing else running it may take the last block."""
         request = sequence.request
         read_prefix = request.params.prompt_logprobs is None
@@ -273,7 +273,7 @@ class Scheduler:
         self._running.append(sequence)
         return True
 
-    def _output(self, step: Step) -> SchedulerOutput:
+    def _output(self, step: StepDraft) -> SchedulerOutput:
         chosen = step.in_order()
         self._steps += 1
         record, self._ended = record_of(self._steps, chosen, self._ended, self.kv), []
@@ -356,7 +356,7 @@ class Scheduler:
         if sequence not in self._running or sequence.in_flight:
             return
         if sequence.replays and not sequence.finished:
-            self._preempt(Step(0, 0), sequence)
+            self._preempt(StepDraft(0, 0), sequence)
             return
         self._running.remove(sequence)
         self.kv.close(sequence.seq_id)
@@ -402,7 +402,7 @@ class Scheduler:
         """Every sequence that is not finished is computed from its first token, by stages that know none. While nothing
         is in flight."""
         for sequence in list(self._running):
-            self._preempt(Step(0, 0), sequence)
+            self._preempt(StepDraft(0, 0), sequence)
 
     def check_invariants(self) -> None:
         """Raise `AssertionError` unless exactly the running sequences hold blocks and all ref-counts agree."""

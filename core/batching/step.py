@@ -31,7 +31,7 @@ class SchedulerLimits:
 
 
 @dataclass(slots=True)
-class Step:
+class StepDraft:
     """Tokens left, its share of the weight, and what it has of it."""
 
     budget: int

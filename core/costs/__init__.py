@@ -12,7 +12,7 @@ from core.costs.cost import (
     pipeline_s,
     stage_s,
 )
-from core.costs.plan import SLOTS, Experts, LayerCosts, PlacementDevice, PlacementPlan, PlacementRequest, StagePlan
+from core.costs.plan import SLOTS, Experts, LayerCosts, PlacementDevice, PlacementPlan, PlacementProblem, StagePlan
 from core.costs.profile import DeviceProfile, LinkProfile, LinkTopology, Sharing, emulated_profile
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "LinkTopology",
     "PlacementDevice",
     "PlacementPlan",
-    "PlacementRequest",
+    "PlacementProblem",
     "Sharing",
     "StageCost",
     "StagePlan",

@@ -149,7 +149,7 @@ class PlacementDevice:
 
 
 @dataclass(frozen=True, slots=True)
-class PlacementRequest:
+class PlacementProblem:
     """What to place, on what, and what counts.
 
     Attributes:

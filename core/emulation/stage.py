@@ -11,8 +11,8 @@ import torch
 
 from core.costs import Batch
 from core.devices import Device, wait_until
+from core.emulation.clock import EmulatedClock
 from core.emulation.guest_time import GuestTime
-from core.emulation.pace import Pace
 from core.execution.attention.merge import Part
 from core.execution.attention.metadata import AttentionMetadata, AttentionSpec, Site
 from core.execution.site_attention import SiteAttention
@@ -64,12 +64,12 @@ class EmulatedStage(Stage):
     def __init__(self, *given: Any, guests: GuestTime, **named: Any) -> None:
         super().__init__(*given, **named)
         self._guests = guests
-        self._pace = Pace(self.device, self._timer, self.part.first)
+        self._clock = EmulatedClock(self.device, self._timer, self.part.first)
         self._waited_s = 0.0
 
     @property
-    def clock(self) -> Pace:
-        return self._pace
+    def clock(self) -> EmulatedClock:
+        return self._clock
 
     def sites(self) -> Callable[..., SiteAttention]:
         return partial(EmulatedSites, guests=self._guests)
@@ -81,10 +81,10 @@ class EmulatedStage(Stage):
 
     def forward(self, batch: InputBatch, hidden: torch.Tensor | None, wants_hidden: bool = False) -> torch.Tensor:
         """The same, and wait for what is left of the time that the device would have taken."""
-        self._pace.begin(self._work)
+        self._clock.begin(self._work)
         result = super().forward(batch, hidden, wants_hidden)
         self._waited_s = self._wait_for_others()
-        self._pace.end(self._waited_s)
+        self._clock.end(self._waited_s)
         return result
 
     def predicted(self, work: Batch) -> float:

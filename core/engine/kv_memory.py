@@ -103,7 +103,7 @@ def _open_overflow(
     watch = DeviceWatch(plan.devices, stages, budgets)
     lending = VRAMLendingPool(
         _lenders(plan, settings, budgets),
-        plan.request.links,
+        plan.problem.links,
         lend_ratio=settings.lending.lend_ratio,
         reclaim_threshold=settings.lending.reclaim_threshold,
         clock=time.monotonic,
@@ -153,14 +153,14 @@ class SiteSpeedTable:
     memory is taken to be behind the slowest link that was."""
 
     def __init__(self, plan: ModelPlan, stages: Sequence[Stage]) -> None:
-        self._links = plan.request.links
+        self._links = plan.problem.links
         measured = self._links.links.values()
         self._host_link = min(measured, key=lambda link: link.bandwidth_bytes_s, default=DATASHEET_LINK)
-        self._rates = {device.name: device.profile.kv_bytes_s for device in plan.request.devices}
+        self._rates = {device.name: device.profile.kv_bytes_s for device in plan.problem.devices}
         self._stages = [
             (stage.device.name, len(stage.kv.layer_bytes()) if stage.kv is not None else 0) for stage in stages
         ]
-        self._row_bytes = plan.request.costs.hidden_bytes
+        self._row_bytes = plan.problem.costs.hidden_bytes
 
     def __call__(self, stage: int, lender: str) -> SiteSpeeds:
         own, layers = self._stages[stage]
@@ -211,9 +211,9 @@ class RestoreRule:
         """Predicted seconds per token of a prompt behind `context` tokens."""
         if not self._plan.is_measured:
             return self._kv.prefill_token_s or _UNMEASURED_TOKEN_S
-        stages = stage_costs(self._plan.placement, self._plan.request)
+        stages = stage_costs(self._plan.placement, self._plan.problem)
         batch = Batch(_CHUNK_TOKENS, context + _CHUNK_TOKENS, 0)
-        compute, hops = pipeline_s(self._plan.costs, stages, self._plan.request.links, batch)
+        compute, hops = pipeline_s(self._plan.costs, stages, self._plan.problem.links, batch)
         return (sum(compute) + sum(hops)) / _CHUNK_TOKENS
 
 

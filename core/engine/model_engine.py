@@ -84,7 +84,7 @@ class ModelEngine:
         """Tokens a second that the cost model expects of the placement; computed once for each number of streams."""
         if streams not in self._predicted_tok_s:
             plan = self.plan
-            rate = predict_rate(plan.placement, plan.request, streams, plan.request.context, plan.pooled)
+            rate = predict_rate(plan.placement, plan.problem, streams, plan.problem.context, plan.pooled)
             self._predicted_tok_s[streams] = rate.tok_s
         return self._predicted_tok_s[streams]
 

@@ -17,7 +17,7 @@ from core.costs import (
     LinkTopology,
     PlacementDevice,
     PlacementPlan,
-    PlacementRequest,
+    PlacementProblem,
     StagePlan,
     StageTimer,
     emulated_profile,
@@ -69,7 +69,7 @@ _ANY_MACHINE_BYTES = 1 << 60
 
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
-    """A load as planned. `request` is what placement worked from; `prediction` is there if its speeds are known;
+    """A load as planned. `problem` is what placement worked from; `prediction` is there if its speeds are known;
     `pooled` is the KV that devices hold together; `host` is there if layers stay in main memory; `notes` say where the
     model is served otherwise than its checkpoint says.
     """
@@ -77,7 +77,7 @@ class ModelPlan:
     resolved: ResolvedModel
     architecture: Architecture
     weights: ModelBytes
-    request: PlacementRequest
+    problem: PlacementProblem
     placement: PlacementPlan
     devices: tuple[Device, ...]
     max_model_len: int
@@ -92,7 +92,7 @@ class ModelPlan:
 
     @property
     def costs(self) -> LayerCosts:
-        return self.request.costs
+        return self.problem.costs
 
 
 def layer_costs(
@@ -192,7 +192,7 @@ def plan_model(
 
 
 def pool_devices(
-    placement: PlacementPlan, request: PlacementRequest, settings: Settings, max_model_len: int
+    placement: PlacementPlan, request: PlacementProblem, settings: Settings, max_model_len: int
 ) -> PooledKV:
     """The KV that the placement offers with what devices lend each other."""
     pooled = pool_of(request, placement, _lend_ratio(settings))
@@ -217,14 +217,14 @@ def _least_kv_tokens(settings: Settings, max_model_len: int, wanted: int) -> int
     return min(wanted, settings.model.max_model_len or min(max_model_len, _MIN_KV_TOKENS))
 
 
-def _with_profiles(request: PlacementRequest, profiles: Sequence[DeviceProfile]) -> PlacementRequest:
+def _with_profiles(request: PlacementProblem, profiles: Sequence[DeviceProfile]) -> PlacementProblem:
     measured = zip(request.devices, profiles, strict=True)
     return replace(request, devices=tuple(replace(device, profile=profile) for device, profile in measured))
 
 
 def _with_host(
-    request: PlacementRequest, host_bytes: int, links: Mapping[tuple[str, str], LinkProfile]
-) -> PlacementRequest:
+    request: PlacementProblem, host_bytes: int, links: Mapping[tuple[str, str], LinkProfile]
+) -> PlacementProblem:
     """Layers may stay in so many bytes of main memory, and stream in over these links."""
     known = request.links
     return replace(request, host_bytes=host_bytes, links=LinkTopology({**known.links, **links}, known.default))
@@ -241,7 +241,7 @@ def plan_request(
     *,
     shares_cpu: bool = False,
     attention_bytes: int = 0,
-) -> PlacementRequest:
+) -> PlacementProblem:
     """What the settings ask of placement. `shares_cpu`: a CPU device may take what others leave, so KV is bounded."""
     engine, placed = settings.engine, settings.devices
     costs = layer_costs(architecture, weights, settings, attention_bytes)
@@ -250,7 +250,7 @@ def plan_request(
     least = _least_kv_tokens(settings, max_model_len, wanted)
     if settings.lending.enabled and len(devices) > 1:
         least = min(least, MIN_LOCAL_BLOCKS * engine.block_size)  # the rest may be lent; `pool_devices` checks it
-    return PlacementRequest(
+    return PlacementProblem(
         model_name=name,
         costs=costs,
         devices=devices,
@@ -304,7 +304,7 @@ class Preview:
     """A placement that nothing was loaded for, and the KV that its devices hold together. Without known speeds there is
     no `prediction`."""
 
-    request: PlacementRequest
+    problem: PlacementProblem
     placement: PlacementPlan
     pooled: PooledKV
     prediction: Prediction | None
@@ -334,7 +334,7 @@ def preview(settings: Settings, gpus: Sequence[str] = (), *, more: Sequence[str]
         measure = measure_with(settings, TransferManager())
         host = host_for(settings, devices, open_main_memory(settings.devices))
         plan = plan_model(resolved, devices, settings, measure, host)
-        request, placement, pooled, prediction = plan.request, plan.placement, plan.pooled, plan.prediction
+        request, placement, pooled, prediction = plan.problem, plan.placement, plan.pooled, plan.prediction
         notes = plan.notes
     others = more or tuple(dict.fromkeys(text.partition("*")[0].strip() for text in gpus))
     effects = tuple(one_more(placement, request, device) for device in gpu_spec(*others)) if prediction else ()
@@ -371,19 +371,19 @@ def cohort_policy(plan: ModelPlan, settings: Settings) -> CohortPolicy:
         return OneCohort(chunk)
     if engine.cohorts is not None or not plan.is_measured:
         return FixedCohorts(len(stages), engine.cohorts or len(stages), chunk)
-    return PredictedCohorts(plan.costs, stage_costs(plan.placement, plan.request), plan.request.links, max_chunk=chunk)
+    return PredictedCohorts(plan.costs, stage_costs(plan.placement, plan.problem), plan.problem.links, max_chunk=chunk)
 
 
 def stage_timer(plan: ModelPlan, stage: StagePlan) -> StageTimer | None:
     """What predicts a stage's time; None where its device's speed is not known."""
     device = plan.devices[stage.device_index]
-    profile = plan.request.devices[stage.device_index].profile
+    profile = plan.problem.devices[stage.device_index].profile
     if device.speed is not None:
         profile = emulated_profile(device.name, device.speed.bandwidth_bytes_s, device.speed.flops)
     elif not plan.is_measured:
         return None
-    link, parts = plan.request.links.link(HOST, device.name), 1
+    link, parts = plan.problem.links.link(HOST, device.name), 1
     if profile.sharing is not None:
-        sharing = [stage.device.sharing for stage in stage_costs(plan.placement, plan.request)]
+        sharing = [stage.device.sharing for stage in stage_costs(plan.placement, plan.problem)]
         parts = sum(other is not None and other.processor == profile.sharing.processor for other in sharing)
     return StageTimer(plan.costs, profile, stage.first_layer, stage.last_layer, stage.streamed_layers, link, parts)

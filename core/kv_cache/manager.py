@@ -259,7 +259,7 @@ class KVCacheManager:
 
     def _allocate(self) -> int:
         (block,) = self.pool.allocate(1)
-        self.pages.place(block, self._cold_blocks)
+        self.pages.house(block, self._cold_blocks)
         return block
 
     def _evicted(self, block: int, digest: bytes) -> None:

@@ -55,12 +55,12 @@ class PageMap:
                 return False
         return True
 
-    def place(self, block: int, cold: ColdBlocks) -> None:
+    def house(self, block: int, cold: ColdBlocks) -> None:
         """A block that is about to be written gets a local page in every stage."""
         for index, pages in self._mapped:
             if not pages.free_local:
                 self._make_room(index, pages, cold)
-            pages.place(block)
+            pages.house(block)
 
     def bring_home(self, block: int, cold: ColdBlocks) -> None:
         """Before a block that exists is written: its pages have to be local."""

@@ -87,7 +87,7 @@ class StagePages:
         local: np.ndarray = blocks[self._region_of[blocks] == LOCAL]
         return local
 
-    def place(self, block: int) -> PageRef:
+    def house(self, block: int) -> PageRef:
         """Give a block without a page a local one; the caller has seen to it that one is free."""
         return self._put(block, self._regions[LOCAL])
 

@@ -5,7 +5,7 @@ Built in are
 - `profiled`: the fastest plan that the cost model knows, by `core.placement.search`;
 - `vram`: layers by free memory, in the order of the devices, by `core.placement.splitter`;
 - `balanced`: as many layers on each device as on any other, give or take one;
-- layers by hand: `PlacementRequest.layers` has a count per device.
+- layers by hand: `PlacementProblem.layers` has a count per device.
 
 Others are registered with `register_strategy`.
 
@@ -24,7 +24,7 @@ from dataclasses import replace
 from itertools import product
 
 from core.costs.cost import Batch, StageCost, best_cohorts, decode_tok_s
-from core.costs.plan import PlacementPlan, PlacementRequest, StagePlan
+from core.costs.plan import PlacementPlan, PlacementProblem, StagePlan
 from core.errors import InsufficientMemoryError, InvalidRequestError
 from core.placement.search import Cut, PlacementSearch
 from core.placement.splitter import split_by_memory
@@ -35,7 +35,7 @@ _ALL_COHORTS_UP_TO = 5
 _CLEARLY = 1 + 1e-9
 
 
-Strategy = Callable[[PlacementRequest], PlacementPlan]
+Strategy = Callable[[PlacementProblem], PlacementPlan]
 
 
 def register_strategy(name: str, function: Strategy) -> None:
@@ -62,7 +62,7 @@ def strategies() -> tuple[str, ...]:
     return tuple(sorted(_STRATEGIES))
 
 
-def place(request: PlacementRequest, strategy: str = "profiled") -> PlacementPlan:
+def place(request: PlacementProblem, strategy: str = "profiled") -> PlacementPlan:
     """The plan of a strategy. Where `request.layers` are given, they are the plan, and its strategy is "by hand".
 
     Raises:
@@ -95,7 +95,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def build_plan(request: PlacementRequest, strategy: str, cuts: Sequence[Cut]) -> PlacementPlan:
+def build_plan(request: PlacementProblem, strategy: str, cuts: Sequence[Cut]) -> PlacementPlan:
     """The plan with these stages, in the order of execution, and as much KV as is wanted and fits.
 
     Raises:
@@ -123,7 +123,7 @@ def build_plan(request: PlacementRequest, strategy: str, cuts: Sequence[Cut]) ->
     return PlacementPlan(request.model_name, strategy, stages, kv_tokens, unused)
 
 
-def stage_costs(plan: PlacementPlan, request: PlacementRequest) -> tuple[StageCost, ...]:
+def stage_costs(plan: PlacementPlan, request: PlacementProblem) -> tuple[StageCost, ...]:
     """A plan's stages as the cost model sees them."""
     return tuple(
         StageCost(
@@ -133,19 +133,19 @@ def stage_costs(plan: PlacementPlan, request: PlacementRequest) -> tuple[StageCo
     )
 
 
-def predicted_tok_s(plan: PlacementPlan, request: PlacementRequest) -> float:
+def predicted_tok_s(plan: PlacementPlan, request: PlacementProblem) -> float:
     """Tokens per second of all streams of the request, by its objective: what `profiled` makes as large as it can."""
     return _tok_s(request, stage_costs(plan, request))
 
 
-def _tok_s(request: PlacementRequest, stages: Sequence[StageCost]) -> float:
+def _tok_s(request: PlacementProblem, stages: Sequence[StageCost]) -> float:
     costs, links, streams, context = request.costs, request.links, request.streams, request.context
     cohorts = 1 if request.objective == "latency" else best_cohorts(costs, stages, links, streams, context)
     return decode_tok_s(costs, stages, links, streams, context, cohorts)
 
 
 def place_profiled(
-    request: PlacementRequest, *, required: frozenset[int] = frozenset(), least_kv_tokens: int | None = None
+    request: PlacementProblem, *, required: frozenset[int] = frozenset(), least_kv_tokens: int | None = None
 ) -> PlacementPlan:
     """The `profiled` strategy; with `required` devices, by index, that hold at least one layer.
 
@@ -182,7 +182,7 @@ def place_profiled(
     return next(plan for plan, rate in zip(plans, rates, strict=True) if rate * _CLEARLY >= max(rates))
 
 
-def _assured_tokens(request: PlacementRequest, search: PlacementSearch) -> int:
+def _assured_tokens(request: PlacementProblem, search: PlacementSearch) -> int:
     for tokens in (request.wanted_kv_tokens, request.needed_kv_tokens):
         if search.fits(tokens):
             return tokens
@@ -190,7 +190,7 @@ def _assured_tokens(request: PlacementRequest, search: PlacementSearch) -> int:
     return request.least_kv_tokens if most is None else most
 
 
-def _searched(request: PlacementRequest, search: PlacementSearch, kv_tokens: int) -> list[tuple[Cut, ...]]:
+def _searched(request: PlacementProblem, search: PlacementSearch, kv_tokens: int) -> list[tuple[Cut, ...]]:
     """What the programme finds best for all streams in one batch, or for each number of cohorts that may serve well."""
     number, streams, context = len(request.devices), request.streams, request.context
     if request.objective == "latency":
@@ -211,7 +211,7 @@ def _searched(request: PlacementRequest, search: PlacementSearch, kv_tokens: int
     return found
 
 
-def _vram(request: PlacementRequest) -> PlacementPlan:
+def _vram(request: PlacementProblem) -> PlacementPlan:
     return split_by_memory(
         request.costs,
         [(device.name, device.limit_bytes) for device in request.devices],
@@ -222,7 +222,7 @@ def _vram(request: PlacementRequest) -> PlacementPlan:
     )
 
 
-def _balanced(request: PlacementRequest) -> PlacementPlan:
+def _balanced(request: PlacementProblem) -> PlacementPlan:
     """As many devices as it fits on; with fewer than all, those with the most memory."""
     order = sorted(range(len(request.devices)), key=lambda index: -request.devices[index].limit_bytes)
     most = min(len(order), request.costs.num_layers)
@@ -236,7 +236,7 @@ def _balanced(request: PlacementRequest) -> PlacementPlan:
     raise refused
 
 
-def _even_cuts(request: PlacementRequest, used: Sequence[int]) -> list[Cut]:
+def _even_cuts(request: PlacementProblem, used: Sequence[int]) -> list[Cut]:
     """The same number of layers on each; what is left over goes to those with the most memory."""
     each, over = divmod(request.costs.num_layers, len(used))
     roomy = sorted(used, key=lambda index: -request.devices[index].limit_bytes)[:over]
@@ -248,11 +248,11 @@ def _even_cuts(request: PlacementRequest, used: Sequence[int]) -> list[Cut]:
     return cuts
 
 
-def _by_hand(request: PlacementRequest, layers: tuple[int, ...]) -> PlacementPlan:
+def _by_hand(request: PlacementProblem, layers: tuple[int, ...]) -> PlacementPlan:
     return build_plan(request, BY_HAND, cuts_by_hand(request, layers))
 
 
-def cuts_by_hand(request: PlacementRequest, layers: tuple[int, ...]) -> list[Cut]:
+def cuts_by_hand(request: PlacementProblem, layers: tuple[int, ...]) -> list[Cut]:
     """The stages that `layers` describe. Raises `InvalidRequestError` if they are not the model's."""
     num_layers, number = request.costs.num_layers, len(request.devices)
     if sum(layers) != num_layers or len(layers) > number or min(layers, default=0) < 0:
@@ -268,7 +268,7 @@ def cuts_by_hand(request: PlacementRequest, layers: tuple[int, ...]) -> list[Cut
     ]
 
 
-def _room_for(request: PlacementRequest, cut: Cut) -> int:
+def _room_for(request: PlacementProblem, cut: Cut) -> int:
     """KV tokens that fit on the stage, in whole blocks, up to what is wanted; negative if not even the weights do."""
     device, first, last = cut
     free = request.devices[device].limit_bytes - request.costs.needed_bytes(first, last, 0)
@@ -278,7 +278,7 @@ def _room_for(request: PlacementRequest, cut: Cut) -> int:
     return free // per_token // request.block_size * request.block_size
 
 
-def _insufficient(request: PlacementRequest, cuts: Sequence[Cut]) -> InsufficientMemoryError:
+def _insufficient(request: PlacementProblem, cuts: Sequence[Cut]) -> InsufficientMemoryError:
     tokens, devices = request.least_kv_tokens, request.devices
     lacking = {
         devices[cut.device].name: max(0, request.costs.needed_bytes(cut.first, cut.last, tokens) - limit)
@@ -294,7 +294,7 @@ def _insufficient(request: PlacementRequest, cuts: Sequence[Cut]) -> Insufficien
     )
 
 
-def _check(request: PlacementRequest, plan: PlacementPlan, strategy: str) -> None:
+def _check(request: PlacementProblem, plan: PlacementPlan, strategy: str) -> None:
     """Raise `ValueError` for stages that are no way through the model, `InsufficientMemoryError` beyond a limit."""
     cuts = [Cut(stage.device_index, stage.first_layer, stage.last_layer) for stage in plan.stages]
     bounds = [0, *(cut.last for cut in cuts)]

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from core.costs import PlacementDevice, PlacementRequest
+from core.costs import PlacementDevice, PlacementProblem
 from core.costs.cost import at_once, best_cohorts, decode_tok_s
 from core.costs.plan import PlacementPlan, StagePlan
 from core.errors import InsufficientMemoryError
@@ -38,7 +38,7 @@ class _Candidate:
     tok_s: float
 
 
-def place_pooled(request: PlacementRequest, strategy: str, lend_ratio: float, least_tokens: int = 0) -> PlacementPlan:
+def place_pooled(request: PlacementProblem, strategy: str, lend_ratio: float, least_tokens: int = 0) -> PlacementPlan:
     """`place`, and for `profiled` a plan that borrows where that is faster. `lend_ratio` 0: nobody lends. A plan
     that borrows holds at least `least_tokens` of KV, if the other one does.
 
@@ -63,14 +63,14 @@ def place_pooled(request: PlacementRequest, strategy: str, lend_ratio: float, le
     return best.plan
 
 
-def _levels(request: PlacementRequest, held: int) -> list[int]:
+def _levels(request: PlacementProblem, held: int) -> list[int]:
     """How much KV a stage may have to hold itself, instead of `held` tokens: what the streams need, and parts of it."""
     needed, least, block = request.needed_kv_tokens, request.least_kv_tokens, request.block_size
     parts = {max(least, needed // part // block * block) for part in (1, 2, 4, 8)} | {least}
     return sorted((tokens for tokens in parts if tokens < held), reverse=True)
 
 
-def pool_of(request: PlacementRequest, plan: PlacementPlan, lend_ratio: float) -> PooledKV:
+def pool_of(request: PlacementProblem, plan: PlacementPlan, lend_ratio: float) -> PooledKV:
     """The KV that a plan's devices hold together."""
     return pool_kv(
         plan.stages,
@@ -82,12 +82,12 @@ def pool_of(request: PlacementRequest, plan: PlacementPlan, lend_ratio: float) -
     )
 
 
-def _weigh(request: PlacementRequest, plan: PlacementPlan, lend_ratio: float) -> _Candidate:
+def _weigh(request: PlacementProblem, plan: PlacementPlan, lend_ratio: float) -> _Candidate:
     pooled = pool_of(request, plan, lend_ratio)
     return _Candidate(plan, pooled, pooled_tok_s(request, plan, pooled))
 
 
-def pooled_tok_s(request: PlacementRequest, plan: PlacementPlan, pooled: PooledKV) -> float:
+def pooled_tok_s(request: PlacementProblem, plan: PlacementPlan, pooled: PooledKV) -> float:
     """Tokens per second of the request's streams, with what they lack at home borrowed."""
     stages, streams, context = stage_costs(plan, request), request.streams, request.context
     latency = request.objective == "latency"
@@ -96,7 +96,7 @@ def pooled_tok_s(request: PlacementRequest, plan: PlacementPlan, pooled: PooledK
 
 
 def borrowing_tok_s(
-    request: PlacementRequest, plan: PlacementPlan, pooled: PooledKV, streams: int, context: int, cohorts: int
+    request: PlacementProblem, plan: PlacementPlan, pooled: PooledKV, streams: int, context: int, cohorts: int
 ) -> float:
     """Tokens per second of `streams` sequences of `context` tokens, of whose KV a part is lent."""
     stages = stage_costs(plan, request)
@@ -105,7 +105,7 @@ def borrowing_tok_s(
 
 
 def _late_s(
-    request: PlacementRequest, plan: PlacementPlan, pooled: PooledKV, read: int, batches: tuple[int, int]
+    request: PlacementProblem, plan: PlacementPlan, pooled: PooledKV, read: int, batches: tuple[int, int]
 ) -> tuple[list[float], float]:
     """By stage: how much longer a pass of a cohort takes because some of the `read` tokens of KV are lent, and because
     it attends for others; and what devices without a stage do for others in a round. `batches`: streams, cohorts."""
@@ -131,14 +131,14 @@ def _late_s(
     return late_s, max(idle_s.values(), default=0.0)
 
 
-def _rounds_s(request: PlacementRequest, stage: StagePlan, lender: PlacementDevice, rows: int) -> float:
+def _rounds_s(request: PlacementProblem, stage: StagePlan, lender: PlacementDevice, rows: int) -> float:
     """All layers' exchanges of a pass; partial results are fp32, about twice as long as queries."""
     own, query_bytes = request.devices[stage.device_index].name, rows * request.costs.hidden_bytes
     out, home = request.links.link(own, lender.name), request.links.link(lender.name, own)
     return stage.num_layers * (out.transfer_s(query_bytes) + home.transfer_s(2 * query_bytes))
 
 
-def _lender(request: PlacementRequest, plan: PlacementPlan, stage: StagePlan) -> PlacementDevice:
+def _lender(request: PlacementProblem, plan: PlacementPlan, stage: StagePlan) -> PlacementDevice:
     """The device with most to spare beside the stage's own."""
     spare = {device.name: device.limit_bytes for device in request.devices}
     for other in plan.stages:

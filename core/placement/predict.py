@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
-from core.costs import PlacementDevice, PlacementRequest
+from core.costs import PlacementDevice, PlacementProblem
 from core.costs.cost import Batch, StageCost, at_once, best_cohorts, decode_tok_s, load_s, pipeline_s
 from core.costs.plan import LayerCosts, PlacementPlan
 from core.costs.profile import LinkTopology
@@ -117,7 +117,7 @@ class Prediction:
 
 def predict(
     plan: PlacementPlan,
-    request: PlacementRequest,
+    request: PlacementProblem,
     streams: Sequence[int] = (1, 8, 32),
     context: int | None = None,
     pooled: PooledKV | None = None,
@@ -137,7 +137,7 @@ def predict(
     return Prediction(rates, context, floor_s, unused)
 
 
-def one_more(plan: PlacementPlan, request: PlacementRequest, device: PlacementDevice) -> DeviceEffect:
+def one_more(plan: PlacementPlan, request: PlacementProblem, device: PlacementDevice) -> DeviceEffect:
     """What another device beside those of the plan would bring. It may be left out, so the gain is never negative.
 
     Its links are taken for as fast as the slowest one that is known. Its name is made unique.
@@ -157,18 +157,18 @@ def one_more(plan: PlacementPlan, request: PlacementRequest, device: PlacementDe
     return DeviceEffect(device.name, max(without, predicted_tok_s(with_it, more)), without, with_it.kv_tokens)
 
 
-def _used(plan: PlacementPlan, request: PlacementRequest) -> tuple[PlacementDevice, ...]:
+def _used(plan: PlacementPlan, request: PlacementProblem) -> tuple[PlacementDevice, ...]:
     """The plan's devices, in the order of the request."""
     return tuple(device for device in request.devices if device.name not in plan.unused_devices)
 
 
-def _best_tok_s(plan: PlacementPlan, request: PlacementRequest) -> float:
+def _best_tok_s(plan: PlacementPlan, request: PlacementProblem) -> float:
     """Of the best plan for the devices of this one with as much KV."""
     same = replace(request, devices=_used(plan, request), layers=None)
     return predicted_tok_s(place_fastest(same, least_kv_tokens=plan.kv_tokens), same)
 
 
-def _forced(plan: PlacementPlan, request: PlacementRequest, device: PlacementDevice, without: float) -> DeviceEffect:
+def _forced(plan: PlacementPlan, request: PlacementProblem, device: PlacementDevice, without: float) -> DeviceEffect:
     more = replace(request, devices=(device, *_used(plan, request)), layers=None)
     try:
         forced = place_fastest(more, required=frozenset({0}), least_kv_tokens=plan.kv_tokens)
@@ -178,7 +178,7 @@ def _forced(plan: PlacementPlan, request: PlacementRequest, device: PlacementDev
 
 
 def predict_rate(
-    plan: PlacementPlan, request: PlacementRequest, streams: int, context: int, pooled: PooledKV | None = None
+    plan: PlacementPlan, request: PlacementProblem, streams: int, context: int, pooled: PooledKV | None = None
 ) -> RatePrediction:
     """One number of streams; see `predict`."""
     costs, links, stages = request.costs, request.links, stage_costs(plan, request)

@@ -9,7 +9,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from core.costs import SLOTS, PlacementRequest
+from core.costs import SLOTS, PlacementProblem
 from core.costs.cost import Batch
 from core.costs.profile import LinkProfile
 from core.devices.device import HOST
@@ -22,7 +22,7 @@ _EXACT = 2.0**50
 class StreamingSearch(PlacementSearch):
     """Everything but what fits and how long it takes is as in `PlacementSearch`."""
 
-    def __init__(self, request: PlacementRequest, required: frozenset[int] = frozenset()) -> None:
+    def __init__(self, request: PlacementProblem, required: frozenset[int] = frozenset()) -> None:
         self._loads = functools.lru_cache(maxsize=None)(functools.partial(streamed_bytes, request.costs))
         super().__init__(
             request.costs,
@@ -85,7 +85,7 @@ def _sums(values: list[int]) -> NDArray[np.int64]:
     return np.concatenate(([0], np.cumsum(np.array(values, np.int64))))
 
 
-def streaming_cuts(request: PlacementRequest, search: StreamingSearch, kv_tokens: int) -> list[tuple[Cut, ...]]:
+def streaming_cuts(request: PlacementProblem, search: StreamingSearch, kv_tokens: int) -> list[tuple[Cut, ...]]:
     """What the programme finds best for all streams in one batch, and for numbers of cohorts that may serve well."""
     streams, context = request.streams, request.context
     if request.objective == "latency":

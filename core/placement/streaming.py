@@ -1,7 +1,7 @@
 """Plans for models that do not fit on the devices: some layers stay in main memory and stream in.
 
 How many, and which, `core.placement.streamed_layers` says for one stage. What is read per pass does not depend on how
-many sequences share it. So the KV that the streams of the plan need (`PlacementRequest.needed_kv_tokens`) comes before
+many sequences share it. So the KV that the streams of the plan need (`PlacementProblem.needed_kv_tokens`) comes before
 keeping layers on the device; further KV does not.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
-from core.costs import SLOTS, PlacementRequest
+from core.costs import SLOTS, PlacementProblem
 from core.costs.plan import LayerCosts, PlacementPlan, StagePlan
 from core.devices.device import HOST
 from core.errors import InsufficientMemoryError
@@ -22,7 +22,7 @@ from core.placement.streamed_layers import choose_streamed, least_bytes
 
 
 def place_or_stream(
-    request: PlacementRequest, strategy: str = "profiled", lend_ratio: float = 0.0, least_tokens: int = 0
+    request: PlacementProblem, strategy: str = "profiled", lend_ratio: float = 0.0, least_tokens: int = 0
 ) -> PlacementPlan:
     """`place_pooled`; where the model does not fit and there is main memory (`request.host_bytes`), layers stream in.
 
@@ -37,7 +37,7 @@ def place_or_stream(
 
 
 def place_fastest(
-    request: PlacementRequest, *, required: frozenset[int] = frozenset(), least_kv_tokens: int | None = None
+    request: PlacementProblem, *, required: frozenset[int] = frozenset(), least_kv_tokens: int | None = None
 ) -> PlacementPlan:
     """`place_profiled`, and as `place_or_stream` where the model does not fit."""
     try:
@@ -48,7 +48,7 @@ def place_fastest(
     return _place_searched(request, "profiled", required, least_kv_tokens)
 
 
-def place_streaming(request: PlacementRequest, strategy: str = "profiled") -> PlacementPlan:
+def place_streaming(request: PlacementProblem, strategy: str = "profiled") -> PlacementPlan:
     """A plan with streamed layers. Layers by hand keep their stages; `vram` cuts in proportion to memory, `balanced`
     evenly; where that does not fit, and for all other strategies, the fastest cuts are searched.
 
@@ -67,7 +67,7 @@ def place_streaming(request: PlacementRequest, strategy: str = "profiled") -> Pl
     return _place_searched(request, strategy, frozenset(), None)
 
 
-def build_streaming(request: PlacementRequest, strategy: str, cuts: Sequence[Cut], kv_tokens: int) -> PlacementPlan:
+def build_streaming(request: PlacementProblem, strategy: str, cuts: Sequence[Cut], kv_tokens: int) -> PlacementPlan:
     """The plan with these stages. Layers are streamed as far as `kv_tokens` tokens of KV need the room; what is left of
     it becomes KV too, up to what is wanted.
 
@@ -91,7 +91,7 @@ def build_streaming(request: PlacementRequest, strategy: str, cuts: Sequence[Cut
     return PlacementPlan(request.model_name, strategy, stages, tokens, unused)
 
 
-def _limit(request: PlacementRequest, device: int) -> int:
+def _limit(request: PlacementProblem, device: int) -> int:
     return request.devices[device].limit_bytes
 
 
@@ -102,7 +102,7 @@ def _weights(costs: LayerCosts, cut: Cut, streamed: Sequence[int]) -> tuple[int,
     return costs.weight_bytes(cut.first, cut.last) - sum(sizes) + SLOTS * slot, sum(sizes), slot
 
 
-def _room(request: PlacementRequest, cut: Cut, streamed: Sequence[int]) -> int:
+def _room(request: PlacementProblem, cut: Cut, streamed: Sequence[int]) -> int:
     """KV tokens that fit, in whole blocks."""
     costs, (weights, _, _) = request.costs, _weights(request.costs, cut, streamed)
     free = _limit(request, cut.device) - weights - costs.stage_workspace_bytes(cut.last)
@@ -112,7 +112,7 @@ def _room(request: PlacementRequest, cut: Cut, streamed: Sequence[int]) -> int:
     return free // per_token // request.block_size * request.block_size
 
 
-def _stage(request: PlacementRequest, cut: Cut, streamed: tuple[int, ...], kv_tokens: int) -> StagePlan:
+def _stage(request: PlacementProblem, cut: Cut, streamed: tuple[int, ...], kv_tokens: int) -> StagePlan:
     costs = request.costs
     weight_bytes, streamed_bytes, slot_bytes = _weights(costs, cut, streamed)
     per_token = costs.stage_kv_bytes_per_token(cut.first, cut.last)
@@ -133,7 +133,7 @@ def _stage(request: PlacementRequest, cut: Cut, streamed: tuple[int, ...], kv_to
 
 
 def _place_searched(
-    request: PlacementRequest, strategy: str, required: frozenset[int], least_kv_tokens: int | None
+    request: PlacementProblem, strategy: str, required: frozenset[int], least_kv_tokens: int | None
 ) -> PlacementPlan:
     """The fastest of the searched cuts and the plain ones that holds as much KV as any of them can, or
     `least_kv_tokens`."""
@@ -156,7 +156,7 @@ def _place_searched(
     raise refused or _insufficient(request, next(iter(_plain_cuts(request, "vram"))), least)
 
 
-def _plain_cuts(request: PlacementRequest, strategy: str) -> list[list[Cut]]:
+def _plain_cuts(request: PlacementProblem, strategy: str) -> list[list[Cut]]:
     """Every device in the order given: in proportion to memory, or evenly on as many as possible."""
     limits = [device.limit_bytes for device in request.devices]
     if strategy == "vram":
@@ -167,7 +167,7 @@ def _plain_cuts(request: PlacementRequest, strategy: str) -> list[list[Cut]]:
     return []
 
 
-def _cuts(request: PlacementRequest, used: Sequence[int], weights: Sequence[int]) -> list[Cut]:
+def _cuts(request: PlacementProblem, used: Sequence[int], weights: Sequence[int]) -> list[Cut]:
     """Layers in proportion to `weights`, at least one each."""
     num_layers = request.costs.num_layers
     used = list(used)[:num_layers]
@@ -182,12 +182,12 @@ def _cuts(request: PlacementRequest, used: Sequence[int], weights: Sequence[int]
     return cuts
 
 
-def _fits(request: PlacementRequest, cuts: Sequence[Cut], kv_tokens: int) -> bool:
+def _fits(request: PlacementProblem, cuts: Sequence[Cut], kv_tokens: int) -> bool:
     costs = request.costs
     return all(least_bytes(costs, cut.first, cut.last, kv_tokens) <= _limit(request, cut.device) for cut in cuts)
 
 
-def _most_tokens(request: PlacementRequest, cuts: Sequence[Cut]) -> int:
+def _most_tokens(request: PlacementProblem, cuts: Sequence[Cut]) -> int:
     """What the streams need of KV, or as much of it as fits, but at least `least_kv_tokens`."""
     return _bisect(
         lambda tokens: _fits(request, cuts, tokens),
@@ -204,7 +204,7 @@ def _bisect(fits: Callable[[int], bool], least: int, most: int, block_size: int)
 
 
 def _insufficient(
-    request: PlacementRequest, cuts: Sequence[Cut], kv_tokens: int, host_lacking: int = 0
+    request: PlacementProblem, cuts: Sequence[Cut], kv_tokens: int, host_lacking: int = 0
 ) -> InsufficientMemoryError:
     lacking = {
         request.devices[cut.device].name: max(

@@ -27,7 +27,7 @@ class Tier(enum.IntEnum):
     L6 = 6  # network or object storage
 
 
-class LayerShape(Protocol):
+class PageShape(Protocol):
     """One layer's KV per token, as `core.models.architecture.KVShape` has it."""
 
     @property
@@ -60,7 +60,7 @@ class BlockLayout:
     nbytes: int
 
     @classmethod
-    def of(cls, shapes: Sequence[LayerShape], block_size: int, dtype: str) -> BlockLayout:
+    def of(cls, shapes: Sequence[PageShape], block_size: int, dtype: str) -> BlockLayout:
         """The layout of a model whose layer `i` has `shapes[i]`; `dtype` is bfloat16, float16 or float32.
 
         Raises `ValueError` for another dtype.

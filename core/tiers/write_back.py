@@ -56,7 +56,7 @@ class WriteQueue:
         return self._writes.pop(block, None) is not None
 
 
-class Pace:
+class WritePace:
     """Bounds the bytes per second of a series of writes; `None` does not."""
 
     def __init__(self, bytes_s: float | None) -> None:

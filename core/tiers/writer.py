@@ -13,7 +13,7 @@ from core.tiers.loading import HostSlot, log_failure
 from core.tiers.lower_tier import LowerTier
 from core.tiers.policy import WriteRules
 from core.tiers.records import BlockLayout, MoveKind, Tier
-from core.tiers.write_back import Pace, Write, WriteQueue
+from core.tiers.write_back import Write, WritePace, WriteQueue
 
 
 class WriteOptions(Protocol):
@@ -58,7 +58,7 @@ class Writer:
         self._lock = lock
         self._changed = threading.Condition(lock)
         self._queue = WriteQueue(options.max_queued_writes)
-        self._pace = Pace(options.write_bytes_s)
+        self._pace = WritePace(options.write_bytes_s)
         self._hurry = threading.Event()
         self._scratch: dict[Tier, memoryview] = {}
         self._refused: dict[bytes, float] = {}  # blocks of host RAM that no tier took, with their heat then

@@ -12,7 +12,7 @@ import pytest
 from steering import arriving_together
 from tiny_models import VOCAB, build_tiny
 
-from core.costs import PlacementPlan, PlacementRequest, Sharing
+from core.costs import PlacementPlan, PlacementProblem, Sharing
 from core.devices import Device
 from core.engine import builder
 from core.engine.model_plan import ModelPlan
@@ -44,7 +44,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def backwards() -> Iterator[str]:
     """A strategy of one's own: the devices in reverse order."""
 
-    def last_first(request: PlacementRequest) -> PlacementPlan:
+    def last_first(request: PlacementProblem) -> PlacementPlan:
         return build_plan(request, "backwards", [Cut(2, 0, 1), Cut(1, 1, 2), Cut(0, 2, request.costs.num_layers)])
 
     register_strategy("backwards", last_first)

@@ -265,7 +265,7 @@ def test_a_closing_region_takes_no_blocks() -> None:
 def test_a_region_that_holds_blocks_is_not_forgotten() -> None:
     pages = StagePages(4, 2, "own")
     pages.add(1, "lender", 2, rank=0)
-    pages.place(0)
+    pages.house(0)
     pages.move(0, 1)
     with pytest.raises(ValueError, match="still holds"):
         pages.remove(1)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.costs import PlacementDevice, PlacementRequest
+from core.costs import PlacementDevice, PlacementProblem
 from core.costs.cards import gpu_spec
 from core.costs.plan import LayerCosts, PlacementPlan
 from core.costs.profile import DeviceProfile, LinkProfile, LinkTopology
@@ -65,8 +65,8 @@ def device(name: str, limit: int, bandwidth: float = 1e3) -> PlacementDevice:
     return PlacementDevice(name, limit, DeviceProfile(name, bandwidth, ((1, 1e5),), 0.01, 0.1))
 
 
-def request_for(costs: LayerCosts, *devices: PlacementDevice, most: int = 64, **fields: object) -> PlacementRequest:
-    request = PlacementRequest("m", costs, devices, STAGED, context=16, max_kv_tokens=most, block_size=4)
+def request_for(costs: LayerCosts, *devices: PlacementDevice, most: int = 64, **fields: object) -> PlacementProblem:
+    request = PlacementProblem("m", costs, devices, STAGED, context=16, max_kv_tokens=most, block_size=4)
     return replace(request, **fields)  # type: ignore[arg-type]
 
 
@@ -74,7 +74,7 @@ def layers_by_device(plan: PlacementPlan) -> dict[str, int]:
     return {stage.device_name: stage.num_layers for stage in plan.stages}
 
 
-def check_plan(plan: PlacementPlan, request: PlacementRequest) -> None:
+def check_plan(plan: PlacementPlan, request: PlacementProblem) -> None:
     costs = request.costs
     assert [layer for s in plan.stages for layer in range(s.first_layer, s.last_layer)] == list(range(costs.num_layers))
     assert request.min_kv_tokens <= plan.kv_tokens < request.max_kv_tokens + request.block_size
@@ -151,7 +151,7 @@ def test_the_order_of_stages_follows_the_links() -> None:
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
 def test_a_weak_card_that_is_not_needed_is_left_out(objective: Objective) -> None:
     devices = gpu_spec("3090", "2060")
-    request = PlacementRequest("8B", EIGHT_B, devices, STAGED, objective, 8, 2048, 512, 10**6)
+    request = PlacementProblem("8B", EIGHT_B, devices, STAGED, objective, 8, 2048, 512, 10**6)
     plan = place(request)
     assert plan.unused_devices == ("RTX 2060",)
     assert plan.kv_tokens >= 8 * 2048
@@ -159,9 +159,9 @@ def test_a_weak_card_that_is_not_needed_is_left_out(objective: Objective) -> Non
 
 
 def test_a_weak_card_is_used_where_its_memory_is_needed() -> None:
-    request = PlacementRequest("14B", FOURTEEN_B, gpu_spec("3090", "2060*2"), STAGED, context=1024, max_kv_tokens=1024)
+    request = PlacementProblem("14B", FOURTEEN_B, gpu_spec("3090", "2060*2"), STAGED, context=1024, max_kv_tokens=1024)
     assert len(place(request).stages) == 3
-    wanted = PlacementRequest("8B", EIGHT_B, gpu_spec("3090", "2060"), STAGED, max_kv_tokens=100_000)
+    wanted = PlacementProblem("8B", EIGHT_B, gpu_spec("3090", "2060"), STAGED, max_kv_tokens=100_000)
     assert place(wanted).unused_devices == ()
     assert place(wanted).kv_tokens >= 100_000
 
@@ -221,7 +221,7 @@ def test_layers_are_written_as_numbers(text: str) -> None:
 
 
 def test_a_strategy_of_ones_own() -> None:
-    def last_only(request: PlacementRequest) -> PlacementPlan:
+    def last_only(request: PlacementProblem) -> PlacementPlan:
         return build_plan(request, "last-only", [Cut(len(request.devices) - 1, 0, request.costs.num_layers)])
 
     register_strategy("last-only", last_only)

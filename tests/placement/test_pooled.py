@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import STAGED, large
 
-from core.costs import PlacementDevice, PlacementRequest
+from core.costs import PlacementDevice, PlacementProblem
 from core.costs.cards import gpu_spec
 from core.costs.plan import LayerCosts
 from core.costs.profile import DeviceProfile, LinkProfile, LinkTopology
@@ -26,8 +26,8 @@ LLAMA_13B = large(40, 5120, 13824, 5120, vocab=32_000)
 FAST, SLOW = "48GiB@1800GB/s/400TFLOPS", "24GiB@180GB/s/20TFLOPS"
 
 
-def request(*gpus: str, wanted: int = 32_768) -> PlacementRequest:
-    return PlacementRequest(
+def request(*gpus: str, wanted: int = 32_768) -> PlacementProblem:
+    return PlacementProblem(
         "model", LLAMA_13B, gpu_spec(*gpus), STAGED, objective="throughput", streams=8, context=2048,
         min_kv_tokens=256, max_kv_tokens=wanted,
     )  # fmt: skip
@@ -131,7 +131,7 @@ def test_a_plan_that_borrows_holds_the_longest_prompt_if_the_other_one_does() ->
     costs = LayerCosts(50, (100,) * 8, 5, 50, False, (2,) * 8, 10, 20, (200,) * 8, 100, hidden_bytes=16)
     found = 0
     for limit in range(1200, 9000, 60):
-        asked = PlacementRequest(
+        asked = PlacementProblem(
             "model", costs,
             tuple(
                 PlacementDevice(name, size, DeviceProfile(name, bandwidth, ((1, flops),)))
@@ -160,7 +160,7 @@ def test_it_is_never_slower_by_prediction_and_holds_as_much(
     cards: list[tuple[int, float, float]], streams: int, latency_s: float, link: float, ratio: float
 ) -> None:
     costs = LayerCosts(50, (100,) * 8, 5, 50, False, (2,) * 8, 10, 20, (200,) * 8, 100, hidden_bytes=16)
-    asked = PlacementRequest(
+    asked = PlacementProblem(
         "model",
         costs,
         tuple(

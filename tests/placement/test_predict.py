@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from core.costs import PlacementDevice, PlacementRequest
+from core.costs import PlacementDevice, PlacementProblem
 from core.costs.cost import Batch, StageCost, best_cohorts, decode_tok_s, pipeline_s, stage_s
 from core.costs.plan import LayerCosts
 from core.costs.profile import DeviceProfile, LinkProfile, LinkTopology
@@ -31,13 +31,13 @@ def device(name: str, limit: int = 20_000, bandwidth: float = 1e6, flops: float 
     return PlacementDevice(name, limit, DeviceProfile(name, bandwidth, ((1, flops),), 1e-6, 2e-6))
 
 
-def request_for(*devices: PlacementDevice, **fields: object) -> PlacementRequest:
+def request_for(*devices: PlacementDevice, **fields: object) -> PlacementProblem:
     links = LinkTopology(default=LINK)
-    request = PlacementRequest("m", COSTS, devices, links, streams=4, context=50, max_kv_tokens=256)
+    request = PlacementProblem("m", COSTS, devices, links, streams=4, context=50, max_kv_tokens=256)
     return replace(request, **fields)  # type: ignore[arg-type]
 
 
-def predicted(request: PlacementRequest, strategy: str = "profiled", **fields: int) -> Prediction:
+def predicted(request: PlacementProblem, strategy: str = "profiled", **fields: int) -> Prediction:
     return predict(place(request, strategy), request, **fields)
 
 

@@ -12,7 +12,7 @@ from core.costs import (
     LayerCosts,
     LinkTopology,
     PlacementDevice,
-    PlacementRequest,
+    PlacementProblem,
     Sharing,
     StageCost,
     StageTimer,
@@ -94,7 +94,7 @@ def test_no_more_steps_are_put_in_flight_than_sharing_lets_gain() -> None:
 def test_the_prediction_is_for_parts_that_compute_at_once() -> None:
     slow = Sharing("cpu", 2, 1.25, 1.25)
     devices = tuple(PlacementDevice(name, 6000, replace(PART, name=name, sharing=slow)) for name in ("a", "b"))
-    request = PlacementRequest("m", COSTS, devices, LinkTopology(), "throughput", 32, 10, max_kv_tokens=320)
+    request = PlacementProblem("m", COSTS, devices, LinkTopology(), "throughput", 32, 10, max_kv_tokens=320)
     plan = place(request, "profiled")
     (rate,) = predict(plan, request, (32,)).rates
     assert rate.cohorts > 1 and rate.tok_s == predicted_tok_s(plan, request)
@@ -111,7 +111,7 @@ def test_parts_that_cost_each_other_too_much_are_not_all_used() -> None:
     crowded = replace(PART, sharing=Sharing("cpu", 2, 4.0, 4.0))
     profiles = (replace(PART, name="card", sharing=None), replace(crowded, name="a"), replace(crowded, name="b"))
     devices = tuple(PlacementDevice(profile.name, 6000, profile) for profile in profiles)
-    request = PlacementRequest("m", COSTS, devices, LinkTopology(), "throughput", 32, 10, max_kv_tokens=320)
+    request = PlacementProblem("m", COSTS, devices, LinkTopology(), "throughput", 32, 10, max_kv_tokens=320)
     layers = {stage.device_name: stage.num_layers for stage in place(request, "profiled").stages}
     assert layers == {"card": 4, "a": 4}
     free = replace(request, devices=tuple(replace(d, profile=replace(d.profile, sharing=None)) for d in devices))
@@ -124,7 +124,7 @@ def test_a_plan_gives_less_to_parts_that_share() -> None:
     crowded = replace(PART, step_overhead_s=0.0, sharing=Sharing("cpu", 2, 1.5, 1.5))
     profiles = (replace(crowded, name="card", sharing=None), replace(crowded, name="a"), replace(crowded, name="b"))
     devices = tuple(PlacementDevice(profile.name, 18000, profile) for profile in profiles)
-    request = PlacementRequest("m", costs, devices, LinkTopology(), "throughput", 32, 10, max_kv_tokens=320)
+    request = PlacementProblem("m", costs, devices, LinkTopology(), "throughput", 32, 10, max_kv_tokens=320)
     layers = {stage.device_name: stage.num_layers for stage in place(request, "profiled").stages}
     assert layers == {"card": 10, "a": 7, "b": 7}
 

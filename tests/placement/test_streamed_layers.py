@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.costs import PlacementDevice, PlacementRequest
+from core.costs import PlacementDevice, PlacementProblem
 from core.costs.cards import gpu_spec
 from core.costs.cost import loaded_layers
 from core.costs.plan import LayerCosts, PlacementPlan
@@ -37,9 +37,9 @@ def links(*names: str, bandwidth: float = 500.0) -> LinkTopology:
     return LinkTopology({(HOST, name): LinkProfile(bandwidth) for name in names}, LinkProfile(1e6, 1e-5))
 
 
-def request_for(costs: LayerCosts, *devices: PlacementDevice, **fields: object) -> PlacementRequest:
+def request_for(costs: LayerCosts, *devices: PlacementDevice, **fields: object) -> PlacementProblem:
     between = links(*(device.name for device in devices))
-    request = PlacementRequest(
+    request = PlacementProblem(
         "m", costs, devices, between, context=16, max_kv_tokens=64, block_size=4, host_bytes=UNLIMITED
     )
     return replace(request, **fields)  # type: ignore[arg-type]
@@ -51,7 +51,7 @@ def needed(costs: LayerCosts, first: int, last: int, kv_tokens: int, streamed: t
     return costs.needed_bytes(first, last, kv_tokens) - sum(sizes) + 2 * max(sizes, default=0)
 
 
-def check(plan: PlacementPlan, request: PlacementRequest) -> None:
+def check(plan: PlacementPlan, request: PlacementProblem) -> None:
     """Every byte of a plan."""
     costs = request.costs
     assert [x for s in plan.stages for x in range(s.first_layer, s.last_layer)] == list(range(costs.num_layers))
@@ -134,7 +134,7 @@ def test_a_layer_with_a_slot_to_itself_is_not_loaded_again() -> None:
 
 
 @st.composite
-def requests(draw: st.DrawFn) -> tuple[PlacementRequest, str]:
+def requests(draw: st.DrawFn) -> tuple[PlacementProblem, str]:
     sizes = draw(st.lists(st.sampled_from((40, 100, 130)), min_size=2, max_size=14))
     costs = costs_of(tuple(sizes), kv=draw(st.integers(1, 4)), tied=draw(st.booleans()))
     number = draw(st.integers(1, 3))
@@ -151,7 +151,7 @@ def requests(draw: st.DrawFn) -> tuple[PlacementRequest, str]:
 
 @settings(max_examples=150)
 @given(requests())
-def test_plans_stay_within_every_budget_to_the_byte(drawn: tuple[PlacementRequest, str]) -> None:
+def test_plans_stay_within_every_budget_to_the_byte(drawn: tuple[PlacementProblem, str]) -> None:
     request, strategy = drawn
     try:
         plan = place_or_stream(request, strategy)
@@ -172,7 +172,7 @@ def test_plans_stay_within_every_budget_to_the_byte(drawn: tuple[PlacementReques
 
 @settings(max_examples=100)
 @given(requests())
-def test_what_cannot_work_is_refused_and_only_that(drawn: tuple[PlacementRequest, str]) -> None:
+def test_what_cannot_work_is_refused_and_only_that(drawn: tuple[PlacementProblem, str]) -> None:
     """One device: it works if two slots, ends and the least KV fit."""
     request, strategy = drawn
     request = replace(request, devices=request.devices[:1], host_bytes=UNLIMITED)

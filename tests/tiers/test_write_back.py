@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from core.tiers.write_back import Pace, SpeedMeter, Write, WriteQueue
+from core.tiers.write_back import SpeedMeter, Write, WritePace, WriteQueue
 
 
 def test_writes_come_out_in_order_and_once() -> None:
@@ -38,11 +38,11 @@ def test_a_queue_without_room_is_refused() -> None:
 
 
 def test_the_pace_keeps_the_mean_rate() -> None:
-    pace = Pace(100.0)
+    pace = WritePace(100.0)
     assert pace.delay_s(50, 0.0) == pytest.approx(0.5)
     assert pace.delay_s(50, 0.5) == pytest.approx(0.5)
     assert pace.delay_s(100, 5.0) == pytest.approx(1.0), "idle time is not saved up"
-    assert Pace(None).delay_s(10**9, 0.0) == 0.0
+    assert WritePace(None).delay_s(10**9, 0.0) == 0.0
 
 
 def test_the_meter_follows_recent_moves() -> None:

@@ -69,7 +69,7 @@ def as_dict(shown: Preview) -> dict[str, Any]:
 def print_plan(shown: Preview, console: Console) -> None:
     """Stages in the order of execution, then what to expect of them."""
     _print_stages(shown.placement, shown.pooled.tokens, console)
-    _print_streams(shown.placement, shown.request.costs, console)
+    _print_streams(shown.placement, shown.problem.costs, console)
     for note in shown.notes:
         console.print(f"note: {note}", soft_wrap=True)
     if shown.prediction is None:
@@ -89,11 +89,11 @@ def assumptions(shown: Preview) -> list[str]:
     if shown.prediction is None:
         return []
     lines = []
-    by_datasheet = any(device.profile.source == "datasheet" for device in shown.request.devices)
+    by_datasheet = any(device.profile.source == "datasheet" for device in shown.problem.devices)
     if by_datasheet or shown.one_more:
         told = [f"{DATASHEET_LAYER_OVERHEAD_S * 1e3:g} ms of overhead per layer and step"]
         if by_datasheet:
-            link = shown.request.links.default
+            link = shown.problem.links.default
             told.append(f"links of {link.bandwidth_bytes_s / 1e9:g} GB/s and {link.latency_s * 1e6:g} us")
         lines.append(f"assumed of cards that are not here: the speeds of their datasheets, {', '.join(told)}")
     on_gpus = [by_datasheet or stage.device_name.startswith(tuple(GPU_KINDS)) for stage in shown.placement.stages]

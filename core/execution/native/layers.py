@@ -26,7 +26,7 @@ from core.execution.native.kernels import MAX_ROWS, NativeKernels
 from core.execution.native.modules import NativeLinear, is_llama_norm
 from core.execution.native.packed import linear_facts
 from core.execution.native.recognize import same_forward
-from core.execution.native.structs import AttentionLayer, Step, Weights, weights_array
+from core.execution.native.structs import AttentionLayer, StepView, Weights, weights_array
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -50,13 +50,13 @@ class NativeLayers:
     def __init__(self, kernels: NativeKernels) -> None:
         self.kernels = kernels
         self._metadata: AttentionMetadata | None = None
-        self._step: Step | None = None
+        self._step: StepView | None = None
 
-    def step(self, metadata: AttentionMetadata) -> Step:
+    def step(self, metadata: AttentionMetadata) -> StepView:
         """The C side's view of `metadata`; made once per step."""
         if self._step is None or self._metadata is not metadata:
             tables = metadata.block_tables
-            self._step = Step(
+            self._step = StepView(
                 metadata.slot_mapping.shape[0], tables.shape[0], tables.shape[1], tables.data_ptr(),
                 metadata.query_start.data_ptr(), metadata.seq_lens.data_ptr(), metadata.slot_mapping.data_ptr(),
             )  # fmt: skip

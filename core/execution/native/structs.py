@@ -43,7 +43,7 @@ class AttentionLayer(ctypes.Structure):
     ]
 
 
-class Step(ctypes.Structure):
+class StepView(ctypes.Structure):
     """A step's batch, which has to outlive it."""
 
     _fields_ = _fields("tokens seqs max_blocks tables query_start seq_lens slots")

@@ -8,7 +8,7 @@ from core.costs import Batch, StageTimer
 from core.devices import Device
 
 
-class Pace:
+class EmulatedClock:
     """Lets a stage take as long as its device would have: at the end of a pass, and before and after each layer that
     streams in, so that loading goes on beside computing as it would there. Real devices take what they take.
     """
