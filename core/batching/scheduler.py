@@ -25,8 +25,9 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from core.batching.running import RunningSequences
 from core.batching.sequence import Request, Sequence, SequenceStatus, SequenceUpdate, ending_of
-from core.batching.step import PrefillMeter, SchedulerLimits, StepDraft, record_of, weight_of, whole
+from core.batching.step import SchedulerLimits, StepDraft, record_of, weight_of, whole
 from core.batching.waiting import WaitingSequences
 from core.errors import StepFailedError
 from core.execution.records import RawRows, ScheduledSequence, SchedulerOutput, StepOutput, StepRecord, ints, longs
@@ -37,27 +38,23 @@ MAX_FAILURES = 3
 """A sequence that so many steps have failed with is not tried again."""
 MAX_MEMORY_FAILURES = 12
 """The same where memory ran out: every try computes half as many tokens."""
-FIRST_STEPS = 16
-"""A sequence that has just begun is expected to go on for as many steps."""
 
 
 class Scheduler:
     """Owns the waiting sequences, the running list and the block tables. Used by the engine thread alone."""
 
-    def __init__(self, kv: KVCacheManager, limits: SchedulerLimits) -> None:
+    def __init__(self, kv: KVCacheManager, limits: SchedulerLimits, running: RunningSequences | None = None) -> None:
+        """`running` is the list that the scheduler keeps; others may look at it."""
         self.kv = kv
         self.limits = limits
         self.num_preemptions = 0
         self.waiting = WaitingSequences(kv)
-        self._running: list[Sequence] = []
+        self._running = running if running is not None else RunningSequences()
         self._ended: list[int] = []
         self._steps = 0
-        self._meter = PrefillMeter()
         self._token_cap: int | None = None  # since memory ran out in a step
         self._ahead = 0.0  # what rounding up gave the last step beyond its share; the next one gets so much less
         self._blocked: tuple[int, int] | None = None
-        kv.cold_order = self._cold_order
-        kv.steps_left = self._steps_left
 
     @property
     def has_work(self) -> bool:
@@ -89,10 +86,6 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return self.waiting.total
-
-    def _cold_order(self) -> list[int]:
-        """Running sequences, those that are served last first."""
-        return [s.seq_id for s in sorted(self._running, key=lambda s: s.sort_key, reverse=True)]
 
     def add(self, request: Request) -> None:
         """Queue a request's sequences."""
@@ -206,14 +199,6 @@ class Scheduler:
             self._preempt(StepDraft(0, 0), sequence, self.kv.close_and_drop_away)
         self.kv.unwanted.clear()
 
-    def _steps_left(self, seq_id: int) -> int:
-        """A sequence is expected to go on for as long as it has gone on already."""
-        sequence = next((s for s in self._running if s.seq_id == seq_id), None)
-        if sequence is None:
-            return 0
-        produced = len(sequence.output_token_ids)
-        return max(0, min(sequence.request.max_tokens - produced, max(FIRST_STEPS, produced)))
-
     def _victim(self) -> Sequence | None:
         """The running sequence that is served last; None while all of them are in flight."""
         return max((s for s in self._running if not s.in_flight), key=lambda s: s.sort_key, default=None)
@@ -281,7 +266,7 @@ class Scheduler:
             sequence.in_flight += 1
             sequence.num_scheduled_tokens += num_new
             sequence.last_step = self._steps
-        self._meter.begun(self._steps)
+        self._running.meter.begun(self._steps)
         return SchedulerOutput(record, self.kv.take_step(self._steps))
 
     # -- after the step ---------------------------------------------------------------------------------------------
@@ -289,7 +274,7 @@ class Scheduler:
     def update_from_output(self, output: SchedulerOutput, result: StepOutput) -> list[SequenceUpdate]:
         """Advance the step's sequences; returns one update for each that gained a token or failed."""
         self.kv.step_done(output.step)
-        self.kv.prefill_token_s = self._meter.ended(output)
+        self._running.meter.ended(output)
         self._token_cap = None if self._token_cap is None else _relaxed(self._token_cap, self.limits)
         running = {sequence.seq_id: sequence for sequence in self._running}
         updates = []
@@ -372,7 +357,7 @@ class Scheduler:
         computed again. `memory`: it ran out, so the next steps are smaller. Without `blame` it does not count.
         """
         self.kv.step_done(output.step, moved=moved)
-        self._meter.failed(output.step)
+        self._running.meter.failed(output.step)
         if memory:
             self._token_cap = max(1, output.num_tokens // 2)
         running = {sequence.seq_id: sequence for sequence in self._running}

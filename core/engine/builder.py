@@ -9,6 +9,7 @@ from functools import partial
 
 from core.batching.batcher import ContinuousBatcher
 from core.batching.breaker import CircuitBreaker
+from core.batching.running import RunningSequences
 from core.batching.scheduler import Scheduler
 from core.batching.step import SchedulerLimits
 from core.config import Settings
@@ -143,13 +144,14 @@ class EngineBuilder:
         plan, settings = self.plan, self._settings
         engine, model = settings.engine, describe(plan, settings, self._tokenizer)
         salt = f"{model.path}:{plan.resolved.revision or weights_digest(model.path)}:{model.dtype}".encode()
-        memory = open_kv(plan, settings, stages, self.budgets, salt, self._blocks)
+        running = RunningSequences()
+        memory = open_kv(plan, settings, stages, self.budgets, salt, self._blocks, running)
         try:
             torch_threads = 1 if products_are_native(backends, plan) else self._threads.together
             runner = ModelRunner(stages, self._transfer, self._threads, torch_threads)
             batcher = ContinuousBatcher(
                 runner,
-                Scheduler(memory.kv, _limits(engine, memory.kv, model.max_model_len)),
+                Scheduler(memory.kv, _limits(engine, memory.kv, model.max_model_len), running),
                 self._tokenizer,
                 max_queue=engine.max_queue,
                 breaker=CircuitBreaker(engine.breaker_failures, engine.breaker_reset_s),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from core.batching.running import RunningSequences
 from core.config import MemorySettings, Settings
 from core.costs import Batch, pipeline_s
 from core.devices import HOST, Device, DeviceBudget, parse_link
@@ -72,10 +73,10 @@ class KVMemory:
 
 def open_kv(
     plan: ModelPlan, settings: Settings, stages: Sequence[Stage], budgets: Mapping[str, DeviceBudget], salt: bytes,
-    blocks: StepBlocks,
+    blocks: StepBlocks, running: RunningSequences,
 ) -> KVMemory:  # fmt: skip
     """The blocks of a model whose stages have allocated their local pages, and find in `blocks` what tiers keep.
-    `budgets` has main memory's too."""
+    `budgets` has main memory's too; `running` is the list that the scheduler will keep."""
     block_size = settings.engine.block_size
     num_blocks = plan.pooled.tokens // block_size
     mapped = [
@@ -83,22 +84,36 @@ def open_kv(
         else StagePages(num_blocks, stage.kv.num_pages, stage.device.name)
         for stage in stages
     ]  # fmt: skip
-    kv = KVCacheManager(
-        num_blocks, block_size, salt=salt, enable_prefix_caching=settings.engine.enable_prefix_caching, stages=mapped
-    )
-    memory = KVMemory(kv, salt)
-    memory.tiers = _open_tiers(plan, settings, kv, budgets[HOST], blocks)
-    if not kv.pages.is_trivial:
-        try:
-            memory.overflow = _open_overflow(plan, settings, stages, budgets, memory)
-        except BaseException:
-            memory.close()
-            raise
-    return memory
+    opened: list[KVTiers | KVOverflow] = []
+
+    def tiers(kv: KVCacheManager) -> KVTiers | None:
+        made = _open_tiers(plan, settings, kv, budgets[HOST], blocks)
+        opened.extend([made] if made is not None else [])
+        return made
+
+    def lender(kv: KVCacheManager) -> KVOverflow | None:
+        return None if kv.pages.is_trivial else _open_overflow(plan, settings, stages, budgets, kv)
+
+    try:
+        kv = KVCacheManager(
+            num_blocks, block_size, salt=salt, enable_prefix_caching=settings.engine.enable_prefix_caching,
+            stages=mapped, running=running, tiers=tiers, lender=lender,
+        )  # fmt: skip
+    except BaseException:
+        for each in opened:
+            each.close()
+        raise
+    assert kv.tiers is None or isinstance(kv.tiers, KVTiers)
+    assert kv.lender is None or isinstance(kv.lender, KVOverflow)
+    return KVMemory(kv, salt, kv.lender, kv.tiers)
 
 
 def _open_overflow(
-    plan: ModelPlan, settings: Settings, stages: Sequence[Stage], budgets: Mapping[str, DeviceBudget], memory: KVMemory
+    plan: ModelPlan,
+    settings: Settings,
+    stages: Sequence[Stage],
+    budgets: Mapping[str, DeviceBudget],
+    kv: KVCacheManager,
 ) -> KVOverflow:
     watch = DeviceWatch(plan.devices, stages, budgets)
     lending = VRAMLendingPool(
@@ -109,9 +124,9 @@ def _open_overflow(
         clock=time.monotonic,
     )
     page_bytes = tuple(stage.kv.page_bytes if stage.kv is not None else 0 for stage in stages)
-    homecoming = Homecoming(memory.kv, SiteSpeedTable(plan, stages), page_bytes) if plan.is_measured else None
-    overflow = KVOverflow(
-        memory.kv,
+    homecoming = Homecoming(kv, SiteSpeedTable(plan, stages), page_bytes) if plan.is_measured else None
+    return KVOverflow(
+        kv,
         lending,
         Regions(stages, budgets),
         page_bytes,
@@ -119,8 +134,6 @@ def _open_overflow(
         observe=watch.observe,
         homecoming=homecoming,
     )
-    memory.kv.companions.append(overflow)
-    return overflow
 
 
 def _open_tiers(
@@ -138,10 +151,7 @@ def _open_tiers(
     memory = open_memory(asked, layout, host, pin=pin)
     if memory is None:
         return None
-    tiers = KVTiers(kv, memory, RestoreRule(plan, settings, kv, memory), blocks)
-    kv.companions.append(tiers)
-    kv.tiers = tiers
-    return tiers
+    return KVTiers(kv, memory, RestoreRule(plan, settings, kv, memory), blocks)
 
 
 _HOST_BYTES_S = 40e9
@@ -210,7 +220,7 @@ class RestoreRule:
     def _token_s(self, context: int) -> float:
         """Predicted seconds per token of a prompt behind `context` tokens."""
         if not self._plan.is_measured:
-            return self._kv.prefill_token_s or _UNMEASURED_TOKEN_S
+            return self._kv.running.prefill_token_s or _UNMEASURED_TOKEN_S
         stages = stage_costs(self._plan.placement, self._plan.problem)
         batch = Batch(_CHUNK_TOKENS, context + _CHUNK_TOKENS, 0)
         compute, hops = pipeline_s(self._plan.costs, stages, self._plan.problem.links, batch)

@@ -136,7 +136,7 @@ class Relocator:
         return nbytes * self.old.load_s / max(1, loaded)
 
     def _recompute_s(self) -> float:
-        stats, token_s = self.old.batcher.stats, self.old.kv.prefill_token_s
+        stats, token_s = self.old.batcher.stats, self.old.kv.running.prefill_token_s
         used = (stats.blocks_total - stats.blocks_free) * self.old.kv.block_size
         return used * token_s if token_s is not None else 0.0
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from core.kv_cache.block_pool import BlockPool
 from core.kv_cache.block_table import BlockTable, PrefixChain, prefix_root
+from core.kv_cache.companions import Companion, Lender, NoneRunning, Running, Tiers
 from core.kv_cache.page_map import PageMap
 from core.kv_cache.page_ops import StagePart
 from core.kv_cache.stage_pages import StagePages
@@ -27,57 +28,11 @@ class PrefixStats:
     hit_tokens: int = 0
 
 
-class Companion(Protocol):
-    """Something that looks after pages beside the manager: lent memory, tiers below. In the engine thread."""
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether an engine without work need not look in."""
-        ...
-
-    @property
-    def wants_stop(self) -> bool:
-        """Whether pages have to move before the next step computes."""
-        ...
-
-    def tick(self, waiting_blocks: int) -> None:
-        """Between two steps; `waiting_blocks` are certain to be needed next."""
-        ...
-
-    def step_taken(self, step: int) -> None:
-        """What was gathered so far is part of this step."""
-        ...
-
-    def step_done(self, step: int, moved: bool) -> None:
-        """This step, and all before it, have passed every stage; not `moved`: its pages were not all moved."""
-        ...
-
-    def check_invariants(self) -> None: ...
-
-
-class Tiers(Companion, Protocol):
-    """Where blocks go that leave the devices (`core.tiers.kv_tiers`)."""
-
-    def save(self, block: int, digest: bytes, parent: bytes | None) -> None: ...
-
-    def reused(self, blocks: Sequence[int], digests: Sequence[bytes]) -> None: ...
-
-    def prefetch(self, seq_id: int, known: int, hashes: Sequence[bytes], on_done: Callable[[], Any]) -> bool: ...
-
-    def take(self, seq_id: int, known: int) -> tuple[Sequence[bytes], Any] | None: ...
-
-    def loaded(self, loading: Any, digests: Sequence[bytes]) -> None: ...
-
-    def cancel(self, seq_id: int) -> None: ...
-
-
 class KVCacheManager:
     """Block tables of all live sequences over one `BlockPool`, and where each stage keeps the blocks' pages.
 
-    `cold_order` names sequences whose blocks may leave their devices, those to be touched first first; set by the
-    scheduler. `expand(blocks)` is asked for more when the pool is dry; set by whoever lends memory.
-    `prefill_token_s` is what a token of a prompt takes lately, in seconds, and `steps_left(seq_id)` how many steps a
-    sequence is expected to go on for; set by the scheduler, which computes the `unwanted` sequences again.
+    `running` is what the scheduler knows of its sequences; `tiers` and `lender` are made for this manager, and asked
+    when blocks leave the devices or the pool is dry. The scheduler computes the `unwanted` sequences again.
     """
 
     def __init__(
@@ -88,23 +43,27 @@ class KVCacheManager:
         salt: bytes = b"",
         enable_prefix_caching: bool = True,
         stages: Sequence[StagePages | None] = (None,),
+        running: Running | None = None,
+        tiers: Callable[[KVCacheManager], Tiers | None] = lambda kv: None,
+        lender: Callable[[KVCacheManager], Lender | None] = lambda kv: None,
     ) -> None:
         self.pool = BlockPool(num_blocks, enable_prefix_caching=enable_prefix_caching)
         self.pool.on_evict = self._evicted
         self.pages = PageMap(stages)
         self.block_size = block_size
         self.prefix = PrefixStats()
-        self.cold_order: Callable[[], Iterable[int]] = lambda: list(self._tables)
-        self.expand: Callable[[int], None] = lambda blocks: None
-        self.companions: list[Companion] = []
-        self.tiers: Tiers | None = None
-        self.prefill_token_s: float | None = None
-        self.steps_left: Callable[[int], int] = lambda seq_id: 0
+        self.running: Running = running if running is not None else NoneRunning()
         self.unwanted: set[int] = set()
         self._taken = self._done = self._spoiled = 0
         self._salt = salt
         self._tables: dict[int, BlockTable] = {}
         self.refresh_limit()
+        self.tiers: Tiers | None = None
+        self.lender: Lender | None = None
+        self.tiers = tiers(self)
+        self.lender = lender(self)
+        made: tuple[Companion | None, ...] = (self.tiers, self.lender)
+        self._companions = tuple(companion for companion in made if companion is not None)
 
     @property
     def capacity_tokens(self) -> int:
@@ -225,8 +184,8 @@ class KVCacheManager:
 
     def ensure_free(self, blocks: int) -> bool:
         """Whether so many blocks are free, after asking for more memory if they are not."""
-        if blocks > self.pool.num_free:
-            self.expand(blocks - self.pool.num_free)
+        if blocks > self.pool.num_free and self.lender is not None:
+            self.lender.borrow(blocks - self.pool.num_free)
         return blocks <= self.pool.num_free
 
     def grow(self, seq_id: int, first_token: int, num_tokens: int) -> bool:
@@ -273,7 +232,7 @@ class KVCacheManager:
         single sequences in `cold_order`, of one that is being started after them, then shared ones."""
         yield from pages.local_among(np.array(self.pool.cached_blocks(), dtype=np.int64))
         shared: list[int] = []
-        for seq_id in dict.fromkeys([*self.cold_order(), *self._tables]):
+        for seq_id in dict.fromkeys([*self.running.cold_order(), *self._tables]):
             table = self._tables[seq_id]
             full = np.array(table.blocks[: table.num_full], dtype=np.int64)
             for block in pages.local_among(full).tolist():
@@ -293,7 +252,7 @@ class KVCacheManager:
         """
         self._taken = step
         parts = self.pages.take()
-        for companion in self.companions:
+        for companion in self._companions:
             companion.step_taken(step)
         return parts
 
@@ -304,7 +263,7 @@ class KVCacheManager:
         self._done = step
         if not moved:
             self._spoiled = self._taken + 1
-        for companion in self.companions:
+        for companion in self._companions:
             companion.step_done(step, moved and step > self._spoiled)
 
     @property
@@ -314,18 +273,18 @@ class KVCacheManager:
 
     def tick(self, waiting_blocks: int) -> None:
         """Let companions do what they do between two steps."""
-        for companion in self.companions:
+        for companion in self._companions:
             companion.tick(waiting_blocks)
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing has to be done while there is no work."""
-        return not self.pages.has_ops and all(companion.is_idle for companion in self.companions)
+        return not self.pages.has_ops and all(companion.is_idle for companion in self._companions)
 
     @property
     def wants_stop(self) -> bool:
         """Whether pages have to move before anything else is computed."""
-        return any(companion.wants_stop for companion in self.companions)
+        return any(companion.wants_stop for companion in self._companions)
 
     def commit(self, seq_id: int, token_ids: Sequence[int], num_computed_tokens: int) -> None:
         """Take note of the full blocks whose KV has now been written, and index them."""
@@ -364,9 +323,9 @@ class KVCacheManager:
 
     def disconnect(self) -> None:
         """The engine has ended: nobody is asked or told anything any more, and whoever was can go."""
-        self.cold_order, self.expand, self.steps_left = list, lambda blocks: None, lambda seq_id: 0
+        self.running = NoneRunning()
         self.pool.on_evict = lambda block, digest: None
-        self.companions, self.tiers = [], None
+        self._companions, self.tiers, self.lender = (), None, None
 
     def check_invariants(self, live: Iterable[int] | None = None) -> None:
         """Audit the pool; with `live`, also that exactly those sequences hold block tables."""
@@ -375,5 +334,5 @@ class KVCacheManager:
         self.pool.check_invariants(table.blocks for table in self._tables.values())
         referenced = {block for table in self._tables.values() for block in table.blocks}
         self.pages.check_invariants(referenced.union(self.pool.cached_blocks()))
-        for companion in self.companions:
+        for companion in self._companions:
             companion.check_invariants()

@@ -73,7 +73,7 @@ class Homecoming:
         step_s: float,
     ) -> None:  # fmt: skip
         kv, page = self._kv, self._page_bytes[index]
-        steps = {seq_id: kv.steps_left(seq_id) for seq_id in sequences}
+        steps = {seq_id: kv.running.steps_left(seq_id) for seq_id in sequences}
         order = sorted(sequences, key=lambda seq_id: -steps[seq_id])
         blocks = list(dict.fromkeys(block for seq_id in order for block in sequences[seq_id]))
         group = AwayGroup(
@@ -93,7 +93,8 @@ class Homecoming:
     def _recompute_s(self, sequences: dict[int, list[int]]) -> float | None:
         """To compute the sequences again from their first block that is away."""
         kv = self._kv
-        if kv.prefill_token_s is None:
+        token_s = kv.running.prefill_token_s
+        if token_s is None:
             return None
         tokens = 0
         for seq_id, blocks in sequences.items():
@@ -103,7 +104,7 @@ class Homecoming:
             away = set(blocks)
             first = next(number for number, block in enumerate(table.blocks) if block in away)
             tokens += (len(table) - first) * kv.block_size
-        return tokens * kv.prefill_token_s
+        return tokens * token_s
 
     def move(self, reserve: int) -> None:
         """The part of this step: some of what is to come home, as long as there is room."""

@@ -116,7 +116,6 @@ class KVOverflow:
         self._observed_s = float("-inf")
         self._step_s = 0.05
         self._ticked_s: float | None = None
-        kv.expand = self.borrow
         self.view = self._look()
 
     @property

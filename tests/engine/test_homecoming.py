@@ -13,8 +13,8 @@ from steering import arriving_together, between_steps
 from test_lending_serving import GREEDY, prompts
 from tiny_models import build_tiny
 
+from core.batching.running import RunningSequences
 from core.inference_pipeline import InferencePipeline
-from core.kv_cache.manager import KVCacheManager
 from core.lending import Choice
 
 LONG = replace(GREEDY, max_tokens=80)
@@ -25,9 +25,7 @@ SPEED = "@40MB/s/1GFLOPS"
 def same_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decisions weigh what prompts and steps take by the clock against the emulated links: here prompts always take the
     same, and steps do in `outgrow`."""
-    monkeypatch.setattr(
-        KVCacheManager, "prefill_token_s", property(lambda kv: 1e-3, lambda kv, measured_s: None), raising=False
-    )
+    monkeypatch.setattr(RunningSequences, "prefill_token_s", 1e-3)
 
 
 @pytest.fixture(scope="module")

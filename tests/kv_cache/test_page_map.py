@@ -34,10 +34,9 @@ class World:
     def __init__(self, rng: Random, local: tuple[int, int] = (5, 7)) -> None:
         self.rng = rng
         stages = [None, *(StagePages(BLOCKS, pages, f"s{i}") for i, pages in enumerate(local))]
-        self.kv = KVCacheManager(BLOCKS, BLOCK, stages=stages)
-        self.tiers = FakeTiers(self.kv)
-        self.kv.tiers = self.tiers
-        self.kv.companions.append(self.tiers)
+        self.kv = KVCacheManager(BLOCKS, BLOCK, stages=stages, tiers=FakeTiers)
+        assert isinstance(self.kv.tiers, FakeTiers)
+        self.tiers = self.kv.tiers
         self.memories = [Memory(i, pages, self.tiers.buffers) for i, pages in enumerate((BLOCKS, *local))]
         self.queues: list[deque[tuple[int, StagePart, list[Item]]]] = [deque() for _ in stages]
         self.passed = [0 for _ in stages]

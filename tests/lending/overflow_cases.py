@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -84,7 +85,6 @@ class Rig:
     ) -> None:
         self.clock = Clock()
         stages = [StagePages(blocks, pages, f"s{i}") for i, pages in enumerate(local)]
-        self.kv = KVCacheManager(blocks, BLOCK, stages=stages)
         budgets = lenders() if budgets is None else list(budgets)
         named = {budget.name for budget in budgets}
         budgets += [gpu(s.site, limit=0, total=1000) for s in stages if s.site not in named]
@@ -92,11 +92,13 @@ class Rig:
         self.pool = make_pool(*budgets, lend_ratio=RATIO, reclaim_threshold=THRESHOLD, clock=self.clock)
         self.memories = [Memory(i, pages) for i, pages in enumerate(local)]
         self.store = FakeStore(self.memories)
-        self.overflow = KVOverflow(
-            self.kv, self.pool, self.store, [PAGE * (i + 1) for i in range(len(local))], extent_blocks=extent,
-            observe=self.use.values, observe_s=observe_s, clock=self.clock,
+        overflow = partial(
+            KVOverflow, lending=self.pool, store=self.store, page_bytes=[PAGE * (i + 1) for i in range(len(local))],
+            extent_blocks=extent, observe=self.use.values, observe_s=observe_s, clock=self.clock,
         )  # fmt: skip
-        self.kv.companions.append(self.overflow)
+        self.kv = KVCacheManager(blocks, BLOCK, stages=stages, lender=overflow)
+        assert isinstance(self.kv.lender, KVOverflow)
+        self.overflow = self.kv.lender
         self.depth = depth
         self.live: dict[int, Live] = {}
         self.flying: deque[tuple[int, tuple[StagePart, ...], list[Item]]] = deque()
@@ -275,7 +277,7 @@ class Chaos(Rig):
         )  # fmt: skip
         self.rng = rng
         self.reclaims = 0
-        self.kv.steps_left = lambda seq_id: rng.choice((1, 100))
+        self.kv.running.steps_left = lambda seq_id: rng.choice((1, 100))  # type: ignore[method-assign]
         if rng.random() < 0.5:  # blocks come home where there is room again
             link = LinkProfile(1e5, 1e-4)
             speeds = SiteSpeeds(link, link, own_bytes_s=1e5, lender_bytes_s=1.0, layers=2, row_bytes=1)

@@ -355,7 +355,13 @@ def test_growth_borrows_before_the_pool_is_dry() -> None:
     rig = Rig((16,))
     seq_id = rig.open([])
     short: list[int] = []
-    rig.kv.expand = short.append
+    ensure_free = rig.kv.ensure_free
+
+    def asked(blocks: int) -> bool:
+        short.extend([blocks] if blocks > rig.kv.pool.num_free else [])
+        return ensure_free(blocks)
+
+    rig.kv.ensure_free = asked  # type: ignore[method-assign]
 
     def grow() -> None:
         rig.live[seq_id].tokens += [1] * BLOCK
