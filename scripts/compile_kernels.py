@@ -197,6 +197,7 @@ def report(done: list[Compiled], arguments: list[str]) -> str:
         f"Triton {triton.__version__}, torch {torch.__version__}, Python {platform.python_version()}, and no card.",
         "Figures: the compilers'. Four query heads to each of eight KV heads, pages of 16 tokens. Tile: rows x keys,",
         "pipeline stages, warps. Bytes: shared memory of a block, what was allowed for it, what a thread spills.",
+        "A kernel that serves decodes and prompts alike is listed as one for prefill.",
         "",
         "```sh",
         " ".join(["python scripts/compile_kernels.py", *arguments]),

@@ -36,8 +36,9 @@ _TILES = (
 """Rows, keys and pipeline stages, the quickest first."""
 
 _MOST_UNROLLED = 16 * 32 * 128
-"""Multiplications of a tile's scores where no tensor core does them: each is an instruction. With many of them, values
-do not stay in the registers, and compiling takes minutes."""
+_MOST_KEYS_UNROLLED = 32
+"""Multiplications of a tile's scores, and its keys, where no tensor core multiplies: each is an instruction. With more
+of them, values do not stay in the registers, and compiling takes minutes."""
 
 _MOST_ROWS_RDNA = 32
 """On AMD's cards for desktops: with more rows, or a pipeline, values do not stay in the registers."""
@@ -162,11 +163,12 @@ def choose_tile(heads: Heads, is_prefill: bool, limits: GpuLimits) -> Tile:
     """The quickest tile that fits the card. Raises `UnsupportedModelError` if none does."""
     padded = padded_dim(heads.key_dim), padded_dim(heads.value_dim)
     most_rows = _MOST_ROWS if is_prefill else min(_MOST_ROWS, max(_MIN_TILE, power_of_2(heads.group)))
-    is_rdna = limits.backend == "hip" and limits.warp_size == 32
+    is_unrolled, is_rdna = _is_unrolled(heads, limits), limits.backend == "hip" and limits.warp_size == 32
     for rows, keys, stages in _TILES:
         rows = min(rows, most_rows)
         is_smallest = (rows, keys) == (_MIN_TILE, _MIN_TILE)
-        if _is_unrolled(heads, limits) and rows * keys * max(padded) > _MOST_UNROLLED and not is_smallest:
+        is_long = keys > _MOST_KEYS_UNROLLED or rows * keys * max(padded) > _MOST_UNROLLED
+        if is_unrolled and is_long and not is_smallest:
             continue
         if is_rdna and (rows > _MOST_ROWS_RDNA or stages > 1):
             continue
