@@ -19,7 +19,7 @@ from core.models.dtype import compute_capability, served_architecture, supports_
 from core.models.resolve import resolve_model
 from core.request import SamplingParams
 from core.transfer import TransferManager
-from core.views.status import pipeline_status
+from core.views.status import pipeline_view
 
 CARDS = {"cuda:0": (8, 6), "cuda:1": (7, 5)}
 
@@ -88,7 +88,7 @@ def test_what_is_served_is_fp16_and_the_status_says_so(
     pipeline = open_pipeline(bf16_model, engine__kv_cache_tokens=256)
     assert pipeline.engine.model.dtype == "float16"
     assert pipeline.engine.stages[0].kv is not None and pipeline.engine.stages[0].kv.dtype is torch.float16
-    (note,) = pipeline_status(pipeline)["notes"]
+    (note,) = pipeline_view(pipeline.current_engine, pipeline.state()).notes
     assert "float16 in place of bfloat16, which cpu" in note
     asked = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
     (answer,) = pipeline.submit([5, 6, 7], asked).result().completions
