@@ -120,6 +120,14 @@ def layer_costs(
     )
 
 
+def _scratch_bytes(devices: Sequence[Device], settings: Settings, architecture: Architecture) -> int:
+    """The page that rows write to which pad a GPU's steps: at most one block of all layers."""
+    if not any(device.is_gpu for device in devices):
+        return 0
+    element = architecture.dtype.itemsize
+    return settings.engine.block_size * sum(shape.bytes_per_token(element) for shape in architecture.kv_shapes)
+
+
 def _workspace(architecture: Architecture, weights: ModelBytes, settings: Settings) -> Workspace:
     """As measured; for models that cannot be, what a Llama of their sizes takes, twice."""
     tokens = settings.engine.max_num_batched_tokens
@@ -166,7 +174,8 @@ def plan_model(
         ),
         links,
         shares_cpu=placed.devices is None and any(device.is_main_memory for device in devices),
-        attention_bytes=planned_gathering(devices, settings, architecture, max_model_len),
+        attention_bytes=planned_gathering(devices, settings, architecture, max_model_len)
+        + _scratch_bytes(devices, settings, architecture),
     )
     try:
         placement = place_pooled(

@@ -146,6 +146,11 @@ class Stage:
             self.stream.adopt({index: layers[index] for index in absent})
 
     @property
+    def pads_steps(self) -> bool:
+        """Whether steps come in few sizes, at addresses that stay: what a GPU could record once and play again."""
+        return self.device.is_gpu
+
+    @property
     def is_loaded(self) -> bool:
         """Whether it has its weights."""
         return self._model is not None
@@ -166,9 +171,9 @@ class Stage:
         """Allocate local pages of this stage's layers and bind them to its attention modules."""
         layers = range(self.part.first, self.part.last)
         shapes = {index: self.architecture.kv_shapes[index] for index in layers}
-        is_gpu = self.torch_device.type == "cuda"
+        padded = self.pads_steps
         self.kv = PagedKVCache(
-            shapes, num_pages, setup.block_size, self.architecture.dtype, self.device, self._budget, scratch=is_gpu
+            shapes, num_pages, setup.block_size, self.architecture.dtype, self.device, self._budget, scratch=padded
         )
         element = self.kv.dtype.itemsize
         before = sum(shape.bytes_per_token(element) for shape in self.architecture.kv_shapes[: self.part.first])
@@ -176,8 +181,8 @@ class Stage:
         self._sites = self.sites()(self.device, self.kv, setup.backend_of, setup.transfer)
         self._transfer = setup.transfer
         self._buffers = StepBuffers(
-            self.torch_device, setup.block_size, buckets=DECODE_BUCKETS if is_gpu else (),
-            table_width=setup.table_width if is_gpu else None, scratch_page=num_pages,
+            self.torch_device, setup.block_size, buckets=DECODE_BUCKETS if padded else (),
+            table_width=setup.table_width if padded else None, scratch_page=num_pages,
         )  # fmt: skip
         self._context = AttentionContext(setup.backend_of(self.device), self._sites)
         windows = self.architecture.sliding_windows
