@@ -35,16 +35,16 @@ class WorkerError(RuntimeError):
 class Worker:
     """The parent's handle on a worker process."""
 
-    def __init__(self, peer: str, threads: int, log_dir: Path) -> None:
-        """Start the process; nothing is loaded yet."""
+    def __init__(self, peer: str, threads: int, log_dir: Path, checkout: Path | None = None) -> None:
+        """Start the process, with the code of another `checkout` if given; nothing is loaded yet."""
         self.peer = peer
         log_dir.mkdir(parents=True, exist_ok=True)
-        log_path = self._log_path = log_dir / f"{peer}-{os.getpid()}.log"
+        log_path = self._log_path = log_dir / f"{peer}-{os.getpid()}{'-other' if checkout else ''}.log"
         environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(threads)) | {"TOKENIZERS_PARALLELISM": "false"}
         with log_path.open("w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.worker", "--peer", peer],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=checkout,
             )  # fmt: skip
 
     def _call(self, **command: Any) -> dict[str, Any]:

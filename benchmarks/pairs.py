@@ -1,0 +1,95 @@
+"""This checkout beside another one: both serve the same weights in turn, and the ratio of each pair is what counts.
+
+    git worktree add /tmp/before COMMIT
+    python -m benchmarks.pairs --before /tmp/before --streams 1,16 --pairs 20
+
+The machine's speed drifts, and what is left of that in a pair goes either way, so the median and its 95 % interval
+(by order statistics, which assume nothing of the distribution) say whether one is slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.machine import machine_info, usable_cores
+from benchmarks.models import default_workdir, random_prompts, resolve_model
+from benchmarks.run import check_complete, comma_list
+from benchmarks.worker import Worker, stop_on_sigterm
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the median: the order statistics between which it lies with that probability or more."""
+    ordered, count = sorted(values), len(values)
+    tail, below = 0.0, 0
+    while below < count // 2:
+        tail += math.comb(count, below) / 2**count
+        if tail > 0.025:
+            break
+        below += 1
+    rank = max(0, below - 1)
+    return ordered[rank], ordered[-1 - rank]
+
+
+def rate(worker: Worker, prompts: list[list[int]], max_tokens: int) -> float:
+    """Tokens per second of one run, prompts included in its time."""
+    result, _ = worker.run(prompts, max_tokens)
+    check_complete(worker.peer, result, max_tokens)
+    return len(prompts) * max_tokens / result.wall_s
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the pairs; returns the exit status."""
+    stop_on_sigterm()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", type=Path, required=True, help="a checkout of what to compare with")
+    parser.add_argument("--model", default="443m", help="443m, small, or a folder with a Hugging Face checkpoint")
+    parser.add_argument("--streams", default="1,16", help="numbers of concurrent requests")
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=33)
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--workdir", type=Path, default=default_workdir())
+    options = parser.parse_args(argv)
+    streams = [int(count) for count in comma_list(options.streams)]
+    model = resolve_model(options.model, options.workdir)
+    vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
+    workers = [Worker("ours", options.threads, options.workdir / "logs", place) for place in (None, options.before)]
+    ratios: dict[int, list[float]] = {count: [] for count in streams}
+    rates: dict[int, list[float]] = {count: [] for count in streams}
+    try:
+        for worker in workers:
+            worker.load(model, options.threads, max(streams), options.prompt_tokens + options.new_tokens)
+            for count in streams:
+                worker.run(random_prompts(count, 16, vocab_size, seed=count), 3)
+        for pair in range(options.pairs):
+            for count in streams:
+                prompts = random_prompts(count, options.prompt_tokens, vocab_size, seed=1000 * (pair + 1) + count)
+                order = workers if pair % 2 == 0 else workers[::-1]
+                found = {id(worker): rate(worker, prompts, options.new_tokens) for worker in order}
+                now, before = (found[id(worker)] for worker in workers)
+                ratios[count].append(now / before)
+                rates[count].append(now)
+                print(f"pair {pair + 1}, {count} streams: {now:.1f} / {before:.1f} tok/s", file=sys.stderr)
+    finally:
+        for worker in workers:
+            worker.close()
+    print(
+        f"{machine_info()['cpu']}, {options.threads} threads, {options.model}; ratios above 1: this checkout is faster"
+    )
+    for count in streams:
+        low, high = interval(ratios[count])
+        print(
+            f"{count} streams: median {statistics.median(ratios[count]):.3f} (95 %: {low:.3f} to {high:.3f}) of "
+            f"{len(ratios[count])} pairs; this checkout {statistics.median(rates[count]):.1f} tok/s in the median"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
