@@ -185,7 +185,8 @@ class Relocator:
         shared = {self.plan.placement.stages[index].device_name: parts.nbytes for index, parts in self._parts.items()}
         for name, budget in self.old.budgets.items():
             if name != HOST and name in builder.budgets and name not in self.lost:
-                builder.hold_previous(name, max(0, budget.used_bytes - shared.get(name, 0)))
+                held = max(0, budget.used_bytes - shared.get(name, 0))
+                builder.hold_previous(name, min(held, builder.budgets[name].free_bytes))  # its limit may be lower now
         for index, placed in enumerate(self.plan.placement.stages):
             if builder.budgets[placed.device_name].free_bytes >= placed.weight_bytes and not placed.streamed_layers:
                 builder.load_stage(index, self._parts.pop(index, None))

@@ -185,17 +185,16 @@ def test_a_move_that_fails_changes_nothing(
     )
 
 
-def test_where_both_do_not_fit_the_old_one_makes_room(
-    llama: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("percent", [75, 105])
+def test_where_both_do_not_fit_the_old_one_makes_room(llama: Path, open_pipeline: OpenPipeline, percent: int) -> None:
+    """Also on a device that is given less than before."""
     expected = results(submit(open_on(open_pipeline, llama), 8))
     pipeline = open_on(open_pipeline, llama)
     used = pipeline.engine.budgets["cpu"].used_bytes
     handles = submit(pipeline, 8)
-    exact = f"cpu={used + (64 << 10)}B"
-    pipeline.place(devices=exact)
-    (budget,) = (pipeline.engine.budgets[name] for name in ("cpu",))
-    assert budget.device.memory_limit_bytes < 2 * used
+    pipeline.place(devices=f"cpu={used * percent // 100}B")
+    budget = pipeline.engine.budgets["cpu"]
+    assert budget.device.memory_limit_bytes == used * percent // 100
     same(results(handles), expected)
     budget.check_invariants()
 
