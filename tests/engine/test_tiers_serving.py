@@ -18,7 +18,6 @@ from tiny_models import VOCAB, build_tiny
 
 from core.batching.batcher import ContinuousBatcher
 from core.engine.model_engine import ModelEngine
-from core.engine.relocation import Relocator
 from core.errors import StepFailedError, VRAMancerError
 from core.execution.page_mover import PageMover
 from core.inference_pipeline import InferencePipeline
@@ -332,11 +331,9 @@ def test_a_model_that_moves_takes_its_directory_along(
     tiny: Path, open_pipeline: OpenPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """Beside the old placement, after that made room, and back to it because the move failed."""
-    pipeline = open_small(open_pipeline, tiny, **on_disk(tmp_path))
+    pipeline = open_small(open_pipeline, tiny, devices__devices=ROOMS[1], **on_disk(tmp_path))
     expected = [answers_written(pipeline, prompt) for prompt in prompts(6)]
-    place = partial(pipeline.place, devices="cpu=64MiB")
-    if way != "beside":
-        monkeypatch.setattr(Relocator, "_all_fits", lambda *_: False)
+    place = partial(pipeline.place, devices="cpu=64MiB" if way == "beside" else "cpu=1300KiB,cpu=1200KiB")
     if way == "back":
         warm_up, calls = pipeline._keeper._warm_up, []
 
