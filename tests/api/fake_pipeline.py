@@ -115,7 +115,7 @@ def fake_engine(model: LoadedModel) -> Any:
     placement = SimpleNamespace(strategy="vram", unused_devices=(), stages=())
     return SimpleNamespace(
         model=model,
-        plan=SimpleNamespace(devices=(device,), placement=placement, prediction=None),
+        plan=SimpleNamespace(devices=(device,), placement=placement, prediction=None, notes=()),
         budgets={device.name: budget},
         stages=[],
         load_s=0.0,
