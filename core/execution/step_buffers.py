@@ -4,13 +4,16 @@
 
     | query_start | seq_lens | slot_mapping | token_ids | positions | logit_rows | block_tables |
 
-A stage has one such buffer on its device, so a step of the same size finds its inputs at the same addresses; where
-sizes come in `buckets`, steps that decode are padded to the next one. Rows that pad a step write to a scratch page and
-are nobody's. The host's side is pinned for a GPU, and there are two, since the copy of one may still be under way.
+A GPU's stage has one such buffer on its device, so a step of the same size finds its inputs at the same addresses;
+where sizes come in `buckets`, steps that decode are padded to the next one. Rows that pad a step write to a scratch
+page and are nobody's. The host's side is pinned, and there are two, since the copy of one may still be under way. A
+stage on the CPU uses the arrays as they are.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,17 +55,15 @@ class _Section:
     """Where an array is in the buffer."""
 
     first: int
+    end: int
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-    @property
-    def end(self) -> int:
-        return self.first + int(np.prod(self.shape)) * self.dtype.itemsize
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
         return buffer[self.first : self.end].view(self.dtype).view(self.shape)
 
 
+@functools.lru_cache(maxsize=512)
 def _layout(tokens: int, sequences: int, rows: int, width: int) -> tuple[_Section, ...]:
     arrays: tuple[tuple[tuple[int, ...], torch.dtype], ...] = (
         ((sequences + 1,), torch.int32),
@@ -76,8 +77,9 @@ def _layout(tokens: int, sequences: int, rows: int, width: int) -> tuple[_Sectio
     sections: list[_Section] = []
     first = 0
     for shape, dtype in arrays:
-        sections.append(_Section(first, shape, dtype))
-        first = -(-sections[-1].end // _ALIGN) * _ALIGN
+        end = first + math.prod(shape) * dtype.itemsize
+        sections.append(_Section(first, end, shape, dtype))
+        first = -(-end // _ALIGN) * _ALIGN
     return tuple(sections)
 
 
@@ -133,6 +135,12 @@ class StepBuffers:
 
     def fill(self, step: PackedStep, pages: Ints) -> InputBatch:
         """The step's arrays on the device. `pages` int32 `[S, M]` are the local pages of its block tables."""
+        if self._is_host and not self._buckets:
+            arrays = (
+                step.query_start, step.seq_lens, self._slots(step, pages), step.token_ids, step.positions,
+                step.logit_rows, np.ascontiguousarray(pages),
+            )  # fmt: skip
+            return self._batch(step, 0, [torch.from_numpy(array) for array in arrays])
         padding = self._padding(step)
         sequences, tokens = step.num_sequences + padding, step.num_tokens + padding
         rows = len(step.logit_rows)
