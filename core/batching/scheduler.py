@@ -366,7 +366,7 @@ class Scheduler:
         ended = []
         for sequence, item in rows:
             sequence.in_flight -= 1
-            sequence.num_failures += blame
+            sequence.num_failures += blame and not sequence.replays  # pieces of it behind one that failed say no more
             sequence.failed_at = max(sequence.failed_at, item.end)
             if sequence.num_failures >= (MAX_MEMORY_FAILURES if memory else MAX_FAILURES) and not sequence.finished:
                 self.finish(sequence, "error")

@@ -61,3 +61,16 @@ def test_what_a_step_waited_for_others_is_not_its_own_time(monkeypatch: pytest.M
     meter.begun(2)  # at 1, behind the first
     assert meter.ended(step(1)) == pytest.approx(10 / 20)
     assert meter.ended(step(2)) == pytest.approx(0.5 + 0.3 * (4 / 20 - 0.5)), "4 s of the 13 that it was on its way"
+
+
+def test_pieces_of_a_prompt_that_fail_together_count_once() -> None:
+    """A fault that lasts for as long as all of them are on their way is one try, not three."""
+    scheduler = Scheduler(KVCacheManager(64, 4), SchedulerLimits(8, 8, 8, 256))
+    scheduler.add(request("long", list(range(40)), 0))
+    pieces = [scheduler.schedule(3, 8) for _ in range(3)]
+    for piece in pieces:
+        assert piece is not None
+        assert scheduler.fail(piece) == [], "it is tried again"
+    (sequence,) = scheduler.live_sequences()
+    assert (sequence.num_failures, sequence.in_flight, sequence.num_told_tokens) == (1, 0, 0)
+    scheduler.check_invariants()
