@@ -74,3 +74,17 @@ def test_pieces_of_a_prompt_that_fail_together_count_once() -> None:
     (sequence,) = scheduler.live_sequences()
     assert (sequence.num_failures, sequence.in_flight, sequence.num_told_tokens) == (1, 0, 0)
     scheduler.check_invariants()
+
+
+@pytest.mark.parametrize(("owner", "cached"), [("me", 16), ("you", 0)])
+def test_what_one_owner_has_said_no_other_finds(owner: str, cached: int) -> None:
+    scheduler = Scheduler(KVCacheManager(64, 4), SchedulerLimits(8, 64, 64, 256))
+    first, second = request("first", list(range(20)), 0), request("second", list(range(20)), 1)
+    first.owner, second.owner = "me", owner
+    scheduler.add(first)
+    output = scheduler.schedule()
+    assert output is not None
+    scheduler.update_from_output(output, StepOutput(1, {output.sequences[0].seq_id: SampledToken(5)}))
+    scheduler.add(second)
+    assert scheduler.schedule() is not None
+    assert second.num_cached_tokens == cached
