@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from core.tiers import HierarchicalMemory
 from core.tiers.kv_tiers import KVTiers
 
 OpenPipeline = Callable[..., InferencePipeline]
+Alive = Callable[[], dict[str, int]]
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, detokenize=False)
 ONE_EACH = (
     ModelEngine, ContinuousBatcher, ModelRunner, KVCacheManager, KVOverflow, KVTiers, HierarchicalMemory,
@@ -49,6 +51,27 @@ def collector() -> Iterator[None]:
     gc.enable()
 
 
+@pytest.fixture
+def alive() -> Callable[[], dict[str, int]]:
+    """How many of each there are, those that the collector was told to leave alone included.
+
+    What other tests of this process left for the collector, or still hold, does not count.
+    """
+    gc.unfreeze()
+    gc.collect()
+    others = weakref.WeakSet(engine_objects())
+
+    def count() -> dict[str, int]:
+        gc.unfreeze()
+        return dict(Counter(type(thing).__name__ for thing in engine_objects() if thing not in others))
+
+    return count
+
+
+def engine_objects() -> list[Any]:
+    return [thing for thing in gc.get_objects() if type(thing) in ONE_EACH]
+
+
 def ledgers(pipeline: InferencePipeline) -> dict[str, dict[str, int]]:
     """Who reserved how much, before the first request."""
     return {name: budget.used_by_purpose() for name, budget in pipeline.engine.budgets.items()}
@@ -59,13 +82,6 @@ def held_unloaded(pipeline: InferencePipeline) -> tuple[int, list[str], int]:
     pipeline.unload()
     process = psutil.Process()
     return process.memory_info().rss, sorted(thread.name for thread in threading.enumerate()), process.num_fds()
-
-
-def alive() -> dict[str, int]:
-    """How many of each there are, those that the collector was told to leave alone included."""
-    gc.unfreeze()
-    found = Counter(type(thing).__name__ for thing in gc.get_objects() if type(thing) in ONE_EACH)
-    return dict(found)
 
 
 def cases(tiny: Path, directory: Path) -> dict[str, dict[str, Any]]:
@@ -91,7 +107,7 @@ def serve(pipeline: InferencePipeline) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["plain", "disk", "lending"])
 def test_ten_swaps_leave_everything_where_the_first_left_it(
-    tiny: Path, open_pipeline: OpenPipeline, tmp_path: Path, case: str
+    tiny: Path, open_pipeline: OpenPipeline, tmp_path: Path, alive: Alive, case: str
 ) -> None:
     pipeline = open_pipeline(tiny, devices__placement="vram", **cases(tiny, tmp_path)[case])
     for _ in range(FIRST):
@@ -115,8 +131,9 @@ def test_ten_swaps_leave_everything_where_the_first_left_it(
 
 @pytest.mark.parametrize("case", ["plain", "disk", "lending"])
 def test_an_engine_goes_without_the_collector(
-    tiny: Path, open_pipeline: OpenPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, collector: None, case: str
-) -> None:
+    tiny: Path, open_pipeline: OpenPipeline, tmp_path: Path, alive: Alive, monkeypatch: pytest.MonkeyPatch,
+    collector: None, case: str,
+) -> None:  # fmt: skip
     """A collector that runs seldom must not keep a model's memory."""
     pipeline = open_pipeline(tiny, **cases(tiny, tmp_path)[case])
     gc.disable()
@@ -131,7 +148,7 @@ def test_an_engine_goes_without_the_collector(
 
 @pytest.mark.parametrize("room", ["cpu=64MiB", "cpu=17MiB"])
 def test_a_load_that_fails_leaves_nothing_either(
-    tiny: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch, room: str
+    tiny: Path, open_pipeline: OpenPipeline, alive: Alive, monkeypatch: pytest.MonkeyPatch, room: str
 ) -> None:
     """Beside the old model, and after it had to make room and came back."""
     pipeline = open_pipeline(tiny, devices__devices=room, memory__host_bytes=MIB)
