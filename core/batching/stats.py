@@ -42,15 +42,17 @@ class StatsKeeper:
         self.current = BatcherStats(blocks_total=pool.limit, blocks_free=pool.num_free)
         self._scheduler = scheduler
         self._recent: deque[tuple[float, int]] = deque()
+        self._recent_tokens = 0
 
     def step_done(self, output: SchedulerOutput, result: StepOutput | None, last_error: str | None) -> None:
         """After a step; None: it failed."""
         now, produced = time.monotonic(), len(result.sampled) if result is not None else 0
         self._recent.append((now, produced))
+        self._recent_tokens += produced
         while self._recent[0][0] < now - RATE_WINDOW_S:
-            self._recent.popleft()
+            self._recent_tokens -= self._recent.popleft()[1]
         span = max(now - self._recent[0][0], 1e-3)
-        rate = sum(tokens for _, tokens in self._recent) / span if len(self._recent) > 1 else 0.0
+        rate = self._recent_tokens / span if len(self._recent) > 1 else 0.0
         scheduler, old = self._scheduler, self.current
         pool = scheduler.kv.pool.stats()
         self.current = replace(
@@ -59,7 +61,7 @@ class StatsKeeper:
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
             batch_tokens=output.num_tokens,
-            batch_size=len(output.sequences),
+            batch_size=output.record.num_sequences,
             tokens_per_s=rate,
             total_tokens=old.total_tokens + produced,
             preemptions=scheduler.num_preemptions,

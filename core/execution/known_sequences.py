@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from core.errors import RecordError
 from core.execution.records import PROMPT_LOGPROBS, SAMPLE, Ints, Longs, NewSequence, StepRecord
@@ -184,29 +183,30 @@ class KnownSequences:
             known.num_blocks = max(known.num_blocks, index + 1)
 
     def _pack(self, rows: Sequence[KnownSequence], record: StepRecord) -> PackedStep:
-        starts, counts = record.starts, record.counts
-        seq_lens = starts + counts
-        query_start = np.zeros(len(rows) + 1, dtype=np.int32)
-        np.cumsum(counts, out=query_start[1:])
-        offsets = np.repeat(starts - query_start[:-1], counts)
-        positions = (np.arange(int(query_start[-1]), dtype=np.int32) + offsets).astype(np.int64)
+        starts, counts = record.starts.tolist(), record.counts.tolist()
         tokens: list[int] = []
-        for known, start, end in zip(rows, starts.tolist(), seq_lens.tolist(), strict=True):
-            tokens += known.tokens(start, end)
-        if len(tokens) != len(positions):
+        query_start, logits = [0], _LogitRows()
+        for known, start, count, flags in zip(rows, starts, counts, record.flags.tolist(), strict=True):
+            logits.add(known, len(tokens), start, count, flags)
+            tokens += known.tokens(start, start + count)
+            query_start.append(query_start[-1] + count)
+        if len(tokens) != query_start[-1]:
             raise RecordError(f"step {record.step} computes tokens that have not been told")
+        positions = record.starts.astype(np.int64)
+        if len(tokens) > len(rows):
+            offsets = np.repeat(positions - query_start[:-1], record.counts)
+            positions = np.arange(len(tokens)) + offsets
         width = max((known.num_blocks for known in rows), default=0)
-        logits = _LogitRows(rows, record, query_start)
         raw = record.raw
         return PackedStep(
             step=record.step,
             token_ids=np.array(tokens, dtype=np.int64),
             positions=positions,
-            query_start=query_start,
-            seq_lens=seq_lens,
+            query_start=np.array(query_start, dtype=np.int32),
+            seq_lens=record.starts + record.counts,
             tables=self._tables[[known.slot for known in rows], :width],
-            num_decodes=int((counts == 1).sum()),
-            max_query_len=int(counts.max(initial=0)),
+            num_decodes=counts.count(1),
+            max_query_len=max(counts, default=0),
             logit_rows=np.array(logits.indices, dtype=np.int64) if raw is None else raw.rows.astype(np.int64),
             sampled=tuple(logits.sampled),
             prompts=tuple(logits.prompts),
@@ -218,19 +218,18 @@ class KnownSequences:
 class _LogitRows:
     """Which rows of the packed batch need logits, and which row of the logits belongs to whom."""
 
-    def __init__(self, rows: Sequence[KnownSequence], record: StepRecord, query_start: Ints) -> None:
+    def __init__(self) -> None:
         self.indices: list[int] = []
         self.sampled: list[SampledRow] = []
         self.prompts: list[PromptRows] = []
-        if not record.flags.any():
-            return
-        columns: tuple[npt.NDArray[np.generic], ...] = (query_start[:-1], record.starts, record.counts, record.flags)
-        for known, first, start, count, flags in zip(rows, *(column.tolist() for column in columns), strict=True):
-            if flags & PROMPT_LOGPROBS:
-                self._add_prompt(known, first, start, count)
-            if flags & SAMPLE:
-                self.sampled.append(SampledRow(known, len(self.indices), start + count))
-                self.indices.append(first + count - 1)
+
+    def add(self, known: KnownSequence, first: int, start: int, count: int, flags: int) -> None:
+        """Tokens `start .. start + count - 1` of a sequence are rows `first ..` of the batch."""
+        if flags & PROMPT_LOGPROBS:
+            self._add_prompt(known, first, start, count)
+        if flags & SAMPLE:
+            self.sampled.append(SampledRow(known, len(self.indices), start + count))
+            self.indices.append(first + count - 1)
 
     def _add_prompt(self, known: KnownSequence, first: int, start: int, count: int) -> None:
         """Rows whose next token is part of the prompt."""

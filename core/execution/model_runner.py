@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,16 +24,22 @@ class _Flight:
     result: StepOutput | None = None
 
 
-@contextmanager
-def _faults_of(stage: StageHandle) -> Iterator[None]:
-    """What a device has to answer for, by name: memory that ran out, and a device that is gone."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        names = ", ".join(device.name for device in stage.devices)
-        raise OutOfDeviceMemoryError(f"{names} ran out of memory in a step: {error}") from error
-    except torch.AcceleratorError as error:
-        raise DeviceLostError(f"A device has failed: {error}", device=stage.devices[0].name) from error
+class _FaultsOf:
+    """What a stage's device has to answer for, by name: memory that ran out, and a device that is gone."""
+
+    __slots__ = ("_stage",)
+
+    def __init__(self, stage: StageHandle) -> None:
+        self._stage = stage
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            names = ", ".join(device.name for device in self._stage.devices)
+            raise OutOfDeviceMemoryError(f"{names} ran out of memory in a step: {error}") from error
+        if isinstance(error, torch.AcceleratorError):
+            raise DeviceLostError(f"A device has failed: {error}", device=self._stage.devices[0].name) from error
 
 
 class ModelRunner:
@@ -65,7 +70,7 @@ class ModelRunner:
         self._begin(output)
         for index, stage in enumerate(self.stages):
             try:
-                with _faults_of(stage):
+                with _FaultsOf(stage):
                     stage.run(output.step)
                     if index + 1 < len(self.stages):
                         stage.hand_on(output.step, self.stages[index + 1].inlet)
@@ -73,7 +78,7 @@ class ModelRunner:
                 for behind in self.stages[index + 1 :]:
                     behind.skip(output.step)
                 raise
-        with _faults_of(self.stages[-1]):
+        with _FaultsOf(self.stages[-1]):
             return self.stages[-1].results(output.step)
 
     def submit(self, output: SchedulerOutput, done: StepDone) -> None:
@@ -127,11 +132,11 @@ class ModelRunner:
             torch.set_num_threads(self._torch_threads)
 
     def _receive(self, index: int, flight: _Flight) -> None:
-        with _faults_of(self.stages[index]):
+        with _FaultsOf(self.stages[index]):
             self.stages[index - 1].hand_on(flight.step, self.stages[index].inlet)
 
     def _run(self, index: int, flight: _Flight) -> None:
-        with _faults_of(self.stages[index]):
+        with _FaultsOf(self.stages[index]):
             self.stages[index].run(flight.step)
 
     def _receive_and_run(self, index: int, flight: _Flight) -> None:
@@ -148,5 +153,5 @@ class ModelRunner:
 
     def _finish(self, flight: _Flight) -> None:
         """In flight this has a thread of its own: the last stage goes on with the next step meanwhile."""
-        with _faults_of(self.stages[-1]):
+        with _FaultsOf(self.stages[-1]):
             flight.result = self.stages[-1].results(flight.step)

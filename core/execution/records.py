@@ -100,7 +100,7 @@ class StepRecord(msgspec.Struct, frozen=True, eq=False):
     @property
     def num_tokens(self) -> int:
         """Tokens that are computed."""
-        return int(self.counts.sum())
+        return sum(self.counts.tolist())
 
 
 class ScheduledSequence(NamedTuple):

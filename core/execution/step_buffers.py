@@ -170,7 +170,9 @@ class StepBuffers:
 
     def _slots(self, step: PackedStep, pages: Ints) -> np.ndarray:
         """int64 `[T]`: where each token's K and V go."""
-        row = np.repeat(np.arange(step.num_sequences), np.diff(step.query_start))
+        row = np.arange(step.num_sequences)
+        if step.num_decodes < step.num_sequences:
+            row = np.repeat(row, np.diff(step.query_start))
         block, offset = np.divmod(step.positions, self._block_size)
         return pages[row, block].astype(np.int64) * self._block_size + offset
 
