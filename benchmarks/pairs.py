@@ -2,6 +2,10 @@
 
     git worktree add /tmp/before COMMIT
     python -m benchmarks.pairs --before /tmp/before --streams 1,16 --pairs 20
+    python -m benchmarks.pairs --before /tmp/before --streams 1,8,32 --setup cores --prompt-tokens 32
+    python -m benchmarks.pairs --before /tmp/before --streams 1,8,32 --setup emulated --prompt-tokens 32
+
+`cores` are two stages of this processor, one core each; `emulated` two cards that do not match (`benchmarks.emulated`).
 
 The machine's speed drifts, and what is left of that in a pair goes either way, so the median and its 95 % interval
 (by order statistics, which assume nothing of the distribution) say whether one is slower.
@@ -16,11 +20,27 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from benchmarks.emulated import LINK, device_list, needed_bytes
 from benchmarks.machine import machine_info, usable_cores
 from benchmarks.models import default_workdir, random_prompts, resolve_model
 from benchmarks.run import check_complete, comma_list
 from benchmarks.worker import Worker, stop_on_sigterm
+
+
+LEAST_PAIRS = 6
+
+
+def settings_of(setup: str, streams: int, context: int) -> dict[str, Any]:
+    """What the engine is told beside the defaults of benchmarks, on this processor as a whole, or another setup."""
+    if setup == "cpu":
+        return {}
+    planned = {"devices.plan_streams": streams, "devices.plan_context": context}
+    if setup == "cores":
+        return planned | {"devices.devices": "cpu=4GiB,cpu=4GiB", "devices.layers": "11,11", "devices.cpu_threads": 1}
+    cards = device_list(("3090", "5070 Ti"), int(1.5 * needed_bytes(streams, context)))
+    return planned | {"devices.devices": cards, "devices.sim_link": LINK}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -48,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     stop_on_sigterm()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, required=True, help="a checkout of what to compare with")
-    parser.add_argument("--model", default="443m", help="443m, small, or a folder with a Hugging Face checkpoint")
+    parser.add_argument("--model", help="443m, small, stages (that of emulated cards), or a folder with a checkpoint")
+    parser.add_argument("--setup", choices=("cpu", "cores", "emulated"), default="cpu")
     parser.add_argument("--streams", default="1,16", help="numbers of concurrent requests")
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--prompt-tokens", type=int, default=128)
@@ -56,15 +77,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--workdir", type=Path, default=default_workdir())
     options = parser.parse_args(argv)
+    if options.pairs < LEAST_PAIRS:
+        parser.error(f"fewer than {LEAST_PAIRS} pairs have no 95 % interval")
     streams = [int(count) for count in comma_list(options.streams)]
-    model = resolve_model(options.model, options.workdir)
+    name = options.model or ("stages" if options.setup == "emulated" else "443m")
+    model, context = resolve_model(name, options.workdir), options.prompt_tokens + options.new_tokens
+    settings = settings_of(options.setup, max(streams), context)
     vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
     workers = [Worker("ours", options.threads, options.workdir / "logs", place) for place in (None, options.before)]
     ratios: dict[int, list[float]] = {count: [] for count in streams}
     rates: dict[int, list[float]] = {count: [] for count in streams}
     try:
         for worker in workers:
-            worker.load(model, options.threads, max(streams), options.prompt_tokens + options.new_tokens)
+            worker.load(model, options.threads, max(streams), context, settings=settings)
             for count in streams:
                 worker.run(random_prompts(count, 16, vocab_size, seed=count), 3)
         for pair in range(options.pairs):
@@ -80,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         for worker in workers:
             worker.close()
     print(
-        f"{machine_info()['cpu']}, {options.threads} threads, {options.model}; ratios above 1: this checkout is faster"
+        f"{machine_info()['cpu']}, {options.threads} threads, {name}, {options.setup}; above 1 this checkout is faster"
     )
     for count in streams:
         low, high = interval(ratios[count])

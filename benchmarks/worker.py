@@ -20,6 +20,15 @@ from typing import IO, Any
 
 from benchmarks.peers.base import PeerUnavailable, RunResult
 
+HERE = Path(__file__).resolve().parent.parent
+_OF_CHECKOUT = """
+import sys
+sys.path[0] = sys.argv.pop(1)
+from benchmarks import worker
+sys.path[0] = sys.argv.pop(1)
+worker.main()
+"""
+"""These benchmarks, whatever checkout the engine is from."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -36,15 +45,15 @@ class Worker:
     """The parent's handle on a worker process."""
 
     def __init__(self, peer: str, threads: int, log_dir: Path, checkout: Path | None = None) -> None:
-        """Start the process, with the code of another `checkout` if given; nothing is loaded yet."""
+        """Start the process, with the engine of another `checkout` if given; nothing is loaded yet."""
         self.peer = peer
         log_dir.mkdir(parents=True, exist_ok=True)
         log_path = self._log_path = log_dir / f"{peer}-{os.getpid()}{'-other' if checkout else ''}.log"
         environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(threads)) | {"TOKENIZERS_PARALLELISM": "false"}
         with log_path.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.worker", "--peer", peer],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=checkout,
+                [sys.executable, "-c", _OF_CHECKOUT, str(HERE), str(checkout or HERE), "--peer", peer],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
             )  # fmt: skip
 
     def _call(self, **command: Any) -> dict[str, Any]:
@@ -68,11 +77,14 @@ class Worker:
     def _log_tail(self, lines: int = 15) -> str:
         return "\n".join(self._log_path.read_text(errors="replace").splitlines()[-lines:])
 
-    def load(self, model_dir: Path, threads: int, max_streams: int, max_context: int) -> dict[str, Any]:
-        """Load the model; returns what the peer says about itself."""
+    def load(
+        self, model_dir: Path, threads: int, max_streams: int, max_context: int, **settings: Any
+    ) -> dict[str, Any]:
+        """Load the model; returns what the peer says about itself. `settings` are for peers that take them."""
         answer = self._call(
-            do="load", model_dir=str(model_dir), threads=threads, max_streams=max_streams, max_context=max_context
-        )
+            do="load", model_dir=str(model_dir), threads=threads, max_streams=max_streams, max_context=max_context,
+            **settings,
+        )  # fmt: skip
         info: dict[str, Any] = answer["info"]
         return info
 

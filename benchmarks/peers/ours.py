@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,19 @@ class OursPeer:
 
     name = "ours"
 
-    def load(self, model_dir: Path, threads: int, max_streams: int, max_context: int) -> dict[str, Any]:
-        """Build the pipeline from defaults, configuration and environment, then load the model."""
+    def load(
+        self, model_dir: Path, threads: int, max_streams: int, max_context: int,
+        settings: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Build the pipeline from defaults, configuration and environment, then load the model. `settings`
+        ("section.key") are put in place of those that benchmarks have."""
         try:
             from core.config import load_settings
             from core.inference_pipeline import InferencePipeline
             from vramancer import __version__
         except ImportError as error:
             raise PeerUnavailable(f"VRAMancer's engine cannot be imported ({error})") from error
-        overrides = engine_overrides(model_dir, threads, max_streams, max_context)
+        overrides = engine_overrides(model_dir, threads, max_streams, max_context) | dict(settings or {})
         self._pipeline = InferencePipeline(load_settings(overrides=overrides))
         model = self._pipeline.load()
         engine = self._pipeline.engine
