@@ -28,7 +28,6 @@ from benchmarks.models import default_workdir, random_prompts, resolve_model
 from benchmarks.run import check_complete, comma_list
 from benchmarks.worker import Worker, stop_on_sigterm
 
-
 LEAST_PAIRS = 6
 
 
