@@ -23,14 +23,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-import numpy as np
-
 from core.batching.running import RunningSequences
 from core.batching.sequence import Request, Sequence, SequenceStatus, SequenceUpdate, ending_of
-from core.batching.step import SchedulerLimits, StepDraft, record_of, weight_of, whole
+from core.batching.step import SchedulerLimits, StepDraft, raw_record, record_of, weight_of
 from core.batching.waiting import WaitingSequences
 from core.errors import StepFailedError
-from core.execution.records import RawRows, ScheduledSequence, SchedulerOutput, StepOutput, StepRecord, ints, longs
+from core.execution.records import RawRows, ScheduledSequence, SchedulerOutput, StepOutput, StepRecord
 from core.kv_cache.manager import KVCacheManager
 from core.request import FinishReason
 
@@ -170,14 +168,9 @@ class Scheduler:
         return SchedulerOutput(StepRecord(self._steps), self.kv.take_step(self._steps))
 
     def raw_step(self, sequence: Sequence, start: int, end: int, raw: RawRows | None) -> SchedulerOutput:
-        """A step that computes tokens `start .. end - 1` of a sequence that is not scheduled, while none is in flight.
-        The caller says when it is done."""
+        """See `raw_record`; while no step is in flight. The caller says when it is done."""
         self._steps += 1
-        new = whole(sequence, self.kv.table(sequence.seq_id).tell_all())
-        record = StepRecord(
-            self._steps, longs([sequence.seq_id]), ints([start]), ints([end - start]), ints([0]),
-            np.zeros(1, dtype=np.uint8), new=(new,), ended=longs([sequence.seq_id]), raw=raw,
-        )  # fmt: skip
+        record = raw_record(self._steps, sequence, self.kv.table(sequence.seq_id), start, end, raw)
         return SchedulerOutput(record, self.kv.take_step(self._steps))
 
     @property

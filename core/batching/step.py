@@ -8,7 +8,18 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from core.batching.sequence import Sequence
-from core.execution.records import PROMPT_LOGPROBS, SAMPLE, Ints, NewSequence, SchedulerOutput, StepRecord, ints, longs
+from core.execution.records import (
+    PROMPT_LOGPROBS,
+    SAMPLE,
+    Ints,
+    NewSequence,
+    RawRows,
+    SchedulerOutput,
+    StepRecord,
+    ints,
+    longs,
+)
+from core.kv_cache.block_table import BlockTable
 from core.kv_cache.manager import KVCacheManager
 
 CONTEXT_WEIGHT = 1 / 2048
@@ -90,6 +101,17 @@ def record_of(number: int, chosen: list[tuple[Sequence, int]], ended: list[int],
         new=tuple(new),
         ended=longs(ended),
     )
+
+
+def raw_record(
+    number: int, sequence: Sequence, table: BlockTable, start: int, end: int, raw: RawRows | None
+) -> StepRecord:
+    """The record of a step that computes tokens `start .. end - 1` of a sequence that is not scheduled."""
+    ids, new = longs([sequence.seq_id]), whole(sequence, table.tell_all())
+    return StepRecord(
+        number, ids, ints([start]), ints([end - start]), ints([0]), np.zeros(1, dtype=np.uint8), new=(new,), ended=ids,
+        raw=raw,
+    )  # fmt: skip
 
 
 def whole(sequence: Sequence, blocks: Ints) -> NewSequence:
