@@ -113,12 +113,6 @@ class Device:
         """Main memory as itself: what leaves the device for main memory gains nothing."""
         return self.kind == "cpu"
 
-    def pace(self, started_s: float, duration_s: float) -> None:
-        """Emulated devices: sleep until `duration_s` have passed since `started_s` (of `time.perf_counter()`)."""
-        if self.speed is None:
-            return
-        wait_until(started_s + duration_s)
-
 
 def host_device(limit_bytes: int = 0) -> Device:
     """Main memory, as a place for what devices have no room for: `limit_bytes` of it."""

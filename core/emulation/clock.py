@@ -5,16 +5,16 @@ from __future__ import annotations
 import time
 
 from core.costs import Batch, StageTimer
-from core.devices import Device
+from core.devices import Device, wait_until
+from core.streaming.stream import Clock
 
 
-class EmulatedClock:
+class EmulatedClock(Clock):
     """Lets a stage take as long as its device would have: at the end of a pass, and before and after each layer that
     streams in, so that loading goes on beside computing as it would there. Real devices take what they take.
     """
 
     def __init__(self, device: Device, timer: StageTimer | None, first_layer: int) -> None:
-        self._device = device
         self._timer = timer if device.speed is not None else None
         self._first = self._layer = first_layer
         self._batch = Batch(0, 0, 0)
@@ -41,6 +41,6 @@ class EmulatedClock:
             self._spend(self._timer.compute_s(self._batch) + waited_s - self._spent_s)
 
     def _spend(self, seconds: float) -> None:
-        self._device.pace(self._since_s, seconds)
         self._since_s += seconds
+        wait_until(self._since_s)
         self._spent_s += seconds
