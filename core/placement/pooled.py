@@ -16,7 +16,6 @@ for a cohort's share of the KV; a round is then as long as the longest way or th
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 
 from core.costs import PlacementDevice, PlacementProblem
 from core.costs.cost import at_once, best_cohorts, decode_tok_s
@@ -31,13 +30,6 @@ _ABOUT_ALL = 0.95
 """A plan may hold so much less KV: whole pages and the lend ratio leave a little unused."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    plan: PlacementPlan
-    pooled: PooledKV
-    tok_s: float
-
-
 def place_pooled(request: PlacementProblem, strategy: str, lend_ratio: float, least_tokens: int = 0) -> PlacementPlan:
     """`place`, and for `profiled` a plan that borrows where that is faster. `lend_ratio` 0: nobody lends. A plan
     that borrows holds at least `least_tokens` of KV, if the other one does.
@@ -47,20 +39,19 @@ def place_pooled(request: PlacementProblem, strategy: str, lend_ratio: float, le
     plan = place(request, strategy)
     if strategy != "profiled" or request.layers is not None or lend_ratio <= 0 or len(request.devices) == 1:
         return plan
-    base = _weigh(request, plan, lend_ratio)
-    wanted = min(base.pooled.tokens, request.wanted_kv_tokens)
-    best = base
+    pooled = pool_of(request, plan, lend_ratio)
+    best, best_tok_s = plan, pooled_tok_s(request, plan, pooled)
+    enough = max(_ABOUT_ALL * min(pooled.tokens, request.wanted_kv_tokens), min(least_tokens, pooled.tokens))
     for tokens in _levels(request, plan.kv_tokens):
         try:
-            other = _weigh(request, place_profiled(request, least_kv_tokens=tokens), lend_ratio)
+            other = place_profiled(request, least_kv_tokens=tokens)
         except InsufficientMemoryError:
             continue
-        if (
-            other.pooled.tokens >= max(_ABOUT_ALL * wanted, min(least_tokens, base.pooled.tokens))
-            and other.tok_s > CLEARLY * best.tok_s
-        ):
-            best = other
-    return best.plan
+        held = pool_of(request, other, lend_ratio)
+        tok_s = pooled_tok_s(request, other, held)
+        if held.tokens >= enough and tok_s > CLEARLY * best_tok_s:
+            best, best_tok_s = other, tok_s
+    return best
 
 
 def _levels(request: PlacementProblem, held: int) -> list[int]:
@@ -80,11 +71,6 @@ def pool_of(request: PlacementProblem, plan: PlacementPlan, lend_ratio: float) -
         block_size=request.block_size,
         lend_ratio=lend_ratio,
     )
-
-
-def _weigh(request: PlacementProblem, plan: PlacementPlan, lend_ratio: float) -> _Candidate:
-    pooled = pool_of(request, plan, lend_ratio)
-    return _Candidate(plan, pooled, pooled_tok_s(request, plan, pooled))
 
 
 def pooled_tok_s(request: PlacementProblem, plan: PlacementPlan, pooled: PooledKV) -> float:

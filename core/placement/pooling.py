@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from core.costs.plan import StagePlan
+from core.placement.search import largest
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +24,6 @@ class PooledKV:
 
     tokens: int
     local_tokens: tuple[int, ...]
-
-    @property
-    def is_pooled(self) -> bool:
-        """Whether any stage has to borrow."""
-        return any(local < self.tokens for local in self.local_tokens)
 
 
 def pool_kv(
@@ -58,12 +54,9 @@ def pool_kv(
             spare += min(int(lend_ratio * stage.limit_bytes), max(0, left))
         return lacking <= spare
 
-    low, high = kv_tokens // block_size, max(kv_tokens, max_tokens) // block_size
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    local = [low if page == 0 else min(low, room // page) for room, page in zip(free, page_bytes, strict=True)]
-    return PooledKV(low * block_size, tuple(blocks * block_size for blocks in local))
+    most = largest(fits, kv_tokens // block_size, max(kv_tokens, max_tokens) // block_size)
+    local = [most if page == 0 else min(most, room // page) for room, page in zip(free, page_bytes, strict=True)]
+    return PooledKV(most * block_size, tuple(blocks * block_size for blocks in local))
 
 
 def pooled_bound(stages: Sequence[StagePlan], idle_limits: Sequence[int] = ()) -> int:
