@@ -164,23 +164,8 @@ class VRAMLendingPool:
 
     def lenders(self, borrower: str, nbytes: int) -> tuple[str, ...]:
         """Those with room for `nbytes`, best score first (ties: in the order of `budgets`), main memory last."""
-        found: list[str] = []
-        for last_resort in (False, True):
-            rated = scores(self._candidates(borrower, nbytes, last_resort))
-            found += sorted(rated, key=lambda name: -rated[name])
-        return tuple(found)
-
-    def score(self, borrower: str, lender: str, nbytes: int) -> float:
-        """How well `lender` suits, 0 to 1 (`core.lending.score.scores`), among the GPUs that have room, or among main
-        memories if it is one.
-
-        Raises:
-            ValueError: it cannot lend `nbytes` to this borrower.
-        """
-        rated = scores(self._candidates(borrower, nbytes, self._lender(lender).budget.last_resort))
-        if lender not in rated:
-            raise ValueError(f"{lender} has no {nbytes} bytes for {borrower}")
-        return rated[lender]
+        rated = [scores(self._candidates(borrower, nbytes, last_resort)) for last_resort in (False, True)]
+        return tuple(name for group in rated for name in sorted(group, key=lambda name: -group[name]))
 
     def offers(self, borrower: str, unit_bytes: int) -> tuple[Offer, ...]:
         """How many pages of `unit_bytes` each lender has room for, largest first, main memory last; only those with

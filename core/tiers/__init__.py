@@ -5,12 +5,11 @@ from core.tiers.hotness import HeatModel
 from core.tiers.loading import HostSlot, Loading
 from core.tiers.lower_tier import LowerTier
 from core.tiers.opening import open_lasting, open_memory
-from core.tiers.peer import InProcessPeer, Peer, PeerStore
-from core.tiers.policy import MemoryOptions, RestorePlan, WriteRules, worth_restoring
-from core.tiers.records import BlockInfo, BlockLayout, MemoryStats, Tier, TierSpeed, TierStats
+from core.tiers.peer import InProcessPeer, PeerStore
+from core.tiers.policy import MemoryOptions, WriteRules, worth_restoring
+from core.tiers.records import BlockLayout, Tier, TierSpeed
 
 __all__ = [
-    "BlockInfo",
     "BlockLayout",
     "HeatModel",
     "HierarchicalMemory",
@@ -19,13 +18,9 @@ __all__ = [
     "Loading",
     "LowerTier",
     "MemoryOptions",
-    "MemoryStats",
-    "Peer",
     "PeerStore",
-    "RestorePlan",
     "Tier",
     "TierSpeed",
-    "TierStats",
     "WriteRules",
     "open_lasting",
     "open_memory",
