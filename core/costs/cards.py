@@ -110,15 +110,11 @@ class Card:
         return _device(name or self.name, self.memory_bytes, self.bandwidth_bytes_s, self.flops)
 
 
-def _cards() -> tuple[Card, ...]:
-    return tuple(
-        Card(f"{name} {size}GB" if len(sizes) > 1 else name, size * GIB, bandwidth * 1e9, tflops * 1e12, source)
-        for name, sizes, bandwidth, tflops, source in _TABLE
-        for size in sizes
-    )
-
-
-CARDS = _cards()
+CARDS = tuple(
+    Card(f"{name} {size}GB" if len(sizes) > 1 else name, size * GIB, bandwidth * 1e9, tflops * 1e12, source)
+    for name, sizes, bandwidth, tflops, source in _TABLE
+    for size in sizes
+)
 
 
 def card(name: str) -> Card:

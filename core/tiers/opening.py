@@ -19,9 +19,8 @@ from core.tiers.lower_tier import LowerTier
 from core.tiers.measure import measure_directory, measure_files, measure_host, measure_peer
 from core.tiers.peer import Peer, PeerStore
 from core.tiers.policy import MemoryOptions, WriteRules
-from core.tiers.records import BlockLayout, Tier, TierSpeed
+from core.tiers.records import BlockLayout, Tier
 from core.tiers.remote import RemoteFiles, check_url
-from core.tiers.segment_files import SegmentFiles
 from core.tiers.segment_store import SegmentSizes, SegmentStore, StoreLimits
 from core.tiers.segments import Identity
 
@@ -164,8 +163,8 @@ def _disk_bytes(settings: MemorySettings, path: Path) -> int:
 def _open_remote(settings: MemorySettings, layout: BlockLayout, salt: bytes) -> LowerTier:
     """Raises `OSError`."""
     assert settings.remote_url is not None
-    files: SegmentFiles = RemoteFiles(settings.remote_url)
-    speed: TierSpeed = measure_files(files)
+    files = RemoteFiles(settings.remote_url)
+    speed = measure_files(files)
     compressor = Compressor(layout, settings.remote_codec, settings.kv_quantization, speed)
     identity = make_identity(layout, salt, settings)
     store = SegmentStore(Tier.L6, files, StoreLimits(settings.remote_bytes), identity, compressor)

@@ -167,7 +167,9 @@ class SegmentStore:
         if self._foreign:
             self._files.delete(self._foreign.pop(0).name)
             return
-        segment = self._segments[0]
+        self._delete(self._segments[0])
+
+    def _delete(self, segment: Segment) -> None:
         self._lose(segment)
         self._files.delete(segment.name)
 
@@ -298,10 +300,8 @@ class SegmentStore:
             segment.nbytes += len(data)
             self._place(segment, replace(entry, offset=offset))
             segment.blocks_written += 1
-        if (
-            segment.nbytes - self._sizes.room >= self._sizes.segment
-            or segment.blocks_written >= self._sizes.most_blocks
-        ):
+        sizes = self._sizes
+        if segment.nbytes - sizes.room >= sizes.segment or segment.blocks_written >= sizes.most_blocks:
             self._seal(segment)
 
     def _open_segment(self) -> Segment:
@@ -358,8 +358,7 @@ class SegmentStore:
                 continue
             if self._check(segment, entry, data[:count]):
                 self._append(entry, data)
-        self._lose(segment)
-        self._files.delete(segment.name)
+        self._delete(segment)
 
     def drop(self, block: bytes) -> None:
         with self._lock:
