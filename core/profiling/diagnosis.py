@@ -15,7 +15,7 @@ from core.config import Settings
 from core.costs import DeviceProfile, Sharing
 from core.costs.cards import card
 from core.devices import Device, DeviceReader, Machine, format_bytes, left_out, open_devices, probe_machine
-from core.devices.memory import MemoryNow, read_memory
+from core.devices.probe import MemoryNow, read_memory
 from core.errors import DeviceError
 from core.execution.attention.select import select_attention
 from core.execution.native.build import find_compilers

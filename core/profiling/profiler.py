@@ -14,7 +14,7 @@ from torch import nn
 from core.config import Settings
 from core.costs import DeviceProfile, LinkProfile, LinkTopology, Sharing, emulated_profile
 from core.devices import HOST, Device, format_bytes
-from core.devices.memory import read_memory
+from core.devices.probe import read_memory
 from core.errors import OutOfDeviceMemoryError
 from core.execution.attention.interface import AttentionBackend
 from core.execution.attention.select import LinearAdapter, select_attention

@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from core.devices import Device, DeviceBudget, DeviceKind, format_bytes, wait_until
+from core.devices import Device, DeviceBudget, format_bytes, wait_until
+from core.devices.device import DeviceKind
 from core.errors import OutOfDeviceMemoryError
 
 

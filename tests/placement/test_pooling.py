@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.costs.plan import StagePlan
-from core.placement.pooling import PooledKV, pool_kv, pooled_bound
+from core.placement.pooled import PooledKV, pool_kv, pooled_bound
 
 BLOCK = 16
 
