@@ -1,8 +1,7 @@
 """Logical devices: what there is, how much of it may be used, and what it is doing."""
 
-from core.devices.device import HOST, Device, DeviceBudget, LinkSpeed, format_bytes, host_device, wait_until
+from core.devices.device import HOST, Device, DeviceBudget, LinkSpeed, MainMemory, format_bytes, host_device, wait_until
 from core.devices.discovery import left_out, open_devices, open_main_memory
-from core.devices.main_memory import MainMemory
 from core.devices.probe import Machine, probe_machine
 from core.devices.readers import DeviceReader
 from core.devices.spec import parse_devices, parse_link

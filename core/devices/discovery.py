@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from core.config import DeviceSettings
-from core.devices.device import GPU_KINDS, Device, format_bytes
-from core.devices.main_memory import MainMemory
+from core.devices.device import GPU_KINDS, Device, MainMemory, format_bytes
 from core.devices.probe import Machine, PhysicalDevice, probe_cpu, probe_machine
 from core.devices.spec import DeviceSpec, parse_devices
 from core.errors import DeviceError

@@ -36,7 +36,6 @@ class RegionStore(Protocol):
 
     def add(self, stage: int, region_id: int, device: str, pages: int) -> None:
         """Raises `OutOfDeviceMemoryError`, with nothing kept."""
-        ...
 
     def drop(self, stage: int, region_id: int) -> None: ...
 

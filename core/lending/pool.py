@@ -349,12 +349,12 @@ class VRAMLendingPool:
         if self._lender(borrower).budget.last_resort:
             raise ValueError(f"{borrower} is main memory, it does not borrow")
         indebted = {lease.borrower for lease in self._leases.values() if lease.lender == borrower}
-        now_s = self._clock()
+        now_s, link = self._clock(), self._links.link
         return [
             Candidate(
                 name,
                 lender.lendable_bytes(self._lend_ratio),
-                self._there_and_back_s(borrower, name, nbytes),
+                link(borrower, name).transfer_s(nbytes) + link(name, borrower).transfer_s(nbytes),
                 lender.budget.idle_s,
             )
             for name, lender in self._lenders.items()
@@ -364,10 +364,6 @@ class VRAMLendingPool:
             and lender.refused_until_s <= now_s
             and lender.lendable_bytes(self._lend_ratio) >= max(1, nbytes)
         ]
-
-    def _there_and_back_s(self, borrower: str, lender: str, nbytes: int) -> float:
-        out, home = self._links.link(borrower, lender), self._links.link(lender, borrower)
-        return out.transfer_s(nbytes) + home.transfer_s(nbytes)
 
     def _refresh(self, lender: Lender) -> list[Reclaim]:
         """Bring needs and leases into line with the lender's state."""

@@ -21,7 +21,7 @@ import torch
 
 from core.tiers.peer import Peer
 from core.tiers.records import TierSpeed
-from core.tiers.segment_files import SegmentFiles
+from core.tiers.segments import SegmentFiles
 
 Medium = Literal["ram disk", "nvme", "ssd", "spinning"]
 Method = Literal["O_DIRECT", "fadvise", "page cache"]

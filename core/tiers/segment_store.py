@@ -12,18 +12,21 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from core.errors import ConfigError
 from core.logs import get_logger
 from core.tiers.compress import CodecError, Compressor
 from core.tiers.records import Tier
-from core.tiers.segment_files import OpenFile, SegmentFile, SegmentFiles
 from core.tiers.segments import (
     ENTRY_BYTES,
     DamagedSegmentError,
     Entry,
     ForeignSegmentError,
     Identity,
+    OpenFile,
+    SegmentFile,
+    SegmentFiles,
     checksum,
     encode_header,
     header_room,
@@ -143,7 +146,7 @@ class SegmentStore:
     def _scan(self) -> None:
         for file in sorted(self._files.list(), key=lambda file: file.name):
             try:
-                entries, cut_off = read_header(self._reader(file.name), file.nbytes, self._identity)
+                entries, cut_off = read_header(partial(self._part, file.name), file.nbytes, self._identity)
             except ForeignSegmentError as error:
                 logger.info("segment of something else is left alone", file=file.name, reason=str(error))
                 self._foreign.append(file)
@@ -173,12 +176,9 @@ class SegmentStore:
         self._lose(segment)
         self._files.delete(segment.name)
 
-    def _reader(self, name: str) -> Callable[[int, int], bytes]:
-        def read(offset: int, length: int) -> bytes:
-            buffer = bytearray(length)
-            return bytes(buffer[: self._files.read(name, offset, memoryview(buffer))])
-
-        return read
+    def _part(self, name: str, offset: int, length: int) -> bytes:
+        buffer = bytearray(length)
+        return bytes(buffer[: self._files.read(name, offset, memoryview(buffer))])
 
     def _place(self, segment: Segment, entry: Entry) -> None:
         self._forget(entry.block)

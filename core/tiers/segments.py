@@ -16,10 +16,12 @@ does not pass either.
 from __future__ import annotations
 
 import json
+import time
+import uuid
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 FORMAT = "vramancer-kv"
 VERSION = 1
@@ -122,3 +124,50 @@ def _read_entry(fields: dict[str, Any]) -> Entry:
     except ValueError as error:
         raise DamagedSegmentError("a block's hash is no hex number") from error
     return Entry(block, parent, offset, length, expected, codec)
+
+
+def new_name() -> str:
+    """A name that no other process takes; names sort by age."""
+    return f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}{SUFFIX}"
+
+
+class OpenFile(Protocol):
+    """A segment that is being written, under a name that nobody looks for."""
+
+    def write_at(self, offset: int, data: bytes | memoryview) -> None: ...
+
+    def read_at(self, offset: int, into: memoryview) -> int: ...
+
+    def seal(self) -> str:
+        """Make it lasting and give it its name, which is returned. It can still be read here until `close`."""
+
+    def close(self) -> None: ...
+
+    def discard(self) -> None:
+        """Close it and remove what was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentFile:
+    """A file found at the start; names sort by age."""
+
+    name: str
+    nbytes: int
+
+
+class SegmentFiles(Protocol):
+    """Where segment files are kept: what `SegmentStore` asks of a directory or an object store. Raises `OSError`."""
+
+    def list(self) -> list[SegmentFile]: ...
+
+    def read(self, name: str, offset: int, into: memoryview) -> int:
+        """Fill `into` from the file; bytes read, fewer at its end."""
+
+    def start(self) -> OpenFile: ...
+
+    def delete(self, name: str) -> None: ...
+
+    def free_bytes(self) -> int | None:
+        """Bytes that can still be written there; None if that is not known."""
+
+    def close(self) -> None: ...

@@ -93,7 +93,9 @@ class TransferManager:
                 copied = self._copier.copy_staged(tensor, src, dst)
             else:
                 copied = self._copier.copy(tensor, src, dst, into)
-            self._note((method, src.name, dst.name), tensor.nbytes, copied.elapsed_s)
+            with self._lock:  # it may be under way, and is recorded at a later one's or when somebody asks
+                self._under_way.append(((method, src.name, dst.name), tensor.nbytes, copied.elapsed_s))
+            self._settle()
             return copied.tensor
         arrived = tensor.to(dst.torch_device, copy=True)
         if src.is_mps or dst.is_mps:
@@ -173,13 +175,8 @@ class TransferManager:
         with self._lock:
             return dict(self._stats)
 
-    def _note(self, link: Link, nbytes: int, elapsed_s: Callable[[], float | None]) -> None:
-        """A transfer that may be under way; it is recorded at a later one's or when somebody asks."""
-        with self._lock:
-            self._under_way.append((link, nbytes, elapsed_s))
-        self._settle()
-
     def _settle(self) -> None:
+        """Record what has arrived."""
         with self._lock:
             seen = [(*noted[:2], noted[2]()) for noted in self._under_way]
             self._under_way = [

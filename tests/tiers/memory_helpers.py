@@ -17,9 +17,8 @@ from core.tiers.loading import HostSlot
 from core.tiers.lower_tier import LowerTier
 from core.tiers.policy import MemoryOptions, WriteRules
 from core.tiers.records import Quantization
-from core.tiers.segment_files import SegmentFiles
 from core.tiers.segment_store import SegmentStore, StoreLimits
-from core.tiers.segments import Identity
+from core.tiers.segments import Identity, SegmentFiles
 
 
 @dataclass(frozen=True)
