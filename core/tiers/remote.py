@@ -61,8 +61,7 @@ class RemoteFile:
     def close(self) -> None:
         self._data = bytearray()
 
-    def discard(self) -> None:
-        self.close()
+    discard = close
 
 
 class RemoteFiles:

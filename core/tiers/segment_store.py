@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from core.errors import ConfigError
 from core.logs import get_logger
 from core.tiers.compress import CodecError, Compressor
 from core.tiers.records import Tier
@@ -27,15 +26,14 @@ from core.tiers.segments import (
     OpenFile,
     SegmentFile,
     SegmentFiles,
+    SegmentSizes,
     checksum,
     encode_header,
-    header_room,
     read_header,
 )
 
 logger = get_logger(__name__)
 
-LARGEST_SEGMENT_BYTES = 64 << 20
 MOSTLY_DEAD = 0.25
 """Share of a segment that lives, below which it is cleaned at once."""
 
@@ -61,32 +59,6 @@ class StoreLimits:
 
     capacity_bytes: int
     min_free_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentSizes:
-    """How a capacity is divided, in bytes: a `segment` of at most so many blocks, `room` for its header, `reserve` to
-    clean into, `usable` by blocks that live."""
-
-    segment: int
-    most_blocks: int
-    room: int
-    reserve: int
-    usable: int
-
-    @classmethod
-    def of(cls, tier: Tier, capacity_bytes: int, block_nbytes: int) -> SegmentSizes:
-        """Raises `ConfigError` if no block fits."""
-        block_bytes = block_nbytes + ENTRY_BYTES
-        segment = max(min(LARGEST_SEGMENT_BYTES, capacity_bytes // 16), block_bytes)
-        blocks = max(1, segment // block_bytes)
-        room = header_room(blocks)
-        reserve = segment + block_bytes + room
-        usable = capacity_bytes - max(reserve + 2 * room, capacity_bytes // 8)
-        if usable < block_bytes:
-            least = reserve + 2 * room + block_bytes
-            raise ConfigError(f"{tier.name} needs at least {least} bytes for blocks of {block_nbytes}")
-        return cls(segment, blocks, room, reserve, usable)
 
 
 class SegmentStore:

@@ -23,6 +23,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from core.errors import ConfigError
+from core.tiers.records import Tier
+
 FORMAT = "vramancer-kv"
 VERSION = 1
 SUFFIX = ".kvseg"
@@ -30,6 +33,7 @@ PREFIX_BYTES = 8
 ENTRY_BYTES = 208
 """Most that one block's entry takes in the header: 64 hex digits, four numbers, a codec, the keys."""
 
+LARGEST_SEGMENT_BYTES = 64 << 20
 _FIXED_BYTES = 512
 _MAX_HEADER_BYTES = 64 << 20
 _ALIGNMENT = 64
@@ -73,6 +77,32 @@ def checksum(block: bytes, data: memoryview) -> int:
 def header_room(max_blocks: int) -> int:
     """Bytes to leave at the start of a file for the header of up to `max_blocks` blocks."""
     return -(-(PREFIX_BYTES + _FIXED_BYTES + max_blocks * ENTRY_BYTES) // _ALIGNMENT) * _ALIGNMENT
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentSizes:
+    """How a capacity is divided, in bytes: a `segment` of at most so many blocks, `room` for its header, `reserve` to
+    clean into, `usable` by blocks that live."""
+
+    segment: int
+    most_blocks: int
+    room: int
+    reserve: int
+    usable: int
+
+    @classmethod
+    def of(cls, tier: Tier, capacity_bytes: int, block_nbytes: int) -> SegmentSizes:
+        """Raises `ConfigError` if no block fits."""
+        block_bytes = block_nbytes + ENTRY_BYTES
+        segment = max(min(LARGEST_SEGMENT_BYTES, capacity_bytes // 16), block_bytes)
+        blocks = max(1, segment // block_bytes)
+        room = header_room(blocks)
+        reserve = segment + block_bytes + room
+        usable = capacity_bytes - max(reserve + 2 * room, capacity_bytes // 8)
+        if usable < block_bytes:
+            least = reserve + 2 * room + block_bytes
+            raise ConfigError(f"{tier.name} needs at least {least} bytes for blocks of {block_nbytes}")
+        return cls(segment, blocks, room, reserve, usable)
 
 
 def encode_header(identity: Identity, codec: str, entries: Sequence[Entry], room: int) -> bytes:
