@@ -34,7 +34,7 @@ from core.execution.records import SchedulerOutput, StepDone, StepOutput
 from core.inference_pipeline import InferencePipeline
 from core.kv_cache.page_ops import LOCAL
 from core.models.resolve import resolve_model as find_model
-from core.placement.pooling import pooled_bound
+from core.placement.pooled import pooled_bound
 from core.request import SamplingParams
 from core.transfer import TransferManager
 

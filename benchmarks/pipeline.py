@@ -20,7 +20,8 @@ from rich.table import Table
 
 from benchmarks.emulated import Rate, measure, open_pipeline, record
 from benchmarks.models import default_workdir, resolve_model
-from core.costs import Batch, pipeline_s
+from core.costs import Batch
+from core.costs.cost import pipeline_s
 from core.inference_pipeline import InferencePipeline
 from core.placement.engine import stage_costs
 

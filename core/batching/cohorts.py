@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from core.costs import Batch, LayerCosts, LinkTopology, StageCost, best_cohorts, busy_s, load_s, stage_s
+from core.costs import Batch, LayerCosts, LinkTopology, StageCost
+from core.costs.cost import best_cohorts, busy_s, load_s, stage_s
 
 MIN_CHUNK = 16
 STALL = 3.0

@@ -1,17 +1,6 @@
 """Speeds and sizes, and what follows for a step: profiles, the cost model, plan records, cards. Pure; no torch."""
 
-from core.costs.cost import (
-    Batch,
-    StageCost,
-    StageTimer,
-    at_once,
-    best_cohorts,
-    busy_s,
-    decode_tok_s,
-    load_s,
-    pipeline_s,
-    stage_s,
-)
+from core.costs.cost import Batch, StageCost, StageTimer
 from core.costs.plan import SLOTS, Experts, LayerCosts, PlacementDevice, PlacementPlan, PlacementProblem, StagePlan
 from core.costs.profile import DeviceProfile, LinkProfile, LinkTopology, Sharing, emulated_profile
 
@@ -30,12 +19,5 @@ __all__ = [
     "StageCost",
     "StagePlan",
     "StageTimer",
-    "at_once",
-    "best_cohorts",
-    "busy_s",
-    "decode_tok_s",
     "emulated_profile",
-    "load_s",
-    "pipeline_s",
-    "stage_s",
 ]

@@ -8,13 +8,12 @@ it is less: some tenths of a GiB are the driver's, and macOS gives a GPU about t
 from __future__ import annotations
 
 import re
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from core.costs import PlacementDevice
 from core.costs.profile import DeviceProfile
-from core.devices.spec import parse_devices
+from core.devices.spec import numbered, parse_devices
 from core.errors import DeviceError
 
 GIB = 1024**3
@@ -110,15 +109,11 @@ class Card:
         return _device(name or self.name, self.memory_bytes, self.bandwidth_bytes_s, self.flops)
 
 
-def _cards() -> tuple[Card, ...]:
-    return tuple(
-        Card(f"{name} {size}GB" if len(sizes) > 1 else name, size * GIB, bandwidth * 1e9, tflops * 1e12, source)
-        for name, sizes, bandwidth, tflops, source in _TABLE
-        for size in sizes
-    )
-
-
-CARDS = _cards()
+CARDS = tuple(
+    Card(f"{name} {size}GB" if len(sizes) > 1 else name, size * GIB, bandwidth * 1e9, tflops * 1e12, source)
+    for name, sizes, bandwidth, tflops, source in _TABLE
+    for size in sizes
+)
 
 
 def card(name: str) -> Card:
@@ -156,13 +151,8 @@ def gpu_spec(*texts: str) -> tuple[PlacementDevice, ...]:
         if count < 1 or "*" in what:
             raise DeviceError(f'gpu "{text}" is no number of cards. Allowed: {GPU_SYNTAX}.', param="gpu")
         devices += [_described(what) if "@" in what else card(what).device()] * count
-    numbers, seen = Counter(device.name for device in devices), Counter[str]()
-    named = []
-    for device in devices:
-        name = device.name if numbers[device.name] == 1 else f"{device.name}#{seen[device.name]}"
-        seen[device.name] += 1
-        named.append(PlacementDevice(name, device.limit_bytes, device.profile))
-    return tuple(named)
+    names = numbered([device.name for device in devices])
+    return tuple(replace(device, name=name) for device, name in zip(devices, names, strict=True))
 
 
 def _described(text: str) -> PlacementDevice:

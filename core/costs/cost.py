@@ -79,15 +79,12 @@ class StageTimer:
         """`streamed` layers come in over `link`; `parts` stages are on parts of its processor, this included."""
         beside = device.among(parts)
         self._at_once = None if beside == device else StageTimer(costs, beside, first, last, streamed, link)
-        experts = costs.experts
-        routed = [(0, 0)] * costs.num_layers
-        if experts is not None:
-            routed = list(zip(experts.layer_bytes, experts.number, strict=True))
-        kinds = list(zip(costs.layer_bytes, costs.layer_flops, costs.kv_bytes_per_token, routed, strict=True))
+        nothing = (0,) * costs.num_layers
+        routed = (nothing, nothing) if costs.experts is None else (costs.experts.layer_bytes, costs.experts.number)
+        kinds = list(zip(costs.layer_bytes, costs.layer_flops, costs.kv_bytes_per_token, *routed, strict=True))
         first_of = {kind: layer for layer, kind in reversed(list(enumerate(kinds[first:last], first)))}
         self._counts = [(first_of[kind], count) for kind, count in Counter(kinds[first:last]).items()]
         self._costs, self._device, self._has_head = costs, device, last == costs.num_layers
-        self._step_s = device.step_overhead_s
         self._stage, self._link = StageCost(device, first, last, streamed), link
 
     def seconds(self, batch: Batch, at_once: bool = False) -> float:
@@ -102,8 +99,9 @@ class StageTimer:
 
     def compute_s(self, batch: Batch) -> float:
         """Predicted time without waiting for layers that stream in."""
-        total = sum(count * layer_s(self._costs, self._device, layer, batch) for layer, count in self._counts)
-        return self._step_s + total + (head_s(self._costs, self._device, batch) if self._has_head else 0.0)
+        costs, device = self._costs, self._device
+        total = sum(count * layer_s(costs, device, layer, batch) for layer, count in self._counts)
+        return device.step_overhead_s + total + (head_s(costs, device, batch) if self._has_head else 0.0)
 
 
 def hop_s(costs: LayerCosts, links: LinkTopology, src: str, dst: str, batch: Batch) -> float:

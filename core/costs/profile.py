@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from core.devices.device import LinkSpeed
+
 ProfileSource = Literal["measured", "datasheet", "emulated", "assumed"]
 
 
@@ -98,17 +100,11 @@ def emulated_profile(name: str, bandwidth_bytes_s: float, flops: float) -> Devic
 
 
 @dataclass(frozen=True, slots=True)
-class LinkProfile:
+class LinkProfile(LinkSpeed):
     """One direction between two devices: `latency_s + bytes / bandwidth_bytes_s` for a transfer."""
 
-    bandwidth_bytes_s: float
-    latency_s: float = 0.0
     method: str = "copy"
     source: ProfileSource = "measured"
-
-    def transfer_s(self, nbytes: int) -> float:
-        """Seconds for one transfer."""
-        return self.latency_s + nbytes / self.bandwidth_bytes_s
 
 
 FREE_LINK = LinkProfile(float("inf"), 0.0, "none", "assumed")

@@ -1,36 +1,19 @@
 """Logical devices: what there is, how much of it may be used, and what it is doing."""
 
-from core.devices.device import (
-    HOST,
-    Device,
-    DeviceBudget,
-    DeviceKind,
-    DeviceSpeed,
-    LinkSpeed,
-    format_bytes,
-    host_device,
-    wait_until,
-)
-from core.devices.discovery import choose_devices, left_out, open_devices, open_main_memory
-from core.devices.main_memory import MainMemory
-from core.devices.probe import Machine, PhysicalDevice, probe_machine
-from core.devices.readers import DeviceReader, DeviceReading
-from core.devices.spec import DeviceSpec, parse_devices, parse_link
+from core.devices.device import HOST, Device, DeviceBudget, LinkSpeed, MainMemory, format_bytes, host_device, wait_until
+from core.devices.discovery import left_out, open_devices, open_main_memory
+from core.devices.probe import Machine, probe_machine
+from core.devices.readers import DeviceReader
+from core.devices.spec import parse_devices, parse_link
 
 __all__ = [
     "HOST",
     "Device",
     "DeviceBudget",
-    "DeviceKind",
     "DeviceReader",
-    "DeviceReading",
-    "DeviceSpec",
-    "DeviceSpeed",
     "LinkSpeed",
     "Machine",
     "MainMemory",
-    "PhysicalDevice",
-    "choose_devices",
     "format_bytes",
     "host_device",
     "left_out",

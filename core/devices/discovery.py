@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from core.config import DeviceSettings
-from core.devices.device import GPU_KINDS, Device, format_bytes
-from core.devices.main_memory import MainMemory
+from core.devices.device import GPU_KINDS, Device, MainMemory, format_bytes
 from core.devices.probe import Machine, PhysicalDevice, probe_cpu, probe_machine
 from core.devices.spec import DeviceSpec, parse_devices
 from core.errors import DeviceError
@@ -45,7 +44,7 @@ def choose_devices(
         specs: Sequence[DeviceSpec] = parse_devices(settings.devices)
         reason = "asked for"
     elif chosen := [gpu for gpu in machine.gpus if not gpu.drawback]:
-        specs = [DeviceSpec(name=gpu.name, kind=gpu.kind, ordinal=_ordinal(gpu)) for gpu in chosen]
+        specs = [DeviceSpec(gpu.name, gpu.kind, int(gpu.name.partition(":")[2] or 0)) for gpu in chosen]
         reason = "; ".join(["found", *left_out(machine)])
     else:
         reason = "; ".join([*machine.missing, *left_out(machine)])
@@ -53,8 +52,11 @@ def choose_devices(
             raise DeviceError(f"num_gpus is {settings.num_gpus}, but there is no GPU: {reason}.", param="num_gpus")
         specs = [DeviceSpec(name="cpu", kind="cpu", ordinal=0)]
         reason += "; using cpu"
-    specs = _take(specs, settings.num_gpus)
-    specs, notes = _within_limits(specs, machine, allocate=allocate)
+    count = settings.num_gpus
+    if count is not None and count > len(specs):
+        names = ", ".join(spec.name for spec in specs)
+        raise DeviceError(f"num_gpus is {count}, but there are {len(specs)}: {names}.", param="num_gpus")
+    specs, notes = _within_limits(specs[:count], machine, allocate=allocate)
     devices = tuple(_open(index, spec, machine, settings, set_aside_bytes) for index, spec in enumerate(specs))
     return devices, "; ".join([reason, *notes])
 
@@ -69,17 +71,6 @@ def left_out(machine: Machine, used: Sequence[Device] = ()) -> list[str]:
 def open_main_memory(settings: DeviceSettings) -> MainMemory:
     """The ledger of main memory, with a share of what is free now. Made once, before anything is loaded."""
     return MainMemory(int(probe_cpu().free_bytes * settings.memory_fraction))
-
-
-def _ordinal(gpu: PhysicalDevice) -> int:
-    return int(gpu.name.partition(":")[2] or 0)
-
-
-def _take(specs: Sequence[DeviceSpec], count: int | None) -> Sequence[DeviceSpec]:
-    if count is not None and count > len(specs):
-        names = ", ".join(spec.name for spec in specs)
-        raise DeviceError(f"num_gpus is {count}, but there are {len(specs)}: {names}.", param="num_gpus")
-    return specs[:count]
 
 
 def grant_bytes(asked: Sequence[int], physical: PhysicalDevice) -> tuple[int, ...] | None:

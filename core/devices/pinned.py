@@ -7,7 +7,7 @@ two, and its allocator keeps it when nobody uses it any more.
 from __future__ import annotations
 
 import mmap
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -21,18 +21,9 @@ _PORTABLE = 1
 """For all GPUs, not for the current one alone."""
 
 
-class Runtime(Protocol):
-    """What is needed of CUDA's or HIP's runtime. Both return 0 if all went well."""
-
-    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> Any: ...  # noqa: N802  the runtime's names
-
-    def cudaHostUnregister(self, address: int) -> Any: ...  # noqa: N802
-
-
-def gpu_runtime() -> Runtime:
-    """The runtime that torch uses, initialised."""
-    runtime: Runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    return runtime
+def gpu_runtime() -> Any:
+    """The runtime that torch uses, CUDA's or HIP's, initialised. What is called of it returns 0 if all went well."""
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 class HostBuffer:
@@ -48,7 +39,7 @@ class HostBuffer:
         Raises `OutOfDeviceMemoryError` if they are not there.
         """
         self._purpose, self._nbytes, self._budget = purpose, nbytes, budget
-        self._runtime: Runtime | None = None
+        self._runtime: Any = None
         if budget is not None:
             budget.reserve(purpose, nbytes)
         try:

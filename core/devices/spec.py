@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -54,18 +54,16 @@ def parse_devices(text: str) -> tuple[DeviceSpec, ...]:
         DeviceError: the text does not follow `SYNTAX`; the message quotes the entry and says what is allowed.
     """
     specs = [_parse_entry(entry.strip()) for entry in text.split(",")]
-    parts = Counter(spec.name for spec in specs)
-    seen: Counter[str] = Counter()
-    named = []
-    for spec in specs:
-        if parts[spec.name] > 1:
-            if spec.limit_bytes is None:
-                raise DeviceError(f'"{spec.name}" is listed more than once, so each needs a limit: {spec.name}=SIZE.')
-            seen[spec.name] += 1
-            named.append(replace(spec, name=f"{spec.name}#{seen[spec.name] - 1}"))
-        else:
-            named.append(spec)
-    return tuple(named)
+    names = numbered([spec.name for spec in specs])
+    for spec, name in zip(specs, names, strict=True):
+        if name != spec.name and spec.limit_bytes is None:
+            raise DeviceError(f'"{spec.name}" is listed more than once, so each needs a limit: {spec.name}=SIZE.')
+    return tuple(replace(spec, name=name) for spec, name in zip(specs, names, strict=True))
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """The names, with "#0", "#1" behind those that are there more than once."""
+    return [f"{name}#{names[:turn].count(name)}" if names.count(name) > 1 else name for turn, name in enumerate(names)]
 
 
 def _parse_entry(entry: str) -> DeviceSpec:

@@ -1,6 +1,5 @@
 """Emulated devices: real computing, paced by a roofline."""
 
-from core.emulation.guest_time import GuestTime
-from core.emulation.stage import EmulatedStage
+from core.emulation.stage import EmulatedStage, GuestTime
 
 __all__ = ["EmulatedStage", "GuestTime"]

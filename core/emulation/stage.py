@@ -2,22 +2,79 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
-from core.costs import Batch
+from core.costs import Batch, StageTimer
 from core.devices import Device, wait_until
-from core.emulation.clock import EmulatedClock
-from core.emulation.guest_time import GuestTime
 from core.execution.attention.merge import Part
 from core.execution.attention.metadata import AttentionMetadata, AttentionSpec, Site
 from core.execution.site_attention import SiteAttention
 from core.execution.stage import Stage
 from core.execution.step_buffers import InputBatch
+from core.streaming.stream import Clock
+
+
+class GuestTime:
+    """Seconds of attention that emulated devices did for others, by device: a real one's memory is read by its own work
+    and by guests in turn. Any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    def add(self, device: str, seconds: float) -> None:
+        """A device has read its memory for another one for so long."""
+        with self._lock:
+            self._seconds[device] += seconds
+
+    def take(self, device: str) -> float:
+        """What has been added since the last call: the device's own work is late by that."""
+        with self._lock:
+            return self._seconds.pop(device, 0.0)
+
+
+class EmulatedClock(Clock):
+    """Lets a stage take as long as its device would have: at the end of a pass, and before and after each layer that
+    streams in, so that loading goes on beside computing as it would there. Real devices take what they take.
+    """
+
+    def __init__(self, device: Device, timer: StageTimer | None, first_layer: int) -> None:
+        self._timer = timer if device.speed is not None else None
+        self._first = self._layer = first_layer
+        self._batch = Batch(0, 0, 0)
+        self._since_s = self._spent_s = 0.0
+
+    def begin(self, batch: Batch) -> None:
+        """A pass begins."""
+        self._batch, self._layer = batch, self._first
+        self._since_s, self._spent_s = time.perf_counter(), 0.0
+
+    def reach(self, layer: int) -> None:
+        """Wait until the layers before `layer` are computed."""
+        if self._timer is not None and layer > self._layer:
+            self._spend(self._timer.layers_s(self._batch, self._layer, layer))
+            self._layer = layer
+
+    def resume(self) -> None:
+        """Computing goes on now, after a wait."""
+        self._since_s = max(self._since_s, time.perf_counter())
+
+    def end(self, waited_s: float = 0.0) -> None:
+        """Wait for what is left of the pass, `waited_s` for other devices included."""
+        if self._timer is not None:
+            self._spend(self._timer.compute_s(self._batch) + waited_s - self._spent_s)
+
+    def _spend(self, seconds: float) -> None:
+        self._since_s += seconds
+        wait_until(self._since_s)
+        self._spent_s += seconds
 
 
 class EmulatedSites(SiteAttention):

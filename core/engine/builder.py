@@ -16,7 +16,7 @@ from core.config import Settings
 from core.config_schema import EngineSettings
 from core.costs import SLOTS
 from core.devices import HOST, Device, DeviceBudget, MainMemory
-from core.devices.memory import free_bytes_of
+from core.devices.probe import free_bytes_of
 from core.emulation import EmulatedStage, GuestTime
 from core.engine.kv_memory import check_promises, open_kv
 from core.engine.model_engine import ModelEngine, describe, products_are_native

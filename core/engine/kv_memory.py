@@ -10,9 +10,10 @@ import torch
 
 from core.batching.running import RunningSequences
 from core.config import MemorySettings, Settings
-from core.costs import Batch, pipeline_s
+from core.costs import Batch
+from core.costs.cost import pipeline_s
 from core.devices import HOST, Device, DeviceBudget, parse_link
-from core.devices.memory import free_bytes_of
+from core.devices.probe import free_bytes_of
 from core.engine.model_plan import DATASHEET_LINK, ModelPlan
 from core.execution.stage import Stage
 from core.kv_cache.manager import KVCacheManager

@@ -32,8 +32,7 @@ from core.models.dtype import served_architecture
 from core.models.resolve import ResolvedModel, resolve_model
 from core.models.stage_model import ModelBytes, measure_bytes
 from core.placement.engine import parse_layers, stage_costs
-from core.placement.pooled import place_pooled, pool_of
-from core.placement.pooling import PooledKV
+from core.placement.pooled import PooledKV, place_pooled, pool_of
 from core.placement.predict import DeviceEffect, Prediction, one_more, predict
 from core.placement.streaming import place_or_stream, place_streaming
 from core.profiling.profiler import LayerProfiler

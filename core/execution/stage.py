@@ -36,7 +36,7 @@ from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.models.architecture import Architecture
 from core.models.shared_parts import SharedParts, share_parts
 from core.models.stage_model import StageSlice, find_decoder, load_layers, load_stage
-from core.streaming.stream import Clock, RealTime, StreamedLayers, StreamManager
+from core.streaming.stream import Clock, StreamedLayers, StreamManager
 from core.transfer import TransferManager
 
 DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
@@ -101,7 +101,7 @@ class Stage:
     @property
     def clock(self) -> Clock:
         """What layers that stream in keep time by."""
-        return RealTime()
+        return Clock()
 
     def sites(self) -> Callable[..., SiteAttention]:
         """Makes what attends to pages on other devices."""
@@ -243,7 +243,7 @@ class Stage:
 
     def hand_on(self, step: int, inlet: Any) -> None:
         if step in self._computed:
-            self._transfer.hand_on(self._computed.pop(step)[1], self.device, inlet, step)
+            inlet.put(step, self._transfer.send(self._computed.pop(step)[1], self.device, inlet.device))
 
     def results(self, step: int) -> StepOutput:
         if step not in self._computed:

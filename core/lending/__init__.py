@@ -1,28 +1,25 @@
 """Who lends memory to whom and when it comes back: policy over bytes, speeds and times. No torch, no threads."""
 
-from core.lending.away import AwayGroup, Choice, Decision, SiteSpeeds, decide
+from core.lending.away import AwayGroup, Choice, SiteSpeeds, decide
 from core.lending.budget import GPUBudget
 from core.lending.demand import DemandWatch
 from core.lending.lease import Lease, LeaseState, Urgency, bytes_to_move
 from core.lending.pool import LendingStats, Offer, VRAMLendingPool
-from core.lending.reclaim import Cause, Reclaim, urgency_of
+from core.lending.reclaim import Cause
 
 __all__ = [
     "AwayGroup",
     "Cause",
     "Choice",
-    "Decision",
     "DemandWatch",
     "GPUBudget",
     "Lease",
     "LeaseState",
     "LendingStats",
     "Offer",
-    "Reclaim",
     "SiteSpeeds",
     "Urgency",
     "VRAMLendingPool",
     "bytes_to_move",
     "decide",
-    "urgency_of",
 ]

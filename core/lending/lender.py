@@ -95,10 +95,8 @@ class Lender:
         """Those that are not met, the least urgent cut to what is lent beyond the shortfall: a device that uses more
         than before must not go on waiting for bytes that nobody holds."""
         left = max(0, self.budget.lent_bytes - self.budget.shortfall_bytes)
-        found = []
-        for request in self._requests():
+        requests = self._requests()
+        for request in requests:
             request.nbytes = min(request.nbytes, left)
             left -= request.nbytes
-            if request.nbytes:
-                found.append(request)
-        return found
+        return [request for request in requests if request.nbytes]

@@ -27,7 +27,6 @@ from core.logs import get_logger
 
 logger = get_logger(__name__)
 
-
 _LONGEST_STEP_S = 1.0
 """What takes longer from one look to the next is a pause, not a step."""
 
@@ -37,7 +36,6 @@ class RegionStore(Protocol):
 
     def add(self, stage: int, region_id: int, device: str, pages: int) -> None:
         """Raises `OutOfDeviceMemoryError`, with nothing kept."""
-        ...
 
     def drop(self, stage: int, region_id: int) -> None: ...
 
@@ -138,17 +136,17 @@ class KVOverflow:
         wanted = min(self.kv.pool.num_blocks, self.kv.pool.limit + blocks)
         started_s = self._clock()
         for index, pages in self.kv.pages.mapped:
-            while pages.backed < wanted:
-                if not self._borrow_extent(index, pages, wanted):
-                    break
+            self._borrow_for(index, pages, wanted)
         self.kv.refresh_limit()
         self._demand.granted(self._clock() - started_s)
 
-    def _borrow_extent(self, index: int, pages: StagePages, wanted: int) -> bool:
-        """One region more for a stage; False if nobody has memory for it."""
-        missing = min(self.kv.pool.num_blocks, max(wanted, pages.backed + self._extent)) - pages.backed
-        spare = 0 if pages.has_spare else 1
-        return self._add_region(index, pages, min(missing, self._extent) + spare)
+    def _borrow_for(self, index: int, pages: StagePages, wanted: int) -> None:
+        """One region after the other for a stage, until it has `wanted` pages or nobody has memory for more."""
+        while pages.backed < wanted:
+            missing = min(self.kv.pool.num_blocks, max(wanted, pages.backed + self._extent)) - pages.backed
+            spare = 0 if pages.has_spare else 1
+            if not self._add_region(index, pages, min(missing, self._extent) + spare):
+                return
 
     def _add_region(self, index: int, pages: StagePages, blocks: int) -> bool:
         """A region of at most so many pages, at whoever lends best."""
@@ -239,8 +237,8 @@ class KVOverflow:
         if ahead > 0 and not any(loan.returning for loan in self._loans.values()):
             self.borrow(ahead)
             return
-        borrowed = max((self._borrowed(pages) for _, pages in self.kv.pages.mapped), default=0)
-        unused = self._demand.blocks_to_return(borrowed) if borrowed else 0
+        borrowed = max((pages.backed - pages.local_pages for _, pages in self.kv.pages.mapped), default=0)
+        unused = self._demand.blocks_to_return(borrowed) if borrowed > 0 else 0
         if unused:
             self._give_back(unused)
 
@@ -263,9 +261,6 @@ class KVOverflow:
                 left.returning = True
                 self._close(left)
             return
-
-    def _borrowed(self, pages: StagePages) -> int:
-        return max(0, pages.backed - pages.local_pages)
 
     def _give_back(self, blocks: int) -> None:
         """Return regions that are not needed, youngest first, as long as the rest holds everything that is in use."""
@@ -304,14 +299,9 @@ class KVOverflow:
         short = self.kv.pool.num_holding - self.kv.pages.backed(self.kv.pool.num_blocks)
         if short > 0 and not loan.returning:
             needed = self.kv.pool.num_referenced - self.kv.pages.backed(self.kv.pool.num_blocks)
-            self._replace(loan, max(short, needed))
+            wanted = min(self.kv.pool.num_blocks, loan.pages.backed + max(short, needed))
+            self._borrow_for(loan.stage, loan.pages, wanted)
         self.kv.refresh_limit()
-
-    def _replace(self, loan: _Loan, blocks: int) -> None:
-        """Borrow elsewhere for a stage that loses a region."""
-        wanted = min(self.kv.pool.num_blocks, loan.pages.backed + blocks)
-        while loan.pages.backed < wanted and self._borrow_extent(loan.stage, loan.pages, wanted):
-            pass
 
     def _empty(self, loan: _Loan, blocks: int) -> None:
         """Move up to `blocks` blocks out of a region; what nobody uses is forgotten where there is no room for it."""

@@ -164,23 +164,8 @@ class VRAMLendingPool:
 
     def lenders(self, borrower: str, nbytes: int) -> tuple[str, ...]:
         """Those with room for `nbytes`, best score first (ties: in the order of `budgets`), main memory last."""
-        found: list[str] = []
-        for last_resort in (False, True):
-            rated = scores(self._candidates(borrower, nbytes, last_resort))
-            found += sorted(rated, key=lambda name: -rated[name])
-        return tuple(found)
-
-    def score(self, borrower: str, lender: str, nbytes: int) -> float:
-        """How well `lender` suits, 0 to 1 (`core.lending.score.scores`), among the GPUs that have room, or among main
-        memories if it is one.
-
-        Raises:
-            ValueError: it cannot lend `nbytes` to this borrower.
-        """
-        rated = scores(self._candidates(borrower, nbytes, self._lender(lender).budget.last_resort))
-        if lender not in rated:
-            raise ValueError(f"{lender} has no {nbytes} bytes for {borrower}")
-        return rated[lender]
+        rated = [scores(self._candidates(borrower, nbytes, last_resort)) for last_resort in (False, True)]
+        return tuple(name for group in rated for name in sorted(group, key=lambda name: -group[name]))
 
     def offers(self, borrower: str, unit_bytes: int) -> tuple[Offer, ...]:
         """How many pages of `unit_bytes` each lender has room for, largest first, main memory last; only those with
@@ -364,12 +349,12 @@ class VRAMLendingPool:
         if self._lender(borrower).budget.last_resort:
             raise ValueError(f"{borrower} is main memory, it does not borrow")
         indebted = {lease.borrower for lease in self._leases.values() if lease.lender == borrower}
-        now_s = self._clock()
+        now_s, link = self._clock(), self._links.link
         return [
             Candidate(
                 name,
                 lender.lendable_bytes(self._lend_ratio),
-                self._there_and_back_s(borrower, name, nbytes),
+                link(borrower, name).transfer_s(nbytes) + link(name, borrower).transfer_s(nbytes),
                 lender.budget.idle_s,
             )
             for name, lender in self._lenders.items()
@@ -379,10 +364,6 @@ class VRAMLendingPool:
             and lender.refused_until_s <= now_s
             and lender.lendable_bytes(self._lend_ratio) >= max(1, nbytes)
         ]
-
-    def _there_and_back_s(self, borrower: str, lender: str, nbytes: int) -> float:
-        out, home = self._links.link(borrower, lender), self._links.link(lender, borrower)
-        return out.transfer_s(nbytes) + home.transfer_s(nbytes)
 
     def _refresh(self, lender: Lender) -> list[Reclaim]:
         """Bring needs and leases into line with the lender's state."""

@@ -64,7 +64,17 @@ class Reclaim:
 def pressures(budget: GPUBudget, threshold: float) -> dict[Cause, tuple[int, Urgency]]:
     """What the state of a lender asks back: bytes and urgency by cause. Nothing where nothing is lent.
 
-    `threshold` is `VRM_RECLAIM_THRESHOLD`; the urgencies are those of `urgency_of`.
+    `threshold` is `VRM_RECLAIM_THRESHOLD`. How urgent it is all in all follows from how far the lender is over:
+
+    ========  ===================================================================================================
+    nothing   utilisation below the threshold and everything within the limit, or nothing is lent
+    LOW       utilisation at or above the threshold
+    MEDIUM    utilisation at or above the middle between threshold and 1 (0.90 for a threshold of 0.80)
+    HIGH      own, external and lent bytes exceed the limit, but not the total: they are in the safety margin
+    CRITICAL  they exceed the total: the next allocation on the card fails
+    ========  ===================================================================================================
+
+    Where limit and total are the same there is no margin, and whatever is over the limit is CRITICAL.
     """
     found: dict[Cause, tuple[int, Urgency]] = {}
     lent = budget.lent_bytes
@@ -76,22 +86,6 @@ def pressures(budget: GPUBudget, threshold: float) -> dict[Cause, tuple[int, Urg
         urgency = Urgency.CRITICAL if taken > budget.total_bytes else Urgency.HIGH
         found[Cause.SHORTFALL] = min(lent, budget.shortfall_bytes), urgency
     return found
-
-
-def urgency_of(budget: GPUBudget, threshold: float) -> Urgency | None:
-    """How urgently a lender needs memory back, by how far over it is.
-
-    ========  ===================================================================================================
-    None      utilisation below the threshold and everything within the limit, or nothing is lent
-    LOW       utilisation at or above the threshold
-    MEDIUM    utilisation at or above the middle between threshold and 1 (0.90 for a threshold of 0.80)
-    HIGH      own, external and lent bytes exceed the limit, but not the total: they are in the safety margin
-    CRITICAL  they exceed the total: the next allocation on the card fails
-    ========  ===================================================================================================
-
-    Where limit and total are the same there is no margin, and whatever is over the limit is CRITICAL.
-    """
-    return max((urgency for _, urgency in pressures(budget, threshold).values()), default=None)
 
 
 def reclaim_order(leases: Iterable[Lease]) -> list[Lease]:

@@ -24,10 +24,10 @@ from dataclasses import replace
 from itertools import product
 
 from core.costs.cost import Batch, StageCost, best_cohorts, decode_tok_s
-from core.costs.plan import PlacementPlan, PlacementProblem, StagePlan
+from core.costs.plan import SLOTS, PlacementPlan, PlacementProblem, StagePlan
 from core.errors import InsufficientMemoryError, InvalidRequestError
 from core.placement.search import Cut, PlacementSearch
-from core.placement.splitter import split_by_memory
+from core.placement.splitter import cuts_by_memory
 
 BY_HAND = "by hand"
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")
@@ -75,7 +75,7 @@ def place(request: PlacementProblem, strategy: str = "profiled") -> PlacementPla
             f"There is no placement strategy {strategy!r}; there are {', '.join(strategies())}.", param="placement"
         )
     if request.layers is not None:
-        return _by_hand(request, request.layers)
+        return build_plan(request, BY_HAND, cuts_by_hand(request, request.layers))
     plan = _STRATEGIES[strategy](request)
     _check(request, plan, strategy)
     return plan
@@ -101,26 +101,47 @@ def build_plan(request: PlacementProblem, strategy: str, cuts: Sequence[Cut]) ->
     Raises:
         InsufficientMemoryError: `min_kv_tokens` do not fit; says how many bytes each device lacks.
     """
-    kv_tokens = min([request.wanted_kv_tokens, *(_room_for(request, cut) for cut in cuts)])
+    stages = [plan_stage(request, cut) for cut in cuts]
+    kv_tokens = min([request.wanted_kv_tokens, *(kv_room(request, stage) for stage in stages)])
     if kv_tokens < request.least_kv_tokens:
         raise _insufficient(request, cuts)
-    costs, used = request.costs, {cut.device for cut in cuts}
-    stages = tuple(
-        StagePlan(
-            device_name=request.devices[device].name,
-            device_index=device,
-            first_layer=first,
-            last_layer=last,
-            weight_bytes=costs.weight_bytes(first, last),
-            kv_bytes_per_token=costs.stage_kv_bytes_per_token(first, last),
-            kv_bytes=costs.stage_kv_bytes_per_token(first, last) * kv_tokens,
-            workspace_bytes=costs.stage_workspace_bytes(last),
-            limit_bytes=request.devices[device].limit_bytes,
-        )
-        for device, first, last in cuts
+    return assemble(request, strategy, stages, kv_tokens)
+
+
+def plan_stage(request: PlacementProblem, cut: Cut, streamed: tuple[int, ...] = ()) -> StagePlan:
+    """A stage without KV, of whose layers those that are `streamed` stay in main memory."""
+    costs, (index, first, last) = request.costs, cut
+    sizes = [costs.layer_bytes[layer] for layer in streamed]
+    slot_bytes = max(sizes, default=0)
+    return StagePlan(
+        device_name=request.devices[index].name,
+        device_index=index,
+        first_layer=first,
+        last_layer=last,
+        weight_bytes=costs.weight_bytes(first, last) - sum(sizes) + SLOTS * slot_bytes,
+        kv_bytes_per_token=costs.stage_kv_bytes_per_token(first, last),
+        kv_bytes=0,
+        workspace_bytes=costs.stage_workspace_bytes(last),
+        limit_bytes=request.devices[index].limit_bytes,
+        streamed_layers=streamed,
+        streamed_bytes=sum(sizes),
+        slot_bytes=slot_bytes,
     )
+
+
+def kv_room(request: PlacementProblem, stage: StagePlan) -> int:
+    """KV tokens that fit on a stage that has none yet, in whole blocks; negative if not even the weights fit."""
+    if stage.free_bytes < 0 or stage.kv_bytes_per_token == 0:
+        return request.wanted_kv_tokens if stage.free_bytes >= 0 else -1
+    return stage.free_bytes // stage.kv_bytes_per_token // request.block_size * request.block_size
+
+
+def assemble(request: PlacementProblem, strategy: str, stages: Sequence[StagePlan], kv_tokens: int) -> PlacementPlan:
+    """The plan with these stages, each with `kv_tokens` tokens of KV."""
+    whole = tuple(replace(stage, kv_bytes=stage.kv_bytes_per_token * kv_tokens) for stage in stages)
+    used = {stage.device_index for stage in stages}
     unused = tuple(device.name for index, device in enumerate(request.devices) if index not in used)
-    return PlacementPlan(request.model_name, strategy, stages, kv_tokens, unused)
+    return PlacementPlan(request.model_name, strategy, whole, kv_tokens, unused)
 
 
 def stage_costs(plan: PlacementPlan, request: PlacementProblem) -> tuple[StageCost, ...]:
@@ -212,14 +233,7 @@ def _searched(request: PlacementProblem, search: PlacementSearch, kv_tokens: int
 
 
 def _vram(request: PlacementProblem) -> PlacementPlan:
-    return split_by_memory(
-        request.costs,
-        [(device.name, device.limit_bytes) for device in request.devices],
-        model_name=request.model_name,
-        min_kv_tokens=request.min_kv_tokens,
-        max_kv_tokens=request.max_kv_tokens,
-        block_size=request.block_size,
-    )
+    return build_plan(request, "vram", cuts_by_memory(request))
 
 
 def _balanced(request: PlacementProblem) -> PlacementPlan:
@@ -248,10 +262,6 @@ def _even_cuts(request: PlacementProblem, used: Sequence[int]) -> list[Cut]:
     return cuts
 
 
-def _by_hand(request: PlacementProblem, layers: tuple[int, ...]) -> PlacementPlan:
-    return build_plan(request, BY_HAND, cuts_by_hand(request, layers))
-
-
 def cuts_by_hand(request: PlacementProblem, layers: tuple[int, ...]) -> list[Cut]:
     """The stages that `layers` describe. Raises `InvalidRequestError` if they are not the model's."""
     num_layers, number = request.costs.num_layers, len(request.devices)
@@ -266,16 +276,6 @@ def cuts_by_hand(request: PlacementProblem, layers: tuple[int, ...]) -> list[Cut
     return [
         Cut(index, last - count, last) for index, (count, last) in enumerate(zip(layers, ends, strict=True)) if count
     ]
-
-
-def _room_for(request: PlacementProblem, cut: Cut) -> int:
-    """KV tokens that fit on the stage, in whole blocks, up to what is wanted; negative if not even the weights do."""
-    device, first, last = cut
-    free = request.devices[device].limit_bytes - request.costs.needed_bytes(first, last, 0)
-    per_token = request.costs.stage_kv_bytes_per_token(first, last)
-    if free < 0 or per_token == 0:
-        return request.wanted_kv_tokens if free >= 0 else -1
-    return free // per_token // request.block_size * request.block_size
 
 
 def _insufficient(request: PlacementProblem, cuts: Sequence[Cut]) -> InsufficientMemoryError:

@@ -16,6 +16,7 @@ for a cohort's share of the KV; a round is then as long as the longest way or th
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from core.costs import PlacementDevice, PlacementProblem
@@ -23,7 +24,7 @@ from core.costs.cost import at_once, best_cohorts, decode_tok_s
 from core.costs.plan import PlacementPlan, StagePlan
 from core.errors import InsufficientMemoryError
 from core.placement.engine import place, place_profiled, stage_costs
-from core.placement.pooling import PooledKV, pool_kv
+from core.placement.search import largest
 
 CLEARLY = 1.03
 """A plan that borrows has to be so much faster by prediction: what it spares is certain, what it costs is not."""
@@ -32,10 +33,58 @@ _ABOUT_ALL = 0.95
 
 
 @dataclass(frozen=True, slots=True)
-class _Candidate:
-    plan: PlacementPlan
-    pooled: PooledKV
-    tok_s: float
+class PooledKV:
+    """`tokens` in all; `local_tokens[i]` of them have room on the device of stage `i` itself, the others are lent."""
+
+    tokens: int
+    local_tokens: tuple[int, ...]
+
+
+def pool_kv(
+    stages: Sequence[StagePlan],
+    idle_limits: Sequence[int],
+    *,
+    kv_tokens: int,
+    max_tokens: int,
+    block_size: int,
+    lend_ratio: float,
+) -> PooledKV:
+    """How many tokens of KV to offer, in whole blocks: at least the `kv_tokens` that every stage has room for
+    itself, at most `max_tokens`.
+
+    A stage needs `T k_i` bytes for `T` tokens and has `F_i` left beside its weights. Alone, the scarcest stage sets
+    `T = min(F_i / k_i)`. With lending, deficits are met by what others have left over, each lender giving at most its
+    share::
+
+        sum over i of max(0, T k_i - F_i)  <=  sum over j of min(share_j, F_j - T k_j)   over j without a deficit
+
+    Devices that hold no layers take part with all their memory.
+
+    Args:
+        idle_limits: bytes of the devices that have no stage.
+        lend_ratio: largest share of its limit that a device lends.
+    """
+    free = [stage.limit_bytes - stage.weight_bytes - stage.workspace_bytes for stage in stages]
+    page_bytes = [stage.kv_bytes_per_token * block_size for stage in stages]
+
+    def fits(blocks: int) -> bool:
+        lacking, spare = 0, sum(int(lend_ratio * limit) for limit in idle_limits)
+        for stage, room, page in zip(stages, free, page_bytes, strict=True):
+            left = room - blocks * page
+            # whole pages; one of a stage that borrows stays empty, for blocks to change places through
+            lacking += (blocks + 1 - room // page) * page if left < 0 else 0
+            spare += min(int(lend_ratio * stage.limit_bytes), max(0, left))
+        return lacking <= spare
+
+    most = largest(fits, kv_tokens // block_size, max(kv_tokens, max_tokens) // block_size)
+    local = [most if page == 0 else min(most, room // page) for room, page in zip(free, page_bytes, strict=True)]
+    return PooledKV(most * block_size, tuple(blocks * block_size for blocks in local))
+
+
+def pooled_bound(stages: Sequence[StagePlan], idle_limits: Sequence[int] = ()) -> int:
+    """Tokens that all memory together would hold if every byte could be used for any stage."""
+    free = sum(stage.limit_bytes - stage.weight_bytes - stage.workspace_bytes for stage in stages) + sum(idle_limits)
+    return free // max(1, sum(stage.kv_bytes_per_token for stage in stages))
 
 
 def place_pooled(request: PlacementProblem, strategy: str, lend_ratio: float, least_tokens: int = 0) -> PlacementPlan:
@@ -47,20 +96,19 @@ def place_pooled(request: PlacementProblem, strategy: str, lend_ratio: float, le
     plan = place(request, strategy)
     if strategy != "profiled" or request.layers is not None or lend_ratio <= 0 or len(request.devices) == 1:
         return plan
-    base = _weigh(request, plan, lend_ratio)
-    wanted = min(base.pooled.tokens, request.wanted_kv_tokens)
-    best = base
+    pooled = pool_of(request, plan, lend_ratio)
+    best, best_tok_s = plan, pooled_tok_s(request, plan, pooled)
+    enough = max(_ABOUT_ALL * min(pooled.tokens, request.wanted_kv_tokens), min(least_tokens, pooled.tokens))
     for tokens in _levels(request, plan.kv_tokens):
         try:
-            other = _weigh(request, place_profiled(request, least_kv_tokens=tokens), lend_ratio)
+            other = place_profiled(request, least_kv_tokens=tokens)
         except InsufficientMemoryError:
             continue
-        if (
-            other.pooled.tokens >= max(_ABOUT_ALL * wanted, min(least_tokens, base.pooled.tokens))
-            and other.tok_s > CLEARLY * best.tok_s
-        ):
-            best = other
-    return best.plan
+        held = pool_of(request, other, lend_ratio)
+        tok_s = pooled_tok_s(request, other, held)
+        if held.tokens >= enough and tok_s > CLEARLY * best_tok_s:
+            best, best_tok_s = other, tok_s
+    return best
 
 
 def _levels(request: PlacementProblem, held: int) -> list[int]:
@@ -80,11 +128,6 @@ def pool_of(request: PlacementProblem, plan: PlacementPlan, lend_ratio: float) -
         block_size=request.block_size,
         lend_ratio=lend_ratio,
     )
-
-
-def _weigh(request: PlacementProblem, plan: PlacementPlan, lend_ratio: float) -> _Candidate:
-    pooled = pool_of(request, plan, lend_ratio)
-    return _Candidate(plan, pooled, pooled_tok_s(request, plan, pooled))
 
 
 def pooled_tok_s(request: PlacementProblem, plan: PlacementPlan, pooled: PooledKV) -> float:

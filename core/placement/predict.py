@@ -14,8 +14,7 @@ from core.costs.profile import LinkTopology
 from core.devices.device import HOST
 from core.errors import InsufficientMemoryError
 from core.placement.engine import predicted_tok_s, stage_costs
-from core.placement.pooled import borrowing_tok_s
-from core.placement.pooling import PooledKV
+from core.placement.pooled import PooledKV, borrowing_tok_s
 from core.placement.streaming import place_fastest
 
 Limit = Literal["bandwidth", "compute", "overhead", "link"]

@@ -21,7 +21,7 @@ devices that differ, the devices stay in the order given, and only which of them
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -47,6 +47,11 @@ class Cut(NamedTuple):
     device: int
     first: int
     last: int
+
+
+def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest number up to `high` that `fits`, as all smaller ones do; at least `low`."""
+    return low + bisect_left(range(low + 1, high + 1), True, key=lambda number: not fits(number))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +132,7 @@ class PlacementSearch:
         low, high = -(-least // block_size), min(-(-most // block_size), sum(self._limits) // per_token // block_size)
         if not self.fits(low * block_size):
             return None
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.fits(middle * block_size) else (low, middle - 1)
-        return low * block_size
+        return largest(lambda blocks: self.fits(blocks * block_size), low, high) * block_size
 
     def best(self, batch: Batch, kv_tokens: int, objective: Objective) -> tuple[Cut, ...] | None:
         """The best plan for `batch` that holds `kv_tokens` tokens of KV, in the order of execution; None: none fits."""

@@ -7,16 +7,15 @@ keeping layers on the device; further KV does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
-from core.costs import SLOTS, PlacementProblem
-from core.costs.plan import LayerCosts, PlacementPlan, StagePlan
+from core.costs import PlacementPlan, PlacementProblem
 from core.devices.device import HOST
 from core.errors import InsufficientMemoryError
-from core.placement.engine import BY_HAND, cuts_by_hand, place_profiled, predicted_tok_s
+from core.placement.engine import BY_HAND, assemble, cuts_by_hand, kv_room, place_profiled, plan_stage, predicted_tok_s
 from core.placement.pooled import place_pooled
-from core.placement.search import Cut
+from core.placement.search import Cut, largest
 from core.placement.stream_search import StreamingSearch, streaming_cuts
 from core.placement.streamed_layers import choose_streamed, least_bytes
 
@@ -83,53 +82,13 @@ def build_streaming(request: PlacementProblem, strategy: str, cuts: Sequence[Cut
     host = sum(sizes[layer] for layers in streamed for layer in layers)
     if host > request.host_bytes:
         raise _insufficient(request, cuts, kv_tokens, host - request.host_bytes)
-    rooms = [_room(request, cut, layers) for cut, layers in zip(cuts, streamed, strict=True)]
-    tokens = min([max(kv_tokens, request.wanted_kv_tokens), *rooms])
-    stages = tuple(_stage(request, cut, layers, tokens) for cut, layers in zip(cuts, streamed, strict=True))
-    used = {cut.device for cut in cuts}
-    unused = tuple(device.name for index, device in enumerate(request.devices) if index not in used)
-    return PlacementPlan(request.model_name, strategy, stages, tokens, unused)
+    stages = [plan_stage(request, cut, layers) for cut, layers in zip(cuts, streamed, strict=True)]
+    rooms = [kv_room(request, stage) for stage in stages]
+    return assemble(request, strategy, stages, min([max(kv_tokens, request.wanted_kv_tokens), *rooms]))
 
 
 def _limit(request: PlacementProblem, device: int) -> int:
     return request.devices[device].limit_bytes
-
-
-def _weights(costs: LayerCosts, cut: Cut, streamed: Sequence[int]) -> tuple[int, int, int]:
-    """Bytes on the device, slots included; bytes of main memory; bytes of a slot."""
-    sizes = [costs.layer_bytes[layer] for layer in streamed]
-    slot = max(sizes, default=0)
-    return costs.weight_bytes(cut.first, cut.last) - sum(sizes) + SLOTS * slot, sum(sizes), slot
-
-
-def _room(request: PlacementProblem, cut: Cut, streamed: Sequence[int]) -> int:
-    """KV tokens that fit, in whole blocks."""
-    costs, (weights, _, _) = request.costs, _weights(request.costs, cut, streamed)
-    free = _limit(request, cut.device) - weights - costs.stage_workspace_bytes(cut.last)
-    per_token = costs.stage_kv_bytes_per_token(cut.first, cut.last)
-    if per_token == 0:
-        return request.wanted_kv_tokens
-    return free // per_token // request.block_size * request.block_size
-
-
-def _stage(request: PlacementProblem, cut: Cut, streamed: tuple[int, ...], kv_tokens: int) -> StagePlan:
-    costs = request.costs
-    weight_bytes, streamed_bytes, slot_bytes = _weights(costs, cut, streamed)
-    per_token = costs.stage_kv_bytes_per_token(cut.first, cut.last)
-    return StagePlan(
-        device_name=request.devices[cut.device].name,
-        device_index=cut.device,
-        first_layer=cut.first,
-        last_layer=cut.last,
-        weight_bytes=weight_bytes,
-        kv_bytes_per_token=per_token,
-        kv_bytes=per_token * kv_tokens,
-        workspace_bytes=costs.stage_workspace_bytes(cut.last),
-        limit_bytes=_limit(request, cut.device),
-        streamed_layers=streamed,
-        streamed_bytes=streamed_bytes,
-        slot_bytes=slot_bytes,
-    )
 
 
 def _place_searched(
@@ -189,18 +148,9 @@ def _fits(request: PlacementProblem, cuts: Sequence[Cut], kv_tokens: int) -> boo
 
 def _most_tokens(request: PlacementProblem, cuts: Sequence[Cut]) -> int:
     """What the streams need of KV, or as much of it as fits, but at least `least_kv_tokens`."""
-    return _bisect(
-        lambda tokens: _fits(request, cuts, tokens),
-        request.least_kv_tokens, request.needed_kv_tokens, request.block_size,
-    )  # fmt: skip
-
-
-def _bisect(fits: Callable[[int], bool], least: int, most: int, block_size: int) -> int:
-    low, high = least // block_size, most // block_size
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle * block_size) else (low, middle - 1)
-    return low * block_size
+    block = request.block_size
+    least, most = request.least_kv_tokens // block, request.needed_kv_tokens // block
+    return largest(lambda blocks: _fits(request, cuts, blocks * block), least, most) * block
 
 
 def _insufficient(

@@ -112,12 +112,12 @@ def _with_layers(profile: DeviceProfile, layers: RandomLayers, steps_s: dict[int
         nbytes, flops = layers.work(rows)
         roofline_s = max(nbytes / profile.bandwidth_bytes_s, flops / profile.flops_at(rows))
         beyond_s.append(_longer_s(steps_s, rows, _EMPTY) / layers.count - roofline_s - rows * read_s)
-    over = split_overheads(OVERHEAD_ROWS, beyond_s, median(steps_s[_EMPTY]))
+    layer_s, row_s = split_overheads(OVERHEAD_ROWS, beyond_s)
     return replace(
         profile,
-        layer_overhead_s=over.layer_s,
-        row_overhead_s=over.row_s,
-        step_overhead_s=over.step_s,
+        layer_overhead_s=layer_s,
+        row_overhead_s=row_s,
+        step_overhead_s=median(steps_s[_EMPTY]),
         kv_bandwidth_bytes_s=kv_rate,
     )
 

@@ -12,10 +12,10 @@ import psutil
 import torch
 
 from core.config import Settings
-from core.costs import DeviceProfile, LinkProfile, Sharing
+from core.costs import DeviceProfile, Sharing
 from core.costs.cards import card
 from core.devices import Device, DeviceReader, Machine, format_bytes, left_out, open_devices, probe_machine
-from core.devices.memory import MemoryNow, read_memory
+from core.devices.probe import MemoryNow, read_memory
 from core.errors import DeviceError
 from core.execution.attention.select import select_attention
 from core.execution.native.build import find_compilers
@@ -149,7 +149,10 @@ def diagnose(settings: Settings, refresh: bool = False, *, budget_s: float = DEV
         torch=torch.__version__,
         cpu_threads=threads,
         devices=told,
-        links=tuple(_diagnose_link(src, dst, link) for (src, dst), link in links.items()),
+        links=tuple(
+            LinkDiagnosis(src, dst, link.method, link.source, link.latency_s, link.bandwidth_bytes_s)
+            for (src, dst), link in links.items()
+        ),
         warnings=tuple(_warnings(settings, devices, memory, told, machine, busy)),
     )
 
@@ -180,10 +183,6 @@ def diagnose_device(
         limits=_limits(profile, dtype.itemsize, streams),
         datasheet=_datasheet(memory, product, profile, dtype) if not device.computes_on_cpu else None,
     )
-
-
-def _diagnose_link(src: str, dst: str, link: LinkProfile) -> LinkDiagnosis:
-    return LinkDiagnosis(src, dst, link.method, link.source, link.latency_s, link.bandwidth_bytes_s)
 
 
 def compute_bound_streams(profile: DeviceProfile, element_bytes: int) -> int | None:

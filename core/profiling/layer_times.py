@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from statistics import fmean, median
 
 import torch
@@ -22,24 +21,16 @@ SHARING_ROWS = (1, 32)
 _TURNS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Overheads:
-    """Seconds beyond the roofline: of each layer, of a layer for each token, and of a forward pass without layers."""
-
-    layer_s: float
-    row_s: float
-    step_s: float
-
-
-def split_overheads(rows: Sequence[int], beyond_s: Sequence[float], step_s: float) -> Overheads:
-    """From what a layer takes beyond the roofline in steps of so many `rows`, the first of them 1.
+def split_overheads(rows: Sequence[int], beyond_s: Sequence[float]) -> tuple[float, float]:
+    """Seconds that each layer, and a layer for each token, takes beyond the roofline: from what a layer takes beyond it
+    in steps of so many `rows`, the first of them 1.
 
     What grows with the rows is fitted by least squares through the time of one row.
     """
     further = [number - 1 for number in rows]
     grown = sum(number * (over_s - beyond_s[0]) for number, over_s in zip(further, beyond_s, strict=True))
     row_s = max(0.0, grown / sum(number * number for number in further))
-    return Overheads(max(0.0, beyond_s[0] - row_s), row_s, step_s)
+    return max(0.0, beyond_s[0] - row_s), row_s
 
 
 def measure_sharing(

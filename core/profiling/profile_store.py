@@ -42,21 +42,15 @@ class _Stored(BaseModel):
 
 class _StoredDevice(_Stored):
     bandwidth_bytes_s: float = Field(gt=0)
-    flops: list[tuple[int, float]] = Field(min_length=1)
+    flops: tuple[tuple[int, float], ...] = Field(min_length=1)
     layer_overhead_s: float = Field(ge=0)
     step_overhead_s: float = Field(ge=0)
     row_overhead_s: float = Field(ge=0)
     kv_bandwidth_bytes_s: float | None = Field(gt=0)
 
-    @field_validator("flops", mode="before")
-    @classmethod
-    def _pairs(cls, value: Any) -> Any:
-        """JSON has no tuples."""
-        return [tuple(item) if isinstance(item, list) else item for item in value] if isinstance(value, list) else value
-
     @field_validator("flops")
     @classmethod
-    def _check_points(cls, value: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    def _check_points(cls, value: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
         rows = [point[0] for point in value]
         if rows != sorted(set(rows)) or rows[0] < 1 or any(point[1] <= 0 for point in value):
             raise ValueError("rows must ascend from 1 or more, and rates be above 0")
@@ -76,6 +70,11 @@ class _StoredSharing(_Stored):
 _Kind = TypeVar("_Kind", bound=_Stored)
 
 
+def _measured(stored: type[_Stored], profile: object) -> dict[str, Any]:
+    """What such a file keeps of a profile, which has attributes of the same names."""
+    return {name: getattr(profile, name) for name in stored.model_fields if name not in _Stored.model_fields}
+
+
 class ProfileStore:
     """Profiles under `directory`, which is made when something is kept. Any number of processes may share it."""
 
@@ -85,32 +84,11 @@ class ProfileStore:
     def load_device(self, facts: Facts, name: str) -> DeviceProfile | None:
         """The profile of the device with these facts, under the name of a logical device; None if there is none."""
         stored = self._load("device", facts, _StoredDevice)
-        if stored is None:
-            return None
-        return DeviceProfile(
-            name,
-            stored.bandwidth_bytes_s,
-            tuple(stored.flops),
-            stored.layer_overhead_s,
-            stored.step_overhead_s,
-            row_overhead_s=stored.row_overhead_s,
-            kv_bandwidth_bytes_s=stored.kv_bandwidth_bytes_s,
-        )
+        return None if stored is None else DeviceProfile(name, **_measured(_StoredDevice, stored))
 
     def save_device(self, facts: Facts, profile: DeviceProfile) -> None:
         """Keep a profile; a disk that cannot is logged."""
-        self._save(
-            "device",
-            facts,
-            {
-                "bandwidth_bytes_s": profile.bandwidth_bytes_s,
-                "flops": profile.flops,
-                "layer_overhead_s": profile.layer_overhead_s,
-                "step_overhead_s": profile.step_overhead_s,
-                "row_overhead_s": profile.row_overhead_s,
-                "kv_bandwidth_bytes_s": profile.kv_bandwidth_bytes_s,
-            },
-        )
+        self._save("device", facts, _measured(_StoredDevice, profile))
 
     def load_link(self, facts: Facts, method: str) -> LinkProfile | None:
         """The profile of the link with these facts; None if there is none."""
@@ -119,8 +97,7 @@ class ProfileStore:
 
     def save_link(self, facts: Facts, profile: LinkProfile) -> None:
         """Keep a link's profile; a disk that cannot is logged."""
-        values = {"bandwidth_bytes_s": profile.bandwidth_bytes_s, "latency_s": profile.latency_s}
-        self._save("link", facts, values)
+        self._save("link", facts, _measured(_StoredLink, profile))
 
     def load_sharing(self, facts: Facts) -> tuple[float, float] | None:
         """How many times longer reading and computing take the parts with these facts together; None: not known."""

@@ -14,7 +14,7 @@ from torch import nn
 from core.config import Settings
 from core.costs import DeviceProfile, LinkProfile, LinkTopology, Sharing, emulated_profile
 from core.devices import HOST, Device, format_bytes
-from core.devices.memory import read_memory
+from core.devices.probe import read_memory
 from core.errors import OutOfDeviceMemoryError
 from core.execution.attention.interface import AttentionBackend
 from core.execution.attention.select import LinearAdapter, select_attention
@@ -35,6 +35,7 @@ logger = get_logger(__name__)
 DEVICE_BUDGET_S = 2.0
 """Seconds of measuring per device, without what is compiled and filled for it."""
 
+_Selected = tuple[AttentionBackend, LinearAdapter | None]  # as `select_attention` gives it
 _ROOM_SHARE = 2  # measuring takes up to half of what may be used
 
 
@@ -124,25 +125,22 @@ class LayerProfiler:
     ) -> DeviceProfile:
         if device.speed is not None:
             return emulated_profile(device.name, device.speed.bandwidth_bytes_s, device.speed.flops)
-        backend, adapter = select_attention(device, self._settings, self._cpu_threads)
-        shape = LayerShape.of(architecture)
-        facts = self._facts(device, architecture, shape, backend, adapter)
+        selected = select_attention(device, self._settings, self._cpu_threads)
+        facts = self._facts(device, architecture, selected)
         key = key_of(facts)
         profile = known.get(key) or (None if refresh else self.store.load_device(facts, device.name))
         if profile is None:
-            profile = self._measure_device(device, architecture, shape, backend, adapter)
+            profile = self._measure_device(device, architecture, selected)
             self.store.save_device(facts, profile)
         known[key] = profile
         return replace(profile, name=device.name)
 
-    def _facts(
-        self, device: Device, architecture: Architecture, shape: LayerShape, backend: AttentionBackend,
-        adapter: LinearAdapter | None,
-    ) -> dict[str, Any]:  # fmt: skip
+    def _facts(self, device: Device, architecture: Architecture, selected: _Selected) -> dict[str, Any]:
+        backend, adapter = selected
         return device_facts(device, self._cpu_threads) | {
             "torch": torch.__version__,
             "dtype": str(architecture.dtype).removeprefix("torch."),
-            "shape": asdict(shape),
+            "shape": asdict(LayerShape.of(architecture)),
             "attention": backend.name,
             "native_kernels": adapter is not None,
             "kernels": kernel_digest(),
@@ -152,8 +150,7 @@ class LayerProfiler:
         """What these parts of one processor cost each other; None if there is no room to measure it."""
         threads = CpuThreads(self._cpu_threads, len(parts))
         selected = [select_attention(device, self._settings, threads) for device in parts]
-        shape = LayerShape.of(architecture)
-        facts = self._facts(parts[0], architecture, shape, *selected[0]) | {
+        facts = self._facts(parts[0], architecture, selected[0]) | {
             "parts": len(parts),
             "threads_together": threads.together if parts[0].is_main_memory else None,
         }
@@ -166,11 +163,7 @@ class LayerProfiler:
         return Sharing(parts[0].torch_device, len(parts), *factors)
 
     def _measure_sharing(
-        self,
-        parts: Sequence[Device],
-        architecture: Architecture,
-        selected: Sequence[tuple[AttentionBackend, LinearAdapter | None]],
-        threads: CpuThreads,
+        self, parts: Sequence[Device], architecture: Architecture, selected: Sequence[_Selected], threads: CpuThreads
     ) -> tuple[float, float] | None:
         held = read_memory(parts)
         room = min(held[0].free_bytes // len(parts), *(memory.usable_bytes for memory in held)) // _ROOM_SHARE
@@ -187,8 +180,8 @@ class LayerProfiler:
         return factors
 
     def _time_together(
-        self, parts: Sequence[Device], architecture: Architecture,
-        selected: Sequence[tuple[AttentionBackend, LinearAdapter | None]], threads: CpuThreads, count: int,
+        self, parts: Sequence[Device], architecture: Architecture, selected: Sequence[_Selected], threads: CpuThreads,
+        count: int,
     ) -> tuple[float, float]:  # fmt: skip
         """Apart, so that all layers are gone when it returns and what they took can be given back."""
         layers = [
@@ -199,15 +192,9 @@ class LayerProfiler:
         prepare = functools.partial(torch.set_num_threads, torch_threads)
         return measure_sharing(layers, prepare, threads.overlap, len(parts) * self._budget_s)
 
-    def _measure_device(
-        self,
-        device: Device,
-        architecture: Architecture,
-        shape: LayerShape,
-        backend: AttentionBackend,
-        adapter: LinearAdapter | None,
-    ) -> DeviceProfile:
+    def _measure_device(self, device: Device, architecture: Architecture, selected: _Selected) -> DeviceProfile:
         (memory,) = read_memory([device])
+        (backend, adapter), shape = selected, LayerShape.of(architecture)
         room, sizes = memory.usable_bytes // _ROOM_SHARE, (shape.hidden, shape.intermediate)
         with self._within(device, room, architecture.dtype, adapter):
             profile = measure_speed(device, architecture, sizes, backend, adapter or _as_it_is, room, self._budget_s)

@@ -13,13 +13,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from core.devices import Device, DeviceBudget
-from core.execution.attention.interface import (
-    ATTENTION_NAME,
-    AttentionBackend,
-    AttentionContext,
-    LayerAttention,
-    bind,
-)
+from core.execution.attention.interface import ATTENTION_NAME, AttentionBackend, AttentionContext, LayerAttention, bind
 from core.execution.attention.metadata import AttentionMetadata
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.models.architecture import Architecture

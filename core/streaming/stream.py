@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,34 +33,17 @@ from core.costs import SLOTS
 from core.devices import Device, DeviceBudget
 from core.devices.pinned import HostBuffer
 from core.streaming.packed_layer import PackedLayer
+from core.transfer import TransferManager
 
 
-class WeightCopier(Protocol):
-    """What copies from main memory to a device, and waits until the bytes are there."""
-
-    def load(
-        self, source: torch.Tensor, target: torch.Tensor, device: Device, after: torch.cuda.Event | None
-    ) -> None: ...
-
-
-class Clock(Protocol):
-    """An emulated device's time within a pass."""
+class Clock:
+    """A device's time within a pass. On a real device what takes time takes it, and nothing has to be done for that."""
 
     def reach(self, layer: int) -> None:
         """Wait until the layers before `layer` are computed."""
 
     def resume(self) -> None:
         """Computing goes on now, after a wait."""
-
-
-class RealTime:
-    """A real device's clock: what takes time takes it."""
-
-    def reach(self, layer: int) -> None:
-        """Nothing to wait for."""
-
-    def resume(self) -> None:
-        """Nothing to note."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +54,7 @@ class StreamedLayers:
     host_bytes: int
     slot_bytes: int
     host: DeviceBudget
-    loader: WeightCopier
+    loader: TransferManager
 
 
 @dataclass(slots=True)

@@ -57,7 +57,7 @@ class ChainIndex:
         self._children.setdefault(parent, set()).add(block)
         self._numbers[block] = self._next_number
         self._next_number += 1
-        self._queue(block)
+        self.requeue(block)
 
     def remove(self, block: bytes) -> None:
         """Stop holding `block`, whether or not it may go: a block that was lost is gone in any case."""
@@ -68,7 +68,7 @@ class ChainIndex:
         siblings.discard(block)
         if not siblings:
             del self._children[parent]
-            self._queue(parent)
+            self.requeue(parent)
         self._heat.let_go(block)
 
     def pin(self, block: bytes) -> None:
@@ -81,11 +81,17 @@ class ChainIndex:
             self._pins[block] = pins - 1
         elif pins == 1:
             del self._pins[block]
-            self._queue(block)
+            self.requeue(block)
 
-    def reheated(self, block: bytes) -> None:
-        """The block's heat has changed."""
-        self._queue(block)
+    def requeue(self, block: bytes) -> None:
+        """The block's heat, or what keeps it from going, has changed: it is queued anew if it may go."""
+        if not self.is_evictable(block):
+            return
+        if len(self._heap) > max(_MIN_COMPACTION, 4 * len(self._parents)):
+            self._heap = [self._entry(known) for known in self._parents if self.is_evictable(known)]
+            heapq.heapify(self._heap)
+            return
+        heapq.heappush(self._heap, self._entry(block))
 
     def coldest(self) -> bytes | None:
         """The block that goes next, or None if none may go."""
@@ -123,15 +129,6 @@ class ChainIndex:
                 block = self._parents[block]
             ordered.update(dict.fromkeys(reversed(chain)))
         return list(ordered)
-
-    def _queue(self, block: bytes) -> None:
-        if not self.is_evictable(block):
-            return
-        if len(self._heap) > max(_MIN_COMPACTION, 4 * len(self._parents)):
-            self._heap = [self._entry(known) for known in self._parents if self.is_evictable(known)]
-            heapq.heapify(self._heap)
-            return
-        heapq.heappush(self._heap, self._entry(block))
 
     def _entry(self, block: bytes) -> _Entry:
         return self._heat.order(block), self._numbers[block], block

@@ -23,7 +23,6 @@ from core.tiers.records import BlockLayout, Quantization, TierSpeed
 logger = get_logger(__name__)
 
 CodecChoice = Literal["auto", "none", "lz4", "zstd"]
-CODECS = ("none", "lz4", "zstd")
 ZSTD_LEVEL = 1
 SAMPLE_BLOCKS = 4
 """Real blocks that an automatic choice is measured on."""

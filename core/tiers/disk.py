@@ -8,6 +8,7 @@ private as the prompts it was computed from. One process uses a directory at a t
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import threading
@@ -17,11 +18,13 @@ from pathlib import Path
 import filelock
 
 from core.errors import ConflictError
-from core.tiers.segment_files import SegmentFile, new_name
-from core.tiers.segments import SUFFIX
+from core.tiers.segments import SUFFIX, SegmentFile, new_name
 
 LOCK_NAME = "vramancer-kv.lock"
 PARTIAL = ".partial"
+
+
+_private = functools.partial(os.open, mode=0o600)
 
 
 class DirectoryInUseError(ConflictError):
@@ -36,7 +39,7 @@ class LocalFile:
         self._name = new_name()
         self._partial = directory / (self._name + PARTIAL)
         self._lock = threading.Lock()  # guards the position
-        self._file = open(self._partial, "x+b", buffering=0, opener=_open_private)  # noqa: SIM115 (closed by its owner)
+        self._file = open(self._partial, "x+b", buffering=0, opener=_private)  # noqa: SIM115 (closed by its owner)
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
         view = memoryview(data)
@@ -66,10 +69,6 @@ class LocalFile:
     def discard(self) -> None:
         self._file.close()
         self._partial.unlink(missing_ok=True)
-
-
-def _open_private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def _read(file: FileIO, offset: int, into: memoryview) -> int:

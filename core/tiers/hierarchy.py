@@ -242,9 +242,9 @@ class HierarchicalMemory:
         now_s = self._clock()
         for block in blocks:
             self._heat.use(block, now_s)
-            self._host.index.reheated(block)
+            self._host.index.requeue(block)
             for lower in self._below:
-                lower.index.reheated(block)
+                lower.index.requeue(block)
 
     def promote(self, block: bytes) -> bool:
         """Bring a block to host RAM, by itself; False if it is there, nowhere, or there is no room."""

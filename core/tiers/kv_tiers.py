@@ -2,8 +2,7 @@
 
 Content is found by its chained hash. A block whose id is about to be reused is saved first; the save is part of the
 step that reuses it. A sequence whose prefix goes on below is not started before that is in main memory (others go
-ahead), and
-its blocks are then loaded layer by layer while the first layers compute. A preempted sequence comes back the same way.
+ahead), and its blocks are then loaded layer by layer while the first layers compute. A preempted one comes back alike.
 
 What is asked for again and again never leaves the devices by itself. So that a restart does not lose just that, blocks
 are also copied down when they are used a second time, and when the engine ends.

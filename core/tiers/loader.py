@@ -8,12 +8,11 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from core.tiers.host_tier import HostTier
-from core.tiers.loading import HostSlot, Loading, log_failure
+from core.tiers.loading import Hierarchy, HostSlot, Loading, log_failure
 from core.tiers.lower_tier import LowerTier
-from core.tiers.records import MoveKind, Tier
+from core.tiers.records import Tier
 
 
 @dataclass(slots=True, eq=False)
@@ -25,20 +24,10 @@ class Fill:
     waiting: list[Loading] = field(default_factory=list)
 
 
-class LoadTarget(Protocol):
-    """What the hierarchy offers; every method is called under its lock."""
-
-    def take_slot(self, block: bytes, parent: bytes) -> HostSlot | None: ...
-
-    def hold(self, slot: HostSlot) -> None: ...
-
-    def count_move(self, kind: MoveKind, source: Tier, target: Tier | None) -> None: ...
-
-
 class BlockLoader:
     """Blocks on their way up. Its methods are called under the hierarchy's lock, but for `close`."""
 
-    def __init__(self, target: LoadTarget, host: HostTier, lock: threading.Lock, threads: int) -> None:
+    def __init__(self, target: Hierarchy, host: HostTier, lock: threading.Lock, threads: int) -> None:
         self.fills: dict[bytes, Fill] = {}
         self.below: tuple[LowerTier, ...] = ()
         self._target = target

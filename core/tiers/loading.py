@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from core.logs import get_logger
+from core.tiers.records import BlockLayout, MoveKind, Tier
 
 logger = get_logger(__name__)
 
@@ -36,10 +37,27 @@ def log_failure(future: Future[None]) -> None:
         logger.error("memory worker failed", exc_info=error)
 
 
-class Releaser(Protocol):
-    """Where a loading gives its pins back: the hierarchy."""
+class Hierarchy(Protocol):
+    """What `HierarchicalMemory` offers to loadings, the loader and the writer; all but `release_loading` are called
+    under its lock."""
+
+    layout: BlockLayout
 
     def release_loading(self, loading: Loading, restored: int) -> None: ...
+
+    def take_slot(self, block: bytes, parent: bytes) -> HostSlot | None: ...
+
+    def hold(self, slot: HostSlot) -> None: ...
+
+    def begin_write(self, block: bytes) -> HostSlot | None: ...
+
+    def end_write(self, block: bytes, *, leave: bool) -> None: ...
+
+    def count_move(self, kind: MoveKind, source: Tier, target: Tier | None) -> None: ...
+
+    def score(self, block: bytes) -> float: ...
+
+    def order(self, block: bytes) -> float: ...
 
 
 class Loading:
@@ -48,7 +66,7 @@ class Loading:
     Every block that has arrived stays pinned in its slot until `release`. Any thread may ask.
     """
 
-    def __init__(self, owner: Releaser, on_done: Callable[[Loading], None] | None) -> None:
+    def __init__(self, owner: Hierarchy, on_done: Callable[[Loading], None] | None) -> None:
         self._owner = owner
         self._on_done = on_done
         self._finished = threading.Event()

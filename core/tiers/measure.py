@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
 from core.tiers.peer import Peer
 from core.tiers.records import TierSpeed
-from core.tiers.segment_files import SegmentFiles
+from core.tiers.segments import SegmentFiles
 
 Medium = Literal["ram disk", "nvme", "ssd", "spinning"]
 Method = Literal["O_DIRECT", "fadvise", "page cache"]
@@ -64,6 +64,16 @@ class DiskSpeed:
     medium: Medium
 
 
+_Result = TypeVar("_Result")
+
+
+def _timed(work: Callable[[], _Result], timer: Callable[[], float]) -> tuple[_Result, float]:
+    """What it gives, and the seconds it took."""
+    started_s = timer()
+    result = work()
+    return result, timer() - started_s
+
+
 def measure_host(timer: Callable[[], float] = time.perf_counter) -> TierSpeed:
     """Copying within host RAM: bytes read and written per second by one thread, the best of several runs."""
     source = torch.ones(_HOST_BYTES, dtype=torch.uint8)
@@ -71,9 +81,8 @@ def measure_host(timer: Callable[[], float] = time.perf_counter) -> TierSpeed:
     end_s = timer() + _HOST_S
     fastest_s = float("inf")
     while timer() < end_s or fastest_s == float("inf"):
-        started_s = timer()
-        target.copy_(source)
-        fastest_s = min(fastest_s, max(timer() - started_s, 1e-9))
+        _, copy_s = _timed(lambda: target.copy_(source), timer)
+        fastest_s = min(fastest_s, max(copy_s, 1e-9))
     return TierSpeed(_HOST_BYTES / fastest_s, _HOST_BYTES / fastest_s)
 
 
@@ -159,17 +168,11 @@ def measure_files(files: SegmentFiles, timer: Callable[[], float] = time.perf_co
     """Put one MiB into an object store, read a little and all of it, remove it. Raises `OSError`."""
     opened = files.start()
     opened.write_at(0, random.Random(0).randbytes(_REMOTE_BYTES))
-    started_s = timer()
-    name = opened.seal()
-    write_s = timer() - started_s
+    name, write_s = _timed(opened.seal, timer)
     opened.close()
     try:
-        started_s = timer()
-        files.read(name, 0, memoryview(bytearray(_PAGE)))
-        latency_s = timer() - started_s
-        started_s = timer()
-        files.read(name, 0, memoryview(bytearray(_REMOTE_BYTES)))
-        read_s = timer() - started_s
+        _, latency_s = _timed(lambda: files.read(name, 0, memoryview(bytearray(_PAGE))), timer)
+        _, read_s = _timed(lambda: files.read(name, 0, memoryview(bytearray(_REMOTE_BYTES))), timer)
     finally:
         files.delete(name)
     moving_s = max(read_s - latency_s, read_s / 10, 1e-9)
@@ -181,12 +184,8 @@ def measure_peer(peer: Peer, block_nbytes: int, timer: Callable[[], float] = tim
     does not give it back."""
     data = random.Random(0).randbytes(block_nbytes)
     block = random.Random(1).randbytes(16)
-    started_s = timer()
-    kept = peer.put(block, memoryview(data))
-    put_s = timer() - started_s
-    started_s = timer()
-    came_back = kept and peer.get(block) == data
-    get_s = timer() - started_s
+    kept, put_s = _timed(lambda: peer.put(block, memoryview(data)), timer)
+    came_back, get_s = _timed(lambda: kept and peer.get(block) == data, timer)
     peer.drop(block)
     if not came_back:
         raise OSError("the peer keeps no block")

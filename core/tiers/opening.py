@@ -19,11 +19,10 @@ from core.tiers.lower_tier import LowerTier
 from core.tiers.measure import measure_directory, measure_files, measure_host, measure_peer
 from core.tiers.peer import Peer, PeerStore
 from core.tiers.policy import MemoryOptions, WriteRules
-from core.tiers.records import BlockLayout, Tier, TierSpeed
+from core.tiers.records import BlockLayout, Tier
 from core.tiers.remote import RemoteFiles, check_url
-from core.tiers.segment_files import SegmentFiles
-from core.tiers.segment_store import SegmentSizes, SegmentStore, StoreLimits
-from core.tiers.segments import Identity
+from core.tiers.segment_store import SegmentStore, StoreLimits
+from core.tiers.segments import Identity, SegmentSizes
 
 logger = get_logger(__name__)
 
@@ -54,7 +53,11 @@ def open_memory(
             that is unknown or not installed.
         OutOfDeviceMemoryError: main memory does not have what is asked for.
     """
-    _check_lasting(settings, layout)
+    if settings.disk_path is not None and settings.disk_bytes is not None:
+        SegmentSizes.of(Tier.L5, settings.disk_bytes, layout.nbytes)
+    if settings.remote_url is not None:
+        SegmentSizes.of(Tier.L6, settings.remote_bytes, layout.nbytes)
+        check_url(settings.remote_url)
     host_bytes = _host_bytes(settings, layout, host.free_bytes)
     if host_bytes < layout.nbytes:
         logger.info("no host memory for KV blocks", bytes=host_bytes, block_bytes=layout.nbytes)
@@ -71,14 +74,6 @@ def open_memory(
     if peer is not None and (lent := _open_peer(settings, layout, peer)) is not None:
         memory.add_below([lent])
     return memory
-
-
-def _check_lasting(settings: MemorySettings, layout: BlockLayout) -> None:
-    if settings.disk_path is not None and settings.disk_bytes is not None:
-        SegmentSizes.of(Tier.L5, settings.disk_bytes, layout.nbytes)
-    if settings.remote_url is not None:
-        SegmentSizes.of(Tier.L6, settings.remote_bytes, layout.nbytes)
-        check_url(settings.remote_url)
 
 
 def open_lasting(memory: HierarchicalMemory, settings: MemorySettings, salt: bytes) -> None:
@@ -164,8 +159,8 @@ def _disk_bytes(settings: MemorySettings, path: Path) -> int:
 def _open_remote(settings: MemorySettings, layout: BlockLayout, salt: bytes) -> LowerTier:
     """Raises `OSError`."""
     assert settings.remote_url is not None
-    files: SegmentFiles = RemoteFiles(settings.remote_url)
-    speed: TierSpeed = measure_files(files)
+    files = RemoteFiles(settings.remote_url)
+    speed = measure_files(files)
     compressor = Compressor(layout, settings.remote_codec, settings.kv_quantization, speed)
     identity = make_identity(layout, salt, settings)
     store = SegmentStore(Tier.L6, files, StoreLimits(settings.remote_bytes), identity, compressor)

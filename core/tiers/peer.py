@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from typing import Protocol
 
 from core.logs import get_logger
@@ -31,8 +30,6 @@ class Peer(Protocol):
 
     def get(self, block: bytes) -> bytes | None:
         """The bytes that were put, or None if they are gone."""
-
-    def contains(self, blocks: Sequence[bytes]) -> list[bool]: ...
 
     def drop(self, block: bytes) -> None: ...
 
@@ -63,10 +60,6 @@ class InProcessPeer:
     def get(self, block: bytes) -> bytes | None:
         with self._lock:
             return self._data.get(block)
-
-    def contains(self, blocks: Sequence[bytes]) -> list[bool]:
-        with self._lock:
-            return [block in self._data for block in blocks]
 
     def drop(self, block: bytes) -> None:
         with self._lock:

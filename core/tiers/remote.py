@@ -16,8 +16,7 @@ import fsspec
 
 from core.errors import ConfigError
 from core.tiers.disk import PARTIAL
-from core.tiers.segment_files import SegmentFile, new_name
-from core.tiers.segments import SUFFIX
+from core.tiers.segments import SUFFIX, SegmentFile, new_name
 
 
 def check_url(url: str) -> None:
@@ -62,8 +61,7 @@ class RemoteFile:
     def close(self) -> None:
         self._data = bytearray()
 
-    def discard(self) -> None:
-        self.close()
+    discard = close
 
 
 class RemoteFiles:
@@ -73,7 +71,8 @@ class RemoteFiles:
         """Raises `ConfigError` for a protocol that is unknown or whose package is missing, `OSError` if the place
         cannot be reached."""
         self._fs, self._root = _file_system(url)
-        self._renames = "file" in _protocols(self._fs)
+        protocol = self._fs.protocol
+        self._renames = "file" in ((protocol,) if isinstance(protocol, str) else protocol)
         with _os_errors():
             self._fs.makedirs(self._root, exist_ok=True)
 
@@ -115,10 +114,6 @@ class RemoteFiles:
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
-
-
-def _protocols(fs: Any) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
 @contextmanager

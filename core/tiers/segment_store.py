@@ -12,27 +12,28 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
-from core.errors import ConfigError
 from core.logs import get_logger
 from core.tiers.compress import CodecError, Compressor
 from core.tiers.records import Tier
-from core.tiers.segment_files import OpenFile, SegmentFile, SegmentFiles
 from core.tiers.segments import (
     ENTRY_BYTES,
     DamagedSegmentError,
     Entry,
     ForeignSegmentError,
     Identity,
+    OpenFile,
+    SegmentFile,
+    SegmentFiles,
+    SegmentSizes,
     checksum,
     encode_header,
-    header_room,
     read_header,
 )
 
 logger = get_logger(__name__)
 
-LARGEST_SEGMENT_BYTES = 64 << 20
 MOSTLY_DEAD = 0.25
 """Share of a segment that lives, below which it is cleaned at once."""
 
@@ -58,32 +59,6 @@ class StoreLimits:
 
     capacity_bytes: int
     min_free_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentSizes:
-    """How a capacity is divided, in bytes: a `segment` of at most so many blocks, `room` for its header, `reserve` to
-    clean into, `usable` by blocks that live."""
-
-    segment: int
-    most_blocks: int
-    room: int
-    reserve: int
-    usable: int
-
-    @classmethod
-    def of(cls, tier: Tier, capacity_bytes: int, block_nbytes: int) -> SegmentSizes:
-        """Raises `ConfigError` if no block fits."""
-        block_bytes = block_nbytes + ENTRY_BYTES
-        segment = max(min(LARGEST_SEGMENT_BYTES, capacity_bytes // 16), block_bytes)
-        blocks = max(1, segment // block_bytes)
-        room = header_room(blocks)
-        reserve = segment + block_bytes + room
-        usable = capacity_bytes - max(reserve + 2 * room, capacity_bytes // 8)
-        if usable < block_bytes:
-            least = reserve + 2 * room + block_bytes
-            raise ConfigError(f"{tier.name} needs at least {least} bytes for blocks of {block_nbytes}")
-        return cls(segment, blocks, room, reserve, usable)
 
 
 class SegmentStore:
@@ -143,7 +118,7 @@ class SegmentStore:
     def _scan(self) -> None:
         for file in sorted(self._files.list(), key=lambda file: file.name):
             try:
-                entries, cut_off = read_header(self._reader(file.name), file.nbytes, self._identity)
+                entries, cut_off = read_header(partial(self._part, file.name), file.nbytes, self._identity)
             except ForeignSegmentError as error:
                 logger.info("segment of something else is left alone", file=file.name, reason=str(error))
                 self._foreign.append(file)
@@ -167,16 +142,15 @@ class SegmentStore:
         if self._foreign:
             self._files.delete(self._foreign.pop(0).name)
             return
-        segment = self._segments[0]
+        self._delete(self._segments[0])
+
+    def _delete(self, segment: Segment) -> None:
         self._lose(segment)
         self._files.delete(segment.name)
 
-    def _reader(self, name: str) -> Callable[[int, int], bytes]:
-        def read(offset: int, length: int) -> bytes:
-            buffer = bytearray(length)
-            return bytes(buffer[: self._files.read(name, offset, memoryview(buffer))])
-
-        return read
+    def _part(self, name: str, offset: int, length: int) -> bytes:
+        buffer = bytearray(length)
+        return bytes(buffer[: self._files.read(name, offset, memoryview(buffer))])
 
     def _place(self, segment: Segment, entry: Entry) -> None:
         self._forget(entry.block)
@@ -298,10 +272,8 @@ class SegmentStore:
             segment.nbytes += len(data)
             self._place(segment, replace(entry, offset=offset))
             segment.blocks_written += 1
-        if (
-            segment.nbytes - self._sizes.room >= self._sizes.segment
-            or segment.blocks_written >= self._sizes.most_blocks
-        ):
+        sizes = self._sizes
+        if segment.nbytes - sizes.room >= sizes.segment or segment.blocks_written >= sizes.most_blocks:
             self._seal(segment)
 
     def _open_segment(self) -> Segment:
@@ -358,8 +330,7 @@ class SegmentStore:
                 continue
             if self._check(segment, entry, data[:count]):
                 self._append(entry, data)
-        self._lose(segment)
-        self._files.delete(segment.name)
+        self._delete(segment)
 
     def drop(self, block: bytes) -> None:
         with self._lock:

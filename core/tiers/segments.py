@@ -16,10 +16,15 @@ does not pass either.
 from __future__ import annotations
 
 import json
+import time
+import uuid
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
+
+from core.errors import ConfigError
+from core.tiers.records import Tier
 
 FORMAT = "vramancer-kv"
 VERSION = 1
@@ -28,6 +33,7 @@ PREFIX_BYTES = 8
 ENTRY_BYTES = 208
 """Most that one block's entry takes in the header: 64 hex digits, four numbers, a codec, the keys."""
 
+LARGEST_SEGMENT_BYTES = 64 << 20
 _FIXED_BYTES = 512
 _MAX_HEADER_BYTES = 64 << 20
 _ALIGNMENT = 64
@@ -71,6 +77,32 @@ def checksum(block: bytes, data: memoryview) -> int:
 def header_room(max_blocks: int) -> int:
     """Bytes to leave at the start of a file for the header of up to `max_blocks` blocks."""
     return -(-(PREFIX_BYTES + _FIXED_BYTES + max_blocks * ENTRY_BYTES) // _ALIGNMENT) * _ALIGNMENT
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentSizes:
+    """How a capacity is divided, in bytes: a `segment` of at most so many blocks, `room` for its header, `reserve` to
+    clean into, `usable` by blocks that live."""
+
+    segment: int
+    most_blocks: int
+    room: int
+    reserve: int
+    usable: int
+
+    @classmethod
+    def of(cls, tier: Tier, capacity_bytes: int, block_nbytes: int) -> SegmentSizes:
+        """Raises `ConfigError` if no block fits."""
+        block_bytes = block_nbytes + ENTRY_BYTES
+        segment = max(min(LARGEST_SEGMENT_BYTES, capacity_bytes // 16), block_bytes)
+        blocks = max(1, segment // block_bytes)
+        room = header_room(blocks)
+        reserve = segment + block_bytes + room
+        usable = capacity_bytes - max(reserve + 2 * room, capacity_bytes // 8)
+        if usable < block_bytes:
+            least = reserve + 2 * room + block_bytes
+            raise ConfigError(f"{tier.name} needs at least {least} bytes for blocks of {block_nbytes}")
+        return cls(segment, blocks, room, reserve, usable)
 
 
 def encode_header(identity: Identity, codec: str, entries: Sequence[Entry], room: int) -> bytes:
@@ -122,3 +154,50 @@ def _read_entry(fields: dict[str, Any]) -> Entry:
     except ValueError as error:
         raise DamagedSegmentError("a block's hash is no hex number") from error
     return Entry(block, parent, offset, length, expected, codec)
+
+
+def new_name() -> str:
+    """A name that no other process takes; names sort by age."""
+    return f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}{SUFFIX}"
+
+
+class OpenFile(Protocol):
+    """A segment that is being written, under a name that nobody looks for."""
+
+    def write_at(self, offset: int, data: bytes | memoryview) -> None: ...
+
+    def read_at(self, offset: int, into: memoryview) -> int: ...
+
+    def seal(self) -> str:
+        """Make it lasting and give it its name, which is returned. It can still be read here until `close`."""
+
+    def close(self) -> None: ...
+
+    def discard(self) -> None:
+        """Close it and remove what was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentFile:
+    """A file found at the start; names sort by age."""
+
+    name: str
+    nbytes: int
+
+
+class SegmentFiles(Protocol):
+    """Where segment files are kept: what `SegmentStore` asks of a directory or an object store. Raises `OSError`."""
+
+    def list(self) -> list[SegmentFile]: ...
+
+    def read(self, name: str, offset: int, into: memoryview) -> int:
+        """Fill `into` from the file; bytes read, fewer at its end."""
+
+    def start(self) -> OpenFile: ...
+
+    def delete(self, name: str) -> None: ...
+
+    def free_bytes(self) -> int | None:
+        """Bytes that can still be written there; None if that is not known."""
+
+    def close(self) -> None: ...

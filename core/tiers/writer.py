@@ -7,51 +7,18 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Protocol
 
-from core.tiers.loading import HostSlot, log_failure
+from core.tiers.loading import Hierarchy, log_failure
 from core.tiers.lower_tier import LowerTier
-from core.tiers.policy import WriteRules
-from core.tiers.records import BlockLayout, MoveKind, Tier
+from core.tiers.policy import MemoryOptions
+from core.tiers.records import Tier
 from core.tiers.write_back import Write, WritePace, WriteQueue
-
-
-class WriteOptions(Protocol):
-    """The part of the options that write-back reads."""
-
-    @property
-    def rules(self) -> WriteRules: ...
-
-    @property
-    def write_bytes_s(self) -> float | None: ...
-
-    @property
-    def max_queued_writes(self) -> int: ...
-
-    @property
-    def seal_s(self) -> float: ...
-
-
-class WriteSource(Protocol):
-    """What the hierarchy offers; every method is called under its lock."""
-
-    layout: BlockLayout
-
-    def begin_write(self, block: bytes) -> HostSlot | None: ...
-
-    def end_write(self, block: bytes, *, leave: bool) -> None: ...
-
-    def count_move(self, kind: MoveKind, source: Tier, target: Tier | None) -> None: ...
-
-    def score(self, block: bytes) -> float: ...
-
-    def order(self, block: bytes) -> float: ...
 
 
 class Writer:
     """The queue of writes and its thread. Methods marked so are called under the hierarchy's lock."""
 
-    def __init__(self, source: WriteSource, options: WriteOptions, lock: threading.Lock) -> None:
+    def __init__(self, source: Hierarchy, options: MemoryOptions, lock: threading.Lock) -> None:
         self._source = source
         self._below: tuple[LowerTier, ...] = ()
         self._rules = options.rules

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 
@@ -34,33 +34,15 @@ class Copied:
     elapsed_s: Callable[[], float | None]
 
 
-class Streams(Protocol):
-    """What a copy needs of `torch.cuda`. Streams and events are torch's."""
-
-    def copying(self, torch_device: str, direction: Literal["out", "in"]) -> Any:
-        """The stream for copies that leave a GPU, or come in."""
-
-    def current(self, torch_device: str) -> Any:
-        """The stream on which the calling thread computes."""
-
-    def event(self) -> Any:
-        """One that measures time."""
-
-    def use(self, stream: Any) -> AbstractContextManager[Any]:
-        """Make it the calling thread's current one."""
-
-    def keep(self, tensor: torch.Tensor, stream: Any) -> None:
-        """The tensor's memory is given to nobody else before what is queued on the stream now is done."""
-
-
 class CudaStreams:
-    """`Streams` of real GPUs; thread-safe."""
+    """What a copy needs of `torch.cuda`. Streams and events are torch's; thread-safe."""
 
     def __init__(self) -> None:
         self._streams: dict[tuple[str, str], Any] = {}
         self._lock = threading.Lock()
 
     def copying(self, torch_device: str, direction: Literal["out", "in"]) -> Any:
+        """The stream for copies that leave a GPU, or come in."""
         with self._lock:
             key = torch_device, direction
             if key not in self._streams:
@@ -68,15 +50,19 @@ class CudaStreams:
             return self._streams[key]
 
     def current(self, torch_device: str) -> Any:
+        """The stream on which the calling thread computes."""
         return torch.cuda.current_stream(torch.device(torch_device))
 
     def event(self) -> Any:
+        """One that measures time."""
         return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
     def use(self, stream: Any) -> AbstractContextManager[Any]:
+        """Make it the calling thread's current one."""
         return torch.cuda.stream(stream)
 
     def keep(self, tensor: torch.Tensor, stream: Any) -> None:
+        """The tensor's memory is given to nobody else before what is queued on the stream now is done."""
         if tensor.is_cuda:
             tensor.record_stream(stream)
 
@@ -84,7 +70,7 @@ class CudaStreams:
 class GpuCopier:
     """`buffer` gives main memory that GPUs copy from and to, or None where there is none to be had."""
 
-    def __init__(self, buffer: Callable[[int], HostBuffer | None], streams: Streams | None = None) -> None:
+    def __init__(self, buffer: Callable[[int], HostBuffer | None], streams: CudaStreams | None = None) -> None:
         self._buffer = buffer
         self._streams = streams or CudaStreams()
         self._links: dict[tuple[str, str], _StagedLink] = {}
@@ -160,7 +146,7 @@ _MAIN_MEMORY = Device("main memory", -1, "cpu", "cpu", 0)
 class _StagedLink:
     """From one GPU to another through two buffers in turn: while one is copied in, the other is copied out."""
 
-    def __init__(self, buffers: list[HostBuffer | None], streams: Streams) -> None:
+    def __init__(self, buffers: list[HostBuffer | None], streams: CudaStreams) -> None:
         self._buffers = [buffer for buffer in buffers if buffer is not None]
         self.is_open = len(self._buffers) == len(buffers)
         self._streams = streams

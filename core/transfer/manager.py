@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
@@ -31,6 +31,7 @@ from core.devices import HOST, Device, DeviceBudget, LinkSpeed, format_bytes, wa
 from core.devices.pinned import HostBuffer
 from core.errors import OutOfDeviceMemoryError
 from core.logs import get_logger
+from core.metrics import MetricsRegistry
 from core.transfer.gpu_copy import GpuCopier
 
 logger = get_logger(__name__)
@@ -40,21 +41,6 @@ Link = tuple[TransferMethod, str, str]
 
 LOAD_BYTES = 32 << 20
 """Weights are loaded in pieces of this size, between which a GPU can receive activations."""
-
-
-class TransferObserver(Protocol):
-    """What metrics offer to be told of transfers."""
-
-    def observe_transfer(self, method: str, src: str, dst: str, nbytes: int, seconds: float) -> None: ...
-
-
-class Inlet(Protocol):
-    """Where a stage takes hidden states (`core.execution.stage_handle`)."""
-
-    @property
-    def device(self) -> Device: ...
-
-    def put(self, step: int, hidden: torch.Tensor) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +63,7 @@ class TransferManager:
 
     def __init__(
         self,
-        metrics: TransferObserver | None = None,
+        metrics: MetricsRegistry | None = None,
         *,
         sim_link: LinkSpeed | None = None,
         host: DeviceBudget | None = None,
@@ -107,7 +93,9 @@ class TransferManager:
                 copied = self._copier.copy_staged(tensor, src, dst)
             else:
                 copied = self._copier.copy(tensor, src, dst, into)
-            self._note((method, src.name, dst.name), tensor.nbytes, copied.elapsed_s)
+            with self._lock:  # it may be under way, and is recorded at a later one's or when somebody asks
+                self._under_way.append(((method, src.name, dst.name), tensor.nbytes, copied.elapsed_s))
+            self._settle()
             return copied.tensor
         arrived = tensor.to(dst.torch_device, copy=True)
         if src.is_mps or dst.is_mps:
@@ -116,10 +104,6 @@ class TransferManager:
             wait_until(started_s + self._sim_link.transfer_s(tensor.nbytes))
         self._record((method, src.name, dst.name), tensor.nbytes, time.perf_counter() - started_s)
         return arrived
-
-    def hand_on(self, hidden: torch.Tensor, src: Device, inlet: Inlet, step: int) -> None:
-        """Bring a step's hidden states from `src` to where the following stage takes them."""
-        inlet.put(step, self.send(hidden, src, inlet.device))
 
     def load(
         self, source: torch.Tensor, target: torch.Tensor, device: Device, after: torch.cuda.Event | None = None
@@ -191,13 +175,8 @@ class TransferManager:
         with self._lock:
             return dict(self._stats)
 
-    def _note(self, link: Link, nbytes: int, elapsed_s: Callable[[], float | None]) -> None:
-        """A transfer that may be under way; it is recorded at a later one's or when somebody asks."""
-        with self._lock:
-            self._under_way.append((link, nbytes, elapsed_s))
-        self._settle()
-
     def _settle(self) -> None:
+        """Record what has arrived."""
         with self._lock:
             seen = [(*noted[:2], noted[2]()) for noted in self._under_way]
             self._under_way = [

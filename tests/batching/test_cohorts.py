@@ -3,17 +3,8 @@
 from __future__ import annotations
 
 from core.batching.cohorts import MIN_CHUNK, FixedCohorts, OneCohort, PredictedCohorts
-from core.costs import (
-    Batch,
-    DeviceProfile,
-    LayerCosts,
-    LinkProfile,
-    LinkTopology,
-    StageCost,
-    decode_tok_s,
-    load_s,
-    stage_s,
-)
+from core.costs import Batch, DeviceProfile, LayerCosts, LinkProfile, LinkTopology, StageCost
+from core.costs.cost import decode_tok_s, load_s, stage_s
 from core.devices import HOST
 
 GB = 10**9

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 from core.config import iter_settings
 from core.costs import DeviceProfile, Sharing
-from core.devices import Device, DeviceReading, Machine, PhysicalDevice
-from core.devices.memory import MemoryNow
+from core.devices import Device, Machine
+from core.devices.probe import MemoryNow, PhysicalDevice
+from core.devices.readers import DeviceReading
 from core.profiling import diagnosis
 from core.profiling.diagnosis import (
     Datasheet,

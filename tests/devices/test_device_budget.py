@@ -6,12 +6,13 @@ import threading
 
 import pytest
 
-from core.devices import Device, DeviceBudget, DeviceKind, DeviceSpeed, format_bytes
+from core.devices import Device, DeviceBudget, format_bytes, wait_until
+from core.devices.device import DeviceKind
 from core.errors import OutOfDeviceMemoryError
 
 
-def make_device(limit_bytes: int = 100, speed: DeviceSpeed | None = None) -> Device:
-    return Device("cpu#0", 0, "sim" if speed else "cpu", "cpu", limit_bytes, speed)
+def make_device(limit_bytes: int = 100) -> Device:
+    return Device("cpu#0", 0, "cpu", "cpu", limit_bytes)
 
 
 @pytest.mark.parametrize(
@@ -118,22 +119,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return still
 
 
-def test_an_emulated_device_takes_its_time(clock: Clock) -> None:
-    device = make_device(speed=DeviceSpeed(bandwidth_bytes_s=1e6, flops=1e9))
-    device.pace(50.0, 0.05)
+def test_a_wait_ends_when_it_should(clock: Clock) -> None:
+    wait_until(50.05)
     assert clock.now_s == pytest.approx(50.05, abs=1e-4)
 
 
-def test_time_already_spent_counts(clock: Clock) -> None:
-    device = make_device(speed=DeviceSpeed(bandwidth_bytes_s=1e6, flops=1e9))
-    device.pace(49.98, 0.05)
-    assert clock.now_s == pytest.approx(50.03, abs=1e-4)
-    device.pace(40.0, 1.0)
-    assert clock.now_s == pytest.approx(50.03, abs=1e-4)
-
-
-def test_real_devices_are_not_paced(clock: Clock) -> None:
-    make_device().pace(50.0, 1000.0)
+def test_what_is_over_is_not_waited_for(clock: Clock) -> None:
+    wait_until(41.0)
     assert clock.now_s == 50.0
 
 

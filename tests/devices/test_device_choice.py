@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from core.config import DeviceSettings
-from core.devices import Machine, PhysicalDevice, choose_devices, open_devices, probe, probe_machine
-from core.devices.discovery import grant_bytes
+from core.devices import Machine, open_devices, probe, probe_machine
+from core.devices.discovery import choose_devices, grant_bytes
+from core.devices.probe import PhysicalDevice
 from core.errors import DeviceError
 
 GIB = 1024**3

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from core.devices import DeviceSpeed, parse_devices
+from core.devices import parse_devices
+from core.devices.device import DeviceSpeed
 from core.errors import DeviceError
 
 GIB = 1024**3

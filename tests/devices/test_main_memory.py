@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from core.config import DeviceSettings
-from core.devices import Device, DeviceSpeed, MainMemory, choose_devices, open_main_memory, probe_machine
-from core.devices.discovery import Machine, PhysicalDevice
+from core.devices import Device, MainMemory, open_main_memory, probe_machine
+from core.devices.device import DeviceSpeed
+from core.devices.discovery import Machine, PhysicalDevice, choose_devices
 from core.errors import OutOfDeviceMemoryError
 
 CPU = Device("cpu", 0, "cpu", "cpu", 300)

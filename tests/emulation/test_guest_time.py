@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny_models import build_tiny
 
-from core.emulation.guest_time import GuestTime
+from core.emulation.stage import GuestTime
 from core.inference_pipeline import InferencePipeline
 from core.request import SamplingParams
 

@@ -16,8 +16,8 @@ from test_lending_trouble import check_budgets, outcomes, outcomes_while
 from tiny_models import build_tiny
 
 import core.engine.kv_memory
-from core.devices import Device, memory, probe
-from core.devices.memory import free_bytes_of
+from core.devices import Device, probe
+from core.devices.probe import free_bytes_of
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.lending import Urgency
 
@@ -103,7 +103,6 @@ def test_only_the_devices_in_use_are_asked_while_a_model_serves(
     monkeypatch.setattr(core.engine.kv_memory, "free_bytes_of", free)
     monkeypatch.setattr(warnings, "catch_warnings", lambda **_: pytest.fail("warnings are caught"))
     monkeypatch.setattr(probe, "probe_machine", lambda: pytest.fail("the machine is probed"))
-    monkeypatch.setattr(memory, "probe_machine", probe.probe_machine)
     overflow._observe_s = 0.0
     assert outcomes(ask(pipeline)) == tiny[1]
     assert set(asked) == {"cpu"}

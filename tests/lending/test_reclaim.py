@@ -7,10 +7,16 @@ from dataclasses import replace
 import pytest
 from lending.pools import Clock, gpu, host, make_pool, take, use
 
-from core.lending import Cause, GPUBudget, LeaseState, Urgency, VRAMLendingPool, urgency_of
+from core.lending import Cause, GPUBudget, LeaseState, Urgency, VRAMLendingPool
+from core.lending.reclaim import pressures
 
 LOW, MEDIUM, HIGH, CRITICAL = Urgency
 CARD = GPUBudget("a", limit_bytes=900, total_bytes=1000, lent_bytes=100)
+
+
+def urgency_of(budget: GPUBudget, threshold: float) -> Urgency | None:
+    """How urgently a lender needs memory back, all in all."""
+    return max((urgency for _, urgency in pressures(budget, threshold).values()), default=None)
 
 
 @pytest.mark.parametrize(

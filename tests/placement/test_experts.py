@@ -9,7 +9,8 @@ import pytest
 from plain_settings import make_settings
 from tiny_models import build_tiny
 
-from core.costs import Batch, DeviceProfile, Experts, LayerCosts, StageCost, StageTimer, stage_s
+from core.costs import Batch, DeviceProfile, Experts, LayerCosts, StageCost, StageTimer
+from core.costs.cost import stage_s
 from core.engine.model_plan import layer_costs
 from core.models.architecture import read_architecture
 from core.models.stage_model import measure_bytes

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.costs.plan import StagePlan
-from core.placement.pooling import PooledKV, pool_kv, pooled_bound
+from core.placement.pooled import PooledKV, pool_kv, pooled_bound
 
 BLOCK = 16
 
@@ -44,7 +44,7 @@ def test_what_is_lent_is_added_to_the_scarcest_stage(
 ) -> None:
     pooled = pool([stage(limit, 1) for limit in limits], idle, ratio)
     assert pooled.tokens == tokens
-    assert pooled.is_pooled == (tokens > min(limits))
+    assert (min(pooled.local_tokens) < pooled.tokens) == (tokens > min(limits))
 
 
 def test_no_more_than_is_of_use() -> None:

@@ -16,11 +16,8 @@ from core.costs import (
     Sharing,
     StageCost,
     StageTimer,
-    at_once,
-    best_cohorts,
-    decode_tok_s,
-    stage_s,
 )
+from core.costs.cost import at_once, best_cohorts, decode_tok_s, stage_s
 from core.placement.engine import place, predicted_tok_s
 from core.placement.predict import predict, stage_limit
 

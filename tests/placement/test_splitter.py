@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.costs import LayerCosts, PlacementPlan
+from core.costs import DeviceProfile, LayerCosts, LinkTopology, PlacementDevice, PlacementPlan, PlacementProblem
 from core.errors import InsufficientMemoryError
-from core.placement import split_by_memory
+from core.placement.engine import place
 
 
 def costs(layers: int = 8, *, tied: bool = False, layer_bytes: int = 100, kv: int = 2) -> LayerCosts:
@@ -16,8 +16,12 @@ def costs(layers: int = 8, *, tied: bool = False, layer_bytes: int = 100, kv: in
 
 
 def split(model: LayerCosts, *limits: int, least: int = 10, most: int = 10**6, block: int = 1) -> PlacementPlan:
-    named = [(f"d{index}", limit) for index, limit in enumerate(limits)]
-    return split_by_memory(model, named, model_name="m", min_kv_tokens=least, max_kv_tokens=most, block_size=block)
+    profile = DeviceProfile("any", 1.0, ((1, 1.0),))
+    devices = tuple(PlacementDevice(f"d{index}", limit, profile) for index, limit in enumerate(limits))
+    problem = PlacementProblem(
+        "m", model, devices, LinkTopology(), min_kv_tokens=least, max_kv_tokens=most, block_size=block
+    )
+    return place(problem, "vram")
 
 
 def test_one_device_takes_everything() -> None:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.costs import Batch, LayerCosts, LinkProfile, LinkTopology, StageCost, StageTimer, busy_s, decode_tok_s
-from core.costs.cost import load_s, loaded_layers, pipeline_s
+from core.costs import Batch, LayerCosts, LinkProfile, LinkTopology, StageCost, StageTimer
+from core.costs.cost import busy_s, decode_tok_s, load_s, loaded_layers, pipeline_s
 from core.costs.profile import DeviceProfile
 from core.devices import HOST
 from core.placement.streamed_layers import spread

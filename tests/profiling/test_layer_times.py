@@ -9,25 +9,24 @@ import pytest
 from steering import LONGEST_WAIT_S
 
 from core.profiling import layer_times
-from core.profiling.layer_times import OVERHEAD_ROWS, SHARING_ROWS, Overheads, measure_sharing, split_overheads
+from core.profiling.layer_times import OVERHEAD_ROWS, SHARING_ROWS, measure_sharing, split_overheads
 
 
 def test_overheads_are_told_apart_by_what_grows_with_the_rows() -> None:
     beyond = [2e-4 + 3e-5 * rows for rows in OVERHEAD_ROWS]
-    found = split_overheads(OVERHEAD_ROWS, beyond, 1e-4)
-    assert (found.layer_s, found.row_s, found.step_s) == pytest.approx((2e-4, 3e-5, 1e-4))
+    assert split_overheads(OVERHEAD_ROWS, beyond) == pytest.approx((2e-4, 3e-5))
 
 
 def test_one_row_takes_what_it_took() -> None:
     """However the others scatter: a stream alone is predicted from this."""
-    found = split_overheads((1, 8, 32), [5e-4, 4e-4, 2e-3], 0.0)
-    assert found.layer_s + found.row_s == pytest.approx(5e-4)
-    assert found.row_s > 0
+    layer_s, row_s = split_overheads((1, 8, 32), [5e-4, 4e-4, 2e-3])
+    assert layer_s + row_s == pytest.approx(5e-4)
+    assert row_s > 0
 
 
 def test_nothing_is_faster_than_the_roofline() -> None:
-    assert split_overheads((1, 8, 32), [-1e-4, -2e-4, -3e-3], 1e-4) == Overheads(0.0, 0.0, 1e-4)
-    assert split_overheads((1, 8), [1e-4, 0.0], 0.0) == Overheads(1e-4, 0.0, 0.0)
+    assert split_overheads((1, 8, 32), [-1e-4, -2e-4, -3e-3]) == (0.0, 0.0)
+    assert split_overheads((1, 8), [1e-4, 0.0]) == (1e-4, 0.0)
 
 
 class Clock(threading.local):

@@ -18,8 +18,9 @@ from tiny_models import build_tiny
 
 from core.config import DeviceSettings
 from core.costs import DeviceProfile, LinkTopology, Sharing
-from core.devices import Device, DeviceSpeed, Machine, PhysicalDevice, open_devices
-from core.devices.memory import free_bytes_of, read_memory
+from core.devices import Device, Machine, open_devices
+from core.devices.device import DeviceSpeed
+from core.devices.probe import PhysicalDevice, free_bytes_of, read_memory
 from core.errors import OutOfDeviceMemoryError
 from core.execution.attention.select import select_attention
 from core.models.architecture import Architecture, read_architecture

@@ -13,7 +13,8 @@ from fake_runtime import FakeRuntime
 from steering import LONGEST_WAIT_S
 from torch import nn
 
-from core.devices import HOST, Device, DeviceBudget, DeviceKind, pinned
+from core.devices import HOST, Device, DeviceBudget, pinned
+from core.devices.device import DeviceKind
 from core.errors import OutOfDeviceMemoryError
 from core.streaming.stream import StreamedLayers, StreamManager
 

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from steering import LONGEST_WAIT_S
 
 from core.devices import DeviceBudget, host_device
-from core.tiers import BlockLayout, HeatModel, HierarchicalMemory, HostSlot, LowerTier, MemoryOptions, Tier, WriteRules
+from core.tiers import BlockLayout, HierarchicalMemory, Tier
 from core.tiers.compress import CodecChoice, Compressor
+from core.tiers.hotness import HeatModel
+from core.tiers.loading import HostSlot
+from core.tiers.lower_tier import LowerTier
+from core.tiers.policy import MemoryOptions, WriteRules
 from core.tiers.records import Quantization
-from core.tiers.segment_files import SegmentFiles
 from core.tiers.segment_store import SegmentStore, StoreLimits
-from core.tiers.segments import Identity
+from core.tiers.segments import Identity, SegmentFiles
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def test_the_coldest_chain_goes_first(heat: HeatTable) -> None:
     add(index, heat, 2, 1, now_s=0.0)
     add(index, heat, 11, 10, now_s=5.0)
     heat.use(block(2), 9.0)
-    index.reheated(block(2))
+    index.requeue(block(2))
     assert drain(index) == [11, 2, 1]
 
 
@@ -94,7 +94,7 @@ def test_random_changes_keep_the_queue_right(steps: list[tuple[int, int, int]]) 
             index.unpin(pinned.pop())
         elif kind == 4 and name in index:
             heat.use(name, float(now))
-            index.reheated(name)
+            index.requeue(name)
         elif kind == 5 and (coldest := index.coldest()) is not None:
             evictable = [known for known in index if index.is_evictable(known)]
             assert heat.order(coldest) == min(heat.order(known) for known in evictable)

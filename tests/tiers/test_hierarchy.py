@@ -25,19 +25,14 @@ from memory_helpers import (
 from steering import LONGEST_WAIT_S, until
 
 from core.devices import DeviceBudget, host_device, pinned
-from core.tiers import (
-    HierarchicalMemory,
-    InProcessPeer,
-    Loading,
-    LowerTier,
-    MemoryOptions,
-    PeerStore,
-    Tier,
-    TierSpeed,
-    WriteRules,
-)
+from core.tiers import HierarchicalMemory, Tier
 from core.tiers.compress import Compressor
 from core.tiers.disk import LocalFiles
+from core.tiers.loading import Loading
+from core.tiers.lower_tier import LowerTier
+from core.tiers.peer import InProcessPeer, PeerStore
+from core.tiers.policy import MemoryOptions, WriteRules
+from core.tiers.records import TierSpeed
 from core.tiers.segments import SUFFIX
 
 

@@ -13,8 +13,9 @@ from steering import LONGEST_WAIT_S
 from core.config import MemorySettings
 from core.devices import DeviceBudget, host_device
 from core.errors import ConfigError
-from core.tiers import HierarchicalMemory, InProcessPeer, Tier, open_lasting, open_memory
+from core.tiers import HierarchicalMemory, Tier, open_lasting, open_memory
 from core.tiers.disk import LocalFiles
+from core.tiers.peer import InProcessPeer
 
 
 def settings(**values: object) -> MemorySettings:

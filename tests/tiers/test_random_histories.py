@@ -12,9 +12,13 @@ from hypothesis import strategies as st
 from memory_helpers import GREEDY, LAYOUT, Clock, block, fill, open_memory, open_store, payload
 from steering import LONGEST_WAIT_S
 
-from core.tiers import HierarchicalMemory, HostSlot, InProcessPeer, Loading, LowerTier, PeerStore, Tier, TierSpeed
+from core.tiers import HierarchicalMemory, Tier
 from core.tiers.compress import CodecChoice, Compressor
 from core.tiers.disk import LocalFiles
+from core.tiers.loading import HostSlot, Loading
+from core.tiers.lower_tier import LowerTier
+from core.tiers.peer import InProcessPeer, PeerStore
+from core.tiers.records import TierSpeed
 from core.tiers.segments import SUFFIX
 
 CHAINS, LENGTH = 4, 5
