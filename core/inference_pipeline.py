@@ -30,7 +30,7 @@ from core.logs import get_logger
 from core.metrics import MetricsRegistry
 from core.request import SamplingParams
 from core.transfer import TransferManager
-from core.views.metrics import metrics_snapshot
+from core.views.metrics import engine_metrics
 from core.views.state import ServiceState
 
 logger = get_logger(__name__)
@@ -49,7 +49,7 @@ class InferencePipeline:
         )
         self.reader = DeviceReader()
         self._keeper = EngineKeeper(settings, self.transfer, self.main_memory, self.metrics, on_progress)
-        self.metrics.set_snapshot_source(lambda: metrics_snapshot(self._keeper.engine))
+        self.metrics.set_engine_source(lambda: engine_metrics(self._keeper.engine))
 
     # -- the model --------------------------------------------------------------------------------------------------
 
