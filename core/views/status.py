@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from core.batching.stats import BatcherStats
 from core.costs import StagePlan
-from core.engine.model_engine import ModelEngine, checkpoint_bytes
+from core.engine.model_engine import ModelEngine
+from core.models.checkpoint import Checkpoint
 from core.models.resolve import AvailableModel, available_models
 from core.views.health import Check, health
 from core.views.memory import MemoryView, memory_view
@@ -303,5 +304,5 @@ def model_views(engine: ModelEngine | None) -> tuple[AvailableModel, ...]:
     if engine is None:
         return tuple(found)
     path = str(engine.model.path)
-    loaded = AvailableModel(engine.model.name, path, checkpoint_bytes(engine.model.path), loaded=True)
+    loaded = AvailableModel(engine.model.name, path, Checkpoint(engine.model.path).total_bytes, loaded=True)
     return (loaded, *(model for model in found if model.path != path))
