@@ -13,7 +13,7 @@ them, and no argument is specialized.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 
 import numpy as np
@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 
 from core.execution.attention.interface import OnKernel
-from core.execution.attention.merge import Part, merge_partials
+from core.execution.attention.merge import Part
 from core.execution.attention.metadata import AttentionMetadata, AttentionSpec, SiteBatch, build_site_batch
-from core.execution.attention.torch_paged import write_kv
+from core.execution.attention.torch_paged import TorchPages
 from core.execution.attention.triton_variants import (
     AttentionKind,
     GpuLimits,
@@ -160,7 +160,7 @@ def _compiled_in(variant: Variant) -> dict[str, int | bool]:
     return constants(variant) | options(variant)
 
 
-class TritonPagedAttention:
+class TritonPagedAttention(TorchPages):
     """See the module. Shapes as in `core.execution.attention.torch_paged`."""
 
     name = "triton"
@@ -168,12 +168,6 @@ class TritonPagedAttention:
     def __init__(self, limits: GpuLimits) -> None:
         self.limits = limits
         self._variant_of = functools.lru_cache(maxsize=256)(variant_of)
-
-    def write(
-        self, key: torch.Tensor, value: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor,
-        metadata: AttentionMetadata,
-    ) -> None:  # fmt: skip
-        write_kv(key, value, k_pages, v_pages, metadata.slot_mapping)
 
     def attend(
         self, query: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, metadata: AttentionMetadata,
@@ -193,10 +187,6 @@ class TritonPagedAttention:
         if query.shape[0]:
             self._launch(output, lse, query, k_pages, v_pages, site, spec)
         return output, lse
-
-    def merge(self, parts: Sequence[Part], sinks: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        """See `AttentionBackend.merge`."""
-        return merge_partials(parts, sinks, dtype)
 
     def warm_up(
         self, kinds: Iterable[AttentionKind], device: torch.device, *, partial: bool, on_kernel: OnKernel
