@@ -185,7 +185,8 @@ class InferencePipeline:
             engine = self.engine
             if model is not None and engine.model.tokenizer is not model.tokenizer:
                 raise ModelChangedError(f"{model.name} has just been replaced by {engine.model.name}; try again.")
-            self._keeper.refuse_when_closing()
+            if self._keeper.closing:
+                self._keeper.refuse_when_closing()
             made = [
                 make_request(
                     engine.model, tokens, params, priority=priority, request_id=name, owner=owner,
@@ -246,17 +247,8 @@ class InferencePipeline:
 
     def state(self) -> ServiceState:
         """What views show of the service beside its engine."""
-        ready, reason = self.ready()
-        engine = self.settings.engine
         return ServiceState(
-            loading=self.loading,
-            closing=self._keeper.closing,
-            ready=ready,
-            reason=reason,
-            max_queue=engine.max_queue,
-            max_batch_size=engine.max_batch_size,
-            cache_dir=self.settings.runtime.cache_dir,
-            transfers=self.transfer.stats(),
+            self.loading, self._keeper.closing, *self.ready(), settings=self.settings, transfers=self.transfer.stats()
         )
 
     @property

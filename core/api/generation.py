@@ -79,25 +79,19 @@ class Generation:
                 raise message
             yield index, message
 
-    def gather(self, on_output: Callable[[RequestOutput], None] | None = None) -> list[GenerationResult]:
+    def gather(self, on_output: Callable[[RequestOutput], None] = lambda output: None) -> list[GenerationResult]:
         """Wait for all of them, telling `on_output` of each output. Raises like `outputs`."""
         gathered = [Gathered(handle.params) for handle in self._handles]
-        for event in self.outputs():
-            if event is not None:
-                index, output = event
-                gathered[index].add(output)
-                if on_output is not None:
-                    on_output(output)
+        for index, output in filter(None, self.outputs()):
+            gathered[index].add(output)
+            on_output(output)
         return [item.result() for item in gathered]
 
     def gather_each(self) -> list[GenerationResult | VRAMancerError]:
         """Wait for all of them; a request that fails leaves its error in its place, and the others go on."""
         gathered = [Gathered(handle.params) for handle in self._handles]
         errors: dict[int, VRAMancerError] = {}
-        for event in self._events():
-            if event is None:
-                continue
-            index, message = event
+        for index, message in filter(None, self._events()):
             if isinstance(message, VRAMancerError):
                 errors[index] = message
             else:

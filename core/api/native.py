@@ -76,14 +76,7 @@ def generate() -> Response:
     fields = read_request(GenerateRequest)
     model = served_model(fields.model)
     token_ids = _prompt_token_ids(fields, model)
-    params = sampling_params(
-        fields,
-        model,
-        max_tokens=fields.max_tokens,
-        logprobs=fields.logprobs,
-        prompt_logprobs=fields.prompt_logprobs,
-        detokenize=fields.detokenize,
-    )
+    params = sampling_params(fields, model)
     generation = start_generation([(token_ids, params)], model, prefix="gen", priority=fields.priority)
     writer = GenerateWriter(fields, model, generation.id)
     if fields.stream:

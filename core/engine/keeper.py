@@ -168,13 +168,8 @@ class EngineKeeper:
         explicit = settings.devices.devices is not None
         held = {name: budget.used_bytes for name, budget in old.budgets.items()}
         change = -1 if explicit and beside else 1 if not explicit and not beside else 0
-        return tuple(
-            Device(
-                device.name, device.index, device.kind, device.torch_device,
-                max(0, device.memory_limit_bytes + change * held.get(device.name, 0)), device.speed,
-            )
-            for device in devices
-        )  # fmt: skip
+        limits = [max(0, device.memory_limit_bytes + change * held.get(device.name, 0)) for device in devices]
+        return tuple(replace(device, memory_limit_bytes=limit) for device, limit in zip(devices, limits, strict=True))
 
     def _start(self, plan: ModelPlan, settings: Settings, total_bytes: int) -> ModelEngine:
         """Load the weights, then generate one token, so that readiness means that the model works. Not used before
@@ -259,8 +254,7 @@ class EngineKeeper:
         with self.exclusive(wait=True):
             if self.engine is not engine:
                 return
-            base = engine.settings.devices
-            placed = base.model_copy(update={"layers": None, "placement": base.placement})
+            placed = engine.settings.devices.model_copy(update={"layers": None})
             settings = engine.settings.model_copy(update={"devices": placed})
             try:
                 numbered = tuple(replace(device, index=index) for index, device in enumerate(devices))

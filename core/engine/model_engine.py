@@ -24,6 +24,7 @@ from core.kv_cache.manager import KVCacheManager
 from core.logs import get_logger
 from core.models.tokenizer import Tokenizer
 from core.placement.predict import predict_rate
+from core.tiers import open_lasting
 from core.transfer import TransferManager
 
 logger = get_logger(__name__)
@@ -86,8 +87,10 @@ class ModelEngine:
             budget.check_invariants()
 
     def open_lasting(self) -> None:
-        """Use the tiers that outlast the process. Call it once no other engine has them."""
-        self.memory.open_lasting(self.settings.memory)
+        """Keep blocks from now on where they outlast the process, too. Call it, in any thread, once no other engine has
+        these places."""
+        if self.memory.tiers is not None:
+            open_lasting(self.memory.tiers.memory, self.settings.memory, self.memory.salt)
 
     def close(self, *, drain_s: float = 0.0, reason: VRAMancerError | None = None) -> None:
         """Stop the batcher, keep what tiers can keep, and give all memory back. Requests that have not finished after

@@ -175,8 +175,9 @@ def plan_model(
         if host is None or host.memory_limit_bytes <= 0:
             raise
         if not is_measured and not by_hand:
-            profiles = measure.devices(devices, architecture)
-            request, is_measured = _with_profiles(request, profiles), True
+            measured = zip(request.devices, measure.devices(devices, architecture), strict=True)
+            request = replace(request, devices=tuple(replace(each, profile=profile) for each, profile in measured))
+            is_measured = True
         request = _with_host(request, host.memory_limit_bytes, measure.host_links(devices) if is_measured else {})
         request = replace(request, min_kv_tokens=_least_kv_tokens(settings, max_model_len, request.max_kv_tokens))
         placement = place_streaming(request, placed.placement)
@@ -213,11 +214,6 @@ def _lend_ratio(settings: Settings) -> float:
 def _least_kv_tokens(settings: Settings, max_model_len: int, wanted: int) -> int:
     """KV that a load must have room for: the longest prompt and answer that is asked for, or a modest one."""
     return min(wanted, settings.model.max_model_len or min(max_model_len, _MIN_KV_TOKENS))
-
-
-def _with_profiles(request: PlacementProblem, profiles: Sequence[DeviceProfile]) -> PlacementProblem:
-    measured = zip(request.devices, profiles, strict=True)
-    return replace(request, devices=tuple(replace(device, profile=profile) for device, profile in measured))
 
 
 def _with_host(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -65,12 +65,6 @@ def _params(fields: ChatRequest, model: LoadedModel) -> SamplingParams:
     )
 
 
-def _logprobs(fields: ChatRequest, model: LoadedModel, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-    if not fields.logprobs:
-        return None
-    return chat_logprobs(model.tokenizer, logprobs, num_top=fields.top_logprobs or 0)
-
-
 class ChatStream(ChoiceStream):
     """Chunks of a streamed chat completion: the role, text as it comes, then one chunk with the finish reason."""
 
@@ -97,17 +91,19 @@ class ChatStream(ChoiceStream):
             yield self._chunk(choice(delta.index, {"delta": {}}, None, delta.finish_reason, delta.stop_reason))
 
 
-def chat_logprobs(tokenizer: Tokenizer, logprobs: Iterable[TokenLogprob], *, num_top: int) -> dict[str, Any]:
-    """`logprobs` of a chat completion: one entry per token, each with its bytes and the alternatives."""
+def _logprobs(fields: ChatRequest, model: LoadedModel, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    """One entry per token, each with its bytes and the alternatives, if the client wants them."""
+    if not fields.logprobs:
+        return None
     content = []
     for logprob in logprobs:
-        entry = _chat_entry(tokenizer, logprob.token_id, logprob.logprob)
-        entry["top_logprobs"] = [_chat_entry(tokenizer, *top) for top in logprob.top[:num_top]]
+        entry = _entry(model.tokenizer, logprob.token_id, logprob.logprob)
+        entry["top_logprobs"] = [_entry(model.tokenizer, *top) for top in logprob.top[: fields.top_logprobs or 0]]
         content.append(entry)
     return {"content": content, "refusal": None}
 
 
-def _chat_entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+def _entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
     return {
         "token": tokenizer.token_text(token_id),
         "logprob": finite(logprob),

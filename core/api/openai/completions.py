@@ -108,7 +108,6 @@ class CompletionJob:
                 fields,
                 model,
                 max_tokens=1 if max_tokens == 0 else max_tokens,  # the engine generates one; `choices` drops it again
-                logprobs=fields.logprobs,
                 prompt_logprobs=fields.logprobs if fields.echo else None,
             )
             requests.append((token_ids, params))
