@@ -135,7 +135,8 @@ def _paged_attention(
 
 def constants(variant: Variant) -> dict[str, int | bool]:
     """What is compiled into a variant's kernel, by the kernel's names."""
-    heads, size = variant.heads, variant.heads.dtype.itemsize
+    kind, heads = variant.kind, variant.kind.heads
+    size = heads.dtype.itemsize
 
     def alignment(dim: int) -> int:
         return _ALIGNMENT if variant.is_aligned and dim * size % _ALIGNMENT == 0 else 1
@@ -143,9 +144,9 @@ def constants(variant: Variant) -> dict[str, int | bool]:
     return {
         "KV_HEADS": heads.num_kv_heads, "GROUP": heads.group, "HEADS": variant.heads_per_tile,
         "KEY_DIM": heads.key_dim, "VALUE_DIM": heads.value_dim, "BLOCK_KEY": padded_dim(heads.key_dim),
-        "BLOCK_VALUE": padded_dim(heads.value_dim), "PAGE": variant.block_size, "BLOCK_M": variant.tile.rows,
+        "BLOCK_VALUE": padded_dim(heads.value_dim), "PAGE": kind.block_size, "BLOCK_M": variant.tile.rows,
         "BLOCK_N": variant.tile.keys, "KEY_ALIGN": alignment(heads.key_dim), "VALUE_ALIGN": alignment(heads.value_dim),
-        "HAS_WINDOW": variant.has_window, "HAS_SOFTCAP": variant.has_softcap, "HAS_SINKS": variant.sinks is not None,
+        "HAS_WINDOW": kind.has_window, "HAS_SOFTCAP": kind.has_softcap, "HAS_SINKS": kind.sinks is not None,
         "IS_PARTIAL": variant.is_partial,
     }  # fmt: skip
 
@@ -244,6 +245,6 @@ class TritonPagedAttention(TorchPages):
         with torch.cuda.device(query.device) if query.is_cuda else nullcontext():  # launches go to the current device
             _paged_attention[grid](
                 output, lse, query, k_pages, v_pages, batch.block_tables, batch.query_start, batch.seq_lens, row_lo,
-                row_hi, spec.sinks if variant.sinks is not None else None, float(spec.scale), float(spec.softcap or 0),
-                spec.window or 0, batch.block_tables.stride(0), **_compiled_in(variant),
+                row_hi, spec.sinks if variant.kind.sinks is not None else None, float(spec.scale),
+                float(spec.softcap or 0), spec.window or 0, batch.block_tables.stride(0), **_compiled_in(variant),
             )  # fmt: skip
