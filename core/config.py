@@ -22,14 +22,10 @@ from pydantic_core import ErrorDetails
 from core.config_schema import (
     ApiSettings,
     DeviceSettings,
-    EngineSettings,
-    LendingSettings,
     LoggingSettings,
     MemorySettings,
-    ModelSettings,
     RuntimeSettings,
     Section,
-    SecuritySettings,
     Settings,
     field_kinds,
 )
@@ -38,13 +34,9 @@ from core.errors import ConfigError
 __all__ = [
     "ApiSettings",
     "DeviceSettings",
-    "EngineSettings",
-    "LendingSettings",
     "LoggingSettings",
     "MemorySettings",
-    "ModelSettings",
     "RuntimeSettings",
-    "SecuritySettings",
     "SettingInfo",
     "Settings",
     "find_config_file",

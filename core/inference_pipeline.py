@@ -9,28 +9,20 @@ from typing import Any, Literal
 import torch
 
 from core.batching.output import RequestHandle, Sink
-from core.batching.sequence import Request
 from core.config import Settings
 from core.defaults import DEFAULT_OWNER, DEMO_NAME
 from core.devices import DeviceReader, open_main_memory, parse_link
 from core.engine.keeper import EngineKeeper
-from core.engine.model_engine import (
-    ModelEngine,
-    ProgressCall,
-)
+from core.engine.model_engine import ModelEngine, ProgressCall
 from core.engine.raw_inference import run_raw
 from core.engine.relocation import Relocation
 from core.engine.submission import LoadedModel, check_prompt, make_request
-from core.errors import (
-    EngineMovedError,
-    ModelChangedError,
-    ModelNotLoadedError,
-)
+from core.errors import EngineMovedError, ModelChangedError, ModelNotLoadedError
 from core.logs import get_logger
 from core.metrics import MetricsRegistry
 from core.request import SamplingParams
 from core.transfer import TransferManager
-from core.views.metrics import metrics_snapshot
+from core.views.metrics import engine_metrics
 from core.views.state import ServiceState
 
 logger = get_logger(__name__)
@@ -49,7 +41,7 @@ class InferencePipeline:
         )
         self.reader = DeviceReader()
         self._keeper = EngineKeeper(settings, self.transfer, self.main_memory, self.metrics, on_progress)
-        self.metrics.set_snapshot_source(lambda: metrics_snapshot(self._keeper.engine))
+        self.metrics.set_engine_source(lambda: engine_metrics(self._keeper.engine))
 
     # -- the model --------------------------------------------------------------------------------------------------
 
@@ -66,10 +58,6 @@ class InferencePipeline:
     @property
     def model(self) -> LoadedModel:
         return self.engine.model
-
-    @property
-    def loaded(self) -> bool:
-        return self._keeper.engine is not None
 
     @property
     def loading(self) -> bool:
@@ -139,7 +127,7 @@ class InferencePipeline:
             settings = engine.settings.model_copy(
                 update={"devices": type(base).model_validate(base.model_dump() | changes)}
             )
-            return self._keeper.place(settings, dry_run=dry_run)
+            return self._keeper.place(engine, settings, dry_run=dry_run)
 
     def unload(self) -> LoadedModel:
         """Stop serving and free the model's memory; returns what was served. Raises `ModelNotLoadedError`,
@@ -168,8 +156,7 @@ class InferencePipeline:
         `CircuitOpenError`, `EngineDeadError` or `ModelNotLoadedError`.
         """
         request_id = request_id or f"req-{uuid.uuid4().hex}"
-        requests = [(prompt_token_ids, params)]
-        return self._submit(requests, [request_id], priority, owner)[0]
+        return self._submit([(prompt_token_ids, params)], [request_id], priority, owner)[0]
 
     def submit_many(
         self,
@@ -198,33 +185,25 @@ class InferencePipeline:
             engine = self.engine
             if model is not None and engine.model.tokenizer is not model.tokenizer:
                 raise ModelChangedError(f"{model.name} has just been replaced by {engine.model.name}; try again.")
+            if self._keeper.closing:
+                self._keeper.refuse_when_closing()
             made = [
-                self._request(engine, tokens, params, priority, name, owner)
+                make_request(
+                    engine.model, tokens, params, priority=priority, request_id=name, owner=owner,
+                    default_seed=self.settings.runtime.default_seed,
+                )
                 for (tokens, params), name in zip(requests, ids, strict=True)
-            ]
+            ]  # fmt: skip
             try:
                 return engine.batcher.submit(made, sink=sink)
             except EngineMovedError:
                 if self._keeper.engine is engine:
                     raise
 
-    def _request(
-        self, engine: ModelEngine, tokens: Sequence[int], params: SamplingParams, priority: int, request_id: str,
-        owner: str = DEFAULT_OWNER,
-    ) -> Request:  # fmt: skip
-        if self._keeper.closing:
-            self._keeper.refuse_when_closing()
-        seed = self.settings.runtime.default_seed
-        return make_request(
-            engine.model, tokens, params, priority=priority, request_id=request_id, default_seed=seed, owner=owner
-        )
-
     def cancel(self, request_id: str) -> bool:
         """Abort a request, or all that were submitted under the id as `<id>-0`, `<id>-1`... False if there is none."""
-        now, leaving = (
-            self._keeper.engine,
-            self._keeper.leaving,
-        )  # in this order: an engine leaves before another takes its place
+        # In this order: an engine leaves before another takes its place.
+        now, leaving = self._keeper.engine, self._keeper.leaving
         if now is None and leaving is None:
             raise ModelNotLoadedError("No model is loaded, so nothing runs.")
         found = False
@@ -268,17 +247,8 @@ class InferencePipeline:
 
     def state(self) -> ServiceState:
         """What views show of the service beside its engine."""
-        ready, reason = self.ready()
-        engine = self.settings.engine
         return ServiceState(
-            loading=self.loading,
-            closing=self._keeper.closing,
-            ready=ready,
-            reason=reason,
-            max_queue=engine.max_queue,
-            max_batch_size=engine.max_batch_size,
-            cache_dir=self.settings.runtime.cache_dir,
-            transfers=self.transfer.stats(),
+            self.loading, self._keeper.closing, *self.ready(), settings=self.settings, transfers=self.transfer.stats()
         )
 
     @property

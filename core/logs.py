@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TextIO
 
 import structlog
@@ -69,10 +67,3 @@ def _renderers(json_output: bool, *, colors: bool) -> list[Processor]:
     if json_output:
         return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     return [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)]
-
-
-@contextmanager
-def request_context(request_id: str) -> Iterator[None]:
-    """Put `request_id` into every line logged inside, in this thread."""
-    with structlog.contextvars.bound_contextvars(request_id=request_id):
-        yield

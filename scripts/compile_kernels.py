@@ -86,7 +86,7 @@ def kinds_of(heads: Heads, block_size: int = 16) -> list[AttentionKind]:
 def compile_variant(variant: Variant, is_prefill: bool, target_name: str) -> Compiled:
     """Compile one variant, by the signature that `TritonPagedAttention` launches it with."""
     target, limits = TARGETS[target_name]
-    own = _TRITON_TYPES[variant.heads.dtype]
+    own = _TRITON_TYPES[variant.kind.heads.dtype]
     types = {
         **dict.fromkeys(("query", "k_pages", "v_pages"), f"*{own}"),
         **dict.fromkeys(("tables", "query_start", "seq_lens"), "*i32"),
@@ -95,7 +95,7 @@ def compile_variant(variant: Variant, is_prefill: bool, target_name: str) -> Com
         **dict.fromkeys(("window", "table_row"), "i32"),
         "out": "*fp32" if variant.is_partial else f"*{own}",
         "lse": "*fp32" if variant.is_partial else None,
-        "sinks": None if variant.sinks is None else f"*{_TRITON_TYPES[variant.sinks]}",
+        "sinks": None if variant.kind.sinks is None else f"*{_TRITON_TYPES[variant.kind.sinks]}",
     }
     constants: dict[str, int | bool | None] = {name: None for name, given in types.items() if given is None}
     constants |= triton_paged.constants(variant)
@@ -110,8 +110,9 @@ def compile_variant(variant: Variant, is_prefill: bool, target_name: str) -> Com
     assembly = kernel.asm["amdgcn" if target.backend == "hip" else "ptx"]
     registers, spills = _amd_usage(assembly) if target.backend == "hip" else _nvidia_usage(log.getvalue())
     return Compiled(
-        target_name, variant, is_prefill, kernel.metadata.shared, shared_bytes(variant.heads, variant.tile, limits),
-        limits.shared_bytes, registers, spills, time.perf_counter() - started_s, assembly,
+        target_name, variant, is_prefill, kernel.metadata.shared,
+        shared_bytes(variant.kind.heads, variant.tile, limits), limits.shared_bytes, registers, spills,
+        time.perf_counter() - started_s, assembly,
     )  # fmt: skip
 
 
@@ -176,10 +177,10 @@ def main() -> int:
 
 
 def row(each: Compiled) -> str:
-    heads, tile = each.variant.heads, each.variant.tile
-    extras = ["softcap"] if each.variant.has_softcap else []
-    extras += ["window"] if each.variant.has_window else []
-    extras += ["sinks"] if each.variant.sinks is not None else []
+    heads, tile = each.variant.kind.heads, each.variant.tile
+    extras = ["softcap"] if each.variant.kind.has_softcap else []
+    extras += ["window"] if each.variant.kind.has_window else []
+    extras += ["sinks"] if each.variant.kind.sinks is not None else []
     what = ("prefill" if each.is_prefill else "decode") + (", partial" if each.variant.is_partial else "")
     cells = (
         each.target, str(heads.dtype).removeprefix("torch."), f"{heads.key_dim}/{heads.value_dim}", what,

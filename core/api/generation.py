@@ -79,25 +79,19 @@ class Generation:
                 raise message
             yield index, message
 
-    def gather(self, on_output: Callable[[RequestOutput], None] | None = None) -> list[GenerationResult]:
+    def gather(self, on_output: Callable[[RequestOutput], None] = lambda output: None) -> list[GenerationResult]:
         """Wait for all of them, telling `on_output` of each output. Raises like `outputs`."""
         gathered = [Gathered(handle.params) for handle in self._handles]
-        for event in self.outputs():
-            if event is not None:
-                index, output = event
-                gathered[index].add(output)
-                if on_output is not None:
-                    on_output(output)
+        for index, output in filter(None, self.outputs()):
+            gathered[index].add(output)
+            on_output(output)
         return [item.result() for item in gathered]
 
     def gather_each(self) -> list[GenerationResult | VRAMancerError]:
         """Wait for all of them; a request that fails leaves its error in its place, and the others go on."""
         gathered = [Gathered(handle.params) for handle in self._handles]
         errors: dict[int, VRAMancerError] = {}
-        for event in self._events():
-            if event is None:
-                continue
-            index, message = event
+        for index, message in filter(None, self._events()):
             if isinstance(message, VRAMancerError):
                 errors[index] = message
             else:
@@ -229,6 +223,23 @@ class Usage:
         }
 
 
+def choice(
+    index: int,
+    content: dict[str, Any],
+    logprobs: Any = None,
+    finish_reason: str | None = None,
+    stop_reason: int | str | None = None,
+) -> dict[str, Any]:
+    """One choice of an answer or of a chunk of it: its `content`, and what comes with each."""
+    return {
+        "index": index,
+        **content,
+        "logprobs": logprobs,
+        "finish_reason": finish_reason,
+        "stop_reason": stop_reason,
+    }
+
+
 def finite(logprob: float) -> float:
     return max(logprob, LEAST_LOGPROB) if not math.isnan(logprob) else LEAST_LOGPROB
 
@@ -239,6 +250,22 @@ class ChunkRenderer(Protocol):
     def chunks(self, index: int, output: RequestOutput) -> Iterator[dict[str, Any]]: ...
 
     def closing(self) -> Iterator[dict[str, Any]]: ...
+
+
+class ChoiceStream:
+    """Chunks of OpenAI's streams: one choice each under the same head, then `usage` if the client asked for it."""
+
+    def __init__(self, head: dict[str, Any], *, include_usage: bool) -> None:
+        self._head = {**head, "usage": None} if include_usage else head
+        self._include_usage = include_usage
+        self._usage = Usage()
+
+    def closing(self) -> Iterator[dict[str, Any]]:
+        if self._include_usage:
+            yield {**self._head, "choices": [], "usage": self._usage.to_openai()}
+
+    def _chunk(self, shown: dict[str, Any]) -> dict[str, Any]:
+        return {**self._head, "choices": [shown]}
 
 
 def stream_response(generation: Generation, renderer: ChunkRenderer) -> Response:

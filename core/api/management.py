@@ -21,7 +21,7 @@ blueprint = Blueprint("management", __name__)
 
 
 class LoadRequest(RequestModel):
-    """`/api/models/load`: what is left out is as in the settings."""
+    """`/api/models/load`: the arguments of `InferencePipeline.load`; what is left out is as in the settings."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -46,7 +46,8 @@ def _layer_list(text: str) -> str:
 
 
 class PlaceRequest(RequestModel):
-    """`/api/pipeline/place`: what is left out is as in the settings. `layers` by hand go before `placement`."""
+    """`/api/pipeline/place`: the arguments of `InferencePipeline.place`; what is left out is as in the settings.
+    `layers` by hand go before `placement`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -69,14 +70,7 @@ def list_models() -> Response:
 @policy("operator", mutates=True)
 def load_model() -> Response:
     """Load a model and swap it in; it answers when the model serves. A load that fails leaves the old one serving."""
-    fields = read_request(LoadRequest)
-    model = api_context().pipeline.load(
-        fields.model,
-        num_gpus=fields.num_gpus,
-        dtype=fields.dtype,
-        devices=fields.devices,
-        max_model_len=fields.max_model_len,
-    )
+    model = api_context().pipeline.load(**read_request(LoadRequest).model_dump())
     return json_response(
         {**model_card(model, model.name), "dtype": model.dtype, "num_parameters": model.num_parameters}
     )
@@ -94,15 +88,7 @@ def unload_model() -> Response:
 def place_model() -> Response:
     """Put the running model on other devices or cuts while requests go on. `dry_run` shows the plan, its prediction and
     what would have to move, and changes nothing."""
-    fields = read_request(PlaceRequest)
-    placed = api_context().pipeline.place(
-        devices=fields.devices,
-        placement=fields.placement,
-        layers=fields.layers,
-        objective=fields.objective,
-        dry_run=fields.dry_run,
-    )
-    return json_response(render(placed))
+    return json_response(render(api_context().pipeline.place(**read_request(PlaceRequest).model_dump())))
 
 
 @blueprint.post("/api/requests/<request_id>/cancel")

@@ -18,9 +18,9 @@ from werkzeug.exceptions import NotAcceptable
 
 from core.api.body import ModelName, RequestModel, json_response, read_request
 from core.api.context import api_context, served_model
-from core.api.generation import Usage, finite, start_generation, stream_response
+from core.api.generation import Usage, choice, finite, start_generation, stream_response
 from core.api.openai.chat import encode_messages
-from core.api.openai.schemas import ChatMessage
+from core.api.openai.schemas import ChatMessage, TemplateFields
 from core.api.sampling import SamplingFields, check_token_ids, encode_prompt, sampling_params
 from core.errors import ContextLengthError, InvalidRequestError
 from core.request import Completion, RequestOutput, SequenceDelta, TokenLogprob
@@ -76,16 +76,9 @@ def generate() -> Response:
     fields = read_request(GenerateRequest)
     model = served_model(fields.model)
     token_ids = _prompt_token_ids(fields, model)
-    params = sampling_params(
-        fields,
-        model,
-        max_tokens=fields.max_tokens,
-        logprobs=fields.logprobs,
-        prompt_logprobs=fields.prompt_logprobs,
-        detokenize=fields.detokenize,
-    )
+    params = sampling_params(fields, model)
     generation = start_generation([(token_ids, params)], model, prefix="gen", priority=fields.priority)
-    writer = GenerateWriter(fields, model, generation.id, token_ids)
+    writer = GenerateWriter(fields, model, generation.id)
     if fields.stream:
         return stream_response(generation, writer)
     with closing(generation):
@@ -103,7 +96,7 @@ def _prompt_token_ids(fields: GenerateRequest, model: LoadedModel) -> list[int]:
     if len(given) != 1:
         raise InvalidRequestError("Give exactly one of prompt, prompt_token_ids and messages.", param="prompt")
     if fields.messages is not None:
-        return encode_messages(fields.messages, model, chat_template_kwargs=fields.chat_template_kwargs)
+        return encode_messages(fields.messages, model, TemplateFields(chat_template_kwargs=fields.chat_template_kwargs))
     prompt = fields.prompt if fields.prompt is not None else fields.prompt_token_ids or []
     return encode_prompt(prompt, model, add_special_tokens=fields.add_special_tokens is not False, param=given[0])
 
@@ -111,14 +104,11 @@ def _prompt_token_ids(fields: GenerateRequest, model: LoadedModel) -> list[int]:
 class GenerateWriter:
     """Answers of `/api/generate`, whole or in chunks: `{"id", "index", "text", "token_ids", ...}`, then the totals."""
 
-    def __init__(
-        self, fields: GenerateRequest, model: LoadedModel, generation_id: str, prompt_token_ids: Sequence[int]
-    ) -> None:
+    def __init__(self, fields: GenerateRequest, model: LoadedModel, generation_id: str) -> None:
         self.usage = Usage()
         self._fields = fields
         self._model = model
         self._id = generation_id
-        self._prompt_token_ids = prompt_token_ids
         self._started_s = time.perf_counter()
         self._first_s: float | None = None
 
@@ -130,15 +120,10 @@ class GenerateWriter:
     def head(self) -> dict[str, Any]:
         return {"id": self._id, "object": "generation", "created": int(time.time()), "model": self._model.name}
 
-    def completion(self, completion: Completion) -> dict[str, Any]:
-        return {
-            "index": completion.index,
-            "text": completion.text,
-            "token_ids": completion.token_ids,
-            "logprobs": self._logprobs(completion.logprobs),
-            "finish_reason": completion.finish_reason,
-            "stop_reason": completion.stop_reason,
-        }
+    def completion(self, part: Completion | SequenceDelta) -> dict[str, Any]:
+        """One completion, or what it gained."""
+        content = {"text": part.text, "token_ids": list(part.token_ids)}
+        return choice(part.index, content, self._logprobs(part.logprobs or ()), part.finish_reason, part.stop_reason)
 
     def totals(self) -> dict[str, Any]:
         """`usage`, and `timings` in seconds as the API saw them: from submission on."""
@@ -160,21 +145,10 @@ class GenerateWriter:
             yield {"id": self._id, "prompt_logprobs": self.prompt_logprobs(output.prompt_logprobs)}
         for delta in output.deltas:
             if delta.text or delta.token_ids or delta.finish_reason is not None:
-                yield self._delta(delta)
+                yield {"id": self._id, **self.completion(delta)}
 
     def closing(self) -> Iterator[dict[str, Any]]:
         yield {**self.head(), "done": True, **self.totals()}
-
-    def _delta(self, delta: SequenceDelta) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "index": delta.index,
-            "text": delta.text,
-            "token_ids": list(delta.token_ids),
-            "logprobs": self._logprobs(delta.logprobs or ()),
-            "finish_reason": delta.finish_reason,
-            "stop_reason": delta.stop_reason,
-        }
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> list[dict[str, Any]] | None:
         return [self._logprob(item) for item in logprobs] if self._fields.logprobs is not None else None

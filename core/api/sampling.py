@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -18,22 +19,6 @@ from core.request import SamplingParams
 
 if TYPE_CHECKING:
     from core.engine.submission import LoadedModel
-
-COPIED = (
-    "n",
-    "best_of",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "stop",
-    "stop_token_ids",
-    "min_tokens",
-    "ignore_eos",
-    "include_stop_str_in_output",
-    "skip_special_tokens",
-    "seed",
-)
-
 
 _TOKEN_KEY = re.compile(r"[0-9]{1,10}")
 
@@ -91,14 +76,15 @@ class SamplingFields(RequestModel):
 
 
 def sampling_params(
-    fields: SamplingFields, model: LoadedModel, names: Mapping[str, str] | None = None, **others: Any
+    given: SamplingFields, model: LoadedModel, names: Mapping[str, str] | None = None, **others: Any
 ) -> SamplingParams:
     """What the request says; where it says nothing, the model's own defaults, then OpenAI's.
 
     `others` are the parameters that each route reads in its own way (max_tokens, logprobs, ...), `names` what its
     clients call them. Raises `InvalidRequestError` for what is out of range or contradictory.
     """
-    values = {name: getattr(fields, name) for name in (*COPIED, *GENERATION_DEFAULTS)}
+    known = type(given).model_fields
+    values = {item.name: getattr(given, item.name) for item in fields(SamplingParams) if item.name in known}
     for name in GENERATION_DEFAULTS:
         if values[name] is None:
             values[name] = model.generation_defaults.get(name)
@@ -107,7 +93,7 @@ def sampling_params(
     values.update(others)
     params = SamplingParams(**{name: value for name, value in values.items() if value is not None})
     params.validate(model.vocab_size, names)
-    if fields.stream and params.num_sequences > params.n:
+    if given.stream and params.num_sequences > params.n:
         raise InvalidRequestError("best_of above n cannot be streamed: the best are known at the end.", param="best_of")
     return params
 

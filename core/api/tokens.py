@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from flask import Blueprint, Response
 
 from core.api.body import ModelName, RequestModel, json_response, read_request
 from core.api.context import served_model
 from core.api.openai.chat import encode_messages
-from core.api.openai.schemas import ChatMessage
+from core.api.openai.schemas import ChatMessage, TemplateFields
 from core.api.sampling import check_token_ids
 from core.errors import InvalidRequestError
 from core.security.access import policy
@@ -17,16 +15,13 @@ from core.security.access import policy
 blueprint = Blueprint("tokens", __name__)
 
 
-class TokenizeRequest(RequestModel):
+class TokenizeRequest(TemplateFields):
     """Either `prompt` or `messages`."""
 
     model: ModelName | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
 
@@ -43,13 +38,7 @@ def tokenize() -> Response:
     if (fields.prompt is None) == (fields.messages is None):
         raise InvalidRequestError("Give either prompt or messages.", param="prompt")
     if fields.messages is not None:
-        token_ids = encode_messages(
-            fields.messages,
-            model,
-            add_generation_prompt=fields.add_generation_prompt,
-            continue_final_message=fields.continue_final_message,
-            chat_template_kwargs=fields.chat_template_kwargs,
-        )
+        token_ids = encode_messages(fields.messages, model, fields)
     else:
         token_ids = model.tokenizer.encode(
             fields.prompt or "", add_special_tokens=fields.add_special_tokens is not False

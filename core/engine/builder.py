@@ -64,7 +64,8 @@ def check_memory(plan: ModelPlan, present: Mapping[str, int] | None = None) -> N
 
 
 class EngineBuilder:
-    """`load_stage` each stage, in any order, then `finish`; on failure `free`. `tokenizer` is read if not given."""
+    """`load_stage` each stage, in any order, then `finish`; on failure `free`. `tokenizer` is read if not given;
+    `stages` are those that have been loaded, by number."""
 
     def __init__(
         self, plan: ModelPlan, settings: Settings, *, transfer: TransferManager, main_memory: MainMemory,
@@ -84,12 +85,7 @@ class EngineBuilder:
         self.backends = AttentionBackends(settings, partial(getattr, self._threads, "current"))
         self._blocks = StepBlocks()
         self._make_stage = _stage_maker(plan)
-        self._stages: dict[int, Stage] = {}
-
-    @property
-    def stages(self) -> Mapping[int, Stage]:
-        """Those that have been loaded, by number."""
-        return self._stages
+        self.stages: dict[int, Stage] = {}
 
     def slice_of(self, index: int) -> StageSlice:
         stage = self.plan.placement.stages[index]
@@ -103,7 +99,7 @@ class EngineBuilder:
         plan, device = self.plan.placement.stages[index], self.device_of(index)
         budget, timer = self.budgets[device.name], stage_timer(self.plan, plan)
         stage = self._make_stage(self.plan.architecture, self.slice_of(index), device, budget, timer)
-        self._stages[index] = stage
+        self.stages[index] = stage
         streamed = None
         if plan.streamed_layers:
             sizes = (plan.streamed_layers, plan.streamed_bytes, plan.slot_bytes)
@@ -128,7 +124,7 @@ class EngineBuilder:
         """Give all stages their pages and start the batcher, without the tiers that outlast the process."""
         plan, settings = self.plan, self._settings
         check_promises(plan, settings, self._host)
-        stages = [self._stages[index] for index in range(len(plan.placement.stages))]
+        stages = [self.stages[index] for index in range(len(plan.placement.stages))]
         size, most = settings.engine.block_size, min(plan.max_model_len, plan.pooled.tokens)
         setup = KVSetup(size, -(-most // size) + 1, self.backends, self._transfer, self._host.device, self._blocks)
         names = []
@@ -168,9 +164,9 @@ class EngineBuilder:
 
     def free(self) -> None:
         """Give back what has been loaded."""
-        for stage in self._stages.values():
+        for stage in self.stages.values():
             stage.free()
-        self._stages.clear()
+        self.stages.clear()
         self._main_memory.close(self._host)
 
 

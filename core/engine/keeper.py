@@ -14,7 +14,7 @@ import torch
 from core.config import Settings
 from core.devices import HOST, Device, MainMemory, open_devices
 from core.engine.builder import EngineBuilder, load_engine
-from core.engine.model_engine import LoadProgress, ModelEngine, ProgressCall, checkpoint_bytes
+from core.engine.model_engine import ModelEngine, ProgressCall
 from core.engine.model_plan import ModelPlan, host_for, measure_with, plan_model, promised_bytes
 from core.engine.relocation import Relocation, Relocator
 from core.engine.submission import make_request
@@ -29,6 +29,7 @@ from core.errors import (
 )
 from core.logs import get_logger
 from core.metrics import MetricsRegistry
+from core.models.checkpoint import Checkpoint
 from core.models.resolve import resolve_model
 from core.request import SamplingParams
 from core.transfer import TransferManager
@@ -91,7 +92,7 @@ class EngineKeeper:
     def swap(self, settings: Settings) -> None:
         """Beside the present model if both fit; else the present one is drained first and restored on failure."""
         resolved = resolve_model(settings.model.name, settings.model.revision)
-        total = checkpoint_bytes(resolved.path)
+        total = Checkpoint(resolved.path).total_bytes
         old = self.engine
         measure = measure_with(settings, self._transfer)
 
@@ -149,7 +150,7 @@ class EngineKeeper:
         except BaseException as error:  # whatever it was, the old model has to be back before it is reported
             _clear_frames(error)
             try:
-                self.serve_with(self._start(old.plan, old.settings, checkpoint_bytes(old.plan.resolved.path)))
+                self.serve_with(self._start(old.plan, old.settings, Checkpoint(old.plan.resolved.path).total_bytes))
             except Exception as failure:  # noqa: BLE001  the client has to hear that nothing is served now
                 raise ModelNotLoadedError(
                     f"{error}; and {old.model.name}, which made room, cannot be loaded again: {failure}"
@@ -167,22 +168,22 @@ class EngineKeeper:
         explicit = settings.devices.devices is not None
         held = {name: budget.used_bytes for name, budget in old.budgets.items()}
         change = -1 if explicit and beside else 1 if not explicit and not beside else 0
-        return tuple(
-            Device(
-                device.name, device.index, device.kind, device.torch_device,
-                max(0, device.memory_limit_bytes + change * held.get(device.name, 0)), device.speed,
-            )
-            for device in devices
-        )  # fmt: skip
+        limits = [max(0, device.memory_limit_bytes + change * held.get(device.name, 0)) for device in devices]
+        return tuple(replace(device, memory_limit_bytes=limit) for device, limit in zip(devices, limits, strict=True))
 
     def _start(self, plan: ModelPlan, settings: Settings, total_bytes: int) -> ModelEngine:
         """Load the weights, then generate one token, so that readiness means that the model works. Not used before
         `serve_with`."""
-        done = LoadProgress(total_bytes, self._on_progress)
+        lock, done_bytes = threading.Lock(), 0
 
         def read(nbytes: int) -> None:
+            """Called by several threads."""
+            nonlocal done_bytes
             self.refuse_when_closing()  # a shutdown does not wait for the rest of the weights
-            done.add(nbytes)
+            with lock:
+                done_bytes += nbytes
+                if self._on_progress is not None:
+                    self._on_progress(done_bytes, total_bytes)
 
         engine = load_engine(
             plan, settings, transfer=self._transfer, main_memory=self._main_memory, cpu_threads=self._cpu_threads,
@@ -204,11 +205,8 @@ class EngineKeeper:
         )
         return engine
 
-    def place(self, settings: Settings, *, dry_run: bool) -> Relocation:
-        """Move the model that is served to where it belongs by other settings; see `core.engine.relocation`."""
-        engine = self.engine
-        if engine is None:
-            raise ModelNotLoadedError("No model is loaded. Load one with POST /api/models/load.")
+    def place(self, engine: ModelEngine, settings: Settings, *, dry_run: bool) -> Relocation:
+        """Move the engine that is served to where it belongs by other settings; see `core.engine.relocation`."""
         relocator = self._relocator(engine, settings, self._devices(settings, engine, beside=False))
         return relocator.outlook() if dry_run else self._relocate(relocator)
 
@@ -256,8 +254,7 @@ class EngineKeeper:
         with self.exclusive(wait=True):
             if self.engine is not engine:
                 return
-            base = engine.settings.devices
-            placed = base.model_copy(update={"layers": None, "placement": base.placement})
+            placed = engine.settings.devices.model_copy(update={"layers": None})
             settings = engine.settings.model_copy(update={"devices": placed})
             try:
                 numbered = tuple(replace(device, index=index) for index, device in enumerate(devices))

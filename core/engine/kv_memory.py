@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from core.batching.running import RunningSequences
-from core.config import MemorySettings, Settings
+from core.config import Settings
 from core.costs import Batch
 from core.costs.cost import pipeline_s
 from core.devices import HOST, Device, DeviceBudget, parse_link
@@ -24,7 +24,7 @@ from core.lending.homecoming import Homecoming
 from core.lending.overflow import DeviceUse, KVOverflow
 from core.placement.engine import stage_costs
 from core.streaming.stream import StreamManager
-from core.tiers import BlockLayout, HierarchicalMemory, Tier, open_lasting, open_memory, worth_restoring
+from core.tiers import BlockLayout, HierarchicalMemory, Tier, open_memory, worth_restoring
 from core.tiers.host_tier import HostTier
 from core.tiers.kv_tiers import KVTiers, StepBlocks
 
@@ -57,11 +57,6 @@ class KVMemory:
     salt: bytes
     overflow: KVOverflow | None = None
     tiers: KVTiers | None = None
-
-    def open_lasting(self, asked: MemorySettings) -> None:
-        """Keep blocks from now on where they outlast the process. No other engine may have these places. Any thread."""
-        if self.tiers is not None:
-            open_lasting(self.tiers.memory, asked, self.salt)
 
     def close(self) -> None:
         """The engine has ended and the stages' pages are free."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,31 +22,15 @@ from core.execution.native import do_all_products
 from core.execution.stage import Stage
 from core.kv_cache.manager import KVCacheManager
 from core.logs import get_logger
-from core.models.checkpoint import Checkpoint
 from core.models.tokenizer import Tokenizer
 from core.placement.predict import predict_rate
+from core.tiers import open_lasting
 from core.transfer import TransferManager
 
 logger = get_logger(__name__)
 KEEP_S = 10.0
 """For writing down, when the engine ends, what only the devices have."""
 ProgressCall = Callable[[int, int], None]
-
-
-class LoadProgress:
-    """Adds up bytes read by several threads."""
-
-    def __init__(self, total: int, report: ProgressCall | None) -> None:
-        self._total = total
-        self._report = report
-        self._done = 0
-        self._lock = threading.Lock()
-
-    def add(self, nbytes: int) -> None:
-        with self._lock:
-            self._done += nbytes
-            if self._report is not None:
-                self._report(self._done, self._total)
 
 
 @dataclass(slots=True)
@@ -104,8 +87,10 @@ class ModelEngine:
             budget.check_invariants()
 
     def open_lasting(self) -> None:
-        """Use the tiers that outlast the process. Call it once no other engine has them."""
-        self.memory.open_lasting(self.settings.memory)
+        """Keep blocks from now on where they outlast the process, too. Call it, in any thread, once no other engine has
+        these places."""
+        if self.memory.tiers is not None:
+            open_lasting(self.memory.tiers.memory, self.settings.memory, self.memory.salt)
 
     def close(self, *, drain_s: float = 0.0, reason: VRAMancerError | None = None) -> None:
         """Stop the batcher, keep what tiers can keep, and give all memory back. Requests that have not finished after
@@ -169,8 +154,3 @@ def _generation_config(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"generation_config.json of {path.name} is damaged: {error}") from error
     return loaded if isinstance(loaded, dict) else {}
-
-
-def checkpoint_bytes(path: Path) -> int:
-    """Bytes of a checkpoint's safetensors files; also checks that they are there."""
-    return Checkpoint(path).total_bytes

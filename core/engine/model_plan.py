@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 
@@ -40,18 +39,6 @@ from core.profiling.workspace import Workspace, measure_workspace
 from core.transfer import TransferManager
 
 logger = get_logger(__name__)
-
-
-class Measure(Protocol):
-    """Measures what placement has to know."""
-
-    def __call__(
-        self, devices: Sequence[Device], architecture: Architecture
-    ) -> tuple[Sequence[DeviceProfile], LinkTopology]:
-        """Devices for an architecture, and the links between them."""
-
-    def host_links(self, devices: Sequence[Device]) -> Mapping[tuple[str, str], LinkProfile]:
-        """From main memory to each device."""
 
 
 DATASHEET_LINK = LinkProfile(11.6e9, 30e-6, "staged", "assumed")
@@ -141,8 +128,9 @@ def _workspace(architecture: Architecture, weights: ModelBytes, settings: Settin
 
 
 def plan_model(
-    resolved: ResolvedModel, devices: Sequence[Device], settings: Settings, measure: Measure, host: Device | None = None
-) -> ModelPlan:
+    resolved: ResolvedModel, devices: Sequence[Device], settings: Settings, measure: LayerProfiler,
+    host: Device | None = None,
+) -> ModelPlan:  # fmt: skip
     """Read the config, count the parts on `meta` and place them. Allocates nothing that outlives the call.
 
     `measure` is asked where the plan depends on speeds: with more than one device, unless another placement and the
@@ -160,7 +148,8 @@ def plan_model(
     by_hand = settings.engine.cohorts is not None and placed.placement != "profiled"
     is_emulated = all(device.speed is not None for device in devices)
     is_measured = is_emulated or (len(devices) > 1 and not by_hand)
-    profiles, links = measure(devices, architecture) if is_measured else (_unknown(devices), LinkTopology())
+    profiles = measure.devices(devices, architecture) if is_measured else _unknown(devices)
+    links = measure.links(devices) if is_measured else LinkTopology()
     request = plan_request(
         resolved.name,
         architecture,
@@ -185,8 +174,9 @@ def plan_model(
         if host is None or host.memory_limit_bytes <= 0:
             raise
         if not is_measured and not by_hand:
-            profiles, _ = measure(devices, architecture)
-            request, is_measured = _with_profiles(request, profiles), True
+            measured = zip(request.devices, measure.devices(devices, architecture), strict=True)
+            request = replace(request, devices=tuple(replace(each, profile=profile) for each, profile in measured))
+            is_measured = True
         request = _with_host(request, host.memory_limit_bytes, measure.host_links(devices) if is_measured else {})
         request = replace(request, min_kv_tokens=_least_kv_tokens(settings, max_model_len, request.max_kv_tokens))
         placement = place_streaming(request, placed.placement)
@@ -223,11 +213,6 @@ def _lend_ratio(settings: Settings) -> float:
 def _least_kv_tokens(settings: Settings, max_model_len: int, wanted: int) -> int:
     """KV that a load must have room for: the longest prompt and answer that is asked for, or a modest one."""
     return min(wanted, settings.model.max_model_len or min(max_model_len, _MIN_KV_TOKENS))
-
-
-def _with_profiles(request: PlacementProblem, profiles: Sequence[DeviceProfile]) -> PlacementProblem:
-    measured = zip(request.devices, profiles, strict=True)
-    return replace(request, devices=tuple(replace(device, profile=profile) for device, profile in measured))
 
 
 def _with_host(
@@ -273,23 +258,10 @@ def plan_request(
     )
 
 
-def measure_with(settings: Settings, transfer: TransferManager) -> Measure:
+def measure_with(settings: Settings, transfer: TransferManager) -> LayerProfiler:
     """Measures devices and links, or finds what was measured before."""
     threads = settings.devices.cpu_threads or torch.get_num_threads()
-    return _Measure(LayerProfiler(settings, transfer, threads, budget_s=settings.devices.profile_seconds))
-
-
-@dataclass(frozen=True, slots=True)
-class _Measure:
-    profiler: LayerProfiler
-
-    def __call__(
-        self, devices: Sequence[Device], architecture: Architecture
-    ) -> tuple[Sequence[DeviceProfile], LinkTopology]:
-        return self.profiler.devices(devices, architecture), self.profiler.links(devices)
-
-    def host_links(self, devices: Sequence[Device]) -> Mapping[tuple[str, str], LinkProfile]:
-        return self.profiler.host_links(devices)
+    return LayerProfiler(settings, transfer, threads, budget_s=settings.devices.profile_seconds)
 
 
 def host_for(

@@ -25,9 +25,9 @@ from core.engine.builder import EngineBuilder, check_memory
 from core.engine.model_engine import ModelEngine
 from core.engine.model_plan import ModelPlan
 from core.errors import ConflictError, ModelNotLoadedError
+from core.execution.stage import Stage
 from core.logs import get_logger
 from core.models.shared_parts import SharedParts
-from core.models.stage_model import StageSlice
 
 logger = get_logger(__name__)
 
@@ -91,7 +91,7 @@ class Relocator:
         stages = []
         for placed in plan.placement.stages:
             kept = 0
-            for old in self._donors(placed.device_name):
+            for old in (stage.part for stage in self._donors(placed.device_name)):
                 common = range(max(old.first, placed.first_layer), min(old.last, placed.last_layer))
                 kept += sum(costs.layer_bytes[layer] for layer in common)
                 kept += costs.embedding_bytes if old.is_first and placed.first_layer == 0 else 0
@@ -103,9 +103,8 @@ class Relocator:
             read = placed.weight_bytes - kept
             stages.append(PlacedStage(placed.device_name, layers, placed.weight_bytes, kept, read, beside))
         rates = plan.prediction.rates if plan.prediction is not None else None
-        reading_s, late_s = (self._reading_s(sum(s.read_bytes for s in some)) for some in (
-            stages, [s for s in stages if not s.beside],
-        ))  # fmt: skip
+        reading_s = self._reading_s(sum(stage.read_bytes for stage in stages))
+        late_s = self._reading_s(sum(stage.read_bytes for stage in stages if not stage.beside))
         again_s = self._recompute_s()
         return Relocation(
             dry_run=True,
@@ -120,10 +119,8 @@ class Relocator:
             estimated_pause_seconds=round(late_s + again_s, 3),
         )
 
-    def _donors(self, device: str) -> list[StageSlice]:
-        if device in self.lost:
-            return []
-        return [stage.part for stage in self.old.stages if stage.device.name == device]
+    def _donors(self, device: str) -> list[Stage]:
+        return [stage for stage in self.old.stages if stage.device.name == device and device not in self.lost]
 
     def _free_beside(self, device: str) -> int:
         limit = next(each.memory_limit_bytes for each in self.plan.devices if each.name == device)
@@ -178,9 +175,7 @@ class Relocator:
     def _load_beside(self, builder: EngineBuilder) -> None:
         """The weights that fit beside what the old engine has. Shared ones count once."""
         for index, placed in enumerate(self.plan.placement.stages):
-            name = placed.device_name
-            donors = [s for s in self.old.stages if s.device.name == name and name not in self.lost]
-            for stage in donors:
+            for stage in self._donors(placed.device_name):
                 self._parts[index] = stage.share(builder.slice_of(index), builder.adapter_of(index))
         shared = {self.plan.placement.stages[index].device_name: parts.nbytes for index, parts in self._parts.items()}
         for name, budget in self.old.budgets.items():
@@ -233,7 +228,9 @@ class Relocator:
                 device = again.device_of(index).name
                 donors = [stage for stage in failed.stages.values() if stage.device.name == device and stage.is_loaded]
                 parts = [stage.share(again.slice_of(index), again.adapter_of(index)) for stage in donors]
-                _discard_stages(failed, device)
+                for stage in failed.stages.values():
+                    if stage.device.name == device:
+                        stage.free()
                 again.load_stage(index, parts[0] if parts else None)
             _discard(engine, failed)
             restored = again.finish()
@@ -261,9 +258,3 @@ def _discard(engine: ModelEngine | None, builder: EngineBuilder) -> None:
     if engine is not None:
         engine.close()
     builder.free()
-
-
-def _discard_stages(builder: EngineBuilder, device: str) -> None:
-    for stage in builder.stages.values():
-        if stage.device.name == device:
-            stage.free()

@@ -57,11 +57,11 @@ def make_request(
     params.validate(model.vocab_size)
     check_prompt(tokens, model)
     room = model.max_model_len - len(tokens)
-    max_tokens = min(params.max_tokens, room) if params.max_tokens is not None else room
-    if params.max_tokens is not None and params.max_tokens > room:
+    max_tokens = params.max_tokens if params.max_tokens is not None else room
+    if max_tokens > room:
         raise ContextLengthError(
             f"This model's context holds {model.max_model_len} tokens; the prompt has {len(tokens)} and "
-            f"{params.max_tokens} more were asked for.",
+            f"{max_tokens} more were asked for.",
             param="max_tokens",
         )
     if params.num_sequences > params.n and params.logprobs is None:

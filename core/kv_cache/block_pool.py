@@ -34,10 +34,6 @@ class PoolStats:
     evictions: int
     limit: int
 
-    @property
-    def num_used(self) -> int:
-        return self.limit - self.num_free
-
 
 class BlockPool:
     """Ids `0 .. num_blocks - 1`. Used by the engine thread alone. `on_evict` is called before content is forgotten."""

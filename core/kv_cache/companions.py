@@ -12,24 +12,19 @@ class Companion(Protocol):
     @property
     def is_idle(self) -> bool:
         """Whether an engine without work need not look in."""
-        ...
 
     @property
     def wants_stop(self) -> bool:
         """Whether pages have to move before the next step computes."""
-        ...
 
     def tick(self, waiting_blocks: int) -> None:
         """Between two steps; `waiting_blocks` are certain to be needed next."""
-        ...
 
     def step_taken(self, step: int) -> None:
         """What was gathered so far is part of this step."""
-        ...
 
     def step_done(self, step: int, moved: bool) -> None:
         """This step, and all before it, have passed every stage; not `moved`: its pages were not all moved."""
-        ...
 
     def check_invariants(self) -> None: ...
 
@@ -55,7 +50,6 @@ class Lender(Companion, Protocol):
 
     def borrow(self, blocks: int) -> None:
         """Try to have room for so many blocks more."""
-        ...
 
 
 class Running(Protocol):
@@ -64,15 +58,12 @@ class Running(Protocol):
     @property
     def prefill_token_s(self) -> float | None:
         """Seconds that a token of a prompt takes lately."""
-        ...
 
     def cold_order(self) -> Iterable[int]:
         """Sequences whose blocks may leave their devices, those to be touched first first."""
-        ...
 
     def steps_left(self, seq_id: int) -> int:
         """How many steps a sequence is expected to go on for."""
-        ...
 
 
 class NoneRunning:

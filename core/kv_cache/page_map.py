@@ -25,31 +25,26 @@ MOVES_AT_ONCE = 8
 
 
 class PageMap:
-    """`stages` has None for a stage whose pages are numbered by block id."""
+    """`stages` has None for a stage whose pages are numbered by block id; `mapped` are the others, with their index."""
 
     def __init__(self, stages: Sequence[StagePages | None] = (None,)) -> None:
         self.stages = tuple(stages)
         self._ops: list[list[PageOp]] = [[] for _ in stages]
-        self._mapped = [(index, pages) for index, pages in enumerate(stages) if pages is not None]
+        self.mapped = [(index, pages) for index, pages in enumerate(stages) if pages is not None]
         self.moved_out = self.moved_home = 0
 
     @property
     def is_trivial(self) -> bool:
         """Whether no stage keeps a table."""
-        return not self._mapped
-
-    @property
-    def mapped(self) -> list[tuple[int, StagePages]]:
-        """Stages that keep a table, with their index."""
-        return self._mapped
+        return not self.mapped
 
     def backed(self, num_blocks: int) -> int:
         """Blocks that every stage has a page for."""
-        return min([num_blocks, *(pages.backed for _, pages in self._mapped)])
+        return min([num_blocks, *(pages.backed for _, pages in self.mapped)])
 
     def can_write(self, new: int, existing: Sequence[int], cold: ColdBlocks) -> bool:
         """Whether `new` blocks more and those of `existing` that are away can be local, in every stage."""
-        for _, pages in self._mapped:
+        for _, pages in self.mapped:
             lacking = new + sum(not pages.is_local(block) for block in existing) - pages.free_local
             if lacking > 0 and sum(1 for _ in islice(cold(pages), lacking)) < lacking:
                 return False
@@ -57,14 +52,14 @@ class PageMap:
 
     def house(self, block: int, cold: ColdBlocks) -> None:
         """A block that is about to be written gets a local page in every stage."""
-        for index, pages in self._mapped:
+        for index, pages in self.mapped:
             if not pages.free_local:
                 self._make_room(index, pages, cold)
             pages.house(block)
 
     def bring_home(self, block: int, cold: ColdBlocks) -> None:
         """Before a block that exists is written: its pages have to be local."""
-        for index, pages in self._mapped:
+        for index, pages in self.mapped:
             if not pages.is_local(block):
                 if not pages.free_local:
                     self._make_room(index, pages, cold)
@@ -93,7 +88,7 @@ class PageMap:
     def drop(self, blocks: Iterable[int]) -> None:
         """Blocks that no longer hold content give up their pages."""
         for block in blocks:
-            for _, pages in self._mapped:
+            for _, pages in self.mapped:
                 pages.drop(block)
 
     def copy(self, source: int, target: int) -> None:
@@ -139,5 +134,5 @@ class PageMap:
     def check_invariants(self, holding: Iterable[int]) -> None:
         """Raise `AssertionError` unless exactly the blocks `holding` content have pages, in every stage."""
         blocks = list(holding)
-        for _, pages in self._mapped:
+        for _, pages in self.mapped:
             pages.check_invariants(blocks)

@@ -29,9 +29,11 @@ Pages = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class PageRegion:
-    """Pages in one place: K and V by layer, and the device and ledger they are on."""
+    """Pages in one place: K and V by layer, and the device and ledger they are on, there for `purpose`."""
 
     device: Device
+    budget: DeviceBudget
+    purpose: str
     num_pages: int
     nbytes: int
     layers: Mapping[int, Pages]
@@ -59,12 +61,10 @@ class PagedKVCache:
     ) -> None:
         """With `scratch`, local pages have one more behind them, for rows that are nobody's; it is part of what a stage
         works in, and not of `nbytes`."""
-        element_bytes = torch.empty((), dtype=dtype).element_size()
         self.block_size = block_size
         self.dtype = dtype
-        self.page_bytes = block_size * sum(shape.bytes_per_token(element_bytes) for shape in shapes.values())
+        self.page_bytes = block_size * sum(shape.bytes_per_token(dtype.itemsize) for shape in shapes.values())
         self._shapes = dict(shapes)
-        self._budgets = {LOCAL: budget}
         self._regions: dict[int, PageRegion] = {}
         self._add(LOCAL, num_pages, device, budget, self.PURPOSE, spare=int(scratch))
 
@@ -80,12 +80,7 @@ class PagedKVCache:
 
     def add_region(self, region_id: int, num_pages: int, device: Device, budget: DeviceBudget) -> None:
         """Allocate pages on another device. Raises `OutOfDeviceMemoryError`, with nothing kept, if it has no room."""
-        self._budgets[region_id] = budget
-        try:
-            self._add(region_id, num_pages, device, budget, self.LENT)
-        except OutOfDeviceMemoryError:
-            del self._budgets[region_id]
-            raise
+        self._add(region_id, num_pages, device, budget, self.LENT)
 
     def _add(
         self, region_id: int, num_pages: int, device: Device, budget: DeviceBudget, purpose: str, spare: int = 0
@@ -99,7 +94,7 @@ class PagedKVCache:
             raise OutOfDeviceMemoryError(
                 f"{device.name}: {nbytes} bytes of KV pages could not be had: {error}"
             ) from error
-        self._regions[region_id] = PageRegion(device, num_pages, nbytes, layers)
+        self._regions[region_id] = PageRegion(device, budget, purpose, num_pages, nbytes, layers)
 
     def _pages(self, num_pages: int, device: Device) -> dict[int, Pages]:
         """K and V of every layer as views of one tensor."""
@@ -118,7 +113,7 @@ class PagedKVCache:
     def drop_region(self, region_id: int) -> None:
         """Give a region's memory back to the device that lent it."""
         region = self._regions.pop(region_id)
-        self._budgets.pop(region_id).release(self.LENT if region_id != LOCAL else self.PURPOSE, region.nbytes)
+        region.budget.release(region.purpose, region.nbytes)
 
     def region(self, region_id: int) -> PageRegion:
         return self._regions[region_id]
@@ -159,8 +154,8 @@ class PagedKVCache:
 
     def layer_bytes(self) -> dict[int, int]:
         """Bytes that each layer has of a page, in the order in which they are packed."""
-        element_bytes = torch.empty((), dtype=self.dtype).element_size()
-        return {index: self.block_size * shape.bytes_per_token(element_bytes) for index, shape in self._shapes.items()}
+        size, element = self.block_size, self.dtype.itemsize
+        return {index: size * shape.bytes_per_token(element) for index, shape in self._shapes.items()}
 
     def free(self) -> None:
         """Give all tensors and their reservations back."""

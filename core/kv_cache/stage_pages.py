@@ -31,48 +31,44 @@ class Region:
 
 
 class StagePages:
-    """Blocks that hold content have one page each, new ones in region `LOCAL`, full ones anywhere."""
+    """Blocks that hold content have one page each, new ones in region `LOCAL`, full ones anywhere. `regions` by id are
+    for reading."""
 
     def __init__(self, num_blocks: int, local_pages: int, site: str = "") -> None:
         self.site = site
         self._region_of = np.full(num_blocks, NOWHERE, dtype=np.int16)
         self._page_of = np.full(num_blocks, NOWHERE, dtype=np.int32)
-        self._regions = {LOCAL: Region(LOCAL, site, local_pages)}
+        self.regions = {LOCAL: Region(LOCAL, site, local_pages)}
         self._moved: dict[int, None] = {}
-
-    @property
-    def regions(self) -> dict[int, Region]:
-        """By id. For reading."""
-        return self._regions
 
     @property
     def has_spare(self) -> bool:
         """Whether a page stays empty: with pages in several places, blocks need one to change places through."""
-        return any(region_id != LOCAL and not region.closing for region_id, region in self._regions.items())
+        return any(region_id != LOCAL and not region.closing for region_id, region in self.regions.items())
 
     @property
     def backed(self) -> int:
         """Blocks that can hold pages, regions that are closing left out."""
-        pages = sum(region.num_pages for region in self._regions.values() if not region.closing)
+        pages = sum(region.num_pages for region in self.regions.values() if not region.closing)
         return pages - self.has_spare
 
     @property
     def free_local(self) -> int:
-        return len(self._regions[LOCAL].free)
+        return len(self.regions[LOCAL].free)
 
     @property
     def local_pages(self) -> int:
-        return self._regions[LOCAL].num_pages
+        return self.regions[LOCAL].num_pages
 
     def add(self, region_id: int, site: str, num_pages: int, rank: float) -> None:
         """A new region with room for `num_pages` blocks."""
-        self._regions[region_id] = Region(region_id, site, num_pages, rank)
+        self.regions[region_id] = Region(region_id, site, num_pages, rank)
 
     def remove(self, region_id: int) -> None:
         """Forget an empty region."""
-        if self._regions[region_id].blocks or region_id == LOCAL:
+        if self.regions[region_id].blocks or region_id == LOCAL:
             raise ValueError(f"region {region_id} still holds blocks")
-        del self._regions[region_id]
+        del self.regions[region_id]
 
     def where(self, block: int) -> PageRef | None:
         """The block's page; None if it has none."""
@@ -89,7 +85,7 @@ class StagePages:
 
     def house(self, block: int) -> PageRef:
         """Give a block without a page a local one; the caller has seen to it that one is free."""
-        return self._put(block, self._regions[LOCAL])
+        return self._put(block, self.regions[LOCAL])
 
     def _put(self, block: int, region: Region) -> PageRef:
         page = region.free.pop()
@@ -103,7 +99,7 @@ class StagePages:
         ref = self.where(block)
         if ref is None:
             return
-        region = self._regions[ref[0]]
+        region = self.regions[ref[0]]
         del region.blocks[ref[1]]
         region.free.append(ref[1])
         self._region_of[block] = self._page_of[block] = NOWHERE
@@ -114,12 +110,12 @@ class StagePages:
         if source is None:
             raise ValueError(f"block {block} has no page to move")
         self.drop(block)
-        return PageCopy(source, self._put(block, self._regions[region_id]))
+        return PageCopy(source, self._put(block, self.regions[region_id]))
 
     def roomy(self, *, local: bool = False) -> Iterator[Region]:
         """Regions that take blocks and have free pages, in the order in which they are filled; with `local`, the
         stage's own pages first."""
-        for region in sorted(self._regions.values(), key=lambda item: (item.region_id != LOCAL, item.rank)):
+        for region in sorted(self.regions.values(), key=lambda item: (item.region_id != LOCAL, item.rank)):
             if region.free and not region.closing and (local or region.region_id != LOCAL):
                 yield region
 
@@ -143,7 +139,7 @@ class StagePages:
         if sorted(holding) != placed:
             wrong = set(placed) ^ set(holding)
             raise AssertionError(f"{self.site}: blocks {sorted(wrong)[:10]} hold content or a page, but not both")
-        for region in self._regions.values():
+        for region in self.regions.values():
             if sorted([*region.free, *region.blocks]) != list(range(region.num_pages)):
                 raise AssertionError(f"{self.site}: pages of region {region.region_id} are lost or held twice")
             for page, block in region.blocks.items():

@@ -82,10 +82,6 @@ class Checkpoint:
     def total_bytes(self) -> int:
         return sum(file.stat().st_size for file in self.files)
 
-    @property
-    def largest_file_bytes(self) -> int:
-        return max(file.stat().st_size for file in self.files)
-
     def __enter__(self) -> Checkpoint:
         return self
 

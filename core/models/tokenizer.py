@@ -49,7 +49,6 @@ class Tokenizer:
         self._pieces = TokenPieces(backend)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.eos_token_id: int | None = tokenizer.eos_token_id
-        self.bos_token_id: int | None = tokenizer.bos_token_id
         parameters = inspect.signature(tokenizer.apply_chat_template).parameters
         self._reserved_kwargs = frozenset(parameters) | {"messages", "self"}
 

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from core.metrics import TierMoves, TierState
-
 Quantization = Literal["none", "int8", "fp8"]
 MoveKind = Literal["promotion", "demotion", "eviction"]
 
@@ -141,26 +139,6 @@ class MemoryStats:
 
     def tier(self, tier: Tier) -> TierStats | None:
         return next((stats for stats in self.tiers if stats.tier == tier), None)
-
-    def for_metrics(self) -> tuple[tuple[TierState, ...], tuple[TierMoves, ...]]:
-        """The fields `tiers` and `tier_moves` of a `MetricsSnapshot`."""
-        states = tuple(
-            TierState(
-                name=tier.tier.name,
-                blocks=tier.blocks,
-                used_bytes=tier.bytes,
-                capacity_bytes=tier.capacity_bytes,
-                hits=tier.hits,
-                misses=tier.misses,
-                hotness=tier.mean_hotness,
-            )
-            for tier in self.tiers
-        )
-        moves = tuple(
-            TierMoves(kind, source.name, "none" if target is None else target.name, blocks)
-            for (kind, source, target), blocks in self.moves.items()
-        )
-        return states, moves
 
 
 @dataclass(frozen=True, slots=True)

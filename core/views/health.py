@@ -54,7 +54,7 @@ def health(engine: ModelEngine | None, service: ServiceState) -> Health:
         checks["kv_cache"] = _check(True, f"{used} of {stats.blocks_total} blocks in use")
         if engine.memory.tiers is not None:
             checks["tiers"] = _tiers_check(engine.memory.tiers)
-    free = shutil.disk_usage(service.cache_dir.anchor or ".").free
+    free = shutil.disk_usage(service.settings.runtime.cache_dir.anchor or ".").free
     checks["disk"] = _check(True, f"{free} bytes free", warn=free < LOW_DISK_BYTES)
     return Health(max((check.status for check in checks.values()), key=_ORDER.index), checks)
 

@@ -10,7 +10,7 @@ from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.lending.overflow import OverflowView
 from core.tiers.kv_tiers import KVTiers
 from core.tiers.records import MemoryStats, TierStats
-from core.views.render import JSON_NAME
+from core.views.render import JSON_NAME, view_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,17 +179,11 @@ def _tiers(tiers: KVTiers, blocks: int) -> tuple[TierView, ...]:
 
 def _tier(tiers: KVTiers, stats: MemoryStats, tier: TierStats, blocks: int) -> TierView:
     hottest = tiers.memory.blocks(tier.tier, blocks) if blocks else ()
-    return TierView(
+    return view_of(
+        TierView,
+        tier,
         tier=tier.tier.name,
-        medium=tier.medium,
-        codec=tier.codec,
-        blocks=tier.blocks,
         used_bytes=tier.bytes,
-        capacity_bytes=tier.capacity_bytes,
-        hits=tier.hits,
-        misses=tier.misses,
-        damaged=tier.damaged,
-        stopped=tier.stopped,
         mean_hotness=round(tier.mean_hotness, 4),
         read_bytes_per_second=None if tier.speed is None else round(tier.speed.read_bytes_s),
         write_bytes_per_second=None if tier.speed is None else round(tier.speed.write_bytes_s),

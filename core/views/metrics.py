@@ -1,79 +1,149 @@
-"""What Prometheus reads at a scrape."""
+"""What Prometheus reads of an engine at a scrape."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from core.batching.stats import BatcherStats
 from core.engine.model_engine import ModelEngine
-from core.metrics import DeviceMemory, KVPages, LendingState, MetricsSnapshot, StageWork, TierMoves, TierState
+from core.lending import LendingStats
+from core.lending.overflow import OverflowView
+from core.metrics import NAMESPACE
 from core.tiers import Tier
+from core.tiers.records import MemoryStats
 from core.views.memory import overflow_of
 
+BYTES_PER_GIGABYTE = 1e9
 
-def metrics_snapshot(engine: ModelEngine | None) -> MetricsSnapshot:
-    """The engine's state now; empty without one."""
-    if engine is None:
-        return MetricsSnapshot()
-    stats = engine.batcher.stats
-    used, alive_s = stats.blocks_total - stats.blocks_free, max(engine.alive_s, 1e-9)
-    stages = list(zip(engine.plan.placement.stages, engine.stages, strict=True))
-    tiers, tier_moves, dropped = _tier_states(engine)
-    return MetricsSnapshot(
-        tiers=tiers,
-        tier_moves=tier_moves,
-        tier_dropped_writes_total=dropped,
-        lending=_lending_state(engine),
-        devices=tuple(
-            DeviceMemory(
-                device.name,
-                device.kind,
-                device.index,
-                engine.budgets[device.name].used_bytes,
-                device.memory_limit_bytes,
-            )
-            for device in engine.plan.devices
-        ),
-        kv_pages=tuple(KVPages(plan.device_name, used, stats.blocks_free) for plan, _ in stages),
-        batch_size=stats.batch_size,
-        requests_running=stats.running,
-        requests_waiting=stats.waiting,
-        throughput_tok_s=stats.tokens_per_s,
-        preemptions_total=stats.preemptions,
-        prefix_cache_queries_total=stats.queried_tokens,
-        prefix_cache_hits_total=stats.hit_tokens,
-        kv_evictions_total=stats.evictions,
-        stages=tuple(
-            StageWork(f"{i}:{plan.device_name}", min(1.0, s.busy_s / alive_s), s.forwards, s.busy_s, s.predicted_s)
-            for i, (plan, s) in enumerate(stages)
-        ),
-    )
+Family = type[GaugeMetricFamily | CounterMetricFamily]
+Rows = Iterable[tuple[Family, str, str, str]]
+"""Kind, name and help text of metrics, and the field of a record that each shows."""
+Samples = Iterable[tuple[Sequence[str], float]]
+"""Values by the values of their labels."""
 
+_GAUGE, _COUNTER = GaugeMetricFamily, CounterMetricFamily
 
-def _lending_state(engine: ModelEngine) -> LendingState:
-    view = overflow_of(engine)
-    if view is None:
-        return LendingState()
-    stats = view.stats
-    return LendingState(
-        borrows_total=stats.borrows,
-        reclaims_total={urgency.label: count for urgency, count in stats.reclaims.items()},
-        bytes_lent_total=stats.bytes_lent_total,
-        active_leases=stats.active_leases,
-        capacity_bytes=stats.capacity_bytes,
-    )
+_STATS = (
+    (_GAUGE, "batcher_batch_size", "Sequences in the last step.", "batch_size"),
+    (_GAUGE, "batcher_queue_depth", "Sequences that wait.", "waiting"),
+    (_GAUGE, "batcher_throughput_tok_s", "Tokens generated per second, lately.", "tokens_per_s"),
+    (_GAUGE, "requests_running", "Sequences that are being generated.", "running"),
+    (_GAUGE, "requests_waiting", "Sequences that wait.", "waiting"),
+    (_COUNTER, "preemptions", "Sequences put back to make room.", "preemptions"),
+)
+_CACHE = (
+    (_COUNTER, "kv_cache_evictions", "Cached pages given up for new ones.", "evictions"),
+    (_COUNTER, "prefix_cache_queries", "Prompt tokens looked up.", "queried_tokens"),
+    (_COUNTER, "prefix_cache_hits", "Prompt tokens found.", "hit_tokens"),
+)
+_STAGE = (
+    (_COUNTER, "stage_busy_seconds", "Time that a stage spent in forward passes.", "busy_s"),
+    (_COUNTER, "stage_predicted_seconds", "Time that was predicted for a stage's forward passes.", "predicted_s"),
+    (_COUNTER, "stage_forwards", "Forward passes of a stage.", "forwards"),
+)
+_TIER = (
+    (_GAUGE, "memory_tier_blocks", "KV blocks in a tier.", "blocks"),
+    (_GAUGE, "memory_tier_used_bytes", "Bytes in use in a tier.", "bytes"),
+    (_GAUGE, "memory_tier_capacity_bytes", "Bytes a tier may use.", "capacity_bytes"),
+    (_COUNTER, "memory_tier_hits", "Blocks that were looked up in a tier and found.", "hits"),
+    (_COUNTER, "memory_tier_misses", "Blocks that were looked up in a tier and not found.", "misses"),
+    (_GAUGE, "block_hotness", "Mean hotness of a tier's blocks; 1 is one use just now.", "mean_hotness"),
+)
+_MOVES = (
+    ("promotion", "memory_promotions", "Blocks brought to a nearer tier."),
+    ("demotion", "memory_demotions", "Blocks that a farther tier keeps."),
+    ("eviction", "memory_evictions", "Blocks that no tier keeps."),
+)
+_NOTHING_LENT = LendingStats({}, {}, 0, 0, 0, 0)
 
 
-def _tier_states(engine: ModelEngine) -> tuple[tuple[TierState, ...], tuple[TierMoves, ...], int]:
-    """Tiers, moves and how many writes were given up. Moves to and from lent memory count as between L1 and L2."""
-    view, tiers = overflow_of(engine), engine.memory.tiers
-    states: tuple[TierState, ...] = ()
-    moves: tuple[TierMoves, ...] = ()
-    dropped = 0
-    if tiers is not None:
-        stats = tiers.memory.stats()
-        states, moves = stats.for_metrics()
-        dropped = stats.dropped_writes
-    if view is not None:
-        moves += (
-            TierMoves("demotion", Tier.L1.name, Tier.L2.name, view.moved_out),
-            TierMoves("promotion", Tier.L2.name, Tier.L1.name, view.moved_home),
-        )
-    return states, moves, dropped
+def engine_metrics(engine: ModelEngine | None) -> Iterator[Metric]:
+    """The engine's state now. Counters count since it started; without one, nothing has been counted."""
+    stats = engine.batcher.stats if engine is not None else BatcherStats()
+    tiers = engine.memory.tiers if engine is not None else None
+    lent = overflow_of(engine) if engine is not None else None
+    yield from _device_metrics(engine)
+    yield from _kv_metrics(engine, stats)
+    yield from _stage_metrics(engine)
+    yield from _families(_STATS, (), [((), stats)])
+    yield from _tier_metrics(tiers.memory.stats() if tiers is not None else MemoryStats(), lent)
+    yield from _lending_metrics(lent)
+
+
+def _device_metrics(engine: ModelEngine | None) -> Iterator[Metric]:
+    devices = engine.plan.devices if engine is not None else ()
+    budgets = engine.budgets if engine is not None else {}
+    used = [([device.name], budgets[device.name].used_bytes) for device in devices]
+    yield _family(_GAUGE, "gpu_memory_used_bytes", "Memory in use on a device.", ("gpu",), used)
+    total = [([device.name], device.memory_limit_bytes) for device in devices]
+    yield _family(_GAUGE, "gpu_memory_total_bytes", "Memory limit of a device.", ("gpu",), total)
+    infos = [((device.kind, device.name, str(device.index)), 1) for device in devices]
+    yield _family(_GAUGE, "device_info", "One per device, always 1.", ("backend", "name", "index"), infos)
+
+
+def _kv_metrics(engine: ModelEngine | None, stats: BatcherStats) -> Iterator[Metric]:
+    """Cached pages that nobody uses count as free."""
+    names = [stage.device_name for stage in engine.plan.placement.stages] if engine is not None else []
+    used = stats.blocks_total - stats.blocks_free
+    yield _family(_GAUGE, "paged_kv_used_pages", "KV cache pages in use.", ("device",), [([n], used) for n in names])
+    free = [([name], stats.blocks_free) for name in names]
+    yield _family(_GAUGE, "paged_kv_free_pages", "KV cache pages that can be given out.", ("device",), free)
+    usage = [((), used / stats.blocks_total)] if names and stats.blocks_total else []
+    yield _family(_GAUGE, "kv_cache_usage_ratio", "Share of KV cache pages in use.", (), usage)
+    yield from _families(_CACHE, (), [((), stats)])
+
+
+def _stage_metrics(engine: ModelEngine | None) -> Iterator[Metric]:
+    """Predicted seconds are 0 where the device's speed is not known."""
+    placed = zip(engine.plan.placement.stages, engine.stages, strict=True) if engine is not None else ()
+    stages = [([f"{index}:{plan.device_name}"], stage) for index, (plan, stage) in enumerate(placed)]
+    alive_s = max(engine.alive_s, 1e-9) if engine is not None else 1.0
+    busy = [(name, min(1.0, stage.busy_s / alive_s)) for name, stage in stages]
+    yield _family(_GAUGE, "stage_busy_ratio", "Share of the time that a stage computes.", ("stage",), busy)
+    yield from _families(_STAGE, ("stage",), stages)
+
+
+def _tier_metrics(stats: MemoryStats, lent: OverflowView | None) -> Iterator[Metric]:
+    """Moves to and from lent memory count as between L1 and L2."""
+    yield from _families(_TIER, ("tier",), [([tier.tier.name], tier) for tier in stats.tiers])
+    moves: list[tuple[str, Tier, Tier | None, int]] = [(*move, blocks) for move, blocks in stats.moves.items()]
+    if lent is not None:
+        moves += [("demotion", Tier.L1, Tier.L2, lent.moved_out), ("promotion", Tier.L2, Tier.L1, lent.moved_home)]
+    for kind, name, help_text in _MOVES:
+        samples = [
+            ([source.name, "none" if target is None else target.name], blocks)
+            for moved, source, target, blocks in moves
+            if moved == kind
+        ]
+        yield _family(_COUNTER, name, help_text, ("from", "to"), samples)
+    dropped = [((), stats.dropped_writes)] if stats.tiers else []
+    help_text = "Blocks given up because writing them down was too slow."
+    yield _family(_COUNTER, "memory_dropped_writes", help_text, (), dropped)
+
+
+def _lending_metrics(lent: OverflowView | None) -> Iterator[Metric]:
+    stats = lent.stats if lent is not None else _NOTHING_LENT
+    yield _family(_COUNTER, "lending_borrows", "Leases granted.", ("borrower", "lender"), stats.borrows.items())
+    reclaims = [([urgency.label], count) for urgency, count in stats.reclaims.items()]
+    yield _family(_COUNTER, "lending_reclaims", "Times that a lender needed memory back.", ("urgency",), reclaims)
+    active = [((), stats.active_leases)]
+    yield _family(_GAUGE, "lending_active_leases", "Leases that are not released.", (), active)
+    yield _family(_COUNTER, "lending_bytes_lent", "Bytes ever lent.", (), [((), stats.bytes_lent_total)])
+    capacity = [((), stats.capacity_bytes / BYTES_PER_GIGABYTE)]
+    help_text = "Gigabytes (10^9 bytes) that are lent or can be."
+    yield _family(_GAUGE, "lending_pool_capacity_gb", help_text, (), capacity)
+
+
+def _families(rows: Rows, labels: Sequence[str], records: Sequence[tuple[Sequence[str], object]]) -> Iterator[Metric]:
+    """One family a row, with a sample for each of the records, which come with the values of their labels."""
+    for kind, name, help_text, field in rows:
+        yield _family(kind, name, help_text, labels, [(values, getattr(record, field)) for values, record in records])
+
+
+def _family(kind: Family, name: str, help_text: str, labels: Sequence[str], samples: Samples) -> Metric:
+    family = kind(f"{NAMESPACE}_{name}", help_text, labels=labels)
+    for values, value in samples:
+        family.add_metric(values, value)
+    return family

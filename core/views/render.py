@@ -1,13 +1,21 @@
-"""From typed records to what JSON knows."""
+"""Making typed records, and from them what JSON knows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 JSON_NAME = "json"
 """In a field's metadata: what it is called in JSON where Python keeps that word for itself."""
+
+View = TypeVar("View")
+
+
+def view_of(kind: type[View], source: object, **given: object) -> View:
+    """A record with what is `given`; the rest of its fields are the source's of the same names."""
+    names = [item.name for item in fields(kind) if item.name not in given]  # type: ignore[arg-type]
+    return kind(**{name: getattr(source, name) for name in names}, **given)
 
 
 def render(value: object) -> Any:

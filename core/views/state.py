@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
+from core.config import Settings
 from core.transfer.manager import Link, TransferStats
 
 
@@ -13,15 +13,12 @@ from core.transfer.manager import Link, TransferStats
 class ServiceState:
     """The service at one moment. Made by `InferencePipeline.state`.
 
-    `ready` says whether requests would be answered, `reason` why not. `max_queue`, `max_batch_size` and `cache_dir` are
-    settings; `transfers` are totals since the start.
+    `ready` says whether requests would be answered, `reason` why not; `transfers` are totals since the start.
     """
 
     loading: bool
     closing: bool
     ready: bool
     reason: str
-    max_queue: int
-    max_batch_size: int
-    cache_dir: Path
+    settings: Settings
     transfers: Mapping[Link, TransferStats]

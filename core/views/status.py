@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from core.batching.stats import BatcherStats
 from core.costs import StagePlan
-from core.engine.model_engine import ModelEngine, checkpoint_bytes
+from core.engine.model_engine import ModelEngine
+from core.models.checkpoint import Checkpoint
 from core.models.resolve import AvailableModel, available_models
 from core.views.health import Check, health
 from core.views.memory import MemoryView, memory_view
+from core.views.render import view_of
 from core.views.state import ServiceState
 
 
@@ -196,14 +198,7 @@ def pipeline_view(engine: ModelEngine | None, service: ServiceState) -> Pipeline
         ready=service.ready,
         state=service.reason,
         subsystems=subsystems,
-        model=ModelView(
-            name=model.name,
-            aliases=model.aliases,
-            dtype=model.dtype,
-            parameters=model.num_parameters,
-            max_model_len=model.max_model_len,
-            load_seconds=round(engine.load_s, 3),
-        ),
+        model=view_of(ModelView, model, parameters=model.num_parameters, load_seconds=round(engine.load_s, 3)),
         placement=PlacementView(placement.strategy, placement.unused_devices),
         kv_cache=KVCacheView(engine.kv.capacity_tokens, engine.kv.block_size),
         memory=memory_view(engine),
@@ -223,18 +218,16 @@ def _stage(engine: ModelEngine, index: int, plan: StagePlan) -> StageView:
     forwards, busy_s, stream = stage.forwards, stage.busy_s, stage.stream
     block_size = engine.kv.block_size
     local_blocks = engine.plan.pooled.local_tokens[index] // block_size
-    return StageView(
+    return view_of(
+        StageView,
+        plan,
         index=index,
         device=plan.device_name,
         layers=(plan.first_layer, plan.last_layer - 1),
         weight_bytes=stage.weight_bytes,
-        streamed_layers=plan.streamed_layers,
-        streamed_bytes=plan.streamed_bytes,
         stream_slot_bytes=plan.slot_bytes,
         stream_wait_seconds=round(stream.wait_s, 3) if stream is not None else 0.0,
         kv_bytes=local_blocks * block_size * plan.kv_bytes_per_token,
-        workspace_bytes=plan.workspace_bytes,
-        limit_bytes=plan.limit_bytes,
         attention=engine.backends[index],
         forwards=forwards,
         seconds_per_forward=round(busy_s / forwards, 6) if forwards else None,
@@ -258,30 +251,26 @@ def _prediction(engine: ModelEngine) -> PredictionView | None:
 
 def queue_view(engine: ModelEngine | None, service: ServiceState) -> QueueView:
     """`/api/queue/status`."""
+    limit = service.settings.engine.max_queue
     if engine is None:
-        return QueueView(0, 0, 0, service.max_queue, BreakerView())
+        return QueueView(0, 0, 0, limit, BreakerView())
     stats, breaker = engine.batcher.stats, engine.batcher.breaker
     shown = BreakerView(breaker.state, breaker.consecutive_failures, breaker.last_error)
-    return QueueView(stats.running, stats.waiting, engine.batcher.num_unfinished, service.max_queue, shown)
+    return QueueView(stats.running, stats.waiting, engine.batcher.num_unfinished, limit, shown)
 
 
 def batcher_view(engine: ModelEngine | None, service: ServiceState) -> BatcherView:
     """`/api/batcher/stats`."""
     stats = engine.batcher.stats if engine is not None else BatcherStats()
     hits = stats.hit_tokens / stats.queried_tokens if stats.queried_tokens else 0.0
-    return BatcherView(
-        steps=stats.steps,
-        failed_steps=stats.failed_steps,
-        running=stats.running,
-        waiting=stats.waiting,
-        batch_size=stats.batch_size,
-        batch_tokens=stats.batch_tokens,
+    return view_of(
+        BatcherView,
+        stats,
         tokens_per_second=round(stats.tokens_per_s, 2),
         generated_tokens=stats.total_tokens,
-        preemptions=stats.preemptions,
         prefix_hit_rate=round(hits, 4),
         kv_blocks=BlocksView(stats.blocks_total, stats.blocks_free, stats.blocks_cached),
-        max_batch_size=service.max_batch_size,
+        max_batch_size=service.settings.engine.max_batch_size,
     )
 
 
@@ -303,5 +292,5 @@ def model_views(engine: ModelEngine | None) -> tuple[AvailableModel, ...]:
     if engine is None:
         return tuple(found)
     path = str(engine.model.path)
-    loaded = AvailableModel(engine.model.name, path, checkpoint_bytes(engine.model.path), loaded=True)
+    loaded = AvailableModel(engine.model.name, path, Checkpoint(engine.model.path).total_bytes, loaded=True)
     return (loaded, *(model for model in found if model.path != path))

@@ -285,6 +285,5 @@ class FakePipeline:
     def state(self) -> ServiceState:
         ready, reason = self.ready()
         return ServiceState(
-            loading=False, closing=False, ready=ready, reason=reason, max_queue=8, max_batch_size=4,
-            cache_dir=self.settings.runtime.cache_dir, transfers={},
+            loading=False, closing=False, ready=ready, reason=reason, settings=self.settings, transfers={},
         )  # fmt: skip

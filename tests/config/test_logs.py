@@ -11,7 +11,7 @@ import pytest
 import structlog
 
 from core.config import LoggingSettings
-from core.logs import configure_logging, get_logger, request_context
+from core.logs import configure_logging, get_logger
 
 Start = Callable[..., io.StringIO]
 
@@ -36,7 +36,7 @@ def start() -> Iterator[Start]:
 
 def test_json_lines_carry_values_and_the_request_id(start: Start) -> None:
     stream = start(json_output=True)
-    with request_context("req-7"):
+    with structlog.contextvars.bound_contextvars(request_id="req-7"):
         get_logger("core.test").info("model loaded", layers=3)
         logging.getLogger("somebody.else").warning("hello %s", "there")
     get_logger("core.test").info("afterwards")

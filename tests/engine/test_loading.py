@@ -114,7 +114,7 @@ def refused(path: Path, error: type[Exception], match: str) -> None:
     try:
         with pytest.raises(error, match=match):
             pipeline.load()
-        assert not pipeline.loaded
+        assert pipeline.current_engine is None
     finally:
         pipeline.shutdown()
 

@@ -31,7 +31,7 @@ def test_largest_tiles(target: str, dtype: torch.dtype, tmp_path: Path, monkeypa
         for variant, is_prefill, where in wanted([target], [dtype], SERVED, largest=True)
         if is_prefill and not variant.is_partial
     ]
-    assert [(v.heads.key_dim, v.heads.value_dim) for v, _, _ in largest] == SERVED
+    assert [(v.kind.heads.key_dim, v.kind.heads.value_dim) for v, _, _ in largest] == SERVED
     for each in largest:
         compiled = compile_variant(*each)
         assert 0 < compiled.shared <= compiled.allowed <= compiled.limit, compiled

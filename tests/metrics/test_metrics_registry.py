@@ -8,43 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 from prometheus_client import generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
 
 from core.errors import ConfigError
-from core.metrics import (
-    DeviceMemory,
-    KVPages,
-    LendingState,
-    MetricsRegistry,
-    MetricsServer,
-    MetricsSnapshot,
-    StageWork,
-    TierMoves,
-    TierState,
-)
-
-SNAPSHOT = MetricsSnapshot(
-    devices=(DeviceMemory("cuda:0", "cuda", 0, 3, 8), DeviceMemory("cpu:0", "cpu", 0, 1, 2)),
-    kv_pages=(KVPages("cuda:0", 1, 3), KVPages("cpu:0", 1, 3)),
-    batch_size=5,
-    requests_running=6,
-    requests_waiting=7,
-    throughput_tok_s=8.5,
-    preemptions_total=9,
-    prefix_cache_queries_total=10,
-    prefix_cache_hits_total=4,
-    kv_evictions_total=2,
-    stages=(StageWork("0:cuda:0", 0.75, 40, 3.0, 2.5),),
-    tiers=(TierState("L3", 11, 12, 13, 14, 15, 1.25),),
-    tier_moves=(
-        TierMoves("promotion", "L5", "L3", 16),
-        TierMoves("demotion", "L1", "L3", 17),
-        TierMoves("eviction", "L5", "none", 18),
-    ),
-    tier_dropped_writes_total=19,
-    lending=LendingState(
-        {("cuda:1", "cuda:0"): 3, ("cuda:1", "host"): 1}, {"low": 0, "critical": 2}, 12_000, 4, 2_500_000_000
-    ),
-)
+from core.metrics import MetricsRegistry, MetricsServer
 
 
 @pytest.fixture
@@ -101,62 +68,21 @@ def test_http(metrics: MetricsRegistry) -> None:
     assert value(metrics, "env_endpoint_hits_total") == 1
 
 
-def test_snapshot_is_read_at_each_scrape(metrics: MetricsRegistry) -> None:
-    snapshots = iter([SNAPSHOT, MetricsSnapshot(requests_waiting=1)])
-    metrics.set_snapshot_source(lambda: next(snapshots))
-    text = generate_latest(metrics.registry).decode()
-    for line in (
-        'gpu_memory_used_bytes{gpu="cuda:0"} 3.0',
-        'gpu_memory_total_bytes{gpu="cuda:0"} 8.0',
-        'device_info{backend="cpu",index="0",name="cpu:0"} 1.0',
-        'paged_kv_used_pages{device="cpu:0"} 1.0',
-        'paged_kv_free_pages{device="cpu:0"} 3.0',
-        "kv_cache_usage_ratio 0.25",
-        "kv_cache_evictions_total 2.0",
-        "batcher_batch_size 5.0",
-        "batcher_queue_depth 7.0",
-        "batcher_throughput_tok_s 8.5",
-        "requests_running 6.0",
-        "requests_waiting 7.0",
-        "preemptions_total 9.0",
-        "prefix_cache_queries_total 10.0",
-        "prefix_cache_hits_total 4.0",
-        'stage_busy_ratio{stage="0:cuda:0"} 0.75',
-        'stage_busy_seconds_total{stage="0:cuda:0"} 3.0',
-        'stage_predicted_seconds_total{stage="0:cuda:0"} 2.5',
-        'stage_forwards_total{stage="0:cuda:0"} 40.0',
-        'memory_tier_blocks{tier="L3"} 11.0',
-        'memory_tier_used_bytes{tier="L3"} 12.0',
-        'memory_tier_capacity_bytes{tier="L3"} 13.0',
-        'memory_tier_hits_total{tier="L3"} 14.0',
-        'memory_tier_misses_total{tier="L3"} 15.0',
-        'block_hotness{tier="L3"} 1.25',
-        'memory_promotions_total{from="L5",to="L3"} 16.0',
-        'memory_demotions_total{from="L1",to="L3"} 17.0',
-        'memory_evictions_total{from="L5",to="none"} 18.0',
-        "memory_dropped_writes_total 19.0",
-        'lending_borrows_total{borrower="cuda:1",lender="cuda:0"} 3.0',
-        'lending_borrows_total{borrower="cuda:1",lender="host"} 1.0',
-        'lending_reclaims_total{urgency="low"} 0.0',
-        'lending_reclaims_total{urgency="critical"} 2.0',
-        "lending_active_leases 4.0",
-        "lending_bytes_lent_total 12000.0",
-        "lending_pool_capacity_gb 2.5",
-    ):
-        assert f"vramancer_{line}\n" in text
+def waiting(count: float) -> list[Metric]:
+    return [GaugeMetricFamily("vramancer_requests_waiting", "Sequences that wait.", value=count)]
+
+
+def test_the_engine_is_asked_at_each_scrape(metrics: MetricsRegistry) -> None:
+    states = iter([waiting(7), waiting(1)])
+    metrics.set_engine_source(lambda: next(states))
+    assert "vramancer_requests_waiting 7.0\n" in generate_latest(metrics.registry).decode()
     assert value(metrics, "requests_waiting") == 1
 
 
-def test_an_engine_that_never_lent_says_so(metrics: MetricsRegistry) -> None:
-    metrics.set_snapshot_source(MetricsSnapshot)
-    assert value(metrics, "lending_active_leases") == value(metrics, "lending_bytes_lent_total") == 0
-    assert value(metrics, "lending_pool_capacity_gb") == 0
-
-
 def test_without_an_engine_its_metrics_are_absent(metrics: MetricsRegistry) -> None:
-    metrics.set_snapshot_source(lambda: SNAPSHOT)
-    metrics.set_snapshot_source(None)
-    assert "batcher" not in generate_latest(metrics.registry).decode()
+    metrics.set_engine_source(lambda: waiting(7))
+    metrics.set_engine_source(None)
+    assert value(metrics, "requests_waiting") is None
 
 
 def test_registries_do_not_share(metrics: MetricsRegistry) -> None:
@@ -165,7 +91,6 @@ def test_registries_do_not_share(metrics: MetricsRegistry) -> None:
 
 
 def test_all_names_have_the_prefix(metrics: MetricsRegistry) -> None:
-    metrics.set_snapshot_source(lambda: SNAPSHOT)
     names = [line.split()[2] for line in generate_latest(metrics.registry).decode().splitlines() if "# TYPE" in line]
     assert names
     assert all(name.startswith("vramancer_") for name in names)

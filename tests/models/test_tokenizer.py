@@ -109,7 +109,6 @@ def stream_text(tokenizer, prompt, output, skip_special_tokens=True):
 
 
 def test_attributes(tokenizer):
-    assert tokenizer.bos_token_id == tokenizer.encode("<s>", add_special_tokens=False)[-1]
     assert tokenizer.eos_token_id == tokenizer.encode("</s>", add_special_tokens=False)[-1]
     assert tokenizer.vocab_size > 256
 

@@ -467,14 +467,13 @@ def test_the_view_of_blocks_is_hottest_first(clock: Clock) -> None:
         assert memory.stats().tiers[0].mean_hotness == pytest.approx(3.5 / 3)
 
 
-def test_metrics_show_what_happened() -> None:
+def test_statistics_show_what_happened() -> None:
     with open_memory(slots=1) as memory:
         for number in (1, 2):
             save(memory, number, 0)
-        states, moves = memory.stats().for_metrics()
-        assert [(state.name, state.blocks, state.hotness) for state in states] == [("L3", 1, 1.0)]
-        counted = {(move.kind, move.source, move.target): move.blocks for move in moves}
-        assert counted == {("demotion", "L1", "L3"): 2, ("eviction", "L3", "none"): 1}
+        stats = memory.stats()
+        assert [(tier.tier, tier.blocks, tier.mean_hotness) for tier in stats.tiers] == [(Tier.L3, 1, 1.0)]
+        assert stats.moves == {("demotion", Tier.L1, Tier.L3): 2, ("eviction", Tier.L3, None): 1}
 
 
 def test_closing_twice_is_harmless_and_ends_everything() -> None:

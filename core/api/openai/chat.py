@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +10,11 @@ from flask import Blueprint, Response
 
 from core.api.body import json_response, read_request
 from core.api.context import served_model
-from core.api.generation import Usage, envelope, finite, start_generation, stream_response
-from core.api.openai.schemas import ChatMessage, ChatRequest
+from core.api.generation import ChoiceStream, Usage, choice, envelope, finite, start_generation, stream_response
+from core.api.openai.schemas import ChatMessage, ChatRequest, TemplateFields
 from core.api.sampling import sampling_params
 from core.errors import InvalidRequestError, UnsupportedParameterError
-from core.request import Completion, RequestOutput, SamplingParams, SequenceDelta, TokenLogprob
+from core.request import RequestOutput, SamplingParams, SequenceDelta, TokenLogprob
 from core.security.access import policy
 
 if TYPE_CHECKING:
@@ -30,13 +30,7 @@ def create_chat_completion() -> Response:
     fields = read_request(ChatRequest)
     model = served_model(fields.model)
     params = _params(fields, model)
-    token_ids = encode_messages(
-        fields.messages,
-        model,
-        add_generation_prompt=fields.add_generation_prompt,
-        continue_final_message=fields.continue_final_message,
-        chat_template_kwargs=fields.chat_template_kwargs,
-    )
+    token_ids = encode_messages(fields.messages, model, fields)
     generation = start_generation([(token_ids, params)], model, prefix="chatcmpl", priority=fields.priority)
     if fields.stream:
         head = envelope(generation.id, "chat.completion.chunk", model, fields.model)
@@ -46,15 +40,23 @@ def create_chat_completion() -> Response:
     usage = Usage()
     usage.add_result(result)
     head = envelope(generation.id, "chat.completion", model, fields.model)
-    choices = [_choice(fields, model, completion) for completion in result.completions]
+    choices = [
+        choice(
+            completion.index,
+            {"message": {"role": "assistant", "content": completion.text, "refusal": None}},
+            _logprobs(fields, model, completion.logprobs),
+            completion.finish_reason,
+            completion.stop_reason,
+        )
+        for completion in result.completions
+    ]
     return json_response({**head, "choices": choices, "usage": usage.to_openai()})
 
 
 def _params(fields: ChatRequest, model: LoadedModel) -> SamplingParams:
     if fields.top_logprobs is not None and not fields.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
-    if fields.stream_options is not None and not fields.stream:
-        raise InvalidRequestError("stream_options needs stream to be true.", param="stream_options")
+    fields.check_stream_options()
     limit, names = fields.max_tokens, {"logprobs": "top_logprobs"}
     if fields.max_completion_tokens is not None:
         limit, names["max_tokens"] = fields.max_completion_tokens, "max_completion_tokens"
@@ -63,82 +65,45 @@ def _params(fields: ChatRequest, model: LoadedModel) -> SamplingParams:
     )
 
 
-def _choice(fields: ChatRequest, model: LoadedModel, completion: Completion) -> dict[str, Any]:
-    return {
-        "index": completion.index,
-        "message": {"role": "assistant", "content": completion.text, "refusal": None},
-        "logprobs": _logprobs(fields, model, completion.logprobs),
-        "finish_reason": completion.finish_reason,
-        "stop_reason": completion.stop_reason,
-    }
-
-
-def _logprobs(fields: ChatRequest, model: LoadedModel, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-    if not fields.logprobs:
-        return None
-    return chat_logprobs(model.tokenizer, logprobs, num_top=fields.top_logprobs or 0)
-
-
-class ChatStream:
+class ChatStream(ChoiceStream):
     """Chunks of a streamed chat completion: the role, text as it comes, then one chunk with the finish reason."""
 
     def __init__(self, fields: ChatRequest, model: LoadedModel, head: dict[str, Any]) -> None:
+        super().__init__(head, include_usage=fields.include_usage)
         self._fields = fields
         self._model = model
-        self._head = {**head, "usage": None} if fields.include_usage else head
-        self._usage = Usage()
         self._started = False
 
     def chunks(self, index: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
         self._usage.add_output(index, output)
         if not self._started:
             self._started = True
-            for choice in range(self._fields.n or 1):
-                yield self._chunk(choice, {"role": "assistant", "content": "", "refusal": None})
+            for number in range(self._fields.n or 1):
+                yield self._chunk(choice(number, {"delta": {"role": "assistant", "content": "", "refusal": None}}))
         for delta in output.deltas:
             yield from self._delta_chunks(delta)
 
     def _delta_chunks(self, delta: SequenceDelta) -> Iterator[dict[str, Any]]:
         logprobs = _logprobs(self._fields, self._model, delta.logprobs) if delta.logprobs else None
         if delta.text or logprobs is not None:
-            yield self._chunk(delta.index, {"content": delta.text}, logprobs=logprobs)
+            yield self._chunk(choice(delta.index, {"delta": {"content": delta.text}}, logprobs))
         if delta.finish_reason is not None:
-            yield self._chunk(delta.index, {}, finish_reason=delta.finish_reason, stop_reason=delta.stop_reason)
-
-    def closing(self) -> Iterator[dict[str, Any]]:
-        if self._fields.include_usage:
-            yield {**self._head, "choices": [], "usage": self._usage.to_openai()}
-
-    def _chunk(
-        self,
-        choice: int,
-        delta: dict[str, Any],
-        *,
-        logprobs: dict[str, Any] | None = None,
-        finish_reason: str | None = None,
-        stop_reason: int | str | None = None,
-    ) -> dict[str, Any]:
-        shown = {
-            "index": choice,
-            "delta": delta,
-            "logprobs": logprobs,
-            "finish_reason": finish_reason,
-            "stop_reason": stop_reason,
-        }
-        return {**self._head, "choices": [shown]}
+            yield self._chunk(choice(delta.index, {"delta": {}}, None, delta.finish_reason, delta.stop_reason))
 
 
-def chat_logprobs(tokenizer: Tokenizer, logprobs: Iterable[TokenLogprob], *, num_top: int) -> dict[str, Any]:
-    """`logprobs` of a chat completion: one entry per token, each with its bytes and the alternatives."""
+def _logprobs(fields: ChatRequest, model: LoadedModel, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    """One entry per token, each with its bytes and the alternatives, if the client wants them."""
+    if not fields.logprobs:
+        return None
     content = []
     for logprob in logprobs:
-        entry = _chat_entry(tokenizer, logprob.token_id, logprob.logprob)
-        entry["top_logprobs"] = [_chat_entry(tokenizer, *top) for top in logprob.top[:num_top]]
+        entry = _entry(model.tokenizer, logprob.token_id, logprob.logprob)
+        entry["top_logprobs"] = [_entry(model.tokenizer, *top) for top in logprob.top[: fields.top_logprobs or 0]]
         content.append(entry)
     return {"content": content, "refusal": None}
 
 
-def _chat_entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+def _entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
     return {
         "token": tokenizer.token_text(token_id),
         "logprob": finite(logprob),
@@ -146,22 +111,15 @@ def _chat_entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str
     }
 
 
-def encode_messages(
-    messages: Sequence[ChatMessage],
-    model: LoadedModel,
-    *,
-    add_generation_prompt: bool | None = None,
-    continue_final_message: bool | None = None,
-    chat_template_kwargs: dict[str, Any] | None = None,
-) -> list[int]:
+def encode_messages(messages: Sequence[ChatMessage], model: LoadedModel, fields: TemplateFields) -> list[int]:
     """Token ids of a conversation; the model's turn comes next unless the final message is to be continued.
 
     Raises:
         InvalidRequestError: no messages, or a content that is not text.
         ChatTemplateError: the model's template refuses the conversation.
     """
-    continued = bool(continue_final_message)
-    generation_prompt = not continued if add_generation_prompt is None else add_generation_prompt
+    continued = bool(fields.continue_final_message)
+    generation_prompt = not continued if fields.add_generation_prompt is None else fields.add_generation_prompt
     if continued and generation_prompt:
         raise InvalidRequestError(
             "continue_final_message and add_generation_prompt cannot both be true.", param="continue_final_message"
@@ -170,7 +128,7 @@ def encode_messages(
         template_messages(messages),
         add_generation_prompt=generation_prompt,
         continue_final_message=continued,
-        chat_template_kwargs=chat_template_kwargs,
+        chat_template_kwargs=fields.chat_template_kwargs,
     )
     if not token_ids:
         raise InvalidRequestError("The messages have no tokens.", param="messages")

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, Response
 
 from core.api.body import json_response, read_request
 from core.api.context import api_context, served_model
-from core.api.generation import EngineRequest, Usage, envelope, finite, start_generation, stream_response
+from core.api.generation import (
+    ChoiceStream,
+    EngineRequest,
+    Usage,
+    choice,
+    envelope,
+    finite,
+    start_generation,
+    stream_response,
+)
 from core.api.openai.schemas import CompletionFields, CompletionRequest
 from core.api.sampling import default_max_tokens, encode_prompt, sampling_params
 from core.defaults import COMPLETION_MAX_TOKENS
@@ -84,7 +93,9 @@ class CompletionJob:
         cls, fields: CompletionFields, prompts: Sequence[str | list[int]], model: LoadedModel, *, param: str
     ) -> CompletionJob:
         """Check and tokenize. Raises `InvalidRequestError`."""
-        _check_fields(fields)
+        if fields.max_tokens == 0 and not fields.echo:
+            raise InvalidRequestError("max_tokens must be at least 1, unless echo is true.", param="max_tokens")
+        fields.check_stream_options()
         requests = []
         for prompt in prompts:
             token_ids = encode_prompt(
@@ -97,7 +108,6 @@ class CompletionJob:
                 fields,
                 model,
                 max_tokens=1 if max_tokens == 0 else max_tokens,  # the engine generates one; `choices` drops it again
-                logprobs=fields.logprobs,
                 prompt_logprobs=fields.logprobs if fields.echo else None,
             )
             requests.append((token_ids, params))
@@ -113,10 +123,7 @@ class CompletionJob:
         return self.fields.max_tokens == 0
 
     def count(self, usage: Usage, result: GenerationResult) -> None:
-        generated = 0 if self.prompt_only else result.num_generated_tokens
-        usage.add_result(
-            GenerationResult(result.request_id, [], result.num_prompt_tokens, result.num_cached_tokens, generated)
-        )
+        usage.add_result(replace(result, num_generated_tokens=0) if self.prompt_only else result)
 
     def choices(self, prompt_index: int, result: GenerationResult, *, first: int) -> list[dict[str, Any]]:
         """The choices of one prompt, numbered from `first`."""
@@ -127,23 +134,9 @@ class CompletionJob:
             if not self.prompt_only:
                 text += completion.text
                 logprobs = _joined(logprobs, writer.logprobs(completion.token_ids, completion.logprobs))
-            choices.append(
-                {
-                    "index": first + completion.index,
-                    "text": text,
-                    "logprobs": logprobs,
-                    "finish_reason": "length" if self.prompt_only else completion.finish_reason,
-                    "stop_reason": None if self.prompt_only else completion.stop_reason,
-                }
-            )
+            reasons = ("length", None) if self.prompt_only else (completion.finish_reason, completion.stop_reason)
+            choices.append(choice(first + completion.index, {"text": text}, logprobs, *reasons))
         return choices
-
-
-def _check_fields(fields: CompletionFields) -> None:
-    if fields.max_tokens == 0 and not fields.echo:
-        raise InvalidRequestError("max_tokens must be at least 1, unless echo is true.", param="max_tokens")
-    if fields.stream_options is not None and not fields.stream:
-        raise InvalidRequestError("stream_options needs stream to be true.", param="stream_options")
 
 
 class ChoiceWriter:
@@ -178,10 +171,8 @@ class ChoiceWriter:
         if fields.logprobs is None:
             return None
         if self._offsets is None:
-            self._offsets = TextOffsets(
-                tokenizer, self._token_ids, skip_special_tokens=fields.skip_special_tokens is not False
-            )
-            self._offsets.start_at(self._echoed_characters)
+            skip = fields.skip_special_tokens is not False
+            self._offsets = TextOffsets(tokenizer, self._token_ids, skip, first=self._echoed_characters)
         return completion_logprobs(tokenizer, token_ids, logprobs or (), self._offsets, num_top=fields.logprobs)
 
 
@@ -191,60 +182,39 @@ def _joined(first: dict[str, list[Any]] | None, second: dict[str, list[Any]] | N
     return {name: first[name] + second[name] for name in first}
 
 
-class CompletionStream:
+class CompletionStream(ChoiceStream):
     """Chunks of a streamed text completion: text as it comes, then one chunk per choice with its finish reason."""
 
     def __init__(self, job: CompletionJob, head: dict[str, Any]) -> None:
+        super().__init__(head, include_usage=job.fields.include_usage)
         self._job = job
-        self._head = head
-        self._usage = Usage()
         self._writers: dict[int, ChoiceWriter] = {}
-        if job.fields.include_usage:
-            self._head = {**head, "usage": None}
 
     def chunks(self, index: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
         self._usage.add_output(index, output)
-        if index * self._job.n not in self._writers:  # the first output of this prompt
-            for number in range(self._job.n):
-                writer = self._writers[index * self._job.n + number] = ChoiceWriter(self._job, index)
+        first = index * self._job.n
+        if first not in self._writers:  # the first output of this prompt
+            for number in range(first, first + self._job.n):
+                writer = self._writers[number] = ChoiceWriter(self._job, index)
                 text, logprobs = writer.echo(output.prompt_logprobs)
                 if text:
-                    yield self._chunk(index * self._job.n + number, text, logprobs)
+                    yield self._chunk(choice(number, {"text": text}, logprobs))
         for delta in output.deltas:
-            yield from self._delta_chunks(index * self._job.n + delta.index, delta)
+            yield from self._delta_chunks(first + delta.index, delta)
 
-    def _delta_chunks(self, choice: int, delta: SequenceDelta) -> Iterator[dict[str, Any]]:
+    def _delta_chunks(self, number: int, delta: SequenceDelta) -> Iterator[dict[str, Any]]:
         if not self._job.prompt_only:
-            logprobs = self._writers[choice].logprobs(delta.token_ids, delta.logprobs) if delta.token_ids else None
+            logprobs = self._writers[number].logprobs(delta.token_ids, delta.logprobs) if delta.token_ids else None
             if delta.text or logprobs is not None:
-                yield self._chunk(choice, delta.text, logprobs)
+                yield self._chunk(choice(number, {"text": delta.text}, logprobs))
         if delta.finish_reason is not None:
             reason = "length" if self._job.prompt_only else delta.finish_reason
-            yield self._chunk(choice, "", None, finish_reason=reason, stop_reason=delta.stop_reason)
+            yield self._chunk(choice(number, {"text": ""}, None, reason, delta.stop_reason))
 
     def closing(self) -> Iterator[dict[str, Any]]:
-        if self._job.fields.include_usage:
-            if self._job.prompt_only:
-                self._usage.completion_tokens = 0
-            yield {**self._head, "choices": [], "usage": self._usage.to_openai()}
-
-    def _chunk(
-        self,
-        choice: int,
-        text: str,
-        logprobs: dict[str, list[Any]] | None,
-        *,
-        finish_reason: str | None = None,
-        stop_reason: int | str | None = None,
-    ) -> dict[str, Any]:
-        shown = {
-            "index": choice,
-            "text": text,
-            "logprobs": logprobs,
-            "finish_reason": finish_reason,
-            "stop_reason": stop_reason,
-        }
-        return {**self._head, "choices": [shown]}
+        if self._job.prompt_only:
+            self._usage.completion_tokens = 0
+        return super().closing()
 
 
 class TextOffsets:
@@ -254,12 +224,11 @@ class TextOffsets:
     spread over several tokens, which then all begin where it does.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool, first: int = 0
+    ) -> None:
         self._stream = tokenizer.stream(list(prompt_token_ids), skip_special_tokens=skip_special_tokens)
-        self._length = 0
-
-    def start_at(self, length: int) -> None:
-        self._length = length
+        self._length = first
 
     def push(self, token_id: int) -> int:
         offset = self._length

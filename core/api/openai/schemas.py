@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from core.api.body import NOTHING, RequestModel, Unsupported
 from core.api.sampling import SamplingFields
+from core.errors import InvalidRequestError
 
 # What OpenAI's clients, vLLM's and llama.cpp's may send for both kinds of completion, and what asks for nothing.
 UNSUPPORTED: Unsupported = {
@@ -84,6 +85,11 @@ class OpenAIFields(SamplingFields):
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    def check_stream_options(self) -> None:
+        """Raise `InvalidRequestError` if there are any, and nothing to stream."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError("stream_options needs stream to be true.", param="stream_options")
+
 
 class CompletionFields(OpenAIFields):
     """A text completion without its prompt."""
@@ -109,6 +115,14 @@ class BatchRequest(CompletionFields):
     prompts: list[Any]
 
 
+class TemplateFields(RequestModel):
+    """How messages are put into the model's chat template."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
 class ChatMessage(RequestModel):
     """`content` is text or a list of text parts; `core.api.openai.chat` looks into it."""
 
@@ -119,7 +133,7 @@ class ChatMessage(RequestModel):
     tool_call_id: str | None = None
 
 
-class ChatRequest(OpenAIFields):
+class ChatRequest(OpenAIFields, TemplateFields):
     """`/v1/chat/completions`."""
 
     unsupported: ClassVar[Unsupported] = CHAT_UNSUPPORTED
@@ -128,6 +142,3 @@ class ChatRequest(OpenAIFields):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None

@@ -50,17 +50,14 @@ class AttentionBackend(Protocol):
         `core.execution.attention.merge` weighs the parts. A row that sees no key here gets 0 and -inf. `spec.sinks`
         play no part: they join once, at the merge.
         """
-        ...
 
     def merge(self, parts: Sequence[Part], sinks: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """`core.execution.attention.merge.merge_partials`, the backend's way."""
-        ...
 
     def warm_up(
         self, kinds: Iterable[AttentionKind], device: torch.device, *, partial: bool, on_kernel: OnKernel
     ) -> None:
         """Make ready all that layers of these kinds will ask for: `attend_partial` if `partial`, else `attend`."""
-        ...
 
 
 class Sites(Protocol):

@@ -34,14 +34,6 @@ _SCORE_BYTES = 18
 """Of a score: several times in fp32."""
 
 
-def write_kv(
-    key: torch.Tensor, value: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor
-) -> None:
-    """Store `key`, `value` `[T, num_kv_heads, dim]` in the slots."""
-    k_pages.view(-1, *k_pages.shape[2:]).index_copy_(0, slot_mapping, key)
-    v_pages.view(-1, *v_pages.shape[2:]).index_copy_(0, slot_mapping, value)
-
-
 def most_bytes(
     kv_bytes_per_token: int, heads: int, kv_heads: int, keys: int, longest: int, rows: int, fused: bool
 ) -> int:
@@ -64,19 +56,29 @@ def is_fused(device_type: str, key_dim: int, value_dim: int) -> bool:
     return device_type == "cpu" and key_dim == value_dim
 
 
-class TorchPagedAttention:
+class TorchPages:
+    """The parts of a backend that torch's own operations do."""
+
+    def write(
+        self, key: torch.Tensor, value: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> None:  # fmt: skip
+        """Store `key`, `value` `[T, num_kv_heads, dim]` in the slots."""
+        k_pages.view(-1, *k_pages.shape[2:]).index_copy_(0, metadata.slot_mapping, key)
+        v_pages.view(-1, *v_pages.shape[2:]).index_copy_(0, metadata.slot_mapping, value)
+
+    def merge(self, parts: Sequence[Part], sinks: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """See `AttentionBackend.merge`."""
+        return merge_partials(parts, sinks, dtype)
+
+
+class TorchPagedAttention(TorchPages):
     """See the module. It takes up to `tile_bytes` beside its output, or what a page of each sequence needs."""
 
     name = "torch"
 
     def __init__(self, tile_bytes: int | None = None) -> None:
         self.tile_bytes = TILE_BYTES if tile_bytes is None else tile_bytes
-
-    def write(
-        self, key: torch.Tensor, value: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor,
-        metadata: AttentionMetadata,
-    ) -> None:  # fmt: skip
-        write_kv(key, value, k_pages, v_pages, metadata.slot_mapping)
 
     def attend(
         self, query: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, metadata: AttentionMetadata,
@@ -121,10 +123,6 @@ class TorchPagedAttention:
             packed, bounds = query[rows].view(*shape, *query.shape[1:]), (lo[rows].view(shape), hi[rows].view(shape))
             output[rows], lse[rows] = _over_tiles(packed, pages, site.block_tables[first:last], bounds, longest, spec)
         return output, lse
-
-    def merge(self, parts: Sequence[Part], sinks: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        """See `AttentionBackend.merge`."""
-        return merge_partials(parts, sinks, dtype)
 
     def warm_up(
         self, kinds: Iterable[AttentionKind], device: torch.device, *, partial: bool, on_kernel: OnKernel

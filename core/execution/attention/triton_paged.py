@@ -13,7 +13,7 @@ them, and no argument is specialized.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 
 import numpy as np
@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 
 from core.execution.attention.interface import OnKernel
-from core.execution.attention.merge import Part, merge_partials
+from core.execution.attention.merge import Part
 from core.execution.attention.metadata import AttentionMetadata, AttentionSpec, SiteBatch, build_site_batch
-from core.execution.attention.torch_paged import write_kv
+from core.execution.attention.torch_paged import TorchPages
 from core.execution.attention.triton_variants import (
     AttentionKind,
     GpuLimits,
@@ -135,7 +135,8 @@ def _paged_attention(
 
 def constants(variant: Variant) -> dict[str, int | bool]:
     """What is compiled into a variant's kernel, by the kernel's names."""
-    heads, size = variant.heads, variant.heads.dtype.itemsize
+    kind, heads = variant.kind, variant.kind.heads
+    size = heads.dtype.itemsize
 
     def alignment(dim: int) -> int:
         return _ALIGNMENT if variant.is_aligned and dim * size % _ALIGNMENT == 0 else 1
@@ -143,9 +144,9 @@ def constants(variant: Variant) -> dict[str, int | bool]:
     return {
         "KV_HEADS": heads.num_kv_heads, "GROUP": heads.group, "HEADS": variant.heads_per_tile,
         "KEY_DIM": heads.key_dim, "VALUE_DIM": heads.value_dim, "BLOCK_KEY": padded_dim(heads.key_dim),
-        "BLOCK_VALUE": padded_dim(heads.value_dim), "PAGE": variant.block_size, "BLOCK_M": variant.tile.rows,
+        "BLOCK_VALUE": padded_dim(heads.value_dim), "PAGE": kind.block_size, "BLOCK_M": variant.tile.rows,
         "BLOCK_N": variant.tile.keys, "KEY_ALIGN": alignment(heads.key_dim), "VALUE_ALIGN": alignment(heads.value_dim),
-        "HAS_WINDOW": variant.has_window, "HAS_SOFTCAP": variant.has_softcap, "HAS_SINKS": variant.sinks is not None,
+        "HAS_WINDOW": kind.has_window, "HAS_SOFTCAP": kind.has_softcap, "HAS_SINKS": kind.sinks is not None,
         "IS_PARTIAL": variant.is_partial,
     }  # fmt: skip
 
@@ -160,7 +161,7 @@ def _compiled_in(variant: Variant) -> dict[str, int | bool]:
     return constants(variant) | options(variant)
 
 
-class TritonPagedAttention:
+class TritonPagedAttention(TorchPages):
     """See the module. Shapes as in `core.execution.attention.torch_paged`."""
 
     name = "triton"
@@ -168,12 +169,6 @@ class TritonPagedAttention:
     def __init__(self, limits: GpuLimits) -> None:
         self.limits = limits
         self._variant_of = functools.lru_cache(maxsize=256)(variant_of)
-
-    def write(
-        self, key: torch.Tensor, value: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor,
-        metadata: AttentionMetadata,
-    ) -> None:  # fmt: skip
-        write_kv(key, value, k_pages, v_pages, metadata.slot_mapping)
 
     def attend(
         self, query: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, metadata: AttentionMetadata,
@@ -193,10 +188,6 @@ class TritonPagedAttention:
         if query.shape[0]:
             self._launch(output, lse, query, k_pages, v_pages, site, spec)
         return output, lse
-
-    def merge(self, parts: Sequence[Part], sinks: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        """See `AttentionBackend.merge`."""
-        return merge_partials(parts, sinks, dtype)
 
     def warm_up(
         self, kinds: Iterable[AttentionKind], device: torch.device, *, partial: bool, on_kernel: OnKernel
@@ -254,6 +245,6 @@ class TritonPagedAttention:
         with torch.cuda.device(query.device) if query.is_cuda else nullcontext():  # launches go to the current device
             _paged_attention[grid](
                 output, lse, query, k_pages, v_pages, batch.block_tables, batch.query_start, batch.seq_lens, row_lo,
-                row_hi, spec.sinks if variant.sinks is not None else None, float(spec.scale), float(spec.softcap or 0),
-                spec.window or 0, batch.block_tables.stride(0), **_compiled_in(variant),
+                row_hi, spec.sinks if variant.kind.sinks is not None else None, float(spec.scale),
+                float(spec.softcap or 0), spec.window or 0, batch.block_tables.stride(0), **_compiled_in(variant),
             )  # fmt: skip

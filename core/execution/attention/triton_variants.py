@@ -7,7 +7,7 @@ that serving can ask for is known from a model's layers, and none is compiled la
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -95,20 +95,16 @@ class Tile:
 @dataclass(frozen=True, slots=True)
 class Variant:
     """All that is compiled into one kernel. A partial one serves a site: it has bounds in place of causality and
-    window, gives the log-sum-exp and leaves sinks out."""
+    window, gives the log-sum-exp and leaves sinks out, so its `kind` has neither window nor sinks."""
 
-    heads: Heads
-    block_size: int
+    kind: AttentionKind
     tile: Tile
-    has_window: bool
-    has_softcap: bool
-    sinks: torch.dtype | None
     is_partial: bool
     is_aligned: bool = True
 
     @property
     def heads_per_tile(self) -> int:
-        return min(power_of_2(self.heads.group), self.tile.rows)
+        return min(power_of_2(self.kind.heads.group), self.tile.rows)
 
     @property
     def queries_per_tile(self) -> int:
@@ -197,13 +193,5 @@ def variant_of(
     kind: AttentionKind, is_prefill: bool, limits: GpuLimits, partial: bool, aligned: bool = True
 ) -> Variant:
     """The one for steps in which no sequence has more than one row, or (`is_prefill`) in which one has."""
-    return Variant(
-        kind.heads,
-        kind.block_size,
-        choose_tile(kind.heads, is_prefill, limits),
-        kind.has_window and not partial,
-        kind.has_softcap,
-        None if partial else kind.sinks,
-        partial,
-        aligned,
-    )
+    compiled = replace(kind, has_window=False, sinks=None) if partial else kind
+    return Variant(compiled, choose_tile(kind.heads, is_prefill, limits), partial, aligned)

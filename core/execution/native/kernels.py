@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Sequence
 from ctypes import addressof
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -110,27 +111,23 @@ class NativeKernels:
         if threads is not None:
             self.num_threads = threads if callable(threads) else lambda: threads
         self._library = ctypes.CDLL(str(path))
-        self._linear = self._library.vrm_linear
-        self._linear.argtypes = [_ptr, _i64, _ptr, _i64, _ptr, _int]
-        self._pack = self._library.vrm_pack
-        self._pack.argtypes = [_i64, _i64, _ptr, _ptr, _int]
-        self._attention = self._library.vrm_paged_attention
-        self._attention.argtypes = [_int, *[_ptr] * 9, _float, _float, _ptr, _ptr, _int]
-        self._partial = self._library.vrm_paged_attention_partial
-        self._partial.argtypes = [_int, *[_ptr] * 10, _float, _float, _ptr, _ptr, _int]
-        self._merge = self._library.vrm_merge_partials
-        self._merge.argtypes = [_int, _ptr, _ptr, _ptr, _ptr, _ptr, _int]
-        self._merge.restype = None
-        self._write_kv = self._library.vrm_write_kv
-        self._write_kv.argtypes = [_ptr] * 6
-        self._write_kv.restype = None
-        self._rms_norm = self._library.vrm_rms_norm
-        self._rms_norm.argtypes = [_int, _i64, _i64, _ptr, _i64, _ptr, _float, _float, _int, _ptr]
-        self._rms_norm.restype = None
-        self._attention_layer = self._library.vrm_attention_layer
-        self._attention_layer.argtypes = [_ptr, _ptr, _ptr, _i64, _ptr, _ptr, _ptr, _int]
-        self._gated_mlp = self._library.vrm_gated_mlp
-        self._gated_mlp.argtypes = [_ptr, _int, _i64, _ptr, _i64, _ptr, _int]
+
+        def bind(name: str, *types: Any, status: bool = True) -> Any:
+            """One of the library's functions; what it returns is its status, if it has one."""
+            function = getattr(self._library, name)
+            function.argtypes, function.restype = types, _int if status else None
+            return function
+
+        self._linear = bind("vrm_linear", _ptr, _i64, _ptr, _i64, _ptr, _int)
+        self._pack = bind("vrm_pack", _i64, _i64, _ptr, _ptr, _int)
+        self._attention = bind("vrm_paged_attention", _int, *[_ptr] * 9, _float, _float, _ptr, _ptr, _int)
+        self._partial = bind("vrm_paged_attention_partial", _int, *[_ptr] * 10, _float, _float, _ptr, _ptr, _int)
+        self._merge = bind("vrm_merge_partials", _int, *[_ptr] * 5, _int, status=False)
+        self._write_kv = bind("vrm_write_kv", *[_ptr] * 6, status=False)
+        norm = (_int, _i64, _i64, _ptr, _i64, _ptr, _float, _float, _int, _ptr)
+        self._rms_norm = bind("vrm_rms_norm", *norm, status=False)
+        self._attention_layer = bind("vrm_attention_layer", _ptr, _ptr, _ptr, _i64, _ptr, _ptr, _ptr, _int)
+        self._gated_mlp = bind("vrm_gated_mlp", _ptr, _int, _i64, _ptr, _i64, _ptr, _int)
 
     @property
     def packs(self) -> bool:
@@ -313,19 +310,9 @@ class PreparedLinear:
     weight's memory is packed."""
 
     __slots__ = (
-        "_address",
-        "_call",
-        "_exponents",
-        "_max_rows",
-        "_threads",
-        "bias",
-        "dtype",
-        "facts",
-        "k",
-        "n",
-        "weight",
+        "_address", "_call", "_exponents", "_max_rows", "_threads", "bias", "dtype", "facts", "k", "n", "weight",
         "weight_address",
-    )
+    )  # fmt: skip
 
     def __init__(
         self,
