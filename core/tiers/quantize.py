@@ -3,7 +3,7 @@
 Encoded: the fp32 scales of all rows in the order of the pages, then all numbers; `scale = absmax(row) / largest`. A
 number's error is at most `absmax(row) / 254` with int8, `|x| / 16` with fp8 (`absmax(row) / 2^18` near zero), each plus
 the rounding of its own type. On normally distributed rows of 64 to 128 numbers the root mean square error is 0.7 % of
-the row's with int8 and 2.7 % with fp8 (`tests/memory/test_compress.py` measures it).
+the row's with int8 and 2.7 % with fp8 (`tests/tiers/test_compress.py` measures it).
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from core.batching.stats import BatcherStats
 from core.engine.model_engine import ModelEngine
 from core.lending import LendingStats, Urgency
 from core.metrics import MetricsRegistry
-from core.tiers import MemoryStats, Tier, TierStats
+from core.tiers import Tier
+from core.tiers.records import MemoryStats, TierStats
 from core.views.metrics import engine_metrics
 
 
