@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Protocol
+from typing import Protocol
 
 from core.errors import OutOfDeviceMemoryError
 from core.kv_cache.manager import KVCacheManager
@@ -52,12 +52,38 @@ class DeviceUse:
 
 
 @dataclass(frozen=True, slots=True)
+class StagePagesView:
+    """Where the pages of a stage that borrows are; `blocks_away` are blocks whose page is on another device."""
+
+    stage: int
+    device: str
+    local_pages: int
+    borrowed_pages: int
+    blocks_away: int
+    page_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseView:
+    """Memory that one device lends to another."""
+
+    id: int
+    borrower: str
+    lender: str
+    bytes: int
+    blocks: int
+    state: str
+    priority: int
+    age_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class OverflowView:
     """What monitoring shows, as it was between two steps. `moved_out` and `moved_home` count blocks since the start,
     `decisions` what became of blocks that were away when there was room at home."""
 
-    stages: tuple[Mapping[str, Any], ...]
-    leases: tuple[Mapping[str, Any], ...]
+    stages: tuple[StagePagesView, ...]
+    leases: tuple[LeaseView, ...]
     stats: LendingStats
     moved_out: int
     moved_home: int
@@ -203,27 +229,27 @@ class KVOverflow:
     def _look(self) -> OverflowView:
         pages = self.kv.pages
         stages = tuple(
-            {
-                "stage": index,
-                "device": stage.site,
-                "local_pages": stage.local_pages,
-                "borrowed_pages": sum(r.num_pages for i, r in stage.regions.items() if i != LOCAL),
-                "blocks_away": sum(len(r.blocks) for i, r in stage.regions.items() if i != LOCAL),
-                "page_bytes": self._page_bytes[index],
-            }
+            StagePagesView(
+                stage=index,
+                device=stage.site,
+                local_pages=stage.local_pages,
+                borrowed_pages=sum(r.num_pages for i, r in stage.regions.items() if i != LOCAL),
+                blocks_away=sum(len(r.blocks) for i, r in stage.regions.items() if i != LOCAL),
+                page_bytes=self._page_bytes[index],
+            )
             for index, stage in pages.mapped
         )
         leases = tuple(
-            {
-                "id": lease.lease_id,
-                "borrower": lease.borrower,
-                "lender": lease.lender,
-                "bytes": lease.nbytes,
-                "blocks": lease.blocks,
-                "state": lease.state.value,
-                "priority": lease.priority,
-                "age_seconds": round(self._clock() - lease.granted_s, 3),
-            }
+            LeaseView(
+                id=lease.lease_id,
+                borrower=lease.borrower,
+                lender=lease.lender,
+                bytes=lease.nbytes,
+                blocks=lease.blocks,
+                state=lease.state.value,
+                priority=lease.priority,
+                age_seconds=round(self._clock() - lease.granted_s, 3),
+            )
             for lease in self.lending.leases()
         )
         made = {} if self.homecoming is None else self.homecoming.decisions

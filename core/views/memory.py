@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from core.engine.model_engine import ModelEngine
 from core.kv_cache.paged_kv_cache import PagedKVCache
-from core.lending.overflow import OverflowView
+from core.lending.overflow import LeaseView, OverflowView, StagePagesView
 from core.tiers.kv_tiers import KVTiers
 from core.tiers.records import MemoryStats, TierStats
 from core.views.render import JSON_NAME, view_of
@@ -36,32 +36,6 @@ class KVBlocksView:
     with_memory: int
     free: int
     cached: int
-
-
-@dataclass(frozen=True, slots=True)
-class StagePagesView:
-    """Where the pages of a stage that borrows are; `blocks_away` are blocks whose page is on another device."""
-
-    stage: int
-    device: str
-    local_pages: int
-    borrowed_pages: int
-    blocks_away: int
-    page_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseView:
-    """Memory that one device lends to another."""
-
-    id: int
-    borrower: str
-    lender: str
-    bytes: int
-    blocks: int
-    state: str
-    priority: int
-    age_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +97,7 @@ def memory_view(engine: ModelEngine | None, blocks: int = 0) -> MemoryView:
     if engine is None:
         return MemoryView()
     lent, stats, tiers = overflow_of(engine), engine.batcher.stats, engine.memory.tiers
-    leases = () if lent is None else tuple(LeaseView(**lease) for lease in lent.leases)
+    leases = () if lent is None else lent.leases
     return MemoryView(
         devices=_devices(engine, leases),
         kv_blocks=KVBlocksView(
@@ -133,7 +107,7 @@ def memory_view(engine: ModelEngine | None, blocks: int = 0) -> MemoryView:
             free=stats.blocks_free,
             cached=stats.blocks_cached,
         ),
-        stages=() if lent is None else tuple(StagePagesView(**stage) for stage in lent.stages),
+        stages=() if lent is None else lent.stages,
         leases=leases,
         decisions={} if lent is None else dict(lent.decisions),
         tiers=() if tiers is None else _tiers(tiers, blocks),
