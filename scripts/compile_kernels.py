@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compile the attention kernel ahead of time, for cards that need not be there, and print what each variant takes.
 
-    python scripts/compile_kernels.py --largest --workers 2 --markdown benchmarks/results/attention-kernels.md
+    python scripts/compile_kernels.py --workers 2 --markdown benchmarks/results/attention-kernels.md
 
 Triton brings its own assembler for NVIDIA's cards and code generator for AMD's. Of each variant: shared memory beside
 what `core.execution.attention.triton_variants` allows for, and registers and spilled bytes of a thread. Fails if one
