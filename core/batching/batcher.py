@@ -23,6 +23,7 @@ from core.batching.scheduler import Scheduler
 from core.batching.sequence import Request
 from core.batching.stats import BatcherStats, StatsKeeper
 from core.errors import (
+    ContextLengthError,
     DeviceLostError,
     EngineDeadError,
     EngineMovedError,
@@ -139,12 +140,7 @@ class ContinuousBatcher:
         """Queue requests, all or none. Raises `QueueFullError`, `CircuitOpenError`, once the engine has ended
         `EngineDeadError` or the reason of its `stop`, and `EngineMovedError` if another batcher has taken over."""
         self.breaker.check()
-        return self.intake.submit(requests, self._retry_after_s(), sink)
-
-    def _retry_after_s(self) -> float:
-        """Guess from the measured rate: when a queued request's worth of tokens has been produced."""
-        rate = self.stats.tokens_per_s
-        return max(1.0, min(60.0, 64.0 / rate)) if rate > 0 else 1.0
+        return self.intake.submit(requests, self.stats.retry_after_s, sink)
 
     def abort(self, request_id: str) -> None:
         self.intake.abort(request_id)
@@ -189,13 +185,11 @@ class ContinuousBatcher:
 
     def longest_request(self) -> int:
         """Tokens that the longest unfinished request may come to, prompt and answer. While parked."""
-        requests = {id(s.request): s.request for s in self.scheduler.live_sequences()}
-        return max((len(r.prompt_token_ids) + r.max_tokens for r in requests.values()), default=0)
+        return max((sequence.request.most_tokens for sequence in self.scheduler.live_sequences()), default=0)
 
     def adopt(self, other: ContinuousBatcher) -> None:
-        """Take over all that another batcher, which is parked, has and was sent. Its blocks are given up: what had KV
-        there is computed again here. In the engine thread, or before that has started.
-        """
+        """Take over all that another batcher, which is parked, has and was sent. What had KV there is computed again
+        here. In the engine thread, or before that has started."""
         arrived = other.intake.close(EngineMovedError("The request has moved to another engine."))
         other.scheduler.start_over()
         writers = other._publisher.release()
@@ -212,6 +206,11 @@ class ContinuousBatcher:
         """A message that another batcher was sent."""
         if isinstance(message, tuple):
             request, handle = message
+            needed, room = request.most_tokens, self.scheduler.limits.max_model_len
+            if needed > room:  # it came after the others had been looked at
+                said = f"The model has moved to where it holds {room} tokens, and the request may come to {needed}."
+                handle.put(ContextLengthError(said, param="max_tokens"))
+                return
             self.intake.adopt([request])
             handle.moved(self.abort)
             self._inbox.put(message)

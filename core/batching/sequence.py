@@ -109,6 +109,11 @@ class Request:
     prompt_logprobs: list[TokenLogprob | None] | None = None
 
     @property
+    def most_tokens(self) -> int:
+        """What prompt and answer may come to."""
+        return len(self.prompt_token_ids) + self.max_tokens
+
+    @property
     def finished(self) -> bool:
         return all(sequence.finished for sequence in self.sequences)
 

@@ -33,6 +33,11 @@ class BatcherStats:
     failed_steps: int = 0
     last_error: str | None = None
 
+    @property
+    def retry_after_s(self) -> float:
+        """Guess from the measured rate: when a queued request's worth of tokens has been produced."""
+        return max(1.0, min(60.0, 64.0 / self.tokens_per_s)) if self.tokens_per_s > 0 else 1.0
+
 
 class StatsKeeper:
     """Makes the snapshots; used by the engine thread, `current` may be read by any."""

@@ -16,7 +16,8 @@ from core.batching.batcher import ContinuousBatcher
 from core.batching.output import RequestHandle
 from core.engine import relocation
 from core.engine.builder import EngineBuilder
-from core.errors import ConflictError, DeviceLostError
+from core.engine.model_engine import ModelEngine
+from core.errors import ConflictError, ContextLengthError, DeviceLostError
 from core.inference_pipeline import InferencePipeline
 from core.request import GenerationResult, SamplingParams
 
@@ -209,6 +210,26 @@ def test_a_request_that_would_not_fit_keeps_the_model_where_it_is(llama: Path, o
         pipeline.place(devices=PLACES[2], layers="2,2")
     assert pipeline.engine is engine
     assert handle.result(120).completions[0].finish_reason == "length"
+
+
+def test_a_request_that_comes_too_late_to_be_looked_at_is_told_that_it_does_not_fit(
+    llama: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = open_on(open_pipeline, llama, engine__kv_cache_tokens=256)
+    base, look, late = pipeline.engine.settings, relocation.Relocator._check_lengths, []
+
+    def submit_after(self: relocation.Relocator, engine: ModelEngine | None) -> None:
+        look(self, engine)
+        late.extend(pipeline.submit([5, 6, 7], replace(PLAIN, max_tokens=most, n=1)) for most in (200, 20))
+
+    monkeypatch.setattr(relocation.Relocator, "_check_lengths", submit_after)
+    smaller = base.engine.model_copy(update={"kv_cache_tokens": 64})
+    pipeline.engine.settings = base.model_copy(update={"engine": smaller})
+    pipeline.place(devices=PLACES[2], layers="2,2")
+    with pytest.raises(ContextLengthError, match="holds 64 tokens, and the request may come to 203"):
+        late[0].result(60)
+    assert len(late[1].result(60).completions[0].token_ids) == 20
+    assert pipeline.engine.batcher.num_unfinished == 0
 
 
 @pytest.mark.parametrize("cohorts", [1, 3])
