@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from core.devices import Device, DeviceReader, Machine, format_bytes, left_out, 
 from core.devices.probe import MemoryNow, read_memory
 from core.errors import DeviceError
 from core.execution.attention.select import select_attention
+from core.execution.attention.triton_probe import probe_triton
 from core.execution.native.build import find_compilers
 from core.models.dtype import served_architecture
 from core.models.resolve import resolve_model
@@ -266,10 +266,9 @@ def _kernel_warnings(settings: Settings, devices: Sequence[Device], told: Sequen
         else:
             reason = "they cannot be built or loaded; the log says why"
         found.append(f"{', '.join(slow_cpus)} computes without the native kernels, several times slower: {reason}.")
-    slow_gpus = [device.name for device, name in attends if device.is_gpu and name != "triton"]
-    if slow_gpus:
-        reason = "it is not installed" if importlib.util.find_spec("triton") is None else "it is not used"
-        found.append(f"{', '.join(slow_gpus)} attends in plain torch, without Triton: {reason}.")
+    for device, name in attends:
+        if device.kind in ("cuda", "rocm") and name != "triton":
+            found.append(f"{device.name} attends in plain torch: {probe_triton(device.torch_device)[1]}.")
     return found
 
 

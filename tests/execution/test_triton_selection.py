@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from core.execution.attention.select import AttentionBackends, planned_gathering
 from core.execution.attention.triton_variants import AttentionKind, Heads
 from core.execution.attention.warm_up import warm_up_attention
 from core.models.architecture import read_architecture
+from core.profiling import diagnosis
 
 CARD = Device("card", 0, "cuda", "cpu", 1 << 26)
 """A card whose tensors are on the CPU: Triton has no driver for it, or interprets its kernels."""
@@ -39,7 +41,7 @@ from core.models.architecture import read_architecture
 settings, architecture, right = make_settings(), read_architecture(Path({model!r})), TritonPagedAttention.attend
 for factor in (1.0, 1.01, float("nan")):
     TritonPagedAttention.attend = lambda self, *args: right(self, *args) * factor
-    triton_probe.open_triton.cache_clear()
+    triton_probe.probe_triton.cache_clear()
     gathers = planned_gathering([CARD], settings, architecture, 64) > 0
     print("times", factor, select_attention(CARD, settings, 1)[0].name, gathers)
 """
@@ -47,9 +49,9 @@ for factor in (1.0, 1.01, float("nan")):
 
 @pytest.fixture(autouse=True)
 def ask_anew() -> Iterator[None]:
-    triton_probe.open_triton.cache_clear()
+    triton_probe.probe_triton.cache_clear()
     yield
-    triton_probe.open_triton.cache_clear()
+    triton_probe.probe_triton.cache_clear()
 
 
 def test_a_kernel_is_used_if_its_numbers_are_right_and_the_plan_goes_by_that(tmp_path: Path) -> None:
@@ -85,6 +87,13 @@ def test_a_kernel_that_fails_is_not_and_the_plan_knows(tmp_path: Path, caplog: p
     assert select_attention(CARD, settings, 1)[0].name == "torch"
     (warning,) = logged(caplog)
     assert warning["level"] == "warning" and "a Triton kernel failed" in str(warning["reason"])
+
+
+def test_doctor_says_why_a_card_attends_in_plain_torch() -> None:
+    pytest.importorskip("triton")
+    told = SimpleNamespace(attention=select_attention(CARD, make_settings(), 1)[0].name)
+    (warning,) = diagnosis._kernel_warnings(make_settings(), [CARD], [told])  # type: ignore[list-item]
+    assert warning.startswith("card attends in plain torch: a Triton kernel failed: ")
 
 
 def test_without_triton_the_reason_is_that(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

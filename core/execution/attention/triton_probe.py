@@ -25,20 +25,25 @@ _LEAST_SHARED_BYTES = 64 * 1024
 """Every supported card has so much."""
 
 
-@functools.cache
 def open_triton(torch_device: str) -> TritonPagedAttention | None:
-    """The backend for a card; None, and the reason is logged, if its kernel does not work there.
+    """The backend for a card; None if its kernel does not work there."""
+    return probe_triton(torch_device)[0]
+
+
+@functools.cache
+def probe_triton(torch_device: str) -> tuple[TritonPagedAttention | None, str]:
+    """The backend for a card; None, and the reason, which is logged, if its kernel does not work there.
 
     A process asks once per card, so that plans and engines go by the same answer.
     """
     try:
         if importlib.util.find_spec("triton") is None:
             raise _UnfitError("Triton is not installed")
-        return _try_triton(torch.device(torch_device))
+        return _try_triton(torch.device(torch_device)), ""
     except Exception as error:  # noqa: BLE001  whatever Triton or its compiler raises, plain torch does without them
         reason = str(error) if isinstance(error, _UnfitError) else f"a Triton kernel failed: {error!r}"
         logger.warning("attention in plain torch", device=torch_device, reason=reason)
-        return None
+        return None, reason
 
 
 class _UnfitError(Exception):
