@@ -90,6 +90,9 @@ _TABLE: tuple[tuple[str, tuple[int, ...], float, float, str], ...] = (
     ("M4 Max 36GB", (36,), 410, 13.7, _APPLE + " (32 cores)"),
     ("M4 Max", (48, 64, 128), 546, 17.2, _APPLE + " (40 cores)"),
 )
+_WITHOUT_BF16 = frozenset({"RTX 2060", "RTX 2070", "RTX 2080 Ti", "T4", "V100 16GB", "V100 32GB"})
+"""NVIDIA's before Ampere."""
+
 _MAKERS = re.compile(r"\b(nvidia|geforce|quadro|tesla|amd|radeon|instinct|apple)\b|\br(t?)x(?=\b|a?\d)")
 _COUNT = re.compile(r"(.+?)\s*\*\s*(\d{1,2})")
 
@@ -153,6 +156,11 @@ def gpu_spec(*texts: str) -> tuple[PlacementDevice, ...]:
         devices += [_described(what) if "@" in what else card(what).device()] * count
     names = numbered([device.name for device in devices])
     return tuple(replace(device, name=name) for device, name in zip(devices, names, strict=True))
+
+
+def lacks_bf16(device: PlacementDevice) -> bool:
+    """Whether a device of `gpu_spec` is a card that does not compute with bf16."""
+    return device.name.partition("#")[0] in _WITHOUT_BF16
 
 
 def _described(text: str) -> PlacementDevice:

@@ -21,13 +21,13 @@ from core.costs import (
     StageTimer,
     emulated_profile,
 )
-from core.costs.cards import gpu_spec
+from core.costs.cards import gpu_spec, lacks_bf16
 from core.devices import HOST, Device, DeviceBudget, MainMemory, host_device, open_devices, open_main_memory
 from core.errors import ContextLengthError, InsufficientMemoryError
 from core.execution.attention.select import planned_gathering, planned_packing
 from core.logs import get_logger
 from core.models.architecture import Architecture, read_architecture
-from core.models.dtype import served_architecture
+from core.models.dtype import fit_dtype, served_architecture
 from core.models.resolve import ResolvedModel, resolve_model
 from core.models.stage_model import ModelBytes, measure_bytes
 from core.placement.engine import parse_layers, stage_costs
@@ -299,16 +299,17 @@ def preview(settings: Settings, gpus: Sequence[str] = (), *, more: Sequence[str]
     """
     resolved = resolve_model(settings.model.name, settings.model.revision)
     if gpus:
-        architecture = read_architecture(resolved.path, settings.model.dtype)
-        length = _max_model_len(resolved, architecture, settings)
         cards, links = gpu_spec(*gpus), LinkTopology(default=DATASHEET_LINK)
+        lacking = [device.name for device in cards if lacks_bf16(device)]
+        asked = settings.model.dtype
+        architecture, notes = fit_dtype(read_architecture(resolved.path, asked), asked, lacking)
+        length = _max_model_len(resolved, architecture, settings)
         request = plan_request(resolved.name, architecture, measure_bytes(architecture), settings, length, cards, links)
         if settings.devices.stream_weights == "auto":
             request = _with_host(request, _ANY_MACHINE_BYTES, {})
         placement = place_or_stream(request, settings.devices.placement, _lend_ratio(settings), length)
         pooled = pool_of(request, placement, _lend_ratio(settings))
         prediction: Prediction | None = predict(placement, request, pooled=pooled)
-        notes: tuple[str, ...] = ()
     else:
         devices = open_devices(settings.devices, allocate=False, set_aside_bytes=promised_bytes(settings))
         measure = measure_with(settings, TransferManager())

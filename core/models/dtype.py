@@ -31,20 +31,21 @@ def supports_bf16(kind: DeviceKind, capability: int | None) -> bool:
 
 def served_architecture(path: Path, asked: str, devices: Sequence[Device]) -> tuple[Architecture, tuple[str, ...]]:
     """A checkpoint's architecture with the dtype that all of `devices` can serve it in, and what there is to say of it.
-
-    A bf16 checkpoint (`asked` is "auto") becomes fp16 if one device has no bf16: one model has one dtype. Raises as
-    `read_architecture` does, and `DeviceError` if bf16 is asked for where a device has none.
-    """
-    architecture = read_architecture(path, asked)
-    if architecture.dtype is not torch.bfloat16:
-        return architecture, ()
+    Raises as `read_architecture` and `fit_dtype` do."""
     capabilities = [(device, compute_capability(torch.device(device.torch_device))) for device in devices]
     lacking = [
         f"{device.name} (compute capability {(capability or 0) / 10})"
         for device, capability in capabilities
         if not supports_bf16(device.kind, capability)
     ]
-    if not lacking:
+    return fit_dtype(read_architecture(path, asked), asked, lacking)
+
+
+def fit_dtype(architecture: Architecture, asked: str, lacking: Sequence[str]) -> tuple[Architecture, tuple[str, ...]]:
+    """A bf16 checkpoint (`asked` is "auto") becomes fp16 if there are devices `lacking` bf16: one model has one dtype.
+    Raises `DeviceError` if bf16 is asked for where a device has none.
+    """
+    if architecture.dtype is not torch.bfloat16 or not lacking:
         return architecture, ()
     names = ", ".join(lacking)
     if asked != "auto":

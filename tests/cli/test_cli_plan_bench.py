@@ -53,6 +53,15 @@ def test_a_plan_is_a_row_per_stage() -> None:
         assert part in text
 
 
+def test_a_plan_for_cards_without_bf16_says_that_it_becomes_fp16(large: str) -> None:
+    assert plan_json(large, "--gpu", "3090", "--gpu", "5070ti")["notes"] == []
+    for cards, named in ((("3090", "2080ti"), "RTX 2080 Ti"), (("v100 32gb*2",), "V100 32GB#0, V100 32GB#1")):
+        flags = [text for card in cards for text in ("--gpu", card)]
+        assert f"float16 in place of bfloat16, which {named} cannot" in plan_json(large, *flags)["notes"][0]
+    refused = CliRunner().invoke(app, ["plan", large, "--gpu", "t4*3", "--dtype", "bfloat16"])
+    assert refused.exit_code == 1 and "compute capability 8.0" in refused.output
+
+
 def test_a_plan_says_that_bf16_becomes_fp16(large: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (large, "--devices", "sim=80GiB@936GB/s/71TFLOPS")
     assert plan_json(*arguments)["notes"] == [] and "note:" not in plan_text(*arguments)
