@@ -24,7 +24,7 @@ from core.costs import (
 from core.costs.cards import gpu_spec, lacks_bf16
 from core.devices import HOST, Device, DeviceBudget, MainMemory, host_device, open_devices, open_main_memory
 from core.errors import ContextLengthError, InsufficientMemoryError
-from core.execution.attention.select import planned_gathering, planned_packing
+from core.execution.attention.select import check_heads, planned_gathering, planned_packing
 from core.logs import get_logger
 from core.models.architecture import Architecture, read_architecture
 from core.models.dtype import fit_dtype, served_architecture
@@ -181,6 +181,8 @@ def plan_model(
         request = replace(request, min_kv_tokens=_least_kv_tokens(settings, max_model_len, request.max_kv_tokens))
         placement = place_streaming(request, placed.placement)
         pooled = pool_devices(placement, request, settings, max_model_len)
+    used = {stage.device_name for stage in placement.stages}
+    check_heads((device for device in devices if device.name in used), architecture)
     prediction = predict(placement, request, pooled=pooled) if is_measured else None
     return ModelPlan(
         resolved, architecture, weights, request, placement, tuple(devices), max_model_len, prediction,

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,13 +17,16 @@ from plain_settings import make_settings
 from tiny_models import build_tiny
 
 from core.devices import Device
+from core.engine.model_plan import measure_with, plan_model
 from core.errors import DeviceError, UnsupportedModelError
 from core.execution.attention import triton_probe
 from core.execution.attention.select import AttentionBackends, planned_gathering, select_attention
-from core.execution.attention.triton_variants import AttentionKind, Heads
+from core.execution.attention.triton_variants import AttentionKind, GpuLimits, Heads
 from core.execution.attention.warm_up import warm_up_attention
 from core.models.architecture import read_architecture
+from core.models.resolve import resolve_model
 from core.profiling import diagnosis
+from core.transfer import TransferManager
 
 CARD = Device("card", 0, "cuda", "cpu", 1 << 26)
 """A card whose tensors are on the CPU: Triton has no driver for it, or interprets its kernels."""
@@ -138,6 +142,26 @@ def test_lenders_make_ready_what_all_stages_ask_for(caplog: pytest.LogCaptureFix
     assert [(log["device"], log["ready"]) for log in logged(caplog)] == [("a", "1 of 2"), ("b", "1 of 2")]
     warm_up_attention(stages, (a, b, c), backends_of(**made))
     assert all(each.asked[-1] == ({kind(64), kind(128)}, True) for each in made.values())
+
+
+def test_heads_that_fit_no_kernel_of_a_card_are_refused_by_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any weight is read."""
+    fake = SimpleNamespace(name="triton", limits=GpuLimits("cuda", 75, 64 * 1024))
+    monkeypatch.setattr("core.execution.attention.select.open_triton", lambda device: fake)
+    for dim in (256, 512):
+        build_tiny("llama", tmp_path / str(dim), head_dim=dim)
+        settings, resolved = (
+            make_settings(model__name=str(tmp_path / str(dim))),
+            resolve_model(str(tmp_path / str(dim))),
+        )
+        plan = partial(plan_model, resolved, [CARD], settings, measure_with(settings, TransferManager()))
+        if dim == 256:
+            assert [stage.device_name for stage in plan().placement.stages] == ["card"]
+        else:
+            with pytest.raises(UnsupportedModelError, match=r"card cannot serve llama: heads of 512 .* float32"):
+                plan()
 
 
 def test_a_card_that_refuses_a_kernel_fails_the_load_by_name() -> None:

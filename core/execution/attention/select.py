@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,10 +11,12 @@ from torch import nn
 
 from core.config import Settings
 from core.devices import Device
+from core.errors import UnsupportedModelError
 from core.execution.attention.interface import AttentionBackend
 from core.execution.attention.native_paged import NativePagedAttention
 from core.execution.attention.torch_paged import TILE_BYTES, TorchPagedAttention, is_fused, most_bytes
 from core.execution.attention.triton_probe import open_triton
+from core.execution.attention.triton_variants import Heads, choose_tile
 from core.execution.native import (
     NativeKernels,
     NativeLayers,
@@ -115,6 +117,26 @@ def planned_gathering(
         for shape in set(architecture.kv_shapes)
     )  # fmt: skip
     return min(needed, max(tiles))
+
+
+def check_heads(devices: Iterable[Device], architecture: Architecture) -> None:
+    """Raises `UnsupportedModelError` if the kernel of a card among `devices` has no tile for the model's heads."""
+    heads = {
+        Heads(
+            shape.num_kv_heads, architecture.num_heads // shape.num_kv_heads, shape.key_dim, shape.value_dim,
+            architecture.dtype,
+        )
+        for shape in architecture.kv_shapes
+    }  # fmt: skip
+    for device in devices:
+        triton = open_triton(device.torch_device) if device.kind in ("cuda", "rocm") else None
+        if triton is None:
+            continue
+        for each in heads:
+            try:
+                choose_tile(each, True, triton.limits)
+            except UnsupportedModelError as error:
+                raise UnsupportedModelError(f"{device.name} cannot serve {architecture.model_type}: {error}") from error
 
 
 class AttentionBackends:
