@@ -1,8 +1,8 @@
 """Attention over pages that are not all in one place: computed where they are, merged by log-sum-exp.
 
-The owner of a sequence sends its query rows to every device that holds pages of it, computes its own part
-meanwhile, and
-merges what comes back. A borrowed page therefore costs one small query per layer and step, never its own transfer.
+The owner of a sequence sends its query rows to every device that holds pages of it, computes its own part meanwhile,
+and merges what comes back. A borrowed page therefore costs one small query per layer and step, never its own transfer.
+GPUs wait for each other through events; no thread waits for a GPU.
 """
 
 from __future__ import annotations
@@ -37,13 +37,16 @@ class SiteAttention:
         local, *others = metadata.sites
         ready = _recorded(query)
         waiting = [
-            self._worker(site.device_name).submit(self._remote, layer, query, site, spec, ready) for site in others
+            self._worker(site.device_name).submit(self._at_site, layer, query, site, spec, ready) for site in others
         ]
         ((region, batch),) = local.regions
         backend = self._backend_of(self._owner)
         partial = backend.attend_partial(query, *self._kv.layer(layer, region), batch, spec)
-        results = [future.result() for future in waiting]
-        return backend.merge([partial, *results], spec.sinks, query.dtype)
+        parts = [partial]
+        for part, there in (future.result() for future in waiting):
+            _wait_for(there, query.device)
+            parts.append(part)
+        return backend.merge(parts, spec.sinks, query.dtype)
 
     def _worker(self, name: str) -> ThreadPoolExecutor:
         worker = self._workers.get(name)
@@ -51,17 +54,21 @@ class SiteAttention:
             worker = self._workers[name] = ThreadPoolExecutor(1, f"vrm-site-{name}", initializer=_prepare_thread)
         return worker
 
-    def _remote(
+    def _at_site(
         self, layer: int, query: torch.Tensor, site: Site, spec: AttentionSpec, ready: torch.cuda.Event | None
-    ) -> Part:
-        """In the thread of one other device: there with the rows, attend, back with out and lse."""
-        if ready is not None:
-            ready.synchronize()
+    ) -> tuple[Part, torch.cuda.Event | None]:
+        """In the thread of one other device: its part, and the moment when that has come back."""
+        _wait_for(ready, query.device)
+        part = self._remote(layer, query, site, spec)
+        return part, _recorded(part[0])
+
+    def _remote(self, layer: int, query: torch.Tensor, site: Site, spec: AttentionSpec) -> Part:
+        """There with the rows, attend, back with out and lse."""
         with torch.inference_mode():
             device = self._kv.region(site.regions[0][0]).device
             there = self._transfer.send(query[site.rows], self._owner, device)
             out, lse = self._attend_there(layer, there, site, device, _without_sinks(spec))
-            back = self._transfer.send(_complete(torch.cat((out, lse[..., None]), dim=-1)), device, self._owner)
+            back = self._transfer.send(torch.cat((out, lse[..., None]), dim=-1), device, self._owner)
             return _scatter(back, site.rows, query.shape[0])
 
     def _attend_there(self, layer: int, query: torch.Tensor, site: Site, device: Device, spec: AttentionSpec) -> Part:
@@ -109,8 +116,7 @@ def _recorded(tensor: torch.Tensor) -> torch.cuda.Event | None:
     return event
 
 
-def _complete(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, once the GPU that computes it is done."""
-    if tensor.is_cuda:
-        torch.cuda.current_stream(tensor.device).synchronize()
-    return tensor
+def _wait_for(event: torch.cuda.Event | None, device: torch.device) -> None:
+    """What the calling thread gives a GPU to do from now on comes after the event."""
+    if event is not None:
+        torch.cuda.current_stream(device).wait_event(event)
