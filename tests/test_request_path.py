@@ -43,7 +43,7 @@ def test_a_chat_request_crosses_few_files() -> None:
     assert done.stdout.endswith(f"\n{len(files)} files\n")
     names = (
         "api/openai/chat", "inference_pipeline", "batching/batcher", "batching/scheduler", "execution/stage",
-        "execution/results", "batching/stats",
+        "execution/results", "metrics/registry",
     )  # fmt: skip
     way = [f"core/{name}.py" for name in names]
     assert [file for file in files if file in way] == way
