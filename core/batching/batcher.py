@@ -206,8 +206,9 @@ class ContinuousBatcher:
         """A message that another batcher was sent."""
         if isinstance(message, tuple):
             request, handle = message
-            needed, room = request.most_tokens, self.scheduler.limits.max_model_len
-            if needed > room:  # it came after the others had been looked at
+            room = self.scheduler.limits.max_model_len
+            if not request.fit_into(room):  # it came after the others had been looked at
+                needed = request.most_tokens
                 said = f"The model has moved to where it holds {room} tokens, and the request may come to {needed}."
                 handle.put(ContextLengthError(said, param="max_tokens"))
                 return

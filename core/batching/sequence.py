@@ -113,6 +113,13 @@ class Request:
         """What prompt and answer may come to."""
         return len(self.prompt_token_ids) + self.max_tokens
 
+    def fit_into(self, room: int) -> bool:
+        """Before it is begun: whether so many tokens are enough. An answer of no given length takes the rest."""
+        left = room - len(self.prompt_token_ids)
+        if self.params.max_tokens is None and left > 0:
+            self.max_tokens = min(self.max_tokens, left)
+        return self.most_tokens <= room
+
     @property
     def finished(self) -> bool:
         return all(sequence.finished for sequence in self.sequences)

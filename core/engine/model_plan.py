@@ -181,12 +181,10 @@ def plan_model(
         request = replace(request, min_kv_tokens=_least_kv_tokens(settings, max_model_len, request.max_kv_tokens))
         placement = place_streaming(request, placed.placement)
         pooled = pool_devices(placement, request, settings, max_model_len)
-    used = {stage.device_name for stage in placement.stages}
-    check_heads((device for device in devices if device.name in used), architecture)
+    check_heads(devices, {stage.device_name for stage in placement.stages}, architecture)
     prediction = predict(placement, request, pooled=pooled) if is_measured else None
     return ModelPlan(
-        resolved, architecture, weights, request, placement, tuple(devices), max_model_len, prediction,
-        pooled,
+        resolved, architecture, weights, request, placement, tuple(devices), max_model_len, prediction, pooled,
         host if placement.streamed_bytes else None, notes,
     )  # fmt: skip
 

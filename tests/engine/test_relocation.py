@@ -200,9 +200,22 @@ def test_where_both_do_not_fit_the_old_one_makes_room(llama: Path, open_pipeline
     budget.check_invariants()
 
 
-def test_a_request_that_would_not_fit_keeps_the_model_where_it_is(llama: Path, open_pipeline: OpenPipeline) -> None:
+def test_a_request_that_would_not_fit_keeps_the_model_where_it_is(
+    llama: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline = open_on(open_pipeline, llama, engine__kv_cache_tokens=256)
     engine, base = pipeline.engine, pipeline.engine.settings
+    (stage,), inbox = engine.stages, engine.batcher.intake.inbox
+    forward, calls = stage.forward, []
+
+    def wait_for_the_end(*args: Any) -> Any:
+        """After the first token, so that the request still runs when the batcher parks."""
+        calls.append(args)
+        if len(calls) == 2:
+            until(lambda: inbox.qsize() > 0, "the batcher is to park")
+        return forward(*args)
+
+    monkeypatch.setattr(stage, "forward", wait_for_the_end)
     handle = pipeline.submit([5, 6, 7], replace(PLAIN, max_tokens=200, n=1))
     handle.get(60)
     engine.settings = base.model_copy(update={"engine": base.engine.model_copy(update={"kv_cache_tokens": 64})})
@@ -220,7 +233,7 @@ def test_a_request_that_comes_too_late_to_be_looked_at_is_told_that_it_does_not_
 
     def submit_after(self: relocation.Relocator, engine: ModelEngine | None) -> None:
         look(self, engine)
-        late.extend(pipeline.submit([5, 6, 7], replace(PLAIN, max_tokens=most, n=1)) for most in (200, 20))
+        late.extend(pipeline.submit([5, 6, 7], replace(PLAIN, max_tokens=most, n=1)) for most in (200, 20, None))
 
     monkeypatch.setattr(relocation.Relocator, "_check_lengths", submit_after)
     smaller = base.engine.model_copy(update={"kv_cache_tokens": 64})
@@ -228,7 +241,7 @@ def test_a_request_that_comes_too_late_to_be_looked_at_is_told_that_it_does_not_
     pipeline.place(devices=PLACES[2], layers="2,2")
     with pytest.raises(ContextLengthError, match="holds 64 tokens, and the request may come to 203"):
         late[0].result(60)
-    assert len(late[1].result(60).completions[0].token_ids) == 20
+    assert [len(handle.result(60).completions[0].token_ids) for handle in late[1:]] == [20, 61]
     assert pipeline.engine.batcher.num_unfinished == 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -119,8 +119,8 @@ def planned_gathering(
     return min(needed, max(tiles))
 
 
-def check_heads(devices: Iterable[Device], architecture: Architecture) -> None:
-    """Raises `UnsupportedModelError` if the kernel of a card among `devices` has no tile for the model's heads."""
+def check_heads(devices: Sequence[Device], used: Container[str], architecture: Architecture) -> None:
+    """Raises `UnsupportedModelError` if the kernel of a card that is `used`, by name, has no tile for the heads."""
     heads = {
         Heads(
             shape.num_kv_heads, architecture.num_heads // shape.num_kv_heads, shape.key_dim, shape.value_dim,
@@ -129,7 +129,8 @@ def check_heads(devices: Iterable[Device], architecture: Architecture) -> None:
         for shape in architecture.kv_shapes
     }  # fmt: skip
     for device in devices:
-        triton = open_triton(device.torch_device) if device.kind in ("cuda", "rocm") else None
+        has_kernel = device.name in used and device.kind in ("cuda", "rocm")
+        triton = open_triton(device.torch_device) if has_kernel else None
         if triton is None:
             continue
         for each in heads:
