@@ -263,16 +263,30 @@ class ApiSettings(Section):
     )
     max_body_bytes: int = _setting(10 * MIB, "Largest request body, in bytes.", ge=KIB, le=1024 * MIB)
     max_batch_prompts: int = _setting(256, "Most prompts in one batch request.", ge=1, le=65536)
-    threads: int = _setting(64, "Threads that answer requests; each open stream takes one.", ge=2, le=4096)
+    threads: int | None = _setting(
+        None,
+        "Requests that may be under way at a time; each takes a thread. Not set: as many as run and wait in the "
+        "engine, and some more.",
+        ge=2,
+        le=16384,
+    )
+    max_connections: int = _setting(
+        4096, "Open connections; beyond, the one that has been idle longest is closed.", ge=16, le=1 << 20
+    )
+    header_timeout_s: float = _setting(10.0, "Seconds for a request's head to come in.", gt=0.0, le=3600.0)
+    body_timeout_s: float = _setting(120.0, "Seconds for a request's body to come in.", gt=0.0, le=86400.0)
+    write_timeout_s: float = _setting(
+        30.0,
+        "Seconds for a client to take some of what is waiting for it, before it counts as gone.",
+        gt=0.0,
+        le=86400.0,
+    )
     keepalive_comment_s: float = _setting(
         15.0, "Seconds of silence in a stream after which a comment line keeps it open.", gt=0.0, le=3600.0
     )
     cors_origins: tuple[str, ...] = _setting((), "Web origins whose pages may call the API.")
     drain_timeout_s: float = _setting(
         30.0, "Seconds that running requests are given to finish at shutdown.", ge=0.0, le=86400.0
-    )
-    server: Literal["gunicorn", "werkzeug"] = _setting(
-        "gunicorn", "Web server; werkzeug is for Windows and development."
     )
 
 
@@ -344,12 +358,11 @@ class Settings(BaseModel):
         return self
 
     def _check_production(self) -> None:
-        """Production mode takes no bypass and no development server."""
+        """Production mode takes no bypass."""
         for weak, key in (
             (self.security.disable_rate_limit, "security.disable_rate_limit"),
             (self.runtime.minimal_test, "runtime.minimal_test"),
             (self.runtime.test_mode, "runtime.test_mode"),
-            (self.api.server == "werkzeug", "api.server=werkzeug"),
             ("*" in self.api.cors_origins, 'api.cors_origins="*"'),
         ):
             if weak:

@@ -9,7 +9,8 @@
     │   ├── ContextLengthError          400  code=context_length_exceeded
     │   ├── ChatTemplateError           400  code=chat_template_error
     │   ├── PayloadTooLargeError        413  code=payload_too_large
-    │   └── UnsupportedMediaTypeError   415  code=unsupported_media_type
+    │   ├── UnsupportedMediaTypeError   415  code=unsupported_media_type
+    │   └── RequestTimeoutError         408  code=request_timeout
     ├── AuthenticationError             401  authentication_error
     ├── PermissionDeniedError           403  permission_error
     ├── NotFoundError                   404  not_found_error
@@ -101,6 +102,13 @@ class UnsupportedMediaTypeError(InvalidRequestError):
 
     status = 415
     code = "unsupported_media_type"
+
+
+class RequestTimeoutError(InvalidRequestError):
+    """The client did not send its request in time."""
+
+    status = 408
+    code = "request_timeout"
 
 
 class AuthenticationError(VRAMancerError):
@@ -235,8 +243,8 @@ class UnavailableError(VRAMancerError):
     type = "service_unavailable"
     code = "unavailable"
 
-    def __init__(self, message: str, *, retry_after_s: float | None = 5.0) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, retry_after_s: float | None = 5.0, code: str | None = None) -> None:
+        super().__init__(message, code=code)
         self.retry_after_s = retry_after_s
 
 

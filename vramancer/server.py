@@ -18,14 +18,19 @@ from core.config import Settings
 from core.devices import format_bytes
 from core.logs import configure_logging, get_logger
 from vramancer import __version__
-from vramancer.web_server import bind_socket, leave, listen, run_until_stopped
+from vramancer.web.leave import leave
+from vramancer.web.limits import Limits
+from vramancer.web.listener import bind_socket, listen
+from vramancer.web.metrics import MetricsServer
+from vramancer.web.server import INTERRUPTED, FrontDoor
 
 if TYPE_CHECKING:
     from core.inference_pipeline import InferencePipeline
 
 logger = get_logger(__name__)
 
-INTERRUPTED = 130
+MORE_THAN_THE_ENGINE = 16
+"""Requests that may be under way beside those that run and wait in the engine: they tokenize, load, move."""
 
 
 def serve(settings: Settings) -> int:
@@ -35,7 +40,6 @@ def serve(settings: Settings) -> int:
         VRAMancerError: the server cannot start; nothing is left running.
     """
     from core.inference_pipeline import InferencePipeline
-    from core.metrics.server import MetricsServer
     from core.security.token import check_bind, resolve_token
 
     configure_logging(settings.logging)
@@ -43,7 +47,7 @@ def serve(settings: Settings) -> int:
     token, created, token_file = resolve_token(settings)
     with bind_socket(settings.api.host, settings.api.port) as listener, loading_bar() as bar:
         pipeline = InferencePipeline(settings, on_progress=bar.report)
-        metrics = MetricsServer(pipeline.metrics, settings.api.host, settings.api.metrics_port)
+        metrics = MetricsServer(pipeline.metrics.registry, settings.api.host, settings.api.metrics_port)
         try:
             if settings.api.metrics_port:
                 metrics.start()
@@ -66,11 +70,14 @@ def _serve_loaded(
     pipeline: InferencePipeline, listener: socket.socket, token: str, *, created: bool, token_file: Path | None
 ) -> None:
     from core.api import create_app
+    from core.api.admission import admission_of
 
     app = create_app(pipeline, token=token)
     banner = _banner(pipeline, listener, token if created else None, token_file)
-    listen(listener)
-    run_until_stopped(app, listener, pipeline.settings.api, on_ready=lambda: typer.echo(banner))
+    engine = pipeline.settings.engine
+    limits = Limits.of(pipeline.settings.api, engine.max_queue + engine.max_batch_size + MORE_THAN_THE_ENGINE)
+    listen(listener, limits.max_connections)
+    FrontDoor(app, admission_of(app), limits, on_ready=lambda: typer.echo(banner)).run_until_stopped(listener)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
 
-from flask import Response, g, request
+from flask import Response, request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from core.api.context import api_context
@@ -107,7 +107,6 @@ def _read_bytes() -> bytes:
     data = request.get_data(cache=False)
     if len(data) > limit:  # only a chunked body, whose length is not known beforehand
         raise PayloadTooLargeError(f"The body has more than the {limit} bytes that this server accepts.")
-    g.body_read = True
     return data
 
 

@@ -15,6 +15,7 @@ from flask import Flask, Response, current_app, g, request
 from core.errors import ModelNotFoundError
 from core.logs import get_logger
 from core.security.access import authorize, bearer_token, policy_of
+from core.security.admission import REFUSAL_KEY
 
 if TYPE_CHECKING:
     from core.engine.submission import LoadedModel
@@ -28,10 +29,6 @@ TOKEN_HEADER = "X-API-TOKEN"
 UNMATCHED = "unmatched"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 QUIET_RULES = frozenset({"/live", "/ready", "/health", "/metrics"})  # asked every few seconds by machines
-
-MAX_DISCARDED_BYTES = 64 * 1024 * 1024
-MAX_DISCARD_S = 10.0
-DISCARD_STEP_BYTES = 64 * 1024
 
 _SANE_ID = re.compile(r"[!-~]{1,128}")
 
@@ -109,6 +106,9 @@ def _identify() -> None:
 
 
 def _authorize() -> None:
+    refusal = request.environ.get(REFUSAL_KEY)
+    if refusal is not None:
+        raise refusal
     context = api_context()
     given = (request.headers.get(TOKEN_HEADER), bearer_token(request.headers.get("Authorization")))
     declared = policy_of(current_app.view_functions[request.endpoint]) if request.endpoint is not None else None
@@ -124,7 +124,6 @@ def check_policies(app: Flask) -> None:
 
 
 def _finish(response: Response) -> Response:
-    discard_unread_body()
     response.headers[REQUEST_ID_HEADER] = g.request_id
     metrics = api_context().pipeline.metrics
     path = request.url_rule.rule if request.url_rule is not None else UNMATCHED
@@ -142,22 +141,3 @@ def _finish(response: Response) -> Response:
     else:
         observe()
     return response
-
-
-def discard_unread_body() -> None:
-    """Read and drop what no route has read, within bounds: most clients look for an answer only when all is sent."""
-    if g.get("body_read") or (request.content_length is None and "Transfer-Encoding" not in request.headers):
-        return
-    stream = request.environ["wsgi.input"]
-    left_bytes = min(
-        request.content_length if request.content_length is not None else MAX_DISCARDED_BYTES, MAX_DISCARDED_BYTES
-    )
-    deadline_s = time.monotonic() + MAX_DISCARD_S
-    while left_bytes > 0 and time.monotonic() < deadline_s:
-        try:
-            data = stream.read(min(left_bytes, DISCARD_STEP_BYTES))
-        except OSError:  # the client left, or sent a broken chunk
-            return
-        if not data:
-            return
-        left_bytes -= len(data)

@@ -10,9 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 import queue
-import selectors
-import socket
-import ssl
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +27,7 @@ from core.errors import VRAMancerError
 from core.logs import get_logger
 from core.request import GenerationResult, RequestOutput, SamplingParams
 from core.security.access import Principal
+from core.security.admission import DISCONNECTED_KEY
 
 log = get_logger(__name__)
 
@@ -38,8 +36,6 @@ LEAST_LOGPROB = -9999.0  # what OpenAI writes for a probability of 0, since JSON
 DONE = "data: [DONE]\n\n"
 KEEP_ALIVE = ": keep-alive\n\n"
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-
-_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 EngineRequest = tuple[Sequence[int], SamplingParams]
 
@@ -146,33 +142,14 @@ def start_generation(
         generation_id,
         handles,
         sink,
-        client_gone=disconnect_probe(request.environ),
+        client_gone=request.environ.get(DISCONNECTED_KEY, _never),
         on_close=lambda: context.live.discard(request_id, generation_id),
     )
 
 
-def disconnect_probe(environ: dict[str, Any]) -> Callable[[], bool]:
-    """A function that says whether the client of this WSGI request has closed its side of the connection: nothing else
-    tells until something is written.
-
-    gunicorn and werkzeug put the socket into the WSGI environment; without it the answer is always False. A client
-    that closes only its sending side counts as gone, as it does for most proxies.
-    """
-    connection = environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
-    if not isinstance(connection, socket.socket) or isinstance(connection, ssl.SSLSocket):
-        return lambda: False  # a TLS socket cannot be peeked at; a stream still notices when it writes
-    return lambda: _closed(connection)
-
-
-def _closed(connection: socket.socket) -> bool:
-    try:
-        with _Selector() as selector:
-            selector.register(connection, selectors.EVENT_READ)
-            if not selector.select(timeout=0):
-                return False
-        return connection.recv(1, socket.MSG_PEEK) == b""  # data would be the client's next request
-    except (OSError, ValueError):  # reset, or the file descriptor is closed
-        return True
+def _never() -> bool:
+    """A server that cannot tell: the answer is made to its end."""
+    return False
 
 
 def envelope(generation_id: str, kind: str, model: LoadedModel, name: str | None) -> dict[str, Any]:

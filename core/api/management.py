@@ -67,7 +67,7 @@ def list_models() -> Response:
 
 
 @blueprint.post("/api/models/load")
-@policy("operator", mutates=True)
+@policy("operator", mutates=True, waits=True)
 def load_model() -> Response:
     """Load a model and swap it in; it answers when the model serves. A load that fails leaves the old one serving."""
     model = api_context().pipeline.load(**read_request(LoadRequest).model_dump())
@@ -77,14 +77,14 @@ def load_model() -> Response:
 
 
 @blueprint.post("/api/models/unload")
-@policy("operator", mutates=True)
+@policy("operator", mutates=True, waits=True)
 def unload_model() -> Response:
     """Finish what runs, then free the model's memory."""
     return json_response({"unloaded": api_context().pipeline.unload().name})
 
 
 @blueprint.post("/api/pipeline/place")
-@policy("operator", mutates=True)
+@policy("operator", mutates=True, waits=True)
 def place_model() -> Response:
     """Put the running model on other devices or cuts while requests go on. `dry_run` shows the plan, its prediction and
     what would have to move, and changes nothing."""

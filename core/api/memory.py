@@ -49,7 +49,7 @@ def memory() -> Response:
 
 
 @blueprint.post("/api/memory/blocks/<block>/promote")
-@policy("operator", mutates=True)
+@policy("operator", mutates=True, waits=True)
 def promote(block: str) -> Response:
     """Bring a block of a lower tier to main memory."""
     memory_calls.move_block(api_context().pipeline.engine, block, up=True)
@@ -57,7 +57,7 @@ def promote(block: str) -> Response:
 
 
 @blueprint.post("/api/memory/blocks/<block>/demote")
-@policy("operator", mutates=True)
+@policy("operator", mutates=True, waits=True)
 def demote(block: str) -> Response:
     """Send a block of main memory, and what continues it, to the tier below."""
     memory_calls.move_block(api_context().pipeline.engine, block, up=False)
@@ -65,7 +65,7 @@ def demote(block: str) -> Response:
 
 
 @blueprint.post("/api/memory/reclaim")
-@policy("operator", mutates=True)
+@policy("operator", mutates=True, waits=True)
 def reclaim() -> Response:
     """Have a device take back memory that it lent; requests go on, their blocks move."""
     fields = read_request(ReclaimRequest)
@@ -74,7 +74,7 @@ def reclaim() -> Response:
 
 
 @blueprint.post("/api/memory/lend")
-@policy("operator", mutates=True)
+@policy("operator", mutates=True, waits=True)
 def lend() -> Response:
     """Have a device lend again that took everything back. `bytes`: what all devices can lend now."""
     fields = read_request(LendRequest)

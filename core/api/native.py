@@ -71,7 +71,7 @@ class InferRequest(RequestModel):
 
 
 @blueprint.post("/api/generate")
-@policy("user")
+@policy("user", waits=True)
 def generate() -> Response:
     fields = read_request(GenerateRequest)
     model = served_model(fields.model)
@@ -167,7 +167,7 @@ class GenerateWriter:
 
 
 @blueprint.post("/api/infer")
-@policy("user")
+@policy("user", waits=True)
 def infer() -> Response:
     """Logits or hidden states, float32: as JSON, or as a safetensors file if the client accepts one."""
     fields = read_request(InferRequest)

@@ -31,7 +31,7 @@ class DetokenizeRequest(RequestModel):
 
 
 @blueprint.post("/tokenize")
-@policy("user")
+@policy("user", waits=True)
 def tokenize() -> Response:
     fields = read_request(TokenizeRequest)
     model = served_model(fields.model)
@@ -50,7 +50,7 @@ def tokenize() -> Response:
 
 
 @blueprint.post("/detokenize")
-@policy("user")
+@policy("user", waits=True)
 def detokenize() -> Response:
     fields = read_request(DetokenizeRequest)
     model = served_model(fields.model)

@@ -27,10 +27,12 @@ _ATTRIBUTE = "route_policy"
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What a route asks: the least `role` of its caller, None if it is public; and whether it alters shared state."""
+    """What a route asks: the least `role` of its caller, None if it is public; whether it alters shared state; and
+    whether its answer `waits` for the engine, or for other work that may take long."""
 
     role: Role | None
     mutates: bool = False
+    waits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +47,16 @@ ADMIN = Principal(DEFAULT_OWNER, "admin")
 """Whoever has the token."""
 
 
-def policy(role: Role | None = None, *, public: bool = False, mutates: bool = False) -> Callable[[Route], Route]:
+def policy(
+    role: Role | None = None, *, public: bool = False, mutates: bool = False, waits: bool = False
+) -> Callable[[Route], Route]:
     """Declare a route's policy: `@policy("viewer")`, or `@policy(public=True)`. Raises `ValueError` for neither or
     both."""
     if public == (role is not None):
         raise ValueError("A route is either public or for a role.")
 
     def declare(route: Route) -> Route:
-        setattr(route, _ATTRIBUTE, Policy(role, mutates))
+        setattr(route, _ATTRIBUTE, Policy(role, mutates, waits))
         return route
 
     return declare

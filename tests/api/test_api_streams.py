@@ -6,7 +6,6 @@ import itertools
 import json
 import queue
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from http.client import HTTPConnection
@@ -16,13 +15,14 @@ import pytest
 from api_client import TOKEN, ApiClient
 from fake_pipeline import FakePipeline
 from flask import Flask
+from front_doors import front_door
 from openai import APIError, OpenAI
 from steering import LONGEST_WAIT_S
-from werkzeug.serving import make_server
 
 from core.api import create_app
+from core.api.admission import admission_of
 from core.api.context import EXTENSION
-from core.api.generation import DONE, KEEP_ALIVE, Generation, disconnect_probe, stream_events
+from core.api.generation import DONE, KEEP_ALIVE, Generation, stream_events
 from core.batching.output import RequestHandle
 from core.errors import StepFailedError
 from core.request import RequestOutput, SamplingParams, SequenceDelta
@@ -152,36 +152,15 @@ def test_finished_requests_are_forgotten(client: ApiClient, app: Flask) -> None:
     assert len(app.extensions[EXTENSION].live) == 0
 
 
-def test_disconnect_probe_tells_silence_from_departure() -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        gone = disconnect_probe({"gunicorn.socket": ours})
-        assert not gone()
-        theirs.sendall(b"the next request")
-        assert not gone()
-        assert ours.recv(100) == b"the next request"
-        theirs.close()
-        assert gone()
-    assert gone()
-    assert not disconnect_probe({})()
-
-
 # -- over a real socket ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def serving(pipeline: FakePipeline) -> Iterator[int]:
     """The application on a free loopback port."""
-    server = make_server("127.0.0.1", 0, create_app(pipeline), threaded=True)  # type: ignore[arg-type]
-    server.daemon_threads = False
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield server.server_port
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    app = create_app(pipeline)  # type: ignore[arg-type]
+    with front_door(app, admission_of(app), max_body_bytes=pipeline.settings.api.max_body_bytes) as (port, _):
+        yield port
 
 
 def ask(port: int, body: dict[str, Any]) -> socket.socket:

@@ -169,7 +169,6 @@ def test_contradicting_settings_name_their_sources(environ: dict[str, str]) -> N
         ("VRM_DISABLE_RATE_LIMIT", "1"),
         ("VRM_MINIMAL_TEST", "1"),
         ("VRM_TEST_MODE", "1"),
-        ("VRM_API_SERVER", "werkzeug"),
         ("VRM_API_CORS_ORIGINS", "http://a,*"),
     ],
 )

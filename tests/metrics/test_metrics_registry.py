@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-import urllib.request
-from collections.abc import Iterator
-
 import pytest
 from prometheus_client import generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from core.errors import ConfigError
-from core.metrics import MetricsRegistry, MetricsServer
+from core.metrics import MetricsRegistry
 
 
 @pytest.fixture
@@ -94,42 +89,3 @@ def test_all_names_have_the_prefix(metrics: MetricsRegistry) -> None:
     names = [line.split()[2] for line in generate_latest(metrics.registry).decode().splitlines() if "# TYPE" in line]
     assert names
     assert all(name.startswith("vramancer_") for name in names)
-
-
-# -- the listener ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def server(metrics: MetricsRegistry) -> Iterator[MetricsServer]:
-    server = MetricsServer(metrics, "127.0.0.1", 0)
-    server.start()
-    yield server
-    server.stop()
-
-
-def fetch(server: MetricsServer) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=60) as response:
-        text: str = response.read().decode()
-        return text
-
-
-def test_listener_serves_the_registry(metrics: MetricsRegistry, server: MetricsServer) -> None:
-    metrics.count_environment_hit()
-    assert "vramancer_env_endpoint_hits_total 1.0" in fetch(server)
-
-
-def test_listener_ends_with_its_thread(metrics: MetricsRegistry) -> None:
-    before = threading.active_count()
-    server = MetricsServer(metrics, "127.0.0.1", 0)
-    server.start()
-    fetch(server)
-    server.stop()
-    server.stop()
-    assert threading.active_count() == before
-    with pytest.raises(OSError, match="refused"):
-        fetch(server)
-
-
-def test_a_port_that_is_taken_names_the_setting(metrics: MetricsRegistry, server: MetricsServer) -> None:
-    with pytest.raises(ConfigError, match="VRM_METRICS_PORT"):
-        MetricsServer(metrics, "127.0.0.1", server.port).start()

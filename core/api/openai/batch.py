@@ -18,7 +18,7 @@ blueprint = Blueprint("openai_batch", __name__)
 
 
 @blueprint.post("/v1/batch/completions")
-@policy("user")
+@policy("user", waits=True)
 def create_batch() -> Response:
     """A list of text completions in the order of the prompts, each with its prompt's `index`.
 

@@ -25,7 +25,7 @@ blueprint = Blueprint("openai_chat", __name__)
 
 
 @blueprint.post("/v1/chat/completions")
-@policy("user")
+@policy("user", waits=True)
 def create_chat_completion() -> Response:
     fields = read_request(ChatRequest)
     model = served_model(fields.model)

@@ -36,7 +36,7 @@ blueprint = Blueprint("openai_completions", __name__)
 
 
 @blueprint.post("/v1/completions")
-@policy("user")
+@policy("user", waits=True)
 def create_completion() -> Response:
     fields = read_request(CompletionRequest)
     model = served_model(fields.model)

@@ -1,4 +1,4 @@
-"""The web servers in a process of their own, with a small application: streaming, draining, signals, addresses."""
+"""The front door in a process of its own, with a small application: streaming, draining, signals, addresses."""
 
 from __future__ import annotations
 
@@ -17,16 +17,22 @@ import pytest
 from steering import LONGEST_WAIT_S, until
 
 from core.errors import ConfigError
-from vramancer.web_server import bind_socket, listen
+from vramancer.web.listener import bind_socket, listen
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 
 PROGRAM = """
 import os, sys, threading
-from core.config import ApiSettings
-from vramancer.web_server import bind_socket, leave, listen, run_until_stopped
+from core.security.admission import Admission
+from vramancer.web.leave import leave
+from vramancer.web.limits import Limits
+from vramancer.web.listener import bind_socket, listen
+from vramancer.web.server import FrontDoor
 
 def app(environ, start_response):
+    if "vramancer.refusal" in environ:
+        start_response("503 Service Unavailable", [("Content-Length", "0")])
+        return []
     start_response("200 OK", [("Content-Type", "text/plain")])
     return stream(environ["PATH_INFO"] == "/endless")
 
@@ -39,13 +45,16 @@ def stream(endless):
     finally:
         print("closed", flush=True)
 
+def admit(environ):
+    return Admission(granted=True, waits=True, public=environ["PATH_INFO"] == "/public")
+
 told = threading.Event()
 threading.Thread(target=lambda: os.read(0, 1) and told.set(), daemon=True).start()
 
-settings = ApiSettings(server=sys.argv[1], drain_timeout_s=float(sys.argv[2]), threads=4)
+limits = Limits(100, 1000, 4, 10.0, 10.0, 10.0, drain_timeout_s=float(sys.argv[1]))
 listener = bind_socket("127.0.0.1", 0)
-listen(listener)
-run_until_stopped(app, listener, settings, lambda: print(listener.getsockname()[1], flush=True))
+listen(listener, 100)
+FrontDoor(app, admit, limits, lambda: print(listener.getsockname()[1], flush=True)).run_until_stopped(listener)
 print("drained", flush=True)
 sys.exit(leave(0, grace_s=0.2))
 """
@@ -55,10 +64,10 @@ class Served:
     """A running server process. Its answer at `/endless` goes on until it is told to end. It is killed when it runs far
     too long, so that what waits for it in vain fails."""
 
-    def __init__(self, server: str, drain_timeout_s: float) -> None:
+    def __init__(self, drain_timeout_s: float) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("VRM_")}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, server, str(drain_timeout_s)],
+            [sys.executable, "-c", PROGRAM, str(drain_timeout_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -85,13 +94,10 @@ class Served:
                 connection.sock.shutdown(socket.SHUT_RDWR)
             connection.close()
 
-    def answers_new_clients(self) -> bool:
-        try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=5) as client:
-                client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-                return bool(client.recv(1))
-        except OSError:
-            return False
+    def status_of(self, path: str) -> int:
+        response = self.get(path)
+        response.read()
+        return response.status
 
     def stop(self, number: int = signal.SIGINT) -> None:
         self.process.send_signal(number)
@@ -128,8 +134,8 @@ Start = Callable[..., Served]
 def start() -> Iterator[Start]:
     running: list[Served] = []
 
-    def run(server: str, drain_timeout_s: float = 2 * LONGEST_WAIT_S) -> Served:
-        running.append(Served(server, drain_timeout_s))
+    def run(drain_timeout_s: float = 2 * LONGEST_WAIT_S) -> Served:
+        running.append(Served(drain_timeout_s))
         return running[-1]
 
     yield run
@@ -137,12 +143,8 @@ def start() -> Iterator[Start]:
         served.close()
 
 
-both = pytest.mark.parametrize("server", ["gunicorn", "werkzeug"])
-
-
-@both
-def test_answers_stream_as_they_are_made(start: Start, server: str) -> None:
-    served = start(server)
+def test_answers_stream_as_they_are_made(start: Start) -> None:
+    served = start()
     response = served.get("/endless")
     assert response.readline() == b"first\n"
     served.tell()
@@ -150,15 +152,15 @@ def test_answers_stream_as_they_are_made(start: Start, server: str) -> None:
     assert response.getheader("Transfer-Encoding") == "chunked"
 
 
-@both
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_lets_running_requests_finish(start: Start, server: str, number: int) -> None:
-    served = start(server)
+def test_the_first_signal_lets_running_requests_finish(start: Start, number: int) -> None:
+    served = start()
     response = served.get("/endless")
     assert response.readline() == b"first\n"
     served.stop(number)
     served.heard_of_stopping()
-    until(lambda: not served.answers_new_clients(), "nobody new is answered")
+    until(lambda: served.status_of("/new") == 503, "new requests are refused")
+    assert served.status_of("/public") == 200
     served.tell()
     assert response.read().endswith(b"last\n")
     status, out, err = served.finish()
@@ -166,9 +168,8 @@ def test_the_first_signal_lets_running_requests_finish(start: Start, server: str
     assert "Traceback" not in err
 
 
-@both
-def test_draining_ends_after_its_time(start: Start, server: str) -> None:
-    served = start(server, drain_timeout_s=1)
+def test_draining_ends_after_its_time(start: Start) -> None:
+    served = start(drain_timeout_s=1)
     response = served.get("/endless")
     assert response.readline() == b"first\n"
     started_s = time.monotonic()
@@ -179,9 +180,8 @@ def test_draining_ends_after_its_time(start: Start, server: str) -> None:
     assert out.endswith("drained\n")
 
 
-@both
-def test_the_second_signal_exits_at_once(start: Start, server: str) -> None:
-    served = start(server)
+def test_the_second_signal_exits_at_once(start: Start) -> None:
+    served = start()
     response = served.get("/endless")
     assert response.readline() == b"first\n"
     served.stop()
@@ -191,24 +191,21 @@ def test_the_second_signal_exits_at_once(start: Start, server: str) -> None:
     assert served.finish()[0] == 130
 
 
-@both
-def test_a_signal_right_after_the_start_is_handled(start: Start, server: str) -> None:
-    served = start(server)
+def test_a_signal_right_after_the_start_is_handled(start: Start) -> None:
+    served = start()
     served.stop(signal.SIGTERM)
     assert served.finish()[:2] == (0, "drained\n")
 
 
-@both
-def test_an_idle_server_stops_soon(start: Start, server: str) -> None:
-    served = start(server)
+def test_an_idle_server_stops_soon(start: Start) -> None:
+    served = start()
     served.get("/").read()  # leaves a kept-alive connection behind
     served.stop(signal.SIGTERM)
     assert served.finish()[0] == 0
 
 
-@both
-def test_a_client_that_leaves_ends_its_answer(start: Start, server: str) -> None:
-    served = start(server)
+def test_a_client_that_leaves_ends_its_answer(start: Start) -> None:
+    served = start()
     response = served.get("/endless")
     assert response.readline() == b"first\n"
     response.close()
@@ -218,7 +215,7 @@ def test_a_client_that_leaves_ends_its_answer(start: Start, server: str) -> None
 
 
 def test_a_stuck_client_does_not_keep_the_process(start: Start) -> None:
-    served = start("gunicorn", drain_timeout_s=1)
+    served = start(drain_timeout_s=1)
     with socket.create_connection(("127.0.0.1", served.port)) as client:
         client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Le")  # and nothing more
         time.sleep(0.3)
@@ -228,7 +225,7 @@ def test_a_stuck_client_does_not_keep_the_process(start: Start) -> None:
 
 def test_an_address_in_use_is_named() -> None:
     with bind_socket("127.0.0.1", 0) as first:
-        listen(first)
+        listen(first, 10)
         port = first.getsockname()[1]
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port} is in use by another program"):
             bind_socket("127.0.0.1", port)
@@ -241,16 +238,16 @@ def test_two_servers_that_bound_at_once_cannot_both_listen() -> None:
         except ConfigError:
             pytest.skip("this system refuses to bind twice already")
         with second:
-            listen(first)
+            listen(first, 10)
             with pytest.raises(ConfigError, match="in use"):
-                listen(second)
+                listen(second, 10)
 
 
 def test_nobody_is_answered_before_listening() -> None:
     with bind_socket("127.0.0.1", 0) as listener:
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(listener.getsockname(), timeout=1)
-        listen(listener)
+        listen(listener, 10)
         socket.create_connection(listener.getsockname(), timeout=1).close()
 
 
