@@ -18,7 +18,7 @@ from pathlib import Path
 import filelock
 
 from core.errors import ConflictError
-from core.tiers.segments import SUFFIX, SegmentFile, new_name
+from core.tiers.segments import SUFFIX, new_name
 
 LOCK_NAME = "vramancer-kv.lock"
 PARTIAL = ".partial"
@@ -98,10 +98,10 @@ class LocalFiles:
                 f"{directory} is in use by another process; give each its own memory.disk_path."
             ) from error
 
-    def list(self) -> list[SegmentFile]:
+    def list(self) -> list[tuple[str, int]]:
         for leftover in self.directory.glob("*" + PARTIAL):
             leftover.unlink(missing_ok=True)
-        return [SegmentFile(path.name, path.stat().st_size) for path in self.directory.glob("*" + SUFFIX)]
+        return [(path.name, path.stat().st_size) for path in self.directory.glob("*" + SUFFIX)]
 
     def read(self, name: str, offset: int, into: memoryview) -> int:
         with (self.directory / name).open("rb", buffering=0) as file:

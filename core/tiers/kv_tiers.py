@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from core.kv_cache.companions import Tiers
 from core.kv_cache.manager import KVCacheManager
 from core.tiers.hierarchy import HierarchicalMemory
 from core.tiers.loading import HostSlot, Loading
@@ -72,8 +73,8 @@ class StepBlocks:
         return self._held[digest][0]
 
 
-class KVTiers:
-    """The tiers below the devices of one engine."""
+class KVTiers(Tiers):
+    """The tiers below the devices of one engine. They have threads of their own: nothing is to do between steps."""
 
     def __init__(
         self, kv: KVCacheManager, memory: HierarchicalMemory, worth: Worth, buffers: StepBlocks | None = None
@@ -177,17 +178,6 @@ class KVTiers:
             prefetch.loading.release()
 
     # -- steps ------------------------------------------------------------------------------------------------------
-
-    @property
-    def is_idle(self) -> bool:
-        return True
-
-    @property
-    def wants_stop(self) -> bool:
-        return False
-
-    def tick(self, waiting_blocks: int) -> None:
-        """Nothing to do between steps: tiers have threads of their own."""
 
     def step_taken(self, step: int) -> None:
         """What was gathered so far is part of this step."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -108,15 +107,11 @@ class BlockLoader:
                 fill = self._waiting.popleft()
             except IndexError:
                 return
-            self._fill(fill)
-
-    def _fill(self, fill: Fill) -> None:
-        """Read one block into its slot."""
-        arrived = False
-        try:
-            arrived = fill.source.read(fill.slot.block, fill.slot.view(), time.perf_counter)
-        finally:  # whatever happens, nobody waits for ever
-            self._finish([fill], arrived=arrived)
+            arrived = False
+            try:
+                arrived = fill.source.read(fill.slot.block, fill.slot.view())
+            finally:  # whatever happens, nobody waits for ever
+                self._finish([fill], arrived=arrived)
 
     def _finish(self, fills: Sequence[Fill], *, arrived: bool) -> None:
         with self._lock:
@@ -135,7 +130,7 @@ class BlockLoader:
                 lower.index.remove(block)
         if arrived and block not in self._host.index:
             self._target.hold(fill.slot)
-            self._target.count_move("promotion", lower.tier, Tier.L3)
+            self._target.moves["promotion", lower.tier, Tier.L3] += 1
         else:
             self._host.put_back(fill.slot)
         finished = []

@@ -56,10 +56,9 @@ def classify(random_read_s: float, read_bytes_s: float) -> Medium:
 
 @dataclass(frozen=True, slots=True)
 class DiskSpeed:
-    """A directory's speed. `random_read_s` is the median of single 4 KiB reads."""
+    """A directory's speed; its latency is the median of single 4 KiB reads."""
 
     speed: TierSpeed
-    random_read_s: float
     method: Method
     medium: Medium
 
@@ -102,7 +101,7 @@ def measure_directory(directory: Path, timer: Callable[[], float] = time.perf_co
     finally:
         path.unlink(missing_ok=True)
     speed = TierSpeed(read_bytes_s, write_bytes_s, random_read_s)
-    return DiskSpeed(speed, random_read_s, method, classify(random_read_s, read_bytes_s))
+    return DiskSpeed(speed, method, classify(random_read_s, read_bytes_s))
 
 
 def _measure_writing(path: Path, timer: Callable[[], float]) -> tuple[int, float]:

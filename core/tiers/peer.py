@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Protocol
 
 from core.logs import get_logger
@@ -16,11 +15,8 @@ logger = get_logger(__name__)
 class Peer(Protocol):
     """Another node that lends RAM for blocks, by hash. Bounded: it refuses what does not fit. May raise `OSError`."""
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def capacity_bytes(self) -> int: ...
+    name: str
+    capacity_bytes: int
 
     @property
     def used_bytes(self) -> int: ...
@@ -32,38 +28,6 @@ class Peer(Protocol):
         """The bytes that were put, or None if they are gone."""
 
     def drop(self, block: bytes) -> None: ...
-
-
-class InProcessPeer:
-    """A peer in this process, which keeps the bytes. Thread-safe."""
-
-    def __init__(self, capacity_bytes: int, name: str = "in-process") -> None:
-        self.name = name
-        self.capacity_bytes = capacity_bytes
-        self._lock = threading.Lock()
-        self._data: dict[bytes, bytes] = {}
-        self._used_bytes = 0
-
-    @property
-    def used_bytes(self) -> int:
-        return self._used_bytes
-
-    def put(self, block: bytes, data: memoryview) -> bool:
-        with self._lock:
-            grown = self._used_bytes + len(data) - len(self._data.get(block, b""))
-            if grown > self.capacity_bytes:
-                return False
-            self._data[block] = bytes(data)
-            self._used_bytes = grown
-            return True
-
-    def get(self, block: bytes) -> bytes | None:
-        with self._lock:
-            return self._data.get(block)
-
-    def drop(self, block: bytes) -> None:
-        with self._lock:
-            self._used_bytes -= len(self._data.pop(block, b""))
 
 
 class PeerStore:

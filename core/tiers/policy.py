@@ -11,15 +11,6 @@ from core.tiers.hotness import HeatModel, keep_value
 from core.tiers.records import Tier, TierSpeed
 
 
-@dataclass(frozen=True, slots=True)
-class RestorePlan:
-    """Restore the first `num_blocks` of a run; what that costs and what computing them would (seconds)."""
-
-    num_blocks: int
-    restore_s: float
-    recompute_s: float
-
-
 def worth_restoring(
     tiers: Sequence[Tier],
     block_nbytes: int,
@@ -28,7 +19,7 @@ def worth_restoring(
     link_bytes_s: float,
     link_latency_s: float,
     block_recompute_s: Sequence[float],
-) -> RestorePlan:
+) -> int:
     """How many leading blocks of a run to restore: the number that saves most time, 0 if none saves any.
 
     Restoring `n` blocks costs, for every tier `t` below host RAM that holds `b_t` of them, `latency_t + b_t*bytes/bw_t`
@@ -44,7 +35,7 @@ def worth_restoring(
         block_recompute_s: predicted seconds to compute each block's tokens, given those before it. At least as many as
             `tiers`.
     """
-    best = RestorePlan(0, 0.0, 0.0)
+    best, saved_s = 0, 0.0
     counts: Counter[Tier] = Counter()
     computed = itertools.accumulate(block_recompute_s)
     for number, (tier, recompute_s) in enumerate(zip(tiers, computed, strict=False), start=1):
@@ -53,8 +44,8 @@ def worth_restoring(
         restore_s += sum(
             speeds[below].fetch_s(count * block_nbytes) for below, count in counts.items() if below > Tier.L3
         )
-        if recompute_s - restore_s > best.recompute_s - best.restore_s:
-            best = RestorePlan(number, restore_s, recompute_s)
+        if recompute_s - restore_s > saved_s:
+            best, saved_s = number, recompute_s - restore_s
     return best
 
 

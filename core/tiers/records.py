@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -25,17 +25,8 @@ class Tier(enum.IntEnum):
     L6 = 6  # network or object storage
 
 
-class PageShape(Protocol):
-    """One layer's KV per token, as `core.models.architecture.KVShape` has it."""
-
-    @property
-    def num_kv_heads(self) -> int: ...
-
-    @property
-    def key_dim(self) -> int: ...
-
-    @property
-    def value_dim(self) -> int: ...
+Move = tuple[MoveKind, Tier, Tier | None]
+"""Kind, from, to; None for a block that no tier keeps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +49,18 @@ class BlockLayout:
     nbytes: int
 
     @classmethod
-    def of(cls, shapes: Sequence[PageShape], block_size: int, dtype: str) -> BlockLayout:
-        """The layout of a model whose layer `i` has `shapes[i]`; `dtype` is bfloat16, float16 or float32.
+    def of(cls, shapes: Iterable[tuple[int, int, int]], block_size: int, dtype: str) -> BlockLayout:
+        """The layout of a model by the (KV heads, key width, value width) of its layers; `dtype` is bfloat16, float16
+        or float32.
 
         Raises `ValueError` for another dtype.
         """
         if dtype not in ELEMENT_BYTES:
             raise ValueError(f"KV of type {dtype} has no layout; known are {', '.join(ELEMENT_BYTES)}")
         pages, offset = [], 0
-        for shape in shapes:
-            for dim in (shape.key_dim, shape.value_dim):
-                page = Page(offset, block_size * shape.num_kv_heads, dim)
+        for heads, *dims in shapes:
+            for dim in dims:
+                page = Page(offset, block_size * heads, dim)
                 pages.append(page)
                 offset += page.rows * page.dim * ELEMENT_BYTES[dtype]
         return cls(block_size, dtype, tuple(pages), offset)
@@ -128,14 +120,13 @@ class TierStats:
 
 @dataclass(frozen=True, slots=True)
 class MemoryStats:
-    """The whole hierarchy at one moment. `moves` counts blocks by (kind, from, to); `to` is None for the ones that no
-    tier keeps. A write that found the queue full, or a block that left before it was written, is a dropped write."""
+    """The whole hierarchy at one moment. `moves` counts blocks; a write that found the queue full, or a block that left
+    before it was written, is a dropped write."""
 
     tiers: tuple[TierStats, ...] = ()
-    moves: Mapping[tuple[MoveKind, Tier, Tier | None], int] = field(default_factory=dict)
+    moves: Mapping[Move, int] = field(default_factory=dict)
     queued_writes: int = 0
     dropped_writes: int = 0
-    loads_in_flight: int = 0
 
     def tier(self, tier: Tier) -> TierStats | None:
         return next((stats for stats in self.tiers if stats.tier == tier), None)
@@ -146,24 +137,23 @@ class BlockInfo:
     """One block for a status view."""
 
     hash: bytes
-    parent: bytes
-    tier: Tier
     hotness: float
     pinned: bool
 
 
 class BlockStore(Protocol):
-    """A tier below host RAM. Reads come from several threads, everything else from one."""
+    """A tier below host RAM. Reads come from several threads, everything else from one.
 
-    @property
-    def tier(self) -> Tier: ...
+    `medium` is what it is made of, as measured or told; empty if unknown. `stopped` says why writing failed last.
+    """
+
+    tier: Tier
+    medium: str
+    stopped: str | None
 
     @property
     def accepting(self) -> bool:
-        """Whether writing can succeed at the moment; `stopped` says why not."""
-
-    @property
-    def stopped(self) -> str | None: ...
+        """Whether writing can succeed at the moment."""
 
     @property
     def used_bytes(self) -> int: ...
@@ -173,10 +163,6 @@ class BlockStore(Protocol):
 
     @property
     def codec_name(self) -> str: ...
-
-    @property
-    def medium(self) -> str:
-        """What the tier is made of, as measured or told; empty if unknown."""
 
     def known(self) -> list[tuple[bytes, bytes]]:
         """`(hash, parent)` of the blocks found at the start, oldest first."""

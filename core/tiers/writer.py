@@ -52,10 +52,10 @@ class Writer:
         """Under the lock: write a block down some time, if that is worth it or it is to `leave`; never waits."""
         if self._closed or not self._wanted(block, leave=leave):
             return
-        if not leave and self._refused.get(block) == self._source.order(block):
+        if not leave and self._refused.get(block) == self._source.heat.order(block):
             return
         is_new = block not in self._queue
-        dropped = self._queue.offer(Write(block, self._source.order(block), leave))
+        dropped = self._queue.offer(Write(block, self._source.heat.order(block), leave))
         if dropped is not None:
             self.dropped += 1
         elif is_new:
@@ -92,7 +92,7 @@ class Writer:
             with self._lock:
                 self._in_flight -= 1
                 if not written and not is_below:
-                    self._refused[write.block] = self._source.order(write.block)
+                    self._refused[write.block] = self._source.heat.order(write.block)
                 self._source.end_write(write.block, leave=write.leave)
                 self._changed.notify_all()
         if written:
@@ -108,7 +108,7 @@ class Writer:
             if not lower.store.accepting or not (asked or self._is_worth(score, lower)):
                 continue
             has_room = self._make_room(place, None if asked else block)
-            if has_room and lower.write(block, parent, payload, time.perf_counter):
+            if has_room and lower.write(block, parent, payload):
                 with self._lock:
                     lower.index.add(block, parent)
                 return True
@@ -123,14 +123,14 @@ class Writer:
                 victim = lower.index.coldest()
                 if victim is None:
                     return False
-                if incoming is not None and self._source.order(victim) > self._source.order(incoming):
+                if incoming is not None and self._source.heat.order(victim) > self._source.heat.order(incoming):
                     return False
                 parent = lower.index.parent(victim)
                 lower.index.remove(victim)
             target = self._rescue(place, victim, parent)
             lower.store.drop(victim)
             with self._lock:
-                self._source.count_move("eviction" if target is None else "demotion", lower.tier, target)
+                self._source.moves["eviction" if target is None else "demotion", lower.tier, target] += 1
         return True
 
     def _rescue(self, place: int, block: bytes, parent: bytes) -> Tier | None:

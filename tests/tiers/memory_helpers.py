@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-from steering import LONGEST_WAIT_S
+from steering import LONGEST_WAIT_S, until
 
 from core.devices import DeviceBudget, host_device
 from core.tiers import BlockLayout, HierarchicalMemory, Tier
 from core.tiers.compress import CodecChoice, Compressor
 from core.tiers.hotness import HeatModel
-from core.tiers.loading import HostSlot
+from core.tiers.loading import HostSlot, Loading
 from core.tiers.lower_tier import LowerTier
 from core.tiers.policy import MemoryOptions, WriteRules
 from core.tiers.records import Quantization
-from core.tiers.segment_store import SegmentStore, StoreLimits
+from core.tiers.segment_store import SegmentStore
 from core.tiers.segments import Identity, SegmentFiles
 
-
-@dataclass(frozen=True)
-class Shape:
-    num_kv_heads: int = 2
-    key_dim: int = 8
-    value_dim: int = 8
-
-
-LAYOUT = BlockLayout.of([Shape(), Shape()], block_size=4, dtype="bfloat16")
+LAYOUT = BlockLayout.of([(2, 8, 8)] * 2, block_size=4, dtype="bfloat16")
 GREEDY = WriteRules(through_hotness=0.0, back_hotness=0.0)
 """Every block is written down at once."""
 
@@ -41,6 +33,38 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now_s
+
+
+class InProcessPeer:
+    """A peer in this process, which keeps the bytes. Thread-safe."""
+
+    def __init__(self, capacity_bytes: int, name: str = "in-process") -> None:
+        self.name = name
+        self.capacity_bytes = capacity_bytes
+        self._lock = threading.Lock()
+        self._data: dict[bytes, bytes] = {}
+        self._used_bytes = 0
+
+    @property
+    def used_bytes(self) -> int:
+        return self._used_bytes
+
+    def put(self, block: bytes, data: memoryview) -> bool:
+        with self._lock:
+            grown = self._used_bytes + len(data) - len(self._data.get(block, b""))
+            if grown > self.capacity_bytes:
+                return False
+            self._data[block] = bytes(data)
+            self._used_bytes = grown
+            return True
+
+    def get(self, block: bytes) -> bytes | None:
+        with self._lock:
+            return self._data.get(block)
+
+    def drop(self, block: bytes) -> None:
+        with self._lock:
+            self._used_bytes -= len(self._data.pop(block, b""))
 
 
 def block(number: int) -> bytes:
@@ -72,10 +96,15 @@ def save_chain(memory: HierarchicalMemory, length: int, first: int = 1) -> None:
         assert memory.flush(LONGEST_WAIT_S)
 
 
+def await_loading(*loadings: Loading) -> None:
+    for loading in loadings:
+        until(loading.done, "every block has arrived, or failed to")
+
+
 def load_bytes(memory: HierarchicalMemory, blocks: Sequence[bytes]) -> list[bytes]:
     """What a load brings, in order."""
     loading = memory.load(blocks)
-    assert loading.wait(LONGEST_WAIT_S)
+    await_loading(loading)
     found = [bytes(slot.view()) for slot in loading.slots()]
     loading.release()
     return found
@@ -124,10 +153,11 @@ def open_store(
     codec: CodecChoice = "none",
     clock: Clock | None = None,
 ) -> SegmentStore:
-    limits = StoreLimits(capacity_bytes, min_free_bytes)
     quantization: Quantization = "int8" if identity.quantization == "int8" else "none"
     compressor = Compressor(LAYOUT, codec, quantization)
-    return SegmentStore(Tier.L5, files, limits, identity, compressor, clock=clock or Clock())
+    return SegmentStore(
+        Tier.L5, files, capacity_bytes, identity, compressor, min_free_bytes=min_free_bytes, clock=clock or Clock()
+    )
 
 
 def put(store: SegmentStore, *numbers: int) -> None:

@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_helpers import GREEDY, LAYOUT, Clock, block, fill, open_memory, open_store, payload
+from memory_helpers import (
+    GREEDY,
+    LAYOUT,
+    Clock,
+    InProcessPeer,
+    await_loading,
+    block,
+    fill,
+    open_memory,
+    open_store,
+    payload,
+)
 from steering import LONGEST_WAIT_S
 
 from core.tiers import HierarchicalMemory, Tier
@@ -17,7 +28,7 @@ from core.tiers.compress import CodecChoice, Compressor
 from core.tiers.disk import LocalFiles
 from core.tiers.loading import HostSlot, Loading
 from core.tiers.lower_tier import LowerTier
-from core.tiers.peer import InProcessPeer, PeerStore
+from core.tiers.peer import PeerStore
 from core.tiers.records import TierSpeed
 from core.tiers.segments import SUFFIX
 
@@ -76,7 +87,7 @@ class History:
         elif kind == "damage":
             self.damage(number)
         elif kind == "wait" and self.loadings:
-            assert self.loadings[-1].wait(LONGEST_WAIT_S)
+            await_loading(self.loadings[-1])
 
     def damage(self, number: int) -> None:
         for path in self.directory.glob("*" + SUFFIX):
@@ -86,7 +97,7 @@ class History:
                 path.write_bytes(data)
 
     def check_and_release(self, loading: Loading) -> None:
-        assert loading.wait(LONGEST_WAIT_S)
+        await_loading(loading)
         for slot in loading.slots():
             number = int.from_bytes(slot.block, "big")
             assert bytes(slot.view()) == payload(number), "every block that comes back is the one that went"
