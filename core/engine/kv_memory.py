@@ -165,7 +165,7 @@ class SiteSpeedTable:
         self._host_link = min(measured, key=lambda link: link.bandwidth_bytes_s, default=DATASHEET_LINK)
         self._rates = {device.name: device.profile.kv_bytes_s for device in plan.problem.devices}
         self._stages = [
-            (stage.device.name, len(stage.kv.layer_bytes()) if stage.kv is not None else 0) for stage in stages
+            (stage.device.name, len(stage.kv.layer_bytes) if stage.kv is not None else 0) for stage in stages
         ]
         self._row_bytes = plan.problem.costs.hidden_bytes
 

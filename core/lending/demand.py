@@ -59,8 +59,7 @@ class DemandWatch:
         lead_s: how long a grant takes, until one has been measured (`granted`).
         margin_s: added to the lead time; at least a step, for decisions are made between steps.
 
-    Raises:
-        ValueError: no extent, a time that is negative, or a `hold_s` or `rate_window_s` of 0.
+    Raises `ValueError` for no extent, a time that is negative, or a `hold_s` or `rate_window_s` of 0.
     """
 
     def __init__(
@@ -105,7 +104,7 @@ class DemandWatch:
         self._lead_s = max(lead_s, self._lead_s + LEAD_DECAY * (lead_s - self._lead_s))
 
     def observe(self, now_s: float, blocks_in_use: int, blocks_backed: int, waiting_blocks: int = 0) -> None:
-        """Once per step.
+        """Once per step. Raises `ValueError` if time went back.
 
         Args:
             now_s: when.
@@ -113,9 +112,6 @@ class DemandWatch:
             blocks_backed: that have memory behind them, own or borrowed, or have been asked for and are on their way.
             waiting_blocks: certain to be taken as soon as they are free, by requests at the head of the queue. Where
                 they wait for memory, nothing grows, and the rate says nothing.
-
-        Raises:
-            ValueError: time went back.
         """
         if self._now_s is None:
             self._now_s = self._since_s = now_s

@@ -62,11 +62,8 @@ class Lender:
         return max(0, self.budget.lent_bytes - self.budget.shortfall_bytes - asked)
 
     def refresh(self, threshold: float, now_s: float) -> list[Urgency]:
-        """Bring `needs` into line with the state.
-
-        Returns:
-            the urgencies of needs that are new, or more urgent than before.
-        """
+        """Bring `needs` into line with the state. Returns the urgencies of those that are new, or more urgent than
+        before."""
         utilisation, lent = self.budget.utilisation, self.budget.lent_bytes
         self.saturated = utilisation >= threshold * (RESUME_SHARE if self.saturated else 1)
         wanted = pressures(self.budget, threshold)

@@ -46,7 +46,6 @@ class LendingStats:
         reclaims: needs of lenders, by urgency; one that becomes more urgent counts again. All urgencies are there.
         bytes_lent_total: sum of all grants.
         active_leases: leases that are not released, in whatever state.
-        lent_bytes: of these leases.
         capacity_bytes: `VRAMLendingPool.capacity_bytes`.
     """
 
@@ -54,7 +53,6 @@ class LendingStats:
     reclaims: Mapping[Urgency, int]
     bytes_lent_total: int
     active_leases: int
-    lent_bytes: int
     capacity_bytes: int
 
 
@@ -111,11 +109,7 @@ class VRAMLendingPool:
         return self._lender(device).budget
 
     def lease(self, lease_id: int) -> Lease:
-        """A lease that is not released. Its `priority` may be written; everything else is the pool's.
-
-        Raises:
-            ValueError: there is none with this id (any longer).
-        """
+        """A lease that is not released. Raises `ValueError` if there is none with this id (any longer)."""
         if lease_id not in self._leases:
             raise ValueError(f"there is no lease {lease_id}")
         return self._leases[lease_id]
@@ -146,7 +140,6 @@ class VRAMLendingPool:
             reclaims=dict(self._reclaims),
             bytes_lent_total=self._bytes_lent_total,
             active_leases=len(self._leases),
-            lent_bytes=self.lent_bytes(),
             capacity_bytes=self.capacity_bytes(),
         )
 
@@ -171,34 +164,25 @@ class VRAMLendingPool:
         """How many pages of `unit_bytes` each lender has room for, largest first, main memory last; only those with
         room. Their sum is what the borrower can get at most.
 
-        Raises:
-            ValueError: a borrower that is unknown or main memory, or pages without bytes.
+        Raises `ValueError` for a borrower that is unknown or main memory, or pages without bytes.
         """
         if unit_bytes < 1:
             raise ValueError(f"pages of {unit_bytes} bytes")
-        found = [
-            Offer(candidate.name, candidate.lendable_bytes // unit_bytes)
-            for last_resort in (False, True)
-            for candidate in sorted(
-                self._candidates(borrower, unit_bytes, last_resort), key=lambda each: -each.lendable_bytes
-            )
-        ]
-        return tuple(found)
+        rooms = [self._candidates(borrower, unit_bytes, last_resort) for last_resort in (False, True)]
+        ordered = [lender for room in rooms for lender in sorted(room, key=lambda lender: -lender.lendable_bytes)]
+        return tuple(Offer(lender.name, lender.lendable_bytes // unit_bytes) for lender in ordered)
 
     def largest_offer(self, borrower: str, unit_bytes: int) -> Offer | None:
         """The GPU with most room for pages of `unit_bytes`; main memory if no GPU has room for one; else None."""
         return next(iter(self.offers(borrower, unit_bytes)), None)
 
     def borrow(self, borrower: str, nbytes: int, blocks: int, priority: int = 0) -> Lease | None:
-        """Set `nbytes`, room for `blocks` pages, aside at the best lender.
+        """Set `nbytes`, room for `blocks` pages, aside at the best lender: a lease that is GRANTED.
 
-        All or nothing, from one lender. Main memory lends only if no GPU has room for one page.
+        All or nothing, from one lender: None if nobody has as much (`borrow_at_most` takes less). Main memory lends
+        only if no GPU has room for one page.
 
-        Returns:
-            a lease that is GRANTED, or None: nobody has as much (`borrow_at_most` takes less).
-
-        Raises:
-            ValueError: a borrower that is unknown or main memory, or no bytes or blocks.
+        Raises `ValueError` for a borrower that is unknown or main memory, or no bytes or blocks.
         """
         if blocks < 1 or nbytes < blocks:
             raise ValueError(f"{borrower} cannot borrow {blocks} blocks in {nbytes} bytes")
@@ -232,11 +216,7 @@ class VRAMLendingPool:
         lender.refused_until_s = self._clock() + REFUSED_S
 
     def activate(self, lease_id: int) -> None:
-        """Blocks move in from now on.
-
-        Raises:
-            ValueError: the lease is not GRANTED; while it is under reclaim nothing moves in.
-        """
+        """Blocks move in from now on. Raises `ValueError` unless the lease is GRANTED: none moves in under reclaim."""
         lease = self.lease(lease_id)
         if lease.state is not LeaseState.GRANTED:
             raise ValueError(f"lease {lease_id} is {lease.state.value}, no block may move in")
@@ -246,8 +226,7 @@ class VRAMLendingPool:
     def shrink(self, lease_id: int, nbytes: int, blocks: int) -> None:
         """`blocks` pages with `nbytes` are empty and the lender's again; all of them is a `release`.
 
-        Raises:
-            ValueError: the lease does not hold them, or would keep blocks without bytes or bytes without blocks.
+        Raises `ValueError` if the lease does not hold them, or would keep blocks without bytes or bytes without blocks.
         """
         lease = self.lease(lease_id)
         kept_bytes, kept_blocks = lease.nbytes - nbytes, lease.blocks - blocks
@@ -265,11 +244,7 @@ class VRAMLendingPool:
         self._refresh(self._lenders[lease.lender])
 
     def release(self, lease_id: int) -> None:
-        """The whole lease is empty and the lender's again.
-
-        Raises:
-            ValueError: it is released already.
-        """
+        """The whole lease is empty and the lender's again. Raises `ValueError` if it is released already."""
         lease = self.lease(lease_id)
         self.shrink(lease_id, lease.nbytes, lease.blocks)
 
@@ -281,8 +256,7 @@ class VRAMLendingPool:
         None is for all of it and for good (shutdown): it lends nothing until `reopen`. Otherwise it lends nothing
         until the bytes are back and `observe` has said what it uses now.
 
-        Returns:
-            how many bytes will come back for this request: fewer where less is lent, or was asked for already.
+        Returns how many bytes will come back for this request: fewer where less is lent, or was asked for already.
         """
         if nbytes is not None and nbytes < 0:
             raise ValueError(f"{lender} cannot ask for {nbytes} bytes")
