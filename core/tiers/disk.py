@@ -27,10 +27,6 @@ PARTIAL = ".partial"
 _private = functools.partial(os.open, mode=0o600)
 
 
-class DirectoryInUseError(ConflictError):
-    """Another process keeps its blocks in this directory."""
-
-
 class LocalFile:
     """A segment being written; see `OpenFile`."""
 
@@ -86,7 +82,8 @@ class LocalFiles:
     """See `SegmentFiles`."""
 
     def __init__(self, directory: Path) -> None:
-        """Creates the directory if need be and locks it. Raises `DirectoryInUseError`, or `OSError`."""
+        """Creates the directory if need be and locks it. Raises `ConflictError` if another process keeps its
+        blocks there, or `OSError`."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.directory = directory
         # Any thread may close what another opened: the next model is loaded, and this one unloaded, by other threads.
@@ -94,7 +91,7 @@ class LocalFiles:
         try:
             self._lock.acquire()
         except filelock.Timeout as error:
-            raise DirectoryInUseError(
+            raise ConflictError(
                 f"{directory} is in use by another process; give each its own memory.disk_path."
             ) from error
 

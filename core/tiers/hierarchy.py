@@ -170,6 +170,10 @@ class HierarchicalMemory:
     def _is_below(self, block: bytes) -> bool:
         return any(block in lower.index for lower in self._below)
 
+    def _places(self) -> tuple[HostTier | LowerTier, ...]:
+        """All tiers, nearest first."""
+        return self._host, *self._below
+
     # -- finding and loading ----------------------------------------------------------------------------------------
 
     def find(self, blocks: Sequence[bytes], *, record: bool = True) -> list[Tier]:
@@ -180,29 +184,21 @@ class HierarchicalMemory:
         tiers: list[Tier] = []
         with self._lock:
             for block in blocks:
-                lower = None if block in self._host.index else self._loader.source(block)
-                if record:
-                    self._count_lookup(block, lower)
-                if lower is None and block not in self._host.index:
+                for place in self._places():
+                    found = block in place.index
+                    place.hits += record and found
+                    place.misses += record and not found
+                    if found:
+                        tiers.append(place.tier)
+                        break
+                else:
                     break
-                tiers.append(Tier.L3 if lower is None else lower.tier)
         return tiers
 
     def held(self, blocks: Iterable[bytes]) -> set[bytes]:
         """Those of the blocks that some tier has; no lookup of theirs, and not a use."""
         with self._lock:
             return {block for block in blocks if block in self._host.index or self._is_below(block)}
-
-    def _count_lookup(self, block: bytes, source: LowerTier | None) -> None:
-        if block in self._host.index:
-            self._host.hits += 1
-            return
-        self._host.misses += 1
-        for lower in self._below:
-            if lower is source:
-                lower.hits += 1
-                return
-            lower.misses += 1
 
     def load(self, blocks: Sequence[bytes], on_done: Callable[[Loading], None] | None = None) -> Loading:
         """Bring the leading run of `blocks` that some tier holds into host RAM and pin it there; a use of each block.
@@ -306,7 +302,7 @@ class HierarchicalMemory:
 
     def stats(self) -> MemoryStats:
         """A snapshot of every tier and counter."""
-        tiers: tuple[HostTier | LowerTier, ...] = (self._host, *self._below)
+        tiers = self._places()
         with self._lock:
             held = [list(tier.index) for tier in tiers]
             moves = dict(self.moves)
@@ -322,9 +318,8 @@ class HierarchicalMemory:
 
     def blocks(self, tier: Tier, limit: int) -> list[BlockInfo]:
         """The `limit` hottest blocks of a tier, hottest first; none for a tier that is not there."""
-        tiers: tuple[HostTier | LowerTier, ...] = (self._host, *self._below)
         with self._lock:
-            indexes = [place.index for place in tiers if place.tier == tier]
+            indexes = [place.index for place in self._places() if place.tier == tier]
             held = [(block, index.is_pinned(block)) for index in indexes for block in index]
         now_s = self._clock()
         infos = (BlockInfo(block, self.heat.score(block, now_s), pinned) for block, pinned in held)

@@ -32,14 +32,6 @@ _COPIES_AT_ONCE = 16
 
 
 @dataclass(slots=True)
-class _Prefetch:
-    """What a waiting sequence has asked for: blocks from number `first` of its table on."""
-
-    first: int
-    loading: Loading
-
-
-@dataclass(slots=True)
 class _StepUse:
     """What the step being gathered, or one in flight, does with slots."""
 
@@ -82,7 +74,7 @@ class KVTiers(Tiers):
         self.memory = memory
         self._kv = kv
         self._worth = worth
-        self._prefetches: dict[int, _Prefetch] = {}
+        self._prefetches: dict[int, tuple[int, Loading]] = {}  # by sequence, from which block of its table on
         self.buffers = buffers if buffers is not None else StepBlocks()
         self._now = _StepUse()
         self._steps: dict[int, _StepUse] = {}
@@ -146,7 +138,7 @@ class KVTiers(Tiers):
                 on_done()
 
         loading = self.memory.load(run[:count], done)
-        self._prefetches[seq_id] = _Prefetch(known, loading)
+        self._prefetches[seq_id] = known, loading
         if loading.done():
             return False
         waits.append(True)
@@ -156,14 +148,14 @@ class KVTiers(Tiers):
 
     def take(self, seq_id: int, known: int) -> tuple[list[bytes], Loading] | None:
         """The hashes of what has been fetched for the blocks of a sequence from number `known` on."""
-        prefetch = self._prefetches.pop(seq_id, None)
-        if prefetch is None:
+        if seq_id not in self._prefetches:
             return None
-        slots = prefetch.loading.slots()[max(0, known - prefetch.first) :]
-        if known < prefetch.first or not slots:
-            prefetch.loading.release()
+        first, loading = self._prefetches.pop(seq_id)
+        slots = loading.slots()[max(0, known - first) :]
+        if known < first or not slots:
+            loading.release()
             return None
-        return [slot.block for slot in slots], prefetch.loading
+        return [slot.block for slot in slots], loading
 
     def loaded(self, loading: Loading, digests: Sequence[bytes]) -> None:
         """These blocks of a loading are copied by the step being gathered."""
@@ -173,9 +165,8 @@ class KVTiers(Tiers):
 
     def cancel(self, seq_id: int) -> None:
         """A sequence no longer wants what it asked for."""
-        prefetch = self._prefetches.pop(seq_id, None)
-        if prefetch is not None:
-            prefetch.loading.release()
+        if seq_id in self._prefetches:
+            self._prefetches.pop(seq_id)[1].release()
 
     # -- steps ------------------------------------------------------------------------------------------------------
 

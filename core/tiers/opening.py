@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import time
 
 from core.config import MemorySettings
 from core.devices import DeviceBudget, format_bytes
-from core.errors import ConfigError
+from core.errors import ConfigError, ConflictError
 from core.logs import get_logger
 from core.tiers.compress import Compressor
-from core.tiers.disk import DirectoryInUseError, LocalFiles
-from core.tiers.hierarchy import Clock, HierarchicalMemory
+from core.tiers.disk import LocalFiles
+from core.tiers.hierarchy import HierarchicalMemory
 from core.tiers.hotness import HeatModel
 from core.tiers.lower_tier import LowerTier
 from core.tiers.measure import measure_directory, measure_files, measure_host, measure_peer
@@ -37,7 +36,6 @@ def open_memory(
     pin: bool = False,
     recompute_s: float | None = None,
     peer: Peer | None = None,
-    clock: Clock = time.monotonic,
 ) -> HierarchicalMemory | None:
     """Host RAM and a peer, or None if host RAM may not be used or holds no block. What outlasts the process is opened
     by `open_lasting`, once nobody else has it.
@@ -71,7 +69,7 @@ def open_memory(
         write_bytes_s=settings.write_back_bytes_s,
         max_queued_writes=settings.max_queued_writes,
     )
-    memory = HierarchicalMemory(layout, options, host, host_speed=measure_host(), clock=clock)
+    memory = HierarchicalMemory(layout, options, host, host_speed=measure_host())
     if peer is not None and (lent := _open_peer(settings, layout, peer)) is not None:
         memory.add_below([lent])
     return memory
@@ -86,16 +84,14 @@ def open_lasting(memory: HierarchicalMemory, settings: MemorySettings, salt: byt
     """
     below: list[LowerTier] = []
     missing: dict[Tier, str] = {}
+    asked = (Tier.L5, settings.disk_path, _open_disk), (Tier.L6, settings.remote_url, _open_remote)
     try:
-        for tier, place, opening in (
-            (Tier.L5, settings.disk_path, _open_disk),
-            (Tier.L6, settings.remote_url, _open_remote),
-        ):
+        for tier, place, opening in asked:
             if place is None:
                 continue
             try:
                 below.append(opening(settings, memory.layout, salt))
-            except (ConfigError, DirectoryInUseError, OSError) as error:  # too little space is known by now alone
+            except (ConfigError, ConflictError, OSError) as error:  # too little space is known by now alone
                 said, missing[tier] = f"{tier.name} is not used", str(error)
                 logger.warning(said, place=str(place), reason=missing[tier])
         memory.add_below(below, missing)
@@ -123,7 +119,7 @@ def _open_peer(settings: MemorySettings, layout: BlockLayout, peer: Peer) -> Low
 
 
 def _open_disk(settings: MemorySettings, layout: BlockLayout, salt: bytes) -> LowerTier:
-    """Raises `DirectoryInUseError`, `OSError`, or `ConfigError` if there is too little space."""
+    """Raises `ConflictError`, `OSError`, or `ConfigError` if there is too little space."""
     path = settings.disk_path
     assert path is not None
     files = LocalFiles(path)

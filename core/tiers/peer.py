@@ -42,6 +42,7 @@ class PeerStore:
         self._kept: dict[bytes, tuple[str, int]] = {}  # lossless codec and checksum of what was put
         self.stopped: str | None = None
         self.medium = f"peer {peer.name}"
+        self.capacity_bytes = peer.capacity_bytes
 
     @property
     def accepting(self) -> bool:
@@ -55,15 +56,11 @@ class PeerStore:
     def used_bytes(self) -> int:
         return self._peer.used_bytes
 
-    @property
-    def capacity_bytes(self) -> int:
-        return self._peer.capacity_bytes
-
     def known(self) -> list[tuple[bytes, bytes]]:
         return []
 
     def has_room(self) -> bool:
-        return self._peer.used_bytes + self._block_nbytes <= self._peer.capacity_bytes
+        return self._peer.used_bytes + self._block_nbytes <= self.capacity_bytes
 
     def write(self, block: bytes, parent: bytes, payload: memoryview) -> bool:
         codec, data = self._compressor.encode(payload)

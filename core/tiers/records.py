@@ -31,9 +31,8 @@ Move = tuple[MoveKind, Tier, Tier | None]
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """K or V of one layer: `rows` (block_size x kv_heads) of `dim` numbers, `offset` bytes from the block's start."""
+    """K or V of one layer: `rows` (block_size x kv_heads) of `dim` numbers."""
 
-    offset: int
     rows: int
     dim: int
 
@@ -41,7 +40,7 @@ class Page:
 @dataclass(frozen=True, slots=True)
 class BlockLayout:
     """A block's payload, page-first: for each layer in order the K page `[block_size, kv_heads, key_dim]`, then the V
-    page `[block_size, kv_heads, value_dim]`, without gaps. A stage owns the contiguous slice of its layers."""
+    page `[block_size, kv_heads, value_dim]`, without gaps."""
 
     block_size: int
     dtype: str
@@ -57,25 +56,12 @@ class BlockLayout:
         """
         if dtype not in ELEMENT_BYTES:
             raise ValueError(f"KV of type {dtype} has no layout; known are {', '.join(ELEMENT_BYTES)}")
-        pages, offset = [], 0
-        for heads, *dims in shapes:
-            for dim in dims:
-                page = Page(offset, block_size * heads, dim)
-                pages.append(page)
-                offset += page.rows * page.dim * ELEMENT_BYTES[dtype]
-        return cls(block_size, dtype, tuple(pages), offset)
+        pages = tuple(Page(block_size * heads, dim) for heads, *dims in shapes for dim in dims)
+        return cls(block_size, dtype, pages, sum(page.rows * page.dim for page in pages) * ELEMENT_BYTES[dtype])
 
     @property
     def element_bytes(self) -> int:
         return ELEMENT_BYTES[self.dtype]
-
-    def page_bytes(self, page: Page) -> int:
-        return page.rows * page.dim * self.element_bytes
-
-    def slice_of(self, first_layer: int, last_layer: int) -> tuple[int, int]:
-        """Bytes `[start, stop)` of layers `first_layer .. last_layer - 1` of a payload."""
-        starts = [page.offset for page in self.pages[::2]] + [self.nbytes]
-        return starts[first_layer], starts[last_layer]
 
     def digest(self) -> str:
         """Hex digest that differs wherever payloads of two layouts would be read differently."""
@@ -128,9 +114,6 @@ class MemoryStats:
     queued_writes: int = 0
     dropped_writes: int = 0
 
-    def tier(self, tier: Tier) -> TierStats | None:
-        return next((stats for stats in self.tiers if stats.tier == tier), None)
-
 
 @dataclass(frozen=True, slots=True)
 class BlockInfo:
@@ -150,6 +133,7 @@ class BlockStore(Protocol):
     tier: Tier
     medium: str
     stopped: str | None
+    capacity_bytes: int
 
     @property
     def accepting(self) -> bool:
@@ -157,9 +141,6 @@ class BlockStore(Protocol):
 
     @property
     def used_bytes(self) -> int: ...
-
-    @property
-    def capacity_bytes(self) -> int: ...
 
     @property
     def codec_name(self) -> str: ...

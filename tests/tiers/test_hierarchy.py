@@ -532,5 +532,5 @@ def test_tiers_may_be_added_later_and_hold_blocks_from_before(tmp_path: Path) ->
         assert load_bytes(memory, [block(1), block(2)]) == [payload(1), payload(2)]
         for number in range(10, 20):
             assert save(memory, number, 0) and memory.flush(LONGEST_WAIT_S)
-        disk = memory.stats().tier(Tier.L5)
+        disk = next(tier for tier in memory.stats().tiers if tier.tier == Tier.L5)
         assert disk is not None and disk.blocks > 2, "what the peer has no room for sinks on"
