@@ -30,14 +30,6 @@ REFUSED_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
-    """A lender that has room for `units` pages (of whatever size was asked for)."""
-
-    lender: str
-    units: int
-
-
-@dataclass(frozen=True, slots=True)
 class LendingStats:
     """Snapshot. `*_total`, `borrows` and `reclaims` count since the start, the rest is now.
 
@@ -160,7 +152,7 @@ class VRAMLendingPool:
         rated = [scores(self._candidates(borrower, nbytes, last_resort)) for last_resort in (False, True)]
         return tuple(name for group in rated for name in sorted(group, key=lambda name: -group[name]))
 
-    def offers(self, borrower: str, unit_bytes: int) -> tuple[Offer, ...]:
+    def offers(self, borrower: str, unit_bytes: int) -> dict[str, int]:
         """How many pages of `unit_bytes` each lender has room for, largest first, main memory last; only those with
         room. Their sum is what the borrower can get at most.
 
@@ -170,11 +162,12 @@ class VRAMLendingPool:
             raise ValueError(f"pages of {unit_bytes} bytes")
         rooms = [self._candidates(borrower, unit_bytes, last_resort) for last_resort in (False, True)]
         ordered = [lender for room in rooms for lender in sorted(room, key=lambda lender: -lender.lendable_bytes)]
-        return tuple(Offer(lender.name, lender.lendable_bytes // unit_bytes) for lender in ordered)
+        return {lender.name: lender.lendable_bytes // unit_bytes for lender in ordered}
 
-    def largest_offer(self, borrower: str, unit_bytes: int) -> Offer | None:
-        """The GPU with most room for pages of `unit_bytes`; main memory if no GPU has room for one; else None."""
-        return next(iter(self.offers(borrower, unit_bytes)), None)
+    def largest_offer(self, borrower: str, unit_bytes: int) -> tuple[str, int] | None:
+        """The GPU with room for most pages of `unit_bytes`, and for how many; main memory if no GPU has room for one;
+        else None."""
+        return next(iter(self.offers(borrower, unit_bytes).items()), None)
 
     def borrow(self, borrower: str, nbytes: int, blocks: int, priority: int = 0) -> Lease | None:
         """Set `nbytes`, room for `blocks` pages, aside at the best lender: a lease that is GRANTED.
@@ -206,7 +199,7 @@ class VRAMLendingPool:
         if lease is not None:
             return lease
         offer = self.largest_offer(borrower, unit_bytes)
-        units = 0 if offer is None else min(blocks, offer.units)
+        units = 0 if offer is None else min(blocks, offer[1])
         return self.borrow(borrower, units * unit_bytes, units, priority) if units else None
 
     def refuse(self, lease_id: int) -> None:

@@ -54,12 +54,11 @@ class HierarchicalMemory:
         layout: BlockLayout,
         options: MemoryOptions,
         host: DeviceBudget,
-        below: Sequence[LowerTier] = (),
         *,
         host_speed: TierSpeed | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        """`below` may be given later too (`add_below`). `clock` gives seconds, for hotness alone.
+        """`clock` gives seconds, for hotness alone.
 
         Raises `ValueError` if host RAM of that size holds no block, `OutOfDeviceMemoryError` if `host` has no room.
         """
@@ -77,7 +76,6 @@ class HierarchicalMemory:
         me = weakref.proxy(self)  # their threads end with `close`; without it they would keep each other alive
         self._loader = BlockLoader(me, self._host, self._lock, options.load_threads)
         self._writer = Writer(me, options, self._lock)
-        self.add_below(below)
 
     @property
     def num_slots(self) -> int:

@@ -48,7 +48,7 @@ class Lending(RuleBasedStateMachine):
 
     @rule(target=leases, borrower=st.sampled_from(GPUS), blocks=st.integers(1, 60), priority=st.integers(-1, 1))
     def borrow(self, borrower: str, blocks: int, priority: int) -> int | None:
-        room = {offer.lender: offer.units for offer in self.pool.offers(borrower, BLOCK)}
+        room = self.pool.offers(borrower, BLOCK)
         before = {name: self.pool.budget(name) for name in (*GPUS, "host")}
         lease = self.pool.borrow(borrower, blocks * BLOCK, blocks, priority)
         fitting = [name for name, units in room.items() if units >= blocks and name != "host"]
@@ -71,7 +71,7 @@ class Lending(RuleBasedStateMachine):
         assert (lease is None) == (not offers)
         if lease is None:
             return None
-        assert lease.blocks == min(blocks, offers[0].units)
+        assert lease.blocks == min(blocks, next(iter(offers.values())))
         assert lease.nbytes == lease.blocks * BLOCK
         self.held[lease.lease_id] = lease
         self.grants += 1

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from lending.pools import Clock, gpu, host, make_pool, take, use
 
-from core.lending import Cause, GPUBudget, LeaseState, Urgency, VRAMLendingPool
-from core.lending.reclaim import pressures
+from core.lending import GPUBudget, LeaseState, Urgency, VRAMLendingPool
+from core.lending.reclaim import Cause, pressures
 
 LOW, MEDIUM, HIGH, CRITICAL = Urgency
 CARD = GPUBudget("a", limit_bytes=900, total_bytes=1000, lent_bytes=100)

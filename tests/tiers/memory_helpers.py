@@ -131,7 +131,8 @@ def open_memory(
         seal_s=seal_s,
     )
     host = DeviceBudget(host_device(slots * LAYOUT.nbytes))
-    memory = HierarchicalMemory(LAYOUT, options, host, below, clock=clock or Clock())
+    memory = HierarchicalMemory(LAYOUT, options, host, clock=clock or Clock())
+    memory.add_below(below)
     try:
         yield memory
         memory.check_invariants()
