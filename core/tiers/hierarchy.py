@@ -132,8 +132,7 @@ class HierarchicalMemory:
                 return
             self.hold(slot)
             self.moves["demotion", Tier.L1, Tier.L3] += 1
-            score = self.heat.score(slot.block, self._clock())
-            if self._options.rules.write_through(score):
+            if self.score(slot.block) >= self._options.rules.through_hotness:
                 self._writer.offer(slot.block, leave=False)
             self._clean_ahead()
 

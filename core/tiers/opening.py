@@ -16,7 +16,7 @@ from core.tiers.hotness import HeatModel
 from core.tiers.lower_tier import LowerTier
 from core.tiers.measure import measure_directory, measure_files, measure_host, measure_peer
 from core.tiers.peer import Peer, PeerStore
-from core.tiers.policy import MemoryOptions, WriteRules
+from core.tiers.policy import MemoryOptions
 from core.tiers.records import BlockLayout, Tier
 from core.tiers.remote import RemoteFiles, check_url
 from core.tiers.segment_store import SegmentStore
@@ -34,7 +34,6 @@ def open_memory(
     host: DeviceBudget,
     *,
     pin: bool = False,
-    recompute_s: float | None = None,
     peer: Peer | None = None,
 ) -> HierarchicalMemory | None:
     """Host RAM and a peer, or None if host RAM may not be used or holds no block. What outlasts the process is opened
@@ -43,7 +42,6 @@ def open_memory(
     Args:
         host: main memory; the hierarchy reserves its part there until it is closed.
         pin: page-locked host RAM, for GPUs.
-        recompute_s: predicted seconds to compute one block, None if unknown.
 
     Raises:
         ConfigError: what `open_lasting` could never open: a capacity too small for one segment, or a remote protocol
@@ -65,7 +63,6 @@ def open_memory(
         host_bytes=host_bytes,
         pin=pin,
         heat=HeatModel(settings.half_life_s),
-        rules=WriteRules(recompute_s=recompute_s),
         write_bytes_s=settings.write_back_bytes_s,
         max_queued_writes=settings.max_queued_writes,
     )

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from core.tiers.hotness import HeatModel, keep_value
+from core.tiers.hotness import HeatModel
 from core.tiers.records import Tier, TierSpeed
 
 
@@ -55,23 +55,11 @@ class WriteRules:
 
     `through_hotness`: at once, when it enters host RAM that hot (1 is one use just now; the default means used again
     since). `back_hotness`: when it is about to leave host RAM (the default: less than three half-lives since a single
-    use). `recompute_s`: predicted seconds to compute one block, None if unknown: then fetching counts as faster.
+    use).
     """
 
     through_hotness: float = 1.25
     back_hotness: float = 0.125
-    recompute_s: float | None = None
-
-    def write_through(self, score: float) -> bool:
-        return score >= self.through_hotness
-
-    def worth_writing(self, score: float, speed: TierSpeed | None, nbytes: int) -> bool:
-        """Whether a block that leaves is worth a place in a tier of that speed."""
-        if score < self.back_hotness:
-            return False
-        if self.recompute_s is None or speed is None:
-            return True
-        return keep_value(score, self.recompute_s, speed.fetch_s(nbytes), nbytes) > 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,11 +62,10 @@ class Writer:
             self._thread.submit(self._write_next).add_done_callback(log_failure)
 
     def _wanted(self, block: bytes, *, leave: bool) -> bool:
-        score = self._source.score(block)
-        return any(lower.store.accepting and (leave or self._is_worth(score, lower)) for lower in self._below)
+        return (leave or self._is_warm(block)) and any(lower.store.accepting for lower in self._below)
 
-    def _is_worth(self, score: float, lower: LowerTier) -> bool:
-        return self._rules.worth_writing(score, lower.speed, self._source.layout.nbytes)
+    def _is_warm(self, block: bytes) -> bool:
+        return self._source.score(block) >= self._rules.back_hotness
 
     def cancel(self, block: bytes) -> None:
         """Under the lock: the block has left; its write, if it was still queued, is dropped."""
@@ -104,8 +103,8 @@ class Writer:
         for place in range(position, len(self._below)):
             lower = self._below[place]
             with self._lock:
-                score = self._source.score(block)
-            if not lower.store.accepting or not (asked or self._is_worth(score, lower)):
+                wanted = asked or self._is_warm(block)
+            if not wanted or not lower.store.accepting:
                 continue
             has_room = self._make_room(place, None if asked else block)
             if has_room and lower.write(block, parent, payload):
@@ -137,9 +136,9 @@ class Writer:
         """The tier below that keeps a block which leaves this one; it is copied there if that is worth it."""
         deeper = self._below[place + 1 :]
         with self._lock:
-            score = self._source.score(block)
+            is_warm = self._is_warm(block)
             kept = next((lower.tier for lower in deeper if block in lower.index), None)
-        if kept is not None or not any(lower.store.accepting and self._is_worth(score, lower) for lower in deeper):
+        if kept is not None or not is_warm or not any(lower.store.accepting for lower in deeper):
             return kept
         tier = self._below[place].tier
         if tier not in self._scratch:

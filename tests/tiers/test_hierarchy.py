@@ -33,7 +33,7 @@ from core.tiers.disk import LocalFiles
 from core.tiers.loading import Loading
 from core.tiers.lower_tier import LowerTier
 from core.tiers.peer import PeerStore
-from core.tiers.policy import MemoryOptions, WriteRules
+from core.tiers.policy import MemoryOptions
 from core.tiers.records import TierSpeed
 from core.tiers.segments import SUFFIX
 
@@ -315,19 +315,23 @@ def test_only_blocks_used_again_are_written_at_once_and_the_rest_before_they_lea
         assert ("eviction", Tier.L3, None) not in memory.stats().moves
 
 
-def test_cold_blocks_are_not_written(clock: Clock) -> None:
+@pytest.mark.parametrize(("half_lives", "written"), [(2.9, True), (3.1, False), (10.0, False)])
+def test_cold_blocks_are_not_written(clock: Clock, half_lives: float, written: bool) -> None:
     lower = peer_tier()
-    with open_memory(slots=2, below=[lower], clock=clock) as memory:
+    with open_memory(slots=2, below=[lower], clock=clock, half_life_s=100.0) as memory:
         save(memory, 1, 0)
-        clock.now_s += 1000.0  # ten half-lives
-        assert memory.flush(LONGEST_WAIT_S) and len(lower.index) == 0
+        clock.now_s += half_lives * 100.0
+        assert memory.flush(LONGEST_WAIT_S) and len(lower.index) == written
 
 
-def test_recomputing_that_is_faster_than_the_tier_keeps_blocks_out_of_it() -> None:
+def test_only_blocks_used_again_are_written_at_once(clock: Clock) -> None:
     lower = peer_tier()
-    with open_memory(slots=2, below=[lower], rules=WriteRules(0.0, 0.0, recompute_s=1e-9)) as memory:
-        save(memory, 1, 0)
-        assert memory.flush(LONGEST_WAIT_S) and len(lower.index) == 0
+    with open_memory(slots=8, below=[lower], clock=clock) as memory:
+        memory.touch(block(2))
+        for number in (1, 2):
+            save(memory, number, 0)
+        await_writes(memory)
+        assert list(lower.index) == [block(2)]
 
 
 def test_a_full_queue_gives_up_cold_writes_and_nobody_waits(clock: Clock) -> None:

@@ -1,10 +1,10 @@
-"""Tables of decisions: what to restore, what to write down."""
+"""Tables of decisions: what to restore."""
 
 from __future__ import annotations
 
 import pytest
 
-from core.tiers.policy import WriteRules, worth_restoring
+from core.tiers.policy import worth_restoring
 from core.tiers.records import Tier, TierSpeed
 
 MB = 10**6
@@ -51,24 +51,3 @@ def test_the_cost_is_the_documented_sum() -> None:
             [HOST, Tier.L4, DISK, DISK], MB, SPEEDS,
             link_bytes_s=1e9, link_latency_s=0.01, block_recompute_s=[0.0, 0.0, 0.0, recompute_s],
         )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("score", "recompute_s", "speed", "worth"),
-    [
-        (1.0, None, None, True),
-        (0.2, None, None, True),
-        (0.1, None, None, False),  # too cold
-        (1.0, 0.01, SPEEDS[DISK], True),
-        (1.0, 0.0005, SPEEDS[DISK], False),  # recomputing is faster
-        (1.0, 0.5, SPEEDS[STORE], False),
-        (1.0, 2.0, SPEEDS[STORE], True),
-    ],
-)
-def test_what_is_written_down(score: float, recompute_s: float | None, speed: TierSpeed | None, worth: bool) -> None:
-    assert WriteRules(recompute_s=recompute_s).worth_writing(score, speed, MB) is worth
-
-
-def test_only_blocks_used_again_are_written_at_once() -> None:
-    assert not WriteRules().write_through(1.0)
-    assert WriteRules().write_through(1.5)
