@@ -183,11 +183,10 @@ class SegmentStore:
         return False
 
     def _check(self, segment: Segment, entry: Entry, data: memoryview) -> bool:
-        if len(data) != entry.length:
-            return self._reject(segment, entry, "cut off")
-        if checksum(entry.block, data) != entry.checksum:
-            return self._reject(segment, entry, "checksum differs")
-        return True
+        whole = len(data) == entry.length
+        if whole and checksum(entry.block, data) == entry.checksum:
+            return True
+        return self._reject(segment, entry, "checksum differs" if whole else "cut off")
 
     def _decode(self, segment: Segment, entry: Entry, data: memoryview, into: memoryview) -> bool:
         try:
