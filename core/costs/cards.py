@@ -117,8 +117,7 @@ def card(name: str) -> PlacementDevice:
 
     A size may follow: "A100 80GB". Without it, the smallest that is sold is meant, and of an H100 the one for PCIe.
 
-    Raises:
-        DeviceError: no such card; names those that look like it.
+    Raises `DeviceError` if there is no such card; it names those that look like it.
     """
     asked = _key(name)
     for found in CARDS:
@@ -137,8 +136,7 @@ def card(name: str) -> PlacementDevice:
 def gpu_spec(*texts: str) -> tuple[PlacementDevice, ...]:
     """The devices that `--gpu` describes, in its order; several of a name become "RTX 3090#0", "RTX 3090#1".
 
-    Raises:
-        DeviceError: a text does not follow `GPU_SYNTAX`, or names a card that is not known.
+    Raises `DeviceError` if a text does not follow `GPU_SYNTAX`, or names a card that is not known.
     """
     devices = []
     for text in texts:

@@ -4,11 +4,11 @@ Policy alone: no tensors, no threads, no clock of its own. The engine thread cal
 it says. A round of the coordinator::
 
     observe(device, ...)            for each device: what it uses itself, what others take, how long it was idle
-    for reclaim in reclaims():      move `bytes_to_move(...)` of it: to the owner, another lender or main memory,
-        shrink(...) or release(...)                             and say so
+    for reclaim in reclaims():      move `bytes_to_move(...)` of it: to the owner, another lender or main memory;
+        release(...)                                            once the whole lease is empty
     borrow(...) or borrow_at_most(...), then activate(...)      when `DemandWatch` says that blocks will be short
 
-Memory counts as lent from `borrow` to `shrink` or `release`; the coordinator reserves it on the lender's `DeviceBudget`
+Memory counts as lent from `borrow` to `release`; the coordinator reserves it on the lender's `DeviceBudget`
 for as long.
 """
 
@@ -31,14 +31,9 @@ REFUSED_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class LendingStats:
-    """Snapshot. `*_total`, `borrows` and `reclaims` count since the start, the rest is now.
-
-    Attributes:
-        borrows: leases granted, by `(borrower, lender)`.
-        reclaims: needs of lenders, by urgency; one that becomes more urgent counts again. All urgencies are there.
-        bytes_lent_total: sum of all grants.
-        active_leases: leases that are not released, in whatever state.
-        capacity_bytes: `VRAMLendingPool.capacity_bytes`.
+    """Snapshot. Since the start: `borrows`, the leases granted by `(borrower, lender)`, `bytes_lent_total` by all of
+    them, and `reclaims`, the needs of lenders by urgency, where one that becomes more urgent counts again; all
+    urgencies are there. Now: `active_leases`, in whatever state, and `VRAMLendingPool.capacity_bytes`.
     """
 
     borrows: Mapping[tuple[str, str], int]
@@ -62,8 +57,7 @@ class VRAMLendingPool:
             at most 1 (`VRM_RECLAIM_THRESHOLD`).
         clock: seconds, never going back.
 
-    Raises:
-        ValueError: a share out of its range, the same name twice, or a budget that has lent.
+    Raises `ValueError` for a share out of its range, the same name twice, or a budget that has lent.
     """
 
     def __init__(
@@ -216,30 +210,14 @@ class VRAMLendingPool:
         lease.move_to(LeaseState.ACTIVE)
         lease.used = True
 
-    def shrink(self, lease_id: int, nbytes: int, blocks: int) -> None:
-        """`blocks` pages with `nbytes` are empty and the lender's again; all of them is a `release`.
-
-        Raises `ValueError` if the lease does not hold them, or would keep blocks without bytes or bytes without blocks.
-        """
-        lease = self.lease(lease_id)
-        kept_bytes, kept_blocks = lease.nbytes - nbytes, lease.blocks - blocks
-        if nbytes < 0 or blocks < 0 or min(kept_bytes, kept_blocks) < 0 or (kept_bytes == 0) != (kept_blocks == 0):
-            raise ValueError(
-                f"lease {lease_id} has {lease.blocks} blocks, {lease.nbytes} bytes, not {blocks}, {nbytes}"
-            )
-        if kept_blocks == 0:
-            lease.move_to(LeaseState.RELEASED)
-            lease.reclaim_bytes, lease.urgency, lease.deadline_s = 0, None, None
-            del self._leases[lease_id]
-        else:
-            lease.nbytes, lease.blocks = kept_bytes, kept_blocks
-        self._lenders[lease.lender].came_back(nbytes)
-        self._refresh(self._lenders[lease.lender])
-
     def release(self, lease_id: int) -> None:
-        """The whole lease is empty and the lender's again. Raises `ValueError` if it is released already."""
+        """The lease is empty and the lender's again. Raises `ValueError` if it is released already."""
         lease = self.lease(lease_id)
-        self.shrink(lease_id, lease.nbytes, lease.blocks)
+        lease.move_to(LeaseState.RELEASED)
+        lease.reclaim_bytes, lease.urgency, lease.deadline_s = 0, None, None
+        del self._leases[lease_id]
+        self._lenders[lease.lender].came_back(lease.nbytes)
+        self._refresh(self._lenders[lease.lender])
 
     # -- reclaiming -------------------------------------------------------------------------------------------------
 
@@ -275,7 +253,7 @@ class VRAMLendingPool:
         youngest first, and no more than it needs. Their leases are RECLAIMING.
 
         A lease may be there several times, with parts that are not equally urgent. `nbytes` need not be a whole number
-        of pages: round up.
+        of pages. Leases go back whole.
         """
         found = [reclaim for lender in self._lenders.values() for reclaim in self._refresh(lender)]
         return sorted(found, key=lambda reclaim: (-reclaim.urgency, reclaim.deadline_s))

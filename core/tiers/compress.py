@@ -135,7 +135,9 @@ def _summary(codec: str, seen: Sequence[tuple[int, int, float, float]]) -> Codec
 
 def compress(codec: str, raw: memoryview, stride: int) -> bytes:
     """Compress numbers of `stride` bytes each. Raises `ValueError` for an unknown codec."""
-    planes = _by_significance(raw, stride)
+    planes = raw
+    if stride > 1:
+        planes = np.ascontiguousarray(np.frombuffer(raw, np.uint8).reshape(-1, stride).T).data.cast("B")
     if codec == "lz4":
         packed: bytes = lz4.block.compress(planes, store_size=False)
         return packed
@@ -165,9 +167,3 @@ def decompress(codec: str, data: memoryview, into: memoryview, stride: int) -> N
         target = np.frombuffer(into, np.uint8)
         for place, plane in enumerate(np.frombuffer(planes, np.uint8).reshape(stride, -1)):
             target[place::stride] = plane  # ten times as fast as one transposed copy
-
-
-def _by_significance(raw: memoryview, stride: int) -> memoryview:
-    if stride == 1:
-        return raw
-    return np.ascontiguousarray(np.frombuffer(raw, np.uint8).reshape(-1, stride).T).data.cast("B")

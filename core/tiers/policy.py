@@ -41,9 +41,7 @@ def worth_restoring(
     for number, (tier, recompute_s) in enumerate(zip(tiers, computed, strict=False), start=1):
         counts[tier] += 1
         restore_s = link_latency_s + number * block_nbytes / link_bytes_s
-        restore_s += sum(
-            speeds[below].fetch_s(count * block_nbytes) for below, count in counts.items() if below > Tier.L3
-        )
+        restore_s += sum(speeds[t].fetch_s(count * block_nbytes) for t, count in counts.items() if t > Tier.L3)
         if recompute_s - restore_s > saved_s:
             best, saved_s = number, recompute_s - restore_s
     return best

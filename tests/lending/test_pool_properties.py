@@ -83,13 +83,6 @@ class Lending(RuleBasedStateMachine):
         if lease is not None and lease.state is LeaseState.GRANTED:
             self.pool.activate(lease.lease_id)
 
-    @rule(lease_id=leases, share=st.floats(0, 0.99))
-    def shrink(self, lease_id: int | None, share: float) -> None:
-        lease = self.held.get(lease_id or 0)
-        if lease is not None:
-            blocks = int(share * lease.blocks)
-            self.pool.shrink(lease.lease_id, blocks * BLOCK, blocks)
-
     @rule(lease_id=consumes(leases))
     def release(self, lease_id: int | None) -> None:
         lease = self.held.pop(lease_id or 0, None)
@@ -128,11 +121,7 @@ class Lending(RuleBasedStateMachine):
                 break
             first = reclaims[0]
             assert first.urgency == max(reclaim.urgency for reclaim in reclaims)
-            lease = self.held[first.lease_id]
-            blocks = min(lease.blocks, -(-first.nbytes // BLOCK))
-            self.pool.shrink(lease.lease_id, blocks * BLOCK, blocks)
-            if lease.state is LeaseState.RELEASED:
-                del self.held[lease.lease_id]
+            self.pool.release(self.held.pop(first.lease_id).lease_id)
         assert self.pool.reclaims() == []
         for name in (*GPUS, "host"):
             budget = self.pool.budget(name)
