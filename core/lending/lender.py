@@ -41,10 +41,6 @@ class Lender:
             return 0
         return self.budget.lendable_bytes(lend_ratio)
 
-    def lent(self, nbytes: int) -> None:
-        """A lease was granted."""
-        self.budget = replace(self.budget, lent_bytes=self.budget.lent_bytes + nbytes)
-
     def came_back(self, nbytes: int) -> None:
         """Bytes of a lease are the device's again: they cover what it is over its limit, then requests, the most
         urgent first."""

@@ -184,7 +184,7 @@ class VRAMLendingPool:
         self._leases[lease.lease_id] = lease
         self._borrows[borrower, best] += 1
         self._bytes_lent_total += nbytes
-        lender.lent(nbytes)
+        lender.budget = replace(lender.budget, lent_bytes=lender.budget.lent_bytes + nbytes)
         return lease
 
     def borrow_at_most(self, borrower: str, unit_bytes: int, blocks: int, priority: int = 0) -> Lease | None:

@@ -74,7 +74,7 @@ class HierarchicalMemory:
         self._unsaved = 0  # slots filled since what goes next was last looked at
         self._closed = False
         me = weakref.proxy(self)  # their threads end with `close`; without it they would keep each other alive
-        self._loader = BlockLoader(me, self._host, self._lock, options.load_threads)
+        self._loader = BlockLoader(me, self._host, self._lock)
         self._writer = Writer(me, options, self._lock)
 
     @property

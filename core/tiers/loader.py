@@ -13,6 +13,8 @@ from core.tiers.loading import Hierarchy, HostSlot, Loading, log_failure
 from core.tiers.lower_tier import LowerTier
 from core.tiers.records import Tier
 
+_THREADS = 2
+
 
 @dataclass(slots=True, eq=False)
 class Fill:
@@ -26,16 +28,15 @@ class Fill:
 class BlockLoader:
     """Blocks on their way up. Its methods are called under the hierarchy's lock, but for `close`."""
 
-    def __init__(self, target: Hierarchy, host: HostTier, lock: threading.Lock, threads: int) -> None:
+    def __init__(self, target: Hierarchy, host: HostTier, lock: threading.Lock) -> None:
         self.fills: dict[bytes, Fill] = {}
         self.below: tuple[LowerTier, ...] = ()
         self._target = target
         self._host = host
         self._lock = lock
-        self._num_threads = threads
         self._closed = False
         self._waiting: deque[Fill] = deque()  # not being read yet
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="vrm-memory-load")
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="vrm-memory-load")
 
     def claim(self, loading: Loading, blocks: Sequence[bytes]) -> bool:
         """Pin the leading run of `blocks` that is in host RAM or can come there, and start reading what is missing.
@@ -52,7 +53,7 @@ class BlockLoader:
             if block not in loading.arrived:
                 self._host.index.unpin(block)
         # One task per thread, not per block: handing tasks over costs the caller more than the rest of this.
-        for _ in range(min(self._num_threads, len(self._waiting))):
+        for _ in range(min(_THREADS, len(self._waiting))):
             self._start()
         return loading.pending == 0
 

@@ -64,9 +64,7 @@ class Loading:
     Every block that has arrived stays pinned in its slot until `release`. Any thread may ask.
     """
 
-    def __init__(
-        self, on_release: Callable[[Loading, int], None], on_done: Callable[[Loading], None] | None = None
-    ) -> None:
+    def __init__(self, on_release: Callable[[Loading, int], None], on_done: Callable[[Loading], None] | None) -> None:
         self._on_release = on_release
         self._on_done = on_done
         self._finished = threading.Event()

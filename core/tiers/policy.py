@@ -72,5 +72,4 @@ class MemoryOptions:
     rules: WriteRules = field(default_factory=WriteRules)
     write_bytes_s: float | None = None
     max_queued_writes: int = 256
-    load_threads: int = 2
     seal_s: float = 30.0

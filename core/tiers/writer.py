@@ -86,7 +86,7 @@ class Writer:
         written = False
         try:
             if not is_below:
-                written = self._sink(0, slot.block, slot.parent, slot.view(), asked=write.leave)
+                written = self._sink(0, slot.block, slot.parent, slot.view(), asked=write.leave) is not None
         finally:
             with self._lock:
                 self._in_flight -= 1
@@ -98,8 +98,10 @@ class Writer:
             self._seal_later()
             self._hurry.wait(self._pace.delay_s(self._source.layout.nbytes, time.monotonic()))
 
-    def _sink(self, position: int, block: bytes, parent: bytes, payload: memoryview, *, asked: bool = False) -> bool:
-        """Write a block to the first tier from `position` on that takes it."""
+    def _sink(
+        self, position: int, block: bytes, parent: bytes, payload: memoryview, *, asked: bool = False
+    ) -> Tier | None:
+        """Write a block to the first tier from `position` on that takes it, which is returned."""
         for place in range(position, len(self._below)):
             lower = self._below[place]
             with self._lock:
@@ -110,8 +112,8 @@ class Writer:
             if has_room and lower.write(block, parent, payload):
                 with self._lock:
                     lower.index.add(block, parent)
-                return True
-        return False
+                return lower.tier
+        return None
 
     def _make_room(self, place: int, incoming: bytes | None) -> bool:
         """Let the coldest blocks of a tier sink to the next one, or go, until one more fits; False if none may go, or
@@ -144,10 +146,9 @@ class Writer:
         if tier not in self._scratch:
             self._scratch[tier] = memoryview(bytearray(self._source.layout.nbytes))
         payload = self._scratch[tier]
-        if self._below[place].store.read(block, payload) and self._sink(place + 1, block, parent, payload):
-            with self._lock:
-                return next((lower.tier for lower in deeper if block in lower.index), None)
-        return None
+        if not self._below[place].store.read(block, payload):
+            return None
+        return self._sink(place + 1, block, parent, payload)
 
     # -- ending -----------------------------------------------------------------------------------------------------
 
