@@ -68,9 +68,6 @@ class HeatTable:
         self._holders: dict[bytes, int] = {}
         self._absent: OrderedDict[bytes, None] = OrderedDict()  # known and not held, last used last
 
-    def __len__(self) -> int:
-        return len(self._heat)
-
     def use(self, block: bytes, now_s: float) -> None:
         """Count a use."""
         self._heat[block] = self.model.used(self._heat.get(block), now_s)

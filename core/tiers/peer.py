@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Protocol
 
 from core.logs import get_logger
@@ -28,6 +29,35 @@ class Peer(Protocol):
         """The bytes that were put, or None if they are gone."""
 
     def drop(self, block: bytes) -> None: ...
+
+
+class InProcessPeer:
+    """A peer in this process, which keeps the bytes. Thread-safe."""
+
+    name = "in-process"
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.used_bytes = 0
+        self._lock = threading.Lock()
+        self._data: dict[bytes, bytes] = {}
+
+    def put(self, block: bytes, data: memoryview) -> bool:
+        with self._lock:
+            grown = self.used_bytes + len(data) - len(self._data.get(block, b""))
+            if grown > self.capacity_bytes:
+                return False
+            self._data[block] = bytes(data)
+            self.used_bytes = grown
+            return True
+
+    def get(self, block: bytes) -> bytes | None:
+        with self._lock:
+            return self._data.get(block)
+
+    def drop(self, block: bytes) -> None:
+        with self._lock:
+            self.used_bytes -= len(self._data.pop(block, b""))
 
 
 class PeerStore:

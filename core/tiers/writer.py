@@ -42,11 +42,7 @@ class Writer:
 
     def sink_to(self, below: tuple[LowerTier, ...]) -> None:
         """The tiers to write to from now on, fastest first. Waits for a write that runs."""
-
-        def change() -> None:
-            self._below = below
-
-        self._thread.submit(change).result()
+        self._thread.submit(setattr, self, "_below", below).result()
 
     def offer(self, block: bytes, *, leave: bool) -> None:
         """Under the lock: write a block down some time, if that is worth it or it is to `leave`; never waits."""

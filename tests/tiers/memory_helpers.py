@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -33,38 +32,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now_s
-
-
-class InProcessPeer:
-    """A peer in this process, which keeps the bytes. Thread-safe."""
-
-    def __init__(self, capacity_bytes: int, name: str = "in-process") -> None:
-        self.name = name
-        self.capacity_bytes = capacity_bytes
-        self._lock = threading.Lock()
-        self._data: dict[bytes, bytes] = {}
-        self._used_bytes = 0
-
-    @property
-    def used_bytes(self) -> int:
-        return self._used_bytes
-
-    def put(self, block: bytes, data: memoryview) -> bool:
-        with self._lock:
-            grown = self._used_bytes + len(data) - len(self._data.get(block, b""))
-            if grown > self.capacity_bytes:
-                return False
-            self._data[block] = bytes(data)
-            self._used_bytes = grown
-            return True
-
-    def get(self, block: bytes) -> bytes | None:
-        with self._lock:
-            return self._data.get(block)
-
-    def drop(self, block: bytes) -> None:
-        with self._lock:
-            self._used_bytes -= len(self._data.pop(block, b""))
 
 
 def block(number: int) -> bytes:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from memory_helpers import LAYOUT, InProcessPeer
+from memory_helpers import LAYOUT
 
 from core.tiers.measure import classify, measure_directory, measure_files, measure_host, measure_peer
+from core.tiers.peer import InProcessPeer
 from core.tiers.remote import RemoteFiles
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from broken_store import BrokenStore
-from memory_helpers import LAYOUT, InProcessPeer, block, load_bytes, payload, save
+from memory_helpers import LAYOUT, block, load_bytes, payload, save
 from plain_settings import make_settings
 from steering import LONGEST_WAIT_S
 
@@ -15,6 +15,7 @@ from core.devices import DeviceBudget, host_device
 from core.errors import ConfigError
 from core.tiers import HierarchicalMemory, Tier, open_lasting, open_memory
 from core.tiers.disk import LocalFiles
+from core.tiers.peer import InProcessPeer
 
 
 def settings(**values: object) -> MemorySettings:

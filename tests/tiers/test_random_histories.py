@@ -13,7 +13,6 @@ from memory_helpers import (
     GREEDY,
     LAYOUT,
     Clock,
-    InProcessPeer,
     await_loading,
     block,
     fill,
@@ -28,7 +27,7 @@ from core.tiers.compress import CodecChoice, Compressor
 from core.tiers.disk import LocalFiles
 from core.tiers.loading import HostSlot, Loading
 from core.tiers.lower_tier import LowerTier
-from core.tiers.peer import PeerStore
+from core.tiers.peer import InProcessPeer, PeerStore
 from core.tiers.records import TierSpeed
 from core.tiers.segments import SUFFIX
 
