@@ -59,7 +59,7 @@ class StatsKeeper:
         span = max(now - self._recent[0][0], 1e-3)
         rate = self._recent_tokens / span if len(self._recent) > 1 else 0.0
         scheduler, old = self._scheduler, self.current
-        pool = scheduler.kv.pool.stats()
+        pool = scheduler.kv.pool
         self.current = replace(
             old,
             steps=output.step,
@@ -74,7 +74,7 @@ class StatsKeeper:
             hit_tokens=scheduler.kv.prefix.hit_tokens,
             blocks_total=pool.limit,
             blocks_free=pool.num_free,
-            blocks_cached=pool.num_cached_free,
+            blocks_cached=pool.num_cached,
             evictions=pool.evictions,
             failed_steps=old.failed_steps + (result is None),
             last_error=last_error,

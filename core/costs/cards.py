@@ -8,7 +8,7 @@ it is less: some tenths of a GiB are the driver's, and macOS gives a GPU about t
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
 
 from core.costs import PlacementDevice
@@ -37,7 +37,7 @@ _TURING = "NVIDIA Turing GPU Architecture whitepaper"
 _RADEON = "AMD Radeon RX product specifications, peak half precision"
 _APPLE = "Apple technical specifications; compute from GPU cores x 256 operations x clock"
 
-# GiB (several: sold with as much), GB/s, TFLOPS; of one name, the smallest first.
+# GiB (several: sold with as much), GB/s, TFLOPS, where they are from; of one name, the smallest first.
 _TABLE: tuple[tuple[str, tuple[int, ...], float, float, str], ...] = (
     ("RTX 2060", (6,), 336, 25.8, _TURING),
     ("RTX 2070", (8,), 448, 29.9, _TURING),
@@ -97,39 +97,31 @@ _MAKERS = re.compile(r"\b(nvidia|geforce|quadro|tesla|amd|radeon|instinct|apple)
 _COUNT = re.compile(r"(.+?)\s*\*\s*(\d{1,2})")
 
 
-@dataclass(frozen=True, slots=True)
-class Card:
-    """A card as its maker describes it."""
-
-    name: str
-    memory_bytes: int
-    bandwidth_bytes_s: float
-    flops: float
-    source: str
-
-    def device(self, name: str | None = None) -> PlacementDevice:
-        """A device to place layers on, with all of the card's memory."""
-        return _device(name or self.name, self.memory_bytes, self.bandwidth_bytes_s, self.flops)
+def _device(name: str, limit_bytes: int, bandwidth_bytes_s: float, flops: float) -> PlacementDevice:
+    profile = DeviceProfile(
+        name, bandwidth_bytes_s, ((1, flops),), layer_overhead_s=DATASHEET_LAYER_OVERHEAD_S, source="datasheet"
+    )
+    return PlacementDevice(name, limit_bytes, profile)
 
 
 CARDS = tuple(
-    Card(f"{name} {size}GB" if len(sizes) > 1 else name, size * GIB, bandwidth * 1e9, tflops * 1e12, source)
-    for name, sizes, bandwidth, tflops, source in _TABLE
+    _device(f"{name} {size}GB" if len(sizes) > 1 else name, size * GIB, bandwidth * 1e9, tflops * 1e12)
+    for name, sizes, bandwidth, tflops, _ in _TABLE
     for size in sizes
 )
+"""With all of a card's memory."""
 
 
-def card(name: str) -> Card:
+def card(name: str) -> PlacementDevice:
     """The card of that name, whatever its case, spaces and maker: "3090", "RTX3090", "NVIDIA GeForce RTX 3090".
 
     A size may follow: "A100 80GB". Without it, the smallest that is sold is meant, and of an H100 the one for PCIe.
 
-    Raises:
-        DeviceError: no such card; names those that look like it.
+    Raises `DeviceError` if there is no such card; it names those that look like it.
     """
     asked = _key(name)
     for found in CARDS:
-        if asked in (_key(found.name), f"{_key(found.name)}{found.memory_bytes // GIB}gb"):
+        if asked in (_key(found.name), f"{_key(found.name)}{found.limit_bytes // GIB}gb"):
             return found
     for found in CARDS:
         rest = _key(found.name).removeprefix(asked)
@@ -144,8 +136,7 @@ def card(name: str) -> Card:
 def gpu_spec(*texts: str) -> tuple[PlacementDevice, ...]:
     """The devices that `--gpu` describes, in its order; several of a name become "RTX 3090#0", "RTX 3090#1".
 
-    Raises:
-        DeviceError: a text does not follow `GPU_SYNTAX`, or names a card that is not known.
+    Raises `DeviceError` if a text does not follow `GPU_SYNTAX`, or names a card that is not known.
     """
     devices = []
     for text in texts:
@@ -153,7 +144,7 @@ def gpu_spec(*texts: str) -> tuple[PlacementDevice, ...]:
         what, count = (counted[1], int(counted[2])) if counted else (text.strip(), 1)
         if count < 1 or "*" in what:
             raise DeviceError(f'gpu "{text}" is no number of cards. Allowed: {GPU_SYNTAX}.', param="gpu")
-        devices += [_described(what) if "@" in what else card(what).device()] * count
+        devices += [_described(what) if "@" in what else card(what)] * count
     names = numbered([device.name for device in devices])
     return tuple(replace(device, name=name) for device, name in zip(devices, names, strict=True))
 
@@ -174,13 +165,6 @@ def _described(text: str) -> PlacementDevice:
     bandwidth = spec.speed.bandwidth_bytes_s
     flops = spec.speed.flops if whole else bandwidth * ASSUMED_FLOPS_PER_BYTE
     return _device(text, spec.limit_bytes, bandwidth, flops)
-
-
-def _device(name: str, limit_bytes: int, bandwidth_bytes_s: float, flops: float) -> PlacementDevice:
-    profile = DeviceProfile(
-        name, bandwidth_bytes_s, ((1, flops),), layer_overhead_s=DATASHEET_LAYER_OVERHEAD_S, source="datasheet"
-    )
-    return PlacementDevice(name, limit_bytes, profile)
 
 
 def _key(name: str) -> str:

@@ -121,13 +121,9 @@ class StageCost:
 
 def at_once(stages: Sequence[StageCost]) -> tuple[StageCost, ...]:
     """The stages as they are while all of them compute."""
-    parts = Counter(stage.device.sharing.processor for stage in stages if stage.device.sharing is not None)
-    return tuple(
-        stage
-        if stage.device.sharing is None
-        else replace(stage, device=stage.device.among(parts[stage.device.sharing.processor]))
-        for stage in stages
-    )
+    processors = [stage.device.sharing and stage.device.sharing.processor for stage in stages]
+    parts = [processors.count(processor) for processor in processors]
+    return tuple(replace(stage, device=stage.device.among(count)) for stage, count in zip(stages, parts, strict=True))
 
 
 def loaded_layers(streamed: Sequence[int]) -> tuple[int, ...]:
@@ -197,15 +193,9 @@ def decode_tok_s(
 
 
 def best_cohorts(
-    costs: LayerCosts,
-    stages: Sequence[StageCost],
-    links: LinkTopology,
-    streams: int,
-    context: int,
-    *,
-    gain: float = 1.02,
+    costs: LayerCosts, stages: Sequence[StageCost], links: LinkTopology, streams: int, context: int
 ) -> int:
-    """How many batches to keep in flight: the fewest that come within a factor of `gain` of the fastest number."""
+    """How many batches to keep in flight: the fewest that come within 2 % of the fastest number."""
     most = min(streams, 2 * len(stages)) if len(stages) > 1 else 1
     rates = [decode_tok_s(costs, stages, links, streams, context, count) for count in range(1, max(1, most) + 1)]
-    return next(index for index, rate in enumerate(rates, 1) if rate * gain >= max(rates))
+    return next(index for index, rate in enumerate(rates, 1) if rate * 1.02 >= max(rates))

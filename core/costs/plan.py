@@ -167,8 +167,7 @@ class PlacementProblem:
         layers: by hand: a number for each device, 0 to leave it out; those without a number are left out.
         host_bytes: of main memory for layers that do not fit on the devices (see `core.placement.streaming`).
 
-    Raises:
-        ValueError: no device, two of one name, or numbers that cannot be.
+    Raises `ValueError` for no device, two of one name, or numbers that cannot be.
     """
 
     model_name: str

@@ -28,11 +28,6 @@ class Sharing:
     reading: float
     computing: float
 
-    def among(self, parts: int) -> tuple[float, float]:
-        """`reading` and `computing` while so many parts compute: each further one costs as much."""
-        share = (parts - 1) / (self.parts - 1)
-        return 1 + share * (self.reading - 1), 1 + share * (self.computing - 1)
-
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
@@ -68,9 +63,11 @@ class DeviceProfile:
 
     def among(self, parts: int) -> DeviceProfile:
         """How fast it is while `parts` parts of its processor compute, itself included."""
-        if self.sharing is None or parts < 2:
+        shared = self.sharing
+        if shared is None or parts < 2:
             return self
-        reading, computing = self.sharing.among(parts)
+        share = (parts - 1) / (shared.parts - 1)  # each further one costs as much
+        reading, computing = (1 + share * (times - 1) for times in (shared.reading, shared.computing))
         return replace(
             self,
             bandwidth_bytes_s=self.bandwidth_bytes_s / reading,

@@ -85,7 +85,7 @@ class EmulatedSites(SiteAttention):
         super().__init__(*given)
         self.extra_s = 0.0
         self._guests = guests
-        self._token_bytes = {layer: nbytes // self._kv.block_size for layer, nbytes in self._kv.layer_bytes().items()}
+        self._token_bytes = {layer: nbytes // self._kv.block_size for layer, nbytes in self._kv.layer_bytes.items()}
 
     def _reading_s(self, layer: int, keys: int, device: Device) -> float:
         assert device.speed is not None

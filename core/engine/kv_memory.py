@@ -142,7 +142,8 @@ def _open_tiers(
     wanted = asked.host_bytes is not None or asked.disk_path is not None or asked.remote_url is not None
     if not settings.engine.enable_prefix_caching or not (has_cards or wanted):
         return None
-    layout = BlockLayout.of(architecture.kv_shapes, kv.block_size, str(architecture.dtype).removeprefix("torch."))
+    shapes = [(shape.num_kv_heads, shape.key_dim, shape.value_dim) for shape in architecture.kv_shapes]
+    layout = BlockLayout.of(shapes, kv.block_size, str(architecture.dtype).removeprefix("torch."))
     pin = any(device.is_gpu for device in plan.devices)
     memory = open_memory(asked, layout, host, pin=pin)
     if memory is None:
@@ -164,7 +165,7 @@ class SiteSpeedTable:
         self._host_link = min(measured, key=lambda link: link.bandwidth_bytes_s, default=DATASHEET_LINK)
         self._rates = {device.name: device.profile.kv_bytes_s for device in plan.problem.devices}
         self._stages = [
-            (stage.device.name, len(stage.kv.layer_bytes()) if stage.kv is not None else 0) for stage in stages
+            (stage.device.name, len(stage.kv.layer_bytes) if stage.kv is not None else 0) for stage in stages
         ]
         self._row_bytes = plan.problem.costs.hidden_bytes
 
@@ -204,7 +205,7 @@ class RestoreRule:
             link_bytes_s=self._link_bytes_s,
             link_latency_s=self._link_latency_s,
             block_recompute_s=self._blocks_s(known, len(tiers)),
-        ).num_blocks
+        )
 
     def _blocks_s(self, known: int, count: int) -> list[float]:
         """Predicted seconds to compute each of `count` blocks behind `known` ones. Attention grows evenly with the

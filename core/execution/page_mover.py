@@ -51,7 +51,7 @@ class PageMover:
         self._transfer = transfer
         self._host = host
         self._offset = offset
-        self._layer_bytes = kv.layer_bytes()
+        self._layer_bytes = kv.layer_bytes
         self._staging: HostBuffer | None = None
         if kv.region(LOCAL).device.is_gpu:
             self._staging = transfer.host_buffer(max(STAGED_BYTES, kv.page_bytes))

@@ -18,25 +18,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 EvictCall = Callable[[int, bytes], None]
 """Told of a block and the hash of its content, which is about to be forgotten."""
 
 
-@dataclass(frozen=True, slots=True)
-class PoolStats:
-    """Snapshot of a pool: block counts, and prefix index events since the start. `limit` of `num_blocks` have pages."""
-
-    num_blocks: int
-    num_free: int
-    num_cached_free: int
-    evictions: int
-    limit: int
-
-
 class BlockPool:
-    """Ids `0 .. num_blocks - 1`. Used by the engine thread alone. `on_evict` is called before content is forgotten."""
+    """Ids `0 .. num_blocks - 1`. Used by the engine thread alone. `on_evict` is called before content is forgotten.
+
+    `limit` is how many blocks may hold content at the same time; `evictions` counts since the start.
+    """
 
     def __init__(self, num_blocks: int, *, enable_prefix_caching: bool = True) -> None:
         if num_blocks < 1:
@@ -44,19 +35,14 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.enable_prefix_caching = enable_prefix_caching
         self.on_evict: EvictCall = lambda block, digest: None
-        self._limit = num_blocks
+        self.limit = num_blocks
         self._ref_counts = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._parent_of: dict[bytes, bytes | None] = {}
         self._block_of: dict[bytes, int] = {}
         self._empty: list[int] = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
-        self._evictions = 0
-
-    @property
-    def limit(self) -> int:
-        """Blocks that may hold content at the same time."""
-        return self._limit
+        self.evictions = 0
 
     @property
     def num_referenced(self) -> int:
@@ -68,20 +54,24 @@ class BlockPool:
         return self.num_blocks - len(self._empty)
 
     @property
+    def num_cached(self) -> int:
+        return len(self._cached)
+
+    @property
     def num_free(self) -> int:
         """Blocks that `allocate` can hand out, cached ones included."""
-        return max(0, self._limit - self.num_referenced)
+        return max(0, self.limit - self.num_referenced)
 
     def set_limit(self, limit: int) -> None:
         """From now on at most `limit` blocks hold content; cached ones beyond it are forgotten, least recently used
         first. If more are referenced, none is free until enough users have gone."""
         if not 0 <= limit <= self.num_blocks:
             raise ValueError(f"the limit is 0 to {self.num_blocks}, got {limit}")
-        self._limit = limit
+        self.limit = limit
         self._keep_to_limit()
 
     def _keep_to_limit(self) -> None:
-        while self._cached and self.num_holding > self._limit:
+        while self._cached and self.num_holding > self.limit:
             self._empty.append(self._evict_oldest())
 
     def ref_count(self, block: int) -> int:
@@ -110,7 +100,7 @@ class BlockPool:
         return [self._take() for _ in range(count)]
 
     def _take(self) -> int:
-        has_room = self._empty and self.num_holding < self._limit
+        has_room = self._empty and self.num_holding < self.limit
         block = self._empty.pop() if has_room else self._evict_oldest()
         self._ref_counts[block] = 1
         return block
@@ -127,7 +117,7 @@ class BlockPool:
             self.on_evict(block, digest)
         del self._block_of[digest], self._parent_of[digest]
         self._hash_of[block] = None
-        self._evictions += 1
+        self.evictions += 1
 
     def evict(self, block: int, *, tell: bool = True) -> None:
         """Forget a cached block now, before its turn; without `tell`, `on_evict` does not hear of it."""
@@ -185,9 +175,6 @@ class BlockPool:
         self._hash_of = [None] * self.num_blocks
         return emptied
 
-    def stats(self) -> PoolStats:
-        return PoolStats(self.num_blocks, self.num_free, len(self._cached), self._evictions, self._limit)
-
     def check_invariants(self, users: Iterable[Iterable[int]] = ()) -> None:
         """Raise `AssertionError` unless every ref-count equals its users and the index and free lists agree.
 
@@ -210,5 +197,5 @@ class BlockPool:
         index = {digest: block for block, digest in enumerate(self._hash_of) if digest is not None}
         if index != self._block_of or index.keys() != self._parent_of.keys():
             raise AssertionError("the prefix index disagrees with the blocks' hashes")
-        if self._cached and self.num_holding > self._limit:
-            raise AssertionError(f"{self.num_holding} blocks hold content, and there are pages for {self._limit}")
+        if self._cached and self.num_holding > self.limit:
+            raise AssertionError(f"{self.num_holding} blocks hold content, and there are pages for {self.limit}")

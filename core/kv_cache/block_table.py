@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,7 @@ def prefix_root(salt: bytes, owner: str) -> bytes:
     return hashlib.blake2b(salt + b"\0" + owner.encode(), digest_size=16).digest()
 
 
+@dataclass(slots=True, eq=False)
 class BlockTable:
     """Blocks of a sequence in order: token `t` lives in `blocks[t // block_size]` at offset `t % block_size`.
 
@@ -52,16 +54,13 @@ class BlockTable:
     stages, but for those at `changed`.
     """
 
-    __slots__ = ("blocks", "chain", "changed", "num_full", "num_indexed", "num_reused", "num_told")
-
-    def __init__(self, chain: PrefixChain) -> None:
-        self.blocks: array[int] = array("i")
-        self.chain = chain
-        self.num_indexed = 0
-        self.num_full = 0
-        self.num_reused = 0
-        self.num_told = 0
-        self.changed: list[int] = []
+    chain: PrefixChain
+    blocks: array[int] = field(default_factory=lambda: array("i"))
+    num_indexed: int = 0
+    num_full: int = 0
+    num_reused: int = 0
+    num_told: int = 0
+    changed: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.blocks)

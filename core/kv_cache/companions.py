@@ -12,13 +12,16 @@ class Companion(Protocol):
     @property
     def is_idle(self) -> bool:
         """Whether an engine without work need not look in."""
+        return True
 
     @property
     def wants_stop(self) -> bool:
         """Whether pages have to move before the next step computes."""
+        return False
 
     def tick(self, waiting_blocks: int) -> None:
         """Between two steps; `waiting_blocks` are certain to be needed next."""
+        return
 
     def step_taken(self, step: int) -> None:
         """What was gathered so far is part of this step."""
@@ -58,21 +61,16 @@ class Running(Protocol):
     @property
     def prefill_token_s(self) -> float | None:
         """Seconds that a token of a prompt takes lately."""
+        return None
 
     def cold_order(self) -> Iterable[int]:
         """Sequences whose blocks may leave their devices, those to be touched first first."""
-
-    def steps_left(self, seq_id: int) -> int:
-        """How many steps a sequence is expected to go on for."""
-
-
-class NoneRunning:
-    """Nothing is known of any sequence."""
-
-    prefill_token_s: float | None = None
-
-    def cold_order(self) -> Iterable[int]:
         return ()
 
     def steps_left(self, seq_id: int) -> int:
+        """How many steps a sequence is expected to go on for."""
         return 0
+
+
+class NoneRunning(Running):
+    """Nothing is known of any sequence."""

@@ -62,8 +62,7 @@ class KVCacheManager:
         self.lender: Lender | None = None
         self.tiers = tiers(self)
         self.lender = lender(self)
-        made: tuple[Companion | None, ...] = (self.tiers, self.lender)
-        self._companions = tuple(companion for companion in made if companion is not None)
+        self._companions: tuple[Companion, ...] = tuple(filter(None, (self.tiers, self.lender)))
 
     @property
     def capacity_tokens(self) -> int:

@@ -53,27 +53,25 @@ class PageMap:
     def house(self, block: int, cold: ColdBlocks) -> None:
         """A block that is about to be written gets a local page in every stage."""
         for index, pages in self.mapped:
-            if not pages.free_local:
-                self._make_room(index, pages, cold)
+            self._make_room(index, pages, cold)
             pages.house(block)
 
     def bring_home(self, block: int, cold: ColdBlocks) -> None:
         """Before a block that exists is written: its pages have to be local."""
         for index, pages in self.mapped:
             if not pages.is_local(block):
-                if not pages.free_local:
-                    self._make_room(index, pages, cold)
+                self._make_room(index, pages, cold)
                 self.move(index, block, LOCAL)
 
     def _make_room(self, index: int, pages: StagePages, cold: ColdBlocks) -> None:
-        """Move some of the coldest local blocks to where there is room."""
-        left = MOVES_AT_ONCE
-        for block in cold(pages):
+        """Have a free local page; where there is none, some of the coldest local blocks move to where there is room."""
+        if pages.free_local:
+            return
+        for block in islice(cold(pages), MOVES_AT_ONCE):
             target = next(pages.roomy(), None)
-            if target is None or not left:
+            if target is None:
                 break
             self.move(index, int(block), target.region_id)
-            left -= 1
         if not pages.free_local:
             raise RuntimeError(f"{pages.site}: no block can make room for one that is to be written")
 

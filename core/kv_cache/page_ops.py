@@ -42,10 +42,6 @@ class PageLoad(msgspec.Struct, frozen=True, tag=2, array_like=True):
 PageOp = PageCopy | PageSave | PageLoad
 
 
-def _no_pages() -> npt.NDArray[np.int32]:
-    return np.zeros((0, 3), dtype=np.int32)
-
-
 class StagePart(msgspec.Struct, frozen=True, eq=False):
     """One stage's part of a step: what it does to its pages before it computes anything, in order, and where blocks
     are from then on: `placed` is int32 `[n, 3]` of (block, region, page). Blocks of a stage that is never told of any
@@ -53,7 +49,7 @@ class StagePart(msgspec.Struct, frozen=True, eq=False):
     """
 
     ops: tuple[PageOp, ...] = ()
-    placed: npt.NDArray[np.int32] = msgspec.field(default_factory=_no_pages)
+    placed: npt.NDArray[np.int32] = msgspec.field(default_factory=lambda: np.zeros((0, 3), np.int32))
 
 
 NO_PART = StagePart()

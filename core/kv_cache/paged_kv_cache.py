@@ -29,13 +29,11 @@ Pages = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class PageRegion:
-    """Pages in one place: K and V by layer, and the device and ledger they are on, there for `purpose`."""
+    """Pages in one place: K and V by layer, and the device and ledger they are on."""
 
     device: Device
     budget: DeviceBudget
-    purpose: str
     num_pages: int
-    nbytes: int
     layers: Mapping[int, Pages]
 
 
@@ -60,13 +58,16 @@ class PagedKVCache:
         scratch: bool = False,
     ) -> None:
         """With `scratch`, local pages have one more behind them, for rows that are nobody's; it is part of what a stage
-        works in, and not of `nbytes`."""
+        works in, and not of `nbytes`. `layer_bytes` is what each layer has of a page, in the order of packing."""
         self.block_size = block_size
         self.dtype = dtype
-        self.page_bytes = block_size * sum(shape.bytes_per_token(dtype.itemsize) for shape in shapes.values())
+        self.layer_bytes = {
+            index: block_size * shape.bytes_per_token(dtype.itemsize) for index, shape in shapes.items()
+        }
+        self.page_bytes = sum(self.layer_bytes.values())
         self._shapes = dict(shapes)
         self._regions: dict[int, PageRegion] = {}
-        self._add(LOCAL, num_pages, device, budget, self.PURPOSE, spare=int(scratch))
+        self.add_region(LOCAL, num_pages, device, budget, spare=int(scratch))
 
     @property
     def num_pages(self) -> int:
@@ -76,16 +77,13 @@ class PagedKVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the pages on the stage's own device."""
-        return self._regions[LOCAL].nbytes
+        return self.page_bytes * self.num_pages
 
-    def add_region(self, region_id: int, num_pages: int, device: Device, budget: DeviceBudget) -> None:
-        """Allocate pages on another device. Raises `OutOfDeviceMemoryError`, with nothing kept, if it has no room."""
-        self._add(region_id, num_pages, device, budget, self.LENT)
-
-    def _add(
-        self, region_id: int, num_pages: int, device: Device, budget: DeviceBudget, purpose: str, spare: int = 0
+    def add_region(
+        self, region_id: int, num_pages: int, device: Device, budget: DeviceBudget, *, spare: int = 0
     ) -> None:
-        nbytes = self.page_bytes * num_pages
+        """Allocate pages on a device. Raises `OutOfDeviceMemoryError`, with nothing kept, if it has no room."""
+        nbytes, purpose = self.page_bytes * num_pages, self._purpose(region_id)
         budget.reserve(purpose, nbytes)
         try:
             layers = self._pages(num_pages + spare, device)
@@ -94,7 +92,7 @@ class PagedKVCache:
             raise OutOfDeviceMemoryError(
                 f"{device.name}: {nbytes} bytes of KV pages could not be had: {error}"
             ) from error
-        self._regions[region_id] = PageRegion(device, budget, purpose, num_pages, nbytes, layers)
+        self._regions[region_id] = PageRegion(device, budget, num_pages, layers)
 
     def _pages(self, num_pages: int, device: Device) -> dict[int, Pages]:
         """K and V of every layer as views of one tensor."""
@@ -113,7 +111,10 @@ class PagedKVCache:
     def drop_region(self, region_id: int) -> None:
         """Give a region's memory back to the device that lent it."""
         region = self._regions.pop(region_id)
-        region.budget.release(region.purpose, region.nbytes)
+        region.budget.release(self._purpose(region_id), self.page_bytes * region.num_pages)
+
+    def _purpose(self, region_id: int) -> str:
+        return self.PURPOSE if region_id == LOCAL else self.LENT
 
     def region(self, region_id: int) -> PageRegion:
         return self._regions[region_id]
@@ -151,11 +152,6 @@ class PagedKVCache:
                 part = elements[:, first : first + width]
                 tensor.index_copy_(0, index, part.reshape(len(pages), *tensor.shape[1:]))
                 first += width
-
-    def layer_bytes(self) -> dict[int, int]:
-        """Bytes that each layer has of a page, in the order in which they are packed."""
-        size, element = self.block_size, self.dtype.itemsize
-        return {index: size * shape.bytes_per_token(element) for index, shape in self._shapes.items()}
 
     def free(self) -> None:
         """Give all tensors and their reservations back."""

@@ -78,10 +78,9 @@ class StagePages:
     def is_local(self, block: int) -> bool:
         return bool(self._region_of[block] == LOCAL)
 
-    def local_among(self, blocks: np.ndarray) -> np.ndarray:
+    def local_among(self, blocks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Those of the blocks that are on the stage's own device, in order."""
-        local: np.ndarray = blocks[self._region_of[blocks] == LOCAL]
-        return local
+        return blocks[np.flatnonzero(self._region_of[blocks] == LOCAL)]
 
     def house(self, block: int) -> PageRef:
         """Give a block without a page a local one; the caller has seen to it that one is free."""
@@ -119,10 +118,9 @@ class StagePages:
             if region.free and not region.closing and (local or region.region_id != LOCAL):
                 yield region
 
-    def regions_of(self, blocks: np.ndarray) -> np.ndarray:
-        """The regions that hold these blocks, int16."""
-        regions: np.ndarray = self._region_of[blocks]
-        return regions
+    def regions_of(self, blocks: npt.NDArray[np.int64]) -> npt.NDArray[np.int16]:
+        """The regions that hold these blocks."""
+        return self._region_of[blocks]
 
     def take_moved(self) -> npt.NDArray[np.int32]:
         """Int32 `[n, 3]`, (block, region, page), of all blocks that have got a page since the last call and still have
@@ -130,8 +128,7 @@ class StagePages:
         moved = np.fromiter(self._moved, dtype=np.int32, count=len(self._moved))
         self._moved.clear()
         placed = np.stack((moved, self._region_of[moved].astype(np.int32), self._page_of[moved]), axis=1)
-        kept: npt.NDArray[np.int32] = placed[placed[:, 1] != NOWHERE]
-        return kept
+        return placed[np.flatnonzero(placed[:, 1] != NOWHERE)]
 
     def check_invariants(self, holding: Iterable[int]) -> None:
         """Raise `AssertionError` unless exactly the blocks `holding` content have one page each."""
@@ -144,6 +141,4 @@ class StagePages:
                 raise AssertionError(f"{self.site}: pages of region {region.region_id} are lost or held twice")
             for page, block in region.blocks.items():
                 if self.where(block) != (region.region_id, page):
-                    raise AssertionError(
-                        f"{self.site}: page {page} of region {region.region_id} is not block {block}'s"
-                    )
+                    raise AssertionError(f"{self.site}: page {page} of region {region.region_id} is not {block}'s")

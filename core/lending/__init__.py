@@ -4,19 +4,16 @@ from core.lending.away import AwayGroup, Choice, SiteSpeeds, decide
 from core.lending.budget import GPUBudget
 from core.lending.demand import DemandWatch
 from core.lending.lease import Lease, LeaseState, Urgency, bytes_to_move
-from core.lending.pool import LendingStats, Offer, VRAMLendingPool
-from core.lending.reclaim import Cause
+from core.lending.pool import LendingStats, VRAMLendingPool
 
 __all__ = [
     "AwayGroup",
-    "Cause",
     "Choice",
     "DemandWatch",
     "GPUBudget",
     "Lease",
     "LeaseState",
     "LendingStats",
-    "Offer",
     "SiteSpeeds",
     "Urgency",
     "VRAMLendingPool",

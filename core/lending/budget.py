@@ -17,17 +17,15 @@ class GPUBudget:
         |  own: weights, KV, workspace  |  lent  |   free   |  external  |
 
     Attributes:
-        name: of the logical device. Set once.
-        limit_bytes: what may be allocated on it. Set once.
+        name: of the logical device.
+        limit_bytes: what may be allocated on it.
         total_bytes: what the lend ratio and the utilisation are shares of: the card's memory, or the part's where a
-            card is carved up; at least `limit_bytes`. Set once.
-        own_bytes: its own weights, KV pages and workspace, without what it lent. From `VRAMLendingPool.observe`.
-        external_bytes: what other programs took of the card beyond what the limit already leaves to them. From
-            `observe`; the monitor measures it.
-        lent_bytes: sum of its leases. Written by the pool alone.
-        idle_s: since the device last computed. From `observe`.
+            card is carved up; at least `limit_bytes`.
+        own_bytes: its own weights, KV pages and workspace, without what it lent.
+        external_bytes: what other programs took of the card beyond what the limit already leaves to them.
+        lent_bytes: sum of its leases.
+        idle_s: since the device last computed.
         last_resort: main memory: lends only when no GPU has room, and all of its limit rather than the lend ratio.
-            Set once.
     """
 
     name: str

@@ -49,7 +49,8 @@ class _WindowMax:
 
 
 class DemandWatch:
-    """Watches one borrower's blocks. Times are in seconds on any clock that does not go back.
+    """Watches one borrower's blocks. Times are in seconds on any clock that does not go back. `rate_blocks_s` is the
+    growth of the blocks in use, negative while they become fewer.
 
     Args:
         extent_blocks: blocks are borrowed and given back in multiples of this.
@@ -59,8 +60,7 @@ class DemandWatch:
         lead_s: how long a grant takes, until one has been measured (`granted`).
         margin_s: added to the lead time; at least a step, for decisions are made between steps.
 
-    Raises:
-        ValueError: no extent, a time that is negative, or a `hold_s` or `rate_window_s` of 0.
+    Raises `ValueError` for no extent, a time that is negative, or a `hold_s` or `rate_window_s` of 0.
     """
 
     def __init__(
@@ -82,18 +82,13 @@ class DemandWatch:
         self._window_s = rate_window_s
         self._lead_s = lead_s
         self._margin_s = margin_s
-        self._rate = 0.0
+        self.rate_blocks_s = 0.0
         self._now_s: float | None = None
         self._since_s = 0.0
         self._used = self._backed = 0
         self._mark = 0.0
         self._highest_mark = _WindowMax(hold_s)
         self._least_backed = _WindowMax(hold_s)  # of negative values
-
-    @property
-    def rate_blocks_s(self) -> float:
-        """Growth of the blocks in use, blocks/s; negative while they become fewer."""
-        return self._rate
 
     @property
     def horizon_s(self) -> float:
@@ -105,7 +100,7 @@ class DemandWatch:
         self._lead_s = max(lead_s, self._lead_s + LEAD_DECAY * (lead_s - self._lead_s))
 
     def observe(self, now_s: float, blocks_in_use: int, blocks_backed: int, waiting_blocks: int = 0) -> None:
-        """Once per step.
+        """Once per step. Raises `ValueError` if time went back.
 
         Args:
             now_s: when.
@@ -113,9 +108,6 @@ class DemandWatch:
             blocks_backed: that have memory behind them, own or borrowed, or have been asked for and are on their way.
             waiting_blocks: certain to be taken as soon as they are free, by requests at the head of the queue. Where
                 they wait for memory, nothing grows, and the rate says nothing.
-
-        Raises:
-            ValueError: time went back.
         """
         if self._now_s is None:
             self._now_s = self._since_s = now_s
@@ -126,9 +118,9 @@ class DemandWatch:
         # weight (1 - exp(-dt/w)) of the growth rate delta/dt; as dt goes to 0 this becomes delta/w
         fade = math.exp(-passed_s / self._window_s)
         weight = (1 - fade) / passed_s if passed_s > 0 else 1 / self._window_s
-        self._rate = fade * self._rate + weight * (blocks_in_use - self._used)
+        self.rate_blocks_s = fade * self.rate_blocks_s + weight * (blocks_in_use - self._used)
         self._now_s, self._used, self._backed = now_s, blocks_in_use, blocks_backed
-        self._mark = blocks_in_use + waiting_blocks + max(0.0, self._rate) * self.horizon_s + self._extent
+        self._mark = blocks_in_use + waiting_blocks + max(0.0, self.rate_blocks_s) * self.horizon_s + self._extent
         self._highest_mark.add(now_s, self._mark)
         self._least_backed.add(now_s, -blocks_backed)
 
@@ -141,7 +133,7 @@ class DemandWatch:
 
         0 until a whole hold time was observed, and while the use of blocks grows by a block per hold time or more.
         """
-        if self._now_s is None or self._now_s - self._since_s < self._hold_s or self._rate * self._hold_s >= 1:
+        if self._now_s is None or self._now_s - self._since_s < self._hold_s or self.rate_blocks_s * self._hold_s >= 1:
             return 0
         unused = math.floor(-self._least_backed.value - self._highest_mark.value) - self._extent
         if unused >= borrowed_blocks:

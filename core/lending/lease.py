@@ -46,15 +46,9 @@ def bytes_to_move(bytes_left: int, seconds_left: float, step_s: float) -> int:
 
     The bytes are spread evenly over the steps that are sure to fit, each reckoned `STEP_SLACK` times as long as
     expected; asked again at every step, this keeps the bound as long as no step is slower than that. With less time
-    left than one such step everything moves now.
+    left than one such step everything moves now. `seconds_left` may be negative; `step_s` is finite.
 
-    Args:
-        bytes_left: still to be moved.
-        seconds_left: until the deadline; may be negative.
-        step_s: expected length of a step; finite and above 0.
-
-    Raises:
-        ValueError: `step_s` is not above 0, or `bytes_left` is negative.
+    Raises `ValueError` if `step_s` is not above 0, or `bytes_left` is negative.
     """
     if step_s <= 0 or bytes_left < 0:
         raise ValueError(f"{bytes_left} bytes in steps of {step_s} s")
@@ -93,23 +87,22 @@ _NEXT = {
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """A number of block pages in one device's memory, for the use of another.
+    """A number of block pages in one device's memory, for the use of another. Written by the pool alone, but for
+    `priority`.
 
     Attributes:
-        lease_id: unique in a pool, ascending; set at the grant, never changed.
-        borrower: logical device whose blocks live there; set at the grant, never changed.
-        lender: logical device whose memory it is; set at the grant, never changed.
-        granted_s: when, on the pool's clock; set at the grant, never changed.
-        nbytes: how much memory; written by the pool (`shrink`).
-        blocks: block pages in it, at least 1; written by the pool (`shrink`).
-        state: written by the pool alone, through `move_to`.
-        used: whether it has ever been activated; written by the pool (`activate`).
-        reclaim_bytes: how many bytes the lender wants back of it, 0 to `nbytes`; above 0 only while RECLAIMING.
-            Written by the pool whenever what a lender needs changes.
-        urgency: of the reclaim, None unless RECLAIMING; written by the pool with `reclaim_bytes`.
-        deadline_s: by when on the pool's clock, None unless RECLAIMING; written by the pool with `reclaim_bytes`.
+        lease_id: unique in a pool, ascending.
+        borrower: logical device whose blocks live there.
+        lender: logical device whose memory it is.
+        nbytes: how much memory.
+        blocks: block pages in it, at least 1.
         priority: lower is reclaimed first; the coordinator writes it, whenever it likes. Leases with nothing but
             unreferenced prefix blocks are low.
+        granted_s: when, on the pool's clock.
+        used: whether it has ever been activated.
+        reclaim_bytes: how many bytes the lender wants back of it, 0 to `nbytes`; above 0 only while RECLAIMING.
+        urgency: of the reclaim, None unless RECLAIMING.
+        deadline_s: by when on the pool's clock, None unless RECLAIMING.
     """
 
     lease_id: int
@@ -126,11 +119,7 @@ class Lease:
     deadline_s: float | None = None
 
     def move_to(self, state: LeaseState) -> None:
-        """Change the state.
-
-        Raises:
-            ValueError: a lease does not go from where it is to `state`.
-        """
+        """Raises `ValueError` if a lease does not go from where it is to `state`."""
         if state not in _NEXT[self.state]:
             raise ValueError(f"lease {self.lease_id} is {self.state.value}, it cannot become {state.value}")
         self.state = state

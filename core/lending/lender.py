@@ -41,10 +41,6 @@ class Lender:
             return 0
         return self.budget.lendable_bytes(lend_ratio)
 
-    def lent(self, nbytes: int) -> None:
-        """A lease was granted."""
-        self.budget = replace(self.budget, lent_bytes=self.budget.lent_bytes + nbytes)
-
     def came_back(self, nbytes: int) -> None:
         """Bytes of a lease are the device's again: they cover what it is over its limit, then requests, the most
         urgent first."""
@@ -62,11 +58,8 @@ class Lender:
         return max(0, self.budget.lent_bytes - self.budget.shortfall_bytes - asked)
 
     def refresh(self, threshold: float, now_s: float) -> list[Urgency]:
-        """Bring `needs` into line with the state.
-
-        Returns:
-            the urgencies of needs that are new, or more urgent than before.
-        """
+        """Bring `needs` into line with the state. Returns the urgencies of those that are new, or more urgent than
+        before."""
         utilisation, lent = self.budget.utilisation, self.budget.lent_bytes
         self.saturated = utilisation >= threshold * (RESUME_SHARE if self.saturated else 1)
         wanted = pressures(self.budget, threshold)

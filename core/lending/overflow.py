@@ -171,14 +171,14 @@ class KVOverflow:
         while pages.backed < wanted:
             missing = min(self.kv.pool.num_blocks, max(wanted, pages.backed + self._extent)) - pages.backed
             spare = 0 if pages.has_spare else 1
-            if not self._add_region(index, pages, min(missing, self._extent) + spare):
+            if self._add_region(index, pages, min(missing, self._extent) + spare) is None:
                 return
 
-    def _add_region(self, index: int, pages: StagePages, blocks: int) -> bool:
+    def _add_region(self, index: int, pages: StagePages, blocks: int) -> _Loan | None:
         """A region of at most so many pages, at whoever lends best."""
         lease = self.lending.borrow_at_most(pages.site, self._page_bytes[index], blocks)
         if lease is None:
-            return False
+            return None
         region_id = next(number for number in count(LOCAL + 1) if number not in self._loans)  # they have to stay small
         try:
             self._store.add(index, region_id, lease.lender, lease.blocks)
@@ -188,12 +188,12 @@ class KVOverflow:
             return self._add_region(index, pages, blocks)
         last_resort = self.lending.budget(lease.lender).last_resort
         pages.add(region_id, lease.lender, lease.blocks, rank=float(last_resort))
-        self._loans[region_id] = _Loan(index, pages, region_id, lease)
+        loan = self._loans[region_id] = _Loan(index, pages, region_id, lease)
         self.lending.activate(lease.lease_id)
         logger.info(
             "KV memory borrowed", borrower=pages.site, lender=lease.lender, blocks=lease.blocks, bytes=lease.nbytes
         )
-        return True
+        return loan
 
     # -- a round between two steps ----------------------------------------------------------------------------------
 
@@ -276,11 +276,10 @@ class KVOverflow:
             if not self.lending.budget(loan.lease.lender).last_resort:
                 continue
             offer = self.lending.largest_offer(loan.pages.site, self._page_bytes[loan.stage])
-            if offer is None or self.lending.budget(offer.lender).last_resort or offer.units < loan.lease.blocks:
+            if offer is None or self.lending.budget(offer[0]).last_resort or offer[1] < loan.lease.blocks:
                 continue
-            known = set(self._loans)
-            if self._add_region(loan.stage, loan.pages, loan.lease.blocks):
-                (added,) = (self._loans[number] for number in self._loans if number not in known)
+            added = self._add_region(loan.stage, loan.pages, loan.lease.blocks)
+            if added is not None:
                 # the device that made the offer may have had no memory, and main memory been asked instead
                 is_worse = self.lending.budget(added.lease.lender).last_resort or added.lease.blocks < loan.lease.blocks
                 left = added if is_worse else loan

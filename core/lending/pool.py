@@ -4,11 +4,11 @@ Policy alone: no tensors, no threads, no clock of its own. The engine thread cal
 it says. A round of the coordinator::
 
     observe(device, ...)            for each device: what it uses itself, what others take, how long it was idle
-    for reclaim in reclaims():      move `bytes_to_move(...)` of it: to the owner, another lender or main memory,
-        shrink(...) or release(...)                             and say so
+    for reclaim in reclaims():      move `bytes_to_move(...)` of it: to the owner, another lender or main memory;
+        release(...)                                            once the whole lease is empty
     borrow(...) or borrow_at_most(...), then activate(...)      when `DemandWatch` says that blocks will be short
 
-Memory counts as lent from `borrow` to `shrink` or `release`; the coordinator reserves it on the lender's `DeviceBudget`
+Memory counts as lent from `borrow` to `release`; the coordinator reserves it on the lender's `DeviceBudget`
 for as long.
 """
 
@@ -30,31 +30,16 @@ REFUSED_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
-    """A lender that has room for `units` pages (of whatever size was asked for)."""
-
-    lender: str
-    units: int
-
-
-@dataclass(frozen=True, slots=True)
 class LendingStats:
-    """Snapshot. `*_total`, `borrows` and `reclaims` count since the start, the rest is now.
-
-    Attributes:
-        borrows: leases granted, by `(borrower, lender)`.
-        reclaims: needs of lenders, by urgency; one that becomes more urgent counts again. All urgencies are there.
-        bytes_lent_total: sum of all grants.
-        active_leases: leases that are not released, in whatever state.
-        lent_bytes: of these leases.
-        capacity_bytes: `VRAMLendingPool.capacity_bytes`.
+    """Snapshot. Since the start: `borrows`, the leases granted by `(borrower, lender)`, `bytes_lent_total` by all of
+    them, and `reclaims`, the needs of lenders by urgency, where one that becomes more urgent counts again; all
+    urgencies are there. Now: `active_leases`, in whatever state, and `VRAMLendingPool.capacity_bytes`.
     """
 
     borrows: Mapping[tuple[str, str], int]
     reclaims: Mapping[Urgency, int]
     bytes_lent_total: int
     active_leases: int
-    lent_bytes: int
     capacity_bytes: int
 
 
@@ -72,8 +57,7 @@ class VRAMLendingPool:
             at most 1 (`VRM_RECLAIM_THRESHOLD`).
         clock: seconds, never going back.
 
-    Raises:
-        ValueError: a share out of its range, the same name twice, or a budget that has lent.
+    Raises `ValueError` for a share out of its range, the same name twice, or a budget that has lent.
     """
 
     def __init__(
@@ -111,11 +95,7 @@ class VRAMLendingPool:
         return self._lender(device).budget
 
     def lease(self, lease_id: int) -> Lease:
-        """A lease that is not released. Its `priority` may be written; everything else is the pool's.
-
-        Raises:
-            ValueError: there is none with this id (any longer).
-        """
+        """A lease that is not released. Raises `ValueError` if there is none with this id (any longer)."""
         if lease_id not in self._leases:
             raise ValueError(f"there is no lease {lease_id}")
         return self._leases[lease_id]
@@ -146,7 +126,6 @@ class VRAMLendingPool:
             reclaims=dict(self._reclaims),
             bytes_lent_total=self._bytes_lent_total,
             active_leases=len(self._leases),
-            lent_bytes=self.lent_bytes(),
             capacity_bytes=self.capacity_bytes(),
         )
 
@@ -167,38 +146,30 @@ class VRAMLendingPool:
         rated = [scores(self._candidates(borrower, nbytes, last_resort)) for last_resort in (False, True)]
         return tuple(name for group in rated for name in sorted(group, key=lambda name: -group[name]))
 
-    def offers(self, borrower: str, unit_bytes: int) -> tuple[Offer, ...]:
+    def offers(self, borrower: str, unit_bytes: int) -> dict[str, int]:
         """How many pages of `unit_bytes` each lender has room for, largest first, main memory last; only those with
         room. Their sum is what the borrower can get at most.
 
-        Raises:
-            ValueError: a borrower that is unknown or main memory, or pages without bytes.
+        Raises `ValueError` for a borrower that is unknown or main memory, or pages without bytes.
         """
         if unit_bytes < 1:
             raise ValueError(f"pages of {unit_bytes} bytes")
-        found = [
-            Offer(candidate.name, candidate.lendable_bytes // unit_bytes)
-            for last_resort in (False, True)
-            for candidate in sorted(
-                self._candidates(borrower, unit_bytes, last_resort), key=lambda each: -each.lendable_bytes
-            )
-        ]
-        return tuple(found)
+        rooms = [self._candidates(borrower, unit_bytes, last_resort) for last_resort in (False, True)]
+        ordered = [lender for room in rooms for lender in sorted(room, key=lambda lender: -lender.lendable_bytes)]
+        return {lender.name: lender.lendable_bytes // unit_bytes for lender in ordered}
 
-    def largest_offer(self, borrower: str, unit_bytes: int) -> Offer | None:
-        """The GPU with most room for pages of `unit_bytes`; main memory if no GPU has room for one; else None."""
-        return next(iter(self.offers(borrower, unit_bytes)), None)
+    def largest_offer(self, borrower: str, unit_bytes: int) -> tuple[str, int] | None:
+        """The GPU with room for most pages of `unit_bytes`, and for how many; main memory if no GPU has room for one;
+        else None."""
+        return next(iter(self.offers(borrower, unit_bytes).items()), None)
 
     def borrow(self, borrower: str, nbytes: int, blocks: int, priority: int = 0) -> Lease | None:
-        """Set `nbytes`, room for `blocks` pages, aside at the best lender.
+        """Set `nbytes`, room for `blocks` pages, aside at the best lender: a lease that is GRANTED.
 
-        All or nothing, from one lender. Main memory lends only if no GPU has room for one page.
+        All or nothing, from one lender: None if nobody has as much (`borrow_at_most` takes less). Main memory lends
+        only if no GPU has room for one page.
 
-        Returns:
-            a lease that is GRANTED, or None: nobody has as much (`borrow_at_most` takes less).
-
-        Raises:
-            ValueError: a borrower that is unknown or main memory, or no bytes or blocks.
+        Raises `ValueError` for a borrower that is unknown or main memory, or no bytes or blocks.
         """
         if blocks < 1 or nbytes < blocks:
             raise ValueError(f"{borrower} cannot borrow {blocks} blocks in {nbytes} bytes")
@@ -213,7 +184,7 @@ class VRAMLendingPool:
         self._leases[lease.lease_id] = lease
         self._borrows[borrower, best] += 1
         self._bytes_lent_total += nbytes
-        lender.lent(nbytes)
+        lender.budget = replace(lender.budget, lent_bytes=lender.budget.lent_bytes + nbytes)
         return lease
 
     def borrow_at_most(self, borrower: str, unit_bytes: int, blocks: int, priority: int = 0) -> Lease | None:
@@ -222,7 +193,7 @@ class VRAMLendingPool:
         if lease is not None:
             return lease
         offer = self.largest_offer(borrower, unit_bytes)
-        units = 0 if offer is None else min(blocks, offer.units)
+        units = 0 if offer is None else min(blocks, offer[1])
         return self.borrow(borrower, units * unit_bytes, units, priority) if units else None
 
     def refuse(self, lease_id: int) -> None:
@@ -232,46 +203,21 @@ class VRAMLendingPool:
         lender.refused_until_s = self._clock() + REFUSED_S
 
     def activate(self, lease_id: int) -> None:
-        """Blocks move in from now on.
-
-        Raises:
-            ValueError: the lease is not GRANTED; while it is under reclaim nothing moves in.
-        """
+        """Blocks move in from now on. Raises `ValueError` unless the lease is GRANTED: none moves in under reclaim."""
         lease = self.lease(lease_id)
         if lease.state is not LeaseState.GRANTED:
             raise ValueError(f"lease {lease_id} is {lease.state.value}, no block may move in")
         lease.move_to(LeaseState.ACTIVE)
         lease.used = True
 
-    def shrink(self, lease_id: int, nbytes: int, blocks: int) -> None:
-        """`blocks` pages with `nbytes` are empty and the lender's again; all of them is a `release`.
-
-        Raises:
-            ValueError: the lease does not hold them, or would keep blocks without bytes or bytes without blocks.
-        """
-        lease = self.lease(lease_id)
-        kept_bytes, kept_blocks = lease.nbytes - nbytes, lease.blocks - blocks
-        if nbytes < 0 or blocks < 0 or min(kept_bytes, kept_blocks) < 0 or (kept_bytes == 0) != (kept_blocks == 0):
-            raise ValueError(
-                f"lease {lease_id} has {lease.blocks} blocks, {lease.nbytes} bytes, not {blocks}, {nbytes}"
-            )
-        if kept_blocks == 0:
-            lease.move_to(LeaseState.RELEASED)
-            lease.reclaim_bytes, lease.urgency, lease.deadline_s = 0, None, None
-            del self._leases[lease_id]
-        else:
-            lease.nbytes, lease.blocks = kept_bytes, kept_blocks
-        self._lenders[lease.lender].came_back(nbytes)
-        self._refresh(self._lenders[lease.lender])
-
     def release(self, lease_id: int) -> None:
-        """The whole lease is empty and the lender's again.
-
-        Raises:
-            ValueError: it is released already.
-        """
+        """The lease is empty and the lender's again. Raises `ValueError` if it is released already."""
         lease = self.lease(lease_id)
-        self.shrink(lease_id, lease.nbytes, lease.blocks)
+        lease.move_to(LeaseState.RELEASED)
+        lease.reclaim_bytes, lease.urgency, lease.deadline_s = 0, None, None
+        del self._leases[lease_id]
+        self._lenders[lease.lender].came_back(lease.nbytes)
+        self._refresh(self._lenders[lease.lender])
 
     # -- reclaiming -------------------------------------------------------------------------------------------------
 
@@ -281,8 +227,7 @@ class VRAMLendingPool:
         None is for all of it and for good (shutdown): it lends nothing until `reopen`. Otherwise it lends nothing
         until the bytes are back and `observe` has said what it uses now.
 
-        Returns:
-            how many bytes will come back for this request: fewer where less is lent, or was asked for already.
+        Returns how many bytes will come back for this request: fewer where less is lent, or was asked for already.
         """
         if nbytes is not None and nbytes < 0:
             raise ValueError(f"{lender} cannot ask for {nbytes} bytes")
@@ -308,7 +253,7 @@ class VRAMLendingPool:
         youngest first, and no more than it needs. Their leases are RECLAIMING.
 
         A lease may be there several times, with parts that are not equally urgent. `nbytes` need not be a whole number
-        of pages: round up.
+        of pages. Leases go back whole.
         """
         found = [reclaim for lender in self._lenders.values() for reclaim in self._refresh(lender)]
         return sorted(found, key=lambda reclaim: (-reclaim.urgency, reclaim.deadline_s))

@@ -53,8 +53,6 @@ class Reclaim:
     """`nbytes` of one lease are to be given back by `deadline_s` (on the pool's clock)."""
 
     lease_id: int
-    borrower: str
-    lender: str
     nbytes: int
     cause: Cause
     urgency: Urgency
@@ -100,10 +98,7 @@ def allot(needs: Iterable[Need], leases: Iterable[Lease]) -> list[Reclaim]:
     The most urgent need takes its bytes from the leases that go first, the next one from what these leave. A lease
     may serve several needs, which are a `Reclaim` each, so that a small urgent need does not make a large lease
     urgent; its own `urgency` and `deadline_s` are those of the first. Leases that serve none are left alone, those
-    under reclaim are what they were before.
-
-    Returns:
-        the most urgent first.
+    under reclaim are what they were before. Returns the most urgent first.
     """
     ordered = reclaim_order(leases)
     found: list[Reclaim] = []
@@ -116,15 +111,12 @@ def allot(needs: Iterable[Need], leases: Iterable[Lease]) -> list[Reclaim]:
                 continue
             left -= part
             wanted[lease.lease_id] += part
-            found.append(
-                Reclaim(lease.lease_id, lease.borrower, lease.lender, part, need.cause, need.urgency, need.deadline_s)
-            )
-    firsts = {reclaim.lease_id: reclaim for reclaim in reversed(found)}
+            found.append(Reclaim(lease.lease_id, part, need.cause, need.urgency, need.deadline_s))
     for lease in ordered:
-        first = firsts.get(lease.lease_id)
-        if first is None:
-            lease.leave()
+        mine = [reclaim for reclaim in found if reclaim.lease_id == lease.lease_id]
+        if mine:
+            deadline_s = min(reclaim.deadline_s for reclaim in mine)
+            lease.ask_back(wanted[lease.lease_id], mine[0].urgency, deadline_s)
         else:
-            deadline_s = min(reclaim.deadline_s for reclaim in found if reclaim.lease_id == lease.lease_id)
-            lease.ask_back(wanted[lease.lease_id], first.urgency, deadline_s)
+            lease.leave()
     return found

@@ -218,13 +218,13 @@ def _datasheet(memory: MemoryNow, product: str, profile: DeviceProfile, dtype: t
             found = card(name)
         except DeviceError:
             continue
-        best = max(rate for _, rate in profile.flops)
+        best, promised = max(rate for _, rate in profile.flops), found.profile
         return Datasheet(
             card=found.name,
-            bandwidth_bytes_s=found.bandwidth_bytes_s,
-            flops=found.flops,
-            bandwidth_share=profile.bandwidth_bytes_s / found.bandwidth_bytes_s,
-            flops_share=best / found.flops if dtype in (torch.bfloat16, torch.float16) else None,
+            bandwidth_bytes_s=promised.bandwidth_bytes_s,
+            flops=promised.flops_at(1),
+            bandwidth_share=profile.bandwidth_bytes_s / promised.bandwidth_bytes_s,
+            flops_share=best / promised.flops_at(1) if dtype in (torch.bfloat16, torch.float16) else None,
         )
     return None
 

@@ -95,11 +95,7 @@ class ChainIndex:
 
     def coldest(self) -> bytes | None:
         """The block that goes next, or None if none may go."""
-        while self._heap:
-            if self._is_current(self._heap[0]):
-                return self._heap[0][2]
-            heapq.heappop(self._heap)
-        return None
+        return next(iter(self.coldest_leaves(1)), None)
 
     def coldest_leaves(self, count: int) -> list[bytes]:
         """Up to `count` blocks that may go, coldest first."""

@@ -28,10 +28,6 @@ SAMPLE_BLOCKS = 4
 """Real blocks that an automatic choice is measured on."""
 
 
-class CodecError(ValueError):
-    """Data that a codec cannot decode."""
-
-
 @dataclass(frozen=True, slots=True)
 class CodecSample:
     """What a codec did with real blocks: bytes out per byte in, and bytes in per second of work in each direction."""
@@ -94,7 +90,7 @@ class Compressor:
         return (self._codec, memoryview(packed)) if len(packed) < len(raw) else ("none", raw)
 
     def decode(self, codec: str, data: memoryview, into: memoryview) -> None:
-        """Fill `into`, a whole payload, from what `encode` gave. Raises `CodecError` if the data is not that."""
+        """Fill `into`, a whole payload, from what `encode` gave. Raises `ValueError` if the data is not that."""
         lossy = self._quantization != "none"
         nbytes = quantized_nbytes(self._layout) if lossy else self._layout.nbytes
         target = memoryview(bytearray(nbytes)) if lossy else into
@@ -138,18 +134,20 @@ def _summary(codec: str, seen: Sequence[tuple[int, int, float, float]]) -> Codec
 
 
 def compress(codec: str, raw: memoryview, stride: int) -> bytes:
-    """Compress numbers of `stride` bytes each. Raises `CodecError` for an unknown codec."""
-    planes = _by_significance(raw, stride)
+    """Compress numbers of `stride` bytes each. Raises `ValueError` for an unknown codec."""
+    planes = raw
+    if stride > 1:
+        planes = np.ascontiguousarray(np.frombuffer(raw, np.uint8).reshape(-1, stride).T).data.cast("B")
     if codec == "lz4":
         packed: bytes = lz4.block.compress(planes, store_size=False)
         return packed
     if codec == "zstd":
         return zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=False).compress(planes)
-    raise CodecError(f"unknown codec {codec!r}")
+    raise ValueError(f"unknown codec {codec!r}")
 
 
 def decompress(codec: str, data: memoryview, into: memoryview, stride: int) -> None:
-    """Undo `compress` into exactly `len(into)` bytes. Raises `CodecError` if that is not what the data holds."""
+    """Undo `compress` into exactly `len(into)` bytes. Raises `ValueError` if that is not what the data holds."""
     try:
         if codec == "none":
             planes: bytes | memoryview = data
@@ -158,20 +156,14 @@ def decompress(codec: str, data: memoryview, into: memoryview, stride: int) -> N
         elif codec == "zstd":
             planes = zstandard.ZstdDecompressor().decompress(data, max_output_size=len(into))
         else:
-            raise CodecError(f"unknown codec {codec!r}")
+            raise ValueError(f"unknown codec {codec!r}")
     except (lz4.block.LZ4BlockError, zstandard.ZstdError) as error:
-        raise CodecError(f"{codec} data is damaged: {error}") from error
+        raise ValueError(f"{codec} data is damaged: {error}") from error
     if len(planes) != len(into):
-        raise CodecError(f"{codec} data gives {len(planes)} bytes instead of {len(into)}")
+        raise ValueError(f"{codec} data gives {len(planes)} bytes instead of {len(into)}")
     if codec == "none" or stride == 1:
         into[:] = planes
     else:
         target = np.frombuffer(into, np.uint8)
         for place, plane in enumerate(np.frombuffer(planes, np.uint8).reshape(stride, -1)):
             target[place::stride] = plane  # ten times as fast as one transposed copy
-
-
-def _by_significance(raw: memoryview, stride: int) -> memoryview:
-    if stride == 1:
-        return raw
-    return np.ascontiguousarray(np.frombuffer(raw, np.uint8).reshape(-1, stride).T).data.cast("B")

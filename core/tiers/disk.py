@@ -18,17 +18,13 @@ from pathlib import Path
 import filelock
 
 from core.errors import ConflictError
-from core.tiers.segments import SUFFIX, SegmentFile, new_name
+from core.tiers.segments import SUFFIX, new_name
 
 LOCK_NAME = "vramancer-kv.lock"
 PARTIAL = ".partial"
 
 
 _private = functools.partial(os.open, mode=0o600)
-
-
-class DirectoryInUseError(ConflictError):
-    """Another process keeps its blocks in this directory."""
 
 
 class LocalFile:
@@ -86,7 +82,8 @@ class LocalFiles:
     """See `SegmentFiles`."""
 
     def __init__(self, directory: Path) -> None:
-        """Creates the directory if need be and locks it. Raises `DirectoryInUseError`, or `OSError`."""
+        """Creates the directory if need be and locks it. Raises `ConflictError` if another process keeps its
+        blocks there, or `OSError`."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.directory = directory
         # Any thread may close what another opened: the next model is loaded, and this one unloaded, by other threads.
@@ -94,14 +91,14 @@ class LocalFiles:
         try:
             self._lock.acquire()
         except filelock.Timeout as error:
-            raise DirectoryInUseError(
+            raise ConflictError(
                 f"{directory} is in use by another process; give each its own memory.disk_path."
             ) from error
 
-    def list(self) -> list[SegmentFile]:
+    def list(self) -> list[tuple[str, int]]:
         for leftover in self.directory.glob("*" + PARTIAL):
             leftover.unlink(missing_ok=True)
-        return [SegmentFile(path.name, path.stat().st_size) for path in self.directory.glob("*" + SUFFIX)]
+        return [(path.name, path.stat().st_size) for path in self.directory.glob("*" + SUFFIX)]
 
     def read(self, name: str, offset: int, into: memoryview) -> int:
         with (self.directory / name).open("rb", buffering=0) as file:

@@ -36,7 +36,7 @@ from core.tiers.loader import BlockLoader
 from core.tiers.loading import HostSlot, Loading
 from core.tiers.lower_tier import LowerTier
 from core.tiers.policy import MemoryOptions
-from core.tiers.records import BlockInfo, BlockLayout, MemoryStats, MoveKind, Tier, TierSpeed
+from core.tiers.records import BlockInfo, BlockLayout, MemoryStats, Move, Tier, TierSpeed
 from core.tiers.writer import Writer
 
 Clock = Callable[[], float]
@@ -54,12 +54,11 @@ class HierarchicalMemory:
         layout: BlockLayout,
         options: MemoryOptions,
         host: DeviceBudget,
-        below: Sequence[LowerTier] = (),
         *,
         host_speed: TierSpeed | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        """`below` may be given later too (`add_below`). `clock` gives seconds, for hotness alone.
+        """`clock` gives seconds, for hotness alone.
 
         Raises `ValueError` if host RAM of that size holds no block, `OutOfDeviceMemoryError` if `host` has no room.
         """
@@ -67,17 +66,16 @@ class HierarchicalMemory:
         self._options = options
         self._clock = clock
         self._lock = threading.Lock()
-        self._heat = HeatTable(options.heat)
-        self._host = HostTier(layout.nbytes, options.host_bytes, self._heat, host, pin=options.pin, speed=host_speed)
+        self.heat = HeatTable(options.heat)
+        self._host = HostTier(layout.nbytes, options.host_bytes, self.heat, host, pin=options.pin, speed=host_speed)
         self._below: tuple[LowerTier, ...] = ()
         self._missing: dict[Tier, str] = {}
-        self._moves: Counter[tuple[MoveKind, Tier, Tier | None]] = Counter()
+        self.moves: Counter[Move] = Counter()
         self._unsaved = 0  # slots filled since what goes next was last looked at
         self._closed = False
         me = weakref.proxy(self)  # their threads end with `close`; without it they would keep each other alive
-        self._loader = BlockLoader(me, self._host, self._lock, options.load_threads)
+        self._loader = BlockLoader(me, self._host, self._lock)
         self._writer = Writer(me, options, self._lock)
-        self.add_below(below)
 
     @property
     def num_slots(self) -> int:
@@ -93,7 +91,7 @@ class HierarchicalMemory:
         """Tiers that are there from now on; all are put in the order of their speeds, blocks sink to the fastest first.
         `missing` are those that are not, and why."""
         for lower in below:
-            lower.open_index(self._heat, self._clock(), self._lock)
+            lower.open_index(self.heat, self._clock(), self._lock)
         ordered = tuple(sorted([*self._below, *below], key=self._fetch_s))
         if below:
             self._writer.sink_to(ordered)
@@ -133,9 +131,8 @@ class HierarchicalMemory:
                 self._host.put_back(slot)
                 return
             self.hold(slot)
-            self._moves["demotion", Tier.L1, Tier.L3] += 1
-            score = self._heat.score(slot.block, self._clock())
-            if self._options.rules.write_through(score):
+            self.moves["demotion", Tier.L1, Tier.L3] += 1
+            if self.score(slot.block) >= self._options.rules.through_hotness:
                 self._writer.offer(slot.block, leave=False)
             self._clean_ahead()
 
@@ -148,7 +145,7 @@ class HierarchicalMemory:
     def _leave_host(self, block: bytes) -> None:
         """Free the slot of a block that may go."""
         copy = next((lower.tier for lower in self._below if block in lower.index), None)
-        self._moves["eviction" if copy is None else "demotion", Tier.L3, copy] += 1
+        self.moves["eviction" if copy is None else "demotion", Tier.L3, copy] += 1
         self._writer.cancel(block)
         self._host.let_go(block)
 
@@ -170,6 +167,10 @@ class HierarchicalMemory:
     def _is_below(self, block: bytes) -> bool:
         return any(block in lower.index for lower in self._below)
 
+    def _places(self) -> tuple[HostTier | LowerTier, ...]:
+        """All tiers, nearest first."""
+        return self._host, *self._below
+
     # -- finding and loading ----------------------------------------------------------------------------------------
 
     def find(self, blocks: Sequence[bytes], *, record: bool = True) -> list[Tier]:
@@ -180,12 +181,15 @@ class HierarchicalMemory:
         tiers: list[Tier] = []
         with self._lock:
             for block in blocks:
-                lower = None if block in self._host.index else self._loader.source(block)
-                if record:
-                    self._count_lookup(block, lower)
-                if lower is None and block not in self._host.index:
+                for place in self._places():
+                    found = block in place.index
+                    place.hits += record and found
+                    place.misses += record and not found
+                    if found:
+                        tiers.append(place.tier)
+                        break
+                else:
                     break
-                tiers.append(Tier.L3 if lower is None else lower.tier)
         return tiers
 
     def held(self, blocks: Iterable[bytes]) -> set[bytes]:
@@ -193,24 +197,13 @@ class HierarchicalMemory:
         with self._lock:
             return {block for block in blocks if block in self._host.index or self._is_below(block)}
 
-    def _count_lookup(self, block: bytes, source: LowerTier | None) -> None:
-        if block in self._host.index:
-            self._host.hits += 1
-            return
-        self._host.misses += 1
-        for lower in self._below:
-            if lower is source:
-                lower.hits += 1
-                return
-            lower.misses += 1
-
     def load(self, blocks: Sequence[bytes], on_done: Callable[[Loading], None] | None = None) -> Loading:
         """Bring the leading run of `blocks` that some tier holds into host RAM and pin it there; a use of each block.
 
         The run is shorter where host RAM has no room left. `on_done` is called once, from a worker thread, or from this
         one if nothing has to be read; it must not raise. The caller releases the loading in every case.
         """
-        loading = Loading(self, on_done)
+        loading = Loading(self._release, on_done)
         with self._lock:
             self._touch(blocks)
             done = self._closed or self._loader.claim(loading, blocks)
@@ -218,13 +211,12 @@ class HierarchicalMemory:
             loading.finish()
         return loading
 
-    def release_loading(self, loading: Loading, restored: int) -> None:
-        """See `Loading.release`."""
+    def _release(self, loading: Loading, restored: int) -> None:
         with self._lock:
             if loading.released or self._closed:
                 return
             self._loader.release(loading)
-            self._moves["promotion", Tier.L3, Tier.L1] += restored
+            self.moves["promotion", Tier.L3, Tier.L1] += restored
             self._clean_ahead()
 
     # -- by call ----------------------------------------------------------------------------------------------------
@@ -235,13 +227,13 @@ class HierarchicalMemory:
         with self._lock:
             now_s = self._clock()
             for block in blocks:
-                self._heat.meet(block, now_s)
+                self.heat.meet(block, now_s)
             self._touch(blocks)
 
     def _touch(self, blocks: Iterable[bytes]) -> None:
         now_s = self._clock()
         for block in blocks:
-            self._heat.use(block, now_s)
+            self.heat.use(block, now_s)
             self._host.index.requeue(block)
             for lower in self._below:
                 lower.index.requeue(block)
@@ -283,7 +275,7 @@ class HierarchicalMemory:
 
     def hold(self, slot: HostSlot) -> None:
         """A slot's content is complete."""
-        self._heat.meet(slot.block, self._clock())
+        self.heat.meet(slot.block, self._clock())
         self._host.hold(slot)
 
     def begin_write(self, block: bytes) -> HostSlot | None:
@@ -300,29 +292,22 @@ class HierarchicalMemory:
             self._leave_host(block)
         self._clean_ahead()
 
-    def count_move(self, kind: MoveKind, source: Tier, target: Tier | None) -> None:
-        """A block went from one tier to another."""
-        self._moves[kind, source, target] += 1
-
     def score(self, block: bytes) -> float:
-        return self._heat.score(block, self._clock())
-
-    def order(self, block: bytes) -> float:
-        return self._heat.order(block)
+        return self.heat.score(block, self._clock())
 
     # -- looking and ending -----------------------------------------------------------------------------------------
 
     def stats(self) -> MemoryStats:
         """A snapshot of every tier and counter."""
-        tiers: tuple[HostTier | LowerTier, ...] = (self._host, *self._below)
+        tiers = self._places()
         with self._lock:
             held = [list(tier.index) for tier in tiers]
-            moves = dict(self._moves)
-            queued, dropped, loading = self._writer.queued, self._writer.dropped, len(self._loader.fills)
+            moves = dict(self.moves)
+            queued, dropped = self._writer.queued, self._writer.dropped
         now_s = self._clock()
-        hotness = [self._heat.mean_score(blocks, now_s) for blocks in held]
+        hotness = [self.heat.mean_score(blocks, now_s) for blocks in held]
         stats = tuple(tier.stats(mean) for tier, mean in zip(tiers, hotness, strict=True))
-        return MemoryStats(stats, moves, queued, dropped, loading)
+        return MemoryStats(stats, moves, queued, dropped)
 
     def speeds(self) -> dict[Tier, TierSpeed]:
         """What every tier below host RAM does, where that is known: what `worth_restoring` needs."""
@@ -330,12 +315,11 @@ class HierarchicalMemory:
 
     def blocks(self, tier: Tier, limit: int) -> list[BlockInfo]:
         """The `limit` hottest blocks of a tier, hottest first; none for a tier that is not there."""
-        tiers: tuple[HostTier | LowerTier, ...] = (self._host, *self._below)
         with self._lock:
-            indexes = [place.index for place in tiers if place.tier == tier]
-            held = [(block, index.parent(block), index.is_pinned(block)) for index in indexes for block in index]
+            indexes = [place.index for place in self._places() if place.tier == tier]
+            held = [(block, index.is_pinned(block)) for index in indexes for block in index]
         now_s = self._clock()
-        infos = (BlockInfo(block, parent, tier, self._heat.score(block, now_s), pin) for block, parent, pin in held)
+        infos = (BlockInfo(block, self.heat.score(block, now_s), pinned) for block, pinned in held)
         return heapq.nlargest(limit, infos, key=lambda info: info.hotness)
 
     def flush(self, timeout_s: float) -> bool:

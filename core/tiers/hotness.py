@@ -8,9 +8,6 @@ A block used at times `t_i` has, with half-life `h`::
 
 (the spectrum between LRU and LFU of Lee et al., "LRFU", IEEE ToC 2001). Both terms decay alike, so the order of two
 blocks never changes between uses, and `order` gives it without knowing the time: queues stay sorted by themselves.
-
-A block used at random with rate `r` has `E[frequency] = r*h/ln 2`, so `score * ln 2` uses are expected in the next
-half-life, and at least one with probability `1 - exp(-score * ln 2) = 1 - 2^(-score)`.
 """
 
 from __future__ import annotations
@@ -60,17 +57,6 @@ class HeatModel:
         return 2.0 ** (-max(0.0, elapsed_s) / self.half_life_s) if elapsed_s < 1000 * self.half_life_s else 0.0
 
 
-def reuse_probability(score: float) -> float:
-    """Probability of at least one use in the next half-life."""
-    return -math.expm1(-score * math.log(2))
-
-
-def keep_value(score: float, recompute_s: float, fetch_s: float, nbytes: int) -> float:
-    """Seconds saved per byte by keeping a block: `p_reuse * (t_recompute - t_fetch) / bytes`; not above 0 means that
-    recomputing is no slower than fetching."""
-    return reuse_probability(score) * (recompute_s - fetch_s) / nbytes
-
-
 class HeatTable:
     """Heat by hash, also of blocks that no tier holds, so that one that comes back is known. Of those, the last used
     `max_absent` are remembered."""
@@ -81,9 +67,6 @@ class HeatTable:
         self._heat: dict[bytes, Heat] = {}
         self._holders: dict[bytes, int] = {}
         self._absent: OrderedDict[bytes, None] = OrderedDict()  # known and not held, last used last
-
-    def __len__(self) -> int:
-        return len(self._heat)
 
     def use(self, block: bytes, now_s: float) -> None:
         """Count a use."""

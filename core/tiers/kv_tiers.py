@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from core.kv_cache.companions import Tiers
 from core.kv_cache.manager import KVCacheManager
 from core.tiers.hierarchy import HierarchicalMemory
 from core.tiers.loading import HostSlot, Loading
@@ -28,14 +29,6 @@ Worth = Callable[[int, Sequence[Tier]], int]
 """Of a run of blocks behind `known` blocks, in these tiers: how many leading ones to restore."""
 _COPIES_AT_ONCE = 16
 """Blocks of one prompt that are copied down beside a step; the rest of them at the next use."""
-
-
-@dataclass(slots=True)
-class _Prefetch:
-    """What a waiting sequence has asked for: blocks from number `first` of its table on."""
-
-    first: int
-    loading: Loading
 
 
 @dataclass(slots=True)
@@ -72,8 +65,8 @@ class StepBlocks:
         return self._held[digest][0]
 
 
-class KVTiers:
-    """The tiers below the devices of one engine."""
+class KVTiers(Tiers):
+    """The tiers below the devices of one engine. They have threads of their own: nothing is to do between steps."""
 
     def __init__(
         self, kv: KVCacheManager, memory: HierarchicalMemory, worth: Worth, buffers: StepBlocks | None = None
@@ -81,7 +74,7 @@ class KVTiers:
         self.memory = memory
         self._kv = kv
         self._worth = worth
-        self._prefetches: dict[int, _Prefetch] = {}
+        self._prefetches: dict[int, tuple[int, Loading]] = {}  # by sequence, from which block of its table on
         self.buffers = buffers if buffers is not None else StepBlocks()
         self._now = _StepUse()
         self._steps: dict[int, _StepUse] = {}
@@ -145,7 +138,7 @@ class KVTiers:
                 on_done()
 
         loading = self.memory.load(run[:count], done)
-        self._prefetches[seq_id] = _Prefetch(known, loading)
+        self._prefetches[seq_id] = known, loading
         if loading.done():
             return False
         waits.append(True)
@@ -155,14 +148,14 @@ class KVTiers:
 
     def take(self, seq_id: int, known: int) -> tuple[list[bytes], Loading] | None:
         """The hashes of what has been fetched for the blocks of a sequence from number `known` on."""
-        prefetch = self._prefetches.pop(seq_id, None)
-        if prefetch is None:
+        if seq_id not in self._prefetches:
             return None
-        slots = prefetch.loading.slots()[max(0, known - prefetch.first) :]
-        if known < prefetch.first or not slots:
-            prefetch.loading.release()
+        first, loading = self._prefetches.pop(seq_id)
+        slots = loading.slots()[max(0, known - first) :]
+        if known < first or not slots:
+            loading.release()
             return None
-        return [slot.block for slot in slots], prefetch.loading
+        return [slot.block for slot in slots], loading
 
     def loaded(self, loading: Loading, digests: Sequence[bytes]) -> None:
         """These blocks of a loading are copied by the step being gathered."""
@@ -172,22 +165,10 @@ class KVTiers:
 
     def cancel(self, seq_id: int) -> None:
         """A sequence no longer wants what it asked for."""
-        prefetch = self._prefetches.pop(seq_id, None)
-        if prefetch is not None:
-            prefetch.loading.release()
+        if seq_id in self._prefetches:
+            self._prefetches.pop(seq_id)[1].release()
 
     # -- steps ------------------------------------------------------------------------------------------------------
-
-    @property
-    def is_idle(self) -> bool:
-        return True
-
-    @property
-    def wants_stop(self) -> bool:
-        return False
-
-    def tick(self, waiting_blocks: int) -> None:
-        """Nothing to do between steps: tiers have threads of their own."""
 
     def step_taken(self, step: int) -> None:
         """What was gathered so far is part of this step."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +12,8 @@ from core.tiers.host_tier import HostTier
 from core.tiers.loading import Hierarchy, HostSlot, Loading, log_failure
 from core.tiers.lower_tier import LowerTier
 from core.tiers.records import Tier
+
+_THREADS = 2
 
 
 @dataclass(slots=True, eq=False)
@@ -27,16 +28,15 @@ class Fill:
 class BlockLoader:
     """Blocks on their way up. Its methods are called under the hierarchy's lock, but for `close`."""
 
-    def __init__(self, target: Hierarchy, host: HostTier, lock: threading.Lock, threads: int) -> None:
+    def __init__(self, target: Hierarchy, host: HostTier, lock: threading.Lock) -> None:
         self.fills: dict[bytes, Fill] = {}
         self.below: tuple[LowerTier, ...] = ()
         self._target = target
         self._host = host
         self._lock = lock
-        self._num_threads = threads
         self._closed = False
         self._waiting: deque[Fill] = deque()  # not being read yet
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="vrm-memory-load")
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="vrm-memory-load")
 
     def claim(self, loading: Loading, blocks: Sequence[bytes]) -> bool:
         """Pin the leading run of `blocks` that is in host RAM or can come there, and start reading what is missing.
@@ -53,7 +53,7 @@ class BlockLoader:
             if block not in loading.arrived:
                 self._host.index.unpin(block)
         # One task per thread, not per block: handing tasks over costs the caller more than the rest of this.
-        for _ in range(min(self._num_threads, len(self._waiting))):
+        for _ in range(min(_THREADS, len(self._waiting))):
             self._start()
         return loading.pending == 0
 
@@ -108,15 +108,11 @@ class BlockLoader:
                 fill = self._waiting.popleft()
             except IndexError:
                 return
-            self._fill(fill)
-
-    def _fill(self, fill: Fill) -> None:
-        """Read one block into its slot."""
-        arrived = False
-        try:
-            arrived = fill.source.read(fill.slot.block, fill.slot.view(), time.perf_counter)
-        finally:  # whatever happens, nobody waits for ever
-            self._finish([fill], arrived=arrived)
+            arrived = False
+            try:
+                arrived = fill.source.read(fill.slot.block, fill.slot.view())
+            finally:  # whatever happens, nobody waits for ever
+                self._finish([fill], arrived=arrived)
 
     def _finish(self, fills: Sequence[Fill], *, arrived: bool) -> None:
         with self._lock:
@@ -135,7 +131,7 @@ class BlockLoader:
                 lower.index.remove(block)
         if arrived and block not in self._host.index:
             self._target.hold(fill.slot)
-            self._target.count_move("promotion", lower.tier, Tier.L3)
+            self._target.moves["promotion", lower.tier, Tier.L3] += 1
         else:
             self._host.put_back(fill.slot)
         finished = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -11,7 +13,8 @@ from typing import Protocol
 import torch
 
 from core.logs import get_logger
-from core.tiers.records import BlockLayout, MoveKind, Tier
+from core.tiers.hotness import HeatTable
+from core.tiers.records import BlockLayout, Move
 
 logger = get_logger(__name__)
 
@@ -38,12 +41,11 @@ def log_failure(future: Future[None]) -> None:
 
 
 class Hierarchy(Protocol):
-    """What `HierarchicalMemory` offers to loadings, the loader and the writer; all but `release_loading` are called
-    under its lock."""
+    """What `HierarchicalMemory` offers to the loader and the writer, for use under its lock."""
 
     layout: BlockLayout
-
-    def release_loading(self, loading: Loading, restored: int) -> None: ...
+    heat: HeatTable
+    moves: Counter[Move]
 
     def take_slot(self, block: bytes, parent: bytes) -> HostSlot | None: ...
 
@@ -53,11 +55,7 @@ class Hierarchy(Protocol):
 
     def end_write(self, block: bytes, *, leave: bool) -> None: ...
 
-    def count_move(self, kind: MoveKind, source: Tier, target: Tier | None) -> None: ...
-
     def score(self, block: bytes) -> float: ...
-
-    def order(self, block: bytes) -> float: ...
 
 
 class Loading:
@@ -66,8 +64,8 @@ class Loading:
     Every block that has arrived stays pinned in its slot until `release`. Any thread may ask.
     """
 
-    def __init__(self, owner: Hierarchy, on_done: Callable[[Loading], None] | None) -> None:
-        self._owner = owner
+    def __init__(self, on_release: Callable[[Loading, int], None], on_done: Callable[[Loading], None] | None) -> None:
+        self._on_release = on_release
         self._on_done = on_done
         self._finished = threading.Event()
         # The rest is written by the hierarchy alone, under its lock.
@@ -80,27 +78,17 @@ class Loading:
         """Whether every block has arrived or failed to."""
         return self._finished.is_set()
 
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until `done`; False after `timeout_s` seconds."""
-        return self._finished.wait(timeout_s)
-
     def slots(self) -> list[HostSlot]:
         """The leading blocks that are there, in order. Before `done` this grows, so a caller may start with the head;
         a block that was damaged or had vanished ends it for good."""
-        leading: list[HostSlot] = []
-        for block in self.blocks:
-            slot = self.arrived.get(block)
-            if slot is None:
-                break
-            leading.append(slot)
-        return leading
+        return [self.arrived[block] for block in itertools.takewhile(self.arrived.__contains__, self.blocks)]
 
     def release(self, restored: int = 0) -> None:
         """Unpin; `restored` is how many leading blocks were copied to the device (promotions from L3 to L1).
 
         Also allowed before `done`: what arrives later is not pinned for this loading. Again: nothing happens.
         """
-        self._owner.release_loading(self, restored)
+        self._on_release(self, restored)
 
     def finish(self) -> None:
         """Tell whoever waits. Called once by the hierarchy, without its lock."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import time
 
 from core.tiers.chain_index import ChainIndex
 from core.tiers.hotness import HeatTable
@@ -38,20 +38,20 @@ class LowerTier:
         read, write = self._reads.bytes_s, self._writes.bytes_s
         return TierSpeed(read or write or 0.0, write or read or 0.0, self._latency_s) if read or write else None
 
-    def read(self, block: bytes, into: memoryview, timer: Callable[[], float]) -> bool:
+    def read(self, block: bytes, into: memoryview) -> bool:
         """Read a block and learn how fast that was."""
-        started_s = timer()
+        started_s = time.perf_counter()
         found = self.store.read(block, into)
         if found:
-            self._reads.add(len(into), max(timer() - started_s, 1e-9))
+            self._reads.add(len(into), max(time.perf_counter() - started_s, 1e-9))
         return found
 
-    def write(self, block: bytes, parent: bytes, payload: memoryview, timer: Callable[[], float]) -> bool:
+    def write(self, block: bytes, parent: bytes, payload: memoryview) -> bool:
         """Write a block and learn how fast that was."""
-        started_s = timer()
+        started_s = time.perf_counter()
         kept = self.store.write(block, parent, payload)
         if kept:
-            self._writes.add(len(payload), max(timer() - started_s, 1e-9))
+            self._writes.add(len(payload), max(time.perf_counter() - started_s, 1e-9))
         return kept
 
     def stats(self, mean_hotness: float) -> TierStats:

@@ -10,7 +10,7 @@ import mmap
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -56,10 +56,9 @@ def classify(random_read_s: float, read_bytes_s: float) -> Medium:
 
 @dataclass(frozen=True, slots=True)
 class DiskSpeed:
-    """A directory's speed. `random_read_s` is the median of single 4 KiB reads."""
+    """A directory's speed; its latency is the median of single 4 KiB reads."""
 
     speed: TierSpeed
-    random_read_s: float
     method: Method
     medium: Medium
 
@@ -93,16 +92,20 @@ def measure_directory(directory: Path, timer: Callable[[], float] = time.perf_co
         nbytes, write_bytes_s = _measure_writing(path, timer)
         file, method = _open_uncached(path)
         try:
-            random_read_s = _measure_random_reads(file, nbytes, timer)
+            pages = random.Random(0).sample(range(0, nbytes, _PAGE), min(_RANDOM_READS, nbytes // _PAGE))
+            random_read_s = median(_timed_reads(file, pages, _PAGE, _RANDOM_S, timer))
             if method == "fadvise":
                 os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-            read_bytes_s = _measure_reading(file, nbytes, timer)
+            reads_s = _timed_reads(
+                file, range(0, nbytes - _CHUNK_BYTES + 1, _CHUNK_BYTES), _CHUNK_BYTES, _READ_S, timer
+            )
+            read_bytes_s = len(reads_s) * _CHUNK_BYTES / max(sum(reads_s), 1e-9)
         finally:
             os.close(file)
     finally:
         path.unlink(missing_ok=True)
     speed = TierSpeed(read_bytes_s, write_bytes_s, random_read_s)
-    return DiskSpeed(speed, random_read_s, method, classify(random_read_s, read_bytes_s))
+    return DiskSpeed(speed, method, classify(random_read_s, read_bytes_s))
 
 
 def _measure_writing(path: Path, timer: Callable[[], float]) -> tuple[int, float]:
@@ -134,34 +137,20 @@ def _open_uncached(path: Path) -> tuple[int, Method]:
     return file, "fadvise"
 
 
-def _measure_random_reads(file: int, nbytes: int, timer: Callable[[], float]) -> float:
-    chooser = random.Random(0)
-    pages = chooser.sample(range(nbytes // _PAGE), min(_RANDOM_READS, nbytes // _PAGE))
+def _timed_reads(
+    file: int, offsets: Iterable[int], nbytes: int, most_s: float, timer: Callable[[], float]
+) -> list[float]:
+    """Seconds that each read takes; when `most_s` are spent, the others are left out."""
     times: list[float] = []
-    end_s = timer() + _RANDOM_S
-    with mmap.mmap(-1, _PAGE) as aligned:
-        for page in pages:
-            times.append(_timed_read(file, page * _PAGE, aligned, timer))
-            if timer() > end_s:
+    with mmap.mmap(-1, nbytes) as aligned, FileIO(file, closefd=False) as raw:
+        for offset in offsets:
+            started_s = timer()
+            raw.seek(offset)
+            raw.readinto(aligned)
+            times.append(timer() - started_s)
+            if sum(times) >= most_s:
                 break
-    return median(times)
-
-
-def _measure_reading(file: int, nbytes: int, timer: Callable[[], float]) -> float:
-    spent_s, done = 0.0, 0
-    with mmap.mmap(-1, _CHUNK_BYTES) as aligned:
-        while done + _CHUNK_BYTES <= nbytes and spent_s < _READ_S:
-            spent_s += _timed_read(file, done, aligned, timer)
-            done += _CHUNK_BYTES
-    return done / max(spent_s, 1e-9)
-
-
-def _timed_read(file: int, offset: int, into: mmap.mmap, timer: Callable[[], float]) -> float:
-    with FileIO(file, closefd=False) as raw:
-        started_s = timer()
-        raw.seek(offset)
-        raw.readinto(into)
-        return timer() - started_s
+    return times
 
 
 def measure_files(files: SegmentFiles, timer: Callable[[], float] = time.perf_counter) -> TierSpeed:

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import time
-from pathlib import Path
 
 from core.config import MemorySettings
 from core.devices import DeviceBudget, format_bytes
-from core.errors import ConfigError
+from core.errors import ConfigError, ConflictError
 from core.logs import get_logger
 from core.tiers.compress import Compressor
-from core.tiers.disk import DirectoryInUseError, LocalFiles
-from core.tiers.hierarchy import Clock, HierarchicalMemory
+from core.tiers.disk import LocalFiles
+from core.tiers.hierarchy import HierarchicalMemory
 from core.tiers.hotness import HeatModel
 from core.tiers.lower_tier import LowerTier
 from core.tiers.measure import measure_directory, measure_files, measure_host, measure_peer
 from core.tiers.peer import Peer, PeerStore
-from core.tiers.policy import MemoryOptions, WriteRules
+from core.tiers.policy import MemoryOptions
 from core.tiers.records import BlockLayout, Tier
 from core.tiers.remote import RemoteFiles, check_url
-from core.tiers.segment_store import SegmentStore, StoreLimits
+from core.tiers.segment_store import SegmentStore
 from core.tiers.segments import Identity, SegmentSizes
 
 logger = get_logger(__name__)
@@ -36,9 +34,7 @@ def open_memory(
     host: DeviceBudget,
     *,
     pin: bool = False,
-    recompute_s: float | None = None,
     peer: Peer | None = None,
-    clock: Clock = time.monotonic,
 ) -> HierarchicalMemory | None:
     """Host RAM and a peer, or None if host RAM may not be used or holds no block. What outlasts the process is opened
     by `open_lasting`, once nobody else has it.
@@ -46,7 +42,6 @@ def open_memory(
     Args:
         host: main memory; the hierarchy reserves its part there until it is closed.
         pin: page-locked host RAM, for GPUs.
-        recompute_s: predicted seconds to compute one block, None if unknown.
 
     Raises:
         ConfigError: what `open_lasting` could never open: a capacity too small for one segment, or a remote protocol
@@ -58,7 +53,9 @@ def open_memory(
     if settings.remote_url is not None:
         SegmentSizes.of(Tier.L6, settings.remote_bytes, layout.nbytes)
         check_url(settings.remote_url)
-    host_bytes = _host_bytes(settings, layout, host.free_bytes)
+    host_bytes = settings.host_bytes
+    if host_bytes is None:
+        host_bytes = _tenth_of(host.free_bytes, "host memory for KV blocks", MOST_AUTOMATIC_SLOTS * layout.nbytes)
     if host_bytes < layout.nbytes:
         logger.info("no host memory for KV blocks", bytes=host_bytes, block_bytes=layout.nbytes)
         return None
@@ -66,11 +63,10 @@ def open_memory(
         host_bytes=host_bytes,
         pin=pin,
         heat=HeatModel(settings.half_life_s),
-        rules=WriteRules(recompute_s=recompute_s),
         write_bytes_s=settings.write_back_bytes_s,
         max_queued_writes=settings.max_queued_writes,
     )
-    memory = HierarchicalMemory(layout, options, host, host_speed=measure_host(), clock=clock)
+    memory = HierarchicalMemory(layout, options, host, host_speed=measure_host())
     if peer is not None and (lent := _open_peer(settings, layout, peer)) is not None:
         memory.add_below([lent])
     return memory
@@ -85,16 +81,14 @@ def open_lasting(memory: HierarchicalMemory, settings: MemorySettings, salt: byt
     """
     below: list[LowerTier] = []
     missing: dict[Tier, str] = {}
+    asked = (Tier.L5, settings.disk_path, _open_disk), (Tier.L6, settings.remote_url, _open_remote)
     try:
-        for tier, place, opening in (
-            (Tier.L5, settings.disk_path, _open_disk),
-            (Tier.L6, settings.remote_url, _open_remote),
-        ):
+        for tier, place, opening in asked:
             if place is None:
                 continue
             try:
                 below.append(opening(settings, memory.layout, salt))
-            except (ConfigError, DirectoryInUseError, OSError) as error:  # too little space is known by now alone
+            except (ConfigError, ConflictError, OSError) as error:  # too little space is known by now alone
                 said, missing[tier] = f"{tier.name} is not used", str(error)
                 logger.warning(said, place=str(place), reason=missing[tier])
         memory.add_below(below, missing)
@@ -104,11 +98,10 @@ def open_lasting(memory: HierarchicalMemory, settings: MemorySettings, salt: byt
         raise
 
 
-def _host_bytes(settings: MemorySettings, layout: BlockLayout, free_bytes: int) -> int:
-    if settings.host_bytes is not None:
-        return settings.host_bytes
-    chosen = min(int(free_bytes * AUTOMATIC_SHARE), MOST_AUTOMATIC_SLOTS * layout.nbytes)
-    logger.info("host memory for KV blocks", size=format_bytes(chosen), reason="a tenth of what is free")
+def _tenth_of(free_bytes: int, what: str, most: int | None = None) -> int:
+    tenth = int(free_bytes * AUTOMATIC_SHARE)
+    chosen = tenth if most is None else min(tenth, most)
+    logger.info(what, size=format_bytes(chosen), reason="a tenth of what is free")
     return chosen
 
 
@@ -123,7 +116,7 @@ def _open_peer(settings: MemorySettings, layout: BlockLayout, peer: Peer) -> Low
 
 
 def _open_disk(settings: MemorySettings, layout: BlockLayout, salt: bytes) -> LowerTier:
-    """Raises `DirectoryInUseError`, `OSError`, or `ConfigError` if there is too little space."""
+    """Raises `ConflictError`, `OSError`, or `ConfigError` if there is too little space."""
     path = settings.disk_path
     assert path is not None
     files = LocalFiles(path)
@@ -135,25 +128,21 @@ def _open_disk(settings: MemorySettings, layout: BlockLayout, salt: bytes) -> Lo
             medium=measured.medium,
             read_gb_s=round(measured.speed.read_bytes_s / 1e9, 2),
             write_gb_s=round(measured.speed.write_bytes_s / 1e9, 2),
-            random_read_us=round(measured.random_read_s * 1e6, 1),
+            random_read_us=round(measured.speed.latency_s * 1e6, 1),
             method=measured.method,
         )
-        limits = StoreLimits(_disk_bytes(settings, path), settings.disk_min_free_bytes)
+        nbytes = settings.disk_bytes
+        if nbytes is None:
+            nbytes = _tenth_of(shutil.disk_usage(path).free, "disk space for KV blocks")
         compressor = Compressor(layout, settings.disk_codec, settings.kv_quantization, measured.speed)
-        identity = make_identity(layout, salt, settings)
-        store = SegmentStore(Tier.L5, files, limits, identity, compressor, medium=measured.medium)
+        store = SegmentStore(
+            Tier.L5, files, nbytes, make_identity(layout, salt, settings), compressor,
+            min_free_bytes=settings.disk_min_free_bytes, medium=measured.medium,
+        )  # fmt: skip
     except BaseException:
         files.close()
         raise
     return LowerTier(store, measured.speed)
-
-
-def _disk_bytes(settings: MemorySettings, path: Path) -> int:
-    if settings.disk_bytes is not None:
-        return settings.disk_bytes
-    chosen = int(shutil.disk_usage(path).free * AUTOMATIC_SHARE)
-    logger.info("disk space for KV blocks", size=format_bytes(chosen), reason="a tenth of what is free")
-    return chosen
 
 
 def _open_remote(settings: MemorySettings, layout: BlockLayout, salt: bytes) -> LowerTier:
@@ -162,8 +151,7 @@ def _open_remote(settings: MemorySettings, layout: BlockLayout, salt: bytes) -> 
     files = RemoteFiles(settings.remote_url)
     speed = measure_files(files)
     compressor = Compressor(layout, settings.remote_codec, settings.kv_quantization, speed)
-    identity = make_identity(layout, salt, settings)
-    store = SegmentStore(Tier.L6, files, StoreLimits(settings.remote_bytes), identity, compressor)
+    store = SegmentStore(Tier.L6, files, settings.remote_bytes, make_identity(layout, salt, settings), compressor)
     return LowerTier(store, speed)
 
 

@@ -16,11 +16,8 @@ logger = get_logger(__name__)
 class Peer(Protocol):
     """Another node that lends RAM for blocks, by hash. Bounded: it refuses what does not fit. May raise `OSError`."""
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def capacity_bytes(self) -> int: ...
+    name: str
+    capacity_bytes: int
 
     @property
     def used_bytes(self) -> int: ...
@@ -37,24 +34,21 @@ class Peer(Protocol):
 class InProcessPeer:
     """A peer in this process, which keeps the bytes. Thread-safe."""
 
-    def __init__(self, capacity_bytes: int, name: str = "in-process") -> None:
-        self.name = name
+    name = "in-process"
+
+    def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
+        self.used_bytes = 0
         self._lock = threading.Lock()
         self._data: dict[bytes, bytes] = {}
-        self._used_bytes = 0
-
-    @property
-    def used_bytes(self) -> int:
-        return self._used_bytes
 
     def put(self, block: bytes, data: memoryview) -> bool:
         with self._lock:
-            grown = self._used_bytes + len(data) - len(self._data.get(block, b""))
+            grown = self.used_bytes + len(data) - len(self._data.get(block, b""))
             if grown > self.capacity_bytes:
                 return False
             self._data[block] = bytes(data)
-            self._used_bytes = grown
+            self.used_bytes = grown
             return True
 
     def get(self, block: bytes) -> bytes | None:
@@ -63,7 +57,7 @@ class InProcessPeer:
 
     def drop(self, block: bytes) -> None:
         with self._lock:
-            self._used_bytes -= len(self._data.pop(block, b""))
+            self.used_bytes -= len(self._data.pop(block, b""))
 
 
 class PeerStore:
@@ -78,6 +72,7 @@ class PeerStore:
         self._kept: dict[bytes, tuple[str, int]] = {}  # lossless codec and checksum of what was put
         self.stopped: str | None = None
         self.medium = f"peer {peer.name}"
+        self.capacity_bytes = peer.capacity_bytes
 
     @property
     def accepting(self) -> bool:
@@ -91,15 +86,11 @@ class PeerStore:
     def used_bytes(self) -> int:
         return self._peer.used_bytes
 
-    @property
-    def capacity_bytes(self) -> int:
-        return self._peer.capacity_bytes
-
     def known(self) -> list[tuple[bytes, bytes]]:
         return []
 
     def has_room(self) -> bool:
-        return self._peer.used_bytes + self._block_nbytes <= self._peer.capacity_bytes
+        return self._peer.used_bytes + self._block_nbytes <= self.capacity_bytes
 
     def write(self, block: bytes, parent: bytes, payload: memoryview) -> bool:
         codec, data = self._compressor.encode(payload)

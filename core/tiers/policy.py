@@ -7,17 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from core.tiers.hotness import HeatModel, keep_value
+from core.tiers.hotness import HeatModel
 from core.tiers.records import Tier, TierSpeed
-
-
-@dataclass(frozen=True, slots=True)
-class RestorePlan:
-    """Restore the first `num_blocks` of a run; what that costs and what computing them would (seconds)."""
-
-    num_blocks: int
-    restore_s: float
-    recompute_s: float
 
 
 def worth_restoring(
@@ -28,7 +19,7 @@ def worth_restoring(
     link_bytes_s: float,
     link_latency_s: float,
     block_recompute_s: Sequence[float],
-) -> RestorePlan:
+) -> int:
     """How many leading blocks of a run to restore: the number that saves most time, 0 if none saves any.
 
     Restoring `n` blocks costs, for every tier `t` below host RAM that holds `b_t` of them, `latency_t + b_t*bytes/bw_t`
@@ -44,17 +35,15 @@ def worth_restoring(
         block_recompute_s: predicted seconds to compute each block's tokens, given those before it. At least as many as
             `tiers`.
     """
-    best = RestorePlan(0, 0.0, 0.0)
+    best, saved_s = 0, 0.0
     counts: Counter[Tier] = Counter()
     computed = itertools.accumulate(block_recompute_s)
     for number, (tier, recompute_s) in enumerate(zip(tiers, computed, strict=False), start=1):
         counts[tier] += 1
         restore_s = link_latency_s + number * block_nbytes / link_bytes_s
-        restore_s += sum(
-            speeds[below].fetch_s(count * block_nbytes) for below, count in counts.items() if below > Tier.L3
-        )
-        if recompute_s - restore_s > best.recompute_s - best.restore_s:
-            best = RestorePlan(number, restore_s, recompute_s)
+        restore_s += sum(speeds[t].fetch_s(count * block_nbytes) for t, count in counts.items() if t > Tier.L3)
+        if recompute_s - restore_s > saved_s:
+            best, saved_s = number, recompute_s - restore_s
     return best
 
 
@@ -64,23 +53,11 @@ class WriteRules:
 
     `through_hotness`: at once, when it enters host RAM that hot (1 is one use just now; the default means used again
     since). `back_hotness`: when it is about to leave host RAM (the default: less than three half-lives since a single
-    use). `recompute_s`: predicted seconds to compute one block, None if unknown: then fetching counts as faster.
+    use).
     """
 
     through_hotness: float = 1.25
     back_hotness: float = 0.125
-    recompute_s: float | None = None
-
-    def write_through(self, score: float) -> bool:
-        return score >= self.through_hotness
-
-    def worth_writing(self, score: float, speed: TierSpeed | None, nbytes: int) -> bool:
-        """Whether a block that leaves is worth a place in a tier of that speed."""
-        if score < self.back_hotness:
-            return False
-        if self.recompute_s is None or speed is None:
-            return True
-        return keep_value(score, self.recompute_s, speed.fetch_s(nbytes), nbytes) > 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,5 +72,4 @@ class MemoryOptions:
     rules: WriteRules = field(default_factory=WriteRules)
     write_bytes_s: float | None = None
     max_queued_writes: int = 256
-    load_threads: int = 2
     seal_s: float = 30.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -25,24 +25,14 @@ class Tier(enum.IntEnum):
     L6 = 6  # network or object storage
 
 
-class PageShape(Protocol):
-    """One layer's KV per token, as `core.models.architecture.KVShape` has it."""
-
-    @property
-    def num_kv_heads(self) -> int: ...
-
-    @property
-    def key_dim(self) -> int: ...
-
-    @property
-    def value_dim(self) -> int: ...
+Move = tuple[MoveKind, Tier, Tier | None]
+"""Kind, from, to; None for a block that no tier keeps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """K or V of one layer: `rows` (block_size x kv_heads) of `dim` numbers, `offset` bytes from the block's start."""
+    """K or V of one layer: `rows` (block_size x kv_heads) of `dim` numbers."""
 
-    offset: int
     rows: int
     dim: int
 
@@ -50,7 +40,7 @@ class Page:
 @dataclass(frozen=True, slots=True)
 class BlockLayout:
     """A block's payload, page-first: for each layer in order the K page `[block_size, kv_heads, key_dim]`, then the V
-    page `[block_size, kv_heads, value_dim]`, without gaps. A stage owns the contiguous slice of its layers."""
+    page `[block_size, kv_heads, value_dim]`, without gaps."""
 
     block_size: int
     dtype: str
@@ -58,32 +48,20 @@ class BlockLayout:
     nbytes: int
 
     @classmethod
-    def of(cls, shapes: Sequence[PageShape], block_size: int, dtype: str) -> BlockLayout:
-        """The layout of a model whose layer `i` has `shapes[i]`; `dtype` is bfloat16, float16 or float32.
+    def of(cls, shapes: Iterable[tuple[int, int, int]], block_size: int, dtype: str) -> BlockLayout:
+        """The layout of a model by the (KV heads, key width, value width) of its layers; `dtype` is bfloat16, float16
+        or float32.
 
         Raises `ValueError` for another dtype.
         """
         if dtype not in ELEMENT_BYTES:
             raise ValueError(f"KV of type {dtype} has no layout; known are {', '.join(ELEMENT_BYTES)}")
-        pages, offset = [], 0
-        for shape in shapes:
-            for dim in (shape.key_dim, shape.value_dim):
-                page = Page(offset, block_size * shape.num_kv_heads, dim)
-                pages.append(page)
-                offset += page.rows * page.dim * ELEMENT_BYTES[dtype]
-        return cls(block_size, dtype, tuple(pages), offset)
+        pages = tuple(Page(block_size * heads, dim) for heads, *dims in shapes for dim in dims)
+        return cls(block_size, dtype, pages, sum(page.rows * page.dim for page in pages) * ELEMENT_BYTES[dtype])
 
     @property
     def element_bytes(self) -> int:
         return ELEMENT_BYTES[self.dtype]
-
-    def page_bytes(self, page: Page) -> int:
-        return page.rows * page.dim * self.element_bytes
-
-    def slice_of(self, first_layer: int, last_layer: int) -> tuple[int, int]:
-        """Bytes `[start, stop)` of layers `first_layer .. last_layer - 1` of a payload."""
-        starts = [page.offset for page in self.pages[::2]] + [self.nbytes]
-        return starts[first_layer], starts[last_layer]
 
     def digest(self) -> str:
         """Hex digest that differs wherever payloads of two layouts would be read differently."""
@@ -128,17 +106,13 @@ class TierStats:
 
 @dataclass(frozen=True, slots=True)
 class MemoryStats:
-    """The whole hierarchy at one moment. `moves` counts blocks by (kind, from, to); `to` is None for the ones that no
-    tier keeps. A write that found the queue full, or a block that left before it was written, is a dropped write."""
+    """The whole hierarchy at one moment. `moves` counts blocks; a write that found the queue full, or a block that left
+    before it was written, is a dropped write."""
 
     tiers: tuple[TierStats, ...] = ()
-    moves: Mapping[tuple[MoveKind, Tier, Tier | None], int] = field(default_factory=dict)
+    moves: Mapping[Move, int] = field(default_factory=dict)
     queued_writes: int = 0
     dropped_writes: int = 0
-    loads_in_flight: int = 0
-
-    def tier(self, tier: Tier) -> TierStats | None:
-        return next((stats for stats in self.tiers if stats.tier == tier), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,37 +120,30 @@ class BlockInfo:
     """One block for a status view."""
 
     hash: bytes
-    parent: bytes
-    tier: Tier
     hotness: float
     pinned: bool
 
 
 class BlockStore(Protocol):
-    """A tier below host RAM. Reads come from several threads, everything else from one."""
+    """A tier below host RAM. Reads come from several threads, everything else from one.
 
-    @property
-    def tier(self) -> Tier: ...
+    `medium` is what it is made of, as measured or told; empty if unknown. `stopped` says why writing failed last.
+    """
+
+    tier: Tier
+    medium: str
+    stopped: str | None
+    capacity_bytes: int
 
     @property
     def accepting(self) -> bool:
-        """Whether writing can succeed at the moment; `stopped` says why not."""
-
-    @property
-    def stopped(self) -> str | None: ...
+        """Whether writing can succeed at the moment."""
 
     @property
     def used_bytes(self) -> int: ...
 
     @property
-    def capacity_bytes(self) -> int: ...
-
-    @property
     def codec_name(self) -> str: ...
-
-    @property
-    def medium(self) -> str:
-        """What the tier is made of, as measured or told; empty if unknown."""
 
     def known(self) -> list[tuple[bytes, bytes]]:
         """`(hash, parent)` of the blocks found at the start, oldest first."""

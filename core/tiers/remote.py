@@ -16,7 +16,7 @@ import fsspec
 
 from core.errors import ConfigError
 from core.tiers.disk import PARTIAL
-from core.tiers.segments import SUFFIX, SegmentFile, new_name
+from core.tiers.segments import SUFFIX, new_name
 
 
 def check_url(url: str) -> None:
@@ -76,12 +76,12 @@ class RemoteFiles:
         with _os_errors():
             self._fs.makedirs(self._root, exist_ok=True)
 
-    def list(self) -> list[SegmentFile]:
+    def list(self) -> list[tuple[str, int]]:
         with _os_errors():
             self._fs.invalidate_cache()
             found = self._fs.ls(self._root, detail=True)
             names = [(str(info["name"]).rpartition("/")[2], info) for info in found]
-            return [SegmentFile(name, int(info["size"])) for name, info in names if name.endswith(SUFFIX)]
+            return [(name, int(info["size"])) for name, info in names if name.endswith(SUFFIX)]
 
     def read(self, name: str, offset: int, into: memoryview) -> int:
         with _os_errors():

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from core.logs import get_logger
-from core.tiers.compress import CodecError, Compressor
+from core.tiers.compress import Compressor
 from core.tiers.records import Tier
 from core.tiers.segments import (
     ENTRY_BYTES,
@@ -24,7 +24,6 @@ from core.tiers.segments import (
     ForeignSegmentError,
     Identity,
     OpenFile,
-    SegmentFile,
     SegmentFiles,
     SegmentSizes,
     checksum,
@@ -53,25 +52,21 @@ class Segment:
     blocks_written: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class StoreLimits:
-    """`capacity_bytes` bounds all files together; below `min_free_bytes` of free space nothing is written."""
-
-    capacity_bytes: int
-    min_free_bytes: int = 0
-
-
 class SegmentStore:
-    """A `BlockStore` over `SegmentFiles`. Reads from any thread, everything else from one."""
+    """A `BlockStore` over `SegmentFiles`. Reads from any thread, everything else from one.
+
+    `capacity_bytes` bounds all files together; below `min_free_bytes` of free space nothing is written.
+    """
 
     def __init__(
         self,
         tier: Tier,
         files: SegmentFiles,
-        limits: StoreLimits,
+        capacity_bytes: int,
         identity: Identity,
         compressor: Compressor,
         *,
+        min_free_bytes: int = 0,
         medium: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -80,16 +75,17 @@ class SegmentStore:
         self.medium = medium
         self.stopped: str | None = None
         self._files = files
-        self._limits = limits
+        self.capacity_bytes = capacity_bytes
+        self._min_free_bytes = min_free_bytes
         self._identity = identity
         self._compressor = compressor
         self._clock = clock
         self._retry_at_s = 0.0
-        self._sizes = SegmentSizes.of(tier, limits.capacity_bytes, identity.block_nbytes)
+        self._sizes = SegmentSizes.of(tier, capacity_bytes, identity.block_nbytes)
         self._lock = threading.Lock()
         self._where: dict[bytes, Segment] = {}
         self._segments: list[Segment] = []  # oldest first; the open one is the last
-        self._foreign: list[SegmentFile] = []
+        self._foreign: list[tuple[str, int]] = []
         self._live_bytes = 0
         self._scan()
 
@@ -102,11 +98,7 @@ class SegmentStore:
     @property
     def used_bytes(self) -> int:
         """Bytes of all files, other models' included."""
-        return sum(segment.nbytes for segment in list(self._segments)) + sum(file.nbytes for file in self._foreign)
-
-    @property
-    def capacity_bytes(self) -> int:
-        return self._limits.capacity_bytes
+        return sum(segment.nbytes for segment in list(self._segments)) + sum(nbytes for _, nbytes in self._foreign)
 
     @property
     def codec_name(self) -> str:
@@ -116,31 +108,31 @@ class SegmentStore:
         return [(entry.block, entry.parent) for segment in self._segments for entry in segment.entries.values()]
 
     def _scan(self) -> None:
-        for file in sorted(self._files.list(), key=lambda file: file.name):
+        for name, nbytes in sorted(self._files.list()):
             try:
-                entries, cut_off = read_header(partial(self._part, file.name), file.nbytes, self._identity)
+                entries, cut_off = read_header(partial(self._part, name), nbytes, self._identity)
             except ForeignSegmentError as error:
-                logger.info("segment of something else is left alone", file=file.name, reason=str(error))
-                self._foreign.append(file)
+                logger.info("segment of something else is left alone", file=name, reason=str(error))
+                self._foreign.append((name, nbytes))
                 continue
             except (DamagedSegmentError, OSError) as error:
-                logger.warning("damaged segment is skipped", tier=self.tier.name, file=file.name, reason=str(error))
-                self._foreign.append(file)
+                logger.warning("damaged segment is skipped", tier=self.tier.name, file=name, reason=str(error))
+                self._foreign.append((name, nbytes))
                 continue
             if cut_off:
-                logger.warning("segment is cut off", tier=self.tier.name, file=file.name, blocks_lost=cut_off)
-            segment = Segment(file.nbytes, file.name)
+                logger.warning("segment is cut off", tier=self.tier.name, file=name, blocks_lost=cut_off)
+            segment = Segment(nbytes, name)
             self._segments.append(segment)
             for entry in entries:
                 self._place(segment, entry)
-        while self.used_bytes > self._limits.capacity_bytes:
+        while self.used_bytes > self.capacity_bytes:
             self._remove_oldest()
         if self._where:
             logger.info("blocks found from before", tier=self.tier.name, blocks=len(self._where))
 
     def _remove_oldest(self) -> None:
         if self._foreign:
-            self._files.delete(self._foreign.pop(0).name)
+            self._files.delete(self._foreign.pop(0)[0])
             return
         self._delete(self._segments[0])
 
@@ -191,16 +183,15 @@ class SegmentStore:
         return False
 
     def _check(self, segment: Segment, entry: Entry, data: memoryview) -> bool:
-        if len(data) != entry.length:
-            return self._reject(segment, entry, "cut off")
-        if checksum(entry.block, data) != entry.checksum:
-            return self._reject(segment, entry, "checksum differs")
-        return True
+        whole = len(data) == entry.length
+        if whole and checksum(entry.block, data) == entry.checksum:
+            return True
+        return self._reject(segment, entry, "checksum differs" if whole else "cut off")
 
     def _decode(self, segment: Segment, entry: Entry, data: memoryview, into: memoryview) -> bool:
         try:
             self._compressor.decode(entry.codec, data, into)
-        except (CodecError, ValueError) as error:
+        except ValueError as error:
             return self._reject(segment, entry, str(error))
         return True
 
@@ -248,7 +239,7 @@ class SegmentStore:
 
     def _make_space(self, nbytes: int) -> bool:
         """Delete and clean until `nbytes` more and a segment to clean into fit; False if too little of it is dead."""
-        while self.used_bytes + self._sizes.room + nbytes + self._sizes.reserve > self._limits.capacity_bytes:
+        while self.used_bytes + self._sizes.room + nbytes + self._sizes.reserve > self.capacity_bytes:
             if self._foreign:
                 self._remove_oldest()
                 continue
@@ -280,7 +271,7 @@ class SegmentStore:
         if self._segments and self._segments[-1].open is not None:
             return self._segments[-1]
         free = self._files.free_bytes()
-        if free is not None and free < self._limits.min_free_bytes + self._sizes.segment + self._sizes.room:
+        if free is not None and free < self._min_free_bytes + self._sizes.segment + self._sizes.room:
             raise OSError(errno.ENOSPC, f"only {free} bytes of free space are left")
         opened = self._files.start()
         segment = Segment(self._sizes.room, open=opened)
@@ -368,5 +359,5 @@ class SegmentStore:
             total = sum(live) + len(where) * ENTRY_BYTES
             if live != [segment.live_bytes for segment in self._segments] or total != self._live_bytes:
                 raise AssertionError("live bytes are off")
-            if self.used_bytes > self._limits.capacity_bytes:
-                raise AssertionError(f"{self.used_bytes} bytes exceed {self._limits.capacity_bytes}")
+            if self.used_bytes > self.capacity_bytes:
+                raise AssertionError(f"{self.used_bytes} bytes exceed {self.capacity_bytes}")

@@ -74,11 +74,6 @@ def checksum(block: bytes, data: memoryview) -> int:
     return zlib.crc32(data, zlib.crc32(block))
 
 
-def header_room(max_blocks: int) -> int:
-    """Bytes to leave at the start of a file for the header of up to `max_blocks` blocks."""
-    return -(-(PREFIX_BYTES + _FIXED_BYTES + max_blocks * ENTRY_BYTES) // _ALIGNMENT) * _ALIGNMENT
-
-
 @dataclass(frozen=True, slots=True)
 class SegmentSizes:
     """How a capacity is divided, in bytes: a `segment` of at most so many blocks, `room` for its header, `reserve` to
@@ -96,7 +91,7 @@ class SegmentSizes:
         block_bytes = block_nbytes + ENTRY_BYTES
         segment = max(min(LARGEST_SEGMENT_BYTES, capacity_bytes // 16), block_bytes)
         blocks = max(1, segment // block_bytes)
-        room = header_room(blocks)
+        room = -(-(PREFIX_BYTES + _FIXED_BYTES + blocks * ENTRY_BYTES) // _ALIGNMENT) * _ALIGNMENT
         reserve = segment + block_bytes + room
         usable = capacity_bytes - max(reserve + 2 * room, capacity_bytes // 8)
         if usable < block_bytes:
@@ -177,18 +172,11 @@ class OpenFile(Protocol):
         """Close it and remove what was written."""
 
 
-@dataclass(frozen=True, slots=True)
-class SegmentFile:
-    """A file found at the start; names sort by age."""
-
-    name: str
-    nbytes: int
-
-
 class SegmentFiles(Protocol):
     """Where segment files are kept: what `SegmentStore` asks of a directory or an object store. Raises `OSError`."""
 
-    def list(self) -> list[SegmentFile]: ...
+    def list(self) -> list[tuple[str, int]]:
+        """Names, which sort by age, and bytes."""
 
     def read(self, name: str, offset: int, into: memoryview) -> int:
         """Fill `into` from the file; bytes read, fewer at its end."""

@@ -42,31 +42,26 @@ class Writer:
 
     def sink_to(self, below: tuple[LowerTier, ...]) -> None:
         """The tiers to write to from now on, fastest first. Waits for a write that runs."""
-
-        def change() -> None:
-            self._below = below
-
-        self._thread.submit(change).result()
+        self._thread.submit(setattr, self, "_below", below).result()
 
     def offer(self, block: bytes, *, leave: bool) -> None:
         """Under the lock: write a block down some time, if that is worth it or it is to `leave`; never waits."""
         if self._closed or not self._wanted(block, leave=leave):
             return
-        if not leave and self._refused.get(block) == self._source.order(block):
+        if not leave and self._refused.get(block) == self._source.heat.order(block):
             return
         is_new = block not in self._queue
-        dropped = self._queue.offer(Write(block, self._source.order(block), leave))
+        dropped = self._queue.offer(Write(block, self._source.heat.order(block), leave))
         if dropped is not None:
             self.dropped += 1
         elif is_new:
             self._thread.submit(self._write_next).add_done_callback(log_failure)
 
     def _wanted(self, block: bytes, *, leave: bool) -> bool:
-        score = self._source.score(block)
-        return any(lower.store.accepting and (leave or self._is_worth(score, lower)) for lower in self._below)
+        return (leave or self._is_warm(block)) and any(lower.store.accepting for lower in self._below)
 
-    def _is_worth(self, score: float, lower: LowerTier) -> bool:
-        return self._rules.worth_writing(score, lower.speed, self._source.layout.nbytes)
+    def _is_warm(self, block: bytes) -> bool:
+        return self._source.score(block) >= self._rules.back_hotness
 
     def cancel(self, block: bytes) -> None:
         """Under the lock: the block has left; its write, if it was still queued, is dropped."""
@@ -87,32 +82,34 @@ class Writer:
         written = False
         try:
             if not is_below:
-                written = self._sink(0, slot.block, slot.parent, slot.view(), asked=write.leave)
+                written = self._sink(0, slot.block, slot.parent, slot.view(), asked=write.leave) is not None
         finally:
             with self._lock:
                 self._in_flight -= 1
                 if not written and not is_below:
-                    self._refused[write.block] = self._source.order(write.block)
+                    self._refused[write.block] = self._source.heat.order(write.block)
                 self._source.end_write(write.block, leave=write.leave)
                 self._changed.notify_all()
         if written:
             self._seal_later()
             self._hurry.wait(self._pace.delay_s(self._source.layout.nbytes, time.monotonic()))
 
-    def _sink(self, position: int, block: bytes, parent: bytes, payload: memoryview, *, asked: bool = False) -> bool:
-        """Write a block to the first tier from `position` on that takes it."""
+    def _sink(
+        self, position: int, block: bytes, parent: bytes, payload: memoryview, *, asked: bool = False
+    ) -> Tier | None:
+        """Write a block to the first tier from `position` on that takes it, which is returned."""
         for place in range(position, len(self._below)):
             lower = self._below[place]
             with self._lock:
-                score = self._source.score(block)
-            if not lower.store.accepting or not (asked or self._is_worth(score, lower)):
+                wanted = asked or self._is_warm(block)
+            if not wanted or not lower.store.accepting:
                 continue
             has_room = self._make_room(place, None if asked else block)
-            if has_room and lower.write(block, parent, payload, time.perf_counter):
+            if has_room and lower.write(block, parent, payload):
                 with self._lock:
                     lower.index.add(block, parent)
-                return True
-        return False
+                return lower.tier
+        return None
 
     def _make_room(self, place: int, incoming: bytes | None) -> bool:
         """Let the coldest blocks of a tier sink to the next one, or go, until one more fits; False if none may go, or
@@ -123,32 +120,31 @@ class Writer:
                 victim = lower.index.coldest()
                 if victim is None:
                     return False
-                if incoming is not None and self._source.order(victim) > self._source.order(incoming):
+                if incoming is not None and self._source.heat.order(victim) > self._source.heat.order(incoming):
                     return False
                 parent = lower.index.parent(victim)
                 lower.index.remove(victim)
             target = self._rescue(place, victim, parent)
             lower.store.drop(victim)
             with self._lock:
-                self._source.count_move("eviction" if target is None else "demotion", lower.tier, target)
+                self._source.moves["eviction" if target is None else "demotion", lower.tier, target] += 1
         return True
 
     def _rescue(self, place: int, block: bytes, parent: bytes) -> Tier | None:
         """The tier below that keeps a block which leaves this one; it is copied there if that is worth it."""
         deeper = self._below[place + 1 :]
         with self._lock:
-            score = self._source.score(block)
+            is_warm = self._is_warm(block)
             kept = next((lower.tier for lower in deeper if block in lower.index), None)
-        if kept is not None or not any(lower.store.accepting and self._is_worth(score, lower) for lower in deeper):
+        if kept is not None or not is_warm or not any(lower.store.accepting for lower in deeper):
             return kept
         tier = self._below[place].tier
         if tier not in self._scratch:
             self._scratch[tier] = memoryview(bytearray(self._source.layout.nbytes))
         payload = self._scratch[tier]
-        if self._below[place].store.read(block, payload) and self._sink(place + 1, block, parent, payload):
-            with self._lock:
-                return next((lower.tier for lower in deeper if block in lower.index), None)
-        return None
+        if not self._below[place].store.read(block, payload):
+            return None
+        return self._sink(place + 1, block, parent, payload)
 
     # -- ending -----------------------------------------------------------------------------------------------------
 

@@ -56,7 +56,7 @@ _MOVES = (
     ("demotion", "memory_demotions", "Blocks that a farther tier keeps."),
     ("eviction", "memory_evictions", "Blocks that no tier keeps."),
 )
-_NOTHING_LENT = LendingStats({}, {}, 0, 0, 0, 0)
+_NOTHING_LENT = LendingStats({}, {}, 0, 0, 0)
 
 
 def engine_metrics(engine: ModelEngine | None) -> Iterator[Metric]:

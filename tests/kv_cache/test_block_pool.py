@@ -21,7 +21,7 @@ def test_a_released_block_with_content_is_found_until_its_id_is_reused() -> None
     assert pool.allocate(1) != [block], "blocks without content are reused first"
     assert pool.allocate(1) == [block]
     assert pool.lookup(b"content") is None
-    assert pool.stats().evictions == 1
+    assert pool.evictions == 1
 
 
 def test_a_chain_loses_its_tail_before_its_head() -> None:

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from lending.pools import Clock, gpu, host, make_pool, take, use
 
-from core.lending import Cause, GPUBudget, LeaseState, Urgency, VRAMLendingPool
-from core.lending.reclaim import pressures
+from core.lending import GPUBudget, LeaseState, Urgency, VRAMLendingPool
+from core.lending.reclaim import Cause, pressures
 
 LOW, MEDIUM, HIGH, CRITICAL = Urgency
 CARD = GPUBudget("a", limit_bytes=900, total_bytes=1000, lent_bytes=100)
@@ -77,14 +77,17 @@ def test_at_the_threshold_everything_is_asked_back_and_nothing_lent(pool: VRAMLe
 
 
 def test_a_shortfall_takes_no_more_than_it_needs(pool: VRAMLendingPool) -> None:
-    lease = take(pool, "b", 300)
+    rest, lease = take(pool, "b", 260), take(pool, "b", 40)
     use(pool, "a", own=630)
     assert asked(pool) == [(lease, 30, HIGH)]
     held = pool.lease(lease)
     assert (held.state, held.reclaim_bytes, held.urgency) == (LeaseState.RECLAIMING, 30, HIGH)
-    pool.shrink(lease, 30, 3)
-    assert asked(pool) == []
-    assert (held.state, held.nbytes, held.blocks) == (LeaseState.ACTIVE, 270, 27)
+    use(pool, "a", own=650)
+    assert asked(pool) == [(lease, 40, HIGH), (rest, 10, HIGH)]
+    pool.release(lease)
+    assert asked(pool) == [(rest, 10, HIGH)]
+    use(pool, "a", own=640)
+    assert asked(pool) == [] and pool.lease(rest).state is LeaseState.ACTIVE
 
 
 def test_low_priority_goes_first_then_the_youngest(pool: VRAMLendingPool, clock: Clock) -> None:
@@ -180,15 +183,15 @@ def test_a_need_that_hovers_at_the_threshold_does_not_flap(pool: VRAMLendingPool
 
 
 def test_a_request_is_met_by_what_comes_back(pool: VRAMLendingPool) -> None:
-    first, second = take(pool, "b", 100), take(pool, "b", 100)
+    first, small, second = take(pool, "b", 90), take(pool, "b", 10), take(pool, "b", 100)
     assert pool.request_reclaim("a", 120, MEDIUM) == 120
-    assert asked(pool) == [(second, 100, MEDIUM), (first, 20, MEDIUM)]
+    assert asked(pool) == [(second, 100, MEDIUM), (small, 10, MEDIUM), (first, 10, MEDIUM)]
     assert pool.lenders("b", 10) == ("host",)
     pool.release(second)
-    assert asked(pool) == [(first, 20, MEDIUM)]
-    pool.shrink(first, 10, 1)
+    assert asked(pool) == [(small, 10, MEDIUM), (first, 10, MEDIUM)]
+    pool.release(small)
     assert asked(pool) == [(first, 10, MEDIUM)]
-    pool.shrink(first, 20, 2)
+    pool.release(first)
     assert asked(pool) == []
 
 
@@ -202,22 +205,22 @@ def test_bytes_that_were_asked_for_are_not_lent_to_the_next(pool: VRAMLendingPoo
 
 
 def test_what_is_over_the_limit_is_covered_before_requests(pool: VRAMLendingPool) -> None:
-    lease = take(pool, "b", 300)
+    rest, lease = take(pool, "b", 260), take(pool, "b", 40)
     use(pool, "a", own=630)
     pool.request_reclaim("a", 50, LOW)
-    assert asked(pool) == [(lease, 30, HIGH), (lease, 50, LOW)]
-    assert (pool.lease(lease).reclaim_bytes, pool.lease(lease).urgency) == (80, HIGH)
-    pool.shrink(lease, 30, 3)
-    assert asked(pool) == [(lease, 50, LOW)]
+    assert asked(pool) == [(lease, 30, HIGH), (lease, 10, LOW), (rest, 40, LOW)]
+    assert (pool.lease(lease).reclaim_bytes, pool.lease(lease).urgency) == (40, HIGH)
+    pool.release(lease)
+    assert asked(pool) == [(rest, 40, LOW)]
 
 
 def test_the_most_urgent_request_is_met_first(pool: VRAMLendingPool) -> None:
-    lease = take(pool, "b", 300)
+    rest, lease = take(pool, "b", 230), take(pool, "b", 70)
     pool.request_reclaim("a", 50, LOW)
     pool.request_reclaim("a", 60, HIGH)
-    assert asked(pool) == [(lease, 60, HIGH), (lease, 50, LOW)]
-    pool.shrink(lease, 70, 7)
-    assert asked(pool) == [(lease, 40, LOW)]
+    assert asked(pool) == [(lease, 60, HIGH), (lease, 10, LOW), (rest, 40, LOW)]
+    pool.release(lease)
+    assert asked(pool) == [(rest, 40, LOW)]
 
 
 def test_a_request_gets_what_is_lent_and_not_asked_for(pool: VRAMLendingPool) -> None:
@@ -278,7 +281,7 @@ def test_the_most_urgent_of_all_lenders_comes_first() -> None:
     assert asked(pool) == [(use_y, 10, HIGH), (on_x, 10, LOW)]
 
 
-# -- shrink and release ------------------------------------------------------------------------------------------------
+# -- release -----------------------------------------------------------------------------------------------------------
 
 
 def test_release_frees_exactly_what_was_lent(pool: VRAMLendingPool) -> None:
@@ -294,19 +297,12 @@ def test_release_frees_exactly_what_was_lent(pool: VRAMLendingPool) -> None:
         pool.release(lease)
 
 
-def test_shrinking_to_nothing_releases(pool: VRAMLendingPool) -> None:
+def test_a_lease_under_reclaim_is_released(pool: VRAMLendingPool) -> None:
     lease = take(pool, "b", 300)
     use(pool, "a", own=950)
-    pool.shrink(lease, 300, 30)
+    assert pool.lease(lease).state is LeaseState.RECLAIMING
+    pool.release(lease)
     assert pool.leases() == () and asked(pool) == []
-
-
-@pytest.mark.parametrize(("nbytes", "blocks"), [(301, 30), (300, 31), (300, 29), (290, 30), (-1, 0), (0, -1)])
-def test_a_lease_gives_back_what_it_has(pool: VRAMLendingPool, nbytes: int, blocks: int) -> None:
-    lease = take(pool, "b", 300)
-    with pytest.raises(ValueError, match="30 blocks"):
-        pool.shrink(lease, nbytes, blocks)
-    assert pool.budget("a").lent_bytes == 300
 
 
 # -- statistics --------------------------------------------------------------------------------------------------------
@@ -320,13 +316,13 @@ def test_statistics_count_what_happened(pool: VRAMLendingPool) -> None:
     stats = pool.stats()
     assert stats.borrows == {("b", "a"): 2}
     assert stats.reclaims == {LOW: 1, MEDIUM: 0, HIGH: 0, CRITICAL: 0}
-    assert (stats.bytes_lent_total, stats.lent_bytes, stats.active_leases) == (400, 400, 2)
+    assert (stats.bytes_lent_total, pool.lent_bytes(), stats.active_leases) == (400, 400, 2)
     assert stats.capacity_bytes == 350 + 700 + 1000, "a lends no more for now, and 50 of its 400 bytes go home"
     pool.release(first)
     use(pool, "a", own=850)
     use(pool, "a", own=860)
     later = pool.stats()
-    assert (later.bytes_lent_total, later.lent_bytes, later.active_leases) == (400, 100, 1)
+    assert (later.bytes_lent_total, pool.lent_bytes(), later.active_leases) == (400, 100, 1)
     assert later.reclaims == {LOW: 2, MEDIUM: 0, HIGH: 1, CRITICAL: 0}
     use(pool, "a", own=950)
     assert pool.stats().reclaims == {LOW: 2, MEDIUM: 1, HIGH: 1, CRITICAL: 1}

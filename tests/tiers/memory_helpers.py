@@ -5,30 +5,21 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-from steering import LONGEST_WAIT_S
+from steering import LONGEST_WAIT_S, until
 
 from core.devices import DeviceBudget, host_device
 from core.tiers import BlockLayout, HierarchicalMemory, Tier
 from core.tiers.compress import CodecChoice, Compressor
 from core.tiers.hotness import HeatModel
-from core.tiers.loading import HostSlot
+from core.tiers.loading import HostSlot, Loading
 from core.tiers.lower_tier import LowerTier
 from core.tiers.policy import MemoryOptions, WriteRules
 from core.tiers.records import Quantization
-from core.tiers.segment_store import SegmentStore, StoreLimits
+from core.tiers.segment_store import SegmentStore
 from core.tiers.segments import Identity, SegmentFiles
 
-
-@dataclass(frozen=True)
-class Shape:
-    num_kv_heads: int = 2
-    key_dim: int = 8
-    value_dim: int = 8
-
-
-LAYOUT = BlockLayout.of([Shape(), Shape()], block_size=4, dtype="bfloat16")
+LAYOUT = BlockLayout.of([(2, 8, 8)] * 2, block_size=4, dtype="bfloat16")
 GREEDY = WriteRules(through_hotness=0.0, back_hotness=0.0)
 """Every block is written down at once."""
 
@@ -72,10 +63,15 @@ def save_chain(memory: HierarchicalMemory, length: int, first: int = 1) -> None:
         assert memory.flush(LONGEST_WAIT_S)
 
 
+def await_loading(*loadings: Loading) -> None:
+    for loading in loadings:
+        until(loading.done, "every block has arrived, or failed to")
+
+
 def load_bytes(memory: HierarchicalMemory, blocks: Sequence[bytes]) -> list[bytes]:
     """What a load brings, in order."""
     loading = memory.load(blocks)
-    assert loading.wait(LONGEST_WAIT_S)
+    await_loading(loading)
     found = [bytes(slot.view()) for slot in loading.slots()]
     loading.release()
     return found
@@ -102,7 +98,8 @@ def open_memory(
         seal_s=seal_s,
     )
     host = DeviceBudget(host_device(slots * LAYOUT.nbytes))
-    memory = HierarchicalMemory(LAYOUT, options, host, below, clock=clock or Clock())
+    memory = HierarchicalMemory(LAYOUT, options, host, clock=clock or Clock())
+    memory.add_below(below)
     try:
         yield memory
         memory.check_invariants()
@@ -124,10 +121,11 @@ def open_store(
     codec: CodecChoice = "none",
     clock: Clock | None = None,
 ) -> SegmentStore:
-    limits = StoreLimits(capacity_bytes, min_free_bytes)
     quantization: Quantization = "int8" if identity.quantization == "int8" else "none"
     compressor = Compressor(LAYOUT, codec, quantization)
-    return SegmentStore(Tier.L5, files, limits, identity, compressor, clock=clock or Clock())
+    return SegmentStore(
+        Tier.L5, files, capacity_bytes, identity, compressor, min_free_bytes=min_free_bytes, clock=clock or Clock()
+    )
 
 
 def put(store: SegmentStore, *numbers: int) -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from memory_helpers import LAYOUT, Shape, payload
+from memory_helpers import LAYOUT, payload
 
-from core.tiers.compress import SAMPLE_BLOCKS, CodecChoice, CodecError, CodecSample, Compressor, choose_codec
+from core.tiers.compress import SAMPLE_BLOCKS, CodecChoice, CodecSample, Compressor, choose_codec
 from core.tiers.quantize import dequantize, quantize, quantized_nbytes
 from core.tiers.records import BlockLayout, Quantization, TierSpeed
 
@@ -43,7 +43,7 @@ def round_trip(compressor: Compressor, data: bytearray) -> bytes:
 @pytest.mark.parametrize("codec", ["none", "lz4", "zstd"])
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
 def test_lossless_codecs_give_back_every_byte(codec: CodecChoice, dtype: str) -> None:
-    layout = BlockLayout.of([Shape(2, 16, 8)] * 3, 4, dtype)
+    layout = BlockLayout.of([(2, 16, 8)] * 3, 4, dtype)
     for data in (kv_payload(layout), bytearray(layout.nbytes), bytearray(payload(1, layout))):
         assert round_trip(Compressor(layout, codec), data) == data
 
@@ -54,7 +54,7 @@ def test_any_bytes_come_back(data: bytes, codec: CodecChoice) -> None:
 
 
 def test_numbers_of_kv_shrink_and_noise_is_stored_as_it_is() -> None:
-    layout = BlockLayout.of([Shape(8, 64, 64)] * 2, 16, "bfloat16")
+    layout = BlockLayout.of([(8, 64, 64)] * 2, 16, "bfloat16")
     compressor = Compressor(layout, "zstd")
     codec, stored = compressor.encode(memoryview(kv_payload(layout)))
     assert codec == "zstd" and len(stored) < 0.85 * layout.nbytes
@@ -64,7 +64,7 @@ def test_numbers_of_kv_shrink_and_noise_is_stored_as_it_is() -> None:
 @pytest.mark.parametrize("codec", ["lz4", "zstd", "none", "brotli"])
 def test_damaged_data_is_an_error(codec: str) -> None:
     compressor = Compressor(LAYOUT, "zstd")
-    with pytest.raises(CodecError, match=codec):
+    with pytest.raises(ValueError, match=codec):
         compressor.decode(codec, memoryview(b"\xff" * 40), memoryview(bytearray(LAYOUT.nbytes)))
 
 
@@ -100,7 +100,7 @@ def ticking(step_s: float) -> Iterator[float]:
 
 @pytest.mark.parametrize(("step_s", "chosen"), [(1e-9, "zstd"), (1.0, "none")])
 def test_auto_decides_on_real_blocks(step_s: float, chosen: str) -> None:
-    layout = BlockLayout.of([Shape(8, 64, 64)] * 2, 16, "bfloat16")
+    layout = BlockLayout.of([(8, 64, 64)] * 2, 16, "bfloat16")
     ticks = ticking(step_s)
     compressor = Compressor(layout, "auto", speed=TierSpeed(1e9, 1e9), timer=lambda: next(ticks))
     codecs = [compressor.encode(memoryview(kv_payload(layout, seed)))[0] for seed in range(SAMPLE_BLOCKS + 1)]
@@ -146,14 +146,14 @@ def measured_error(layout: BlockLayout, kind: Quantization) -> Error:
 @pytest.mark.parametrize(("kind", "worst", "rms"), [("int8", 0.0080, 0.009), ("fp8", 0.040, 0.030)])
 def test_the_error_is_within_what_is_stated(dtype: str, kind: Quantization, worst: float, rms: float) -> None:
     """bf16 itself rounds by up to 1/256 of a number, which is in these bounds."""
-    error = measured_error(BlockLayout.of([Shape(4, 128, 64)] * 2, 16, dtype), kind)
+    error = measured_error(BlockLayout.of([(4, 128, 64)] * 2, 16, dtype), kind)
     assert error.worst <= worst and error.rms <= rms
     assert error.rms > rms / 3, "the bound says what is measured"
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_quantized_payloads_are_half_the_size_and_zeros_stay(kind: Quantization) -> None:
-    layout = BlockLayout.of([Shape(4, 128, 128)], 16, "bfloat16")
+    layout = BlockLayout.of([(4, 128, 128)], 16, "bfloat16")
     assert quantized_nbytes(layout) / layout.nbytes == pytest.approx(0.516, abs=0.001)
     assert round_trip(Compressor(layout, "none", kind), bytearray(layout.nbytes)) == bytes(layout.nbytes)
     compressor = Compressor(layout, "zstd", kind)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from memory_helpers import DISK_BYTES, IDENTITY, LAYOUT, Clock, block, get, open_store, payload, put
 
-from core.errors import ConfigError
-from core.tiers.disk import LOCK_NAME, DirectoryInUseError, LocalFile, LocalFiles
+from core.errors import ConfigError, ConflictError
+from core.tiers.disk import LOCK_NAME, LocalFile, LocalFiles
 from core.tiers.segment_store import RETRY_S
 from core.tiers.segments import PREFIX_BYTES, SUFFIX
 
@@ -338,7 +338,7 @@ def test_below_the_floor_of_free_space_nothing_is_written(tmp_path: Path, clock:
 
 def test_a_second_user_of_the_directory_is_refused_until_the_first_ends(tmp_path: Path) -> None:
     first = LocalFiles(tmp_path)
-    with pytest.raises(DirectoryInUseError, match="in use by another process"):
+    with pytest.raises(ConflictError, match="in use by another process"):
         LocalFiles(tmp_path)
     first.close()
     LocalFiles(tmp_path).close()
@@ -366,7 +366,7 @@ def test_the_lock_holds_between_processes_and_ends_with_them(tmp_path: Path) -> 
     )
     with process:
         assert process.stdout is not None and process.stdout.readline() == "locked\n"
-        with pytest.raises(DirectoryInUseError, match="in use by another process"):
+        with pytest.raises(ConflictError, match="in use by another process"):
             LocalFiles(tmp_path)
         process.kill()  # a crash gives the lock back too
     LocalFiles(tmp_path).close()

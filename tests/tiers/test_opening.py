@@ -58,7 +58,7 @@ def test_all_tiers_hold_blocks_and_a_restart_finds_them(tmp_path: Path) -> None:
     assert set(memory.speeds()) == {Tier.L4, Tier.L5, Tier.L6}
     below = [tier.speed.fetch_s(LAYOUT.nbytes) for tier in memory.stats().tiers[1:] if tier.speed is not None]
     assert below == sorted(below), "blocks sink to the fastest tier first"
-    disk = memory.stats().tier(Tier.L5)
+    disk = next(tier for tier in memory.stats().tiers if tier.tier == Tier.L5)
     assert disk is not None and disk.medium in ("ram disk", "nvme", "ssd", "spinning")
     for number in range(1, 9):
         save(memory, number, number - 1)
@@ -83,7 +83,7 @@ def test_another_salt_finds_nothing(tmp_path: Path) -> None:
 
 def test_int8_halves_what_is_stored_and_changes_the_numbers_a_little(tmp_path: Path) -> None:
     memory = opened(settings(disk_path=tmp_path, kv_quantization="int8", host_bytes=LAYOUT.nbytes))
-    disk = memory.stats().tier(Tier.L5)
+    disk = next(tier for tier in memory.stats().tiers if tier.tier == Tier.L5)
     assert disk is not None and disk.codec.startswith("int8+")
     memory.close()
 

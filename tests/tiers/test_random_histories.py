@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_helpers import GREEDY, LAYOUT, Clock, block, fill, open_memory, open_store, payload
+from memory_helpers import (
+    GREEDY,
+    LAYOUT,
+    Clock,
+    await_loading,
+    block,
+    fill,
+    open_memory,
+    open_store,
+    payload,
+)
 from steering import LONGEST_WAIT_S
 
 from core.tiers import HierarchicalMemory, Tier
@@ -76,7 +86,7 @@ class History:
         elif kind == "damage":
             self.damage(number)
         elif kind == "wait" and self.loadings:
-            assert self.loadings[-1].wait(LONGEST_WAIT_S)
+            await_loading(self.loadings[-1])
 
     def damage(self, number: int) -> None:
         for path in self.directory.glob("*" + SUFFIX):
@@ -86,7 +96,7 @@ class History:
                 path.write_bytes(data)
 
     def check_and_release(self, loading: Loading) -> None:
-        assert loading.wait(LONGEST_WAIT_S)
+        await_loading(loading)
         for slot in loading.slots():
             number = int.from_bytes(slot.block, "big")
             assert bytes(slot.view()) == payload(number), "every block that comes back is the one that went"

@@ -42,7 +42,7 @@ def test_the_bound_holds_there_too(url: str) -> None:
         put(store, number)
         live.append(number)
     store.sync()
-    assert sum(file.nbytes for file in files.list()) <= store.capacity_bytes
+    assert sum(nbytes for _, nbytes in files.list()) <= store.capacity_bytes
     assert all(get(store, number) == payload(number) for number in live)
     store.check_invariants()
     store.close()
@@ -53,9 +53,9 @@ def test_a_file_that_another_process_deleted_is_a_miss(url: str) -> None:
     store = open_store(files)
     put(store, 1)
     store.sync()
-    (file,) = files.list()
-    files.delete(file.name)
-    files.delete(file.name)
+    ((name, _),) = files.list()
+    files.delete(name)
+    files.delete(name)
     assert get(store, 1) is None
     store.close()
 

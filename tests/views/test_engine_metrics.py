@@ -33,7 +33,7 @@ def fake_engine() -> Any:
         dropped_writes=19,
     )
     lent = LendingStats(
-        {("cuda:1", "cuda:0"): 3, ("cuda:1", "host"): 1}, {Urgency.LOW: 0, Urgency.CRITICAL: 2}, 12_000, 4, 0,
+        {("cuda:1", "cuda:0"): 3, ("cuda:1", "host"): 1}, {Urgency.LOW: 0, Urgency.CRITICAL: 2}, 12_000, 4,
         2_500_000_000,
     )  # fmt: skip
     devices = [
