@@ -36,10 +36,6 @@ class KnownSequence:
         return cls(new.seq_id, slot, prompt, output, new.params, new.seed, new.end_token_ids)
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
-
-    @property
     def suppress_token_ids(self) -> tuple[int, ...]:
         """What may not be sampled next, because `min_tokens` is not reached."""
         return self.end_token_ids if len(self.output_token_ids) < self.params.min_tokens else ()

@@ -72,6 +72,7 @@ class Stage:
         self.device = device
         self.torch_device = torch.device(device.torch_device)
         self.weight_bytes = 0
+        self._is_last = part.is_last
         self.kv: PagedKVCache | None = None
         self.stream: StreamManager | None = None
         self.predicted_s = 0.0
@@ -301,7 +302,7 @@ class Stage:
         self._context.metadata, self._entering = batch.attention, hidden
         inputs = {"input_ids": batch.input_ids} if hidden is None else {"inputs_embeds": hidden}
         try:
-            if not self.part.is_last or wants_hidden or batch.logit_rows is None:
+            if not self._is_last or wants_hidden or batch.logit_rows is None:
                 result = self._model.base_model(position_ids=batch.position_ids, use_cache=False, **inputs)[0]
             else:
                 result = self._model(
