@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from core.execution.native import NativeKernels, load_native
+from core.execution.native.kernels import PreparedLinear
 
 HIDDEN, INTERMEDIATE, KV, LAYERS, VOCABULARY = 1280, 4096, 320, 20, 32000
 LAYER = [(HIDDEN, HIDDEN), (KV, HIDDEN), (KV, HIDDEN), (HIDDEN, HIDDEN)]
@@ -57,8 +58,9 @@ def linear_case(kernels: NativeKernels, weights: Sequence[torch.Tensor], rows: i
     dtype = weights[0].dtype
     inputs = {k: torch.randn(rows, k).to(dtype) for k in (HIDDEN, INTERMEDIATE)}
     pairs = [(inputs[weight.shape[1]], weight) for weight in weights]
+    prepared = [(x, PreparedLinear(kernels, weight, None)) for x, weight in pairs]
     contenders: dict[str, Callable[[], object]] = {
-        "ours": lambda: [kernels.linear_native(x, w) for x, w in pairs],
+        "ours": lambda: [ours.run(x) for x, ours in prepared],
         "F.linear": lambda: [F.linear(x, w) for x, w in pairs],
     }
     if rows == 1:
@@ -147,9 +149,10 @@ def prefill(kernels: NativeKernels) -> None:
 def calls(kernels: NativeKernels) -> None:
     """Small work: mostly the price of a call."""
     x, weight = torch.randn(1, 64).bfloat16(), torch.randn(64, 64).bfloat16()
+    prepared = PreparedLinear(kernels, weight, None)
     loops = range(2000)
     each: dict[str, Callable[[], object]] = {
-        "ours": lambda: [kernels.linear(x, weight) for _ in loops],
+        "ours": lambda: [prepared(x) for _ in loops],
         "F.linear": lambda: [F.linear(x, weight) for _ in loops],
     }
     show("2000 linears 64x64", best_of(each, 5), "(us a call: half the number)")

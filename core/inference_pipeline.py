@@ -208,7 +208,7 @@ class InferencePipeline:
             raise ModelNotLoadedError("No model is loaded, so nothing runs.")
         found = False
         for engine in {id(each): each for each in (now, leaving) if each is not None}.values():
-            for name in engine.batcher.matching(request_id):
+            for name in engine.batcher.intake.matching(request_id):
                 engine.batcher.abort(name)
                 found = True
         return found

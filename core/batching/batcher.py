@@ -125,10 +125,6 @@ class ContinuousBatcher:
         """Requests submitted and not finished."""
         return self.intake.num_unfinished
 
-    def matching(self, request_id: str) -> list[str]:
-        """Unfinished requests with this id, or submitted together under it."""
-        return self.intake.matching(request_id)
-
     def start(self) -> None:
         self._thread.start()
 
@@ -162,12 +158,6 @@ class ContinuousBatcher:
         if self._parked:
             self._parked = False
             self._die()
-
-    def _death(self) -> VRAMancerError:
-        if self.error is None and self._reason is not None:
-            return type(self._reason)(self._reason.message)  # one for each client that raises it
-        reason = f": {self.error}" if self.error is not None else ""
-        return EngineDeadError(f"The engine has stopped{reason}.")
 
     # -- handing requests over --------------------------------------------------------------------------------------
 
@@ -255,7 +245,7 @@ class ContinuousBatcher:
                 self._complete(output, self._execute(output))
                 return
             self._in_flight += 1
-            self._runner.submit(output, self._arrived)
+            self._runner.submit(output, lambda output, result: self._inbox.put(_Done(output, result)))
 
     def _wait_for_memory(self) -> None:
         """Nothing can run, because memory that was lent has been taken back. Whoever is next is told so if it does not
@@ -301,10 +291,6 @@ class ContinuousBatcher:
             return False
         self.scheduler.kv.step_done(output.step)
         return True
-
-    def _arrived(self, output: SchedulerOutput, result: StepOutput | Exception) -> None:
-        """Called by the runner's threads."""
-        self._inbox.put(_Done(output, result))
 
     def _read_inbox(self) -> bool:
         """Take in what arrived, waiting for something if there is nothing to run. False ends the loop."""
@@ -377,18 +363,22 @@ class ContinuousBatcher:
     def _failed(self, output: SchedulerOutput, error: Exception) -> None:
         """Sequences of a failed step are tried again; those that have failed too often are told why."""
         logger.error("step failed", step=output.step, sequences=output.record.num_sequences, exc_info=error)
-        is_lost, no_memory = isinstance(error, DeviceLostError), isinstance(error, OutOfDeviceMemoryError)
+        no_memory = isinstance(error, OutOfDeviceMemoryError)
         if isinstance(error, DeviceLostError) and not self._parked and self.on_lost(error):
             self._parked = True
         if not no_memory:
             self.breaker.record_failure(repr(error))
-        moved = not (is_lost or isinstance(error, PageMoveError))
+        moved = not isinstance(error, (DeviceLostError, PageMoveError))
         ended = self.scheduler.fail(output, moved=moved, memory=no_memory, blame=not self._parked)
         self._publisher.fail(ended, error)
 
     def _die(self) -> None:
         """Refuse what comes and fail what waits."""
-        error = self._death()
+        if self.error is None and self._reason is not None:
+            error = type(self._reason)(self._reason.message)  # one for each client that raises it
+        else:
+            reason = f": {self.error}" if self.error is not None else ""
+            error = EngineDeadError(f"The engine has stopped{reason}.")
         waiting = self.intake.close(error)
         self._publisher.fail_everything(error)
         for message in [*self._calls, *waiting]:

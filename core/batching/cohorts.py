@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,7 +67,8 @@ class PredictedCohorts:
 
     def __init__(self, costs: LayerCosts, stages: Sequence[StageCost], links: LinkTopology, *, max_chunk: int) -> None:
         self._costs, self._stages, self._links, self._max_chunk = costs, tuple(stages), links, max_chunk
-        self._best = functools.lru_cache(maxsize=4096)(self._best_cohorts)
+        best = functools.partial(best_cohorts, costs, self._stages, links)
+        self._best: Callable[[int, int], int] = functools.lru_cache(maxsize=4096)(best)
         self._bounded = functools.lru_cache(maxsize=4096)(self._bounded_chunk)
         self._loading_s = max(load_s(costs, stage, links) for stage in stages)
         self._while_loading = self._free_chunk() if self._loading_s else 0
@@ -81,33 +82,28 @@ class PredictedCohorts:
         if decoding:
             chunk = min(chunk, self._bounded(-(-decoding // cohorts), bucket))
         pieces = -(-prompt_tokens // chunk)
-        if self._while_loading:
-            return CohortChoice(max(cohorts, min(len(self._stages), pieces)), chunk)
-        return CohortChoice(max(cohorts, min(len(self._stages), decoding + pieces)), chunk)
+        wanted = pieces if self._while_loading else decoding + pieces
+        return CohortChoice(max(cohorts, min(len(self._stages), wanted)), chunk)
 
-    def _best_cohorts(self, decoding: int, context: int) -> int:
-        return best_cohorts(self._costs, self._stages, self._links, decoding, context)
+    def _longest_chunk(self, takes_s: Callable[[int], float], limit_s: float) -> int:
+        """Tokens, doubled while `takes_s` says that a step with them keeps to the limit."""
+        chunk = MIN_CHUNK
+        while chunk < self._max_chunk and takes_s(2 * chunk) <= limit_s:
+            chunk *= 2
+        return min(chunk, self._max_chunk)
 
     def _free_chunk(self) -> int:
         """Tokens that every stage computes in the time in which the slowest to load has loaded."""
-        chunk = min(MIN_CHUNK, self._max_chunk)
-        while chunk < self._max_chunk:
-            larger = Batch(2 * chunk, 2 * chunk, 1)
-            times = (stage_s(self._costs, stage.device, stage.first, stage.last, larger) for stage in self._stages)
-            if max(times) > self._loading_s:
-                break
-            chunk *= 2
-        return min(chunk, self._max_chunk)
 
-    def _slowest_s(self, batch: Batch) -> float:
-        return max(busy_s(self._costs, stage, self._links, batch) for stage in self._stages)
+        def takes_s(tokens: int) -> float:
+            batch = Batch(tokens, tokens, 1)
+            return max(stage_s(self._costs, each.device, each.first, each.last, batch) for each in self._stages)
+
+        return self._longest_chunk(takes_s, self._loading_s)
 
     def _bounded_chunk(self, decoding: int, context: int) -> int:
-        limit_s = STALL * self._slowest_s(Batch.decode(decoding, context))
-        chunk = MIN_CHUNK
-        while chunk < self._max_chunk:
-            larger = Batch(decoding + 2 * chunk, decoding * context + 2 * chunk, decoding)
-            if self._slowest_s(larger) > limit_s:
-                break
-            chunk *= 2
-        return min(chunk, self._max_chunk)
+        def takes_s(tokens: int) -> float:
+            batch = Batch(decoding + tokens, decoding * context + tokens, decoding)
+            return max(busy_s(self._costs, stage, self._links, batch) for stage in self._stages)
+
+        return self._longest_chunk(takes_s, STALL * takes_s(0))

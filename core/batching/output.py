@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -15,6 +15,8 @@ from core.request import Completion, GenerationResult, RequestOutput, SamplingPa
 
 Message: TypeAlias = "RequestOutput | VRAMancerError"
 Sink: TypeAlias = "queue.SimpleQueue[tuple[int, Message]]"
+AbortCall: TypeAlias = "Callable[[str], object]"
+"""How a handle reaches the batcher, with the request's id."""
 
 
 class TextStream(Protocol):
@@ -61,23 +63,16 @@ class SequenceWriter:
         )
 
     def _emit(self, text: str) -> str:
-        if self.matched_stop is not None or not text:
-            return ""
-        if self._stops is None:
-            return text
-        emitted, matched = self._stops.push(text)
-        self.matched_stop = matched
-        return emitted
+        if self._stops is not None and text:
+            text, self.matched_stop = self._stops.push(text)
+        return text
 
     def flush(self) -> str:
         """The text still held back, once the sequence has ended. May complete a stop string."""
         if self._stream is None or self.matched_stop is not None:
             return ""
         text = self._emit(self._stream.flush())
-        return text if self._stops is None or self._has_stopped() else text + self._stops.flush()
-
-    def _has_stopped(self) -> bool:
-        return self.matched_stop is not None
+        return text if self._stops is None else text + self._stops.flush()
 
 
 class RequestHandle:
@@ -153,12 +148,6 @@ class RequestHandle:
             self._abort(self.request_id)
 
 
-class AbortCall(Protocol):
-    """How a handle reaches the batcher."""
-
-    def __call__(self, request_id: str) -> object: ...
-
-
 @dataclass(slots=True)
 class Gathered:
     """Collects a request's outputs into one `GenerationResult`."""
@@ -191,14 +180,8 @@ class Gathered:
             completions = completions[: self.params.n]
             for index, completion in enumerate(completions):
                 completion.index = index
-        return GenerationResult(
-            self.request_id,
-            completions,
-            self.num_prompt_tokens,
-            self.num_cached_tokens,
-            generated,
-            self.prompt_logprobs,
-        )
+        prompt, cached = self.num_prompt_tokens, self.num_cached_tokens
+        return GenerationResult(self.request_id, completions, prompt, cached, generated, self.prompt_logprobs)
 
 
 class RequestWriter:
@@ -207,7 +190,6 @@ class RequestWriter:
     def __init__(self, request: Request, handle: RequestHandle, detokenizer: Detokenizer) -> None:
         self.request = request
         self.handle = handle
-        self.first_token_s: float | None = None
         self.last_token_s: float | None = None
         self._writers = {sequence.index: SequenceWriter(sequence, detokenizer) for sequence in request.sequences}
         self._reported: set[int] = set()
@@ -242,13 +224,7 @@ class RequestWriter:
         if request.prompt_logprobs is not None and not self._prompt_logprobs_sent:
             prompt_logprobs = tuple(request.prompt_logprobs)
             self._prompt_logprobs_sent = True
+        prompt, cached = len(request.prompt_token_ids), request.num_cached_tokens
         self.handle.put(
-            RequestOutput(
-                request.request_id,
-                tuple(deltas),
-                len(request.prompt_token_ids),
-                request.num_cached_tokens,
-                prompt_logprobs,
-                finished=request.finished,
-            )
+            RequestOutput(request.request_id, tuple(deltas), prompt, cached, prompt_logprobs, finished=request.finished)
         )

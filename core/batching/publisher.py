@@ -88,15 +88,9 @@ class Publisher:
         """What a token adds to the answer, and the closing delta if it was the last."""
         delta, matched_stop = writer.token(update)
         if matched_stop is not None:
-            self._finish_by_text(update.sequence, matched_stop)
+            self._scheduler.finish(update.sequence, "stop", matched_stop)
         closing = writer.ended(update.sequence) if update.sequence.finished else None
         return [delta] if closing is None else [delta, closing]
-
-    def _finish_by_text(self, sequence: Sequence, stop: str) -> None:
-        if sequence.finished:
-            sequence.finish_reason, sequence.stop_reason = "stop", stop
-        else:
-            self._scheduler.finish(sequence, "stop", stop)
 
     def _observe_tokens(self, writer: RequestWriter) -> None:
         now = time.monotonic()
@@ -105,8 +99,6 @@ class Publisher:
                 self.metrics.observe_first_token(now - writer.request.submitted_s)
             else:
                 self.metrics.observe_inter_token(now - writer.last_token_s)
-        if writer.first_token_s is None:
-            writer.first_token_s = now
         writer.last_token_s = now
 
     def abort(self, request_id: str) -> bool:

@@ -125,9 +125,7 @@ class Scheduler:
         if step.chosen:
             return self._output(step)
         ready = [s for s in ready if not s.num_failures]
-        for sequence in [s for s in ready if s.num_unscheduled == 1]:
-            self._schedule_running(step, sequence)
-        for sequence in [s for s in ready if s.num_unscheduled > 1]:
+        for sequence in sorted(ready, key=lambda s: s.num_unscheduled > 1):
             self._schedule_running(step, sequence)
         self._admit(step)
         if not step.chosen:
@@ -233,9 +231,8 @@ class Scheduler:
         read_prefix = request.params.prompt_logprobs is None
         cached = self.kv.open(sequence.seq_id, sequence.token_ids, read_prefix=read_prefix, chain=sequence.chain)
         num_new = min(len(sequence.token_ids) - cached, step.budget, step.chunk)
-        reserve = len(self._running) if self._running else 0
         needed = self.kv.blocks_needed(sequence.seq_id, cached, len(sequence.token_ids))
-        if self._running and not self.kv.ensure_free(needed + reserve):
+        if self._running and not self.kv.ensure_free(needed + len(self._running)):
             self.kv.close(sequence.seq_id)
             return False
         sequence.rewind(cached)
@@ -298,11 +295,9 @@ class Scheduler:
         return updates
 
     def _record_prompt_logprobs(self, sequence: Sequence, item: ScheduledSequence, result: StepOutput) -> None:
-        rows = result.prompt_logprobs.get(item.seq_id)
-        recorded = sequence.request.prompt_logprobs
-        if rows is None or recorded is None:
-            return
-        recorded.extend(rows[len(recorded) - item.start - 1 :])
+        rows, recorded = result.prompt_logprobs.get(item.seq_id), sequence.request.prompt_logprobs
+        if rows is not None and recorded is not None:
+            recorded.extend(rows[len(recorded) - item.start - 1 :])
 
     def _fork_siblings(self, sequence: Sequence) -> None:
         """Once the first sequence's prompt has KV, its siblings start from it."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -121,15 +120,9 @@ class EmulatedStage(Stage):
     def __init__(self, *given: Any, guests: GuestTime, **named: Any) -> None:
         super().__init__(*given, **named)
         self._guests = guests
-        self._clock = EmulatedClock(self.device, self._timer, self.part.first)
+        self.clock: EmulatedClock = EmulatedClock(self.device, self._timer, self.part.first)
+        self.make_sites = partial(EmulatedSites, guests=guests)
         self._waited_s = 0.0
-
-    @property
-    def clock(self) -> EmulatedClock:
-        return self._clock
-
-    def sites(self) -> Callable[..., SiteAttention]:
-        return partial(EmulatedSites, guests=self._guests)
 
     def timed(self, batch: InputBatch, hidden: torch.Tensor | None, work: Batch, wants_hidden: bool) -> torch.Tensor:
         self._work = work
@@ -138,10 +131,10 @@ class EmulatedStage(Stage):
 
     def forward(self, batch: InputBatch, hidden: torch.Tensor | None, wants_hidden: bool = False) -> torch.Tensor:
         """The same, and wait for what is left of the time that the device would have taken."""
-        self._clock.begin(self._work)
+        self.clock.begin(self._work)
         result = super().forward(batch, hidden, wants_hidden)
         self._waited_s = self._wait_for_others()
-        self._clock.end(self._waited_s)
+        self.clock.end(self._waited_s)
         return result
 
     def predicted(self, work: Batch) -> float:

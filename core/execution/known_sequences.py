@@ -36,10 +36,6 @@ class KnownSequence:
         return cls(new.seq_id, slot, prompt, output, new.params, new.seed, new.end_token_ids)
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
-
-    @property
     def suppress_token_ids(self) -> tuple[int, ...]:
         """What may not be sampled next, because `min_tokens` is not reached."""
         return self.end_token_ids if len(self.output_token_ids) < self.params.min_tokens else ()
@@ -185,9 +181,19 @@ class KnownSequences:
     def _pack(self, rows: Sequence[KnownSequence], record: StepRecord) -> PackedStep:
         starts, counts = record.starts.tolist(), record.counts.tolist()
         tokens: list[int] = []
-        query_start, logits = [0], _LogitRows()
+        logit_rows: list[int] = []
+        query_start = [0]
+        sampled: list[SampledRow] = []
+        prompts: list[PromptRows] = []
         for known, start, count, flags in zip(rows, starts, counts, record.flags.tolist(), strict=True):
-            logits.add(known, len(tokens), start, count, flags)
+            first = len(tokens)
+            targets = known.prompt_token_ids[start + 1 : start + 1 + count] if flags & PROMPT_LOGPROBS else ()
+            if targets:
+                prompts.append(PromptRows(known, len(logit_rows), targets))
+                logit_rows.extend(range(first, first + len(targets)))
+            if flags & SAMPLE:
+                sampled.append(SampledRow(known, len(logit_rows), start + count))
+                logit_rows.append(first + count - 1)
             tokens += known.tokens(start, start + count)
             query_start.append(query_start[-1] + count)
         if len(tokens) != query_start[-1]:
@@ -207,33 +213,9 @@ class KnownSequences:
             tables=self._tables[[known.slot for known in rows], :width],
             num_decodes=counts.count(1),
             max_query_len=max(counts, default=0),
-            logit_rows=np.array(logits.indices, dtype=np.int64) if raw is None else raw.rows.astype(np.int64),
-            sampled=tuple(logits.sampled),
-            prompts=tuple(logits.prompts),
+            logit_rows=np.array(logit_rows, dtype=np.int64) if raw is None else raw.rows.astype(np.int64),
+            sampled=tuple(sampled),
+            prompts=tuple(prompts),
             raw=None if raw is None else raw.output,
             ended=tuple(record.ended.tolist()),
         )
-
-
-class _LogitRows:
-    """Which rows of the packed batch need logits, and which row of the logits belongs to whom."""
-
-    def __init__(self) -> None:
-        self.indices: list[int] = []
-        self.sampled: list[SampledRow] = []
-        self.prompts: list[PromptRows] = []
-
-    def add(self, known: KnownSequence, first: int, start: int, count: int, flags: int) -> None:
-        """Tokens `start .. start + count - 1` of a sequence are rows `first ..` of the batch."""
-        if flags & PROMPT_LOGPROBS:
-            self._add_prompt(known, first, start, count)
-        if flags & SAMPLE:
-            self.sampled.append(SampledRow(known, len(self.indices), start + count))
-            self.indices.append(first + count - 1)
-
-    def _add_prompt(self, known: KnownSequence, first: int, start: int, count: int) -> None:
-        """Rows whose next token is part of the prompt."""
-        targets = known.prompt_token_ids[start + 1 : start + 1 + count]
-        if targets:
-            self.prompts.append(PromptRows(known, len(self.indices), targets))
-            self.indices.extend(range(first, first + len(targets)))

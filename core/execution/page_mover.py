@@ -51,7 +51,10 @@ class PageMover:
         self._transfer = transfer
         self._host = host
         self._offset = offset
-        self._layer_bytes = kv.layer_bytes
+        self._layers: dict[int, slice] = {}  # of a block's bytes
+        for layer, nbytes in kv.layer_bytes.items():
+            self._layers[layer] = slice(offset, offset + nbytes)
+            offset += nbytes
         self._staging: HostBuffer | None = None
         if kv.region(LOCAL).device.is_gpu:
             self._staging = transfer.host_buffer(max(STAGED_BYTES, kv.page_bytes))
@@ -72,28 +75,21 @@ class PageMover:
     def _apply(self, ops: Sequence[PageOp]) -> WaitFor | None:
         pending: list[PageLoad] = []
         for group in _groups(ops, max(1, GROUP_BYTES // max(1, self._kv.page_bytes))):
-            if isinstance(group[0], PageLoad):
-                loads = [op for op in group if isinstance(op, PageLoad)]
-                if not {load.target for load in pending}.isdisjoint(load.target for load in loads):
-                    self._load_layers(pending, self._layer_bytes)  # a page that is loaded twice holds the later
-                    pending = []
-                pending += loads
-                continue
             if not {load.target for load in pending}.isdisjoint(_touched(group)):
-                self._load_layers(pending, self._layer_bytes)
+                for layer in self._layers:
+                    self._load_layer(pending, layer)  # a page that is loaded twice holds the later
                 pending = []
-            self._do(group)
+            if loads := [op for op in group if isinstance(op, PageLoad)]:
+                pending += loads
+            elif saves := [op for op in group if isinstance(op, PageSave)]:
+                self._save(saves)
+            else:
+                self._copy([op for op in group if isinstance(op, PageCopy)])
         return self._start_loads(pending) if pending else None
 
-    def _do(self, group: Sequence[PageOp]) -> None:
-        copies = [op for op in group if isinstance(op, PageCopy)]
-        if copies:
-            source, target = copies[0].source[0], copies[0].target[0]
-            self._copy(source, target, [copy.source[1] for copy in copies], [copy.target[1] for copy in copies])
-        else:
-            self._save([op for op in group if isinstance(op, PageSave)])
-
-    def _copy(self, source: int, target: int, sources: list[int], targets: list[int]) -> None:
+    def _copy(self, copies: Sequence[PageCopy]) -> None:
+        source, target = copies[0].source[0], copies[0].target[0]
+        sources, targets = [copy.source[1] for copy in copies], [copy.target[1] for copy in copies]
         if source == target:
             self._kv.copy_within(source, sources, targets)
             return
@@ -126,10 +122,8 @@ class PageMover:
     def _start_loads(self, loads: Sequence[PageLoad]) -> WaitFor:
         if self._loader is None:
             self._loader = ThreadPoolExecutor(1, "vrm-page-loader", initializer=lambda: torch.set_num_threads(1))
-        loader, offset = self._loader, self._offset
-        for layer, nbytes in self._layer_bytes.items():
-            self._loading[layer] = loader.submit(self._load_layer, loads, layer, offset, nbytes)
-            offset += nbytes
+        for layer in self._layers:
+            self._loading[layer] = self._loader.submit(self._load_layer, loads, layer)
         return self._wait_for
 
     def _wait_for(self, layer: int) -> None:
@@ -144,21 +138,14 @@ class PageMover:
         if errors:
             raise _moved_not(errors[0]) from errors[0]
 
-    def _load_layers(self, loads: Sequence[PageLoad], layers: dict[int, int]) -> None:
-        offset = self._offset
-        for layer, nbytes in layers.items():
-            self._load_layer(loads, layer, offset, nbytes)
-            offset += nbytes
-
-    def _load_layer(self, loads: Sequence[PageLoad], layer: int, offset: int, nbytes: int) -> None:
+    def _load_layer(self, loads: Sequence[PageLoad], layer: int) -> None:
         """One layer's bytes of all blocks that are loaded, in one transfer per region."""
-        regions = sorted({load.target[0] for load in loads})
+        regions, at = sorted({load.target[0] for load in loads}), self._layers[layer]
         with torch.inference_mode():
             for region in regions:
                 mine = [load for load in loads if load.target[0] == region]
-                for part, staged in self._pieces(mine, nbytes):
-                    rows = [self._buffers[load.block_hash][offset : offset + nbytes] for load in part]
-                    data = torch.stack(rows, out=staged)
+                for part, staged in self._pieces(mine, at.stop - at.start):
+                    data = torch.stack([self._buffers[load.block_hash][at] for load in part], out=staged)
                     arrived = self._transfer.send(data, self._host, self._kv.region(region).device)
                     self._kv.unpack(region, [load.target[1] for load in part], arrived, (layer,))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -28,51 +28,34 @@ def sites_of(
     by_device: dict[str, list[int]] = {}
     for region in sorted(elsewhere):
         by_device.setdefault(device_of(region)[0], []).append(region)
-    rows = range(step.num_sequences)
-    split = _Split(step, [regions[i, : used[i]] for i in rows], [pages[i, : used[i]] for i in rows], block_size, device)
-    return (
-        split.site("", [LOCAL], device),
-        *(split.site(name, ids, device_of(ids[0])[1]) for name, ids in by_device.items()),
-    )
+    tables = [(regions[index, :count], pages[index, :count]) for index, count in enumerate(used)]
+    starts, lengths, counts = step.query_start, step.seq_lens.tolist(), np.diff(step.query_start).tolist()
 
-
-class _Split:
-    """The blocks of a step's sequences, by region."""
-
-    def __init__(
-        self, step: PackedStep, regions: Sequence[np.ndarray], pages: Sequence[Ints], block_size: int,
-        owner: torch.device,
-    ) -> None:  # fmt: skip
-        self._regions = regions
-        self._pages = pages
-        self._block_size = block_size
-        self._owner = owner
-        self._query_start = step.query_start
-        self._counts = np.diff(step.query_start)
-        self._ends = step.seq_lens
-        self._positions = step.positions
-
-    def site(self, name: str, regions: list[int], device: torch.device) -> Site:
+    def site(name: str, ids: list[int], where: torch.device) -> Site:
         """What the device `name` has in these regions, of the sequences that have something there."""
-        here = [index for index, at in enumerate(self._regions) if name == "" or np.isin(at, regions).any()]
-        rows = np.concatenate([np.arange(self._query_start[i], self._query_start[i + 1]) for i in here])
+        here = [index for index, (at, _) in enumerate(tables) if name == "" or np.isin(at, ids).any()]
+        rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in here])
         batches = []
-        for region in regions:
-            blocks = [np.flatnonzero(self._regions[i] == region) for i in here]
+        for region in ids:
+            blocks = [np.flatnonzero(tables[i][0] == region) for i in here]
             batch = build_site_batch(
-                [self._pages[i][at] for i, at in zip(here, blocks, strict=True)],
+                [tables[i][1][at] for i, at in zip(here, blocks, strict=True)],
                 blocks,
-                [self._keys(int(self._ends[i]), at) for i, at in zip(here, blocks, strict=True)],
-                [int(self._counts[i]) for i in here],
-                self._positions[rows],
-                self._block_size,
-                device,
+                [_keys(lengths[i], at, block_size) for i, at in zip(here, blocks, strict=True)],
+                [counts[i] for i in here],
+                step.positions[rows],
+                block_size,
+                where,
             )
             batches.append((region, batch))
-        return Site(name, torch.from_numpy(rows).to(self._owner), tuple(batches))
+        return Site(name, torch.from_numpy(rows).to(device), tuple(batches))
 
-    def _keys(self, end: int, blocks: np.ndarray) -> int:
-        """Tokens in these blocks of a sequence of `end` tokens; only its last block may be part full."""
-        if not len(blocks):
-            return 0
-        return (len(blocks) - 1) * self._block_size + min(self._block_size, end - int(blocks[-1]) * self._block_size)
+    others = (site(name, ids, device_of(ids[0])[1]) for name, ids in by_device.items())
+    return (site("", [LOCAL], device), *others)
+
+
+def _keys(end: int, blocks: np.ndarray, block_size: int) -> int:
+    """Tokens in these blocks of a sequence of `end` tokens; only its last block may be part full."""
+    if not len(blocks):
+        return 0
+    return (len(blocks) - 1) * block_size + min(block_size, end - int(blocks[-1]) * block_size)

@@ -104,12 +104,11 @@ class StepRecord(msgspec.Struct, frozen=True, eq=False):
 
 
 class ScheduledSequence(NamedTuple):
-    """One row of a step. Tokens `start .. end - 1` are computed; with `sample`, the next one is wanted."""
+    """One row of a step. Tokens `start .. end - 1` are computed."""
 
     seq_id: int
     start: int
     end: int
-    sample: bool
 
 
 class SchedulerOutput(msgspec.Struct, frozen=True, eq=False):
@@ -130,9 +129,8 @@ class SchedulerOutput(msgspec.Struct, frozen=True, eq=False):
     def sequences(self) -> list[ScheduledSequence]:
         """The record's rows."""
         record = self.record
-        ends, samples = (record.starts + record.counts).tolist(), (record.flags & SAMPLE).astype(bool).tolist()
-        rows = zip(record.seq_ids.tolist(), record.starts.tolist(), ends, samples, strict=True)
-        return [ScheduledSequence(*row) for row in rows]
+        ends = (record.starts + record.counts).tolist()
+        return list(map(ScheduledSequence, record.seq_ids.tolist(), record.starts.tolist(), ends))
 
     def part(self, index: int) -> StagePart:
         """What stage `index` does to its pages."""
@@ -183,8 +181,6 @@ class Runner(Protocol):
 
         Raises whatever the forward pass raises.
         """
-        ...
 
     def submit(self, output: SchedulerOutput, done: StepDone) -> None:
         """Put a step in flight; `done` is called from another thread, in the order of submission."""
-        ...

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from core.errors import StepFailedError
-from core.execution.known_sequences import PackedStep, PromptRows, SampledRow
+from core.execution.known_sequences import PackedStep, SampledRow
 from core.execution.records import StepOutput
 from core.execution.sampler import NonFiniteLogitsError, Sampler, SamplingRow, prompt_logprobs
-from core.request import TokenLogprob
 
 
 class ResultMaker:
@@ -33,39 +32,29 @@ class ResultMaker:
             result.raw = wanted.float().cpu().numpy()
             return result
         for rows in step.prompts:
+            logits = output[rows.first : rows.first + len(rows.targets)]
+            targets, top = torch.tensor(rows.targets, device=logits.device), rows.sequence.params.prompt_logprobs or 0
             try:
-                logits = output[rows.first : rows.first + len(rows.targets)]
-                result.prompt_logprobs[rows.sequence.seq_id] = self._prompt_logprobs(rows, logits)
+                result.prompt_logprobs[rows.sequence.seq_id] = prompt_logprobs(logits, targets, top)
             except StepFailedError as error:
                 result.failed[rows.sequence.seq_id] = error.message
-        self._sample(output, [row for row in step.sampled if row.sequence.seq_id not in result.failed], result)
+        try:
+            self._sample(output, step.sampled, result)
+        except NonFiniteLogitsError as error:  # those sequences fail alone, and the others are sampled without them
+            result.failed.update(dict.fromkeys(error.seq_ids, error.message))
+            self._sample(output, step.sampled, result)
         return result
 
-    def _sample(self, logits: torch.Tensor, sampled: Sequence[SampledRow], result: StepOutput) -> None:
-        """Sample; sequences whose logits are not finite fail alone, and the others are sampled without them."""
+    def _sample(self, logits: torch.Tensor, rows: Sequence[SampledRow], result: StepOutput) -> None:
+        """Sample the rows of sequences that have not failed."""
+        sampled = [row for row in rows if row.sequence.seq_id not in result.failed]
         if not sampled:
             return
         indices = [row.logits for row in sampled]
         if indices != list(range(len(logits))):
             logits = logits[torch.tensor(indices, device=logits.device)]
-        try:
-            tokens = self.sampler.sample(logits, [_sampling_row(row) for row in sampled])
-        except NonFiniteLogitsError as error:
-            result.failed.update(dict.fromkeys(error.seq_ids, error.message))
-            sound = [at for at, row in enumerate(sampled) if row.sequence.seq_id not in result.failed]
-            if sound:
-                kept = logits[torch.tensor(sound, device=logits.device)]
-                tokens = self.sampler.sample(kept, [_sampling_row(sampled[at]) for at in sound])
-                result.sampled.update(
-                    (sampled[at].sequence.seq_id, token) for at, token in zip(sound, tokens, strict=True)
-                )
-            return
+        tokens = self.sampler.sample(logits, [_sampling_row(row) for row in sampled])
         result.sampled.update((row.sequence.seq_id, token) for row, token in zip(sampled, tokens, strict=True))
-
-    @staticmethod
-    def _prompt_logprobs(rows: PromptRows, logits: torch.Tensor) -> list[TokenLogprob]:
-        targets = torch.tensor(rows.targets, device=logits.device)
-        return prompt_logprobs(logits, targets, rows.sequence.params.prompt_logprobs or 0)
 
 
 def _sampling_row(row: SampledRow) -> SamplingRow:

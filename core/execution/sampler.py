@@ -104,11 +104,6 @@ class Sampler:
         self._rows_per_chunk = rows_per_chunk(vocab_size, self._device)
         self._editor: LogitEditor | None = None  # made for the first row that needs it
 
-    @property
-    def num_tracked_sequences(self) -> int:
-        """Sequences for which state is held."""
-        return 0 if self._editor is None else self._editor.num_tracked
-
     def forget(self, seq_ids: Iterable[int]) -> None:
         """Drop the state of sequences that ended or were preempted; it is rebuilt when one comes back."""
         if self._editor is not None:
@@ -125,8 +120,7 @@ class Sampler:
             return []
         logits = logits[:, : self._vocab_size]
         if all(row.greedy and row.params.logprobs is None and not row.edited for row in rows):
-            token_ids = _argmax(logits).tolist()
-            sampled = [SampledToken(token) for token in token_ids]
+            sampled = [SampledToken(token) for token in _argmax(logits).tolist()]
         else:
             if logits.device.type == "mps":
                 logits = logits.cpu()
@@ -192,12 +186,9 @@ class Sampler:
         if filtered:
             filters = Filters.of([rows[index].params for index in filtered], self._vocab_size)
             token_ids[filtered] = draw_filtered(
-                _select(logits, filtered),
-                _select(probs, filtered),
-                _select(totals, filtered),
-                _select(uniform, filtered),
-                filters,
-            )
+                _select(logits, filtered), _select(probs, filtered), _select(totals, filtered),
+                _select(uniform, filtered), filters,
+            )  # fmt: skip
         return torch.where(totals.isfinite(), token_ids, -1)
 
 

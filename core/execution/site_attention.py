@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
@@ -41,8 +42,7 @@ class SiteAttention:
         ]
         ((region, batch),) = local.regions
         backend = self._backend_of(self._owner)
-        partial = backend.attend_partial(query, *self._kv.layer(layer, region), batch, spec)
-        parts = [partial]
+        parts = [backend.attend_partial(query, *self._kv.layer(layer, region), batch, spec)]
         for part, there in (future.result() for future in waiting):
             _wait_for(there, query.device)
             parts.append(part)
@@ -50,8 +50,9 @@ class SiteAttention:
 
     def _worker(self, name: str) -> ThreadPoolExecutor:
         worker = self._workers.get(name)
-        if worker is None:
-            worker = self._workers[name] = ThreadPoolExecutor(1, f"vrm-site-{name}", initializer=_prepare_thread)
+        if worker is None:  # torch's own operations here are small; the kernels bring their own threads
+            alone = partial(torch.set_num_threads, 1)
+            worker = self._workers[name] = ThreadPoolExecutor(1, f"vrm-site-{name}", initializer=alone)
         return worker
 
     def _at_site(
@@ -67,18 +68,15 @@ class SiteAttention:
         with torch.inference_mode():
             device = self._kv.region(site.regions[0][0]).device
             there = self._transfer.send(query[site.rows], self._owner, device)
-            out, lse = self._attend_there(layer, there, site, device, _without_sinks(spec))
+            bare = AttentionSpec(spec.scale, spec.window, spec.softcap)  # sinks are not there: they join at the merge
+            out, lse = self._attend_there(layer, there, site, device, bare)
             back = self._transfer.send(torch.cat((out, lse[..., None]), dim=-1), device, self._owner)
             return _scatter(back, site.rows, query.shape[0])
 
     def _attend_there(self, layer: int, query: torch.Tensor, site: Site, device: Device, spec: AttentionSpec) -> Part:
         backend = self._backend_of(device)
-        return combine(
-            [
-                backend.attend_partial(query, *self._kv.layer(layer, region), batch, spec)
-                for region, batch in site.regions
-            ]
-        )
+        kv, parts = self._kv, site.regions
+        return combine([backend.attend_partial(query, *kv.layer(layer, at), batch, spec) for at, batch in parts])
 
     def close(self) -> None:
         """End the threads."""
@@ -95,16 +93,6 @@ def _scatter(back: torch.Tensor, rows: torch.Tensor, count: int) -> Part:
     all_out = out.new_zeros(count, *out.shape[1:])
     all_lse = lse.new_full((count, lse.shape[1]), float("-inf"))
     return all_out.index_copy_(0, rows, out), all_lse.index_copy_(0, rows, lse)
-
-
-def _prepare_thread() -> None:
-    """Torch's own operations here are small; the kernels bring their own threads."""
-    torch.set_num_threads(1)
-
-
-def _without_sinks(spec: AttentionSpec) -> AttentionSpec:
-    """Sinks join at the merge; their tensor is not on the other device."""
-    return spec if spec.sinks is None else AttentionSpec(spec.scale, spec.window, spec.softcap)
 
 
 def _recorded(tensor: torch.Tensor) -> torch.cuda.Event | None:

@@ -79,7 +79,9 @@ class Stage:
         self.overlaps = False
         self.forwards = 0
         self.last_used_s = time.monotonic()
-        self._busy_s = 0.0
+        self.clock = Clock()  # what layers that stream in keep time by
+        self.make_sites: Callable[..., SiteAttention] = SiteAttention
+        self.busy_s = 0.0  # of forward passes that are over
         self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._budget = budget
         self._timer = timer
@@ -97,15 +99,6 @@ class Stage:
         self._buffers: StepBuffers | None = None
 
     # -- loading ----------------------------------------------------------------------------------------------------
-
-    @property
-    def clock(self) -> Clock:
-        """What layers that stream in keep time by."""
-        return Clock()
-
-    def sites(self) -> Callable[..., SiteAttention]:
-        """Makes what attends to pages on other devices."""
-        return SiteAttention
 
     def load(
         self, path: Path, expected_bytes: int, on_read: Callable[[int], None], adapter: LinearAdapter | None,
@@ -178,7 +171,7 @@ class Stage:
         element = self.kv.dtype.itemsize
         before = sum(shape.bytes_per_token(element) for shape in self.architecture.kv_shapes[: self.part.first])
         self._mover = PageMover(self.kv, setup.transfer, setup.host, before * setup.block_size, setup.buffers)
-        self._sites = self.sites()(self.device, self.kv, setup.backend_of, setup.transfer)
+        self._sites = self.make_sites(self.device, self.kv, setup.backend_of, setup.transfer)
         self._transfer = setup.transfer
         self._buffers = StepBuffers(
             self.torch_device, setup.block_size, buckets=DECODE_BUCKETS if padded else (),
@@ -340,26 +333,18 @@ class Stage:
         self.predicted_s += self.predicted(work)
         ended = self._mark()
         if begun is None or ended is None:
-            self._busy_s += time.perf_counter() - started_s
+            self.busy_s += time.perf_counter() - started_s
         else:
             self._timed.append((begun, ended))
-            self._collect()
+            while self._timed and self._timed[0][1].query():  # type: ignore[no-untyped-call]
+                begun, ended = self._timed.popleft()
+                self.busy_s += begun.elapsed_time(ended) / 1e3
         self.forwards += 1
         self.last_used_s = time.monotonic()
 
-    def _collect(self) -> None:
-        while self._timed and self._timed[0][1].query():  # type: ignore[no-untyped-call]
-            begun, ended = self._timed.popleft()
-            self._busy_s += begun.elapsed_time(ended) / 1e3
-
-    @property
-    def busy_s(self) -> float:
-        """Seconds of forward passes that are over."""
-        return self._busy_s
-
     def report(self) -> StageReport:
         stream_wait_s = self.stream.wait_s if self.stream is not None else 0.0
-        return StageReport(self.forwards, self._busy_s, self.predicted_s, stream_wait_s, self._budget.used_by_purpose())
+        return StageReport(self.forwards, self.busy_s, self.predicted_s, stream_wait_s, self._budget.used_by_purpose())
 
     def free(self) -> None:
         """Give weights and pages back to the device."""

@@ -31,11 +31,9 @@ class Inlet(Protocol):
     @property
     def device(self) -> Device:
         """Where they have to arrive."""
-        ...
 
     def put(self, step: int, hidden: torch.Tensor) -> None:
         """Hidden states of a step, `[1, T, hidden_size]` on `device`, which are the stage's from now on."""
-        ...
 
 
 class StageHandle(Protocol):
@@ -44,7 +42,6 @@ class StageHandle(Protocol):
     @property
     def devices(self) -> Sequence[Device]:
         """What it computes on."""
-        ...
 
     @property
     def inlet(self) -> Inlet: ...
@@ -52,19 +49,15 @@ class StageHandle(Protocol):
     @property
     def outlet(self) -> Device:
         """Where hidden states are when `run` has ended."""
-        ...
 
     def overlap(self, several: bool) -> None:
         """Whether other stages compute at the same time from now on. Called between steps."""
-        ...
 
     def begin(self, record: StepRecord, part: StagePart) -> None:
         """Raises `RecordError` for a record that does not follow on those before."""
-        ...
 
     def run(self, step: int) -> None:
         """Raises whatever the forward pass raises; `DeviceLostError` if the stage does not answer any more."""
-        ...
 
     def hand_on(self, step: int, inlet: Inlet) -> None: ...
 
@@ -72,10 +65,8 @@ class StageHandle(Protocol):
 
     def skip(self, step: int) -> None:
         """Raises `PageMoveError` if pages could not be moved."""
-        ...
 
     def report(self) -> StageReport: ...
 
     def free(self) -> None:
         """Give weights and pages back. Nothing is in flight any more."""
-        ...

@@ -16,6 +16,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -50,17 +51,8 @@ class InputBatch:
         return sum(self.attention.host_seq_lens)
 
 
-@dataclass(frozen=True, slots=True)
-class _Section:
-    """Where an array is in the buffer."""
-
-    first: int
-    end: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        return buffer[self.first : self.end].view(self.dtype).view(self.shape)
+_Section: TypeAlias = tuple[slice, torch.dtype, tuple[int, ...]]
+"""Where an array is in the buffer."""
 
 
 @functools.lru_cache(maxsize=512)
@@ -78,9 +70,13 @@ def _layout(tokens: int, sequences: int, rows: int, width: int) -> tuple[_Sectio
     first = 0
     for shape, dtype in arrays:
         end = first + math.prod(shape) * dtype.itemsize
-        sections.append(_Section(first, end, shape, dtype))
+        sections.append((slice(first, end), dtype, shape))
         first = -(-end // _ALIGN) * _ALIGN
     return tuple(sections)
+
+
+def _arrays(buffer: torch.Tensor, sections: tuple[_Section, ...]) -> list[torch.Tensor]:
+    return [buffer[at].view(dtype).view(shape) for at, dtype, shape in sections]
 
 
 class PageDirectory:
@@ -146,9 +142,10 @@ class StepBuffers:
         rows = len(step.logit_rows)
         width = max(1, pages.shape[1]) if self._width is None else self._width
         sections = _layout(tokens, sequences, rows, width)
-        side = self._next_side(sections[-1].end)
+        nbytes = sections[-1][0].stop
+        side = self._next_side(nbytes)
         starts, lengths, slots, ids, positions, logit_rows, tables = (
-            section.view(side.buffer).numpy() for section in sections
+            array.numpy() for array in _arrays(side.buffer, sections)
         )
         count, total = step.num_sequences, step.num_tokens
         starts[: count + 1], lengths[:count] = step.query_start, step.seq_lens
@@ -160,7 +157,7 @@ class StepBuffers:
             lengths[count:], ids[total:], positions[total:] = 1, 0, 0
             tables[count:, 0] = self._scratch_page
             slots[total:] = self._scratch_page * self._block_size
-        return self._batch(step, padding, [section.view(self._send(side, sections[-1].end)) for section in sections])
+        return self._batch(step, padding, _arrays(self._send(side, nbytes), sections))
 
     def _padding(self, step: PackedStep) -> int:
         """Rows to add. Only steps that decode and nothing else come in buckets."""

@@ -9,7 +9,7 @@ import pytest
 from core.batching.scheduler import Scheduler
 from core.batching.sequence import Request, Sequence
 from core.batching.step import SchedulerLimits
-from core.execution.records import SampledToken, SchedulerOutput, StepOutput
+from core.execution.records import SAMPLE, SampledToken, SchedulerOutput, StepOutput
 from core.kv_cache.manager import KVCacheManager
 from core.request import SamplingParams
 
@@ -22,6 +22,11 @@ def make_scheduler(count: int, prompt: int = 8) -> Scheduler:
         request.sequences = [Sequence(request, 0, 0, list(request.prompt_token_ids))]
         scheduler.add(request)
     return scheduler
+
+
+def sampled_in(output: SchedulerOutput) -> list[int]:
+    """Sequences of which the step samples the next token."""
+    return output.record.seq_ids[(output.record.flags & SAMPLE) != 0].tolist()
 
 
 def rounds(
@@ -38,7 +43,7 @@ def rounds(
         while len(in_flight) < cohorts and (output := scheduler.schedule(cohorts, chunk)) is not None:
             in_flight.append(output)
         output = in_flight.popleft()
-        sampled = {item.seq_id: SampledToken(5) for item in output.sequences if item.sample}
+        sampled = {seq_id: SampledToken(5) for seq_id in sampled_in(output)}
         scheduler.update_from_output(output, StepOutput(output.step, sampled))
         seen.append(output)
     return seen
@@ -125,13 +130,13 @@ def test_a_prompt_may_have_a_chunk_in_every_step() -> None:
     first, second = scheduler.schedule(2, 40), scheduler.schedule(2, 40)
     assert first is not None
     assert second is not None
-    assert [(o.sequences[0].start, o.sequences[0].end, o.sequences[0].sample) for o in (first, second)] == [
-        (0, 40, False),
-        (40, 80, False),
+    assert [(o.sequences[0].start, o.sequences[0].end, sampled_in(o)) for o in (first, second)] == [
+        (0, 40, []),
+        (40, 80, []),
     ]
     third = scheduler.schedule(2, 40)
     assert third is not None
-    assert third.sequences[0].sample
+    assert sampled_in(third) == [third.sequences[0].seq_id]
     assert scheduler.schedule(2, 40) is None, "its next token is not known yet"
     for output in (first, second):
         assert scheduler.update_from_output(output, StepOutput(output.step)) == []

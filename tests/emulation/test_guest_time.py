@@ -34,7 +34,7 @@ def test_guests_delay_a_stage_that_computes_meanwhile_and_no_other(
     speed = "@1GB/s/100GFLOPS"
     pipeline = open_pipeline(tmp_path, devices__devices=f"sim=64MiB{speed},sim=64MiB{speed}", devices__layers="2,2")
     stage = pipeline.engine.stages[1]
-    guests, place = stage._guests, stage._clock.end
+    guests, place = stage._guests, stage.clock.end
     assert guests is not None
 
     def end(waited_s: float = 0.0) -> None:
@@ -51,7 +51,7 @@ def test_guests_delay_a_stage_that_computes_meanwhile_and_no_other(
             guests.add(stage.device.name, least_s)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(stage._clock, "end", end)
+    monkeypatch.setattr(stage.clock, "end", end)
     monkeypatch.setattr(model, "forward", forward)
     guests.add(stage.device.name, 7.0)  # while the stage is idle
     pipeline.submit([3, 4, 5], ONE).result(60)

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from plain_settings import CACHE_DIR
+from torch import nn
 
-from core.execution.native import NativeKernels
+from core.execution.native import NativeKernels, NativeLinear
 from core.execution.native.build import build_library
 
 _INFO = Path("/proc/cpuinfo")
@@ -54,3 +56,16 @@ def load_variant(name: str) -> NativeKernels:
     if path is None:
         pytest.skip("no C compiler that builds this")
     return NativeKernels(path)
+
+
+@torch.inference_mode()
+def linear(
+    kernels: NativeKernels, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What a module that the kernels were given makes of these tensors."""
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        module.bias = nn.Parameter(bias, requires_grad=False)
+    result: torch.Tensor = NativeLinear(module, kernels)(x)
+    return result

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from execution.kernel_variants import VARIANTS, load_variant
+from execution.kernel_variants import VARIANTS, linear, load_variant
 from plain_settings import CACHE_DIR
 from torch import nn
 
 from core.execution.native import NativeKernels, NativeLinear, NativeRMSNorm, load_native, swap_linears, swap_norms
 from core.execution.native import kernels as native_kernels
 from core.execution.native.build import build_library
-from core.execution.native.kernels import MAX_ROWS
+from core.execution.native.kernels import MAX_ROWS, PreparedLinear
 
 BOUNDS = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-6}
 DTYPES = sorted(BOUNDS, key=str)
@@ -43,17 +43,17 @@ def assert_close(got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias:
 def test_equals_float64(kernels: NativeKernels, dtype: torch.dtype, m: int) -> None:
     for n, k in SHAPES:
         x, weight, bias = make(m, n, k, dtype)
-        assert_close(kernels.linear_native(x, weight, bias), x, weight, bias)
-        assert_close(kernels.linear(x, weight), x, weight, None)
+        assert_close(PreparedLinear(kernels, weight, bias).run(x), x, weight, bias)
+        assert_close(linear(kernels, x, weight), x, weight, None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_does_not_depend_on_its_neighbours(kernels: NativeKernels, dtype: torch.dtype) -> None:
     for n, k in SHAPES:
         x, weight, bias = make(70, n, k, dtype)
-        whole = kernels.linear_native(x, weight, bias)
+        whole = PreparedLinear(kernels, weight, bias).run(x)
         for m in (1, 2, 3, 4, 5, 7, 8, 16, 33, 64):
-            torch.testing.assert_close(kernels.linear_native(x[:m], weight, bias), whole[:m], rtol=0, atol=0)
+            torch.testing.assert_close(PreparedLinear(kernels, weight, bias).run(x[:m]), whole[:m], rtol=0, atol=0)
 
 
 def test_the_number_of_threads_changes_nothing(kernels: NativeKernels) -> None:
@@ -64,7 +64,7 @@ def test_the_number_of_threads_changes_nothing(kernels: NativeKernels) -> None:
             results = []
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                results.append(kernels.linear_native(x, weight, bias))
+                results.append(PreparedLinear(kernels, weight, bias).run(x))
             assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     finally:
         torch.set_num_threads(before)
@@ -74,18 +74,18 @@ def test_views_and_leading_dimensions(kernels: NativeKernels) -> None:
     x, weight, bias = make(6, 40, 64, torch.bfloat16)
     wide_x, wide_weight = torch.full((6, 100), float("nan")).bfloat16(), torch.full((40, 90), float("nan")).bfloat16()
     wide_x[:, 7:71], wide_weight[:, 3:67] = x, weight
-    expected = kernels.linear(x, weight, bias)
-    assert torch.equal(kernels.linear(wide_x[:, 7:71], wide_weight[:, 3:67], bias), expected)
-    assert torch.equal(kernels.linear(x.view(2, 3, 64), weight, bias), expected.view(2, 3, 40))
-    assert torch.equal(kernels.linear(x.T.contiguous().T, weight, bias), expected)
-    assert torch.equal(kernels.linear(x, weight.T.contiguous().T, bias), nn.functional.linear(x, weight, bias))
-    assert kernels.linear(x[:0], weight, bias).shape == (0, 40)
+    expected = linear(kernels, x, weight, bias)
+    assert torch.equal(linear(kernels, wide_x[:, 7:71], wide_weight[:, 3:67], bias), expected)
+    assert torch.equal(linear(kernels, x.view(2, 3, 64), weight, bias), expected.view(2, 3, 40))
+    assert torch.equal(linear(kernels, x.T.contiguous().T, weight, bias), expected)
+    assert torch.equal(linear(kernels, x, weight.T.contiguous().T, bias), nn.functional.linear(x, weight, bias))
+    assert linear(kernels, x[:0], weight, bias).shape == (0, 40)
 
 
 def test_rows_that_torch_computes_are_close_too(kernels: NativeKernels) -> None:
     x, weight, bias = make(MAX_ROWS[torch.float32] + 1, 64, 96, torch.float32)
-    assert_close(kernels.linear(x, weight, bias), x, weight, bias)
-    assert_close(kernels.linear_native(x, weight, bias), x, weight, bias)
+    assert_close(linear(kernels, x, weight, bias), x, weight, bias)
+    assert_close(PreparedLinear(kernels, weight, bias).run(x), x, weight, bias)
 
 
 def test_with_bf16_instructions_torch_multiplies_many_rows(
@@ -95,27 +95,27 @@ def test_with_bf16_instructions_torch_multiplies_many_rows(
     x, weight, bias = make(5, 64, 96, torch.bfloat16)
     with monkeypatch.context() as patched:
         patched.setattr("torch.nn.functional.linear", lambda *given: torch.zeros(1))
-        assert torch.equal(kernels.linear(x[:4], weight, bias), kernels.linear_native(x[:4], weight, bias))
-        assert kernels.linear(x, weight, bias).shape == (1,)
-    assert_close(kernels.linear(x, weight, bias), x, weight, bias)
+        assert torch.equal(linear(kernels, x[:4], weight, bias), PreparedLinear(kernels, weight, bias).run(x[:4]))
+        assert linear(kernels, x, weight, bias).shape == (1,)
+    assert_close(linear(kernels, x, weight, bias), x, weight, bias)
 
 
 def test_special_values(kernels: NativeKernels) -> None:
     for dtype in DTYPES:
         x, weight = torch.ones(5, 16, dtype=dtype), torch.ones(4, 16, dtype=dtype)
         x[1, 3], x[2, 5] = float("nan"), float("inf")
-        got = kernels.linear(x, weight)
+        got = linear(kernels, x, weight)
         assert got[1].isnan().all() and got[2].isposinf().all() and (got[[0, 3, 4]] == 16).all()
 
 
 def test_concurrent_callers(kernels: NativeKernels) -> None:
     cases = [make(m, 97, 700, torch.bfloat16) for m in (1, 3, 16, 20)]
-    expected = [kernels.linear(*case) for case in cases]
+    expected = [linear(kernels, *case) for case in cases]
     wrong: list[int] = []
 
     def work(index: int) -> None:
         torch.set_num_threads(1)
-        wrong.extend(index for _ in range(50) if not torch.equal(kernels.linear(*cases[index]), expected[index]))
+        wrong.extend(index for _ in range(50) if not torch.equal(linear(kernels, *cases[index]), expected[index]))
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(len(cases))]
     for thread in threads:
@@ -159,8 +159,6 @@ def test_rms_norm(kernels: NativeKernels, dtype: torch.dtype) -> None:
         normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
         bounds = {"rtol": 2.0**-7 if dtype == torch.bfloat16 else 2e-3, "atol": 1e-5}
         torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-5), weight * normal.to(dtype), **bounds)
-        gemma = (normal * (1.0 + weight.float())).to(dtype)
-        torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-5, offset=1.0, cast_first=False), gemma, **bounds)
 
 
 def test_norms_of_a_model_keep_their_meaning(kernels: NativeKernels) -> None:

@@ -70,9 +70,10 @@ def test_state_is_held_only_for_those_who_need_it_and_until_forgotten():
     sampler = Sampler(60, CPU)
     cases = [SamplingParams(top_p=0.5), PENALTIES, SamplingParams(logit_bias={1: 1.0}), SamplingParams(temperature=0)]
     sampler.sample(torch.zeros(4, 60), [SamplingRow(i, params, 0, 0) for i, params in enumerate(cases)])
-    assert sampler.num_tracked_sequences == 2
+    editor = sampler._editor
+    assert (list(editor._counts), list(editor._biases)) == ([1], [2])
     sampler.forget([0, 1, 2, 3, 99])
-    assert sampler.num_tracked_sequences == 0
+    assert not editor._counts and not editor._biases
 
 
 def test_reused_sequence_id_with_another_bias_reads_the_new_one():

@@ -41,9 +41,9 @@ class NativePagedAttention:
         self, query: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, site: SiteBatch, spec: AttentionSpec
     ) -> Part:
         """See `AttentionBackend.attend_partial`."""
-        return self._kernels.paged_attention_partial(
-            query, k_pages, v_pages, site.block_tables, site.query_start, site.seq_lens, *site.bounds(spec.window),
-            spec.scale, softcap=spec.softcap or 0.0,
+        return self._kernels.paged_attention(
+            query, k_pages, v_pages, site.block_tables, site.query_start, site.seq_lens, spec.scale,
+            softcap=spec.softcap or 0.0, bounds=site.bounds(spec.window),
         )  # fmt: skip
 
     def merge(self, parts: Sequence[Part], sinks: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

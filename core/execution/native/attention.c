@@ -27,12 +27,12 @@ typedef struct {
 } Partial;
 
 INLINE size_t partial_size(const Attention *a) {
-    return (sizeof(Partial) + (size_t)(MAX_TILE * round16(a->dim_v)) * 4 + 63) / 64 * 64;
+    return (size_t)round64((int64_t)sizeof(Partial) + MAX_TILE * round16(a->dim_v) * 4);
 }
 
 /* What one thread needs: two partials and a chunk of keys and values. */
 INLINE size_t work_size(const Attention *a) {
-    return 2 * partial_size(a) + (size_t)((a->dim + a->dim_v) * CHUNK * elem_size(a->dt) + 63) / 64 * 64;
+    return 2 * partial_size(a) + (size_t)round64((a->dim + a->dim_v) * CHUNK * elem_size(a->dt));
 }
 
 INLINE int64_t group(const Attention *a) { return a->heads / a->kv_heads; }
@@ -47,7 +47,7 @@ INLINE void visible(const Attention *a, int64_t s, int64_t t, int64_t *lo, int64
         *lo = max64(0, min64(*hi, a->row_lo[row]));
         return;
     }
-    *hi = a->causal ? max64(0, min64(len, pos + 1)) : len;
+    *hi = max64(0, min64(len, pos + 1));
     *lo = a->window > 0 ? min64(*hi, max64(0, pos - a->window + 1)) : 0;
 }
 
@@ -84,11 +84,7 @@ INLINE void load_queries(const Attention *a, int dt, const Tile *t, float *q, in
         const char *src = a->q + ((a->query_start[t->seq] + token) * a->q_row + head * a->q_head) * es;
         for (int64_t d = 0; d < padded; d += 16) {
             char tail[64];
-            const char *part = src + d * es;
-            if (a->dim - d < 16) {
-                copy_tail(dt, tail, part, a->dim - d);
-                part = tail;
-            }
+            const char *part = whole_block(dt, src + d * es, a->dim - d, tail);
             store8(dst + d * rows, load_half(dt, part, 0) * scale);
             store8(dst + d * rows + 8, load_half(dt, part, 1) * scale);
         }
@@ -252,23 +248,6 @@ static int64_t cut(Tile *tiles, int64_t count, int threads, Unit *units, int64_t
     return n;
 }
 
-/* What threads call: the element type becomes a constant here, below OpenMP's outlined functions. */
-static void attend_unit(const Attention *a, const Tile *t, int64_t split, Partial *work, char *scratch) {
-    const int whole = split < 0;
-    const int64_t first = t->split0 + (whole ? 0 : split), last = t->split0 + t->splits;
-    Partial *into = whole ? NULL : (Partial *)(scratch + partial_size(a) * (size_t)(t->scratch + split));
-    if (a->dt == DT_BF16) attend(a, DT_BF16, t, first, last, whole, work, into);
-    else if (a->dt == DT_FP16) attend(a, DT_FP16, t, first, last, whole, work, into);
-    else attend(a, DT_FP32, t, first, last, whole, work, into);
-}
-
-static void merge_splits(const Attention *a, const Tile *t, char *scratch) {
-    const size_t size = partial_size(a);
-    Partial *first = (Partial *)(scratch + size * (size_t)t->scratch);
-    for (int64_t s = 1; s < t->splits; s++) merge(a, t->rows, first, (Partial *)((char *)first + size * (size_t)s));
-    finish(a, a->dt, t, first);
-}
-
 typedef struct {
     const Attention *a;
     Tile *tiles;
@@ -276,16 +255,31 @@ typedef struct {
     char *memory, *scratch;
 } Job;
 
+INLINE Partial *partial_of(const Job *j, const Tile *t, int64_t split) {
+    return (Partial *)(j->scratch + partial_size(j->a) * (size_t)(t->scratch + split));
+}
+
+/* What threads call: the element type becomes a constant here. */
 static void unit_share(void *context, int64_t i, int thread) {
     const Job *j = context;
-    Partial *work = (Partial *)(j->memory + work_size(j->a) * (size_t)thread);
-    attend_unit(j->a, j->tiles + j->units[i].tile, j->units[i].split, work, j->scratch);
+    const Attention *a = j->a;
+    const Tile *t = j->tiles + j->units[i].tile;
+    const int64_t split = j->units[i].split, last = t->split0 + t->splits;
+    const int whole = split < 0;
+    const int64_t first = t->split0 + (whole ? 0 : split);
+    Partial *work = (Partial *)(j->memory + work_size(a) * (size_t)thread);
+    Partial *into = whole ? NULL : partial_of(j, t, split);
+    if (a->dt == DT_BF16) attend(a, DT_BF16, t, first, last, whole, work, into);
+    else if (a->dt == DT_FP16) attend(a, DT_FP16, t, first, last, whole, work, into);
+    else attend(a, DT_FP32, t, first, last, whole, work, into);
 }
 
 static void merge_share(void *context, int64_t i, int thread) {
     const Job *j = context;
-    (void)thread;
-    if (j->tiles[i].scratch >= 0) merge_splits(j->a, j->tiles + i, j->scratch);
+    const Tile *t = j->tiles + i;
+    if (t->scratch < 0) return;
+    for (int64_t s = 1; s < t->splits; s++) merge(j->a, t->rows, partial_of(j, t, 0), partial_of(j, t, s));
+    finish(j->a, j->a->dt, t, partial_of(j, t, 0));
 }
 
 static int run(const Attention *a, int threads) {
@@ -312,36 +306,22 @@ static int run(const Attention *a, int threads) {
     return status;
 }
 
-/* The sizes and strides of a call. */
-static Attention described(int dt, const int64_t *sizes, const int64_t *strides) {
-    return (Attention){.dt = dt, .out_dt = dt, .seqs = sizes[0], .heads = sizes[1], .kv_heads = sizes[2],
-                       .dim = sizes[3], .dim_v = sizes[4], .block_size = sizes[5], .max_blocks = sizes[6],
-                       .window = sizes[7], .causal = (int)sizes[8], .q_row = strides[0], .q_head = strides[1],
-                       .k_block = strides[2], .k_token = strides[3], .k_head = strides[4], .v_block = strides[5],
-                       .v_token = strides[6], .v_head = strides[7]};
-}
-
-/* `sizes`: seqs, heads, kv_heads, dim, dim_v, block_size, max_blocks, window, causal. `strides` (elements): q row,
- * q head, then block, token and head of K, then of V. Returns 0, or 1 when scratch memory could not be had. */
+/* `sizes`: seqs, heads, kv_heads, dim, dim_v, block_size, max_blocks, window. `strides` (elements): q row, q head, then
+ * block, token and head of K, then of V. Returns 0, or 1 when scratch memory could not be had.
+ *
+ * With `row_lo` and `row_hi`, keys are those that lie at one place: row r sees those numbered [row_lo[r], row_hi[r]),
+ * whatever `window` and its position say; both ascend with the rows of a sequence. `out` is fp32 then, for a merge. */
 EXPORT int vrm_paged_attention(int dt, const int64_t *sizes, const int64_t *strides, const void *q, const void *k,
                                const void *v, const int32_t *tables, const int32_t *query_start,
-                               const int32_t *seq_lens, const float *sinks, float scale, float softcap, void *out,
-                               float *lse, int threads) {
-    Attention a = described(dt, sizes, strides);
-    a.q = q, a.k = k, a.v = v, a.tables = tables, a.query_start = query_start, a.seq_lens = seq_lens;
-    a.sinks = sinks, a.scale = scale, a.softcap = softcap, a.out = out, a.lse = lse;
-    return a.dim > MAX_DIM ? 2 : run(&a, threads);
-}
-
-/* The same over the keys that lie at one place: row r sees those numbered [row_lo[r], row_hi[r]), whatever `window` and
- * `causal` say; both ascend with the rows of a sequence. `out` is fp32, for a merge. */
-EXPORT int vrm_paged_attention_partial(int dt, const int64_t *sizes, const int64_t *strides, const void *q,
-                                       const void *k, const void *v, const int32_t *tables, const int32_t *query_start,
-                                       const int32_t *seq_lens, const int32_t *row_lo, const int32_t *row_hi,
-                                       float scale, float softcap, float *out, float *lse, int threads) {
-    Attention a = described(dt, sizes, strides);
-    a.q = q, a.k = k, a.v = v, a.tables = tables, a.query_start = query_start, a.seq_lens = seq_lens;
-    a.row_lo = row_lo, a.row_hi = row_hi, a.scale = scale, a.softcap = softcap;
-    a.out = (char *)out, a.out_dt = DT_FP32, a.lse = lse;
+                               const int32_t *seq_lens, const int32_t *row_lo, const int32_t *row_hi,
+                               const float *sinks, float scale, float softcap, void *out, float *lse, int threads) {
+    const Attention a = {
+        .dt = dt, .seqs = sizes[0], .heads = sizes[1], .kv_heads = sizes[2], .dim = sizes[3], .dim_v = sizes[4],
+        .block_size = sizes[5], .max_blocks = sizes[6], .window = sizes[7], .q_row = strides[0], .q_head = strides[1],
+        .k_block = strides[2], .k_token = strides[3], .k_head = strides[4], .v_block = strides[5],
+        .v_token = strides[6], .v_head = strides[7], .q = q, .k = k, .v = v, .tables = tables,
+        .query_start = query_start, .seq_lens = seq_lens, .row_lo = row_lo, .row_hi = row_hi, .sinks = sinks,
+        .scale = scale, .softcap = softcap, .out = out, .out_dt = row_lo ? DT_FP32 : dt, .lse = lse,
+    };
     return a.dim > MAX_DIM ? 2 : run(&a, threads);
 }

@@ -7,13 +7,13 @@
 #define CHUNK 64 /* keys per softmax step */
 
 typedef struct {
-    int dt, causal;
+    int dt;
     int64_t seqs, heads, kv_heads, dim, dim_v, block_size, max_blocks;
     int64_t q_row, q_head;                     /* strides in elements */
     int64_t k_block, k_token, k_head, v_block, v_token, v_head;
     const char *q, *k, *v;
     const int32_t *tables, *query_start, *seq_lens;
-    const int32_t *row_lo, *row_hi; /* [T] keys that each row sees, ascending in a sequence; NULL: causal and window say */
+    const int32_t *row_lo, *row_hi; /* [T] keys that each row sees, ascending in a sequence; NULL: window says */
     const float *sinks;             /* may be NULL */
     int out_dt;                     /* element type of `out` */
     char *out;                      /* [T, heads, dim_v], contiguous */

@@ -29,17 +29,8 @@ _TIMEOUT_S = 180
 def find_compilers() -> list[list[str]]:
     """Commands to try, best first: the one Python was built with, then the usual names."""
     configured = shlex.split(sysconfig.get_config_var("CC") or "")
-    candidates = [configured[:1], ["cc"], ["gcc"], ["clang"]]
-    found: list[list[str]] = []
-    for command in candidates:
-        if command and (path := shutil.which(command[0])) is not None and [path] not in found:
-            found.append([path])
-    return found
-
-
-def _native_flags() -> list[Sequence[str]]:
-    """Flags to try, best first."""
-    return [["-mcpu=native"] if platform.machine() in ("arm64", "aarch64") else ["-march=native"], []]
+    paths = filter(None, map(shutil.which, [*configured[:1], "cc", "gcc", "clang"]))
+    return [[path] for path in dict.fromkeys(paths)]
 
 
 def _cpu_model() -> str:
@@ -87,6 +78,8 @@ def build_library(cache_dir: Path, flag_sets: Sequence[Sequence[str]] | None = N
     if not compilers:
         logger.info("native kernels are off", reason="no C compiler found")
         return None
+    if flag_sets is None:
+        flag_sets = [["-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"], []]
     source_dir = Path(__file__).parent
     sources = b"".join((source_dir / name).read_bytes() for name in (*HEADERS, *SOURCES))
     complaint = ""
@@ -95,7 +88,7 @@ def build_library(cache_dir: Path, flag_sets: Sequence[Sequence[str]] | None = N
         for compiler in compilers:
             _, version = _run([*compiler, "-dumpfullversion", "-dumpversion"])
             parts = (shlex.join(compiler), _run([*compiler, "--version"])[1], version, _cpu_model())
-            for flags in _native_flags() if flag_sets is None else flag_sets:
+            for flags in flag_sets:
                 key = hashlib.sha256(sources + repr((parts, _BASE_FLAGS, list(flags))).encode()).hexdigest()[:32]
                 target = cache_dir / f"{key}.so"
                 if target.exists():

@@ -56,6 +56,7 @@ INLINE v8f fma8(v8f a, v8f b, v8f c) {
 
 INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t round64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 INLINE float bits_to_float(uint32_t u) {
     float f;
@@ -183,6 +184,13 @@ INLINE void store_block(int dt, char *p, v8f half0, v8f half1) {
 INLINE void copy_tail(int dt, void *block, const void *src, int64_t n) {
     memset(block, 0, (size_t)(16 * elem_size(dt)));
     memcpy(block, src, (size_t)(n * elem_size(dt)));
+}
+
+/* A block of which `left` elements are there: where it is if those are 16 or more, else copied to `tail`. */
+INLINE const char *whole_block(int dt, const char *block, int64_t left, char *tail) {
+    if (left >= 16) return block;
+    copy_tail(dt, tail, block, left);
+    return tail;
 }
 
 /* Sums of the lanes of four vectors. Every lane sum in the library goes through here, so the order of additions,

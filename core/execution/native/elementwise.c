@@ -27,20 +27,16 @@ EXPORT void vrm_write_kv(const int64_t *sizes, const void *k, const void *v, voi
     scatter(sizes[0], sizes[1], b[0], v, b[1], b[2], v_cache, b[3], b[4], b[5], sizes[2], slots);
 }
 
-/* One block of 16: x times `inverse`, rounded if asked, times the weight. */
-INLINE void norm_block(int dt, const char *x, const char *w, float inverse, float offset, int cast_first, char *y) {
+/* One block of 16: x times `inverse`, rounded, times the weight. */
+INLINE void norm_block(int dt, const char *x, const char *w, float inverse, char *y) {
     v8f out[2];
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {
-        v8f value = load_half(dt, x, half) * splat8(inverse);
-        if (cast_first) value = round8(dt, value);
-        out[half] = value * (load_half(dt, w, half) + splat8(offset));
-    }
+    for (int half = 0; half < 2; half++)
+        out[half] = round8(dt, load_half(dt, x, half) * splat8(inverse)) * load_half(dt, w, half);
     store_block(dt, y, out[0], out[1]);
 }
 
-INLINE void rms_norm(int dt, int64_t rows, int64_t k, const char *x, int64_t ldx, const char *w, float eps, float offset,
-                     int cast_first, char *y) {
+INLINE void rms_norm(int dt, int64_t rows, int64_t k, const char *x, int64_t ldx, const char *w, float eps, char *y) {
     const int64_t es = elem_size(dt), whole = k / 16 * 16;
     char x_tail[64], w_tail[64], y_tail[64];
     if (whole < k) copy_tail(dt, w_tail, w + whole * es, k - whole);
@@ -60,20 +56,18 @@ INLINE void rms_norm(int dt, int64_t rows, int64_t k, const char *x, int64_t ldx
             }
         const v8f both = squares[0] + squares[1];
         const float inverse = 1.0f / sqrtf(lane_sums(both, both, both, both)[0] / (float)k + eps);
-        for (int64_t i = 0; i < whole; i += 16)
-            norm_block(dt, src + i * es, w + i * es, inverse, offset, cast_first, dst + i * es);
+        for (int64_t i = 0; i < whole; i += 16) norm_block(dt, src + i * es, w + i * es, inverse, dst + i * es);
         if (whole < k) {
-            norm_block(dt, x_tail, w_tail, inverse, offset, cast_first, y_tail);
+            norm_block(dt, x_tail, w_tail, inverse, y_tail);
             memcpy(dst + whole * es, y_tail, (size_t)((k - whole) * es));
         }
     }
 }
 
-/* y = x / rms(x) * (w + offset), rows contiguous in y. `cast_first` rounds the normalised row to the element type
- * before the product (Llama); otherwise the product is rounded once (Gemma, with offset 1). */
+/* y = x / rms(x) * w, rows contiguous in y; the normalised row is rounded to the element type before the product. */
 EXPORT void vrm_rms_norm(int dt, int64_t rows, int64_t k, const void *x, int64_t ldx, const void *w, float eps,
-                         float offset, int cast_first, void *y) {
-    if (dt == DT_BF16) rms_norm(DT_BF16, rows, k, x, ldx, w, eps, offset, cast_first, y);
-    else if (dt == DT_FP16) rms_norm(DT_FP16, rows, k, x, ldx, w, eps, offset, cast_first, y);
-    else rms_norm(DT_FP32, rows, k, x, ldx, w, eps, offset, cast_first, y);
+                         void *y) {
+    if (dt == DT_BF16) rms_norm(DT_BF16, rows, k, x, ldx, w, eps, y);
+    else if (dt == DT_FP16) rms_norm(DT_FP16, rows, k, x, ldx, w, eps, y);
+    else rms_norm(DT_FP32, rows, k, x, ldx, w, eps, y);
 }

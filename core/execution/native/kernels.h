@@ -25,8 +25,8 @@ int vrm_packed_linears(const Weights *const *weights, int count, int64_t m, cons
                        int threads);
 int vrm_paged_attention(int dt, const int64_t *sizes, const int64_t *strides, const void *q, const void *k,
                         const void *v, const int32_t *tables, const int32_t *query_start, const int32_t *seq_lens,
-                        const float *sinks, float scale, float softcap, void *out, float *lse, int threads);
+                        const int32_t *row_lo, const int32_t *row_hi, const float *sinks, float scale, float softcap,
+                        void *out, float *lse, int threads);
 void vrm_write_kv(const int64_t *sizes, const void *k, const void *v, void *k_cache, void *v_cache,
                   const int64_t *slots);
-void vrm_rms_norm(int dt, int64_t rows, int64_t k, const void *x, int64_t ldx, const void *w, float eps, float offset,
-                  int cast_first, void *y);
+void vrm_rms_norm(int dt, int64_t rows, int64_t k, const void *x, int64_t ldx, const void *w, float eps, void *y);

@@ -13,15 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from core.execution.native.build import build_library, is_safe
-from core.execution.native.dtypes import DTYPES
-from core.execution.native.structs import Weights
+from core.execution.native.structs import DTYPES, Weights
 from core.logs import get_logger
 
 logger = get_logger(__name__)
 
 MAX_HEAD_DIM = 512
 MAX_PARTS = 64  # that one merge takes
-
 
 _EVERY_ROW = 1 << 30
 
@@ -67,15 +65,8 @@ def load_native(cache_dir: Path, threads: int | Callable[[], int] | None = None)
         return None
 
 
-def _rms_norm_in_torch(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, cast_first: bool
-) -> torch.Tensor:
-    """What `NativeKernels.rms_norm` says, for tensors that it does not cover."""
-    wide = x.float()
-    normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    if cast_first:
-        return (weight + offset if offset else weight) * normal.to(x.dtype)
-    return (normal * (weight.float() + offset)).to(x.dtype)
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _as_int32(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -85,7 +76,7 @@ def _as_int32(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _describe(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor, window: int, causal: bool
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor, window: int
 ) -> tuple[ctypes.Array[ctypes.c_int64], ctypes.Array[ctypes.c_int64]]:
     """`sizes` and `strides` of `vrm_paged_attention`; refuses what does not fit together."""
     heads, dim = q.shape[1:]
@@ -95,7 +86,7 @@ def _describe(
     if q.dtype != k_cache.dtype or q.dtype != v_cache.dtype:
         raise TypeError(f"queries, keys and values differ in dtype: {q.dtype}, {k_cache.dtype}, {v_cache.dtype}")
     seqs, max_blocks = block_tables.shape
-    sizes = (_i64 * 9)(seqs, heads, kv_heads, dim, v_cache.shape[3], block_size, max_blocks, window, causal)
+    sizes = (_i64 * 8)(seqs, heads, kv_heads, dim, v_cache.shape[3], block_size, max_blocks, window)
     return sizes, (_i64 * 8)(q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3])
 
 
@@ -120,12 +111,10 @@ class NativeKernels:
 
         self._linear = bind("vrm_linear", _ptr, _i64, _ptr, _i64, _ptr, _int)
         self._pack = bind("vrm_pack", _i64, _i64, _ptr, _ptr, _int)
-        self._attention = bind("vrm_paged_attention", _int, *[_ptr] * 9, _float, _float, _ptr, _ptr, _int)
-        self._partial = bind("vrm_paged_attention_partial", _int, *[_ptr] * 10, _float, _float, _ptr, _ptr, _int)
+        self._attention = bind("vrm_paged_attention", _int, *[_ptr] * 11, _float, _float, _ptr, _ptr, _int)
         self._merge = bind("vrm_merge_partials", _int, *[_ptr] * 5, _int, status=False)
         self._write_kv = bind("vrm_write_kv", *[_ptr] * 6, status=False)
-        norm = (_int, _i64, _i64, _ptr, _i64, _ptr, _float, _float, _int, _ptr)
-        self._rms_norm = bind("vrm_rms_norm", *norm, status=False)
+        self._rms_norm = bind("vrm_rms_norm", _int, _i64, _i64, _ptr, _i64, _ptr, _float, _ptr, status=False)
         self._attention_layer = bind("vrm_attention_layer", _ptr, _ptr, _ptr, _i64, _ptr, _ptr, _ptr, _int)
         self._gated_mlp = bind("vrm_gated_mlp", _ptr, _int, _i64, _ptr, _i64, _ptr, _int)
 
@@ -142,24 +131,11 @@ class NativeKernels:
             raise MemoryError(_NO_MEMORY)
         return exponents
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """`x` `[..., K]` times `weight` `[N, K]` transposed, plus `bias` `[N]`; sums in fp32, result in `x`'s dtype.
-
-        What the kernel does not cover, or torch does faster, goes to torch.
-        """
-        if PreparedLinear.covers(weight, bias):
-            return PreparedLinear(self, weight, bias)(x)
-        return F.linear(x, weight, bias)
-
-    def linear_native(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """`linear`, always in the kernel: a row's result never depends on the other rows. All in one dtype."""
-        return PreparedLinear(self, weight, bias).run(x)
-
     def paged_attention(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
         query_start: torch.Tensor, seq_lens: torch.Tensor, scale: float, *, sliding_window: int = 0,
-        softcap: float = 0.0, sinks: torch.Tensor | None = None, causal: bool = True,
-        out: torch.Tensor | None = None, lse: torch.Tensor | None = None,
+        softcap: float = 0.0, sinks: torch.Tensor | None = None,
+        bounds: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Attention of packed queries over paged keys and values, all in one dtype (bf16, fp16 or fp32), on the CPU.
 
@@ -172,60 +148,30 @@ class NativeKernels:
             sliding_window: a query at position i sees keys j with `i - window < j <= i`; 0: all `j <= i`.
             softcap: scores become `cap * tanh(score / cap)`; 0: they do not.
             sinks: fp32 `[Hq]`, logits that join the softmax's denominator without a value.
-            causal: False lets every query see all `seq_lens` keys (for attention over pages of another site).
-            out, lse: where to write; contiguous, and every row is written.
+            bounds: `(lo, hi)`, int32 `[T]`, ascending with the rows of a sequence, where keys are those that lie at one
+                place: row r sees those numbered `lo[r] <= j < hi[r]`, whatever its position and the window.
 
         Returns:
-            `[T, Hq, Dv]` in `q`'s dtype, and fp32 `[T, Hq]`: the natural log of the sum of exponentials of the scores,
-            sinks left out, so that partial results merge; a row that sees no key gets zeros and -inf.
+            `[T, Hq, Dv]` in `q`'s dtype, or with `bounds` in fp32, and fp32 `[T, Hq]`: the natural log of the sum of
+            exponentials of the scores, sinks left out, so that partial results merge. A row that sees no key gets zeros
+            and -inf.
 
         Each sequence's result is the same whatever else is in the batch and however many threads there are.
         """
         if q.stride(2) != 1:
             q = q.contiguous()
         block_tables, query_start, seq_lens = _as_int32(block_tables, query_start, seq_lens)
-        sizes, strides = _describe(q, k_cache, v_cache, block_tables, sliding_window, causal)
-        if out is None:
-            out = q.new_empty((*q.shape[:2], v_cache.shape[3]))
-        if lse is None:
-            lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-        sinks_ptr = None
-        if sinks is not None:
-            sinks = sinks.to(torch.float32).contiguous()
-            sinks_ptr = sinks.data_ptr()
+        lo, hi = (None, None) if bounds is None else _as_int32(*bounds)
+        if lo is not None and hi is not None and not len(lo) == len(hi) == len(q):
+            raise ValueError(f"{len(q)} rows have bounds for {len(lo)} and {len(hi)}")
+        sizes, strides = _describe(q, k_cache, v_cache, block_tables, sliding_window)
+        sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
+        out = q.new_empty((*q.shape[:2], v_cache.shape[3]), dtype=q.dtype if bounds is None else torch.float32)
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
         status = self._attention(
             DTYPES[q.dtype], sizes, strides, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
-            block_tables.data_ptr(), query_start.data_ptr(), seq_lens.data_ptr(), sinks_ptr, scale, softcap,
-            out.data_ptr(), lse.data_ptr(), self.num_threads(),
-        )  # fmt: skip
-        if status:
-            raise MemoryError(_NO_MEMORY)
-        return out, lse
-
-    def paged_attention_partial(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
-        query_start: torch.Tensor, seq_lens: torch.Tensor, row_lo: torch.Tensor, row_hi: torch.Tensor, scale: float, *,
-        softcap: float = 0.0,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """`paged_attention` over the keys that lie at one place, to be merged with the keys elsewhere.
-
-        Row r sees the keys numbered `row_lo[r] <= j < row_hi[r]` (int32 `[T]`, ascending with the rows of a sequence)
-        of the `seq_lens` that its sequence has here. Returns fp32 `[T, Hq, Dv]`, whatever the dtype of the pages, and
-        the log-sum-exp.
-        """
-        if q.stride(2) != 1:
-            q = q.contiguous()
-        block_tables, query_start, seq_lens = _as_int32(block_tables, query_start, seq_lens)
-        row_lo, row_hi = _as_int32(row_lo, row_hi)
-        if not len(row_lo) == len(row_hi) == len(q):
-            raise ValueError(f"{len(q)} rows have bounds for {len(row_lo)} and {len(row_hi)}")
-        sizes, strides = _describe(q, k_cache, v_cache, block_tables, 0, False)
-        out = q.new_empty((*q.shape[:2], v_cache.shape[3]), dtype=torch.float32)
-        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-        status = self._partial(
-            DTYPES[q.dtype], sizes, strides, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
-            block_tables.data_ptr(), query_start.data_ptr(), seq_lens.data_ptr(), row_lo.data_ptr(), row_hi.data_ptr(),
-            scale, softcap, out.data_ptr(), lse.data_ptr(), self.num_threads(),
+            block_tables.data_ptr(), query_start.data_ptr(), seq_lens.data_ptr(), _address(lo), _address(hi),
+            _address(sinks), scale, softcap, out.data_ptr(), lse.data_ptr(), self.num_threads(),
         )  # fmt: skip
         if status:
             raise MemoryError(_NO_MEMORY)
@@ -246,8 +192,7 @@ class NativeKernels:
         addresses = _ptr * len(parts)
         self._merge(
             DTYPES[dtype], (_i64 * 4)(len(parts), *shape), addresses(*(out.data_ptr() for out in outs)),
-            addresses(*(lse.data_ptr() for lse in lses)), None if sinks is None else sinks.data_ptr(),
-            merged.data_ptr(), self.num_threads(),
+            addresses(*(lse.data_ptr() for lse in lses)), _address(sinks), merged.data_ptr(), self.num_threads(),
         )  # fmt: skip
         return merged
 
@@ -273,24 +218,19 @@ class NativeKernels:
             slot_mapping.data_ptr(),
         )  # fmt: skip
 
-    def rms_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, eps: float, *, offset: float = 0.0, cast_first: bool = True
-    ) -> torch.Tensor:
-        """`x` `[..., K]` over its root mean square, times `weight` `[K]` `+ offset`; sums in fp32.
-
-        `cast_first` rounds the normalised row to `x`'s dtype before the product, as Llama's modules do; without it the
-        product is rounded once, as Gemma's do (with `offset` 1).
-        """
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """`x` `[..., K]` over its root mean square, times `weight` `[K]`, as Llama's modules do it: sums in fp32, and
+        the normalised row is rounded to `x`'s dtype before the product."""
         k = x.shape[-1]
         if x.dtype is not weight.dtype or x.dtype not in DTYPES or not x.is_cpu or weight.stride(0) != 1:
-            return _rms_norm_in_torch(x, weight, eps, offset, cast_first)
+            wide = x.float()
+            return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
         rows = x.reshape(-1, k)
         if rows.stride(1) != 1:
             rows = rows.contiguous()
         out = x.new_empty(x.shape)
         self._rms_norm(
-            DTYPES[x.dtype], rows.shape[0], k, rows.data_ptr(), rows.stride(0), weight.data_ptr(), eps, offset,
-            cast_first, out.data_ptr(),
+            DTYPES[x.dtype], rows.shape[0], k, rows.data_ptr(), rows.stride(0), weight.data_ptr(), eps, out.data_ptr()
         )  # fmt: skip
         return out
 

@@ -80,7 +80,6 @@ INLINE void rope_token(const Rope *r, int dt, int64_t token) {
 
 static void rope_share(void *context, int64_t token, int thread) {
     const Rope *r = context;
-    (void)thread;
     if (r->dt == DT_BF16) rope_token(r, DT_BF16, token);
     else if (r->dt == DT_FP16) rope_token(r, DT_FP16, token);
     else rope_token(r, DT_FP32, token);
@@ -97,13 +96,12 @@ static void write_kv(const AttentionLayer *l, const Step *s, const char *k, cons
 
 static int attend(const AttentionLayer *l, const Step *s, const char *q, char *out, float *lse, int threads) {
     const int64_t *ks = l->k_strides, *vs = l->v_strides;
-    const int64_t sizes[9] = {s->seqs, l->heads, l->kv_heads, l->dim, l->dim, l->block_size, s->max_blocks, l->window, 1};
+    const int64_t sizes[8] = {s->seqs, l->heads, l->kv_heads, l->dim, l->dim, l->block_size, s->max_blocks, l->window};
     const int64_t strides[8] = {l->heads * l->dim, l->dim, ks[0], ks[1], ks[2], vs[0], vs[1], vs[2]};
     return vrm_paged_attention((int)l->type, sizes, strides, q, l->k_pages, l->v_pages, s->tables, s->query_start,
-                               s->seq_lens, l->sinks, (float)l->scale, (float)l->softcap, out, lse, threads);
+                               s->seq_lens, NULL, NULL, l->sinks, (float)l->scale, (float)l->softcap, out, lse,
+                               threads);
 }
-
-INLINE int64_t round64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 /* y [tokens, hidden] = attention of x [tokens, hidden], leading dimension ldx; K and V of the tokens go to their slots.
  * `cos`, `sin` [tokens, dim]. Returns 0, or 1 when scratch memory could not be had. */
@@ -121,8 +119,8 @@ EXPORT int vrm_attention_layer(const AttentionLayer *l, const Step *s, const voi
     int status = vrm_linears(projections, 3, tokens, x, ldx, to, threads);
     if (!status) {
         const float eps = (float)l->norm_eps;
-        if (l->q_norm) vrm_rms_norm(dt, tokens * l->heads, l->dim, q, l->dim, l->q_norm, eps, 0, 1, q);
-        if (l->k_norm) vrm_rms_norm(dt, tokens * l->kv_heads, l->dim, k, l->dim, l->k_norm, eps, 0, 1, k);
+        if (l->q_norm) vrm_rms_norm(dt, tokens * l->heads, l->dim, q, l->dim, l->q_norm, eps, q);
+        if (l->k_norm) vrm_rms_norm(dt, tokens * l->kv_heads, l->dim, k, l->dim, l->k_norm, eps, k);
         Rope rope = {.dt = dt, .dim = l->dim, .heads = {l->heads, l->kv_heads}, .x = {q, k}, .cos = cos, .sin = sin};
         vrm_parallel(rope_share, &rope, tokens, threads);
         write_kv(l, s, k, v);
@@ -170,7 +168,6 @@ INLINE void gate_row(const Gated *g, int dt, int64_t row) {
 
 static void gate_share(void *context, int64_t row, int thread) {
     const Gated *g = context;
-    (void)thread;
     if (g->dt == DT_BF16) gate_row(g, DT_BF16, row);
     else if (g->dt == DT_FP16) gate_row(g, DT_FP16, row);
     else gate_row(g, DT_FP32, row);

@@ -21,12 +21,11 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from core.execution.attention.interface import LayerAttention, bound_attention
 from core.execution.attention.metadata import AttentionMetadata
-from core.execution.native.dtypes import DTYPES
 from core.execution.native.kernels import MAX_ROWS, NativeKernels
 from core.execution.native.modules import NativeLinear, is_llama_norm
 from core.execution.native.packed import linear_facts
 from core.execution.native.recognize import same_forward
-from core.execution.native.structs import AttentionLayer, StepView, Weights, weights_array
+from core.execution.native.structs import DTYPES, AttentionLayer, StepView, Weights, weights_array
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -79,11 +78,7 @@ class _Attention:
         bound = bound_attention(self)
         if bound is not None and past_key_values is None and not torch.is_grad_enabled():
             metadata, layer = bound.ready(), self._layer(bound)
-            if (
-                metadata is not None
-                and layer is not None
-                and _covers(layer, hidden_states, position_embeddings, metadata)
-            ):
+            if metadata and layer and _covers(layer, hidden_states, position_embeddings, metadata):
                 return self._run(layer, metadata, hidden_states, *position_embeddings), None
         return super().forward(  # type: ignore[misc, no-any-return]
             hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
@@ -143,7 +138,7 @@ def _prepare(module: Any, bound: LayerAttention) -> AttentionLayer | None:
     if norms and (norms[0].variance_epsilon != norms[1].variance_epsilon or norms[0].weight.shape != (dim,)):
         return None
     window = bound.window if module._window is None else module._window(module)
-    strides = [(_triple(pages)) for pages in (k_pages, v_pages)]
+    strides = [pages.stride()[:3] for pages in (k_pages, v_pages)]
     return AttentionLayer(
         DTYPES[k_pages.dtype], q.n // dim, kv_heads, dim, k_pages.shape[1], window or 0, *strides,
         k_pages.data_ptr(), v_pages.data_ptr(), 0, *([n.weight.data_ptr() for n in norms] or (0, 0)), q, k, v, o,
@@ -151,23 +146,16 @@ def _prepare(module: Any, bound: LayerAttention) -> AttentionLayer | None:
     )  # fmt: skip
 
 
-def _triple(pages: torch.Tensor) -> tuple[int, int, int]:
-    block, token, head, _ = pages.stride()
-    return block, token, head
-
-
 class _GatedMLP:
     """Mixed into an MLP class: `down(act(gate(x)) * up(x))`, `[..., hidden]` in and out."""
 
     _native: NativeLayers
     _activation: int
-    _weights: Any
-    _first: Weights
 
     def tensors_moved(self) -> None:
         """The parameters have other addresses than when they were looked up."""
-        self._weights = _mlp_weights(self)
-        self._first = self._weights[0]
+        self._weights: Any = weights_array(_facts(self, _MLP_PARTS) or ())
+        self._first: Weights = self._weights[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         first = self._first
@@ -190,7 +178,7 @@ def _subclass(mixin: type, base: type) -> type:
     return type(f"Native{base.__name__}", (mixin, base), {"__module__": base.__module__})
 
 
-def _facts(module: nn.Module, names: tuple[str, ...]) -> list[Weights] | None:
+def _facts(module: object, names: tuple[str, ...]) -> list[Weights] | None:
     """What the kernels have to know of a module's linear layers; None if they do not cover all of them."""
     facts = [linear_facts(getattr(module, name, None)) for name in names]
     found = [each for each in facts if each is not None]
@@ -217,20 +205,15 @@ def _adopt_attention(module: nn.Module, native: NativeLayers) -> bool:
     return False
 
 
-def _mlp_weights(module: Any) -> Any:
-    return weights_array(_facts(module, _MLP_PARTS) or ())
-
-
 def _adopt_mlp(module: nn.Module, native: NativeLayers) -> bool:
-    facts = _facts(module, _MLP_PARTS)
-    if facts is None or not same_forward(module, LlamaMLP):
+    if _facts(module, _MLP_PARTS) is None or not same_forward(module, LlamaMLP):
         return False
     grid = torch.linspace(-8, 8, 257)
     result = module.act_fn(grid)  # type: ignore[operator]
     for number, activation in enumerate(_ACTIVATIONS):
         if torch.equal(result, activation(grid)):
-            weights = weights_array(facts)
-            _become(module, _GatedMLP, _native=native, _activation=number, _weights=weights, _first=weights[0])
+            _become(module, _GatedMLP, _native=native, _activation=number)
+            module.tensors_moved()  # type: ignore[operator]
             return True
     return False
 

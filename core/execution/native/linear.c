@@ -40,17 +40,13 @@ INLINE int64_t tile_row(const Linear *p, int64_t band, int64_t i) {
 
 /* Widens rows [row, row + rows) of x; elements past K become zero. */
 INLINE void pack_rows(const Linear *p, int dt, int64_t row, int64_t rows) {
-    const int64_t es = elem_size(dt), full = p->k / 16;
+    const int64_t es = elem_size(dt);
     float *dst = p->packed + row * p->blocks * 16;
     for (int64_t r = 0; r < rows; r++) {
         const char *src = p->x + (row + r) * p->ldx * es;
         for (int64_t b = 0; b < p->blocks; b++) {
             char tail[64];
-            const char *block = src + b * 16 * es;
-            if (b >= full) {
-                copy_tail(dt, tail, block, p->k - b * 16);
-                block = tail;
-            }
+            const char *block = whole_block(dt, src + b * 16 * es, p->k - b * 16, tail);
             float *out = dst + (b * rows + r) * 16;
             store8(out, load_half(dt, block, 0));
             store8(out + 8, load_half(dt, block, 1));
@@ -222,7 +218,7 @@ INLINE int64_t share(int64_t n, int64_t i, int64_t parts) {
     return i == parts ? n : n * i / parts / COL_TILE * COL_TILE;
 }
 
-/* What threads call: the element type becomes a constant here, below OpenMP's outlined functions. */
+/* What threads call: the element type becomes a constant here. */
 static void pack_any(const Linear *p, int64_t row, int64_t end) {
     if (p->dt == DT_BF16) pack_rows(p, DT_BF16, row, end - row);
     else if (p->dt == DT_FP16) pack_rows(p, DT_FP16, row, end - row);
@@ -236,48 +232,28 @@ INLINE void stream_rows(const Linear *p, int dt, int64_t c0, int64_t c1) {
     else stream(p, dt, 4, c0, c1);
 }
 
-static void stream_any(const Linear *p, int64_t c0, int64_t c1) {
+static void stream_share(void *context, int64_t i, int thread) {
+    const Linear *p = context;
+    const int64_t c0 = share(p->n, i, p->shares), c1 = share(p->n, i + 1, p->shares);
     if (p->dt == DT_BF16) stream_rows(p, DT_BF16, c0, c1);
     else if (p->dt == DT_FP16) stream_rows(p, DT_FP16, c0, c1);
     else stream_rows(p, DT_FP32, c0, c1);
 }
 
-static void block_any(const Linear *p, int64_t band, int64_t chunk, float *sums) {
-    const int64_t c0 = chunk * COL_CHUNK, c1 = min64(p->n, c0 + COL_CHUNK);
-    if (p->dt == DT_BF16) block(p, DT_BF16, band, c0, c1, sums);
-    else if (p->dt == DT_FP16) block(p, DT_FP16, band, c0, c1, sums);
-    else block(p, DT_FP32, band, c0, c1, sums);
-}
-
-static void stream_share(void *context, int64_t i, int thread) {
-    const Linear *p = context;
-    (void)thread;
-    stream_any(p, share(p->n, i, p->shares), share(p->n, i + 1, p->shares));
-}
-
 static void pack_share(void *context, int64_t i, int thread) {
     const Linear *p = context;
     const int64_t per_band = MAX_ROWS / ROW_TILE + 1, band = i / per_band, tile = i % per_band;
-    (void)thread;
     if (tile < band_tiles(p, band)) pack_any(p, tile_row(p, band, tile), tile_row(p, band, tile + 1));
 }
 
 static void block_share(void *context, int64_t i, int thread) {
     const Linear *p = context;
-    const int64_t col_chunks = (p->n + COL_CHUNK - 1) / COL_CHUNK;
-    block_any(p, i / col_chunks, i % col_chunks, p->sums + (int64_t)thread * MAX_ROWS * COL_CHUNK);
-}
-
-static void run(Linear *p, int threads) {
-    if (p->m <= ROW_TILE) {
-        pack_any(p, 0, p->m);
-        p->shares = max64(1, min64(threads * SHARES, p->n / MIN_SHARE));
-        vrm_parallel(stream_share, p, p->shares, threads);
-        return;
-    }
-    const int64_t bands = (p->m + MAX_ROWS - 1) / MAX_ROWS, col_chunks = (p->n + COL_CHUNK - 1) / COL_CHUNK;
-    vrm_parallel(pack_share, p, bands * (MAX_ROWS / ROW_TILE + 1), threads);
-    vrm_parallel(block_share, p, bands * col_chunks, threads);
+    const int64_t col_chunks = (p->n + COL_CHUNK - 1) / COL_CHUNK, band = i / col_chunks;
+    const int64_t c0 = i % col_chunks * COL_CHUNK, c1 = min64(p->n, c0 + COL_CHUNK);
+    float *sums = p->sums + (int64_t)thread * MAX_ROWS * COL_CHUNK;
+    if (p->dt == DT_BF16) block(p, DT_BF16, band, c0, c1, sums);
+    else if (p->dt == DT_FP16) block(p, DT_FP16, band, c0, c1, sums);
+    else block(p, DT_FP32, band, c0, c1, sums);
 }
 
 EXPORT int vrm_linear(const Weights *w, int64_t m, const void *x, int64_t ldx, void *y, int threads) {
@@ -293,7 +269,15 @@ EXPORT int vrm_linear(const Weights *w, int64_t m, const void *x, int64_t ldx, v
     if (!memory) return 1;
     Linear p = {.dt = (int)w->type, .m = m, .n = w->n, .k = w->k, .ldx = ldx, .ldw = w->ld, .ldy = w->n, .x = x,
                 .w = w->weight, .bias = w->bias, .y = y, .packed = memory, .sums = memory + packed, .blocks = blocks};
-    run(&p, threads);
+    if (m <= ROW_TILE) {
+        pack_any(&p, 0, m);
+        p.shares = max64(1, min64(threads * SHARES, p.n / MIN_SHARE));
+        vrm_parallel(stream_share, &p, p.shares, threads);
+    } else {
+        const int64_t bands = (m + MAX_ROWS - 1) / MAX_ROWS, col_chunks = (p.n + COL_CHUNK - 1) / COL_CHUNK;
+        vrm_parallel(pack_share, &p, bands * (MAX_ROWS / ROW_TILE + 1), threads);
+        vrm_parallel(block_share, &p, bands * col_chunks, threads);
+    }
     free(memory);
     return 0;
 }

@@ -48,7 +48,6 @@ INLINE void merge_row(const Merge *m, int dt, int64_t row) {
 
 static void merge_share(void *context, int64_t row, int thread) {
     const Merge *m = context;
-    (void)thread;
     if (m->dt == DT_BF16) merge_row(m, DT_BF16, row);
     else if (m->dt == DT_FP16) merge_row(m, DT_FP16, row);
     else merge_row(m, DT_FP32, row);

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from core.execution.native.dtypes import DTYPES
 from core.execution.native.kernels import NativeKernels, PreparedLinear
 from core.execution.native.recognize import same_forward
+from core.execution.native.structs import DTYPES
 
 
 class NativeLinear(nn.Linear):
@@ -44,15 +44,13 @@ def swap_linears(model: nn.Module, kernels: NativeKernels) -> int:
     A module that is used in several places (tied layers) stays one module.
     """
     replaced: dict[nn.Module, NativeLinear] = {}
-    count = 0
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if type(child) is nn.Linear and PreparedLinear.covers(child.weight, child.bias):
                 if child not in replaced:
                     replaced[child] = NativeLinear(child, kernels)
-                    count += 1
                 setattr(parent, name, replaced[child])
-    return count
+    return len(replaced)
 
 
 class NativeRMSNorm(nn.Module):

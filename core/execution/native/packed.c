@@ -17,7 +17,8 @@
  * a unit, that is by 2^-12 of the group's largest, and by 2^-15 of it where few of them are as large.
  *
  * Range: e is at least -126 for x, and for W between -112 and 106, so that a sum of integers times the scale of W is a
- * normal number (smaller weights are off by at most 2^-127). Its product with the scale of x is rounded as it is added (FMA), and overflows only if it is too large.
+ * normal number (smaller weights are off by at most 2^-127). Its product with the scale of x is rounded as it is added
+ * (FMA), and overflows only if it is too large.
  * A group of x with an element that is not finite has scale NaN, and the row of y becomes NaN.
  *
  * Integer sums have no order, and groups are added in order of K: a row of y never depends on its neighbours, on the
@@ -122,7 +123,6 @@ INLINE int64_t tile_row(const Rows *p, int64_t band, int64_t i) {
 static void rows_share(void *context, int64_t i, int thread) {
     const Rows *p = context;
     const int64_t per_band = BAND / ROW_TILE, band = i / per_band, in_band = i % per_band;
-    (void)thread;
     if (in_band >= band_tiles(p, band)) return;
     const int64_t row = tile_row(p, band, in_band), rows = tile_row(p, band, in_band + 1) - row;
     int32_t *pairs = p->pairs + row * p->k / 2;
@@ -264,16 +264,14 @@ static void product_share(void *context, int64_t i, int thread) {
     }
 }
 
-INLINE size_t round_up(int64_t bytes) { return (size_t)((bytes + 63) / 64 * 64); }
-
 int vrm_packed_linears(const Weights *const *w, int count, int64_t m, const void *x, int64_t ldx, char *const *y,
                        int threads) {
     const int64_t k = w[0]->k, groups = groups_of(k), bands = (m + BAND - 1) / BAND;
-    const size_t sums = round_up((int64_t)threads * BAND * PANEL * 4), pairs = round_up(m * k * 2);
+    const int64_t sums = round64((int64_t)threads * BAND * PANEL * 4), pairs = round64(m * k * 2);
     Product p = {.rows = {.m = m, .k = k, .ldx = ldx, .groups = groups, .x = x}, .w = w, .y = y, .count = count};
     for (int i = 0; i < count; i++) p.panels += w[i]->n / PANEL;
     if (m < 1 || p.panels < 1) return 0;
-    char *memory = aligned_alloc(64, sums + pairs + round_up(m * groups * 4));
+    char *memory = aligned_alloc(64, (size_t)(sums + pairs + round64(m * groups * 4)));
     if (!memory) return 1;
     p.sums = (float *)memory;
     p.rows.pairs = (int32_t *)(memory + sums);
@@ -309,7 +307,7 @@ static void pack_share(void *context, int64_t panel, int thread) {
 EXPORT int vrm_packs(void) { return 1; }
 
 EXPORT int vrm_pack(int64_t n, int64_t k, void *w, void *exponents, int threads) {
-    char *scratch = aligned_alloc(64, round_up(threads * PANEL * k * 2));
+    char *scratch = aligned_alloc(64, (size_t)round64(threads * PANEL * k * 2));
     if (!scratch) return 1;
     Packing p = {.k = k, .w = w, .scratch = scratch, .exponents = exponents};
     vrm_parallel(pack_share, &p, n / PANEL, threads);

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -129,12 +128,8 @@ def _can_pack(weight: torch.Tensor) -> bool:
 
 def _shared_weights(model: nn.Module) -> set[torch.Tensor]:
     """Parameters whose memory overlaps that of another module's."""
-
-    def owned() -> Iterator[torch.Tensor]:
-        for module in model.modules():
-            yield from (item for item in (*module._parameters.values(), *module._buffers.values()) if item is not None)
-
-    tensors = sorted((t for t in owned() if t.is_cpu), key=lambda t: t.data_ptr())
+    held = (item for each in model.modules() for item in (*each._parameters.values(), *each._buffers.values()))
+    tensors = sorted((t for t in held if t is not None and t.is_cpu), key=lambda t: t.data_ptr())
     shared: set[torch.Tensor] = set()
     end, last = 0, None
     for tensor in tensors:

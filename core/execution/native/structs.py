@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from core.execution.native.dtypes import DTYPES
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+"""Element types of the kernels and their numbers in `common.h`."""
 
 _i64, _double = ctypes.c_int64, ctypes.c_double
 

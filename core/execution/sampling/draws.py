@@ -183,6 +183,9 @@ class Filters:
             np.array([item.min_p for item in params], dtype=np.float64),
         )
 
+    def rows(self, index: npt.NDArray[np.int64]) -> Filters:
+        return Filters(self.top_k[index], self.top_p[index], self.min_p[index])
+
 
 def draw_filtered(
     logits: torch.Tensor,
@@ -211,8 +214,8 @@ def draw_filtered(
         index = torch.from_numpy(tried).to(logits.device)
         mine = slice(None) if len(tried) == num_rows else index
         top, columns = largest(logits[mine], size)
-        tier = _Tier(top, probs[mine].gather(1, columns).to(torch.float64), totals[mine], whole)
-        column, settled = tier.draw(uniform[mine], filters, tried)
+        likely = probs[mine].gather(1, columns).to(torch.float64)
+        column, settled = _draw_from(top, likely, totals[mine], uniform[mine], filters.rows(tried), whole)
         tokens[index] = columns.gather(1, column).squeeze(1)
         if whole:
             break
@@ -222,44 +225,36 @@ def draw_filtered(
     return tokens
 
 
-@dataclass(frozen=True, slots=True)
-class _Tier:
-    """The largest logits `top` `[R, N]` of some rows, in order, with their probabilities (float64)."""
+def _draw_from(
+    top: torch.Tensor, probs: torch.Tensor, totals: torch.Tensor, uniform: torch.Tensor, filters: Filters, whole: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """From the largest logits `top` `[R, N]` of some rows (`whole`: all of them), in order, with their probabilities.
 
-    top: torch.Tensor
-    probs: torch.Tensor
-    totals: torch.Tensor
-    whole: bool
+    Returns columns, `[R, 1]`, and whether the tier settles each row, bool `[R]`.
+    """
+    device, size = top.device, top.shape[1]
+    top_k, top_p, min_p, limited = (
+        torch.from_numpy(values).to(device)[:, None]
+        for values in (filters.top_k, filters.top_p, filters.min_p, (filters.top_k <= size) | (filters.min_p > 0.0))
+    )
 
-    def draw(
-        self, uniform: torch.Tensor, filters: Filters, rows: npt.NDArray[np.int64]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Columns drawn, `[R, 1]`, and whether the tier settles each row, bool `[R]`."""
-        device, size = self.top.device, self.top.shape[1]
-        top_k = torch.from_numpy(filters.top_k[rows]).to(device)[:, None]
-        top_p = torch.from_numpy(filters.top_p[rows]).to(device)[:, None]
-        min_p = torch.from_numpy(filters.min_p[rows]).to(device)[:, None]
-        limited = torch.from_numpy((filters.top_k[rows] <= size) | (filters.min_p[rows] > 0.0)).to(device)[:, None]
-
-        kept = self.top >= self.top.gather(1, top_k.clamp(max=size) - 1)
-        kept &= self.probs >= min_p * self.probs[:, :1]
-        cumulative = self.probs.cumsum(dim=1)
-        last = _last(kept)
-        settled = ~limited | self._ends_inside(last)
-        mass = torch.where(limited, cumulative.gather(1, last), self.totals[:, None])
-
-        before = torch.cat((torch.zeros_like(mass), cumulative[:, :-1]), dim=1)
-        kept &= before < top_p * mass
-        last = _last(kept)
-        settled &= self._ends_inside(last)
-        target = below(cumulative.gather(1, last).squeeze(1), uniform)
-        return torch.minimum(pick(cumulative, target), last), settled.squeeze(1)
-
-    def _ends_inside(self, last: torch.Tensor) -> torch.Tensor:
+    def ends_inside(last: torch.Tensor) -> torch.Tensor:
         """Whether no token outside the tier could equal the one at `last` `[R, 1]`."""
-        if self.whole:
-            return torch.ones_like(last, dtype=torch.bool)
-        return self.top.gather(1, last) > self.top[:, -1:]
+        return torch.ones_like(last, dtype=torch.bool) if whole else top.gather(1, last) > top[:, -1:]
+
+    kept = top >= top.gather(1, top_k.clamp(max=size) - 1)
+    kept &= probs >= min_p * probs[:, :1]
+    cumulative = probs.cumsum(dim=1)
+    last = _last(kept)
+    settled = ~limited | ends_inside(last)
+    mass = torch.where(limited, cumulative.gather(1, last), totals[:, None])
+
+    before = torch.cat((torch.zeros_like(mass), cumulative[:, :-1]), dim=1)
+    kept &= before < top_p * mass
+    last = _last(kept)
+    settled &= ends_inside(last)
+    target = below(cumulative.gather(1, last).squeeze(1), uniform)
+    return torch.minimum(pick(cumulative, target), last), settled.squeeze(1)
 
 
 def _last(kept: torch.Tensor) -> torch.Tensor:

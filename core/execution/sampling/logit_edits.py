@@ -8,28 +8,14 @@ extended by the tokens that were added since.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from core.request import SamplingParams
-
-
-class EditedRow(Protocol):
-    """The part of a `SamplingRow` that edits read."""
-
-    @property
-    def seq_id(self) -> int: ...
-    @property
-    def params(self) -> SamplingParams: ...
-    @property
-    def prompt_token_ids(self) -> Sequence[int]: ...
-    @property
-    def output_token_ids(self) -> Sequence[int]: ...
-    @property
-    def suppress_token_ids(self) -> tuple[int, ...]: ...
+if TYPE_CHECKING:
+    from core.execution.sampler import SamplingRow
 
 
 class TokenCounts:
@@ -87,31 +73,26 @@ class LogitEditor:
         self._counts: dict[int, TokenCounts] = {}
         self._biases: dict[int, tuple[Mapping[int, float], npt.NDArray[np.int64], npt.NDArray[np.float32]]] = {}
 
-    @property
-    def num_tracked(self) -> int:
-        """Sequences that have state here."""
-        return len(self._counts.keys() | self._biases.keys())
-
     def forget(self, seq_ids: Iterable[int]) -> None:
         for seq_id in seq_ids:
             self._counts.pop(seq_id, None)
             self._biases.pop(seq_id, None)
 
-    def apply(self, logits: torch.Tensor, rows: Sequence[EditedRow]) -> None:
+    def apply(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
         """Edit contiguous float32 `logits` `[R, V]` in place."""
         flat = logits.view(-1)
         self._add_biases(flat, rows)
         self._suppress(flat, rows)
         self._penalize(flat, rows)
 
-    def _add_biases(self, flat: torch.Tensor, rows: Sequence[EditedRow]) -> None:
+    def _add_biases(self, flat: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
         found = [(index, *self._bias(row)) for index, row in enumerate(rows) if row.params.logit_bias]
         if found:
             positions = np.concatenate([ids + index * self._vocab_size for index, ids, _ in found])
             values = np.concatenate([values for _, _, values in found])
             flat.index_add_(0, self._tensor(positions), self._tensor(values))
 
-    def _bias(self, row: EditedRow) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    def _bias(self, row: SamplingRow) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         bias = row.params.logit_bias
         known = self._biases.get(row.seq_id)
         if known is None or known[0] is not bias:
@@ -122,7 +103,7 @@ class LogitEditor:
             self._biases[row.seq_id] = known
         return known[1], known[2]
 
-    def _suppress(self, flat: torch.Tensor, rows: Sequence[EditedRow]) -> None:
+    def _suppress(self, flat: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
         positions = [
             index * self._vocab_size + token
             for index, row in enumerate(rows)
@@ -132,28 +113,26 @@ class LogitEditor:
         if positions:
             flat.index_fill_(0, self._tensor(np.array(positions, dtype=np.int64)), -torch.inf)
 
-    def _penalize(self, flat: torch.Tensor, rows: Sequence[EditedRow]) -> None:
-        penalized = [(index, row) for index, row in enumerate(rows) if row.params.penalized]
-        found = [(index, row.params, self._token_counts(row)) for index, row in penalized]
+    def _penalize(self, flat: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+        found = [(index, row.params, self._token_counts(row)) for index, row in enumerate(rows) if row.params.penalized]
         if not found:
             return
         sizes = [len(counts.ids) for _, _, counts in found]
-
-        def per_token(values: list[float]) -> torch.Tensor:
-            return self._tensor(np.repeat(np.array(values, dtype=np.float32), sizes))
-
         positions = self._tensor(np.concatenate([counts.ids + index * self._vocab_size for index, _, counts in found]))
         counts = self._tensor(np.concatenate([counts.counts for _, _, counts in found])).to(torch.float32)
-        repetition = per_token([params.repetition_penalty for _, params, _ in found])
-        frequency = per_token([params.frequency_penalty for _, params, _ in found])
-        presence = per_token([params.presence_penalty for _, params, _ in found])
+        repetition, frequency, presence = (
+            self._tensor(
+                np.repeat(np.array([getattr(params, name) for _, params, _ in found], dtype=np.float32), sizes)
+            )
+            for name in ("repetition_penalty", "frequency_penalty", "presence_penalty")
+        )
         values = flat[positions]
         values = torch.where(values > 0, values / repetition, values * repetition)
         values -= frequency * counts
         values -= presence * (counts > 0)
         flat[positions] = values
 
-    def _token_counts(self, row: EditedRow) -> TokenCounts:
+    def _token_counts(self, row: SamplingRow) -> TokenCounts:
         counts = self._counts.get(row.seq_id)
         if counts is None or counts.num_output_tokens > len(row.output_token_ids):
             counts = TokenCounts(row.prompt_token_ids, self._vocab_size)
