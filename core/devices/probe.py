@@ -134,8 +134,7 @@ def _probe_mps() -> tuple[list[PhysicalDevice], str]:
 
     if not torch.backends.mps.is_available():
         return [], ""  # worth a line on a Mac only, where torch always has it
-    total = torch.mps.recommended_max_memory()
-    free = total - torch.mps.driver_allocated_memory()
+    free, total = torch_memory(Device("mps", 0, "mps", "mps", 0))
     return [PhysicalDevice("mps", "mps", "mps", "Apple GPU", total, free)], ""
 
 
@@ -187,10 +186,14 @@ def read_memory(devices: Sequence[Device], machine: Machine | None = None) -> tu
 def free_bytes_of(device: Device) -> int:
     """Free memory of a logical device's physical device now, other processes' use included. Asks that device alone, in
     well under a millisecond, and may be called while a model serves: a machine is probed at the start only."""
-    if device.computes_on_cpu:
-        return probe_cpu().free_bytes
+    return probe_cpu().free_bytes if device.computes_on_cpu else torch_memory(device)[0]
+
+
+def torch_memory(device: Device) -> tuple[int, int]:
+    """Free and total bytes of an accelerator, as torch tells them."""
     import torch
 
     if device.is_mps:
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return torch.cuda.mem_get_info(device.torch_device)[0]
+        total = torch.mps.recommended_max_memory()
+        return total - torch.mps.driver_allocated_memory(), total
+    return torch.cuda.mem_get_info(device.torch_device)

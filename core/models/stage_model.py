@@ -9,7 +9,7 @@ anything that `forward` does to embeddings (granite multiplies them, gpt2 and op
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,30 +160,38 @@ def load_stage(
 
     Raises `CheckpointError` if the checkpoint lacks tensors or their shapes do not fit the config.
     """
-    device_map = None if device.type == "cpu" else {"": device}
+    try:
+        with Checkpoint(path, on_read) as checkpoint:
+            model, info = build_stage(architecture, part, device, checkpoint.tensors(), attention)
+    except (RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{path.name} does not match its config: {error}") from error
+    _check_complete(path, info)
+    return model
+
+
+def build_stage(
+    architecture: Architecture, part: StageSlice, device: torch.device, tensors: Mapping[str, Any], attention: str
+) -> tuple[Any, dict[str, Any]]:
+    """The causal model of one stage on `device` from tensors by name, cut, in eval mode; and transformers' report."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        with Checkpoint(path, on_read) as checkpoint:
-            model, info = stage_class(architecture, part).from_pretrained(
-                None,
-                config=architecture.config,
-                state_dict=checkpoint.tensors(),
-                dtype=architecture.dtype,
-                device_map=device_map,
-                attn_implementation=attention,
-                generation_config=GenerationConfig(),
-                output_loading_info=True,
-            )
-    except (RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{path.name} does not match its config: {error}") from error
+        model, info = stage_class(architecture, part).from_pretrained(
+            None,
+            config=architecture.config,
+            state_dict=tensors,
+            dtype=architecture.dtype,
+            device_map=None if device.type == "cpu" else {"": device},
+            attn_implementation=attention,
+            generation_config=GenerationConfig(),
+            output_loading_info=True,
+        )
     finally:
         transformers_logging.set_verbosity(verbosity)
-    _check_complete(path, info)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return model.eval()
+    return model.eval(), info
 
 
 def load_layers(

@@ -26,7 +26,7 @@ from itertools import product
 from core.costs.cost import Batch, StageCost, best_cohorts, decode_tok_s
 from core.costs.plan import SLOTS, PlacementPlan, PlacementProblem, StagePlan
 from core.errors import InsufficientMemoryError, InvalidRequestError
-from core.placement.search import Cut, PlacementSearch
+from core.placement.search import Cut, PlacementSearch, lacking_memory
 from core.placement.splitter import cuts_by_memory
 
 BY_HAND = "by hand"
@@ -177,14 +177,7 @@ def place_profiled(
     Raises:
         InsufficientMemoryError: no plan holds as much.
     """
-    devices = request.devices
-    search = PlacementSearch(
-        request.costs,
-        [device.profile for device in devices],
-        [device.limit_bytes for device in devices],
-        request.links,
-        required,
-    )
+    search = PlacementSearch(request.costs, request.devices, request.links, required)
     least = _assured_tokens(request, search) if least_kv_tokens is None else least_kv_tokens
     assured = replace(request, min_kv_tokens=least, max_kv_tokens=max(least, request.max_kv_tokens))
     plans = [build_plan(assured, "profiled", cuts) for cuts in _searched(request, search, least)]
@@ -281,17 +274,11 @@ def cuts_by_hand(request: PlacementProblem, layers: tuple[int, ...]) -> list[Cut
 def _insufficient(request: PlacementProblem, cuts: Sequence[Cut]) -> InsufficientMemoryError:
     tokens, devices = request.least_kv_tokens, request.devices
     lacking = {
-        devices[cut.device].name: max(0, request.costs.needed_bytes(cut.first, cut.last, tokens) - limit)
-        for cut in cuts
-        for limit in (devices[cut.device].limit_bytes,)
+        devices[device].name: max(0, request.costs.needed_bytes(first, last, tokens) - devices[device].limit_bytes)
+        for device, first, last in cuts
     }
-    listed = ", ".join(f"{name} lacks {count} bytes" for name, count in lacking.items() if count)
     layers = ", ".join(f"{cut.last - cut.first} layers on {devices[cut.device].name}" for cut in cuts)
-    return InsufficientMemoryError(
-        f"{request.model_name} does not fit with a KV cache of {tokens} tokens and {layers}"
-        + (f": {listed}." if listed else "."),
-        lacking_bytes=lacking,
-    )
+    return lacking_memory(f"{request.model_name} does not fit with a KV cache of {tokens} tokens and {layers}", lacking)
 
 
 def _check(request: PlacementProblem, plan: PlacementPlan, strategy: str) -> None:

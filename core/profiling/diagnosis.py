@@ -53,21 +53,14 @@ class Datasheet:
 
 @dataclass(frozen=True, slots=True)
 class DeviceDiagnosis:
-    """One logical device.
+    """One logical device; speeds and overheads are its profile's (`core.costs.DeviceProfile`).
 
     Attributes:
-        name, kind, product: as logical device, what it is, and whose memory it has.
+        product: the device whose memory it has.
         total_bytes, free_bytes: of the physical device now, other processes' use included.
         limit_bytes: what a plan may use.
         attention: the attention backend it gets; "native" comes with the compiled linear layers.
-        source: "measured", or "emulated" for a device with a given speed.
-        bandwidth_bytes_s: at which weights are read.
-        kv_bandwidth_bytes_s: at which attention gets through KV.
         flops: operations per second by rows of the matrix product ("1", "16", "256").
-        layer_overhead_s, row_overhead_s, step_overhead_s: per layer, per layer and token, and per forward pass, beyond
-            reading and computing.
-        sharing: how many times longer reading and computing take while all parts of the device's processor compute;
-            None for a device that is not a part.
         compute_bound_streams: from how many streams on a step takes longer than for one, because computing takes longer
             than reading the weights; None: not up to thousands.
         limits: the same in a sentence.
