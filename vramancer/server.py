@@ -34,6 +34,7 @@ def serve(settings: Settings) -> int:
     Raises:
         VRAMancerError: the server cannot start; nothing is left running.
     """
+    from core.api import create_app
     from core.inference_pipeline import InferencePipeline
     from core.metrics.server import MetricsServer
     from core.security.token import check_bind, resolve_token
@@ -50,7 +51,10 @@ def serve(settings: Settings) -> int:
             with _interruptible():
                 pipeline.load()
                 bar.finish()
-                _serve_loaded(pipeline, listener, token, created=created, token_file=token_file)
+                app = create_app(pipeline, token=token)
+                banner = _banner(pipeline, listener, token if created else None, token_file)
+                listen(listener)
+                run_until_stopped(app, listener, pipeline.settings.api, on_ready=lambda: typer.echo(banner))
         except KeyboardInterrupt:
             bar.finish()
             typer.echo("stopped before the server was ready", err=True)
@@ -60,17 +64,6 @@ def serve(settings: Settings) -> int:
             metrics.stop()
     logger.info("stopped")
     return leave(0)
-
-
-def _serve_loaded(
-    pipeline: InferencePipeline, listener: socket.socket, token: str, *, created: bool, token_file: Path | None
-) -> None:
-    from core.api import create_app
-
-    app = create_app(pipeline, token=token)
-    banner = _banner(pipeline, listener, token if created else None, token_file)
-    listen(listener)
-    run_until_stopped(app, listener, pipeline.settings.api, on_ready=lambda: typer.echo(banner))
 
 
 @contextmanager

@@ -85,24 +85,21 @@ def run_until_stopped(
         _run_gunicorn(app, listener, settings, on_ready)
 
 
-class _StopSignals:
-    """The first SIGINT or SIGTERM calls `stop`, the second exits."""
+def _on_stop_signals(stop: Callable[[], None], drain_timeout_s: float) -> None:
+    """From now on the first SIGINT or SIGTERM calls `stop`, the second exits."""
+    note = f"\nstopping: running requests get {drain_timeout_s:g} s; once more to exit at once\n".encode()
+    stopping = False
 
-    def __init__(self, stop: Callable[[], None], drain_timeout_s: float) -> None:
-        self._stop = stop
-        self._note = f"\nstopping: running requests get {drain_timeout_s:g} s; once more to exit at once\n".encode()
-        self._stopping = False
-
-    def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._stopping:
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal stopping
+        if stopping:
             os._exit(_INTERRUPTED)
-        self._stopping = True
-        os.write(2, self._note)  # unbuffered: a signal may come in the middle of a print
-        self._stop()
+        stopping = True
+        os.write(2, note)  # unbuffered: a signal may come in the middle of a print
+        stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
 
 
 def _run_gunicorn(
@@ -123,7 +120,7 @@ def _run_gunicorn(
         """The threaded worker without a parent process."""
 
         def init_signals(self) -> None:
-            _StopSignals(lambda: self.handle_exit(signal.SIGTERM, None), settings.drain_timeout_s).install()
+            _on_stop_signals(lambda: self.handle_exit(signal.SIGTERM, None), settings.drain_timeout_s)
             on_ready()
 
         def is_parent_alive(self) -> bool:
@@ -157,7 +154,7 @@ def _run_werkzeug(
     server = make_server(host, port, counted, threaded=True, request_handler=Handler, fd=listener.fileno())
     # `shutdown` waits for the loop that the signal has interrupted, so it needs a thread of its own.
     stop = threading.Thread(target=server.shutdown, name="stop", daemon=True)
-    _StopSignals(stop.start, settings.drain_timeout_s).install()
+    _on_stop_signals(stop.start, settings.drain_timeout_s)
     on_ready()
     server.serve_forever()
     server.server_close()

@@ -51,13 +51,8 @@ class Machine:
 
 def probe_machine() -> Machine:
     """Ask torch and the operating system what there is. Initialises the GPUs' runtime."""
-    missing: list[str] = []
-    gpus: list[PhysicalDevice] = []
-    for found, why_not in (_probe_cuda(), _probe_mps()):
-        gpus += found
-        if why_not:
-            missing.append(why_not)
-    return Machine(gpus=tuple(gpus), cpu=probe_cpu(), missing=tuple(missing))
+    (cuda, no_cuda), (mps, no_mps) = _probe_cuda(), _probe_mps()
+    return Machine((*cuda, *mps), probe_cpu(), tuple(reason for reason in (no_cuda, no_mps) if reason))
 
 
 def _probe_cuda() -> tuple[list[PhysicalDevice], str]:

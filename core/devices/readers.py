@@ -59,7 +59,7 @@ class DeviceReader:
         if device.is_amd:
             return _read_torch(device, "utilisation, temperature and power are read on NVIDIA cards only")
         if self._nvml is None and self._nvml_missing is None:
-            self._nvml, self._nvml_missing = _open_nvml()
+            self._nvml, self._nvml_missing = open_nvml()
         if self._nvml is None:
             return _read_torch(device, self._nvml_missing or "")
         return _read_nvml(self._nvml, device)
@@ -81,7 +81,7 @@ def _read_torch(device: Device, reason: str) -> DeviceReading:
     return DeviceReading(device.name, total_bytes=total, used_bytes=total - free, unavailable=reason)
 
 
-def _open_nvml() -> tuple[ModuleType | None, str | None]:
+def open_nvml() -> tuple[ModuleType | None, str | None]:
     """NVML's module with a session open, or the reason there is none."""
     try:
         import pynvml

@@ -122,15 +122,11 @@ def _prune(model: Any, part: StageSlice) -> None:
                 "It can be served on a single device."
             )
     if not part.is_last:
-        _drop_head(model)
-
-
-def _drop_head(model: Any) -> None:
-    head = model.get_output_embeddings()
-    for name, child in list(model.named_children()):
-        if child is head:
-            setattr(model, name, nn.Identity())
-    model.all_tied_weights_keys = {}
+        head = model.get_output_embeddings()
+        for name, child in list(model.named_children()):
+            if child is head:
+                setattr(model, name, nn.Identity())
+        model.all_tied_weights_keys = {}
 
 
 def stage_class(architecture: Architecture, part: StageSlice) -> type[Any]:
@@ -165,7 +161,11 @@ def load_stage(
             model, info = build_stage(architecture, part, device, checkpoint.tensors(), attention)
     except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"{path.name} does not match its config: {error}") from error
-    _check_complete(path, info)
+    missing, mismatched = sorted(info["missing_keys"]), sorted(str(item) for item in info["mismatched_keys"])
+    if missing:
+        raise CheckpointError(f"{path.name} lacks {len(missing)} tensors, such as {missing[0]}.")
+    if mismatched:
+        raise CheckpointError(f"{path.name} has tensors of the wrong shape: {mismatched[0]}.")
     return model
 
 
@@ -207,14 +207,6 @@ def load_layers(
     model = load_stage(architecture, path, part, torch.device("cpu"), attention=attention, on_read=on_read)
     decoder, name = find_decoder(model, architecture.num_layers)
     return {index: getattr(decoder, name)[index] for index in layers}
-
-
-def _check_complete(path: Path, info: dict[str, Any]) -> None:
-    missing, mismatched = sorted(info["missing_keys"]), sorted(str(item) for item in info["mismatched_keys"])
-    if missing:
-        raise CheckpointError(f"{path.name} lacks {len(missing)} tensors, such as {missing[0]}.")
-    if mismatched:
-        raise CheckpointError(f"{path.name} has tensors of the wrong shape: {mismatched[0]}.")
 
 
 @dataclass(frozen=True, slots=True)

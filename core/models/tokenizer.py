@@ -20,14 +20,8 @@ from core.errors import ChatTemplateError, CheckpointError, InvalidRequestError,
 from core.models.token_pieces import TokenPieces
 
 _TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    RecursionError,
-)
+    jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError,
+)  # fmt: skip
 """What rendering raises for messages that a template does not expect: Jinja runs the template as Python code."""
 
 

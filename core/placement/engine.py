@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import accumulate, product
 
 from core.costs.cost import Batch, StageCost, best_cohorts, decode_tok_s
 from core.costs.plan import SLOTS, PlacementPlan, PlacementProblem, StagePlan
@@ -247,12 +247,13 @@ def _even_cuts(request: PlacementProblem, used: Sequence[int]) -> list[Cut]:
     """The same number of layers on each; what is left over goes to those with the most memory."""
     each, over = divmod(request.costs.num_layers, len(used))
     roomy = sorted(used, key=lambda index: -request.devices[index].limit_bytes)[:over]
-    cuts, first = [], 0
-    for index in used:
-        last = first + each + (index in roomy)
-        cuts.append(Cut(index, first, last))
-        first = last
-    return cuts
+    return _in_turn({index: each + (index in roomy) for index in used})
+
+
+def _in_turn(counts: Mapping[int, int]) -> list[Cut]:
+    """So many layers on each device, in this order."""
+    ends = accumulate(counts.values())
+    return [Cut(device, last - count, last) for (device, count), last in zip(counts.items(), ends, strict=True)]
 
 
 def cuts_by_hand(request: PlacementProblem, layers: tuple[int, ...]) -> list[Cut]:
@@ -265,10 +266,7 @@ def cuts_by_hand(request: PlacementProblem, layers: tuple[int, ...]) -> list[Cut
             f"devices ({names}), and these are {sum(layers)} for {len(layers)}.",
             param="layers",
         )
-    ends = [sum(layers[: index + 1]) for index in range(len(layers))]
-    return [
-        Cut(index, last - count, last) for index, (count, last) in enumerate(zip(layers, ends, strict=True)) if count
-    ]
+    return _in_turn({index: count for index, count in enumerate(layers) if count})
 
 
 def _insufficient(request: PlacementProblem, cuts: Sequence[Cut]) -> InsufficientMemoryError:

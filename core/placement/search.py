@@ -128,7 +128,7 @@ class PlacementSearch:
         lowest: list[int] = []
         for moves in self._states.moves:
             lowest.append(min((earliest[kind][lowest[rest]] for kind, rest in moves), default=num_layers))
-        return any(lowest[state] == 0 for state in range(len(lowest)))
+        return 0 in lowest
 
     def most_kv_tokens(self, least: int, most: int, block_size: int) -> int | None:
         """The most KV tokens that any plan holds, in whole blocks, up to `most`; None if `least` do not fit."""

@@ -26,24 +26,25 @@ _LINK_SHARE = 0.04
 class LinkProfiler:
     """Measures links once each; `transfer` counts what is sent for it. `budget_s` is what a device gets."""
 
-    def __init__(
-        self, settings: Settings, transfer: TransferManager, store: ProfileStore, cpu_threads: int, budget_s: float
-    ) -> None:
+    def __init__(self, settings: Settings, transfer: TransferManager, cpu_threads: int, budget_s: float) -> None:
+        self.store = ProfileStore(settings.runtime.cache_dir / "profiles")
         self._settings = settings
         self._transfer = transfer
-        self._store = store
         self._cpu_threads = cpu_threads
         self._budget_s = budget_s
 
-    def between(self, devices: Sequence[Device], refresh: bool) -> LinkTopology:
-        """Every ordered pair of devices; `refresh` measures what the store already has."""
+    def links(self, devices: Sequence[Device], *, refresh: bool = False) -> LinkTopology:
+        """Latency and bandwidth of every ordered pair of devices; `refresh` measures what the store already has.
+
+        Links of emulated devices have the speed that `devices.sim_link` gives them, if it does.
+        """
         known: dict[str, LinkProfile] = {}
         pairs = itertools.permutations(devices, 2)
         return LinkTopology({(src.name, dst.name): self._link(src, dst, refresh, known) for src, dst in pairs})
 
-    def from_host(self, device: Device) -> LinkProfile:
-        """From main memory, for weights that stream in."""
-        return self._link(None, device, False, {})
+    def host_links(self, devices: Sequence[Device]) -> dict[tuple[str, str], LinkProfile]:
+        """From main memory to each device, for weights that stream in; emulated devices as in `links`."""
+        return {(HOST, device.name): self._link(None, device, False, {}) for device in devices}
 
     def _link(self, src: Device | None, dst: Device, refresh: bool, known: dict[str, LinkProfile]) -> LinkProfile:
         """From a device, or (None) from main memory; `known` is what was found for other devices."""
@@ -59,10 +60,10 @@ class LinkProfiler:
             facts |= {"src": self._end(src), "same_device": src.torch_device == dst.torch_device}
         key = key_of(facts)
         if key not in known:
-            stored = None if refresh else self._store.load("link", facts)
+            stored = None if refresh else self.store.load("link", facts)
             known[key] = self._measure(src, dst, method) if stored is None else LinkProfile(**stored, method=method)
             if stored is None:
-                self._store.save("link", facts, known[key])
+                self.store.save("link", facts, known[key])
         return known[key]
 
     def _end(self, device: Device) -> Facts:

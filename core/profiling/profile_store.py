@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from core.costs import DeviceProfile, LinkProfile, Sharing
 from core.devices import Device
+from core.devices.readers import open_nvml
 from core.logs import get_logger
 
 logger = get_logger(__name__)
@@ -173,20 +174,15 @@ def cpu_name() -> str:
 def _nvidia_driver() -> str:
     """NVIDIA's driver version by NVML, or by default the CUDA version torch was built with."""
     fallback = f"CUDA {torch.version.cuda}"
-    try:
-        import pynvml
-    except ImportError:
+    nvml, _ = open_nvml()
+    if nvml is None:
         return fallback
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return fallback
-    try:
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    except pynvml.NVMLError:
+        return str(nvml.nvmlSystemGetDriverVersion())
+    except nvml.NVMLError:
         return fallback
     finally:
-        pynvml.nvmlShutdown()  # sessions are counted: a reader's own stays open
+        nvml.nvmlShutdown()  # sessions are counted: a reader's own stays open
 
 
 def _amd_driver() -> str:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from core.config import Settings
-from core.costs import DeviceProfile, LinkProfile, LinkTopology, Sharing, emulated_profile
-from core.devices import HOST, Device, format_bytes
+from core.costs import DeviceProfile, Sharing, emulated_profile
+from core.devices import Device, format_bytes
 from core.devices.probe import read_memory
 from core.errors import OutOfDeviceMemoryError
 from core.execution.attention.interface import AttentionBackend
@@ -27,7 +27,7 @@ from core.profiling.device_speed import measure_speed
 from core.profiling.layer_times import SHARING_ROWS, measure_sharing
 from core.profiling.link_profiler import LinkProfiler
 from core.profiling.measure import computing_as_served
-from core.profiling.profile_store import ProfileStore, device_facts, kernel_digest, key_of
+from core.profiling.profile_store import device_facts, kernel_digest, key_of
 from core.profiling.random_layers import SHORT, RandomLayers, choose_layer_count
 from core.transfer import TransferManager
 
@@ -57,7 +57,7 @@ def layer_shape(architecture: Architecture) -> dict[str, Any]:
     }
 
 
-class LayerProfiler:
+class LayerProfiler(LinkProfiler):
     """Measures devices and links, once each: results are kept under `runtime.cache_dir / "profiles"`.
 
     Measure while nothing else computes on the devices. `transfer` counts what is sent for it. CPU devices compute with
@@ -67,11 +67,7 @@ class LayerProfiler:
     def __init__(
         self, settings: Settings, transfer: TransferManager, cpu_threads: int, *, budget_s: float = DEVICE_BUDGET_S
     ) -> None:
-        self._settings = settings
-        self._cpu_threads = cpu_threads
-        self._budget_s = budget_s
-        self.store = ProfileStore(settings.runtime.cache_dir / "profiles")
-        self._links = LinkProfiler(settings, transfer, self.store, cpu_threads, budget_s)
+        super().__init__(settings, transfer, cpu_threads, budget_s)
 
     def devices(
         self, devices: Sequence[Device], architecture: Architecture, *, refresh: bool = False
@@ -94,16 +90,6 @@ class LayerProfiler:
             replace(profile, sharing=sharing.get(device.torch_device) if device.speed is None else None)
             for device, profile in zip(devices, profiles, strict=True)
         )
-
-    def links(self, devices: Sequence[Device], *, refresh: bool = False) -> LinkTopology:
-        """Latency and bandwidth of every ordered pair of devices. Links of emulated devices have the speed that
-        `devices.sim_link` gives them, if it does.
-        """
-        return self._links.between(devices, refresh)
-
-    def host_links(self, devices: Sequence[Device]) -> dict[tuple[str, str], LinkProfile]:
-        """From main memory to each device, for weights that stream in; emulated devices as in `links`."""
-        return {(HOST, device.name): self._links.from_host(device) for device in devices}
 
     def _device(
         self, device: Device, architecture: Architecture, refresh: bool, known: dict[str, DeviceProfile]

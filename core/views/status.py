@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from core.batching.stats import BatcherStats
 from core.costs import StagePlan
 from core.engine.model_engine import ModelEngine
 from core.models.checkpoint import Checkpoint
 from core.models.resolve import AvailableModel, available_models
+from core.transfer.manager import Link, TransferStats
 from core.views.health import Check, health
 from core.views.memory import MemoryView, memory_view
 from core.views.render import view_of
@@ -63,19 +64,6 @@ class PredictionView:
 
 
 @dataclass(frozen=True, slots=True)
-class TransferView:
-    """Totals of one way from device to device."""
-
-    method: str
-    src: str
-    dst: str
-    ops: int
-    bytes: int
-    seconds: float
-    bytes_per_second: int | None
-
-
-@dataclass(frozen=True, slots=True)
 class NoModelView:
     """The pipeline while nothing is loaded."""
 
@@ -88,8 +76,8 @@ class NoModelView:
 
 @dataclass(frozen=True, slots=True)
 class PipelineView:
-    """The pipeline with a model. `prediction` is None where speeds were not measured; `notes` say where the plan is not
-    what was asked for."""
+    """The pipeline with a model. `prediction` is None where speeds were not measured; `transfers` are totals of each
+    way from device to device; `notes` say where the plan is not what was asked for."""
 
     ready: bool
     state: str
@@ -100,7 +88,7 @@ class PipelineView:
     memory: MemoryView
     stages: tuple[StageView, ...]
     prediction: PredictionView | None
-    transfers: tuple[TransferView, ...]
+    transfers: tuple[Mapping[str, object], ...]
     notes: tuple[str, ...]
 
 
@@ -163,10 +151,7 @@ def pipeline_view(engine: ModelEngine | None, service: ServiceState) -> Pipeline
         memory=memory_view(engine),
         stages=tuple(_stage(engine, index, plan) for index, plan in enumerate(placement.stages)),
         prediction=_prediction(engine),
-        transfers=tuple(
-            TransferView(*link, s.ops, s.bytes, s.seconds, round(s.bytes / s.seconds) if s.seconds else None)
-            for link, s in service.transfers.items()
-        ),
+        transfers=tuple(_transfers(*item) for item in service.transfers.items()),
         notes=engine.plan.notes,
     )
 
@@ -193,6 +178,11 @@ def _stage(engine: ModelEngine, index: int, plan: StagePlan) -> StageView:
         busy_seconds=round(busy_s, 3),
         predicted_seconds=round(stage.predicted_s, 3) if engine.plan.is_measured else None,
     )
+
+
+def _transfers(link: Link, stats: TransferStats) -> dict[str, object]:
+    rate = round(stats.bytes / stats.seconds) if stats.seconds else None
+    return dict(zip(("method", "src", "dst"), link, strict=True)) | asdict(stats) | {"bytes_per_second": rate}
 
 
 def _prediction(engine: ModelEngine) -> PredictionView | None:
