@@ -111,8 +111,7 @@ class EngineKeeper:
                 if settings.devices.devices is not None:
                     raise
                 logger.warning("memory was taken since the plan was made; planning again", reason=error.message)
-                plan = planned(None, beside=False)
-                engine = self._start(plan, settings, total)
+                engine = self._start(planned(None, beside=False), settings, total)
             self.serve_with(engine)
             return
         try:

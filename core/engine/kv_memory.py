@@ -301,8 +301,6 @@ class DeviceWatch:
                 used = sum(budget.used_by_purpose().values())
                 own = used - budget.used_by_purpose().get(PagedKVCache.PURPOSE, 0) - nbytes
                 external = missing * share // max(1, sum(shares))
-                yield DeviceUse(device.name, own, external, max(0.0, time.monotonic() - self._last_used_s(device.name)))
-
-    def _last_used_s(self, name: str) -> float:
-        stage = self._stages.get(name)
-        return self._started_s if stage is None else stage.last_used_s
+                stage = self._stages.get(device.name)
+                last_used_s = self._started_s if stage is None else stage.last_used_s
+                yield DeviceUse(device.name, own, external, max(0.0, time.monotonic() - last_used_s))

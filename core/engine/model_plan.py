@@ -148,11 +148,9 @@ def plan_model(
     by_hand = settings.engine.cohorts is not None and placed.placement != "profiled"
     is_emulated = all(device.speed is not None for device in devices)
     is_measured = is_emulated or (len(devices) > 1 and not by_hand)
-    profiles: Sequence[DeviceProfile]
-    if is_measured:
-        profiles = measure.devices(devices, architecture)
-    else:  # speeds decide nothing
-        profiles = [DeviceProfile(device.name, 1e11, ((1, 1e13),), source="assumed") for device in devices]
+    # Where nothing is measured, speeds decide nothing.
+    assumed = tuple(DeviceProfile(device.name, 1e11, ((1, 1e13),), source="assumed") for device in devices)
+    profiles = measure.devices(devices, architecture) if is_measured else assumed
     links = measure.links(devices) if is_measured else LinkTopology()
     request = plan_request(
         resolved.name,

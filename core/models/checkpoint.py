@@ -20,7 +20,6 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 ElementBytes = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
-
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 

@@ -57,11 +57,6 @@ class StageSlice:
     def is_last(self) -> bool:
         return self.last == self.num_layers and self.only is None and not self.last_elsewhere
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing of the model is left out."""
-        return self.is_first and self.is_last and not self.without
-
     def holds(self, layer: int) -> bool:
         """Whether the layer is in it."""
         chosen = self.only is None or layer in self.only
@@ -132,7 +127,7 @@ def _prune(model: Any, part: StageSlice) -> None:
 def stage_class(architecture: Architecture, part: StageSlice) -> type[Any]:
     """A subclass of the architecture's class whose instances hold one stage alone."""
     base = architecture.model_class
-    if part.is_whole:
+    if part.is_first and part.is_last and not part.without:
         return base
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:

@@ -165,6 +165,5 @@ def _lender(request: PlacementProblem, plan: PlacementPlan, stage: StagePlan) ->
     spare = {device.name: device.limit_bytes for device in request.devices}
     for other in plan.stages:
         spare[other.device_name] -= other.weight_bytes + other.workspace_bytes + other.kv_bytes
-    del spare[stage.device_name]
-    name = max(spare, key=lambda key: spare[key])
-    return next(device for device in request.devices if device.name == name)
+    others = (device for device in request.devices if device.name != stage.device_name)
+    return max(others, key=lambda device: spare[device.name])

@@ -105,11 +105,7 @@ class PlacementSearch:
     """
 
     def __init__(
-        self,
-        costs: LayerCosts,
-        devices: Sequence[PlacementDevice],
-        links: LinkTopology,
-        required: frozenset[int] = frozenset(),
+        self, costs: LayerCosts, devices: Sequence[PlacementDevice], links: LinkTopology, required: frozenset[int]
     ) -> None:
         if not costs.num_layers == len(costs.layer_flops) == len(costs.kv_bytes_per_token):
             raise ValueError("layer_bytes, layer_flops and kv_bytes_per_token need an entry per layer")

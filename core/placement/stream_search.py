@@ -22,7 +22,7 @@ _EXACT = 2.0**50
 class StreamingSearch(PlacementSearch):
     """Everything but what fits and how long it takes is as in `PlacementSearch`."""
 
-    def __init__(self, request: PlacementProblem, required: frozenset[int] = frozenset()) -> None:
+    def __init__(self, request: PlacementProblem, required: frozenset[int]) -> None:
         self._loads = functools.lru_cache(maxsize=None)(functools.partial(streamed_bytes, request.costs))
         super().__init__(request.costs, request.devices, request.links, required)
 

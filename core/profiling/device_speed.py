@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -43,10 +44,26 @@ _Rounds = dict[int, list[float]]
 """What was measured in each round, by rows or step."""
 
 
+def layer_shape(architecture: Architecture) -> dict[str, Any]:
+    """What a middle layer's speed depends on, beside its dtype; with experts, `intermediate` is one expert's."""
+    config = architecture.config.get_text_config()
+    names = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner")
+    sizes = [getattr(config, name, None) for name in names]
+    kv = architecture.kv_shapes[architecture.num_layers // 2]
+    return {
+        "model_type": architecture.model_type,
+        "hidden": architecture.hidden_size,
+        "intermediate": next((int(size) for size in sizes if size), 4 * architecture.hidden_size),
+        "heads": architecture.num_heads,
+        "kv_heads": kv.num_kv_heads,
+        "key_dim": kv.key_dim,
+        "value_dim": kv.value_dim,
+    }
+
+
 def measure_speed(
     device: Device,
     architecture: Architecture,
-    sizes: tuple[int, int],
     backend: AttentionBackend,
     adapt: Adapter,
     room_bytes: int,
@@ -54,12 +71,13 @@ def measure_speed(
 ) -> DeviceProfile:
     """How fast `device` runs layers of `architecture`, in about `budget_s` seconds and in `room_bytes` of its memory.
 
-    `sizes` are those of its gated MLPs: hidden and inner. Raises `OutOfDeviceMemoryError` without room for a product.
+    Raises `OutOfDeviceMemoryError` without room for a product.
     """
     with torch.inference_mode():
         # Both are there at the same time. Products may be narrow; a layer has to be whole.
         beside = max(room_bytes // 8, room_bytes - layer_room(architecture, _LEAST_TOKENS))
-        products = Products(device, architecture.dtype, *sizes, min(room_bytes // 2, beside), adapt)
+        inner, room = layer_shape(architecture)["intermediate"], min(room_bytes // 2, beside)
+        products = Products(device, architecture.dtype, architecture.hidden_size, inner, room, adapt)
         layers = _open_layers(architecture, device, backend, adapt, room_bytes - products.nbytes)
         flops_per_byte = 2 / architecture.dtype.itemsize
         bandwidth, flops, steps_s = _measure_rounds(products, layers, flops_per_byte, budget_s / ROUNDS)

@@ -23,7 +23,7 @@ from core.execution.native import do_all_products
 from core.execution.threads import CpuThreads
 from core.logs import get_logger
 from core.models.architecture import Architecture
-from core.profiling.device_speed import measure_speed
+from core.profiling.device_speed import layer_shape, measure_speed
 from core.profiling.layer_times import SHARING_ROWS, measure_sharing
 from core.profiling.link_profiler import LinkProfiler
 from core.profiling.measure import computing_as_served
@@ -38,23 +38,6 @@ DEVICE_BUDGET_S = 2.0
 
 _Selected = tuple[AttentionBackend, LinearAdapter | None]  # as `select_attention` gives it
 _ROOM_SHARE = 2  # measuring takes up to half of what may be used
-
-
-def layer_shape(architecture: Architecture) -> dict[str, Any]:
-    """What a middle layer's speed depends on, beside its dtype; with experts, `intermediate` is one expert's."""
-    config = architecture.config.get_text_config()
-    names = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner")
-    sizes = [getattr(config, name, None) for name in names]
-    kv = architecture.kv_shapes[architecture.num_layers // 2]
-    return {
-        "model_type": architecture.model_type,
-        "hidden": architecture.hidden_size,
-        "intermediate": next((int(size) for size in sizes if size), 4 * architecture.hidden_size),
-        "heads": architecture.num_heads,
-        "kv_heads": kv.num_kv_heads,
-        "key_dim": kv.key_dim,
-        "value_dim": kv.value_dim,
-    }
 
 
 class LayerProfiler(LinkProfiler):
@@ -165,10 +148,9 @@ class LayerProfiler(LinkProfiler):
 
     def _measure_device(self, device: Device, architecture: Architecture, selected: _Selected) -> DeviceProfile:
         (memory,) = read_memory([device])
-        (backend, adapter), shape = selected, layer_shape(architecture)
-        room, sizes = memory.usable_bytes // _ROOM_SHARE, (shape["hidden"], shape["intermediate"])
+        (backend, adapter), room = selected, memory.usable_bytes // _ROOM_SHARE
         with self._within(device, room, architecture.dtype, adapter):
-            profile = measure_speed(device, architecture, sizes, backend, adapter or _as_it_is, room, self._budget_s)
+            profile = measure_speed(device, architecture, backend, adapter or _as_it_is, room, self._budget_s)
         logger.info(
             "device measured",
             device=device.name,

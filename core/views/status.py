@@ -18,18 +18,6 @@ from core.views.state import ServiceState
 
 
 @dataclass(frozen=True, slots=True)
-class ModelView:
-    """The loaded model. `max_model_len` is in tokens."""
-
-    name: str
-    aliases: tuple[str, ...]
-    dtype: str
-    parameters: int
-    max_model_len: int
-    load_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
 class StageView:
     """One stage. `layers` are its first and last; `predicted_seconds` are to be compared with `busy_seconds`, and None
     where speeds were not measured."""
@@ -82,7 +70,7 @@ class PipelineView:
     ready: bool
     state: str
     subsystems: Mapping[str, Check]
-    model: ModelView
+    model: Mapping[str, object]
     placement: Mapping[str, object]
     kv_cache: Mapping[str, int]
     memory: MemoryView
@@ -145,7 +133,14 @@ def pipeline_view(engine: ModelEngine | None, service: ServiceState) -> Pipeline
         ready=service.ready,
         state=service.reason,
         subsystems=subsystems,
-        model=view_of(ModelView, model, parameters=model.num_parameters, load_seconds=round(engine.load_s, 3)),
+        model={
+            "name": model.name,
+            "aliases": model.aliases,
+            "dtype": model.dtype,
+            "parameters": model.num_parameters,
+            "max_model_len": model.max_model_len,
+            "load_seconds": round(engine.load_s, 3),
+        },
         placement={"strategy": placement.strategy, "unused_devices": placement.unused_devices},
         kv_cache={"tokens": engine.kv.capacity_tokens, "block_size": engine.kv.block_size},
         memory=memory_view(engine),

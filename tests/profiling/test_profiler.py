@@ -26,9 +26,9 @@ from core.execution.attention.select import select_attention
 from core.models.architecture import Architecture, read_architecture
 from core.models.stage_model import PassThrough, measure_bytes
 from core.profiling import measure
-from core.profiling.device_speed import ROUNDS, ROWS
+from core.profiling.device_speed import ROUNDS, ROWS, layer_shape
 from core.profiling.layer_times import OVERHEAD_ROWS
-from core.profiling.profiler import LayerProfiler, layer_shape
+from core.profiling.profiler import LayerProfiler
 from core.profiling.random_layers import KV_ROWS, SHORT, RandomLayers, choose_layer_count
 from core.transfer import TransferManager
 
