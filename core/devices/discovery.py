@@ -133,11 +133,4 @@ def _open(index: int, spec: DeviceSpec, machine: Machine, settings: DeviceSettin
         limit = int(physical.free_bytes * settings.memory_fraction)
         if physical is machine.cpu:
             limit = max(0, limit - set_aside_bytes)
-    return Device(
-        name=spec.name,
-        index=index,
-        kind=spec.kind,
-        torch_device=physical.torch_device,
-        memory_limit_bytes=limit,
-        speed=spec.speed,
-    )
+    return Device(spec.name, index, spec.kind, physical.torch_device, limit, spec.speed)

@@ -51,13 +51,8 @@ class Machine:
 
 def probe_machine() -> Machine:
     """Ask torch and the operating system what there is. Initialises the GPUs' runtime."""
-    missing: list[str] = []
-    gpus: list[PhysicalDevice] = []
-    for found, why_not in (_probe_cuda(), _probe_mps()):
-        gpus += found
-        if why_not:
-            missing.append(why_not)
-    return Machine(gpus=tuple(gpus), cpu=probe_cpu(), missing=tuple(missing))
+    (cuda, no_cuda), (mps, no_mps) = _probe_cuda(), _probe_mps()
+    return Machine((*cuda, *mps), probe_cpu(), tuple(reason for reason in (no_cuda, no_mps) if reason))
 
 
 def _probe_cuda() -> tuple[list[PhysicalDevice], str]:
@@ -134,8 +129,7 @@ def _probe_mps() -> tuple[list[PhysicalDevice], str]:
 
     if not torch.backends.mps.is_available():
         return [], ""  # worth a line on a Mac only, where torch always has it
-    total = torch.mps.recommended_max_memory()
-    free = total - torch.mps.driver_allocated_memory()
+    free, total = torch_memory(Device("mps", 0, "mps", "mps", 0))
     return [PhysicalDevice("mps", "mps", "mps", "Apple GPU", total, free)], ""
 
 
@@ -187,10 +181,14 @@ def read_memory(devices: Sequence[Device], machine: Machine | None = None) -> tu
 def free_bytes_of(device: Device) -> int:
     """Free memory of a logical device's physical device now, other processes' use included. Asks that device alone, in
     well under a millisecond, and may be called while a model serves: a machine is probed at the start only."""
-    if device.computes_on_cpu:
-        return probe_cpu().free_bytes
+    return probe_cpu().free_bytes if device.computes_on_cpu else torch_memory(device)[0]
+
+
+def torch_memory(device: Device) -> tuple[int, int]:
+    """Free and total bytes of an accelerator, as torch tells them."""
     import torch
 
     if device.is_mps:
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return torch.cuda.mem_get_info(device.torch_device)[0]
+        total = torch.mps.recommended_max_memory()
+        return total - torch.mps.driver_allocated_memory(), total
+    return torch.cuda.mem_get_info(device.torch_device)

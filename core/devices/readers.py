@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 from core.devices.device import Device
+from core.devices.probe import torch_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,11 @@ class DeviceReader:
         if device.computes_on_cpu:
             return _read_cpu(device)
         if device.is_mps:
-            return _read_mps(device)
+            return _read_torch(device, "macOS does not tell utilisation, temperature and power")
         if device.is_amd:
             return _read_torch(device, "utilisation, temperature and power are read on NVIDIA cards only")
         if self._nvml is None and self._nvml_missing is None:
-            self._nvml, self._nvml_missing = _open_nvml()
+            self._nvml, self._nvml_missing = open_nvml()
         if self._nvml is None:
             return _read_torch(device, self._nvml_missing or "")
         return _read_nvml(self._nvml, device)
@@ -75,25 +76,12 @@ def _read_cpu(device: Device) -> DeviceReading:
     )
 
 
-def _read_mps(device: Device) -> DeviceReading:
-    import torch
-
-    return DeviceReading(
-        device=device.name,
-        total_bytes=torch.mps.recommended_max_memory(),
-        used_bytes=torch.mps.driver_allocated_memory(),
-        unavailable="macOS does not tell utilisation, temperature and power",
-    )
-
-
 def _read_torch(device: Device, reason: str) -> DeviceReading:
-    import torch
-
-    free, total = torch.cuda.mem_get_info(device.torch_device)
-    return DeviceReading(device=device.name, total_bytes=total, used_bytes=total - free, unavailable=reason)
+    free, total = torch_memory(device)
+    return DeviceReading(device.name, total_bytes=total, used_bytes=total - free, unavailable=reason)
 
 
-def _open_nvml() -> tuple[ModuleType | None, str | None]:
+def open_nvml() -> tuple[ModuleType | None, str | None]:
     """NVML's module with a session open, or the reason there is none."""
     try:
         import pynvml

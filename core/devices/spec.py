@@ -78,13 +78,9 @@ def _parse_entry(entry: str) -> DeviceSpec:
     if bool(at) != (kind == "sim"):
         raise _refuse(entry, "sim needs a speed" if kind == "sim" else "only sim takes a speed")
     name = f"{kind}:{int(ordinal or 0)}" if kind in GPU_KINDS else kind
-    return DeviceSpec(
-        name=name,
-        kind=cast(DeviceKind, kind),
-        ordinal=int(ordinal or 0),
-        limit_bytes=_parse_size(entry, size.strip()) if equals else None,
-        speed=_parse_speed(entry, speed.strip()) if at else None,
-    )
+    limit_bytes = _parse_size(entry, size.strip()) if equals else None
+    device_speed = _parse_speed(entry, speed.strip()) if at else None
+    return DeviceSpec(name, cast(DeviceKind, kind), int(ordinal or 0), limit_bytes, device_speed)
 
 
 def _parse_size(entry: str, text: str) -> int:

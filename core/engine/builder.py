@@ -64,12 +64,12 @@ def check_memory(plan: ModelPlan, present: Mapping[str, int] | None = None) -> N
 
 
 class EngineBuilder:
-    """`load_stage` each stage, in any order, then `finish`; on failure `free`. `tokenizer` is read if not given;
-    `stages` are those that have been loaded, by number."""
+    """`load`, or `load_stage` each stage, in any order, then `finish`; on failure `free`. `tokenizer` is read if not
+    given; `stages` are those that have been loaded, by number."""
 
     def __init__(
         self, plan: ModelPlan, settings: Settings, *, transfer: TransferManager, main_memory: MainMemory,
-        cpu_threads: int, on_read: Callable[[int], None] = lambda nbytes: None, tokenizer: Tokenizer | None = None,
+        cpu_threads: int, on_read: Callable[[int], None], tokenizer: Tokenizer | None = None,
     ) -> None:  # fmt: skip
         self.plan = plan
         self._settings = settings
@@ -77,14 +77,21 @@ class EngineBuilder:
         self._main_memory = main_memory
         self._on_read = on_read
         self._started_s = time.perf_counter()
-        self._tokenizer = tokenizer or Tokenizer.from_directory(plan.resolved.path, _chat_template(settings))
+        if tokenizer is None:
+            template = settings.model.chat_template
+            source = None if template is None else template.read_text(encoding="utf-8")
+            tokenizer = Tokenizer.from_directory(plan.resolved.path, source)
+        self._tokenizer = tokenizer
         self._host = main_memory.open(plan.devices)
         self.budgets = {device.name: DeviceBudget(device) for device in plan.devices} | {HOST: self._host}
         used = [plan.devices[stage.device_index] for stage in plan.placement.stages]
         self._threads = CpuThreads(cpu_threads, sum(device.computes_on_cpu for device in used))
         self.backends = AttentionBackends(settings, partial(getattr, self._threads, "current"))
         self._blocks = StepBlocks()
-        self._make_stage = _stage_maker(plan)
+        known = KnownSequences()  # what this process knows of sequences is shared
+        self._make_stage: Callable[..., Stage] = partial(Stage, known=known)
+        if any(device.is_emulated for device in plan.devices):  # all keep to what those take of each other's time
+            self._make_stage = partial(EmulatedStage, known=known, guests=GuestTime())
         self.stages: dict[int, Stage] = {}
 
     def slice_of(self, index: int) -> StageSlice:
@@ -106,6 +113,21 @@ class EngineBuilder:
             streamed = StreamedLayers(*sizes, self._host, self._transfer)
         resident = plan.weight_bytes - SLOTS * plan.slot_bytes
         stage.load(self.plan.resolved.path, resident, self._on_read, self.adapter_of(index), streamed, parts)
+
+    def load(self) -> ModelEngine:
+        """All stages, then `finish`. On failure everything allocated so far is freed.
+
+        Raises, before anything is allocated, `OutOfDeviceMemoryError` if main memory does not have what the settings
+        give to KV.
+        """
+        try:
+            check_promises(self.plan, self._settings, self._host)
+            for index in range(len(self.plan.placement.stages)):
+                self.load_stage(index)
+            return self.finish()
+        except BaseException:
+            self.free()
+            raise
 
     def adapter_of(self, index: int) -> LinearAdapter | None:
         """What replaces modules of a stage by faster ones."""
@@ -170,50 +192,11 @@ class EngineBuilder:
         self._main_memory.close(self._host)
 
 
-def load_engine(
-    plan: ModelPlan, settings: Settings, *, transfer: TransferManager, main_memory: MainMemory, cpu_threads: int,
-    on_read: Callable[[int], None] = lambda nbytes: None,
-) -> ModelEngine:  # fmt: skip
-    """Load a planned model and start its batcher, without the tiers that outlast the process. On failure everything
-    allocated so far is freed.
-
-    Raises, before anything is allocated, `InsufficientMemoryError` if memory was taken since the plan was made, and
-    `OutOfDeviceMemoryError` if `main_memory` does not have what the settings give to KV.
-    """
-    check_memory(plan)
-    builder = EngineBuilder(
-        plan, settings, transfer=transfer, main_memory=main_memory, cpu_threads=cpu_threads, on_read=on_read
-    )
-    try:
-        check_promises(plan, settings, builder.budgets[HOST])
-        for index in range(len(plan.placement.stages)):
-            builder.load_stage(index)
-        return builder.finish()
-    except BaseException:
-        builder.free()
-        raise
-
-
-def _stage_maker(plan: ModelPlan) -> Callable[..., Stage]:
-    """Makes the stages of an engine. They share what this process knows of sequences; beside emulated devices, all keep
-    to what those take of each other's time."""
-    known = KnownSequences()
-    if any(device.is_emulated for device in plan.devices):
-        return partial(EmulatedStage, known=known, guests=GuestTime())
-    return partial(Stage, known=known)
-
-
 def _limits(engine: EngineSettings, kv: KVCacheManager, max_model_len: int) -> SchedulerLimits:
     """As set; where a stage has few pages of its own, no more than half of them for the blocks that sequences are
     in the middle of, and half for what a step writes."""
     half = kv.writable_blocks // 2
-    tokens = engine.max_num_batched_tokens
+    batch, tokens = engine.max_batch_size, engine.max_num_batched_tokens
     if not kv.pages.is_trivial:
-        tokens = min(tokens, half * engine.block_size)
-    batch = engine.max_batch_size if kv.pages.is_trivial else min(engine.max_batch_size, half)
+        batch, tokens = min(batch, half), min(tokens, half * engine.block_size)
     return SchedulerLimits(batch, tokens, min(tokens, engine.prefill_chunk_size or tokens), max_model_len)
-
-
-def _chat_template(settings: Settings) -> str | None:
-    path = settings.model.chat_template
-    return path.read_text(encoding="utf-8") if path is not None else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ import torch
 
 from core.config import Settings
 from core.devices import HOST, Device, MainMemory, open_devices
-from core.engine.builder import EngineBuilder, load_engine
+from core.engine.builder import EngineBuilder, check_memory
 from core.engine.model_engine import ModelEngine, ProgressCall
 from core.engine.model_plan import ModelPlan, host_for, measure_with, plan_model, promised_bytes
 from core.engine.relocation import Relocation, Relocator
@@ -31,6 +31,7 @@ from core.logs import get_logger
 from core.metrics import MetricsRegistry
 from core.models.checkpoint import Checkpoint
 from core.models.resolve import resolve_model
+from core.models.tokenizer import Tokenizer
 from core.request import SamplingParams
 from core.transfer import TransferManager
 
@@ -110,19 +111,17 @@ class EngineKeeper:
                 if settings.devices.devices is not None:
                     raise
                 logger.warning("memory was taken since the plan was made; planning again", reason=error.message)
-                plan = planned(None, beside=False)
-                engine = self._start(plan, settings, total)
+                engine = self._start(planned(None, beside=False), settings, total)
             self.serve_with(engine)
             return
-        fits_beside = True
         try:
-            plan = planned(old, beside=True)
+            beside: ModelPlan | None = planned(old, beside=True)
         except VRAMancerError:
-            fits_beside = False
-        if not fits_beside:
+            beside = None
+        if beside is None:
             self._replace(old, plan, settings, total)
             return
-        engine = self._start(plan, settings, total)
+        engine = self._start(beside, settings, total)
         self.serve_with(engine, ModelChangedError(f"{old.model.name} has just been replaced; try again."))
 
     def serve_with(
@@ -173,7 +172,10 @@ class EngineKeeper:
 
     def _start(self, plan: ModelPlan, settings: Settings, total_bytes: int) -> ModelEngine:
         """Load the weights, then generate one token, so that readiness means that the model works. Not used before
-        `serve_with`."""
+        `serve_with`.
+
+        Raises, before anything is allocated, `InsufficientMemoryError` if memory was taken since the plan was made.
+        """
         lock, done_bytes = threading.Lock(), 0
 
         def read(nbytes: int) -> None:
@@ -185,10 +187,8 @@ class EngineKeeper:
                 if self._on_progress is not None:
                     self._on_progress(done_bytes, total_bytes)
 
-        engine = load_engine(
-            plan, settings, transfer=self._transfer, main_memory=self._main_memory, cpu_threads=self._cpu_threads,
-            on_read=read,
-        )  # fmt: skip
+        check_memory(plan)
+        engine = self._builder(plan, settings, read).load()
         try:
             self._bring_up(engine)
         except BaseException:
@@ -205,6 +205,14 @@ class EngineKeeper:
         )
         return engine
 
+    def _builder(
+        self, plan: ModelPlan, settings: Settings, on_read: Callable[[int], None], tokenizer: Tokenizer | None = None
+    ) -> EngineBuilder:
+        return EngineBuilder(
+            plan, settings, transfer=self._transfer, main_memory=self._main_memory, cpu_threads=self._cpu_threads,
+            on_read=on_read, tokenizer=tokenizer,
+        )  # fmt: skip
+
     def place(self, engine: ModelEngine, settings: Settings, *, dry_run: bool) -> Relocation:
         """Move the engine that is served to where it belongs by other settings; see `core.engine.relocation`."""
         relocator = self._relocator(engine, settings, self._devices(settings, engine, beside=False))
@@ -218,10 +226,7 @@ class EngineKeeper:
 
         def build(plan: ModelPlan) -> EngineBuilder:
             chosen = settings if plan is not engine.plan else engine.settings
-            return EngineBuilder(
-                plan, chosen, transfer=self._transfer, main_memory=self._main_memory, cpu_threads=self._cpu_threads,
-                on_read=lambda nbytes: self.refuse_when_closing(), tokenizer=engine.model.tokenizer,
-            )  # fmt: skip
+            return self._builder(plan, chosen, lambda nbytes: self.refuse_when_closing(), engine.model.tokenizer)
 
         def switch(engine: ModelEngine) -> None:
             self.engine = engine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,14 +38,13 @@ def check_promises(plan: ModelPlan, settings: Settings, host: DeviceBudget) -> N
         (HostTier.PURPOSE, settings.memory.host_bytes or 0),
         (PagedKVCache.LENT, settings.lending.host_bytes or 0),
     )
-    reserved: list[tuple[str, int]] = []
+    tried = DeviceBudget(host.device, within=host)
     try:
         for purpose, nbytes in needed:
-            host.reserve(purpose, nbytes)
-            reserved.append((purpose, nbytes))
+            tried.reserve(purpose, nbytes)
     finally:
-        for purpose, nbytes in reserved:
-            host.release(purpose, nbytes)
+        for purpose in tried.used_by_purpose():
+            tried.release(purpose)
 
 
 @dataclass(slots=True)
@@ -105,12 +104,9 @@ def open_kv(
 
 
 def _open_overflow(
-    plan: ModelPlan,
-    settings: Settings,
-    stages: Sequence[Stage],
-    budgets: Mapping[str, DeviceBudget],
+    plan: ModelPlan, settings: Settings, stages: Sequence[Stage], budgets: Mapping[str, DeviceBudget],
     kv: KVCacheManager,
-) -> KVOverflow:
+) -> KVOverflow:  # fmt: skip
     watch = DeviceWatch(plan.devices, stages, budgets)
     lending = VRAMLendingPool(
         _lenders(plan, settings, budgets),
@@ -120,7 +116,7 @@ def _open_overflow(
         clock=time.monotonic,
     )
     page_bytes = tuple(stage.kv.page_bytes if stage.kv is not None else 0 for stage in stages)
-    homecoming = Homecoming(kv, SiteSpeedTable(plan, stages), page_bytes) if plan.is_measured else None
+    homecoming = Homecoming(kv, site_speeds(plan, stages), page_bytes) if plan.is_measured else None
     return KVOverflow(
         kv,
         lending,
@@ -155,27 +151,23 @@ _HOST_BYTES_S = 40e9
 """At which main memory is read where it lends to a GPU: two channels of DDR4."""
 
 
-class SiteSpeedTable:
-    """What is known of stages and the devices that lend to them: links and bandwidths as they were measured. Main
-    memory is taken to be behind the slowest link that was."""
+def site_speeds(plan: ModelPlan, stages: Sequence[Stage]) -> Callable[[int, str], SiteSpeeds]:
+    """What is known of a stage and a device that lends to it: links and bandwidths as they were measured. Main memory
+    is taken to be behind the slowest link that was."""
+    links = plan.problem.links
+    slowest = min(links.links.values(), key=lambda link: link.bandwidth_bytes_s, default=DATASHEET_LINK)
+    rates = {device.name: device.profile.kv_bytes_s for device in plan.problem.devices}
+    placed = [(stage.device.name, len(stage.kv.layer_bytes) if stage.kv is not None else 0) for stage in stages]
 
-    def __init__(self, plan: ModelPlan, stages: Sequence[Stage]) -> None:
-        self._links = plan.problem.links
-        measured = self._links.links.values()
-        self._host_link = min(measured, key=lambda link: link.bandwidth_bytes_s, default=DATASHEET_LINK)
-        self._rates = {device.name: device.profile.kv_bytes_s for device in plan.problem.devices}
-        self._stages = [
-            (stage.device.name, len(stage.kv.layer_bytes) if stage.kv is not None else 0) for stage in stages
-        ]
-        self._row_bytes = plan.problem.costs.hidden_bytes
+    def between(stage: int, lender: str) -> SiteSpeeds:
+        own, layers = placed[stage]
+        out, home = links.link(own, lender), links.link(lender, own)
+        if lender == HOST and (lender, own) not in links.links:
+            out = home = slowest
+        lender_bytes_s = rates.get(lender, _HOST_BYTES_S)
+        return SiteSpeeds(out, home, rates[own], lender_bytes_s, layers, plan.problem.costs.hidden_bytes)
 
-    def __call__(self, stage: int, lender: str) -> SiteSpeeds:
-        own, layers = self._stages[stage]
-        out, home = self._links.link(own, lender), self._links.link(lender, own)
-        if lender == HOST and (lender, own) not in self._links.links:
-            out = home = self._host_link
-        lender_bytes_s = self._rates.get(lender, _HOST_BYTES_S)
-        return SiteSpeeds(out, home, self._rates[own], lender_bytes_s, layers, self._row_bytes)
+    return between
 
 
 _CHUNK_TOKENS = 256
@@ -310,8 +302,6 @@ class DeviceWatch:
                 used = sum(budget.used_by_purpose().values())
                 own = used - budget.used_by_purpose().get(PagedKVCache.PURPOSE, 0) - nbytes
                 external = missing * share // max(1, sum(shares))
-                yield DeviceUse(device.name, own, external, max(0.0, time.monotonic() - self._last_used_s(device.name)))
-
-    def _last_used_s(self, name: str) -> float:
-        stage = self._stages.get(name)
-        return self._started_s if stage is None else stage.last_used_s
+                stage = self._stages.get(device.name)
+                last_used_s = self._started_s if stage is None else stage.last_used_s
+                yield DeviceUse(device.name, own, external, max(0.0, time.monotonic() - last_used_s))

@@ -35,7 +35,7 @@ ProgressCall = Callable[[int, int], None]
 
 @dataclass(slots=True)
 class ModelEngine:
-    """A model that is loaded and running. Made by `load_engine`; `close` frees everything."""
+    """A model that is loaded and running. Made by `EngineBuilder`; `close` frees everything."""
 
     model: LoadedModel
     plan: ModelPlan

@@ -85,7 +85,7 @@ def layer_costs(
     architecture: Architecture, weights: ModelBytes, settings: Settings, attention_bytes: int = 0
 ) -> LayerCosts:
     """Bytes per part, with room for the activations of the largest step, and what attention takes beside them."""
-    element = torch.empty((), dtype=architecture.dtype).element_size()
+    element = architecture.dtype.itemsize
     workspace = _workspace(architecture, weights, settings)
     return LayerCosts(
         embedding_bytes=weights.embedding,
@@ -148,7 +148,9 @@ def plan_model(
     by_hand = settings.engine.cohorts is not None and placed.placement != "profiled"
     is_emulated = all(device.speed is not None for device in devices)
     is_measured = is_emulated or (len(devices) > 1 and not by_hand)
-    profiles = measure.devices(devices, architecture) if is_measured else _unknown(devices)
+    # Where nothing is measured, speeds decide nothing.
+    assumed = tuple(DeviceProfile(device.name, 1e11, ((1, 1e13),), source="assumed") for device in devices)
+    profiles = measure.devices(devices, architecture) if is_measured else assumed
     links = measure.links(devices) if is_measured else LinkTopology()
     request = plan_request(
         resolved.name,
@@ -224,17 +226,9 @@ def _with_host(
 
 
 def plan_request(
-    name: str,
-    architecture: Architecture,
-    weights: ModelBytes,
-    settings: Settings,
-    max_model_len: int,
-    devices: tuple[PlacementDevice, ...],
-    links: LinkTopology,
-    *,
-    shares_cpu: bool = False,
-    attention_bytes: int = 0,
-) -> PlacementProblem:
+    name: str, architecture: Architecture, weights: ModelBytes, settings: Settings, max_model_len: int,
+    devices: tuple[PlacementDevice, ...], links: LinkTopology, *, shares_cpu: bool = False, attention_bytes: int = 0,
+) -> PlacementProblem:  # fmt: skip
     """What the settings ask of placement. `shares_cpu`: a CPU device may take what others leave, so KV is bounded."""
     engine, placed = settings.engine, settings.devices
     costs = layer_costs(architecture, weights, settings, attention_bytes)
@@ -330,11 +324,6 @@ def _max_model_len(resolved: ResolvedModel, architecture: Architecture, settings
             param="max_model_len",
         )
     return asked or architecture.max_position
-
-
-def _unknown(devices: Sequence[Device]) -> list[DeviceProfile]:
-    """Where speeds decide nothing."""
-    return [DeviceProfile(device.name, 1e11, ((1, 1e13),), source="assumed") for device in devices]
 
 
 def _kv_cap(costs: LayerCosts, devices: Sequence[PlacementDevice], most_tokens: int) -> int:

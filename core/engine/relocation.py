@@ -103,8 +103,8 @@ class Relocator:
             read = placed.weight_bytes - kept
             stages.append(PlacedStage(placed.device_name, layers, placed.weight_bytes, kept, read, beside))
         rates = plan.prediction.rates if plan.prediction is not None else None
-        reading_s = self._reading_s(sum(stage.read_bytes for stage in stages))
-        late_s = self._reading_s(sum(stage.read_bytes for stage in stages if not stage.beside))
+        read_bytes = sum(stage.read_bytes for stage in stages)
+        late_bytes = sum(stage.read_bytes for stage in stages if not stage.beside)
         again_s = self._recompute_s()
         return Relocation(
             dry_run=True,
@@ -113,10 +113,10 @@ class Relocator:
             unused_devices=plan.placement.unused_devices,
             kv_tokens=plan.pooled.tokens,
             tokens_per_second=None if rates is None else {rate.streams: round(rate.tok_s, 2) for rate in rates},
-            read_bytes=sum(stage.read_bytes for stage in stages),
+            read_bytes=read_bytes,
             kept_bytes=sum(stage.kept_bytes for stage in stages),
-            estimated_seconds=round(reading_s + again_s, 3),
-            estimated_pause_seconds=round(late_s + again_s, 3),
+            estimated_seconds=round(self._reading_s(read_bytes) + again_s, 3),
+            estimated_pause_seconds=round(self._reading_s(late_bytes) + again_s, 3),
         )
 
     def _donors(self, device: str) -> list[Stage]:

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ INDEX = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 ElementBytes = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-
 
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
@@ -66,29 +64,20 @@ class LazyTensor:
         return tensor
 
 
-class Checkpoint:
+class Checkpoint(ExitStack):
     """The safetensors files of a model directory. A context manager: files are open inside it.
 
     Raises `CheckpointError` for missing or damaged files, `UnsupportedModelError` where there are pickled weights only.
     """
 
     def __init__(self, path: Path, on_read: Callable[[int], None] = lambda nbytes: None) -> None:
-        self.path = path
+        super().__init__()
         self.files = _find_files(path)
         self._on_read = on_read
-        self._stack = ExitStack()
 
     @property
     def total_bytes(self) -> int:
         return sum(file.stat().st_size for file in self.files)
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
 
     def tensors(self) -> dict[str, LazyTensor]:
         """All tensors by name, none read yet. Plain reads, not a memory map: a map would count, page by page, as
@@ -97,7 +86,7 @@ class Checkpoint:
         found: dict[str, LazyTensor] = {}
         for file in self.files:
             try:
-                handle = self._stack.enter_context(safe_open(str(file), framework="pt", device="cpu", backend="pread"))
+                handle = self.enter_context(safe_open(str(file), framework="pt", device="cpu", backend="pread"))
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file.name} is damaged or not a safetensors file: {error}") from error
             found.update((name, LazyTensor(handle, name, self._on_read)) for name in handle.keys())  # noqa: SIM118  not a dictionary

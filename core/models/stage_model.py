@@ -9,7 +9,7 @@ anything that `forward` does to embeddings (granite multiplies them, gpt2 and op
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,11 +56,6 @@ class StageSlice:
     @property
     def is_last(self) -> bool:
         return self.last == self.num_layers and self.only is None and not self.last_elsewhere
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing of the model is left out."""
-        return self.is_first and self.is_last and not self.without
 
     def holds(self, layer: int) -> bool:
         """Whether the layer is in it."""
@@ -122,21 +117,17 @@ def _prune(model: Any, part: StageSlice) -> None:
                 "It can be served on a single device."
             )
     if not part.is_last:
-        _drop_head(model)
-
-
-def _drop_head(model: Any) -> None:
-    head = model.get_output_embeddings()
-    for name, child in list(model.named_children()):
-        if child is head:
-            setattr(model, name, nn.Identity())
-    model.all_tied_weights_keys = {}
+        head = model.get_output_embeddings()
+        for name, child in list(model.named_children()):
+            if child is head:
+                setattr(model, name, nn.Identity())
+        model.all_tied_weights_keys = {}
 
 
 def stage_class(architecture: Architecture, part: StageSlice) -> type[Any]:
     """A subclass of the architecture's class whose instances hold one stage alone."""
     base = architecture.model_class
-    if part.is_whole:
+    if part.is_first and part.is_last and not part.without:
         return base
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -160,30 +151,42 @@ def load_stage(
 
     Raises `CheckpointError` if the checkpoint lacks tensors or their shapes do not fit the config.
     """
-    device_map = None if device.type == "cpu" else {"": device}
+    try:
+        with Checkpoint(path, on_read) as checkpoint:
+            model, info = build_stage(architecture, part, device, checkpoint.tensors(), attention)
+    except (RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{path.name} does not match its config: {error}") from error
+    missing, mismatched = sorted(info["missing_keys"]), sorted(str(item) for item in info["mismatched_keys"])
+    if missing:
+        raise CheckpointError(f"{path.name} lacks {len(missing)} tensors, such as {missing[0]}.")
+    if mismatched:
+        raise CheckpointError(f"{path.name} has tensors of the wrong shape: {mismatched[0]}.")
+    return model
+
+
+def build_stage(
+    architecture: Architecture, part: StageSlice, device: torch.device, tensors: Mapping[str, Any], attention: str
+) -> tuple[Any, dict[str, Any]]:
+    """The causal model of one stage on `device` from tensors by name, cut, in eval mode; and transformers' report."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        with Checkpoint(path, on_read) as checkpoint:
-            model, info = stage_class(architecture, part).from_pretrained(
-                None,
-                config=architecture.config,
-                state_dict=checkpoint.tensors(),
-                dtype=architecture.dtype,
-                device_map=device_map,
-                attn_implementation=attention,
-                generation_config=GenerationConfig(),
-                output_loading_info=True,
-            )
-    except (RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{path.name} does not match its config: {error}") from error
+        model, info = stage_class(architecture, part).from_pretrained(
+            None,
+            config=architecture.config,
+            state_dict=tensors,
+            dtype=architecture.dtype,
+            device_map=None if device.type == "cpu" else {"": device},
+            attn_implementation=attention,
+            generation_config=GenerationConfig(),
+            output_loading_info=True,
+        )
     finally:
         transformers_logging.set_verbosity(verbosity)
-    _check_complete(path, info)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return model.eval()
+    return model.eval(), info
 
 
 def load_layers(
@@ -199,14 +202,6 @@ def load_layers(
     model = load_stage(architecture, path, part, torch.device("cpu"), attention=attention, on_read=on_read)
     decoder, name = find_decoder(model, architecture.num_layers)
     return {index: getattr(decoder, name)[index] for index in layers}
-
-
-def _check_complete(path: Path, info: dict[str, Any]) -> None:
-    missing, mismatched = sorted(info["missing_keys"]), sorted(str(item) for item in info["mismatched_keys"])
-    if missing:
-        raise CheckpointError(f"{path.name} lacks {len(missing)} tensors, such as {missing[0]}.")
-    if mismatched:
-        raise CheckpointError(f"{path.name} has tensors of the wrong shape: {mismatched[0]}.")
 
 
 @dataclass(frozen=True, slots=True)

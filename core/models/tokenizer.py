@@ -20,14 +20,8 @@ from core.errors import ChatTemplateError, CheckpointError, InvalidRequestError,
 from core.models.token_pieces import TokenPieces
 
 _TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    RecursionError,
-)
+    jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError,
+)  # fmt: skip
 """What rendering raises for messages that a template does not expect: Jinja runs the template as Python code."""
 
 
@@ -68,10 +62,6 @@ class Tokenizer:
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         return cls(tokenizer)
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._hf.chat_template is not None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Special tokens written out in it are recognised, as in Hugging Face's tokenizers.
@@ -119,7 +109,7 @@ class Tokenizer:
         """
         kwargs = dict(chat_template_kwargs or {})
         self._check_kwargs(kwargs)
-        if not self.has_chat_template:
+        if self._hf.chat_template is None:
             raise ChatTemplateError("The model has no chat template; use /v1/completions instead.", param="messages")
         try:
             text = self._hf.apply_chat_template(

@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import accumulate, product
 
 from core.costs.cost import Batch, StageCost, best_cohorts, decode_tok_s
 from core.costs.plan import SLOTS, PlacementPlan, PlacementProblem, StagePlan
 from core.errors import InsufficientMemoryError, InvalidRequestError
-from core.placement.search import Cut, PlacementSearch
+from core.placement.search import Cut, PlacementSearch, lacking_memory
 from core.placement.splitter import cuts_by_memory
 
 BY_HAND = "by hand"
@@ -177,14 +177,7 @@ def place_profiled(
     Raises:
         InsufficientMemoryError: no plan holds as much.
     """
-    devices = request.devices
-    search = PlacementSearch(
-        request.costs,
-        [device.profile for device in devices],
-        [device.limit_bytes for device in devices],
-        request.links,
-        required,
-    )
+    search = PlacementSearch(request.costs, request.devices, request.links, required)
     least = _assured_tokens(request, search) if least_kv_tokens is None else least_kv_tokens
     assured = replace(request, min_kv_tokens=least, max_kv_tokens=max(least, request.max_kv_tokens))
     plans = [build_plan(assured, "profiled", cuts) for cuts in _searched(request, search, least)]
@@ -254,12 +247,13 @@ def _even_cuts(request: PlacementProblem, used: Sequence[int]) -> list[Cut]:
     """The same number of layers on each; what is left over goes to those with the most memory."""
     each, over = divmod(request.costs.num_layers, len(used))
     roomy = sorted(used, key=lambda index: -request.devices[index].limit_bytes)[:over]
-    cuts, first = [], 0
-    for index in used:
-        last = first + each + (index in roomy)
-        cuts.append(Cut(index, first, last))
-        first = last
-    return cuts
+    return _in_turn({index: each + (index in roomy) for index in used})
+
+
+def _in_turn(counts: Mapping[int, int]) -> list[Cut]:
+    """So many layers on each device, in this order."""
+    ends = accumulate(counts.values())
+    return [Cut(device, last - count, last) for (device, count), last in zip(counts.items(), ends, strict=True)]
 
 
 def cuts_by_hand(request: PlacementProblem, layers: tuple[int, ...]) -> list[Cut]:
@@ -272,26 +266,17 @@ def cuts_by_hand(request: PlacementProblem, layers: tuple[int, ...]) -> list[Cut
             f"devices ({names}), and these are {sum(layers)} for {len(layers)}.",
             param="layers",
         )
-    ends = [sum(layers[: index + 1]) for index in range(len(layers))]
-    return [
-        Cut(index, last - count, last) for index, (count, last) in enumerate(zip(layers, ends, strict=True)) if count
-    ]
+    return _in_turn({index: count for index, count in enumerate(layers) if count})
 
 
 def _insufficient(request: PlacementProblem, cuts: Sequence[Cut]) -> InsufficientMemoryError:
     tokens, devices = request.least_kv_tokens, request.devices
     lacking = {
-        devices[cut.device].name: max(0, request.costs.needed_bytes(cut.first, cut.last, tokens) - limit)
-        for cut in cuts
-        for limit in (devices[cut.device].limit_bytes,)
+        devices[device].name: max(0, request.costs.needed_bytes(first, last, tokens) - devices[device].limit_bytes)
+        for device, first, last in cuts
     }
-    listed = ", ".join(f"{name} lacks {count} bytes" for name, count in lacking.items() if count)
     layers = ", ".join(f"{cut.last - cut.first} layers on {devices[cut.device].name}" for cut in cuts)
-    return InsufficientMemoryError(
-        f"{request.model_name} does not fit with a KV cache of {tokens} tokens and {layers}"
-        + (f": {listed}." if listed else "."),
-        lacking_bytes=lacking,
-    )
+    return lacking_memory(f"{request.model_name} does not fit with a KV cache of {tokens} tokens and {layers}", lacking)
 
 
 def _check(request: PlacementProblem, plan: PlacementPlan, strategy: str) -> None:

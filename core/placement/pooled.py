@@ -40,47 +40,6 @@ class PooledKV:
     local_tokens: tuple[int, ...]
 
 
-def pool_kv(
-    stages: Sequence[StagePlan],
-    idle_limits: Sequence[int],
-    *,
-    kv_tokens: int,
-    max_tokens: int,
-    block_size: int,
-    lend_ratio: float,
-) -> PooledKV:
-    """How many tokens of KV to offer, in whole blocks: at least the `kv_tokens` that every stage has room for
-    itself, at most `max_tokens`.
-
-    A stage needs `T k_i` bytes for `T` tokens and has `F_i` left beside its weights. Alone, the scarcest stage sets
-    `T = min(F_i / k_i)`. With lending, deficits are met by what others have left over, each lender giving at most its
-    share::
-
-        sum over i of max(0, T k_i - F_i)  <=  sum over j of min(share_j, F_j - T k_j)   over j without a deficit
-
-    Devices that hold no layers take part with all their memory.
-
-    Args:
-        idle_limits: bytes of the devices that have no stage.
-        lend_ratio: largest share of its limit that a device lends.
-    """
-    free = [stage.limit_bytes - stage.weight_bytes - stage.workspace_bytes for stage in stages]
-    page_bytes = [stage.kv_bytes_per_token * block_size for stage in stages]
-
-    def fits(blocks: int) -> bool:
-        lacking, spare = 0, sum(int(lend_ratio * limit) for limit in idle_limits)
-        for stage, room, page in zip(stages, free, page_bytes, strict=True):
-            left = room - blocks * page
-            # whole pages; one of a stage that borrows stays empty, for blocks to change places through
-            lacking += (blocks + 1 - room // page) * page if left < 0 else 0
-            spare += min(int(lend_ratio * stage.limit_bytes), max(0, left))
-        return lacking <= spare
-
-    most = largest(fits, kv_tokens // block_size, max(kv_tokens, max_tokens) // block_size)
-    local = [most if page == 0 else min(most, room // page) for room, page in zip(free, page_bytes, strict=True)]
-    return PooledKV(most * block_size, tuple(blocks * block_size for blocks in local))
-
-
 def pooled_bound(stages: Sequence[StagePlan], idle_limits: Sequence[int] = ()) -> int:
     """Tokens that all memory together would hold if every byte could be used for any stage."""
     free = sum(stage.limit_bytes - stage.weight_bytes - stage.workspace_bytes for stage in stages) + sum(idle_limits)
@@ -119,15 +78,35 @@ def _levels(request: PlacementProblem, held: int) -> list[int]:
 
 
 def pool_of(request: PlacementProblem, plan: PlacementPlan, lend_ratio: float) -> PooledKV:
-    """The KV that a plan's devices hold together."""
-    return pool_kv(
-        plan.stages,
-        [device.limit_bytes for device in request.devices if device.name in plan.unused_devices],
-        kv_tokens=plan.kv_tokens,
-        max_tokens=request.wanted_kv_tokens if lend_ratio > 0 else plan.kv_tokens,
-        block_size=request.block_size,
-        lend_ratio=lend_ratio,
-    )
+    """How many tokens of KV a plan's devices hold together, in whole blocks: at least the `kv_tokens` that every stage
+    has room for itself, at most what is wanted. Each device lends `lend_ratio` of its limit at most.
+
+    A stage needs `T k_i` bytes for `T` tokens and has `F_i` left beside its weights. Alone, the scarcest stage sets
+    `T = min(F_i / k_i)`. With lending, deficits are met by what others have left over, each lender giving at most its
+    share::
+
+        sum over i of max(0, T k_i - F_i)  <=  sum over j of min(share_j, F_j - T k_j)   over j without a deficit
+
+    Devices that hold no layers take part with all their memory.
+    """
+    stages, block = plan.stages, request.block_size
+    idle = [device.limit_bytes for device in request.devices if device.name in plan.unused_devices]
+    free = [stage.limit_bytes - stage.weight_bytes - stage.workspace_bytes for stage in stages]
+    page_bytes = [stage.kv_bytes_per_token * block for stage in stages]
+
+    def fits(blocks: int) -> bool:
+        lacking, spare = 0, sum(int(lend_ratio * limit) for limit in idle)
+        for stage, room, page in zip(stages, free, page_bytes, strict=True):
+            left = room - blocks * page
+            # whole pages; one of a stage that borrows stays empty, for blocks to change places through
+            lacking += (blocks + 1 - room // page) * page if left < 0 else 0
+            spare += min(int(lend_ratio * stage.limit_bytes), max(0, left))
+        return lacking <= spare
+
+    wanted = request.wanted_kv_tokens if lend_ratio > 0 else plan.kv_tokens
+    most = largest(fits, plan.kv_tokens // block, max(plan.kv_tokens, wanted) // block)
+    local = [most if page == 0 else min(most, room // page) for room, page in zip(free, page_bytes, strict=True)]
+    return PooledKV(most * block, tuple(blocks * block for blocks in local))
 
 
 def pooled_tok_s(request: PlacementProblem, plan: PlacementPlan, pooled: PooledKV) -> float:
@@ -186,6 +165,5 @@ def _lender(request: PlacementProblem, plan: PlacementPlan, stage: StagePlan) ->
     spare = {device.name: device.limit_bytes for device in request.devices}
     for other in plan.stages:
         spare[other.device_name] -= other.weight_bytes + other.workspace_bytes + other.kv_bytes
-    del spare[stage.device_name]
-    name = max(spare, key=lambda key: spare[key])
-    return next(device for device in request.devices if device.name == name)
+    others = (device for device in request.devices if device.name != stage.device_name)
+    return max(others, key=lambda device: spare[device.name])

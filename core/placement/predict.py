@@ -46,7 +46,6 @@ class RatePrediction:
     """A number of streams that decode at the same time.
 
     Attributes:
-        streams: how many.
         cohorts: batches in flight.
         tok_s: tokens per second of all streams.
         token_s: seconds between two tokens of a stream.
@@ -79,7 +78,6 @@ class DeviceEffect:
     """What a device would change beside those of a plan, for the request's objective, streams and context.
 
     Attributes:
-        name: of the device.
         tok_s: of the best plan that uses it and the plan's devices, and holds as much KV; None if there is none.
         tok_s_without: of the best plan for the plan's devices alone, with as much KV.
         kv_tokens: that the plan with it holds; 0 where there is none.

@@ -31,8 +31,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.costs.cost import Batch, head_s, hop_s, layer_s
-from core.costs.plan import LayerCosts, Objective
-from core.costs.profile import DeviceProfile, LinkTopology
+from core.costs.plan import LayerCosts, Objective, PlacementDevice
+from core.costs.profile import LinkTopology
+from core.errors import InsufficientMemoryError
 
 _Matrix = NDArray[np.float64]
 _Combine = Callable[[_Matrix, _Matrix], _Matrix]
@@ -47,6 +48,12 @@ class Cut(NamedTuple):
     device: int
     first: int
     last: int
+
+
+def lacking_memory(text: str, lacking: dict[str, int]) -> InsufficientMemoryError:
+    """The error that says `text`, and how many bytes each device lacks."""
+    listed = ", ".join(f"{name} lacks {count} bytes" for name, count in lacking.items() if count)
+    return InsufficientMemoryError(f"{text}: {listed}." if listed else f"{text}.", lacking_bytes=lacking)
 
 
 def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
@@ -90,9 +97,7 @@ class PlacementSearch:
 
     Args:
         costs: of the model; `layer_flops` has an entry per layer.
-        profiles: how fast the devices are.
-        limits: bytes that may be allocated on each.
-        links: between them, by the profiles' names.
+        links: between the devices, by name.
         required: indices of devices that hold at least one layer; the others may be left out.
 
     Raises:
@@ -100,18 +105,13 @@ class PlacementSearch:
     """
 
     def __init__(
-        self,
-        costs: LayerCosts,
-        profiles: Sequence[DeviceProfile],
-        limits: Sequence[int],
-        links: LinkTopology,
-        required: frozenset[int] = frozenset(),
+        self, costs: LayerCosts, devices: Sequence[PlacementDevice], links: LinkTopology, required: frozenset[int]
     ) -> None:
-        if len(profiles) != len(limits):
-            raise ValueError(f"{len(profiles)} profiles, but {len(limits)} limits")
         if not costs.num_layers == len(costs.layer_flops) == len(costs.kv_bytes_per_token):
             raise ValueError("layer_bytes, layer_flops and kv_bytes_per_token need an entry per layer")
-        self._costs, self._profiles, self._limits, self._links = costs, tuple(profiles), tuple(limits), links
+        self._costs, self._links = costs, links
+        self._profiles = [device.profile for device in devices]
+        self._limits = [device.limit_bytes for device in devices]
         self._states = _make_states(self._group(required), required, costs.num_layers)
 
     def fits(self, kv_tokens: int) -> bool:
@@ -124,7 +124,7 @@ class PlacementSearch:
         lowest: list[int] = []
         for moves in self._states.moves:
             lowest.append(min((earliest[kind][lowest[rest]] for kind, rest in moves), default=num_layers))
-        return any(lowest[state] == 0 for state in range(len(lowest)))
+        return 0 in lowest
 
     def most_kv_tokens(self, least: int, most: int, block_size: int) -> int | None:
         """The most KV tokens that any plan holds, in whole blocks, up to `most`; None if `least` do not fit."""
@@ -181,12 +181,12 @@ class PlacementSearch:
     def _group(self, required: frozenset[int]) -> tuple[tuple[int, ...], ...]:
         kinds: list[list[int]] = []
         for device in range(len(self._profiles)):
-            same = (kind for kind in kinds if self._interchangeable(kind[0], device))
-            kind = next((kind for kind in same if (kind[0] in required) == (device in required)), None)
+            alike = (kind for kind in kinds if (kind[0] in required) == (device in required))
+            kind = next((kind for kind in alike if self._interchangeable(kind[0], device)), None)
             if kind is None:
-                kinds.append([device])
-            else:
-                kind.append(device)
+                kind = []
+                kinds.append(kind)
+            kind.append(device)
         return tuple(map(tuple, kinds))
 
     def _interchangeable(self, one: int, two: int) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from core.costs.plan import LayerCosts, PlacementDevice, PlacementProblem
 from core.errors import InsufficientMemoryError
-from core.placement.search import Cut, largest
+from core.placement.search import Cut, lacking_memory, largest
 
 
 def cuts_by_memory(request: PlacementProblem) -> list[Cut]:
@@ -38,9 +38,8 @@ def _fill(costs: LayerCosts, sizes: Sequence[int], kv_tokens: int) -> list[Cut]:
     for index, size in enumerate(sizes):
         most = costs.num_layers - (len(sizes) - index - 1)
         last = most if index == len(sizes) - 1 else first
-        if index < len(sizes) - 1:
-            while last < most and costs.needed_bytes(first, last + 1, kv_tokens) <= size:
-                last += 1
+        while last < most and costs.needed_bytes(first, last + 1, kv_tokens) <= size:
+            last += 1
         if last == first or costs.needed_bytes(first, last, kv_tokens) > size:
             return []
         cuts.append(Cut(index, first, last))
@@ -58,9 +57,5 @@ def _insufficient(costs: LayerCosts, used: Sequence[PlacementDevice], kv_tokens:
         lacking[device.name] = max(0, costs.needed_bytes(first, last, kv_tokens) - device.limit_bytes)
         first = last
     needed = costs.needed_bytes(0, costs.num_layers, kv_tokens)
-    listed = ", ".join(f"{name} lacks {count} bytes" for name, count in lacking.items() if count)
-    return InsufficientMemoryError(
-        f"The model needs about {needed} bytes with a KV cache of {kv_tokens} tokens, and the devices have {total}"
-        + (f": {listed}." if listed else "."),
-        lacking_bytes=lacking,
-    )
+    text = f"The model needs about {needed} bytes with a KV cache of {kv_tokens} tokens, and the devices have {total}"
+    return lacking_memory(text, lacking)

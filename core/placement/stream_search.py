@@ -22,15 +22,9 @@ _EXACT = 2.0**50
 class StreamingSearch(PlacementSearch):
     """Everything but what fits and how long it takes is as in `PlacementSearch`."""
 
-    def __init__(self, request: PlacementProblem, required: frozenset[int] = frozenset()) -> None:
+    def __init__(self, request: PlacementProblem, required: frozenset[int]) -> None:
         self._loads = functools.lru_cache(maxsize=None)(functools.partial(streamed_bytes, request.costs))
-        super().__init__(
-            request.costs,
-            [device.profile for device in request.devices],
-            [device.limit_bytes for device in request.devices],
-            request.links,
-            required,
-        )
+        super().__init__(request.costs, request.devices, request.links, required)
 
     def _interchangeable(self, one: int, two: int) -> bool:
         return super()._interchangeable(one, two) and self._from_host(one) == self._from_host(two)

@@ -27,18 +27,11 @@ def choose_streamed(
 
     Empty where all of them fit; None where not even two slots do.
     """
-    excess = costs.needed_bytes(first, last, kv_tokens) - limit_bytes
-    if excess <= 0:
-        return ()
-    sizes = costs.layer_bytes[first:last]
-    counts = fewest_bytes(Counter(sizes), excess)
+    counts = _counts(costs, first, last, kv_tokens, limit_bytes)
     if counts is None:
         return None
-    chosen: list[int] = []
-    for size, count in counts.items():
-        alike = [first + index for index, nbytes in enumerate(sizes) if nbytes == size]
-        chosen += spread(alike, count)
-    return tuple(sorted(chosen))
+    alike = {size: [layer for layer in range(first, last) if costs.layer_bytes[layer] == size] for size in counts}
+    return tuple(sorted(layer for size, count in counts.items() for layer in spread(alike[size], count)))
 
 
 def spread(layers: Sequence[int], count: int) -> list[int]:
@@ -109,8 +102,11 @@ def streamed_bytes(
     costs: LayerCosts, first: int, last: int, kv_tokens: int, limit_bytes: int
 ) -> tuple[int, int] | None:
     """Bytes and number of the layers that `choose_streamed` would take; None where they do not fit."""
-    excess = costs.needed_bytes(first, last, kv_tokens) - limit_bytes
-    if excess <= 0:
-        return 0, 0
-    counts = fewest_bytes(Counter(costs.layer_bytes[first:last]), excess)
+    counts = _counts(costs, first, last, kv_tokens, limit_bytes)
     return None if counts is None else (total_bytes(counts), sum(counts.values()))
+
+
+def _counts(costs: LayerCosts, first: int, last: int, kv_tokens: int, limit_bytes: int) -> dict[int, int] | None:
+    """How many layers of each size stream in; None where they do not fit."""
+    excess = costs.needed_bytes(first, last, kv_tokens) - limit_bytes
+    return {} if excess <= 0 else fewest_bytes(Counter(costs.layer_bytes[first:last]), excess)

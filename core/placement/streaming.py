@@ -15,7 +15,7 @@ from core.devices.device import HOST
 from core.errors import InsufficientMemoryError
 from core.placement.engine import BY_HAND, assemble, cuts_by_hand, kv_room, place_profiled, plan_stage, predicted_tok_s
 from core.placement.pooled import place_pooled
-from core.placement.search import Cut, largest
+from core.placement.search import Cut, lacking_memory, largest
 from core.placement.stream_search import StreamingSearch, streaming_cuts
 from core.placement.streamed_layers import choose_streamed, least_bytes
 
@@ -73,16 +73,15 @@ def build_streaming(request: PlacementProblem, strategy: str, cuts: Sequence[Cut
     Raises:
         InsufficientMemoryError: they do not fit; says what each device, and "host", lacks.
     """
-    chosen = [choose_streamed(request.costs, first, last, kv_tokens, _limit(request, device))
-              for device, first, last in cuts]  # fmt: skip
-    if any(layers is None for layers in chosen):
-        raise _insufficient(request, cuts, kv_tokens)
-    streamed = [layers or () for layers in chosen]
-    sizes = request.costs.layer_bytes
-    host = sum(sizes[layer] for layers in streamed for layer in layers)
+    stages = []
+    for cut in cuts:
+        layers = choose_streamed(request.costs, cut.first, cut.last, kv_tokens, _limit(request, cut.device))
+        if layers is None:
+            raise _insufficient(request, cuts, kv_tokens)
+        stages.append(plan_stage(request, cut, layers))
+    host = sum(stage.streamed_bytes for stage in stages)
     if host > request.host_bytes:
         raise _insufficient(request, cuts, kv_tokens, host - request.host_bytes)
-    stages = [plan_stage(request, cut, layers) for cut, layers in zip(cuts, streamed, strict=True)]
     rooms = [kv_room(request, stage) for stage in stages]
     return assemble(request, strategy, stages, min([max(kv_tokens, request.wanted_kv_tokens), *rooms]))
 
@@ -157,16 +156,15 @@ def _insufficient(
     request: PlacementProblem, cuts: Sequence[Cut], kv_tokens: int, host_lacking: int = 0
 ) -> InsufficientMemoryError:
     lacking = {
-        request.devices[cut.device].name: max(
-            0, least_bytes(request.costs, cut.first, cut.last, kv_tokens) - _limit(request, cut.device)
+        request.devices[device].name: max(
+            0, least_bytes(request.costs, first, last, kv_tokens) - _limit(request, device)
         )
-        for cut in cuts
+        for device, first, last in cuts
     }
     if host_lacking:
         lacking[HOST] = host_lacking
-    listed = ", ".join(f"{name} lacks {count} bytes" for name, count in lacking.items() if count)
-    return InsufficientMemoryError(
+    return lacking_memory(
         f"{request.model_name} does not fit with a KV cache of {kv_tokens} tokens, not even with layers that stream in "
-        f"from main memory{f': {listed}' if listed else ''}.",
-        lacking_bytes=lacking,
+        "from main memory",
+        lacking,
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from core.logs import get_logger
 from core.models.architecture import Architecture
 from core.profiling import measure
 from core.profiling.layer_times import OVERHEAD_ROWS, split_overheads
-from core.profiling.measure import Adapter, Products, Task
+from core.profiling.measure import Adapter, Products, Rate
 from core.profiling.random_layers import KV_ROWS, SHORT, RandomLayers, choose_layer_count, layer_room, many_tokens
 
 logger = get_logger(__name__)
@@ -39,19 +40,30 @@ _STEPS = (*OVERHEAD_ROWS, _LONG, _EMPTY)
 """Steps of so many rows, of a few with long contexts, and one that passes the layers by."""
 
 
-@dataclass
-class _Rounds:
-    """What was measured in each round, by rows or step."""
+_Rounds = dict[int, list[float]]
+"""What was measured in each round, by rows or step."""
 
-    bandwidth: list[float] = field(default_factory=list)
-    flops: dict[int, list[float]] = field(default_factory=lambda: {rows: [] for rows in ROWS})
-    steps_s: dict[int, list[float]] = field(default_factory=lambda: {step: [] for step in _STEPS})
+
+def layer_shape(architecture: Architecture) -> dict[str, Any]:
+    """What a middle layer's speed depends on, beside its dtype; with experts, `intermediate` is one expert's."""
+    config = architecture.config.get_text_config()
+    names = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner")
+    sizes = [getattr(config, name, None) for name in names]
+    kv = architecture.kv_shapes[architecture.num_layers // 2]
+    return {
+        "model_type": architecture.model_type,
+        "hidden": architecture.hidden_size,
+        "intermediate": next((int(size) for size in sizes if size), 4 * architecture.hidden_size),
+        "heads": architecture.num_heads,
+        "kv_heads": kv.num_kv_heads,
+        "key_dim": kv.key_dim,
+        "value_dim": kv.value_dim,
+    }
 
 
 def measure_speed(
     device: Device,
     architecture: Architecture,
-    sizes: tuple[int, int],
     backend: AttentionBackend,
     adapt: Adapter,
     room_bytes: int,
@@ -59,17 +71,19 @@ def measure_speed(
 ) -> DeviceProfile:
     """How fast `device` runs layers of `architecture`, in about `budget_s` seconds and in `room_bytes` of its memory.
 
-    `sizes` are those of its gated MLPs: hidden and inner. Raises `OutOfDeviceMemoryError` without room for a product.
+    Raises `OutOfDeviceMemoryError` without room for a product.
     """
     with torch.inference_mode():
         # Both are there at the same time. Products may be narrow; a layer has to be whole.
         beside = max(room_bytes // 8, room_bytes - layer_room(architecture, _LEAST_TOKENS))
-        products = Products(device, architecture.dtype, *sizes, min(room_bytes // 2, beside), adapt)
+        inner, room = layer_shape(architecture)["intermediate"], min(room_bytes // 2, beside)
+        products = Products(device, architecture.dtype, architecture.hidden_size, inner, room, adapt)
         layers = _open_layers(architecture, device, backend, adapt, room_bytes - products.nbytes)
-        found = _measure_rounds(products, layers, 2 / architecture.dtype.itemsize, budget_s / ROUNDS)
-        flops = tuple((rows, median(rates)) for rows, rates in found.flops.items())
-        profile = DeviceProfile(device.name, median(found.bandwidth), flops)
-        return profile if layers is None else _with_layers(profile, layers, found.steps_s)
+        flops_per_byte = 2 / architecture.dtype.itemsize
+        bandwidth, flops, steps_s = _measure_rounds(products, layers, flops_per_byte, budget_s / ROUNDS)
+        rates = tuple((rows, median(found)) for rows, found in flops.items())
+        profile = DeviceProfile(device.name, median(bandwidth), rates)
+        return profile if layers is None else _with_layers(profile, layers, steps_s)
 
 
 def _open_layers(
@@ -83,27 +97,31 @@ def _open_layers(
     return None
 
 
-def _measure_rounds(products: Products, layers: RandomLayers | None, flops_per_byte: float, round_s: float) -> _Rounds:
-    found, reading = _Rounds(), products.reading()
-    computing: dict[int, Task] = {}
+def _measure_rounds(
+    products: Products, layers: RandomLayers | None, flops_per_byte: float, round_s: float
+) -> tuple[list[float], _Rounds, _Rounds]:
+    """Bytes per second in each round, operations per second by rows, and seconds by step."""
+    reading, computing = products.reading(), dict[int, Rate]()
+    bandwidth, flops, steps_s = list[float](), _Rounds(), _Rounds()
     product_s, step_s = _FLOPS_SHARE * round_s / len(ROWS), _LAYERS_SHARE * round_s / len(_STEPS)
     for _ in range(ROUNDS):
-        found.bandwidth.append(reading.rate(_BANDWIDTH_SHARE * round_s))
-        rate = flops_per_byte * found.bandwidth[0]
+        bandwidth.append(reading(_BANDWIDTH_SHARE * round_s))
+        rate = flops_per_byte * bandwidth[0]
         for rows in ROWS:
             if rows not in computing:
                 computing[rows] = products.computing(rows, rate, product_s)
-            rate = computing[rows].rate(product_s)
-            found.flops[rows].append(rate)
-        if layers is not None:
-            for step, times_s in found.steps_s.items():
-                layers.pass_by(step == _EMPTY)
-                layers.set_step(*((KV_ROWS, layers.long) if step == _LONG else (max(1, step), layers.short)))
-                times_s.append(measure.time_runs(layers.step, layers.device, step_s))
-    return found
+            rate = computing[rows](product_s)
+            flops.setdefault(rows, []).append(rate)
+        if layers is None:
+            continue
+        for step in _STEPS:
+            layers.pass_by(step == _EMPTY)
+            layers.set_step(*((KV_ROWS, layers.long) if step == _LONG else (max(1, step), layers.short)))
+            steps_s.setdefault(step, []).append(measure.time_runs(layers.step, layers.device, step_s))
+    return bandwidth, flops, steps_s
 
 
-def _with_layers(profile: DeviceProfile, layers: RandomLayers, steps_s: dict[int, list[float]]) -> DeviceProfile:
+def _with_layers(profile: DeviceProfile, layers: RandomLayers, steps_s: _Rounds) -> DeviceProfile:
     """With the rate of attention, and what layers take beyond all that the rates account for."""
     kv_rate = _kv_rate(layers, steps_s, profile.bandwidth_bytes_s)
     read_s = layers.kv_bytes(layers.short) / (kv_rate or profile.bandwidth_bytes_s)
@@ -122,7 +140,7 @@ def _with_layers(profile: DeviceProfile, layers: RandomLayers, steps_s: dict[int
     )
 
 
-def _kv_rate(layers: RandomLayers, steps_s: dict[int, list[float]], bandwidth_bytes_s: float) -> float | None:
+def _kv_rate(layers: RandomLayers, steps_s: _Rounds, bandwidth_bytes_s: float) -> float | None:
     """None: KV took so little time that nothing can be said, and as fast as weights is likely."""
     further = layers.count * KV_ROWS * (layers.kv_bytes(layers.long) - layers.kv_bytes(layers.short))
     longer_s = _longer_s(steps_s, _LONG, KV_ROWS)
@@ -131,6 +149,6 @@ def _kv_rate(layers: RandomLayers, steps_s: dict[int, list[float]], bandwidth_by
     return min(bandwidth_bytes_s, further / longer_s)
 
 
-def _longer_s(steps_s: dict[int, list[float]], step: int, other: int) -> float:
+def _longer_s(steps_s: _Rounds, step: int, other: int) -> float:
     """How much longer one kind of step takes than another: the median of what it was in each round."""
     return median(a - b for a, b in zip(steps_s[step], steps_s[other], strict=True))

@@ -13,7 +13,7 @@ import torch
 from core.config import Settings
 from core.costs import DeviceProfile, Sharing
 from core.costs.cards import card
-from core.devices import Device, DeviceReader, Machine, format_bytes, left_out, open_devices, probe_machine
+from core.devices import Device, DeviceReader, format_bytes, left_out, open_devices, probe_machine
 from core.devices.probe import MemoryNow, read_memory
 from core.errors import DeviceError
 from core.execution.attention.select import select_attention
@@ -53,21 +53,14 @@ class Datasheet:
 
 @dataclass(frozen=True, slots=True)
 class DeviceDiagnosis:
-    """One logical device.
+    """One logical device; speeds and overheads are its profile's (`core.costs.DeviceProfile`).
 
     Attributes:
-        name, kind, product: as logical device, what it is, and whose memory it has.
+        product: the device whose memory it has.
         total_bytes, free_bytes: of the physical device now, other processes' use included.
         limit_bytes: what a plan may use.
         attention: the attention backend it gets; "native" comes with the compiled linear layers.
-        source: "measured", or "emulated" for a device with a given speed.
-        bandwidth_bytes_s: at which weights are read.
-        kv_bandwidth_bytes_s: at which attention gets through KV.
         flops: operations per second by rows of the matrix product ("1", "16", "256").
-        layer_overhead_s, row_overhead_s, step_overhead_s: per layer, per layer and token, and per forward pass, beyond
-            reading and computing.
-        sharing: how many times longer reading and computing take while all parts of the device's processor compute;
-            None for a device that is not a part.
         compute_bound_streams: from how many streams on a step takes longer than for one, because computing takes longer
             than reading the weights; None: not up to thousands.
         limits: the same in a sentence.
@@ -139,21 +132,26 @@ def diagnose(settings: Settings, refresh: bool = False, *, budget_s: float = DEV
     profiles = profiler.devices(devices, architecture, refresh=refresh)
     links = profiler.links(devices, refresh=refresh).links
     attention = [select_attention(device, settings, threads)[0].name for device in devices]
-    told = tuple(
-        diagnose_device(device, held, profile, backend, architecture.dtype, threads)
-        for device, held, profile, backend in zip(devices, memory, profiles, attention, strict=True)
-    )
     return Diagnosis(
         model=resolved.name,
         dtype=str(architecture.dtype).removeprefix("torch."),
         torch=torch.__version__,
         cpu_threads=threads,
-        devices=told,
+        devices=tuple(
+            diagnose_device(device, held, profile, backend, architecture.dtype, threads)
+            for device, held, profile, backend in zip(devices, memory, profiles, attention, strict=True)
+        ),
         links=tuple(
             LinkDiagnosis(src, dst, link.method, link.source, link.latency_s, link.bandwidth_bytes_s)
             for (src, dst), link in links.items()
         ),
-        warnings=tuple(_warnings(settings, devices, memory, told, machine, busy)),
+        warnings=(
+            *(f"No GPU: {reason}." for reason in machine.missing),
+            *(f"{reason}." for reason in left_out(machine, devices)),
+            *_kernel_warnings(settings, devices, attention),
+            *busy,
+            *_memory_warnings(devices, memory),
+        ),
     )
 
 
@@ -229,34 +227,9 @@ def _datasheet(memory: MemoryNow, product: str, profile: DeviceProfile, dtype: t
     return None
 
 
-def _warnings(
-    settings: Settings,
-    devices: Sequence[Device],
-    memory: Sequence[MemoryNow],
-    told: Sequence[DeviceDiagnosis],
-    machine: Machine,
-    busy: list[str],
-) -> list[str]:
-    found = [f"No GPU: {reason}." for reason in machine.missing]
-    found += [f"{reason}." for reason in left_out(machine, devices)]
-    found += _kernel_warnings(settings, devices, told) + busy
-    shared: dict[str, list[MemoryNow]] = defaultdict(list)
-    for device, held in zip(devices, memory, strict=True):
-        if not device.is_emulated:
-            shared[device.torch_device].append(held)
-    for parts in shared.values():
-        found += _memory_warnings(parts)
-    swap = psutil.swap_memory()
-    if swap.used > _SWAP_BYTES:
-        found.append(
-            f"{format_bytes(swap.used)} of swap are in use: weights that are swapped out make steps wait for the disk."
-        )
-    return found
-
-
-def _kernel_warnings(settings: Settings, devices: Sequence[Device], told: Sequence[DeviceDiagnosis]) -> list[str]:
+def _kernel_warnings(settings: Settings, devices: Sequence[Device], attention: Sequence[str]) -> list[str]:
     found = []
-    attends = [(device, tell.attention) for device, tell in zip(devices, told, strict=True)]
+    attends = list(zip(devices, attention, strict=True))
     slow_cpus = [device.name for device, name in attends if device.computes_on_cpu and name != "native"]
     if slow_cpus:
         if not settings.engine.native_kernels:
@@ -290,13 +263,23 @@ def _busy_warnings(devices: Sequence[Device]) -> list[str]:
     ]
 
 
-def _memory_warnings(parts: Sequence[MemoryNow]) -> list[str]:
-    """Of the logical devices on one physical device."""
-    names, first = ", ".join(part.device for part in parts), parts[0]
-    wanted = sum(part.limit_bytes for part in parts)
-    free, total = format_bytes(first.free_bytes), format_bytes(first.total_bytes)
-    if wanted > first.free_bytes:
-        return [f"{names} may use {format_bytes(wanted)}, but only {free} of {total} are free now."]
-    if first.free_bytes < _LOW_SHARE * first.total_bytes:
-        return [f"{names}: only {free} of {total} are free; other processes hold the rest."]
-    return []
+def _memory_warnings(devices: Sequence[Device], memory: Sequence[MemoryNow]) -> list[str]:
+    found = []
+    shared: dict[str, list[MemoryNow]] = defaultdict(list)
+    for device, held in zip(devices, memory, strict=True):
+        if not device.is_emulated:
+            shared[device.torch_device].append(held)
+    for parts in shared.values():
+        names, first = ", ".join(part.device for part in parts), parts[0]
+        wanted = sum(part.limit_bytes for part in parts)
+        free, total = format_bytes(first.free_bytes), format_bytes(first.total_bytes)
+        if wanted > first.free_bytes:
+            found.append(f"{names} may use {format_bytes(wanted)}, but only {free} of {total} are free now.")
+        elif first.free_bytes < _LOW_SHARE * first.total_bytes:
+            found.append(f"{names}: only {free} of {total} are free; other processes hold the rest.")
+    swap = psutil.swap_memory()
+    if swap.used > _SWAP_BYTES:
+        found.append(
+            f"{format_bytes(swap.used)} of swap are in use: weights that are swapped out make steps wait for the disk."
+        )
+    return found

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -152,17 +151,8 @@ def random_tile(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 # -- matrix products ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """Something to time on `device`, and how much of what is counted one run does."""
-
-    work: Callable[[], object]
-    amount: float
-    device: torch.device
-
-    def rate(self, budget_s: float) -> float:
-        """Amount per second."""
-        return self.amount / time_runs(self.work, self.device, budget_s)
+Rate = Callable[[float], float]
+"""Measures for about so many seconds, and returns how much is done in one."""
 
 
 class Products:
@@ -185,21 +175,20 @@ class Products:
         self._buffer = torch.empty(nbytes // dtype.itemsize, dtype=dtype, device=self._device)
         self._mlps: dict[int, list[nn.Module]] = {}
 
-    def reading(self) -> Task:
-        """Linear layers that read their weights for one row; the amount is bytes."""
+    def reading(self) -> Rate:
+        """In bytes: linear layers that read their weights for one row."""
         most = self._buffer.numel() // self._hidden
         width = min(most, max(self._inner, self._large // (self._hidden * self._dtype.itemsize)))
         shape = (width, self._hidden)
         linears = nn.ModuleList(self._linear(shape, index) for index in range(most // width))
         self._adapt(linears)
         x, nbytes = self._input(1), len(linears) * width * self._hidden * self._dtype.itemsize
-        return Task(lambda: [linear(x) for linear in linears], nbytes, self._device)
+        return self._rate(lambda: [linear(x) for linear in linears], nbytes)
 
-    def computing(self, rows: int, expected: float, budget_s: float) -> Task:
-        """Gated MLPs of the model's size, for `rows` rows; the amount is floating-point operations.
+    def computing(self, rows: int, expected: float, budget_s: float) -> Rate:
+        """In floating-point operations: gated MLPs of the model's size, for `rows` rows.
 
-        `expected` operations per second are planned with: an MLP that would use the budget up at that rate is made
-        narrower.
+        An MLP that would use the budget up at the `expected` rate is made narrower.
         """
         sample_flops = expected * budget_s / _SAMPLES_PER_BUDGET
         narrow = max(256, int(sample_flops / (6 * rows * self._hidden)) // 64 * 64)
@@ -214,7 +203,11 @@ class Products:
             for mlp in itertools.islice(turn, count):
                 mlp(x)
 
-        return Task(work, count * mlp_flops, self._device)
+        return self._rate(work, count * mlp_flops)
+
+    def _rate(self, work: Callable[[], object], amount: float) -> Rate:
+        """`amount` is what one run does."""
+        return lambda budget_s: amount / time_runs(work, self._device, budget_s)
 
     def _input(self, rows: int) -> torch.Tensor:
         empty = torch.empty(1, rows, self._hidden, dtype=self._dtype, device=self._device)

@@ -15,13 +15,14 @@ import tempfile
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from core.costs import DeviceProfile, LinkProfile
+from core.costs import DeviceProfile, LinkProfile, Sharing
 from core.devices import Device
+from core.devices.readers import open_nvml
 from core.logs import get_logger
 
 logger = get_logger(__name__)
@@ -67,12 +68,7 @@ class _StoredSharing(_Stored):
     computing: float = Field(ge=1)
 
 
-_Kind = TypeVar("_Kind", bound=_Stored)
-
-
-def _measured(stored: type[_Stored], profile: object) -> dict[str, Any]:
-    """What such a file keeps of a profile, which has attributes of the same names."""
-    return {name: getattr(profile, name) for name in stored.model_fields if name not in _Stored.model_fields}
+_KINDS: dict[str, type[_Stored]] = {"device": _StoredDevice, "link": _StoredLink, "sharing": _StoredSharing}
 
 
 class ProfileStore:
@@ -81,41 +77,15 @@ class ProfileStore:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def load_device(self, facts: Facts, name: str) -> DeviceProfile | None:
-        """The profile of the device with these facts, under the name of a logical device; None if there is none."""
-        stored = self._load("device", facts, _StoredDevice)
-        return None if stored is None else DeviceProfile(name, **_measured(_StoredDevice, stored))
-
-    def save_device(self, facts: Facts, profile: DeviceProfile) -> None:
-        """Keep a profile; a disk that cannot is logged."""
-        self._save("device", facts, _measured(_StoredDevice, profile))
-
-    def load_link(self, facts: Facts, method: str) -> LinkProfile | None:
-        """The profile of the link with these facts; None if there is none."""
-        stored = self._load("link", facts, _StoredLink)
-        return None if stored is None else LinkProfile(stored.bandwidth_bytes_s, stored.latency_s, method)
-
-    def save_link(self, facts: Facts, profile: LinkProfile) -> None:
-        """Keep a link's profile; a disk that cannot is logged."""
-        self._save("link", facts, _measured(_StoredLink, profile))
-
-    def load_sharing(self, facts: Facts) -> tuple[float, float] | None:
-        """How many times longer reading and computing take the parts with these facts together; None: not known."""
-        stored = self._load("sharing", facts, _StoredSharing)
-        return None if stored is None else (stored.reading, stored.computing)
-
-    def save_sharing(self, facts: Facts, reading: float, computing: float) -> None:
-        """Keep what parts of a processor cost each other."""
-        self._save("sharing", facts, {"reading": reading, "computing": computing})
-
     def path(self, kind: str, facts: Facts) -> Path:
-        """The file of a device, link or set of parts."""
+        """The file of a "device", a "link" or the "sharing" of parts."""
         return self.directory / f"{kind}-{key_of(facts)}.json"
 
-    def _load(self, kind: str, facts: Facts, model: type[_Kind]) -> _Kind | None:
+    def load(self, kind: str, facts: Facts) -> dict[str, Any] | None:
+        """What was measured with these facts: fields of `DeviceProfile`, `LinkProfile` or `Sharing`; None: nothing."""
         path = self.path(kind, facts)
         try:
-            stored = model.model_validate_json(path.read_bytes())
+            stored = _KINDS[kind].model_validate_json(path.read_bytes())
         except FileNotFoundError:
             return None
         except (OSError, ValidationError) as error:
@@ -125,10 +95,15 @@ class ProfileStore:
         if key_of(stored.facts) != key_of(facts):
             logger.warning("a stored profile is another one's; measuring again", path=str(path))
             return None
-        return stored
+        return stored.model_dump(exclude=set(_Stored.model_fields))
 
-    def _save(self, kind: str, facts: Facts, values: Mapping[str, Any]) -> None:
-        """Written beside, then moved: readers see the old file or the new one, never half of one."""
+    def save(self, kind: str, facts: Facts, profile: DeviceProfile | LinkProfile | Sharing) -> None:
+        """Keep what `load` gives back; a disk that cannot is logged.
+
+        Written beside, then moved: readers see the old file or the new one, never half of one.
+        """
+        names = [name for name in _KINDS[kind].model_fields if name not in _Stored.model_fields]
+        values = {name: getattr(profile, name) for name in names}
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         content = json.dumps({"format": _FORMAT, "measured_at": now, "facts": dict(facts), **values}, indent=2)
         path = self.path(kind, facts)
@@ -199,20 +174,15 @@ def cpu_name() -> str:
 def _nvidia_driver() -> str:
     """NVIDIA's driver version by NVML, or by default the CUDA version torch was built with."""
     fallback = f"CUDA {torch.version.cuda}"
-    try:
-        import pynvml
-    except ImportError:
+    nvml, _ = open_nvml()
+    if nvml is None:
         return fallback
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return fallback
-    try:
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    except pynvml.NVMLError:
+        return str(nvml.nvmlSystemGetDriverVersion())
+    except nvml.NVMLError:
         return fallback
     finally:
-        pynvml.nvmlShutdown()  # sessions are counted: a reader's own stays open
+        nvml.nvmlShutdown()  # sessions are counted: a reader's own stays open
 
 
 def _amd_driver() -> str:

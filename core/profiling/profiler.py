@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from core.config import Settings
-from core.costs import DeviceProfile, LinkProfile, LinkTopology, Sharing, emulated_profile
-from core.devices import HOST, Device, format_bytes
+from core.costs import DeviceProfile, Sharing, emulated_profile
+from core.devices import Device, format_bytes
 from core.devices.probe import read_memory
 from core.errors import OutOfDeviceMemoryError
 from core.execution.attention.interface import AttentionBackend
@@ -22,11 +23,11 @@ from core.execution.native import do_all_products
 from core.execution.threads import CpuThreads
 from core.logs import get_logger
 from core.models.architecture import Architecture
-from core.profiling.device_speed import measure_speed
+from core.profiling.device_speed import layer_shape, measure_speed
 from core.profiling.layer_times import SHARING_ROWS, measure_sharing
 from core.profiling.link_profiler import LinkProfiler
 from core.profiling.measure import computing_as_served
-from core.profiling.profile_store import ProfileStore, device_facts, kernel_digest, key_of
+from core.profiling.profile_store import device_facts, kernel_digest, key_of
 from core.profiling.random_layers import SHORT, RandomLayers, choose_layer_count
 from core.transfer import TransferManager
 
@@ -39,37 +40,7 @@ _Selected = tuple[AttentionBackend, LinearAdapter | None]  # as `select_attentio
 _ROOM_SHARE = 2  # measuring takes up to half of what may be used
 
 
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """What a decoder layer's speed depends on, beside its dtype."""
-
-    model_type: str
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-
-    @classmethod
-    def of(cls, architecture: Architecture) -> LayerShape:
-        """The shape of a middle layer; with experts, `intermediate` is one expert's."""
-        config = architecture.config.get_text_config()
-        names = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner")
-        sizes = [getattr(config, name, None) for name in names]
-        kv = architecture.kv_shapes[architecture.num_layers // 2]
-        return cls(
-            model_type=architecture.model_type,
-            hidden=architecture.hidden_size,
-            intermediate=next((int(size) for size in sizes if size), 4 * architecture.hidden_size),
-            heads=architecture.num_heads,
-            kv_heads=kv.num_kv_heads,
-            key_dim=kv.key_dim,
-            value_dim=kv.value_dim,
-        )
-
-
-class LayerProfiler:
+class LayerProfiler(LinkProfiler):
     """Measures devices and links, once each: results are kept under `runtime.cache_dir / "profiles"`.
 
     Measure while nothing else computes on the devices. `transfer` counts what is sent for it. CPU devices compute with
@@ -79,11 +50,7 @@ class LayerProfiler:
     def __init__(
         self, settings: Settings, transfer: TransferManager, cpu_threads: int, *, budget_s: float = DEVICE_BUDGET_S
     ) -> None:
-        self._settings = settings
-        self._cpu_threads = cpu_threads
-        self._budget_s = budget_s
-        self.store = ProfileStore(settings.runtime.cache_dir / "profiles")
-        self._links = LinkProfiler(settings, transfer, self.store, cpu_threads, budget_s)
+        super().__init__(settings, transfer, cpu_threads, budget_s)
 
     def devices(
         self, devices: Sequence[Device], architecture: Architecture, *, refresh: bool = False
@@ -96,29 +63,16 @@ class LayerProfiler:
         """
         known: dict[str, DeviceProfile] = {}
         profiles = [self._device(device, architecture, refresh, known) for device in devices]
-        processors: dict[str, list[Device]] = {}
+        processors = defaultdict[str, list[Device]](list)
         for device in devices:
             if device.speed is None:
-                processors.setdefault(device.torch_device, []).append(device)
-        sharing = {
-            processor: self._sharing(parts, architecture, refresh)
-            for processor, parts in processors.items()
-            if len(parts) > 1
-        }
+                processors[device.torch_device].append(device)
+        several = {processor: parts for processor, parts in processors.items() if len(parts) > 1}
+        sharing = {processor: self._sharing(parts, architecture, refresh) for processor, parts in several.items()}
         return tuple(
             replace(profile, sharing=sharing.get(device.torch_device) if device.speed is None else None)
             for device, profile in zip(devices, profiles, strict=True)
         )
-
-    def links(self, devices: Sequence[Device], *, refresh: bool = False) -> LinkTopology:
-        """Latency and bandwidth of every ordered pair of devices. Links of emulated devices have the speed that
-        `devices.sim_link` gives them, if it does.
-        """
-        return self._links.between(devices, refresh)
-
-    def host_links(self, devices: Sequence[Device]) -> dict[tuple[str, str], LinkProfile]:
-        """From main memory to each device, for weights that stream in; emulated devices as in `links`."""
-        return {(HOST, device.name): self._links.from_host(device) for device in devices}
 
     def _device(
         self, device: Device, architecture: Architecture, refresh: bool, known: dict[str, DeviceProfile]
@@ -128,19 +82,21 @@ class LayerProfiler:
         selected = select_attention(device, self._settings, self._cpu_threads)
         facts = self._facts(device, architecture, selected)
         key = key_of(facts)
-        profile = known.get(key) or (None if refresh else self.store.load_device(facts, device.name))
-        if profile is None:
-            profile = self._measure_device(device, architecture, selected)
-            self.store.save_device(facts, profile)
-        known[key] = profile
-        return replace(profile, name=device.name)
+        if key not in known:
+            stored = None if refresh else self.store.load("device", facts)
+            if stored is None:
+                known[key] = self._measure_device(device, architecture, selected)
+                self.store.save("device", facts, known[key])
+            else:
+                known[key] = DeviceProfile(device.name, **stored)
+        return replace(known[key], name=device.name)
 
     def _facts(self, device: Device, architecture: Architecture, selected: _Selected) -> dict[str, Any]:
         backend, adapter = selected
         return device_facts(device, self._cpu_threads) | {
             "torch": torch.__version__,
             "dtype": str(architecture.dtype).removeprefix("torch."),
-            "shape": asdict(LayerShape.of(architecture)),
+            "shape": layer_shape(architecture),
             "attention": backend.name,
             "native_kernels": adapter is not None,
             "kernels": kernel_digest(),
@@ -154,17 +110,17 @@ class LayerProfiler:
             "parts": len(parts),
             "threads_together": threads.together if parts[0].is_main_memory else None,
         }
-        factors = None if refresh else self.store.load_sharing(facts)
-        if factors is None:
-            factors = self._measure_sharing(parts, architecture, selected, threads)
-            if factors is None:
-                return None
-            self.store.save_sharing(facts, *factors)
-        return Sharing(parts[0].torch_device, len(parts), *factors)
+        stored = None if refresh else self.store.load("sharing", facts)
+        if stored is not None:
+            return Sharing(parts[0].torch_device, len(parts), **stored)
+        sharing = self._measure_sharing(parts, architecture, selected, threads)
+        if sharing is not None:
+            self.store.save("sharing", facts, sharing)
+        return sharing
 
     def _measure_sharing(
         self, parts: Sequence[Device], architecture: Architecture, selected: Sequence[_Selected], threads: CpuThreads
-    ) -> tuple[float, float] | None:
+    ) -> Sharing | None:
         held = read_memory(parts)
         room = min(held[0].free_bytes // len(parts), *(memory.usable_bytes for memory in held)) // _ROOM_SHARE
         count = choose_layer_count(architecture, parts[0], room, max(SHARING_ROWS) * SHORT)
@@ -172,12 +128,10 @@ class LayerProfiler:
             logger.warning("parts are taken to cost each other nothing: a layer does not fit", device=parts[0].name)
             return None
         with self._within(parts[0], room, architecture.dtype, selected[0][1]):
-            factors = self._time_together(parts, architecture, selected, threads, count)
-        logger.info(
-            "parts measured together",
-            devices=[device.name for device in parts], reading=round(factors[0], 2), computing=round(factors[1], 2),
-        )  # fmt: skip
-        return factors
+            reading, computing = self._time_together(parts, architecture, selected, threads, count)
+        names = [device.name for device in parts]
+        logger.info("parts measured together", devices=names, reading=round(reading, 2), computing=round(computing, 2))
+        return Sharing(parts[0].torch_device, len(parts), reading, computing)
 
     def _time_together(
         self, parts: Sequence[Device], architecture: Architecture, selected: Sequence[_Selected], threads: CpuThreads,
@@ -194,10 +148,9 @@ class LayerProfiler:
 
     def _measure_device(self, device: Device, architecture: Architecture, selected: _Selected) -> DeviceProfile:
         (memory,) = read_memory([device])
-        (backend, adapter), shape = selected, LayerShape.of(architecture)
-        room, sizes = memory.usable_bytes // _ROOM_SHARE, (shape.hidden, shape.intermediate)
+        (backend, adapter), room = selected, memory.usable_bytes // _ROOM_SHARE
         with self._within(device, room, architecture.dtype, adapter):
-            profile = measure_speed(device, architecture, sizes, backend, adapter or _as_it_is, room, self._budget_s)
+            profile = measure_speed(device, architecture, backend, adapter or _as_it_is, room, self._budget_s)
         logger.info(
             "device measured",
             device=device.name,

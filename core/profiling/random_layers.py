@@ -4,20 +4,16 @@ binds them, in steps of any number of sequences."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
-from transformers.utils import logging as transformers_logging
 
 from core.devices import Device, DeviceBudget
 from core.execution.attention.interface import ATTENTION_NAME, AttentionBackend, AttentionContext, LayerAttention, bind
 from core.execution.attention.metadata import AttentionMetadata
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.models.architecture import Architecture
-from core.models.stage_model import PassThrough, StageSlice, find_decoder, measure_bytes, stage_class
+from core.models.stage_model import PassThrough, StageSlice, build_stage, find_decoder, measure_bytes, stage_class
 from core.profiling import measure
 from core.profiling.measure import Adapter, fill, random_tile, synchronize
 
@@ -59,19 +55,13 @@ class RandomLayers:
         layers = range(first, first + count)
         shapes = {index: architecture.kv_shapes[index] for index in layers}
         self._pages = -(-most_tokens // _BLOCK)
-        self._kv = PagedKVCache(shapes, self._pages, _BLOCK, architecture.dtype, device, DeviceBudget(device))
-        element = architecture.dtype.itemsize
-        self._kv_bytes = {index: shape.bytes_per_token(element) for index, shape in shapes.items()}
-        tile = random_tile(architecture.dtype, self.device)
-        for index in layers:
-            for pages_of in self._kv.layer(index):
-                fill(pages_of, tile)
-        self._windows = {index: architecture.sliding_windows[index] for index in layers}
+        kv = PagedKVCache(shapes, self._pages, _BLOCK, architecture.dtype, device, DeviceBudget(device))
+        self._tile = random_tile(architecture.dtype, self.device)
         self._real = {index: self._layers[index] for index in layers}
-        bound = {
-            index: LayerAttention(self._context, index, *self._kv.layer(index), window)
-            for index, window in self._windows.items()
-        }
+        bound = {}
+        for index in layers:
+            keys, values = (fill(pages, self._tile) for pages in kv.layer(index))
+            bound[index] = LayerAttention(self._context, index, keys, values, architecture.sliding_windows[index])
         bind(self._model, bound)
         self.set_step(1, self.short)
 
@@ -100,8 +90,7 @@ class RandomLayers:
             self._inputs = {"position_ids": positions, "input_ids": ids}
             return
         hidden = torch.empty(1, rows, self._architecture.hidden_size, dtype=self._architecture.dtype, device=at)
-        tile = random_tile(self._architecture.dtype, at)
-        self._inputs = {"position_ids": positions, "inputs_embeds": fill(hidden, tile)}
+        self._inputs = {"position_ids": positions, "inputs_embeds": fill(hidden, self._tile)}
 
     def work(self, rows: int) -> tuple[float, float]:
         """Bytes of weights that a layer reads for `rows` tokens, and its operations for all of them; means."""
@@ -122,8 +111,9 @@ class RandomLayers:
     def kv_bytes(self, context: int) -> float:
         """Bytes of KV that a layer reads for a token at position `context`; the mean of the layers, some of which may
         look back no further than a window."""
-        read = (min(context, window or context) * self._kv_bytes[layer] for layer, window in self._windows.items())
-        return sum(read) / self.count
+        model, element = self._architecture, self._architecture.dtype.itemsize
+        seen = {index: min(context, model.sliding_windows[index] or context) for index in self._real}
+        return sum(seen[index] * model.kv_shapes[index].bytes_per_token(element) for index in seen) / self.count
 
 
 def many_tokens(architecture: Architecture) -> int:
@@ -155,35 +145,11 @@ def _largest(architecture: Architecture) -> tuple[int, int]:
 
 def _random_stage(architecture: Architecture, part: StageSlice, device: torch.device) -> Any:
     """A stage's model as `load_stage` makes it, with random weights in place of a checkpoint's."""
-    kind = stage_class(architecture, part)
     with torch.device("meta"):
-        blank = kind._from_config(architecture.config, dtype=architecture.dtype)
+        blank = stage_class(architecture, part)._from_config(architecture.config, dtype=architecture.dtype)
     tile = random_tile(architecture.dtype, device)
     weights = {
         name: fill(torch.empty(tensor.shape, dtype=architecture.dtype, device=device), tile)
         for name, tensor in blank.state_dict().items()
     }
-    with _quiet_transformers():
-        model = kind.from_pretrained(
-            None,
-            config=architecture.config,
-            state_dict=weights,
-            dtype=architecture.dtype,
-            device_map=None if device.type == "cpu" else {"": device},
-            attn_implementation=ATTENTION_NAME,
-            generation_config=GenerationConfig(),
-        )
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model.eval()
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    return build_stage(architecture, part, device, weights, ATTENTION_NAME)[0]

@@ -130,10 +130,8 @@ def measure_workspace(
     """
     try:
         model = _blank(architecture, experts)
-        inputs = {
-            "input_ids": torch.zeros((1, tokens), dtype=torch.int64, device="meta"),
-            "position_ids": torch.zeros((1, tokens), dtype=torch.int64, device="meta"),
-        }
+        names = ("input_ids", "position_ids")
+        inputs = {name: torch.zeros((1, tokens), dtype=torch.int64, device="meta") for name in names}
         keep = torch.zeros(rows, dtype=torch.int64, device="meta")
         known = (*model.parameters(), *model.buffers())
         layers = peak_of(lambda: model.base_model(use_cache=False, **inputs)[0], known)
@@ -147,11 +145,10 @@ def measure_workspace(
 
 def peak_of(work: Callable[[], object], known: tuple[torch.Tensor, ...] = ()) -> int:
     """The most bytes that tensors of `work` hold at one time, its result included."""
-    with torch.no_grad(), torch.device("meta"), LiveBytes(known) as live:
-        result = work()
-    del result
-    peak: int = live.peak
-    return peak
+    live = LiveBytes(known)
+    with torch.no_grad(), torch.device("meta"), live:
+        work()
+    return live.peak
 
 
 def _blank(architecture: Architecture, experts: Experts | None) -> Any:
@@ -181,7 +178,7 @@ def _sampling_bytes() -> float:
     sampler = Sampler(_VOCAB, torch.device("cpu"))
     logits = torch.zeros((_ROWS, _VOCAB))
     rows = [SamplingRow(index, _EVERYTHING, index, 3, (1, 2), (3,)) for index in range(_ROWS)]
-    with LiveBytes((logits,)) as live:
+    live = LiveBytes((logits,))
+    with live:
         sampler.sample(logits, rows)
-    peak: int = live.peak
-    return peak / (_ROWS * _VOCAB)
+    return live.peak / (_ROWS * _VOCAB)

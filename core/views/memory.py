@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from core.devices import Device
 from core.engine.model_engine import ModelEngine
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.lending.overflow import LeaseView, OverflowView, StagePagesView
 from core.tiers.kv_tiers import KVTiers
 from core.tiers.records import MemoryStats, TierStats
-from core.views.render import JSON_NAME, view_of
+from core.views.render import view_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,38 +29,12 @@ class DeviceMemoryView:
 
 
 @dataclass(frozen=True, slots=True)
-class KVBlocksView:
-    """`with_memory` of all blocks are backed by pages now."""
-
-    size_tokens: int
-    total: int
-    with_memory: int
-    free: int
-    cached: int
-
-
-@dataclass(frozen=True, slots=True)
-class MoveView:
-    """Blocks that went from one tier to another since the start; `target` is None for those that no tier keeps."""
-
-    kind: str
-    source: str = field(metadata={JSON_NAME: "from"})
-    target: str | None = field(metadata={JSON_NAME: "to"})
-    blocks: int
-
-
-@dataclass(frozen=True, slots=True)
-class BlockView:
-    """One block, by the hexadecimal digits of its hash."""
-
-    block: str
-    hotness: float
-    pinned: bool
-
-
-@dataclass(frozen=True, slots=True)
 class TierView:
-    """One tier below the devices. Speeds are None until they are measured; `stopped` says why nothing is written."""
+    """One tier below the devices. Speeds are None until they are measured; `stopped` says why nothing is written.
+
+    `moves` are blocks that went from one tier to another since the start, to None where no tier keeps them; `hottest`
+    are blocks by the hexadecimal digits of their hashes.
+    """
 
     tier: str
     medium: str
@@ -74,17 +49,18 @@ class TierView:
     mean_hotness: float
     read_bytes_per_second: int | None
     write_bytes_per_second: int | None
-    moves: tuple[MoveView, ...]
-    hottest: tuple[BlockView, ...]
+    moves: tuple[Mapping[str, object], ...]
+    hottest: tuple[Mapping[str, object], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryView:
-    """All memory of the loaded model; empty without one. `decisions` counts what became of blocks that were away when
-    there was room at home, `tier_troubles` says why tiers that were asked for are missing or take no blocks now."""
+    """All memory of the loaded model; empty without one. Of all `kv_blocks`, pages back those `with_memory`.
+    `decisions` counts what became of blocks that were away when there was room at home, `tier_troubles` says why tiers
+    that were asked for are missing or take no blocks now."""
 
     devices: tuple[DeviceMemoryView, ...] = ()
-    kv_blocks: KVBlocksView | None = None
+    kv_blocks: Mapping[str, int] | None = None
     stages: tuple[StagePagesView, ...] = ()
     leases: tuple[LeaseView, ...] = ()
     decisions: Mapping[str, int] = field(default_factory=dict)
@@ -99,14 +75,14 @@ def memory_view(engine: ModelEngine | None, blocks: int = 0) -> MemoryView:
     lent, stats, tiers = overflow_of(engine), engine.batcher.stats, engine.memory.tiers
     leases = () if lent is None else lent.leases
     return MemoryView(
-        devices=_devices(engine, leases),
-        kv_blocks=KVBlocksView(
-            size_tokens=engine.kv.block_size,
-            total=engine.kv.pool.num_blocks,
-            with_memory=stats.blocks_total,
-            free=stats.blocks_free,
-            cached=stats.blocks_cached,
-        ),
+        devices=tuple(_device(engine, device, leases) for device in engine.plan.devices),
+        kv_blocks={
+            "size_tokens": engine.kv.block_size,
+            "total": engine.kv.pool.num_blocks,
+            "with_memory": stats.blocks_total,
+            "free": stats.blocks_free,
+            "cached": stats.blocks_cached,
+        },
         stages=() if lent is None else lent.stages,
         leases=leases,
         decisions={} if lent is None else dict(lent.decisions),
@@ -120,25 +96,19 @@ def overflow_of(engine: ModelEngine) -> OverflowView | None:
     return None if engine.memory.overflow is None else engine.memory.overflow.view
 
 
-def _devices(engine: ModelEngine, leases: tuple[LeaseView, ...]) -> tuple[DeviceMemoryView, ...]:
-    found = []
-    for device in engine.plan.devices:
-        used = engine.budgets[device.name].used_by_purpose()
-        weights, own = used.get("weights", 0), used.get(PagedKVCache.PURPOSE, 0)
-        lent = used.get(PagedKVCache.LENT, 0)
-        found.append(
-            DeviceMemoryView(
-                name=device.name,
-                limit_bytes=device.memory_limit_bytes,
-                weights_bytes=weights,
-                own_kv_bytes=own,
-                lent_bytes=lent,
-                borrowed_bytes=sum(lease.bytes for lease in leases if lease.borrower == device.name),
-                other_bytes=sum(used.values()) - own - lent - weights,
-                free_bytes=device.memory_limit_bytes - sum(used.values()),
-            )
-        )
-    return tuple(found)
+def _device(engine: ModelEngine, device: Device, leases: tuple[LeaseView, ...]) -> DeviceMemoryView:
+    used = engine.budgets[device.name].used_by_purpose()
+    weights, own, lent = (used.get(purpose, 0) for purpose in ("weights", PagedKVCache.PURPOSE, PagedKVCache.LENT))
+    return DeviceMemoryView(
+        name=device.name,
+        limit_bytes=device.memory_limit_bytes,
+        weights_bytes=weights,
+        own_kv_bytes=own,
+        lent_bytes=lent,
+        borrowed_bytes=sum(lease.bytes for lease in leases if lease.borrower == device.name),
+        other_bytes=sum(used.values()) - own - lent - weights,
+        free_bytes=device.memory_limit_bytes - sum(used.values()),
+    )
 
 
 def tier_troubles(tiers: KVTiers) -> dict[str, str]:
@@ -162,9 +132,11 @@ def _tier(tiers: KVTiers, stats: MemoryStats, tier: TierStats, blocks: int) -> T
         read_bytes_per_second=None if tier.speed is None else round(tier.speed.read_bytes_s),
         write_bytes_per_second=None if tier.speed is None else round(tier.speed.write_bytes_s),
         moves=tuple(
-            MoveView(kind, source.name, None if target is None else target.name, count)
+            {"kind": kind, "from": source.name, "to": None if target is None else target.name, "blocks": count}
             for (kind, source, target), count in stats.moves.items()
             if tier.tier in (source, target)
         ),
-        hottest=tuple(BlockView(info.hash.hex(), round(info.hotness, 4), info.pinned) for info in hottest),
+        hottest=tuple(
+            {"block": info.hash.hex(), "hotness": round(info.hotness, 4), "pinned": info.pinned} for info in hottest
+        ),
     )

@@ -3,45 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from core.batching.stats import BatcherStats
 from core.costs import StagePlan
 from core.engine.model_engine import ModelEngine
 from core.models.checkpoint import Checkpoint
 from core.models.resolve import AvailableModel, available_models
+from core.transfer.manager import Link, TransferStats
 from core.views.health import Check, health
 from core.views.memory import MemoryView, memory_view
 from core.views.render import view_of
 from core.views.state import ServiceState
-
-
-@dataclass(frozen=True, slots=True)
-class ModelView:
-    """The loaded model. `max_model_len` is in tokens."""
-
-    name: str
-    aliases: tuple[str, ...]
-    dtype: str
-    parameters: int
-    max_model_len: int
-    load_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class PlacementView:
-    """How layers were given to devices."""
-
-    strategy: str
-    unused_devices: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class KVCacheView:
-    """Tokens that all blocks hold."""
-
-    tokens: int
-    block_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,36 +41,14 @@ class StageView:
 
 
 @dataclass(frozen=True, slots=True)
-class RateView:
-    """Tokens a second at `streams` streams: `predicted` is None while none run."""
-
-    streams: int
-    predicted: float | None
-    measured: float
-
-
-@dataclass(frozen=True, slots=True)
 class PredictionView:
-    """What the cost model expects of the placement, by streams of `context` tokens, beside what is measured now.
-    `floor_seconds` a token is what no step can be faster than."""
+    """What the cost model expects of the placement, by streams of `context` tokens, beside what is measured `now` of
+    those that run. `floor_seconds` a token is what no step can be faster than."""
 
     context: int
     floor_seconds: float
     tokens_per_second: Mapping[int, float]
-    now: RateView
-
-
-@dataclass(frozen=True, slots=True)
-class TransferView:
-    """Totals of one way from device to device."""
-
-    method: str
-    src: str
-    dst: str
-    ops: int
-    bytes: int
-    seconds: float
-    bytes_per_second: int | None
+    now: Mapping[str, float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,54 +64,38 @@ class NoModelView:
 
 @dataclass(frozen=True, slots=True)
 class PipelineView:
-    """The pipeline with a model. `prediction` is None where speeds were not measured; `notes` say where the plan is not
-    what was asked for."""
+    """The pipeline with a model. `prediction` is None where speeds were not measured; `transfers` are totals of each
+    way from device to device; `notes` say where the plan is not what was asked for."""
 
     ready: bool
     state: str
     subsystems: Mapping[str, Check]
-    model: ModelView
-    placement: PlacementView
-    kv_cache: KVCacheView
+    model: Mapping[str, object]
+    placement: Mapping[str, object]
+    kv_cache: Mapping[str, int]
     memory: MemoryView
     stages: tuple[StageView, ...]
     prediction: PredictionView | None
-    transfers: tuple[TransferView, ...]
+    transfers: tuple[Mapping[str, object], ...]
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class BreakerView:
-    """The circuit breaker: closed, open or half-open, after how many failures in a row."""
-
-    state: str = "closed"
-    failures: int = 0
-    last_error: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class QueueView:
-    """Sequences that run and wait, requests that are not finished, and how many may wait."""
+    """Sequences that run and wait, requests that are not finished, and how many may wait. `circuit_breaker` has its
+    state (closed, open or half-open), failures in a row, and the last error."""
 
     running: int
     waiting: int
     unfinished: int
     limit: int
-    circuit_breaker: BreakerView
-
-
-@dataclass(frozen=True, slots=True)
-class BlocksView:
-    """KV blocks by use; cached ones are free and still hold a prefix."""
-
-    total: int
-    free: int
-    cached: int
+    circuit_breaker: Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)
 class BatcherView:
-    """Counters since the start, the last step's batch, and the rate of the last seconds."""
+    """Counters since the start, the last step's batch, and the rate of the last seconds. Those of `kv_blocks` that are
+    cached are free and still hold a prefix."""
 
     steps: int
     failed_steps: int
@@ -172,7 +107,7 @@ class BatcherView:
     generated_tokens: int
     preemptions: int
     prefix_hit_rate: float
-    kv_blocks: BlocksView
+    kv_blocks: Mapping[str, int]
     max_batch_size: int
 
 
@@ -198,16 +133,20 @@ def pipeline_view(engine: ModelEngine | None, service: ServiceState) -> Pipeline
         ready=service.ready,
         state=service.reason,
         subsystems=subsystems,
-        model=view_of(ModelView, model, parameters=model.num_parameters, load_seconds=round(engine.load_s, 3)),
-        placement=PlacementView(placement.strategy, placement.unused_devices),
-        kv_cache=KVCacheView(engine.kv.capacity_tokens, engine.kv.block_size),
+        model={
+            "name": model.name,
+            "aliases": model.aliases,
+            "dtype": model.dtype,
+            "parameters": model.num_parameters,
+            "max_model_len": model.max_model_len,
+            "load_seconds": round(engine.load_s, 3),
+        },
+        placement={"strategy": placement.strategy, "unused_devices": placement.unused_devices},
+        kv_cache={"tokens": engine.kv.capacity_tokens, "block_size": engine.kv.block_size},
         memory=memory_view(engine),
         stages=tuple(_stage(engine, index, plan) for index, plan in enumerate(placement.stages)),
         prediction=_prediction(engine),
-        transfers=tuple(
-            TransferView(*link, s.ops, s.bytes, s.seconds, round(s.bytes / s.seconds) if s.seconds else None)
-            for link, s in service.transfers.items()
-        ),
+        transfers=tuple(_transfers(*item) for item in service.transfers.items()),
         notes=engine.plan.notes,
     )
 
@@ -236,6 +175,11 @@ def _stage(engine: ModelEngine, index: int, plan: StagePlan) -> StageView:
     )
 
 
+def _transfers(link: Link, stats: TransferStats) -> dict[str, object]:
+    rate = round(stats.bytes / stats.seconds) if stats.seconds else None
+    return dict(zip(("method", "src", "dst"), link, strict=True)) | asdict(stats) | {"bytes_per_second": rate}
+
+
 def _prediction(engine: ModelEngine) -> PredictionView | None:
     prediction, stats = engine.plan.prediction, engine.batcher.stats
     if prediction is None:
@@ -245,7 +189,7 @@ def _prediction(engine: ModelEngine) -> PredictionView | None:
         context=prediction.context,
         floor_seconds=prediction.floor_s,
         tokens_per_second={rate.streams: round(rate.tok_s, 2) for rate in prediction.rates},
-        now=RateView(stats.running, now, round(stats.tokens_per_s, 2)),
+        now={"streams": stats.running, "predicted": now, "measured": round(stats.tokens_per_s, 2)},
     )
 
 
@@ -253,9 +197,9 @@ def queue_view(engine: ModelEngine | None, service: ServiceState) -> QueueView:
     """`/api/queue/status`."""
     limit = service.settings.engine.max_queue
     if engine is None:
-        return QueueView(0, 0, 0, limit, BreakerView())
+        return QueueView(0, 0, 0, limit, {"state": "closed", "failures": 0, "last_error": None})
     stats, breaker = engine.batcher.stats, engine.batcher.breaker
-    shown = BreakerView(breaker.state, breaker.consecutive_failures, breaker.last_error)
+    shown = {"state": breaker.state, "failures": breaker.consecutive_failures, "last_error": breaker.last_error}
     return QueueView(stats.running, stats.waiting, engine.batcher.num_unfinished, limit, shown)
 
 
@@ -269,7 +213,7 @@ def batcher_view(engine: ModelEngine | None, service: ServiceState) -> BatcherVi
         tokens_per_second=round(stats.tokens_per_s, 2),
         generated_tokens=stats.total_tokens,
         prefix_hit_rate=round(hits, 4),
-        kv_blocks=BlocksView(stats.blocks_total, stats.blocks_free, stats.blocks_cached),
+        kv_blocks={"total": stats.blocks_total, "free": stats.blocks_free, "cached": stats.blocks_cached},
         max_batch_size=service.settings.engine.max_batch_size,
     )
 

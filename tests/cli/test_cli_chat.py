@@ -58,7 +58,7 @@ def hold(monkeypatch: pytest.MonkeyPatch, answerer: Scripted, lines: list[str], 
 
     console = Console(file=io.StringIO(), width=200)
     monkeypatch.setattr(console, "input", read)
-    chat(answerer, Sampling(), system, console)
+    chat(answerer, {}, system, console)
     output = console.file
     assert isinstance(output, io.StringIO)
     return output.getvalue()

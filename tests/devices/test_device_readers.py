@@ -106,7 +106,7 @@ def test_without_nvml_memory_comes_from_torch(
 
 
 def test_nvml_is_not_touched_without_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "_open_nvml", lambda: pytest.fail("opened"))
+    monkeypatch.setattr(readers, "open_nvml", lambda: pytest.fail("opened"))
     DeviceReader().read([CPU])
 
 

@@ -174,10 +174,10 @@ def test_steps_that_fail_in_a_row_open_the_breaker_and_it_closes_again(
     with pytest.raises(CircuitOpenError):
         pipeline.submit([5], GREEDY)
     assert health(pipeline.engine, pipeline.state()).checks["engine"].status == "error"
-    assert queue_view(pipeline.engine, pipeline.state()).circuit_breaker.state == "open"
+    assert queue_view(pipeline.engine, pipeline.state()).circuit_breaker["state"] == "open"
     now_s += 20.1
     pipeline.submit([5], GREEDY).result(60)
-    assert queue_view(pipeline.engine, pipeline.state()).circuit_breaker.state == "closed"
+    assert queue_view(pipeline.engine, pipeline.state()).circuit_breaker["state"] == "closed"
 
 
 def test_a_dead_engine_tells_its_clients_and_health(

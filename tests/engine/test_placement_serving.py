@@ -14,7 +14,7 @@ from tiny_models import VOCAB, build_tiny
 
 from core.costs import PlacementPlan, PlacementProblem, Sharing
 from core.devices import Device
-from core.engine import builder
+from core.engine import builder, keeper
 from core.engine.model_plan import ModelPlan
 from core.errors import InsufficientMemoryError, InvalidRequestError
 from core.inference_pipeline import InferencePipeline
@@ -173,7 +173,7 @@ def test_memory_taken_since_the_plan_is_noticed(
                 taken.setattr(builder, "free_bytes_of", lambda device: 10)
             check(plan)
 
-    monkeypatch.setattr(builder, "check_memory", taken_once)
+    monkeypatch.setattr(keeper, "check_memory", taken_once)
     with pytest.raises(InsufficientMemoryError, match="other programs have taken memory"):
         open_pipeline(llama, devices__devices=THREE)
     calls.clear()

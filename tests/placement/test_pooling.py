@@ -6,10 +6,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.costs.plan import StagePlan
-from core.placement.pooled import PooledKV, pool_kv, pooled_bound
+from core.costs import (
+    DeviceProfile,
+    LayerCosts,
+    LinkTopology,
+    PlacementDevice,
+    PlacementPlan,
+    PlacementProblem,
+    StagePlan,
+)
+from core.placement.pooled import PooledKV, pool_of, pooled_bound
 
 BLOCK = 16
+COSTS = LayerCosts(0, (1,), 0, 0, False, (1,))
+SPEED = DeviceProfile("gpu", 1e9, ((1, 1e9),))
 
 
 def stage(limit: int, per_token: int, weights: int = 0, workspace: int = 0) -> StagePlan:
@@ -23,9 +33,11 @@ def alone(stages: list[StagePlan]) -> int:
 
 
 def pool(stages: list[StagePlan], idle: list[int], ratio: float = 1.0, most: int = 1 << 40) -> PooledKV:
-    return pool_kv(
-        stages, idle, kv_tokens=alone(stages), max_tokens=most, block_size=BLOCK, lend_ratio=ratio
-    )  # fmt: skip
+    lenders = tuple(PlacementDevice(f"idle{index}", limit, SPEED) for index, limit in enumerate(idle))
+    devices = (PlacementDevice("gpu", 1 << 60, SPEED), *lenders)
+    request = PlacementProblem("any", COSTS, devices, LinkTopology(), max_kv_tokens=most, block_size=BLOCK)
+    unused = tuple(device.name for device in lenders)
+    return pool_of(request, PlacementPlan("any", "any", tuple(stages), alone(stages), unused), ratio)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +60,7 @@ def test_what_is_lent_is_added_to_the_scarcest_stage(
 
 
 def test_no_more_than_is_of_use() -> None:
-    assert pool([stage(160, 1), stage(4800, 1)], [], most=200).tokens == 192
+    assert pool([stage(160, 1), stage(4800, 1)], [], most=200).tokens == 208, "in whole blocks"
 
 
 def test_weights_and_workspace_are_not_pooled() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.costs.cost import Batch, StageCost, pipeline_s
-from core.costs.plan import LayerCosts
+from core.costs.plan import LayerCosts, PlacementDevice
 from core.costs.profile import DeviceProfile, LinkProfile, LinkTopology, Sharing
 from core.placement.search import Cut, Objective, PlacementSearch
 
@@ -27,7 +27,9 @@ class Case:
     kv_tokens: int
 
     def search(self, required: frozenset[int] = frozenset()) -> PlacementSearch:
-        return PlacementSearch(self.costs, self.profiles, self.limits, self.links, required)
+        found = zip(self.profiles, self.limits, strict=True)
+        devices = [PlacementDevice(profile.name, limit, profile) for profile, limit in found]
+        return PlacementSearch(self.costs, devices, self.links, required)
 
     def fits(self, cuts: tuple[Cut, ...]) -> bool:
         needed = ((cut.device, self.costs.needed_bytes(cut.first, cut.last, self.kv_tokens)) for cut in cuts)
@@ -268,11 +270,9 @@ def test_what_cannot_be_searched_is_refused() -> None:
     case = big_case((1 << 30,))
     assert case.search().best(case.batch, case.kv_tokens, "latency") is None
     assert not case.search().fits(10**30)
-    with pytest.raises(ValueError, match="2 limits"):
-        PlacementSearch(case.costs, case.profiles, (1, 2), case.links)
     bare = LayerCosts(1, (1, 1), 1, 1, False, (1, 1))
     with pytest.raises(ValueError, match="layer_flops"):
-        PlacementSearch(bare, case.profiles, case.limits, case.links)
+        replace(case, costs=bare).search()
 
 
 def test_more_required_devices_than_layers_is_no_plan() -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from core.costs import DeviceProfile, LinkProfile
+from core.costs import DeviceProfile, LinkProfile, Sharing
 from core.devices import Device
 from core.profiling.profile_store import ProfileStore, device_facts, kernel_digest, key_of
 
@@ -28,45 +29,51 @@ def store(tmp_path: Path) -> ProfileStore:
     return ProfileStore(tmp_path / "profiles")
 
 
+def load_device(store: ProfileStore, facts: dict[str, Any], name: str = "cpu#0") -> DeviceProfile:
+    found = store.load("device", facts)
+    assert found is not None
+    return DeviceProfile(name, **found)
+
+
 def test_a_device_comes_back_under_the_name_that_is_asked_for(store: ProfileStore) -> None:
-    assert store.load_device(FACTS, "cpu#0") is None
-    store.save_device(FACTS, PROFILE)
-    assert store.load_device(FACTS, "cpu#0") == PROFILE
-    assert store.load_device(dict(reversed(FACTS.items())), "cpu#0") == PROFILE
-    other = store.load_device(FACTS, "cpu#1")
-    assert other is not None and other.name == "cpu#1"
+    assert store.load("device", FACTS) is None
+    store.save("device", FACTS, PROFILE)
+    assert load_device(store, FACTS) == PROFILE
+    assert load_device(store, dict(reversed(FACTS.items()))) == PROFILE
+    assert load_device(store, FACTS, "cpu#1") == replace(PROFILE, name="cpu#1")
 
 
 def test_a_link_comes_back(store: ProfileStore) -> None:
     link = LinkProfile(1.16e10, 3e-5, "staged")
-    assert store.load_link(FACTS, "staged") is None
-    store.save_link(FACTS, link)
-    assert store.load_link(FACTS, "staged") == link
-    assert store.load_device(FACTS, "cpu") is None
+    assert store.load("link", FACTS) is None
+    store.save("link", FACTS, link)
+    found = store.load("link", FACTS)
+    assert found is not None and LinkProfile(**found, method="staged") == link
+    assert store.load("device", FACTS) is None
 
 
 def test_what_parts_cost_each_other_comes_back(store: ProfileStore) -> None:
-    assert store.load_sharing(FACTS) is None
-    store.save_sharing(FACTS, 1.25, 1.0)
-    assert store.load_sharing(FACTS) == (1.25, 1.0)
-    assert store.load_sharing(FACTS | {"parts": 3}) is None
+    assert store.load("sharing", FACTS) is None
+    store.save("sharing", FACTS, Sharing("cpu", 2, 1.25, 1.0))
+    assert store.load("sharing", FACTS) == {"reading": 1.25, "computing": 1.0}
+    assert store.load("sharing", FACTS | {"parts": 3}) is None
     path = store.path("sharing", FACTS)
     path.write_text(path.read_text().replace("1.25", "0.5"))
-    assert store.load_sharing(FACTS) is None, "nothing gets faster by sharing"
+    assert store.load("sharing", FACTS) is None, "nothing gets faster by sharing"
 
 
 @pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"threads": 4}, {"shape": {"hidden": 16}}, {"new": None}])
 def test_other_facts_are_another_file(store: ProfileStore, change: dict[str, Any]) -> None:
-    store.save_device(FACTS, PROFILE)
-    assert store.load_device(FACTS | change, "cpu#0") is None
+    store.save("device", FACTS, PROFILE)
+    assert store.load("device", FACTS | change) is None
     assert key_of(FACTS | change) != key_of(FACTS)
 
 
 def test_files_are_replaced_whole_and_leave_nothing_beside(store: ProfileStore) -> None:
-    store.save_device(FACTS, PROFILE)
+    store.save("device", FACTS, PROFILE)
     faster = DeviceProfile("cpu#0", 2e10, ((1, 4e9),))
-    store.save_device(FACTS, faster)
-    assert store.load_device(FACTS, "cpu#0") == faster
+    store.save("device", FACTS, faster)
+    assert load_device(store, FACTS) == faster
     assert [path.name for path in store.directory.iterdir()] == [f"device-{key_of(FACTS)}.json"]
 
 
@@ -99,28 +106,28 @@ def _edited(**changes: Any) -> Any:
 def test_a_damaged_file_is_logged_and_counts_as_none(
     store: ProfileStore, damage: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store.save_device(FACTS, PROFILE)
+    store.save("device", FACTS, PROFILE)
     path = store.path("device", FACTS)
     path.write_text(damage(path.read_text()))
     with caplog.at_level(logging.WARNING):
-        assert store.load_device(FACTS, "cpu#0") is None
+        assert store.load("device", FACTS) is None
     assert "measuring again" in caplog.text and "errors.pydantic" not in caplog.text
-    store.save_device(FACTS, PROFILE)
-    assert store.load_device(FACTS, "cpu#0") == PROFILE
+    store.save("device", FACTS, PROFILE)
+    assert load_device(store, FACTS) == PROFILE
 
 
 def test_bytes_that_are_no_text(store: ProfileStore) -> None:
-    store.save_device(FACTS, PROFILE)
+    store.save("device", FACTS, PROFILE)
     store.path("device", FACTS).write_bytes(b"\xff\x00\xfe")
-    assert store.load_device(FACTS, "cpu#0") is None
+    assert store.load("device", FACTS) is None
 
 
 def test_a_place_that_cannot_be_written_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     store = ProfileStore(tmp_path / "file" / "profiles")
     with caplog.at_level(logging.WARNING):
-        store.save_device(FACTS, PROFILE)
-        assert store.load_device(FACTS, "cpu#0") is None
+        store.save("device", FACTS, PROFILE)
+        assert store.load("device", FACTS) is None
     assert "cannot be kept" in caplog.text
 
 

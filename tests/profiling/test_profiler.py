@@ -26,9 +26,9 @@ from core.execution.attention.select import select_attention
 from core.models.architecture import Architecture, read_architecture
 from core.models.stage_model import PassThrough, measure_bytes
 from core.profiling import measure
-from core.profiling.device_speed import ROUNDS, ROWS
+from core.profiling.device_speed import ROUNDS, ROWS, layer_shape
 from core.profiling.layer_times import OVERHEAD_ROWS
-from core.profiling.profiler import LayerProfiler, LayerShape
+from core.profiling.profiler import LayerProfiler
 from core.profiling.random_layers import KV_ROWS, SHORT, RandomLayers, choose_layer_count
 from core.transfer import TransferManager
 
@@ -317,11 +317,13 @@ def test_the_number_of_layers(monkeypatch: pytest.MonkeyPatch, llama: Architectu
 
 
 def test_the_shape_is_that_of_the_layers(llama: Architecture, tmp_path: Path) -> None:
-    assert LayerShape.of(llama) == LayerShape("llama", 32, 48, 4, 2, 8, 8)
+    assert layer_shape(llama) == {
+        "model_type": "llama", "hidden": 32, "intermediate": 48, "heads": 4, "kv_heads": 2, "key_dim": 8, "value_dim": 8
+    }  # fmt: skip
     build_tiny("mixtral", tmp_path / "experts")
-    assert LayerShape.of(read_architecture(tmp_path / "experts")).intermediate in (24, 48)
+    assert layer_shape(read_architecture(tmp_path / "experts"))["intermediate"] in (24, 48)
     build_tiny("opt", tmp_path / "opt")
-    assert LayerShape.of(read_architecture(tmp_path / "opt")).intermediate == 48
+    assert layer_shape(read_architecture(tmp_path / "opt"))["intermediate"] == 48
 
 
 def test_free_memory_is_the_machines(llama: Architecture) -> None:

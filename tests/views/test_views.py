@@ -18,7 +18,7 @@ from core.engine import model_engine
 from core.inference_pipeline import InferencePipeline
 from core.request import SamplingParams
 from core.views.health import health
-from core.views.memory import MoveView, memory_view
+from core.views.memory import memory_view
 from core.views.metrics import engine_metrics
 from core.views.render import render
 from core.views.status import NoModelView, PipelineView, batcher_view, device_views, pipeline_view, queue_view
@@ -36,6 +36,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @dataclass(frozen=True)
+class _Part:
+    kind: str
+    to: str | None
+
+
+@dataclass(frozen=True)
 class _Record:
     name: str
     parts: tuple[Any, ...]
@@ -43,10 +49,10 @@ class _Record:
 
 
 def test_records_become_plain_json() -> None:
-    record = _Record("a", (MoveView("demotion", "L3", None, 2), None, 1.5), {8: 2.0})
+    record = _Record("a", (_Part("demotion", None), None, 1.5), {8: 2.0})
     assert render(record) == {
         "name": "a",
-        "parts": [{"kind": "demotion", "from": "L3", "to": None, "blocks": 2}, None, 1.5],
+        "parts": [{"kind": "demotion", "to": None}, None, 1.5],
         "rates": {"8": 2.0},
     }
 
@@ -154,8 +160,8 @@ def test_polling_asks_the_cost_model_once_for_each_number_of_streams(
         view = pipeline_view(pipeline.current_engine, pipeline.state())
         assert isinstance(view, PipelineView)
         assert view.prediction is not None
-        if view.prediction.now.streams == 1:
-            shown.append(view.prediction.now.predicted)
+        if view.prediction.now["streams"] == 1:
+            shown.append(view.prediction.now["predicted"])
     handle.abort()
     assert asked == [1]
     (known,) = [rate for streams, rate in view.prediction.tokens_per_second.items() if streams == 1]

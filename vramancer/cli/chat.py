@@ -22,15 +22,8 @@ Message = dict[str, str]
 HELP = "/clear forgets the conversation, /exit ends it; Ctrl-C stops an answer."
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Sampling:
-    """What was asked for on the command line; None leaves it to the model's own defaults."""
-
-    max_tokens: int | None = None
-    temperature: float | None = None
-
-    def given(self) -> dict[str, Any]:
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+Sampling = dict[str, Any]
+"""What was asked for on the command line; the rest is left to the model's own defaults."""
 
 
 class Answerer(Protocol):
@@ -60,7 +53,7 @@ class LocalAnswerer:
         known = {field.name for field in dataclasses.fields(SamplingParams)}
         defaults = {name: value for name, value in model.generation_defaults.items() if name in known}
         prompt = model.tokenizer.encode_chat(messages, add_generation_prompt=True)
-        handle = self._pipeline.submit(prompt, SamplingParams(**{**defaults, **sampling.given()}))
+        handle = self._pipeline.submit(prompt, SamplingParams(**{**defaults, **sampling}))
         try:
             for output in handle:
                 yield "".join(delta.text for delta in output.deltas)
@@ -76,7 +69,7 @@ class RemoteAnswerer:
         self.model_name = model or str(client.get("/v1/models")["data"][0]["id"])
 
     def answer(self, messages: list[Message], sampling: Sampling) -> Iterator[str]:
-        body = {"model": self.model_name, "messages": messages, "stream": True, **sampling.given()}
+        body = {"model": self.model_name, "messages": messages, "stream": True, **sampling}
         with closing(self._client.stream("/v1/chat/completions", body)) as events:  # type: ignore[type-var]
             for event in events:
                 for choice in event.get("choices", ()):
@@ -101,7 +94,8 @@ def run(
     from core.logs import configure_logging
 
     configure_logging(settings.logging)
-    sampling = Sampling(max_tokens, temperature)
+    asked = {"max_tokens": max_tokens, "temperature": temperature}
+    sampling = {name: value for name, value in asked.items() if value is not None}
     if url is not None:
         chat(RemoteAnswerer(ApiClient.for_settings(settings, url), settings.model.name), sampling, system, Console())
         return

@@ -71,7 +71,7 @@ def _devices_table(found: Diagnosis) -> Table:
 def _device_rows(device: DeviceDiagnosis) -> dict[str, str]:
     from core.profiling.diagnosis import format_rate
 
-    sheet = device.datasheet
+    sheet, shared, largest = device.datasheet, device.sharing, list(device.flops)[-1]
     cells = {
         "device": f"{device.product} ({device.kind})",
         "memory": format_bytes(device.total_bytes),
@@ -80,21 +80,19 @@ def _device_rows(device: DeviceDiagnosis) -> dict[str, str]:
         "figures": device.source,
         "attention": device.attention,
         "bandwidth": _share(format_rate(device.bandwidth_bytes_s, "B"), sheet.bandwidth_share if sheet else None),
+        "attention to KV": format_rate(device.kv_bandwidth_bytes_s, "B"),
     }
-    cells["attention to KV"] = format_rate(device.kv_bandwidth_bytes_s, "B")
-    largest = list(device.flops)[-1]
     for rows, rate in device.flops.items():
         share = sheet.flops_share if sheet is not None and rows == largest else None
         label = f"rate, {rows} row" if rows == "1" else f"rate, {rows} rows"
         cells[label] = _share(format_rate(rate, "FLOP"), share)
-    cells["overhead per layer"] = f"{device.layer_overhead_s * 1e6:.0f} us"
-    cells["overhead per layer and token"] = f"{device.row_overhead_s * 1e6:.1f} us"
-    cells["overhead per step"] = f"{device.step_overhead_s * 1e6:.0f} us"
-    shared = device.sharing
-    cells["beside other parts"] = (
-        "" if shared is None else f"reading {shared.reading:.2f}, computing {shared.computing:.2f} times as long"
-    )
-    return cells
+    beside = f"reading {shared.reading:.2f}, computing {shared.computing:.2f} times as long" if shared else ""
+    return cells | {
+        "overhead per layer": f"{device.layer_overhead_s * 1e6:.0f} us",
+        "overhead per layer and token": f"{device.row_overhead_s * 1e6:.1f} us",
+        "overhead per step": f"{device.step_overhead_s * 1e6:.0f} us",
+        "beside other parts": beside,
+    }
 
 
 def _share(figure: str, share: float | None) -> str:
