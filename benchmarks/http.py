@@ -12,18 +12,9 @@ import argparse
 import contextlib
 import json
 import os
-import secrets
-import socket
 import statistics
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -33,90 +24,18 @@ from benchmarks.models import default_workdir, random_prompts, resolve_model
 from benchmarks.peers.base import PeerUnavailable
 from benchmarks.peers.ours import engine_overrides
 from benchmarks.report import print_machine
+from benchmarks.server import HOST, Server, running_server
 from benchmarks.sse_client import HttpError, run_streams
 from benchmarks.worker import THREAD_VARIABLES, Worker, WorkerError, stop_on_sigterm
 
-HOST = "127.0.0.1"
-START_TIMEOUT_S = 300.0
 
-
-@dataclass
-class Server:
-    """A running server: where it listens, and how to be let in."""
-
-    port: int
-    token: str
-
-    def get(self, path: str) -> Any:
-        """The JSON answer to a GET request."""
-        request = urllib.request.Request(
-            f"http://{HOST}:{self.port}{path}", headers={"Authorization": f"Bearer {self.token}"}
-        )
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer)
-
-    @property
-    def model(self) -> str:
-        """The name under which it serves its model."""
-        name: str = self.get("/v1/models")["data"][0]["id"]
-        return name
-
-
-def free_port() -> int:
-    """A loopback port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _environment(arguments: argparse.Namespace, model_dir: Path, token: str) -> dict[str, str]:
+def server_settings(arguments: argparse.Namespace, model_dir: Path) -> dict[str, str]:
     """The server's settings, the same as the bare engine's."""
     context = arguments.prompt_tokens + arguments.new_tokens
     settings = engine_overrides(model_dir, arguments.threads, arguments.streams, context)
     variables = {"VRM_" + key.replace(".", "_").upper(): str(value) for key, value in settings.items()}
     threads = dict.fromkeys(THREAD_VARIABLES, str(arguments.threads)) | {"TOKENIZERS_PARALLELISM": "false"}
-    own = {"VRM_API_TOKEN": token, "VRM_METRICS_PORT": "0", "VRM_DISABLE_RATE_LIMIT": "1"}
-    own["VRM_API_THREADS"] = str(max(64, arguments.streams + 8))
-    return os.environ | threads | variables | own
-
-
-def _wait_until_ready(server: Server, process: subprocess.Popen[bytes], log_path: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-20:])
-            raise WorkerError(f"the server ended with status {process.returncode}:\n{tail}")
-        try:
-            server.get("/ready")
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.5)  # not listening yet, or 503 while the model loads
-        else:
-            return
-    raise WorkerError(f"the server was not ready after {START_TIMEOUT_S:.0f} s; its log is {log_path}")
-
-
-@contextlib.contextmanager
-def running_server(arguments: argparse.Namespace, model_dir: Path) -> Iterator[Server]:
-    """Start the real server as users do, wait until it is ready, and stop it afterwards."""
-    server = Server(port=free_port(), token=secrets.token_urlsafe(32))
-    log_path = arguments.workdir / "logs" / f"server-{os.getpid()}.log"
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    environment = _environment(arguments, model_dir, server.token) | {"VRM_API_PORT": str(server.port)}
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "vramancer.main", "--api"], env=environment, stdout=log, stderr=log
-        )
-    try:
-        _wait_until_ready(server, process, log_path)
-        yield server
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    return threads | variables | {"VRM_API_THREADS": str(max(64, arguments.streams + 8))}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -209,8 +128,9 @@ def main(argv: list[str] | None = None) -> int:
         with progress.status("loading the engine"):
             worker.load(model_dir, threads=arguments.threads, max_streams=arguments.streams, max_context=context)
         with contextlib.ExitStack() as stack:
+            log_path = arguments.workdir / "logs" / f"server-{os.getpid()}.log"
             with progress.status("starting the server"):
-                server = stack.enter_context(running_server(arguments, model_dir))
+                server = stack.enter_context(running_server(server_settings(arguments, model_dir), log_path))
             rounds = measure(server, worker, arguments, vocab_size, progress)
     except (PeerUnavailable, WorkerError, HttpError) as error:
         progress.print(f"[red]{error}[/]", highlight=False)

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-QUICK_THREADS = 8
+QUICK_THREADS = 2
+"""Each thread that runs Python takes its share of the interpreter from the engine: a flood of small requests has so
+many shares."""
 RESERVED = 8
 """Threads for management, however many requests are under way."""
 BODIES_HELD = 16

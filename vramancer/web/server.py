@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -32,6 +33,9 @@ log = get_logger(__name__)
 INTERRUPTED = 130
 """What shells report for a program ended by Ctrl-C."""
 CHECK_S = 0.05
+SWITCH_S = 0.0005
+"""How long a thread may keep the interpreter from others that want it; Python's own 5 ms, a step of a small model, would
+be added to the engine's step for each thread that is busy."""
 
 
 class FrontDoor(uvicorn.Server):
@@ -57,9 +61,12 @@ class FrontDoor(uvicorn.Server):
 
         `on_ready` is called when connections are accepted and signals are handled.
         """
+        before_s = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_S)
         try:
             asyncio.run(self.serve([listener]))
         finally:
+            sys.setswitchinterval(before_s)
             self._bridge.close()
 
     def stop(self) -> None:
