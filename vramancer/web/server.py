@@ -34,8 +34,8 @@ INTERRUPTED = 130
 """What shells report for a program ended by Ctrl-C."""
 CHECK_S = 0.05
 SWITCH_S = 0.0005
-"""How long a thread may keep the interpreter from others that want it; Python's own 5 ms, a step of a small model, would
-be added to the engine's step for each thread that is busy."""
+"""How long a thread may keep the interpreter from others that want it. Python's own 5 ms are a step of a small model:
+each busy thread would add them to the engine's step."""
 
 
 class FrontDoor(uvicorn.Server):
