@@ -1,0 +1,243 @@
+"""Would the tests notice? Puts one small fault after another into the code and runs the tests that pass through it.
+
+    python scripts/mutants.py map                               # once, after changes: which test runs which line
+    python scripts/mutants.py run core/batching core/tiers --sample 60 --seed 1 --jobs 2 --report mutants.md
+
+Needs `pip install cosmic-ray` (its operators make the faults). Each job works in a copy of the repository of its own.
+Faults in annotations and decorators are left out, and of several faults at one place only one is tried. Survivors are
+for reading: each is a test that is missing, or a change that changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / ".mutants"
+ENVIRONMENT = {"VRM_MINIMAL_TEST": "1", "VRM_DISABLE_RATE_LIMIT": "1", "VRM_TEST_MODE": "1"}
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+MOST_TESTS, MOST_SECONDS = 80, 90.0
+PLACE = ("lineno", "col_offset", "end_lineno", "end_col_offset")
+SKIPPED_OPERATORS = ("core/NoOp", "core/RemoveDecorator")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One change of one file."""
+
+    file: str
+    line: int
+    operator: str
+    occurrence: int
+
+
+def environment() -> dict[str, str]:
+    """For the tests: nothing of the machine's own settings."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("VRM_")} | ENVIRONMENT
+
+
+def make_map(tests: list[str], jobs: int) -> int:
+    """Run the suite once under coverage, each line with the tests that ran it."""
+    DATA.mkdir(exist_ok=True)
+    (DATA / ".gitignore").write_text("*\n")
+    covered = ["--cov=core", "--cov=vramancer", "--cov-context=test", "--cov-report="]
+    settings = environment() | {"COVERAGE_FILE": str(DATA / "coverage")}
+    parallel = ["-n", str(jobs), "--dist", "loadfile"] if jobs > 1 else []
+    command = [*PYTEST, *covered, *parallel, f"--junitxml={DATA / 'times.xml'}", *(tests or ["tests"])]
+    return subprocess.run(command, cwd=ROOT, env=settings, check=False).returncode
+
+
+def durations() -> dict[str, float]:
+    """Seconds of each test of the map, by node id."""
+    times: dict[str, float] = {}
+    for case in ET.parse(DATA / "times.xml").iter("testcase"):
+        times[f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"] = float(case.get("time", 0))
+    return times
+
+
+def tests_by_line(file: str) -> dict[int, set[str]]:
+    """Node ids of the tests that ran each line of a file."""
+    from coverage import CoverageData
+
+    data = CoverageData(str(DATA / "coverage"))
+    data.read()
+    found = data.contexts_by_lineno(str(ROOT / file))
+    return {line: {name.partition("|")[0] for name in names if name} for line, names in found.items()}
+
+
+def choose_tests(file: str, line: int, times: dict[str, float]) -> list[str]:
+    """Tests that ran the line: first those of the file's own room, then short ones, within bounds."""
+    by_line = tests_by_line(file)
+    names = by_line.get(line) or {name for names in by_line.values() for name in names}
+    room = file.split("/")[1].removesuffix(".py")
+    ordered = sorted(names, key=lambda name: (f"/{room}/" not in name, times.get(name, 1.0), name))
+    chosen: list[str] = []
+    total_s = 0.0
+    for name in ordered:
+        total_s += times.get(name, 1.0)
+        if len(chosen) >= MOST_TESTS or (chosen and total_s > MOST_SECONDS):
+            break
+        chosen.append(name)
+    return chosen
+
+
+def ignored_spans(source: str) -> list[tuple[int, ...]]:
+    """Lines of annotations and decorators: what stands there does nothing while the program runs, or is not ours."""
+    spans: list[tuple[int, ...]] = []
+    for node in ast.walk(ast.parse(source)):
+        parts: list[ast.AST | None] = [getattr(node, "annotation", None), getattr(node, "returns", None)]
+        parts += getattr(node, "decorator_list", [])
+        spans += [tuple(getattr(part, name) for name in PLACE) for part in parts if part is not None]
+    return spans
+
+
+def all_faults(package: str) -> dict[tuple[str, int, int, str], list[Fault]]:
+    """Every fault that the operators can make in a package, by place and kind of operator."""
+    from cosmic_ray.commands.init import init
+    from cosmic_ray.work_db import WorkDB, use_db
+
+    path = ROOT / package
+    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    places: dict[tuple[str, int, int, str], list[Fault]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder, use_db(f"{folder}/work.sqlite", WorkDB.Mode.create) as work:
+        init(files, work, {})
+        for item in work.work_items:
+            (mutation,) = item.mutations
+            file = str(Path(mutation.module_path).relative_to(ROOT))
+            line, column = mutation.start_pos
+            if mutation.operator_name in SKIPPED_OPERATORS or _ignored(file, line, column):
+                continue
+            kind = mutation.operator_name.partition("_")[0]
+            places[file, line, column, kind].append(Fault(file, line, mutation.operator_name, mutation.occurrence))
+    return places
+
+
+def _ignored(file: str, line: int, column: int, spans: dict[str, Any] = {}) -> bool:  # noqa: B006  a cache
+    if file not in spans:
+        spans[file] = ignored_spans((ROOT / file).read_text())
+    return any((a, b) <= (line, column) <= (c, d) for a, b, c, d in spans[file])
+
+
+def sample(package: str, count: int, seed: int) -> list[Fault]:
+    """So many places of a package, and one fault at each."""
+    places = all_faults(package)
+    rng = random.Random(f"{package} {seed}")
+    chosen = rng.sample(sorted(places), min(count, len(places)))
+    return [rng.choice(places[place]) for place in chosen]
+
+
+def mutated(fault: Fault) -> tuple[str, str]:
+    """The file's text with the fault in it, and the lines that differ."""
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
+
+    before = (ROOT / fault.file).read_text()
+    after = mutate_code(before, get_operator(fault.operator)(), fault.occurrence)
+    assert after is not None, fault
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
+    return after, "; ".join(line for line in lines if re.match(r"[-+][^-+]", line))
+
+
+def try_fault(fault: Fault, tree: Path, times: dict[str, float]) -> tuple[str, str]:
+    """`killed`, `survived` or `not run by any test`, and the change in words."""
+    text, change = mutated(fault)
+    tests = choose_tests(fault.file, fault.line, times)
+    if not tests:
+        return "not run by any test", change
+    target = tree / fault.file
+    target.write_text(text)
+    limit_s = 60 + 5 * sum(times.get(name, 1.0) for name in tests)
+    try:
+        command = [*PYTEST, "--no-cov", "-x", *tests]
+        done = subprocess.run(command, cwd=tree, env=environment(), capture_output=True, timeout=limit_s, check=False)
+    except subprocess.TimeoutExpired:
+        return "killed", change
+    finally:
+        target.write_text((ROOT / fault.file).read_text())
+    return ("survived" if done.returncode == 0 else "killed"), change
+
+
+def worktrees(folder: Path, count: int) -> Iterator[Path]:
+    """Copies of the working tree as it is committed."""
+    for number in range(count):
+        tree = folder / f"job-{number}"
+        subprocess.run(["git", "worktree", "add", "--detach", "-q", str(tree)], cwd=ROOT, check=True)
+        yield tree
+
+
+def run(packages: list[str], count: int, seed: int, jobs: int, report: Path | None) -> int:
+    """Try a sample of faults of each package; prints survivors and the share that was killed."""
+    times = durations()
+    rows, survivors = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        trees: SimpleQueue[Path] = SimpleQueue()
+        made = list(worktrees(Path(folder), jobs))
+        for tree in made:
+            trees.put(tree)
+
+        def attempt(fault: Fault) -> tuple[Fault, str, str]:
+            tree = trees.get()
+            try:
+                return fault, *try_fault(fault, tree, times)
+            finally:
+                trees.put(tree)
+
+        try:
+            for package in packages:
+                with ThreadPoolExecutor(jobs) as pool:
+                    results = list(pool.map(attempt, sample(package, count, seed)))
+                alive = [result for result in results if result[1] != "killed"]
+                rows.append((package, len(results), len(results) - len(alive)))
+                survivors += alive
+                print(f"{package}: {len(results) - len(alive)} of {len(results)} killed", flush=True)
+                for fault, outcome, change in alive:
+                    print(f"  {outcome}: {fault.file}:{fault.line} {change}", flush=True)
+        finally:
+            for tree in made:
+                subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=False)
+    if report is not None:
+        lines = ["| package | faults | noticed |", "|---|---|---|"]
+        lines += [f"| `{name}` | {total} | {killed} ({killed / max(1, total):.0%}) |" for name, total, killed in rows]
+        lines += ["", "Not noticed:", ""]
+        lines += [f"- `{fault.file}:{fault.line}` ({outcome}): `{change}`" for fault, outcome, change in survivors]
+        report.write_text("\n".join(lines) + "\n")
+    return 0
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    mapping = commands.add_parser("map", help="which test runs which line")
+    mapping.add_argument("tests", nargs="*", help="only these tests")
+    running = commands.add_parser("run", help="try faults")
+    running.add_argument("packages", nargs="+", help="folders or files, such as core/batching")
+    running.add_argument("--sample", type=int, default=60, help="faults per package")
+    running.add_argument("--seed", type=int, default=1)
+    running.add_argument("--report", type=Path, help="write a table to this file")
+    for command in (mapping, running):
+        command.add_argument("--jobs", type=int, default=1)
+    arguments = parser.parse_args()
+    if arguments.command == "map":
+        return make_map(arguments.tests, arguments.jobs)
+    return run(arguments.packages, arguments.sample, arguments.seed, arguments.jobs, arguments.report)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
