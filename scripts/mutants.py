@@ -107,47 +107,60 @@ def ignored_spans(source: str) -> list[tuple[int, ...]]:
     return spans
 
 
-def all_faults(package: str) -> dict[tuple[str, int, int, str], list[Fault]]:
+def all_faults(package: str, tree: Path) -> dict[tuple[str, int, int, str], list[Fault]]:
     """Every fault that the operators can make in a package, by place and kind of operator."""
     from cosmic_ray.commands.init import init
     from cosmic_ray.work_db import WorkDB, use_db
 
-    path = ROOT / package
+    path = tree / package
     files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
     places: dict[tuple[str, int, int, str], list[Fault]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder, use_db(f"{folder}/work.sqlite", WorkDB.Mode.create) as work:
         init(files, work, {})
         for item in work.work_items:
             (mutation,) = item.mutations
-            file = str(Path(mutation.module_path).relative_to(ROOT))
+            file = str(Path(mutation.module_path).relative_to(tree))
             line, column = mutation.start_pos
-            if mutation.operator_name in SKIPPED_OPERATORS or _ignored(file, line, column):
+            if mutation.operator_name in SKIPPED_OPERATORS or _ignored(tree / file, line, column):
                 continue
             kind = mutation.operator_name.partition("_")[0]
             places[file, line, column, kind].append(Fault(file, line, mutation.operator_name, mutation.occurrence))
     return places
 
 
-def _ignored(file: str, line: int, column: int, spans: dict[str, Any] = {}) -> bool:  # noqa: B006  a cache
+def _ignored(file: Path, line: int, column: int, spans: dict[Path, Any] = {}) -> bool:  # noqa: B006  a cache
     if file not in spans:
-        spans[file] = ignored_spans((ROOT / file).read_text())
+        spans[file] = ignored_spans(file.read_text())
     return any((a, b) <= (line, column) <= (c, d) for a, b, c, d in spans[file])
 
 
-def sample(package: str, count: int, seed: int) -> list[Fault]:
-    """So many places of a package, and one fault at each."""
-    places = all_faults(package)
+def sample(package: str, count: int, seed: int, tree: Path) -> list[Fault]:
+    """So many places of a package, and one fault at each that is still Python."""
+    places = all_faults(package, tree)
     rng = random.Random(f"{package} {seed}")
-    chosen = rng.sample(sorted(places), min(count, len(places)))
-    return [rng.choice(places[place]) for place in chosen]
+    chosen: list[Fault] = []
+    for place in rng.sample(sorted(places), len(places)):
+        fault = rng.choice(places[place])
+        if len(chosen) < count and is_python(mutated(fault, tree)[0]):
+            chosen.append(fault)
+    return chosen
 
 
-def mutated(fault: Fault) -> tuple[str, str]:
+def is_python(text: str) -> bool:
+    """Whether it compiles: what does not is noticed by anything."""
+    try:
+        compile(text, "mutant", "exec")
+    except SyntaxError:
+        return False
+    return True
+
+
+def mutated(fault: Fault, tree: Path) -> tuple[str, str]:
     """The file's text with the fault in it, and the lines that differ."""
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator
 
-    before = (ROOT / fault.file).read_text()
+    before = (tree / fault.file).read_text()
     after = mutate_code(before, get_operator(fault.operator)(), fault.occurrence)
     assert after is not None, fault
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
@@ -156,11 +169,12 @@ def mutated(fault: Fault) -> tuple[str, str]:
 
 def try_fault(fault: Fault, tree: Path, times: dict[str, float]) -> tuple[str, str]:
     """`killed`, `survived` or `not run by any test`, and the change in words."""
-    text, change = mutated(fault)
+    text, change = mutated(fault, tree)
     tests = choose_tests(fault.file, fault.line, times)
     if not tests:
         return "not run by any test", change
     target = tree / fault.file
+    before = target.read_text()
     target.write_text(text)
     limit_s = 60 + 5 * sum(times.get(name, 1.0) for name in tests)
     try:
@@ -169,7 +183,7 @@ def try_fault(fault: Fault, tree: Path, times: dict[str, float]) -> tuple[str, s
     except subprocess.TimeoutExpired:
         return "killed", change
     finally:
-        target.write_text((ROOT / fault.file).read_text())
+        target.write_text(before)
     return ("survived" if done.returncode == 0 else "killed"), change
 
 
@@ -199,9 +213,10 @@ def run(packages: list[str], count: int, seed: int, jobs: int, report: Path | No
                 trees.put(tree)
 
         try:
-            for package in packages:
+            samples = {package: sample(package, count, seed, made[0]) for package in packages}
+            for package, faults in samples.items():
                 with ThreadPoolExecutor(jobs) as pool:
-                    results = list(pool.map(attempt, sample(package, count, seed)))
+                    results = list(pool.map(attempt, faults))
                 alive = [result for result in results if result[1] != "killed"]
                 rows.append((package, len(results), len(results) - len(alive)))
                 survivors += alive

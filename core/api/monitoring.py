@@ -17,6 +17,7 @@ from core.api.body import json_response
 from core.api.context import api_context
 from core.engine.model_engine import ModelEngine
 from core.security.access import policy
+from core.security.admission import STOPPING_KEY
 from core.views.health import health as health_of
 from core.views.render import render
 from core.views.state import ServiceState
@@ -41,8 +42,10 @@ def live() -> Response:
 @blueprint.get("/ready")
 @policy(public=True)
 def ready() -> Response:
-    """200 once the loaded model has really produced a token, else 503."""
+    """200 once the loaded model has really produced a token, else 503; 503 too while the server is stopping."""
     is_ready, reason = api_context().pipeline.ready()
+    if request.environ.get(STOPPING_KEY):
+        is_ready, reason = False, "the server is stopping"
     body = {"status": "ready" if is_ready else "not_ready", "reason": reason}
     return json_response(body, 200 if is_ready else 503)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 REFUSAL_KEY = "vramancer.refusal"
 """The error to answer with, although the request itself could go on."""
+STOPPING_KEY = "vramancer.stopping"
+"""Whether the server finishes what it has begun, and takes nothing new."""
 DISCONNECTED_KEY = "vramancer.disconnected"
 """A function that says whether the client has left."""
 

@@ -15,7 +15,7 @@ import pytest
 from front_doors import front_door
 from steering import LONGEST_WAIT_S, until
 
-from core.security.admission import DISCONNECTED_KEY, REFUSAL_KEY, REFUSED, Admission
+from core.security.admission import DISCONNECTED_KEY, REFUSAL_KEY, REFUSED, STOPPING_KEY, Admission
 
 SOON_S = 0.3
 PUBLIC = b"GET /public HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -301,6 +301,25 @@ def test_stopping_refuses_bodies_that_are_still_coming(app: App) -> None:
         app.let_go.set()
         assert b"last" in read_until(held, b"0\r\n\r\n")
         held.close()
+
+
+def test_the_application_is_told_that_the_server_is_stopping(app: App) -> None:
+    told = []
+
+    def listening(environ: Any, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ["PATH_INFO"] == "/public":
+            told.append(environ[STOPPING_KEY])
+        return app(environ, start_response)
+
+    with front_door(listening, app.admit) as (port, door), connect(port, b"GET /held HTTP/1.1\r\n\r\n") as held:
+        assert held.recv(100)
+        assert get(port, "/public")[0] == 200
+        door.stop()
+        until(lambda: get(port, "/echo")[0] == 503, "it stops")
+        assert get(port, "/public")[0] == 200
+        app.let_go.set()
+        read_until(held, b"0\r\n\r\n")
+    assert (told[0], told[-1]) == (False, True)
 
 
 def test_a_kept_alive_connection_waits_for_no_delayed_acknowledgement(app: App) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.errors import QueueFullError, RequestTimeoutError, UnavailableError, VRAMancerError
 from core.logs import get_logger
-from core.security.admission import DISCONNECTED_KEY, REFUSAL_KEY, Admission
+from core.security.admission import DISCONNECTED_KEY, REFUSAL_KEY, STOPPING_KEY, Admission
 from vramancer.web.answer import Answer, ClientGoneError
 from vramancer.web.environ import wsgi_environ
 from vramancer.web.limits import Limits
@@ -88,6 +88,7 @@ class Bridge:
                 environ[REFUSAL_KEY] = refusal
             answer = Answer(asyncio.get_running_loop())
             environ[DISCONNECTED_KEY] = answer.is_gone
+            environ[STOPPING_KEY] = self._draining.is_set()
             pool = self._slow if takes_slot and refusal is None else self._quick
             work = pool.submit(self._run, environ, answer)
             asks_first = refusal is not None or not admission.granted  # to receive would ask for the body
