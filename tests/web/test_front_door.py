@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import random
 import socket
 import threading
 import time
@@ -23,6 +25,11 @@ PUBLIC = b"GET /public HTTP/1.1\r\nHost: x\r\n\r\n"
 
 class Panic(BaseException):
     """What pyo3 raises for a panic of Rust code is no Exception either."""
+
+
+def lines(name: bytes) -> Iterator[bytes]:
+    """A long answer in many pieces of which each says whose it is."""
+    return (b"%s %06d %s\n" % (name, number, b"." * (number % 4000)) for number in range(1500))
 
 
 class App:
@@ -51,6 +58,9 @@ class App:
             return [body]
         if path == "/panic":
             raise Panic
+        if path.startswith("/lines/"):
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            return lines(path.removeprefix("/lines/").encode())
         if path in ("/held", "/flood"):
             start_response("200 OK", [("Content-Type", "text/plain")])
             return self._stream(environ, flood=path == "/flood")
@@ -214,6 +224,48 @@ def test_what_is_beyond_the_limit_is_told_so_at_once(app: App) -> None:
             assert get(port, path)[0] == 200
         app.let_go.set()
         until(lambda: get(port, "/held")[0] == 200, "there is room again")
+
+
+@pytest.mark.parametrize("pause_s", [0, 0.002])
+def test_a_slow_reader_gets_every_byte_in_order(app: App, pause_s: float) -> None:
+    with opened(app) as port, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(b"GET /lines/one HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(SOON_S)  # by then more has been written than the kernel takes
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        data = b""
+        while piece := response.read(20_000):
+            data += piece
+            time.sleep(pause_s)
+    assert data == b"".join(lines(b"one"))
+
+
+def test_no_answer_strays_into_another_connection(app: App) -> None:
+    """Clients come and go, so that descriptors are used again while threads still write."""
+    wrong: list[str] = []
+
+    def client(number: int) -> None:
+        rng = random.Random(number)
+        for turn in range(8):
+            name = b"%d-%d" % (number, turn)
+            with contextlib.suppress(OSError), connect(port, b"GET /lines/%s HTTP/1.1\r\n\r\n" % name) as connection:
+                if rng.random() < 0.5:
+                    connection.recv(rng.randrange(1, 50_000))
+                    continue
+                response = http.client.HTTPResponse(connection)
+                response.begin()
+                if response.read() != b"".join(lines(name)):
+                    wrong.append(name.decode())
+
+    with opened(app) as port:
+        clients = [threading.Thread(target=client, args=(number,)) for number in range(12)]
+        for thread in clients:
+            thread.start()
+        for thread in clients:
+            thread.join(LONGEST_WAIT_S)
+    assert wrong == []
 
 
 def test_a_client_that_leaves_is_noticed_without_a_word(app: App) -> None:

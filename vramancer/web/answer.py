@@ -9,6 +9,8 @@ from typing import Any
 
 MAX_HELD_BYTES = 256 * 1024
 """The application waits when the client is so far behind."""
+REST = "rest"
+"""Type of a message whose body is written as it is."""
 
 
 class ClientGoneError(Exception):
@@ -16,10 +18,15 @@ class ClientGoneError(Exception):
 
 
 class Answer:
-    """`start`, `write`, `finish` and `fail` are the application's thread's; `messages` and `leave` are the loop's."""
+    """`start`, `write`, `finish` and `fail` are the application's thread's; `messages` and `leave` are the loop's.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    `write_now` takes a piece past the loop while nothing else is on its way: see `GuardedProtocol.write_now`.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, write_now: Callable[[bytes], bytes | None]) -> None:
         self.failed = False
+        self._write_now = write_now
+        self._idle = False  # the loop waits, and all that it was given is with the transport
         self._loop = loop
         self._changed = threading.Condition()
         self._ready = asyncio.Event()
@@ -73,6 +80,15 @@ class Answer:
                 self._changed.wait()
             if self._gone:
                 raise ClientGoneError
+            if more and self._idle and self._begun and not self._messages:
+                rest = self._write_now(piece)
+                if rest == b"":
+                    return
+                if rest is not None:
+                    self._messages.append({"type": REST, "body": rest})
+                    self._held_bytes += len(rest)
+                    self._wake()
+                    return
             if self._head is not None:
                 self._messages.append(self._head)
                 self._head, self._begun = None, True
@@ -88,9 +104,12 @@ class Answer:
 
     async def messages(self) -> list[dict[str, Any]] | None:
         """What has come since the last call, waited for; None at the end."""
+        with self._changed:
+            self._idle = not self._messages
         await self._ready.wait()
         with self._changed:
             messages, self._messages = self._messages, []
+            self._idle = False
             self._held_bytes = 0
             last = self._ended or self._gone
             if last and not messages:

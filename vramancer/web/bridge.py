@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 from core.errors import QueueFullError, RequestTimeoutError, UnavailableError, VRAMancerError
 from core.logs import get_logger
 from core.security.admission import DISCONNECTED_KEY, REFUSAL_KEY, STOPPING_KEY, Admission
-from vramancer.web.answer import Answer, ClientGoneError
+from vramancer.web.answer import REST, Answer, ClientGoneError
 from vramancer.web.environ import wsgi_environ
 from vramancer.web.limits import Limits
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
+
+    from vramancer.web.protocol import GuardedProtocol
 
 log = get_logger(__name__)
 
@@ -61,42 +63,49 @@ class Bridge:
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         environ = wsgi_environ(scope)
         admission = self._admit(environ)
+        connection: GuardedProtocol = scope["extensions"]["vramancer"]["connection"]
+        held = 0
         self.num_open += 1
         try:
-            await self._serve(environ, admission, receive, send, scope["extensions"]["vramancer"]["abort"])
+            refusal = self._no_room(admission)
+            if refusal is None and admission.granted:
+                held = await self._read_body(environ, receive)
+                refusal = self._no_room(admission)
+            await self._answer(environ, admission, refusal, send, connection)
+        except VRAMancerError as error:
+            await self._answer(environ, admission, error, send, connection)
+        except ClientGoneError:
+            pass
         finally:
             self.num_open -= 1
+            self._body_bytes -= held
 
-    async def _serve(
-        self, environ: WSGIEnvironment, admission: Admission, receive: Receive, send: Send, abort: Callable[[], None]
+    async def _answer(
+        self,
+        environ: WSGIEnvironment,
+        admission: Admission,
+        refusal: VRAMancerError | None,
+        send: Send,
+        connection: GuardedProtocol,
     ) -> None:
-        takes_slot = admission.granted and admission.waits
-        held = 0
-        refusal = self._no_room(admission)
+        """Have a thread run the application, and send what it answers."""
+        answer = Answer(asyncio.get_running_loop(), connection.write_now)
+        connection.on_lost = answer.leave
+        if connection.transport.is_closing():
+            return
+        environ[DISCONNECTED_KEY] = answer.is_gone
+        environ[STOPPING_KEY] = self._draining.is_set()
         if refusal is not None:
-            takes_slot = False
-        self._num_slow += takes_slot
+            environ[REFUSAL_KEY] = refusal
+        is_slow = admission.granted and admission.waits and refusal is None
+        self._num_slow += is_slow
         try:
-            if refusal is None and admission.granted:
-                try:
-                    held = await self._read_body(environ, receive)
-                except VRAMancerError as error:
-                    refusal = error
-                except ClientGoneError:
-                    return
-            if refusal is not None:
-                environ[REFUSAL_KEY] = refusal
-            answer = Answer(asyncio.get_running_loop())
-            environ[DISCONNECTED_KEY] = answer.is_gone
-            environ[STOPPING_KEY] = self._draining.is_set()
-            pool = self._slow if takes_slot and refusal is None else self._quick
-            work = pool.submit(self._run, environ, answer)
-            asks_first = refusal is not None or not admission.granted  # to receive would ask for the body
-            await _deliver(answer, None if asks_first and "HTTP_EXPECT" in environ else receive, send, abort)
+            work = (self._slow if is_slow else self._quick).submit(self._run, environ, answer)
+            await _deliver(answer, send, connection)
             await asyncio.wrap_future(work)
         finally:
-            self._num_slow -= takes_slot
-            self._body_bytes -= held
+            connection.on_lost = None
+            self._num_slow -= is_slow
 
     def _no_room(self, admission: Admission) -> VRAMancerError | None:
         if admission.public:
@@ -187,25 +196,19 @@ class Bridge:
         self._slow.shutdown(wait=False, cancel_futures=True)
 
 
-async def _deliver(answer: Answer, receive: Receive | None, send: Send, abort: Callable[[], None]) -> None:
-    """Send the answer as it comes, and tell its thread when nobody is there any more."""
-    watch = asyncio.ensure_future(_watch(answer, receive)) if receive is not None else None
+async def _deliver(answer: Answer, send: Send, connection: GuardedProtocol) -> None:
+    """Send the answer as it comes."""
     try:
         while (messages := await answer.messages()) is not None:
             for message in messages:
-                await send(message)
+                if message["type"] == REST:
+                    connection.write_rest(message["body"])
+                else:
+                    await send(message)
         if answer.failed:
-            abort()
+            connection.transport.abort()
     finally:
         answer.leave()
-        if watch is not None:
-            watch.cancel()
-
-
-async def _watch(answer: Answer, receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass  # the end of an empty body, or what a refused one still sends
-    answer.leave()
 
 
 def _stopping() -> UnavailableError:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import sys
+from collections.abc import Callable
 from typing import Any, cast
 
 import uvicorn
@@ -52,6 +55,8 @@ class GuardedProtocol(HttpToolsProtocol):
     _in_head = True
     _refusal: tuple[int, str] | None = None
     _leaving = False
+    on_lost: Callable[[], None] | None = None
+    """Called by the event loop before the socket is closed."""
     url = b""
     headers: list[tuple[bytes, bytes]] = []
 
@@ -68,6 +73,8 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         self._stop_write_clock()
+        if self.on_lost is not None:
+            self.on_lost()
         super().connection_lost(exc)
 
     # -- what a client has to do -------------------------------------------------------------------------------
@@ -129,7 +136,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope["extensions"] = {"vramancer": {"abort": self.transport.abort}}
+        self.scope["extensions"] = {"vramancer": {"connection": self}}
 
     def on_headers_complete(self) -> None:
         if (status := self._too_large()) is not None:
@@ -153,6 +160,29 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.expect_100_continue and not whole:  # nobody knows whether the body will come
             self.transport.close()
         self._wait(KEEPALIVE_S if whole else DISCARD_S)
+
+    # -- pieces of an answer, past the event loop --------------------------------------------------------------
+
+    def write_now(self, piece: bytes) -> bytes | None:
+        """Write a piece of a streamed body at once: to wake the loop for each would cost more than the piece. Any
+        thread, as long as nothing else is on its way and `on_lost` waits for it. Returns what the kernel did not take,
+        to be given to `write_rest`; None if this connection has to be written to by the loop.
+        """
+        if sys.platform == "win32" or self.scheme == "https" or not self.cycle.chunked_encoding:
+            return None
+        if self.transport.is_closing() or self.transport.get_write_buffer_size():
+            return None
+        data = b"%x\r\n%b\r\n" % (len(piece), piece)
+        try:
+            return data[os.write(self.transport.get_extra_info("socket").fileno(), data) :]
+        except BlockingIOError:
+            return data
+        except OSError:
+            return b""  # the client is gone, of which the loop will hear
+
+    def write_rest(self, rest: bytes) -> None:
+        """What `write_now` has left. Loop thread only."""
+        self.transport.write(rest)
 
     # -- answers that no application gives ---------------------------------------------------------------------
 
