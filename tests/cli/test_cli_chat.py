@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from core.errors import QueueFullError
-from vramancer.cli.chat import Message, Sampling, chat
+from core.request import SamplingParams
+from vramancer.cli.chat import LocalAnswerer, Message, Sampling, chat
 
 Answer = Callable[[list[Message]], Iterator[str]]
 
@@ -102,3 +104,36 @@ def test_an_unknown_command_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None
     answerer = Scripted()
     assert "/clear forgets" in hold(monkeypatch, answerer, ["/help"])
     assert answerer.seen == []
+
+
+class Submitted(Exception):
+    """What a pipeline was asked for."""
+
+
+class Asked:
+    """A pipeline's surface, as far as a conversation needs it."""
+
+    def __init__(self, **defaults: object) -> None:
+        tokenizer = SimpleNamespace(encode_chat=lambda messages, add_generation_prompt: [len(messages)])
+        self.model = SimpleNamespace(name="tiny", generation_defaults=defaults, tokenizer=tokenizer)
+
+    def submit(self, prompt: list[int], params: SamplingParams) -> None:
+        raise Submitted(prompt, params)
+
+
+@pytest.mark.parametrize(
+    ("defaults", "sampling", "params"),
+    [
+        ({}, {}, SamplingParams()),
+        ({"temperature": 0.6, "not_ours": 1}, {}, SamplingParams(temperature=0.6)),
+        ({"temperature": 0.6, "top_p": 0.9}, {"temperature": 0.0}, SamplingParams(temperature=0.0, top_p=0.9)),
+        ({}, {"max_tokens": 5}, SamplingParams(max_tokens=5)),
+    ],
+)
+def test_what_is_asked_for_here_goes_before_the_models_own(
+    defaults: dict[str, object], sampling: Sampling, params: SamplingParams
+) -> None:
+    answerer = LocalAnswerer(Asked(**defaults))  # type: ignore[arg-type]
+    with pytest.raises(Submitted) as asked:
+        next(answerer.answer([{"role": "user", "content": "Hi"}], sampling))
+    assert asked.value.args == ([1], params)

@@ -167,3 +167,21 @@ def test_run_talks_to_a_server(server: Any) -> None:
         "max_tokens": 5,
         "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
     }
+
+
+@pytest.mark.parametrize(
+    ("flags", "sent"),
+    [
+        ((), {}),
+        (("--temperature", "0"), {"temperature": 0.0}),
+        (("--temperature", "1.5", "--max-tokens", "7"), {"temperature": 1.5, "max_tokens": 7}),
+        (("--model", "another"), {"model": "another"}),
+    ],
+)
+@pytest.mark.usefixtures("environment")
+def test_each_flag_of_run_reaches_the_server(server: Any, flags: tuple[str, ...], sent: dict[str, Any]) -> None:
+    server.answers["/v1/models"] = (200, b'{"data": [{"id": "tiny"}]}')
+    server.answers["/v1/chat/completions"] = (200, b"data: [DONE]\n\n")
+    assert CliRunner().invoke(app, ["run", "--url", server.url, *flags], input="Hi\n").exit_code == 0
+    messages = [{"role": "user", "content": "Hi"}]
+    assert json.loads(server.seen[-1][3]) == {"model": "tiny", "stream": True, "messages": messages, **sent}
