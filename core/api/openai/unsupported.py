@@ -1,0 +1,183 @@
+"""Parameters that clients of OpenAI's API and of other servers know and that would change the answer, but that this
+server does not honour, with the values that ask for nothing special; null always is one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from core.api.body import NOTHING, Unsupported
+
+OFF = (0,)
+NEUTRAL = (1,)
+NO = (False,)
+EMPTY: tuple[Any, ...] = ("", [])
+
+OUTPUT_FORMS: Unsupported = {
+    "response_format": ({"type": "text"},),
+    "structured_outputs": NOTHING,
+    "structural_tag": NOTHING,
+    "guided_json": NOTHING,
+    "guided_regex": NOTHING,
+    "guided_choice": NOTHING,
+    "guided_grammar": NOTHING,
+    "guided_decoding_backend": NOTHING,
+    "guided_whitespace_pattern": NOTHING,
+    "json_schema": NOTHING,
+    "grammar": ("",),
+    "grammar_string": ("",),
+    "regex": NOTHING,
+    "ebnf": NOTHING,
+    "format": ("",),
+}
+SAMPLERS: Unsupported = {
+    "logits_processors": ([],),
+    "custom_logit_processor": NOTHING,
+    "use_beam_search": NO,
+    "do_sample": (True,),
+    "length_penalty": NEUTRAL,
+    "early_stopping": NO,
+    "allowed_token_ids": NOTHING,
+    "bad_words": ([],),
+    "custom_token_bans": EMPTY,
+    "typical_p": NEUTRAL,
+    "typ_p": NEUTRAL,
+    "typical": NEUTRAL,
+    "tfs": NEUTRAL,
+    "tfs_z": NEUTRAL,
+    "top_a": OFF,
+    "top_n_sigma": (0, -1),
+    "min_keep": (0, 1),
+    "mirostat": OFF,
+    "mirostat_mode": OFF,
+    "xtc_probability": OFF,
+    "dry_multiplier": OFF,
+    "dynatemp_range": OFF,
+    "dynamic_temperature": NO,
+    "smoothing_factor": OFF,
+    "adaptive_target": (0, -1),
+    "epsilon_cutoff": OFF,
+    "eta_cutoff": OFF,
+    "penalty_alpha": OFF,
+    "guidance_scale": NEUTRAL,
+    "negative_prompt": ("",),
+    "repeat_penalty": NEUTRAL,
+    "rep_pen": NEUTRAL,
+    "repetition_penalty_range": OFF,
+    "encoder_repetition_penalty": NEUTRAL,
+    "no_repeat_ngram_size": OFF,
+    "repetition_detection": NOTHING,
+    "temperature_last": NO,
+    "samplers": EMPTY,
+    "sampler_priority": EMPTY,
+    "sampler_order": EMPTY,
+    "preset": ("",),
+    "watermark": NO,
+}
+"""Switches alone: what only tunes them (`mirostat_tau`, `dry_base`, `xtc_threshold`, ...) does nothing while they are
+off."""
+LENGTHS: Unsupported = {
+    "n_predict": NOTHING,
+    "num_predict": NOTHING,
+    "max_new_tokens": NOTHING,
+    "max_length": NOTHING,
+    "min_new_tokens": OFF,
+    "auto_max_new_tokens": NO,
+    "max_tokens_second": OFF,
+    "t_max_predict_ms": (0, -1),
+    "num_ctx": NOTHING,
+    "truncate": NOTHING,
+    "truncate_prompt_tokens": NOTHING,
+    "truncation_length": OFF,
+    "ban_eos_token": NO,
+    "stop_regex": EMPTY,
+    "no_stop_trim": NO,
+}
+CONTEXTS: Unsupported = {
+    "cache_prompt": (True,),
+    "cache_salt": NOTHING,
+    "kv_transfer_params": NOTHING,
+    "session_params": ({},),
+    "lora": ([],),
+    "lora_path": NOTHING,
+    "adapter_id": NOTHING,
+    "options": ({},),
+    "extra_body": ({},),
+    "vllm_xargs": NOTHING,
+    "images": ([],),
+    "image_data": ([],),
+    "system": ("",),
+    "enable_thinking": NOTHING,
+    "thinking": NOTHING,
+    "think": NOTHING,
+    "thinking_token_budget": NOTHING,
+    "thinking_budget_tokens": (-1,),
+    "reasoning_budget": (-1,),
+}
+SHOWN: Unsupported = {
+    "prompt_logprobs": NOTHING,
+    "logprob_token_ids": ([],),
+    "n_probs": OFF,
+    "top_n_tokens": OFF,
+    "decoder_input_details": NO,
+    "spaces_between_special_tokens": (True,),
+    "return_tokens_as_token_ids": NO,
+    "return_token_ids": NO,
+    "return_tokens": NO,
+    "return_hidden_states": NO,
+    "return_full_text": NO,
+}
+BOTH: Unsupported = {**OUTPUT_FORMS, **SAMPLERS, **LENGTHS, **CONTEXTS, **SHOWN}
+COMPLETION: Unsupported = {
+    **BOTH,
+    "suffix": ("",),
+    "prompt_embeds": NOTHING,
+    "input_extra": ([],),
+    "raw": NO,
+    "template": ("",),
+    "context": ([],),
+    "add_bos_token": (True,),
+}
+CHAT: Unsupported = {
+    **BOTH,
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "functions": ([],),
+    "function_call": ("none",),
+    "audio": NOTHING,
+    "modalities": (["text"],),
+    "web_search_options": NOTHING,
+    "include_reasoning": (True,),
+    "reasoning_format": ("none", "auto"),
+    "echo": NO,
+    "chat_template": NOTHING,
+    "chat_template_str": ("",),
+    "instruction_template": ("",),
+    "instruction_template_str": ("",),
+    "character": ("",),
+    "mode": ("instruct",),
+    "continue_": NO,
+    "documents": ([],),
+    "mm_processor_kwargs": NOTHING,
+    "input_ids": NOTHING,
+}
+INSTEAD: Mapping[str, str] = {
+    "n_predict": "max_tokens",
+    "num_predict": "max_tokens",
+    "max_new_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "repeat_penalty": "repetition_penalty",
+    "rep_pen": "repetition_penalty",
+    "do_sample": "temperature 0",
+    "ban_eos_token": "ignore_eos",
+    "no_stop_trim": "include_stop_str_in_output",
+    "add_bos_token": "add_special_tokens",
+    "extra_body": "its fields in the body itself",
+    "system": "a message of role system",
+    "continue_": "continue_final_message",
+    "enable_thinking": "chat_template_kwargs",
+    "thinking": "chat_template_kwargs",
+    "think": "chat_template_kwargs",
+}
+"""What this server knows for the same purpose."""
