@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from flask import Flask, Response
+from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from core.api.body import json_response
@@ -56,11 +56,11 @@ def _answer_error(error: VRAMancerError) -> Response:
     return response
 
 
-def _log_refusal(error: VRAMancerError, status: int) -> None:
+def _log_refusal(error: VRAMancerError, status: int, **more: str) -> None:
     """Why a request was refused, without what it held: a template's own words may quote its messages."""
     said = None if isinstance(error, ChatTemplateError) else _in_one_line(error.message)
     param = _in_one_line(error.param or "")
-    log.info("request refused", status=status, code=error.error_code, param=param, reason=said)
+    log.info("request refused", status=status, code=error.error_code, param=param, reason=said, **more)
 
 
 def _in_one_line(text: str) -> str:
@@ -75,7 +75,7 @@ def _answer_http(error: HTTPException) -> Response | HTTPException:
         return error
     shown = _shown(error, status)
     if status < 500:
-        _log_refusal(shown, status)
+        _log_refusal(shown, status, asked=_in_one_line(request.path))
     response = json_response(shown.to_openai(), status)
     for name, value in error.get_headers():
         if name.lower() not in ("content-type", "content-length"):

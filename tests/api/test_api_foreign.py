@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -292,6 +293,7 @@ def test_a_context_error_names_what_the_client_sent(
 ) -> None:
     error = client.error(path, body, status=400)
     assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+    assert error["message"].endswith(" (context_length_exceeded)"), "some clients see the message alone"
 
 
 NAMES = ["demo", "org/demo", "hub/of/demo", "/srv/models/demo/", "srv/models/demo", "/srv/models/demo"]
@@ -299,8 +301,6 @@ NAMES = ["demo", "org/demo", "hub/of/demo", "/srv/models/demo/", "srv/models/dem
 
 @pytest.mark.parametrize("name", NAMES)
 def test_answers_carry_the_name_that_the_client_used(client: ApiClient, pipeline: FakePipeline, name: str) -> None:
-    from dataclasses import replace
-
     pipeline.fake_model = replace(pipeline.model, source="/srv/models/demo/", aliases=("org/demo", "hub/of/demo"))
     for path, body in BODIES.items():
         answer = client.post(path, {**body, "model": name}).get_json()

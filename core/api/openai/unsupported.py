@@ -162,6 +162,7 @@ CHAT: Unsupported = {
     "input_ids": NOTHING,
 }
 INSTEAD: Mapping[str, str] = {
+    "tools": 'tool_choice "none" for an answer without them',
     "n_predict": "max_tokens",
     "num_predict": "max_tokens",
     "max_new_tokens": "max_tokens",
