@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from api_client import ApiClient
 from fake_pipeline import CONTEXT, FakePipeline
+from openai.types import completion_create_params as text_params
+from openai.types.chat import completion_create_params as chat_params
 from pydantic import BaseModel
 
 from core.api import management, memory, native, tokens
@@ -44,6 +46,25 @@ def test_what_does_not_change_the_answer_is_accepted(
     client.post(path, BODIES[path])
     assert client.post(path, {**BODIES[path], **extra}).status_code == 200
     assert pipeline.submitted[1] == pipeline.submitted[0]
+
+
+NO_EFFECT = {
+    "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "reasoning_effort", "safety_identifier", "service_tier", "store", "user", "verbosity",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("schema", "parameters"),
+    [
+        (schemas.ChatRequest, chat_params.CompletionCreateParamsBase),
+        (schemas.CompletionRequest, text_params.CompletionCreateParamsBase),
+    ],
+)
+def test_every_parameter_of_openais_client_is_known(schema: type[RequestModel], parameters: Any) -> None:
+    known = set(schema.model_fields) | set(schema.unsupported) | NO_EFFECT
+    assert set(parameters.__annotations__) >= {"model", "seed", "stop"}
+    assert set(parameters.__annotations__) - known == set()
 
 
 @each_route

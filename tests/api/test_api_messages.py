@@ -91,11 +91,11 @@ def test_no_calls_are_no_calls(client: ApiClient, rendered: list[list[dict[str, 
 
 def test_the_older_functions_are_shown_as_tools(client: ApiClient, rendered: list[list[dict[str, Any]]]) -> None:
     body = assistant(content=None, function_call={"name": "f", "arguments": '{"a": 1}'})
-    body["messages"].append({"role": "function", "name": "f", "content": "2"})
+    body["messages"] += [{"role": "function", "name": "f", "content": content} for content in ("2", None)]
     assert client.post(URL, body).status_code == 200
     expected = [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]
     assert rendered[0][1] == {"role": "assistant", "content": None, "tool_calls": expected}
-    assert rendered[0][2] == {"role": "tool", "name": "f", "content": "2"}
+    assert rendered[0][2:] == [{"role": "tool", "name": "f", "content": content} for content in ("2", "")]
 
 
 def test_a_refusal_is_what_the_assistant_said(client: ApiClient, rendered: list[list[dict[str, Any]]]) -> None:

@@ -154,7 +154,7 @@ def _template_message(message: ChatMessage, param: str) -> dict[str, Any]:
         calls.append({"type": "function", "function": _function(message.function_call, f"{param}.function_call")})
     content = message.content
     if content is None or content == []:
-        content = None if calls else message.refusal
+        content = None if calls else "" if message.role == "function" else message.refusal
         if content is None and not calls:
             raise InvalidRequestError(f"{param} has no content.", param=f"{param}.content")
     else:
