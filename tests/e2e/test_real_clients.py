@@ -1,4 +1,7 @@
-"""Clients as people use them, against the live server. One that is not installed is skipped; none is downloaded."""
+"""Clients as people use them, against the live server. One that is not installed is skipped; none is downloaded.
+
+The packages litellm and langchain-openai are looked for where the tests run, the programs guidellm and aider on PATH.
+"""
 
 from __future__ import annotations
 
