@@ -79,9 +79,17 @@ class UnsupportedParameterError(InvalidRequestError):
 
 
 class ContextLengthError(InvalidRequestError):
-    """Prompt plus requested tokens do not fit in the model's context."""
+    """Prompt plus requested tokens do not fit in the model's context.
+
+    Clients that shorten a prompt and try again look for the code in the message, which is all that some of them see.
+    """
 
     code = "context_length_exceeded"
+
+    def to_openai(self) -> dict[str, Any]:
+        body = super().to_openai()
+        body["error"]["message"] += f" ({self.code})"
+        return body
 
 
 class ChatTemplateError(InvalidRequestError):

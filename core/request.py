@@ -26,8 +26,9 @@ MAX_SEED = 2**63 - 1
 class SamplingParams:
     """How tokens are chosen and when a sequence ends. Names follow OpenAI's and, beyond it, vLLM's API.
 
-    `top_k` 0 and `top_p` 1 and `min_p` 0 mean off; `temperature` 0 is greedy. `max_tokens` None runs to the end of
-    the context. `logprobs` is the number of alternatives reported beside the sampled token (0: the token alone).
+    `top_k` 0 and `top_p` 1 and `min_p` 0 mean off; `top_p` 0 leaves the likeliest token alone, `temperature` 0 is
+    greedy. `max_tokens` None runs to the end of the context. `logprobs` is the number of alternatives reported beside
+    the sampled token (0: the token alone).
     """
 
     n: int = 1
@@ -127,7 +128,7 @@ _INTEGER_RANGES: tuple[tuple[str, int, int], ...] = (
 )
 _FLOAT_RANGES: tuple[tuple[str, float, float], ...] = (
     ("temperature", 0.0, 2.0),
-    ("top_p", 1e-8, 1.0),
+    ("top_p", 0.0, 1.0),
     ("min_p", 0.0, 1.0),
     ("presence_penalty", -2.0, 2.0),
     ("frequency_penalty", -2.0, 2.0),

@@ -11,6 +11,7 @@ from core.api import management, memory, monitoring, native, tokens
 from core.api.context import EXTENSION, REQUEST_ID_HEADER, ApiContext, LiveRequests, check_policies, register_hooks
 from core.api.errors import register_error_handlers
 from core.api.openai import batch, chat, completions, models
+from core.security.access import TOKEN_HEADERS
 from core.security.token import resolve_token
 
 if TYPE_CHECKING:
@@ -28,6 +29,17 @@ BLUEPRINTS = (
     management.blueprint,
     memory.blueprint,
     monitoring.blueprint,
+)
+
+OPENAI_PREFIX = "/v1"
+OPENAI_ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/<path:name>")
+"""What clients also find without the prefix, which some leave out of the address that they are given."""
+CORS_HEADERS = (
+    "Authorization",
+    "Content-Type",
+    REQUEST_ID_HEADER,
+    *TOKEN_HEADERS,
+    r"(x-stainless|openai|anthropic)-[a-z0-9-]+$",  # what OpenAI's and Anthropic's clients say of themselves
 )
 
 
@@ -48,16 +60,27 @@ def create_app(pipeline: InferencePipeline, *, token: str | None = None) -> Flas
     # One more than is accepted: Werkzeug cuts a chunked body off there, and `read_request` then knows it is too long.
     app.config["MAX_CONTENT_LENGTH"] = settings.api.max_body_bytes + 1
     app.extensions[EXTENSION] = ApiContext(pipeline, token, LiveRequests())
+    app.url_map.strict_slashes = False
+    app.url_map.redirect_defaults = False  # an alias answers itself
     register_error_handlers(app)
     register_hooks(app)
     for blueprint in BLUEPRINTS:
         app.register_blueprint(blueprint)
+    _add_aliases(app)
     check_policies(app)
     if settings.api.cors_origins:
         CORS(
             app,
             origins=list(settings.api.cors_origins),
-            allow_headers=["Authorization", "Content-Type", "X-API-TOKEN", REQUEST_ID_HEADER],
+            allow_headers=list(CORS_HEADERS),
             expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
         )
     return app
+
+
+def _add_aliases(app: Flask) -> None:
+    """The same routes, with the same policies, under their short paths."""
+    for rule in [rule for rule in app.url_map.iter_rules() if rule.rule in OPENAI_ROUTES]:
+        methods = sorted((rule.methods or set()) - {"HEAD", "OPTIONS"})  # which Flask adds
+        short = rule.rule.removeprefix(OPENAI_PREFIX)
+        app.add_url_rule(short, rule.endpoint, app.view_functions[rule.endpoint], methods=methods, alias=True)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from flask import Flask
 from werkzeug.exceptions import HTTPException
 
-from core.api.context import EXTENSION, TOKEN_HEADER
+from core.api.context import EXTENSION
 from core.errors import VRAMancerError
-from core.security.access import authorize, bearer_token, policy_of
+from core.security.access import authorize, given_tokens, policy_of
 from core.security.admission import REFUSED, Admission
 
 if TYPE_CHECKING:
@@ -29,12 +29,8 @@ def admission_of(app: Flask) -> Callable[[WSGIEnvironment], Admission]:
         except HTTPException:
             return REFUSED
         declared = policy_of(app.view_functions[endpoint])
-        given = (
-            environ.get(f"HTTP_{TOKEN_HEADER.upper().replace('-', '_')}"),
-            bearer_token(environ.get("HTTP_AUTHORIZATION")),
-        )
         try:
-            authorize(declared, method, given, context.token, read_only=read_only)
+            authorize(declared, method, given_tokens(environ), context.token, read_only=read_only)
         except VRAMancerError:
             return REFUSED
         if declared is None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
 
 from flask import Response, request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from core.api.context import api_context
 from core.errors import (
@@ -24,30 +24,47 @@ MAX_COUNT = 2**31 - 1  # largest token count or id that makes sense anywhere
 MAX_NAME_LENGTH = 4096  # of a model: a path may be that long
 NOTHING: tuple[Any, ...] = ()  # no value of the parameter is accepted but null
 
+
+def whole(value: Any) -> Any:
+    """A number without a fraction as an integer, however it is written: in JSON, 1.0 is one. Lists: what is in them."""
+    if isinstance(value, list):
+        return [whole(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 Unsupported = Mapping[str, tuple[Any, ...]]
 ModelName = Annotated[str, Field(max_length=MAX_NAME_LENGTH)]
+Integer = Annotated[int, BeforeValidator(whole)]
+Integers = Annotated[list[int], BeforeValidator(whole)]
 
 
 class RequestModel(BaseModel):
     """A request body. Fields it does not know are ignored, except those in `unsupported`.
 
     `unsupported` maps each parameter that clients know but this server does not honour to the values that ask for
-    nothing special and are accepted beside null. A dot reaches into an object.
+    nothing special and are accepted beside null; `instead` says what does a like thing here.
     """
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
     unsupported: ClassVar[Unsupported] = {}
+    instead: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     def refuse_unsupported(cls, body: Mapping[str, Any]) -> None:
         """Raise `UnsupportedParameterError` for a parameter that would have to be ignored."""
-        for path, accepted in cls.unsupported.items():
-            value: Any = body
-            for name in path.split("."):
-                value = value.get(name) if isinstance(value, Mapping) else None
-            if value is not None and not any(type(value) is type(item) and value == item for item in accepted):
-                raise UnsupportedParameterError(f"{path} is not supported by this server.", param=path)
+        for name, accepted in cls.unsupported.items():
+            value = body.get(name)
+            if value is None or any(_same(value, item) for item in accepted):
+                continue
+            only = f"; {' or '.join(map(to_json, accepted))} alone is accepted" if accepted else ""
+            other = f"; use {cls.instead[name]}" if name in cls.instead else ""
+            raise UnsupportedParameterError(f"{name} is not supported by this server{only}{other}.", param=name)
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Equal as JSON: 1 is 1.0, but not true."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 Schema = TypeVar("Schema", bound=RequestModel)

@@ -14,7 +14,7 @@ from flask import Flask, Response, current_app, g, request
 
 from core.errors import ModelNotFoundError
 from core.logs import get_logger
-from core.security.access import authorize, bearer_token, policy_of
+from core.security.access import authorize, given_tokens, policy_of
 from core.security.admission import REFUSAL_KEY
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ log = get_logger(__name__)
 
 EXTENSION = "vramancer"
 REQUEST_ID_HEADER = "X-Request-ID"
-TOKEN_HEADER = "X-API-TOKEN"
 UNMATCHED = "unmatched"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 QUIET_RULES = frozenset({"/live", "/ready", "/health", "/metrics"})  # asked every few seconds by machines
@@ -110,7 +109,7 @@ def _authorize() -> None:
     if refusal is not None:
         raise refusal
     context = api_context()
-    given = (request.headers.get(TOKEN_HEADER), bearer_token(request.headers.get("Authorization")))
+    given = given_tokens(request.environ)
     declared = policy_of(current_app.view_functions[request.endpoint]) if request.endpoint is not None else None
     read_only = context.pipeline.settings.security.read_only
     g.principal = authorize(declared, request.method, given, context.token, read_only=read_only)
@@ -123,10 +122,20 @@ def check_policies(app: Flask) -> None:
             raise RuntimeError(f"{rule.rule}: declare the route's policy (core.security.access.policy).")
 
 
+def _canonical_rule() -> str:
+    """The route that answers, whichever of its paths the client took: an alias counts as what it stands for."""
+    rule = request.url_rule
+    if rule is None:
+        return UNMATCHED
+    if not rule.alias:
+        return rule.rule
+    return next(other.rule for other in current_app.url_map.iter_rules(rule.endpoint) if not other.alias)
+
+
 def _finish(response: Response) -> Response:
     response.headers[REQUEST_ID_HEADER] = g.request_id
     metrics = api_context().pipeline.metrics
-    path = request.url_rule.rule if request.url_rule is not None else UNMATCHED
+    path = _canonical_rule()
     method = request.method if request.method in METHODS else "other"
     started_s, status = g.started_s, response.status_code
 

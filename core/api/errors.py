@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from flask import Flask, Response
+from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from core.api.body import json_response
 from core.errors import (
     AuthenticationError,
+    ChatTemplateError,
     InvalidRequestError,
     NotFoundError,
     PayloadTooLargeError,
@@ -21,6 +22,8 @@ from core.logs import get_logger
 log = get_logger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left; nobody reads the answer, metrics and logs do
+
+MAX_LOGGED = 300  # characters of a refusal's reason: a model's name may be as long as a path
 
 
 class ClientDisconnectedError(Exception):
@@ -48,7 +51,21 @@ def _answer_error(error: VRAMancerError) -> Response:
         response.headers["WWW-Authenticate"] = "Bearer"
     if error.status >= 500:
         log.error("request failed", error=error.message, code=error.error_code)
+    else:
+        _log_refusal(error, error.status)
     return response
+
+
+def _log_refusal(error: VRAMancerError, status: int, **more: str) -> None:
+    """Why a request was refused, without what it held: a template's own words may quote its messages."""
+    said = None if isinstance(error, ChatTemplateError) else _in_one_line(error.message)
+    param = _in_one_line(error.param or "")
+    log.info("request refused", status=status, code=error.error_code, param=param, reason=said, **more)
+
+
+def _in_one_line(text: str) -> str:
+    """Names that a client made up may hold anything."""
+    return text[:MAX_LOGGED] if text.isprintable() else repr(text[:MAX_LOGGED])
 
 
 def _answer_http(error: HTTPException) -> Response | HTTPException:
@@ -56,21 +73,23 @@ def _answer_http(error: HTTPException) -> Response | HTTPException:
     status = error.code or 500
     if status < 400:  # a redirect
         return error
-    response = json_response(_http_body(error, status), status)
+    shown = _shown(error, status)
+    if status < 500:
+        _log_refusal(shown, status, asked=_in_one_line(request.path))
+    response = json_response(shown.to_openai(), status)
     for name, value in error.get_headers():
         if name.lower() not in ("content-type", "content-length"):
             response.headers[name] = value
     return response
 
 
-def _http_body(error: HTTPException, status: int) -> dict[str, Any]:
+def _shown(error: HTTPException, status: int) -> VRAMancerError:
     if isinstance(error, RequestEntityTooLarge):
-        return PayloadTooLargeError("The request body is larger than this server accepts.").to_openai()
+        return PayloadTooLargeError("The request body is larger than this server accepts.")
     if status == 404:
-        return NotFoundError("There is no such route.").to_openai()
+        return NotFoundError("There is no such route.")
     code = error.name.lower().replace(" ", "_")
-    body = (InvalidRequestError if status < 500 else VRAMancerError)(error.description or error.name, code=code)
-    return body.to_openai()
+    return (InvalidRequestError if status < 500 else VRAMancerError)(error.description or error.name, code=code)
 
 
 def _answer_disconnected(_: ClientDisconnectedError) -> Response:

@@ -12,7 +12,7 @@ import math
 import queue
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,9 +23,9 @@ from core.api.context import api_context
 from core.api.errors import ClientDisconnectedError, unexpected_error_body
 from core.batching.output import Gathered, RequestHandle, Sink
 from core.engine.submission import LoadedModel
-from core.errors import VRAMancerError
+from core.errors import InvalidRequestError, VRAMancerError
 from core.logs import get_logger
-from core.request import GenerationResult, RequestOutput, SamplingParams
+from core.request import GenerationResult, RequestOutput, SamplingParams, SequenceDelta
 from core.security.access import Principal
 from core.security.admission import DISCONNECTED_KEY
 
@@ -120,11 +120,16 @@ class Generation:
 
 
 def start_generation(
-    requests: Sequence[EngineRequest], model: LoadedModel, *, prefix: str, priority: int | None
+    requests: Sequence[EngineRequest],
+    model: LoadedModel,
+    *,
+    prefix: str,
+    priority: int | None,
+    names: Mapping[str, str] | None = None,
 ) -> Generation:
     """Submit for the current HTTP request and its caller, all or nothing, if `model` is still served.
 
-    Its id is `prefix` and a random part.
+    Its id is `prefix` and a random part. `names` gives what the client calls `prompt` and `max_tokens`.
 
     Raises:
         VRAMancerError: whatever the pipeline refuses the requests for.
@@ -134,9 +139,13 @@ def start_generation(
     request_id: str = g.request_id
     caller: Principal = g.principal  # no route that generates is public
     sink: Sink = queue.SimpleQueue()
-    handles = context.pipeline.submit_many(
-        requests, priority=priority or 0, request_id=generation_id, sink=sink, model=model, owner=caller.owner
-    )
+    try:
+        handles = context.pipeline.submit_many(
+            requests, priority=priority or 0, request_id=generation_id, sink=sink, model=model, owner=caller.owner
+        )
+    except InvalidRequestError as error:
+        error.param = (names or {}).get(error.param or "", error.param)
+        raise
     context.live.add(request_id, generation_id)
     return Generation(
         generation_id,
@@ -183,13 +192,21 @@ class Usage:
         self.cached_tokens += result.num_cached_tokens
         self.completion_tokens += result.num_generated_tokens
 
-    def add_output(self, index: int, output: RequestOutput) -> None:
-        """Count one output of the engine request `index`."""
+    def add_prompt(self, index: int, output: RequestOutput) -> None:
+        """Count the prompt of the engine request `index`, if this is its first output."""
         if index not in self._seen:
             self._seen.add(index)
             self.prompt_tokens += output.num_prompt_tokens
             self.cached_tokens += output.num_cached_tokens
-        self.completion_tokens += sum(len(delta.token_ids) for delta in output.deltas)
+
+    def add_delta(self, delta: SequenceDelta) -> None:
+        self.completion_tokens += len(delta.token_ids)
+
+    def add_output(self, index: int, output: RequestOutput) -> None:
+        """Count one output of the engine request `index`."""
+        self.add_prompt(index, output)
+        for delta in output.deltas:
+            self.add_delta(delta)
 
     def to_openai(self) -> dict[str, Any]:
         return {
@@ -230,11 +247,15 @@ class ChunkRenderer(Protocol):
 
 
 class ChoiceStream:
-    """Chunks of OpenAI's streams: one choice each under the same head, then `usage` if the client asked for it."""
+    """Chunks of OpenAI's streams: one choice each under the same head, then `usage` if the client asked for it.
 
-    def __init__(self, head: dict[str, Any], *, include_usage: bool) -> None:
+    With `continuous_usage` each chunk has what was used up to it, over all choices.
+    """
+
+    def __init__(self, head: dict[str, Any], *, include_usage: bool, continuous_usage: bool) -> None:
         self._head = {**head, "usage": None} if include_usage else head
         self._include_usage = include_usage
+        self._continuous_usage = continuous_usage
         self._usage = Usage()
 
     def closing(self) -> Iterator[dict[str, Any]]:
@@ -242,7 +263,8 @@ class ChoiceStream:
             yield {**self._head, "choices": [], "usage": self._usage.to_openai()}
 
     def _chunk(self, shown: dict[str, Any]) -> dict[str, Any]:
-        return {**self._head, "choices": [shown]}
+        chunk = {**self._head, "choices": [shown]}
+        return {**chunk, "usage": self._usage.to_openai()} if self._continuous_usage else chunk
 
 
 def stream_response(generation: Generation, renderer: ChunkRenderer) -> Response:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from flask import Blueprint, Response
 from pydantic import AfterValidator, ConfigDict, Field
 
-from core.api.body import MAX_COUNT, MAX_NAME_LENGTH, RequestModel, json_response, read_request
+from core.api.body import MAX_COUNT, MAX_NAME_LENGTH, Integer, RequestModel, json_response, read_request
 from core.api.context import api_context
 from core.api.openai.models import model_card
 from core.devices import parse_devices
@@ -26,10 +26,10 @@ class LoadRequest(RequestModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str = Field(min_length=1, max_length=MAX_NAME_LENGTH)
-    num_gpus: int | None = Field(None, ge=1, le=1024)
+    num_gpus: Integer | None = Field(None, ge=1, le=1024)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = None
     devices: str | None = Field(None, min_length=1, max_length=4096)
-    max_model_len: int | None = Field(None, ge=1, le=MAX_COUNT)
+    max_model_len: Integer | None = Field(None, ge=1, le=MAX_COUNT)
 
 
 def _device_list(text: str) -> str:

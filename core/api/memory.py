@@ -7,7 +7,7 @@ from typing import Literal
 from flask import Blueprint, Response, request
 from pydantic import ConfigDict, Field
 
-from core.api.body import RequestModel, json_response, read_request
+from core.api.body import Integer, RequestModel, json_response, read_request
 from core.api.context import api_context
 from core.engine import memory_calls
 from core.errors import InvalidRequestError
@@ -26,7 +26,7 @@ class ReclaimRequest(RequestModel):
     model_config = ConfigDict(extra="forbid")
 
     device: str = Field(min_length=1, max_length=256)
-    bytes: int | None = Field(None, ge=1, le=1 << 50)
+    bytes: Integer | None = Field(None, ge=1, le=1 << 50)
     urgency: Literal["low", "medium", "high", "critical"] = "medium"
 
 

@@ -16,13 +16,14 @@ from pydantic import ConfigDict, Field
 from safetensors.torch import save
 from werkzeug.exceptions import NotAcceptable
 
-from core.api.body import ModelName, RequestModel, json_response, read_request
+from core.api.body import Integer, Integers, ModelName, RequestModel, json_response, read_request
 from core.api.context import api_context, served_model
 from core.api.generation import Usage, choice, finite, start_generation, stream_response
 from core.api.openai.chat import encode_messages
 from core.api.openai.schemas import ChatMessage, TemplateFields
 from core.api.sampling import SamplingFields, check_token_ids, encode_prompt, sampling_params
-from core.errors import ContextLengthError, InvalidRequestError
+from core.engine.submission import check_length
+from core.errors import InvalidRequestError
 from core.request import Completion, RequestOutput, SequenceDelta, TokenLogprob
 from core.security.access import policy
 
@@ -49,13 +50,13 @@ class GenerateRequest(SamplingFields):
     model_config = ConfigDict(extra="forbid")
 
     prompt: str | None = None
-    prompt_token_ids: list[int] | None = None
+    prompt_token_ids: Integers | None = None
     messages: list[ChatMessage] | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    max_tokens: int | None = None
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
+    max_tokens: Integer | None = None
+    logprobs: Integer | None = None
+    prompt_logprobs: Integer | None = None
     detokenize: bool | None = None
 
 
@@ -65,7 +66,7 @@ class InferRequest(RequestModel):
     model_config = ConfigDict(extra="forbid")
 
     model: ModelName | None = None
-    token_ids: list[int] = Field(min_length=1)
+    token_ids: Integers = Field(min_length=1)
     output: Literal["logits", "hidden_states"] = "logits"
     positions: Literal["last", "all"] = "last"
 
@@ -75,9 +76,11 @@ class InferRequest(RequestModel):
 def generate() -> Response:
     fields = read_request(GenerateRequest)
     model = served_model(fields.model)
-    token_ids = _prompt_token_ids(fields, model)
+    token_ids, param = _prompt_token_ids(fields, model)
     params = sampling_params(fields, model)
-    generation = start_generation([(token_ids, params)], model, prefix="gen", priority=fields.priority)
+    generation = start_generation(
+        [(token_ids, params)], model, prefix="gen", priority=fields.priority, names={"prompt": param}
+    )
     writer = GenerateWriter(fields, model, generation.id)
     if fields.stream:
         return stream_response(generation, writer)
@@ -91,14 +94,17 @@ def generate() -> Response:
     return json_response({**body, **writer.totals()})
 
 
-def _prompt_token_ids(fields: GenerateRequest, model: LoadedModel) -> list[int]:
+def _prompt_token_ids(fields: GenerateRequest, model: LoadedModel) -> tuple[list[int], str]:
+    """The prompt, and the name of the field that gives it."""
     given = [name for name in ("prompt", "prompt_token_ids", "messages") if getattr(fields, name) is not None]
     if len(given) != 1:
         raise InvalidRequestError("Give exactly one of prompt, prompt_token_ids and messages.", param="prompt")
+    name = given[0]
     if fields.messages is not None:
-        return encode_messages(fields.messages, model, TemplateFields(chat_template_kwargs=fields.chat_template_kwargs))
+        template = TemplateFields(chat_template_kwargs=fields.chat_template_kwargs)
+        return encode_messages(fields.messages, model, template), name
     prompt = fields.prompt if fields.prompt is not None else fields.prompt_token_ids or []
-    return encode_prompt(prompt, model, add_special_tokens=fields.add_special_tokens is not False, param=given[0])
+    return encode_prompt(prompt, model, add_special_tokens=fields.add_special_tokens is not False, param=name), name
 
 
 class GenerateWriter:
@@ -118,7 +124,8 @@ class GenerateWriter:
             self._first_s = time.perf_counter()
 
     def head(self) -> dict[str, Any]:
-        return {"id": self._id, "object": "generation", "created": int(time.time()), "model": self._model.name}
+        name = self._fields.model or self._model.name
+        return {"id": self._id, "object": "generation", "created": int(time.time()), "model": name}
 
     def completion(self, part: Completion | SequenceDelta) -> dict[str, Any]:
         """One completion, or what it gained."""
@@ -177,11 +184,8 @@ def infer() -> Response:
     if accepted is None:
         raise NotAcceptable(f"This route answers {JSON_TYPE} or {' or '.join(BINARY_TYPES)}.")
     model = served_model(fields.model)
+    check_length(len(fields.token_ids), model, reserve=0, param="token_ids")
     token_ids = check_token_ids(fields.token_ids, model, param="token_ids")
-    if len(token_ids) > model.max_model_len:
-        raise ContextLengthError(
-            f"token_ids has {len(token_ids)} tokens; the model's context is {model.max_model_len}.", param="token_ids"
-        )
     as_json = accepted == JSON_TYPE
     rows = len(token_ids) if fields.positions == "all" else 1
     if fields.output == "logits":
@@ -192,7 +196,7 @@ def infer() -> Response:
         return Response(save({fields.output: values.contiguous()}), mimetype=accepted)
     body = {
         "object": "tensor",
-        "model": model.name,
+        "model": fields.model or model.name,
         "output": fields.output,
         "shape": list(values.shape),
         "dtype": "float32",

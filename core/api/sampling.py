@@ -1,6 +1,6 @@
 """From request fields to `SamplingParams`, and from prompts to token ids.
 
-Known fields are typed strictly ("1" and true are no integers).
+Known fields are typed strictly ("1" and true are no integers; 1.0 is one).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from core.api.body import MAX_COUNT, ModelName, RequestModel
+from core.api.body import MAX_COUNT, Integer, ModelName, RequestModel, whole
 from core.defaults import GENERATION_DEFAULTS
 from core.errors import InvalidRequestError
 from core.request import SamplingParams
@@ -25,14 +25,14 @@ _TOKEN_KEY = re.compile(r"[0-9]{1,10}")
 
 def _strings(value: Any) -> Any:
     if isinstance(value, str):
-        return (value,)
+        return (value,) if value else ()
     if isinstance(value, list):
         return tuple(value)
     raise ValueError("Input should be a string or a list of strings")
 
 
 def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(whole(value)) if isinstance(value, list) else value
 
 
 def _token_keys(value: dict[str, float]) -> dict[int, float]:
@@ -54,24 +54,24 @@ class SamplingFields(RequestModel):
     """
 
     model: ModelName | None = None
-    n: int | None = None
-    best_of: int | None = None
+    n: Integer | None = None
+    best_of: Integer | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Integer | None = None
     min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    seed: int | None = None
+    seed: Integer | None = None
     logit_bias: LogitBias | None = None
     stop: StopStrings | None = None
     stop_token_ids: TokenIds | None = None
-    min_tokens: int | None = None
+    min_tokens: Integer | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    priority: int | None = Field(None, ge=-MAX_COUNT, le=MAX_COUNT)
+    priority: Integer | None = Field(None, ge=-MAX_COUNT, le=MAX_COUNT)
     stream: bool | None = None
 
 
@@ -90,6 +90,8 @@ def sampling_params(
             values[name] = model.generation_defaults.get(name)
     if values["top_k"] == -1:  # vLLM's way of writing off
         values["top_k"] = 0
+    if values["best_of"] == 0:  # OpenAI's
+        values["best_of"] = None
     values.update(others)
     params = SamplingParams(**{name: value for name, value in values.items() if value is not None})
     params.validate(model.vocab_size, names)

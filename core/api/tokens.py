@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from flask import Blueprint, Response
 
-from core.api.body import ModelName, RequestModel, json_response, read_request
+from core.api.body import NOTHING, Integers, ModelName, RequestModel, Unsupported, json_response, read_request
 from core.api.context import served_model
 from core.api.openai.chat import encode_messages
 from core.api.openai.schemas import ChatMessage, TemplateFields
@@ -18,6 +20,8 @@ blueprint = Blueprint("tokens", __name__)
 class TokenizeRequest(TemplateFields):
     """Either `prompt` or `messages`."""
 
+    unsupported: ClassVar[Unsupported] = {"tools": ([],), "chat_template": NOTHING}
+
     model: ModelName | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
@@ -27,7 +31,7 @@ class TokenizeRequest(TemplateFields):
 
 class DetokenizeRequest(RequestModel):
     model: ModelName | None = None
-    tokens: list[int]
+    tokens: Integers
 
 
 @blueprint.post("/tokenize")

@@ -199,7 +199,10 @@ class ContinuousBatcher:
             room = self.scheduler.limits.max_model_len
             if not request.fit_into(room):  # it came after the others had been looked at
                 needed = request.most_tokens
-                said = f"The model has moved to where it holds {room} tokens, and the request may come to {needed}."
+                said = (
+                    f"This model's maximum context length is {room} tokens where it has moved to, and the request may "
+                    f"come to {needed}."
+                )
                 handle.put(ContextLengthError(said, param="max_tokens"))
                 return
             self.intake.adopt([request])

@@ -141,6 +141,7 @@ def describe(plan: ModelPlan, settings: Settings, tokenizer: Tokenizer) -> Loade
             name: generation[name] for name in GENERATION_DEFAULTS if generation.get(name) is not None
         },
         tokenizer=tokenizer,
+        source=settings.model.name or "",
     )
 
 

@@ -19,7 +19,7 @@ from core.request import SamplingParams
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """What clients may know of the model being served. `max_model_len` is the longest prompt plus answer: the context,
-    or all of the KV cache if that is smaller.
+    or all of the KV cache if that is smaller. `source` is what it was loaded by: a path or a hub id.
     """
 
     name: str
@@ -33,10 +33,14 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     generation_defaults: dict[str, Any]
     tokenizer: Tokenizer
+    source: str = ""
 
     def knows(self, name: str) -> bool:
-        """Whether clients may call the model by this name."""
-        return name == self.name or name in self.aliases
+        """Whether clients may call the model by this name: its own, an alias, the last part of a hub id, or what it was
+        loaded by. Slashes at the ends do not count, which URLs and file names add or lose."""
+        names = (self.name, self.name.rpartition("/")[2], *self.aliases, self.source, str(self.path))
+        asked = name.strip("/")
+        return bool(asked) and any(asked == known.strip("/") for known in names)
 
 
 def make_request(
@@ -60,8 +64,8 @@ def make_request(
     max_tokens = params.max_tokens if params.max_tokens is not None else room
     if max_tokens > room:
         raise ContextLengthError(
-            f"This model's context holds {model.max_model_len} tokens; the prompt has {len(tokens)} and "
-            f"{max_tokens} more were asked for.",
+            f"This model's maximum context length is {model.max_model_len} tokens, but the prompt has {len(tokens)} "
+            f"and {max_tokens} more were asked for.",
             param="max_tokens",
         )
     if params.num_sequences > params.n and params.logprobs is None:
@@ -90,14 +94,20 @@ def check_prompt(tokens: Sequence[object], model: LoadedModel, *, reserve: int =
     """A prompt has tokens, all of them in the vocabulary, and leaves room for `reserve` more."""
     if not tokens:
         raise InvalidRequestError("The prompt is empty.", param="prompt")
+    check_length(len(tokens), model, reserve=reserve)
     vocab = model.vocab_size
     for token in tokens:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
             raise InvalidRequestError(
                 f"Token ids must be integers from 0 to {vocab - 1}, got {token!r}.", param="prompt"
             )
-    if len(tokens) + reserve > model.max_model_len:
+
+
+def check_length(num_tokens: int, model: LoadedModel, *, reserve: int = 1, param: str = "prompt") -> None:
+    """Raise `ContextLengthError` unless so many tokens leave room for `reserve` more."""
+    if num_tokens + reserve > model.max_model_len:
         raise ContextLengthError(
-            f"This model's context holds {model.max_model_len} tokens, but the prompt has {len(tokens)}.",
-            param="prompt",
+            f"This model's maximum context length is {model.max_model_len} tokens, but {param} has {num_tokens}"
+            f"{', and at least one more is generated' if num_tokens == model.max_model_len else ''}.",
+            param=param,
         )

@@ -8,6 +8,7 @@ That object is never changed after loading, so any number of threads may use one
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import jinja2
 import tokenizers
 from transformers import AutoTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from core.errors import ChatTemplateError, CheckpointError, InvalidRequestError, UnsupportedModelError
 from core.models.token_pieces import TokenPieces
@@ -23,6 +25,10 @@ _TEMPLATE_ERRORS = (
     jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError,
 )  # fmt: skip
 """What rendering raises for messages that a template does not expect: Jinja runs the template as Python code."""
+DEFAULT_TEMPLATE = "default"
+TOOL_TEMPLATE = "tool_use"
+SPECIAL_TEMPLATES = frozenset({TOOL_TEMPLATE, "rag"})
+"""Names that checkpoints with several chat templates give them."""
 
 
 class Tokenizer:
@@ -44,7 +50,7 @@ class Tokenizer:
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.eos_token_id: int | None = tokenizer.eos_token_id
         parameters = inspect.signature(tokenizer.apply_chat_template).parameters
-        self._reserved_kwargs = frozenset(parameters) | {"messages", "self"}
+        self._reserved_kwargs = frozenset(parameters) | {"messages", "conversations", "self"}
 
     @classmethod
     def from_directory(cls, path: str | Path, chat_template: str | None = None) -> Tokenizer:
@@ -59,6 +65,8 @@ class Tokenizer:
             if "custom code" in str(error):
                 raise UnsupportedModelError(f"The tokenizer in {path} needs its own code, which is not run.") from error
             raise CheckpointError(f"Cannot load a tokenizer from {path}: {error}") from error
+        if chat_template is None and tokenizer.chat_template is None:
+            chat_template = _template_file(Path(path) / "chat_template.json")
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         return cls(tokenizer)
@@ -109,23 +117,40 @@ class Tokenizer:
         """
         kwargs = dict(chat_template_kwargs or {})
         self._check_kwargs(kwargs)
-        if self._hf.chat_template is None:
-            raise ChatTemplateError("The model has no chat template; use /v1/completions instead.", param="messages")
-        try:
-            text = self._hf.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                **kwargs,
-            )
-        except _TEMPLATE_ERRORS as error:
-            reason = str(error) or type(error).__name__
-            raise ChatTemplateError(f"The chat template refused the messages: {reason}", param="messages") from error
+        if not messages or not all(isinstance(message, dict) for message in messages):
+            raise ChatTemplateError("Messages are refused unless they are objects, one at least.", param="messages")
+        if add_generation_prompt and continue_final_message:
+            raise ChatTemplateError("A final message that is continued takes no generation prompt.", param="messages")
+        name, template = self._template_for(messages)
+        options = {
+            **self._hf.special_tokens_map, **kwargs, "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message, "tools": [] if name == TOOL_TEMPLATE else None,
+        }  # fmt: skip
+        text = _render_nulls(template, messages, options)
         try:
             return self.encode(text, add_special_tokens=False)
         except InvalidRequestError as error:
             raise InvalidRequestError(error.message, param="messages") from error
+
+    def _template_for(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+        """Name and source of the template that a conversation takes: the one for tools if it has calls or results."""
+        templates = self._hf.chat_template
+        if templates is None:
+            raise ChatTemplateError("The model has no chat template; use /v1/completions instead.", param="messages")
+        if not isinstance(templates, dict):
+            return DEFAULT_TEMPLATE, templates
+        uses_tools = any(message.get("role") == "tool" or message.get("tool_calls") for message in messages)
+        for name in (TOOL_TEMPLATE, DEFAULT_TEMPLATE) if uses_tools else (DEFAULT_TEMPLATE,):
+            if name in templates:
+                return name, templates[name]
+        plain = [name for name in templates if name not in SPECIAL_TEMPLATES] or list(templates)
+        if len(plain) == 1:
+            return plain[0], templates[plain[0]]
+        raise ChatTemplateError(
+            f"The model has several chat templates ({', '.join(sorted(templates))}) and none of them is called "
+            f"{DEFAULT_TEMPLATE}; the setting model.chat_template can choose one.",
+            param="messages",
+        )
 
     def _check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
         for name, value in kwargs.items():
@@ -137,6 +162,44 @@ class Tokenizer:
                     f"{type(value).__name__}.",
                     param="chat_template_kwargs",
                 )
+
+
+def _template_file(file: Path) -> Any:
+    """The template, or the templates by name, in the file that processors of several media keep it in, if any."""
+    if not file.is_file():
+        return None
+    try:
+        template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+        return template if isinstance(template, str) else {item["name"]: item["template"] for item in template}
+    except (ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{file.name} of {file.parent.name} is damaged: {error!r}") from error
+
+
+def _render_nulls(template: str, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
+    """The conversation's text. A content of null is given as null, which many templates look for; to one that fails on
+    it, or writes it out, it is given as empty text."""
+    filled = [message | {"content": ""} if message.get("content", "") is None else message for message in messages]
+    if filled == messages:
+        return _render(template, messages, options)
+    try:
+        text = _render(template, messages, options)
+    except ChatTemplateError:
+        return _render(template, filled, options)
+    try:
+        other = _render(template, filled, options)
+    except ChatTemplateError:
+        return text
+    return other if text.count(str(None)) > other.count(str(None)) else text
+
+
+def _render(template: str, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
+    """In transformers' sandbox; its `apply_chat_template` would leave out what is null."""
+    try:
+        (text,), _ = render_jinja_template([messages], chat_template=template, **options)
+    except _TEMPLATE_ERRORS as error:
+        reason = str(error) or type(error).__name__
+        raise ChatTemplateError(f"The chat template refused the messages: {reason}", param="messages") from error
+    return str(text)
 
 
 # -- incremental decoding ----------------------------------------------------------------------------------------

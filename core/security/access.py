@@ -8,13 +8,15 @@ everything that only reads. What no route answers needs a token, and counts as a
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from core.defaults import DEFAULT_OWNER
 from core.errors import AuthenticationError, PermissionDeniedError
 
+TOKEN_HEADERS = ("X-API-TOKEN", "X-API-Key")
+"""What holds the token and nothing else, beside `Authorization: Bearer`."""
 READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 Role = Literal["viewer", "user", "operator", "admin"]
@@ -23,6 +25,7 @@ also loads and places models and moves memory; an admin also gives out keys. Dec
 
 Route = TypeVar("Route", bound=Callable[..., Any])
 _ATTRIBUTE = "route_policy"
+_TOKEN_KEYS = tuple(f"HTTP_{name.upper().replace('-', '_')}" for name in TOKEN_HEADERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +101,13 @@ def check_token(given: tuple[str | None, ...], expected: str) -> None:
     if present:
         raise AuthenticationError("The API token is wrong.")
     raise AuthenticationError(
-        "This route needs the API token, in X-API-TOKEN or as Authorization: Bearer.", code="missing_api_key"
+        "This route needs the API token, as Authorization: Bearer, X-API-TOKEN or x-api-key.", code="missing_api_key"
     )
+
+
+def given_tokens(environ: Mapping[str, Any]) -> tuple[str | None, ...]:
+    """Whatever the head of a request, as a WSGI environment, gives as a token; the headers are `TOKEN_HEADERS`."""
+    return (*map(environ.get, _TOKEN_KEYS), bearer_token(environ.get("HTTP_AUTHORIZATION")))
 
 
 def bearer_token(authorization: str | None) -> str | None:

@@ -18,7 +18,7 @@ from core.batching.output import RequestHandle
 from core.batching.stats import BatcherStats
 from core.config import Settings
 from core.devices import Device, DeviceBudget
-from core.engine.submission import LoadedModel
+from core.engine.submission import LoadedModel, check_length
 from core.errors import (
     ChatTemplateError,
     ConflictError,
@@ -181,6 +181,7 @@ class FakePipeline:
             raise self.refusal
         for token_ids, params in requests:
             params.validate(self.model.vocab_size)
+            check_length(len(token_ids), self.model)
             room = self.model.max_model_len - len(token_ids)
             if (params.max_tokens or 1) > room:
                 raise ContextLengthError(f"The context holds {self.model.max_model_len} tokens.", param="max_tokens")

@@ -21,6 +21,10 @@ EXPECTED_POLICIES = {
     "/v1/batch/completions": INFERS,
     "/v1/models": READS,
     "/v1/models/<path:name>": READS,
+    "/completions": INFERS,
+    "/chat/completions": INFERS,
+    "/models": READS,
+    "/models/<path:name>": READS,
     "/api/generate": INFERS,
     "/api/infer": INFERS,
     "/tokenize": INFERS,
@@ -95,6 +99,7 @@ def test_a_route_without_a_policy_is_refused_at_the_start(
         {"Authorization": f"Bearer {TOKEN[:-1]}"},
         {"Authorization": f"Bearer {TOKEN} {TOKEN}"},
         {"X-API-TOKEN": "\xff\xfe"},
+        {"X-API-Key": "wrong"},
         {"Authorization": f"Basic {TOKEN}"},
         {"Authorization": "Bearer"},
         {"Authorization": "Bearer wrong"},
@@ -114,7 +119,14 @@ def test_every_route_but_the_public_ones_needs_the_token(app: Flask, headers: di
 
 
 @pytest.mark.parametrize(
-    "headers", [{"X-API-TOKEN": TOKEN}, {"Authorization": f"Bearer {TOKEN}"}, {"Authorization": f"bearer {TOKEN}"}]
+    "headers",
+    [
+        {"X-API-TOKEN": TOKEN},
+        {"x-api-key": TOKEN},
+        {"Authorization": f"Bearer {TOKEN}"},
+        {"Authorization": f"bearer {TOKEN}"},
+        {"Authorization": "Bearer of-another-service", "x-api-key": TOKEN},
+    ],
 )
 def test_the_token_opens_every_route(app: Flask, headers: dict[str, str]) -> None:
     client = app.test_client()

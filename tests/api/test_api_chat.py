@@ -126,8 +126,8 @@ def test_template_that_fails(client: ApiClient) -> None:
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"guided_json": {}}, "guided_json"),
-        ({"store": True}, "store"),
-        ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto"}, "tools"),
+        ({"functions": [{"name": "f"}], "tool_choice": "none"}, "functions"),
     ],
 )
 def test_known_parameters_that_would_be_ignored_are_refused(client: ApiClient, extra: Any, param: str) -> None:
@@ -139,6 +139,9 @@ def test_known_parameters_that_would_be_ignored_are_refused(client: ApiClient, e
     "extra",
     [
         {"tools": [], "tool_choice": "none", "functions": None},
+        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"},
+        {"functions": [{"name": "f"}], "function_call": "none"},
+        {"top_logprobs": 0},
         {"response_format": {"type": "text"}, "modalities": ["text"], "store": False},
         {"user": "u", "metadata": {"a": "b"}, "something_new": {"x": [1]}},
     ],

@@ -141,7 +141,7 @@ def test_max_tokens_end_at_the_context(model: tuple[Path, torch.nn.Module], open
         ([5], {"best_of": 1, "n": 2}, InvalidRequestError, "best_of"),
         ([5], {"temperature": -1.0}, InvalidRequestError, "temperature"),
         ([5], {"temperature": float("nan")}, InvalidRequestError, "temperature"),
-        ([5], {"top_p": 0.0}, InvalidRequestError, "top_p"),
+        ([5], {"top_p": -0.5}, InvalidRequestError, "top_p"),
         ([5], {"logprobs": 10**6}, InvalidRequestError, "logprobs"),
         ([5], {"stop": ("x",) * 5000, "detokenize": True}, InvalidRequestError, "stop"),
         ([5], {"stop_token_ids": (VOCAB,)}, InvalidRequestError, "stop_token_ids"),

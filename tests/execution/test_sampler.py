@@ -266,6 +266,13 @@ def test_equal_logits_top_p_keeps_the_smallest_set_of_lowest_ids():
     assert (counts_of(torch.zeros(10), row, draws=2000)[:5] > 0).all()
 
 
+def test_top_p_zero_leaves_the_likeliest_token():
+    logits = random_logits(1, 30_000)
+    row = make_row(SamplingParams(top_p=0.0, temperature=2.0))
+    assert counts_of(logits[0], row, draws=50).argmax() == logits[0].argmax()
+    assert (counts_of(logits[0], row, draws=50) > 0).sum() == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_greedy_takes_the_first_maximum(dtype):
     logits = torch.zeros(3, 4000, dtype=dtype)

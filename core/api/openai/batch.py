@@ -8,7 +8,7 @@ from flask import Blueprint, Response
 
 from core.api.body import json_response, read_request
 from core.api.context import api_context, served_model
-from core.api.generation import Usage, envelope, start_generation
+from core.api.generation import Usage, envelope
 from core.api.openai.completions import CompletionJob, check_prompts
 from core.api.openai.schemas import BatchRequest
 from core.errors import VRAMancerError
@@ -29,7 +29,7 @@ def create_batch() -> Response:
     model = served_model(fields.model)
     check_prompts(fields.prompts, limit=api_context().pipeline.settings.api.max_batch_prompts, param="prompts")
     job = CompletionJob.prepare(fields, fields.prompts, model, param="prompts")
-    generation = start_generation(job.requests, job.model, prefix="batch", priority=fields.priority)
+    generation = job.start(prefix="batch", param="prompts")
     with closing(generation):
         results = generation.gather_each()
     total = Usage()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, Response
 
-from core.api.body import json_response, read_request
+from core.api.body import json_response, parse_object, read_request
 from core.api.context import served_model
 from core.api.generation import ChoiceStream, Usage, choice, envelope, finite, start_generation, stream_response
 from core.api.openai.schemas import ChatMessage, ChatRequest, TemplateFields
@@ -31,7 +31,10 @@ def create_chat_completion() -> Response:
     model = served_model(fields.model)
     params = _params(fields, model)
     token_ids = encode_messages(fields.messages, model, fields)
-    generation = start_generation([(token_ids, params)], model, prefix="chatcmpl", priority=fields.priority)
+    names = {"prompt": "messages", "max_tokens": fields.limit_name}
+    generation = start_generation(
+        [(token_ids, params)], model, prefix="chatcmpl", priority=fields.priority, names=names
+    )
     if fields.stream:
         head = envelope(generation.id, "chat.completion.chunk", model, fields.model)
         return stream_response(generation, ChatStream(fields, model, head))
@@ -54,14 +57,12 @@ def create_chat_completion() -> Response:
 
 
 def _params(fields: ChatRequest, model: LoadedModel) -> SamplingParams:
-    if fields.top_logprobs is not None and not fields.logprobs:
+    if fields.top_logprobs and not fields.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
     fields.check_stream_options()
-    limit, names = fields.max_tokens, {"logprobs": "top_logprobs"}
-    if fields.max_completion_tokens is not None:
-        limit, names["max_tokens"] = fields.max_completion_tokens, "max_completion_tokens"
+    names = {"logprobs": "top_logprobs", "max_tokens": fields.limit_name}
     return sampling_params(
-        fields, model, names, max_tokens=limit, logprobs=(fields.top_logprobs or 0) if fields.logprobs else None
+        fields, model, names, max_tokens=fields.limit, logprobs=(fields.top_logprobs or 0) if fields.logprobs else None
     )
 
 
@@ -69,13 +70,13 @@ class ChatStream(ChoiceStream):
     """Chunks of a streamed chat completion: the role, text as it comes, then one chunk with the finish reason."""
 
     def __init__(self, fields: ChatRequest, model: LoadedModel, head: dict[str, Any]) -> None:
-        super().__init__(head, include_usage=fields.include_usage)
+        super().__init__(head, **fields.usage_chunks)
         self._fields = fields
         self._model = model
         self._started = False
 
     def chunks(self, index: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
-        self._usage.add_output(index, output)
+        self._usage.add_prompt(index, output)
         if not self._started:
             self._started = True
             for number in range(self._fields.n or 1):
@@ -84,6 +85,7 @@ class ChatStream(ChoiceStream):
             yield from self._delta_chunks(delta)
 
     def _delta_chunks(self, delta: SequenceDelta) -> Iterator[dict[str, Any]]:
+        self._usage.add_delta(delta)
         logprobs = _logprobs(self._fields, self._model, delta.logprobs) if delta.logprobs else None
         if delta.text or logprobs is not None:
             yield self._chunk(choice(delta.index, {"delta": {"content": delta.text}}, logprobs))
@@ -136,31 +138,66 @@ def encode_messages(messages: Sequence[ChatMessage], model: LoadedModel, fields:
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages for the template. A developer's message is given as the system's, which every template knows."""
+    """Messages for the template, in the roles that every template knows: a developer's is the system's, a function's
+    result a tool's. Arguments of calls are objects; beside calls, content may be null."""
     if not messages:
         raise InvalidRequestError("messages must not be empty.", param="messages")
     return [_template_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
+TEMPLATE_ROLES = {"developer": "system", "function": "tool"}
+
+
 def _template_message(message: ChatMessage, param: str) -> dict[str, Any]:
-    role = "system" if message.role == "developer" else message.role
-    if message.content is None and not message.tool_calls:
-        raise InvalidRequestError(f"{param} has no content.", param=f"{param}.content")
-    values: dict[str, Any] = {"role": role, "content": _text(message.content, f"{param}.content")}
-    for name in ("name", "tool_calls", "tool_call_id"):
+    calls = [_call(call, f"{param}.tool_calls[{index}]") for index, call in enumerate(message.tool_calls or ())]
+    if message.function_call is not None:
+        calls.append({"type": "function", "function": _function(message.function_call, f"{param}.function_call")})
+    content = message.content
+    if content is None or content == []:
+        content = None if calls else "" if message.role == "function" else message.refusal
+        if content is None and not calls:
+            raise InvalidRequestError(f"{param} has no content.", param=f"{param}.content")
+    else:
+        content = _text(content, f"{param}.content")
+    values: dict[str, Any] = {"role": TEMPLATE_ROLES.get(message.role, message.role), "content": content}
+    if calls:
+        values["tool_calls"] = calls
+    for name in ("name", "tool_call_id", "reasoning_content"):
         value = getattr(message, name)
         if value is not None:
             values[name] = value
     return values
 
 
+def _call(call: dict[str, Any], param: str) -> dict[str, Any]:
+    if call.get("type", "function") != "function":
+        raise UnsupportedParameterError(f"{param}: this server reads calls of type function only.", param=param)
+    return {**call, "type": "function", "function": _function(call.get("function"), f"{param}.function")}
+
+
+def _function(function: Any, param: str) -> dict[str, Any]:
+    """A called function's name, and its arguments as the object that templates expect.
+
+    Clients send them as the text that a model wrote. Text that is no JSON object stays what it is.
+    """
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise InvalidRequestError(f"{param} must be an object with a name and arguments.", param=param)
+    arguments = function.get("arguments")
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        arguments = {}
+    elif isinstance(arguments, str):
+        with suppress(InvalidRequestError):
+            arguments = parse_object(arguments.encode())
+    elif not isinstance(arguments, dict):
+        raise InvalidRequestError(f"{param}.arguments must be JSON, as a string.", param=f"{param}.arguments")
+    return {**function, "arguments": arguments}
+
+
 def _text(content: Any, param: str) -> str:
     """The content's text; text parts are joined by line breaks."""
-    if content is None:
-        return ""
     if isinstance(content, str):
         return content
-    if not isinstance(content, list) or not content:
+    if not isinstance(content, list):
         raise InvalidRequestError(f"{param} must be text or a list of text parts.", param=param)
     return "\n".join(_part_text(part, f"{param}[{index}]") for index, part in enumerate(content))
 
@@ -169,8 +206,8 @@ def _part_text(part: Any, param: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(kind, str):
         raise InvalidRequestError(f"{param} must be an object with a type.", param=param)
-    if kind != "text":
+    if kind not in ("text", "refusal"):
         raise UnsupportedParameterError(f"{param}: this server reads parts of type text only.", param=param)
-    if not isinstance(part.get("text"), str):
-        raise InvalidRequestError(f"{param}.text must be a string.", param=f"{param}.text")
-    return str(part["text"])
+    if not isinstance(part.get(kind), str):
+        raise InvalidRequestError(f"{param}.{kind} must be a string.", param=f"{param}.{kind}")
+    return str(part[kind])

@@ -14,6 +14,7 @@ from core.api.context import api_context, served_model
 from core.api.generation import (
     ChoiceStream,
     EngineRequest,
+    Generation,
     Usage,
     choice,
     envelope,
@@ -42,7 +43,7 @@ def create_completion() -> Response:
     model = served_model(fields.model)
     prompts = split_prompts(fields.prompt, limit=api_context().pipeline.settings.api.max_batch_prompts)
     job = CompletionJob.prepare(fields, prompts, model, param="prompt")
-    generation = start_generation(job.requests, job.model, prefix="cmpl", priority=fields.priority)
+    generation = job.start(prefix="cmpl", param="prompt")
     head = envelope(generation.id, "text_completion", model, fields.model)
     if fields.stream:
         return stream_response(generation, CompletionStream(job, head))
@@ -93,25 +94,28 @@ class CompletionJob:
         cls, fields: CompletionFields, prompts: Sequence[str | list[int]], model: LoadedModel, *, param: str
     ) -> CompletionJob:
         """Check and tokenize. Raises `InvalidRequestError`."""
-        if fields.max_tokens == 0 and not fields.echo:
-            raise InvalidRequestError("max_tokens must be at least 1, unless echo is true.", param="max_tokens")
         fields.check_stream_options()
         requests = []
         for prompt in prompts:
             token_ids = encode_prompt(
                 prompt, model, add_special_tokens=fields.add_special_tokens is not False, param=param
             )
-            max_tokens = fields.max_tokens
+            max_tokens = fields.limit
             if max_tokens is None:
                 max_tokens = default_max_tokens(token_ids, model, COMPLETION_MAX_TOKENS)
             params = sampling_params(
                 fields,
                 model,
+                {"max_tokens": fields.limit_name},
                 max_tokens=1 if max_tokens == 0 else max_tokens,  # the engine generates one; `choices` drops it again
                 prompt_logprobs=fields.logprobs if fields.echo else None,
             )
             requests.append((token_ids, params))
         return cls(fields, model, prompts, requests)
+
+    def start(self, *, prefix: str, param: str) -> Generation:
+        names = {"prompt": param, "max_tokens": self.fields.limit_name}
+        return start_generation(self.requests, self.model, prefix=prefix, priority=self.fields.priority, names=names)
 
     @property
     def n(self) -> int:
@@ -119,8 +123,8 @@ class CompletionJob:
 
     @property
     def prompt_only(self) -> bool:
-        """Whether the prompt is all there is to show (`echo` with `max_tokens` 0)."""
-        return self.fields.max_tokens == 0
+        """Whether nothing is to be generated (`max_tokens` 0): with `echo` the prompt is shown, else nothing."""
+        return self.fields.limit == 0
 
     def count(self, usage: Usage, result: GenerationResult) -> None:
         usage.add_result(replace(result, num_generated_tokens=0) if self.prompt_only else result)
@@ -186,12 +190,12 @@ class CompletionStream(ChoiceStream):
     """Chunks of a streamed text completion: text as it comes, then one chunk per choice with its finish reason."""
 
     def __init__(self, job: CompletionJob, head: dict[str, Any]) -> None:
-        super().__init__(head, include_usage=job.fields.include_usage)
+        super().__init__(head, **job.fields.usage_chunks)
         self._job = job
         self._writers: dict[int, ChoiceWriter] = {}
 
     def chunks(self, index: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
-        self._usage.add_output(index, output)
+        self._usage.add_prompt(index, output)
         first = index * self._job.n
         if first not in self._writers:  # the first output of this prompt
             for number in range(first, first + self._job.n):
@@ -204,17 +208,13 @@ class CompletionStream(ChoiceStream):
 
     def _delta_chunks(self, number: int, delta: SequenceDelta) -> Iterator[dict[str, Any]]:
         if not self._job.prompt_only:
+            self._usage.add_delta(delta)
             logprobs = self._writers[number].logprobs(delta.token_ids, delta.logprobs) if delta.token_ids else None
             if delta.text or logprobs is not None:
                 yield self._chunk(choice(number, {"text": delta.text}, logprobs))
         if delta.finish_reason is not None:
             reason = "length" if self._job.prompt_only else delta.finish_reason
             yield self._chunk(choice(number, {"text": ""}, None, reason, delta.stop_reason))
-
-    def closing(self) -> Iterator[dict[str, Any]]:
-        if self._job.prompt_only:
-            self._usage.completion_tokens = 0
-        return super().closing()
 
 
 class TextOffsets:

@@ -2,88 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from core.api.body import NOTHING, RequestModel, Unsupported
+from pydantic import BeforeValidator
+
+from core.api.body import NOTHING, Integer, RequestModel, Unsupported, whole
+from core.api.openai import unsupported
 from core.api.sampling import SamplingFields
 from core.errors import InvalidRequestError
 
-# What OpenAI's clients, vLLM's and llama.cpp's may send for both kinds of completion, and what asks for nothing.
-UNSUPPORTED: Unsupported = {
-    "response_format": ({"type": "text"},),
-    "logits_processors": ([],),
-    "prompt_logprobs": NOTHING,
-    "guided_json": NOTHING,
-    "guided_regex": NOTHING,
-    "guided_choice": NOTHING,
-    "guided_grammar": NOTHING,
-    "guided_decoding_backend": NOTHING,
-    "guided_whitespace_pattern": NOTHING,
-    "structural_tag": NOTHING,
-    "structured_outputs": NOTHING,
-    "json_schema": NOTHING,
-    "grammar": NOTHING,
-    "regex": NOTHING,
-    "ebnf": NOTHING,
-    "use_beam_search": (False,),
-    "length_penalty": (1.0, 1),
-    "early_stopping": (False,),
-    "truncate_prompt_tokens": NOTHING,
-    "allowed_token_ids": NOTHING,
-    "bad_words": ([],),
-    "spaces_between_special_tokens": (True,),
-    "return_tokens_as_token_ids": (False,),
-    "return_token_ids": (False,),
-    "cache_salt": NOTHING,
-    "kv_transfer_params": NOTHING,
-    "vllm_xargs": NOTHING,
-    "lora_path": NOTHING,
-    "typical_p": (1.0, 1),
-    "mirostat": (0,),
-    "xtc_probability": (0.0, 0),
-    "dry_multiplier": (0.0, 0),
-    "stream_options.continuous_usage_stats": (False,),
-}
-COMPLETION_UNSUPPORTED: Unsupported = {
-    **UNSUPPORTED,
-    "suffix": ("",),
-    "prompt_embeds": NOTHING,
-}
-CHAT_UNSUPPORTED: Unsupported = {
-    **UNSUPPORTED,
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "functions": ([],),
-    "function_call": ("none",),
-    "audio": NOTHING,
-    "modalities": (["text"],),
-    "prediction": NOTHING,
-    "web_search_options": NOTHING,
-    "reasoning_effort": ("none",),
-    "include_reasoning": (True,),
-    "verbosity": ("medium",),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
-    "echo": (False,),
-    "chat_template": NOTHING,
-    "documents": ([],),
-    "mm_processor_kwargs": NOTHING,
-}
+Prompts = Annotated[Any, BeforeValidator(whole)]
+
+TOOL_CHOICES = {"tools": "tool_choice", "functions": "function_call"}
 
 
 class StreamOptions(RequestModel):
+    """`include_usage`: a last chunk says what was used; `continuous_usage_stats`: each says what was used so far."""
+
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class OpenAIFields(SamplingFields):
     """What both kinds of completion know beside the sampling parameters."""
 
-    max_tokens: int | None = None
+    instead: ClassVar[Mapping[str, str]] = unsupported.INSTEAD
+
+    max_tokens: Integer | None = None
+    max_completion_tokens: Integer | None = None
     stream_options: StreamOptions | None = None
 
     @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+    def limit(self) -> int | None:
+        """The most tokens to generate: `max_completion_tokens`, or else its older name."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def limit_name(self) -> str:
+        """Which of the two the client used."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
+    def usage_chunks(self) -> dict[str, bool]:
+        """Which chunks of a stream say what was used: the arguments of a `ChoiceStream`."""
+        options = self.stream_options or StreamOptions()
+        return {
+            "include_usage": bool(options.include_usage), "continuous_usage": bool(options.continuous_usage_stats),
+        }  # fmt: skip
 
     def check_stream_options(self) -> None:
         """Raise `InvalidRequestError` if there are any, and nothing to stream."""
@@ -94,9 +60,9 @@ class OpenAIFields(SamplingFields):
 class CompletionFields(OpenAIFields):
     """A text completion without its prompt."""
 
-    unsupported: ClassVar[Unsupported] = COMPLETION_UNSUPPORTED
+    unsupported: ClassVar[Unsupported] = unsupported.COMPLETION
 
-    logprobs: int | None = None
+    logprobs: Integer | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
 
@@ -104,15 +70,15 @@ class CompletionFields(OpenAIFields):
 class CompletionRequest(CompletionFields):
     """`/v1/completions`. `prompt` is text, a list of texts, token ids, or a list of token id lists."""
 
-    prompt: Any = None
+    prompt: Prompts = None
 
 
 class BatchRequest(CompletionFields):
     """`/v1/batch/completions`. Each of `prompts` is text or token ids."""
 
-    unsupported: ClassVar[Unsupported] = {**COMPLETION_UNSUPPORTED, "stream": (False,), "stream_options": NOTHING}
+    unsupported: ClassVar[Unsupported] = {**unsupported.COMPLETION, "stream": (False,), "stream_options": NOTHING}
 
-    prompts: list[Any]
+    prompts: Annotated[list[Any], BeforeValidator(whole)]
 
 
 class TemplateFields(RequestModel):
@@ -124,21 +90,29 @@ class TemplateFields(RequestModel):
 
 
 class ChatMessage(RequestModel):
-    """`content` is text or a list of text parts; `core.api.openai.chat` looks into it."""
+    """`content` is text or a list of text parts; `core.api.openai.chat` looks into it and into calls."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Any = None
     name: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
+    function_call: dict[str, Any] | None = None
     tool_call_id: str | None = None
 
 
 class ChatRequest(OpenAIFields, TemplateFields):
     """`/v1/chat/completions`."""
 
-    unsupported: ClassVar[Unsupported] = CHAT_UNSUPPORTED
+    unsupported: ClassVar[Unsupported] = unsupported.CHAT
 
     messages: list[ChatMessage]
-    max_completion_tokens: int | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Integer | None = None
+
+    @classmethod
+    def refuse_unsupported(cls, body: Mapping[str, Any]) -> None:
+        """Tools that must not be called are none."""
+        unused = {tools for tools, choice in TOOL_CHOICES.items() if body.get(choice) == "none"}
+        super().refuse_unsupported({name: value for name, value in body.items() if name not in unused})
