@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import tokenizers
-
-from core.errors import InvalidRequestError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -27,24 +24,6 @@ def byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-@contextmanager
-def panics_refused(param: str) -> Iterator[None]:
-    """A panic of the tokenizer's Rust code, which is no `Exception`, becomes an `InvalidRequestError` about `param`."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        reason = str(error) or "it panicked"
-        raise InvalidRequestError(f"The model's tokenizer cannot take this input: {reason}", param=param) from error
-
-
-def decode(backend: tokenizers.Tokenizer, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-    """The backend's own decoding. Raises `InvalidRequestError` where it panics."""
-    with panics_refused("tokens"):
-        return str(backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
-
-
 class TokenPieces:
     """Bytes of tokens, for byte-level and sentencepiece-like vocabularies; for others, text in the middle of a text.
 
@@ -52,12 +31,17 @@ class TokenPieces:
     but for what the decoder drops in front of the first. It is None for other decoders.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, decode: Callable[[list[int]], str]) -> None:
+        """`decode` is the backend's own, with special tokens."""
         self._backend = backend
+        self._decode = decode
         self._added = {token_id: token.content for token_id, token in backend.get_added_tokens_decoder().items()}
         self._steps = _steps(backend)
         self._byte_level = "ByteLevel" in {step["type"] for step in self._steps}
-        self._alphabet = byte_of_character()
+        # Other characters in Latin-1 become one that is not.
+        self._alphabet = dict.fromkeys(range(256), "\N{REPLACEMENT CHARACTER}") | {
+            ord(character): chr(byte) for character, byte in byte_of_character().items()
+        }
         self._cache: dict[int, bytes] = {}
         self.table: dict[int, bytes] | None = None
         if _are_undone(self._steps):
@@ -76,7 +60,7 @@ class TokenPieces:
 
     def first_bytes(self, token_id: int) -> bytes:
         """What the token stands for at the start of a text."""
-        text = decode(self._backend, [token_id], skip_special_tokens=False)
+        text = self._decode([token_id])
         return self.token_bytes(token_id) if "\N{REPLACEMENT CHARACTER}" in text else text.encode()
 
     def _find(self, token_id: int) -> bytes:
@@ -93,8 +77,8 @@ class TokenPieces:
         if token_id in self._added:
             return token.encode()
         try:
-            return bytes([self._alphabet[character] for character in token])
-        except KeyError:
+            return token.translate(self._alphabet).encode("latin-1")
+        except UnicodeEncodeError:
             return token.encode()
 
     def _undo_steps(self, token: str) -> bytes:
@@ -111,7 +95,7 @@ class TokenPieces:
 
     def _within_text(self, token_id: int) -> str:
         """What the token adds after a copy of itself."""
-        once, twice = (decode(self._backend, [token_id] * times, skip_special_tokens=True) for times in (1, 2))
+        once, twice = (self._decode([token_id] * times) for times in (1, 2))
         return twice[len(once) :] if twice.startswith(once) else once
 
 

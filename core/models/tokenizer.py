@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import codecs
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,8 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from core.errors import ChatTemplateError, CheckpointError, InvalidRequestError, UnsupportedModelError
-from core.models.token_pieces import TokenPieces, decode, panics_refused
+from core.models.chat_markup import ChatMarkup
+from core.models.token_pieces import TokenPieces
 
 _TEMPLATE_ERRORS = (
     jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError,
@@ -30,8 +32,11 @@ _TEMPLATE_ERRORS = (
 class Tokenizer:
     """A model's tokenizer and chat template."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        """`tokenizer` is a transformers tokenizer with a `tokenizers` backend; no one else may change it afterwards."""
+    def __init__(self, tokenizer: Any, *, markup_in_messages: bool = False) -> None:
+        """`tokenizer` is a transformers tokenizer with a `tokenizers` backend; no one else may change it afterwards.
+
+        With `markup_in_messages`, control tokens that chat messages spell are control tokens.
+        """
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, tokenizers.Tokenizer):
             raise UnsupportedModelError(
@@ -42,7 +47,7 @@ class Tokenizer:
         backend.encode_special_tokens = False
         self._hf = tokenizer
         self._backend = backend
-        self._pieces = TokenPieces(backend)
+        self._pieces = TokenPieces(backend, partial(_decode, backend, skip_special_tokens=False))
         self.first_bytes = self._pieces.first_bytes
         added = backend.get_added_tokens_decoder()
         self.special_tokens: Mapping[int, str] = {
@@ -52,10 +57,16 @@ class Tokenizer:
         self.eos_token_id: int | None = tokenizer.eos_token_id
         parameters = inspect.signature(tokenizer.apply_chat_template).parameters
         self._prefix = _prefix(backend)
+        template = tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        self._markup = ChatMarkup(backend, template) if template is not None and not markup_in_messages else None
         self._reserved_kwargs = frozenset(parameters) | {"messages", "self"}
 
     @classmethod
-    def from_directory(cls, path: str | Path, chat_template: str | None = None) -> Tokenizer:
+    def from_directory(
+        cls, path: str | Path, chat_template: str | None = None, *, markup_in_messages: bool = False
+    ) -> Tokenizer:
         """Load from local files; `chat_template`, Jinja source, replaces the checkpoint's own.
 
         Code that comes with the checkpoint is never run. Raises `UnsupportedModelError` for tokenizers that need it or
@@ -69,7 +80,7 @@ class Tokenizer:
             raise CheckpointError(f"Cannot load a tokenizer from {path}: {error}") from error
         if chat_template is not None:
             tokenizer.chat_template = chat_template
-        return cls(tokenizer)
+        return cls(tokenizer, markup_in_messages=markup_in_messages)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Special tokens written out in it are recognised, as in Hugging Face's tokenizers; what
@@ -91,7 +102,7 @@ class Tokenizer:
         """
         table = self._pieces.table
         if table is None:
-            return decode(self._backend, list(token_ids), skip_special_tokens=skip_special_tokens)
+            return _decode(self._backend, list(token_ids), skip_special_tokens=skip_special_tokens)
         skipped = self.special_tokens if skip_special_tokens else {}
         shown = [token_id for token_id in token_ids if token_id not in skipped and table.get(token_id)]
         text = b"".join([self.first_bytes(shown[0]), *(table[token_id] for token_id in shown[1:])] if shown else [])
@@ -122,6 +133,8 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of a conversation under the model's chat template, rendered in transformers' sandbox.
 
+        What the messages spell is text, also where it spells control tokens.
+
         Raises `ChatTemplateError` if there is no template or it refuses the messages, and `InvalidRequestError` for
         `chat_template_kwargs` that are not plain scalars or would replace what the server sets.
         """
@@ -129,21 +142,56 @@ class Tokenizer:
         self._check_kwargs(kwargs)
         if self._hf.chat_template is None:
             raise ChatTemplateError("The model has no chat template; use /v1/completions instead.", param="messages")
+        turn = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        text = self._render(messages, {**kwargs, **turn})
         try:
-            text = self._hf.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                **kwargs,
-            )
+            if self._markup is not None and (kwargs or self._may_spell_markup(messages)):
+                return self._encode_protected(self._markup, text, messages, kwargs, turn)
+            return self.encode(text, add_special_tokens=False)
+        except InvalidRequestError as error:
+            error.param = "messages"
+            raise
+
+    def _render(self, messages: list[dict[str, Any]], options: Mapping[str, Any], template: str | None = None) -> str:
+        try:
+            return str(self._hf.apply_chat_template(messages, tokenize=False, chat_template=template, **options))
         except _TEMPLATE_ERRORS as error:
             reason = str(error) or type(error).__name__
             raise ChatTemplateError(f"The chat template refused the messages: {reason}", param="messages") from error
+
+    def _may_spell_markup(self, messages: list[dict[str, Any]]) -> bool:
+        """Whether control tokens could be made of what the messages say."""
+        markup = self._markup
+        if markup is None or markup.always:
+            return markup is not None
+        for message in messages:
+            content = message.get("content")
+            if message.keys() - {"role", "content"} or not isinstance(content, str) or markup.ends.search(content):
+                return True
+            stripped = content.strip()
+            if stripped and stripped in markup.joined:
+                return True
+        return False
+
+    def _encode_protected(
+        self,
+        markup: ChatMarkup,
+        text: str,
+        messages: list[dict[str, Any]],
+        kwargs: dict[str, Any],
+        turn: dict[str, Any],
+    ) -> list[int]:
+        """Token ids of the rendered `text`, none of them a control token that a message spells."""
+        words = {name: value for name, value in kwargs.items() if not isinstance(value, str) or value.isidentifier()}
+        options = {**markup.mask(kwargs), **words, **turn}
         try:
+            shadow = self._render(markup.mask(messages), options, markup.template)
+        except ChatTemplateError:
+            shadow = None
+        named = markup.protect(text, shadow, [*messages, kwargs])
+        if named is None:
             return self.encode(text, add_special_tokens=False)
-        except InvalidRequestError as error:
-            raise InvalidRequestError(error.message, param="messages") from error
+        return _encode(markup.backend(), named, add_special_tokens=False)
 
     def _check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
         for name, value in kwargs.items():
@@ -157,6 +205,23 @@ class Tokenizer:
                 )
 
 
+@contextmanager
+def _panics_refused(param: str) -> Iterator[None]:
+    """A panic of the tokenizer's Rust code, which is no `Exception`, becomes an `InvalidRequestError` about `param`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        reason = str(error) or "it panicked"
+        raise InvalidRequestError(f"The model's tokenizer cannot take this input: {reason}", param=param) from error
+
+
+def _decode(backend: tokenizers.Tokenizer, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+    with _panics_refused("tokens"):
+        return str(backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+
 def _encode(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
     try:
         text.encode("utf-8")
@@ -164,7 +229,7 @@ def _encode(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: boo
         raise InvalidRequestError(
             f"The text is not valid Unicode: lone surrogate at character {error.start}.", param="prompt"
         ) from error
-    with panics_refused("prompt"):
+    with _panics_refused("prompt"):
         # A batch of one, because `encode` would hold the interpreter's lock all the time.
         return list(backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 

@@ -6,6 +6,7 @@ import json
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import tokenizers
@@ -16,8 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from utf8_tails import unfinished
 
 from core.errors import ChatTemplateError, CheckpointError, InvalidRequestError, UnsupportedModelError
-from core.models import token_pieces
-from core.models.tokenizer import Tokenizer
+from core.models.tokenizer import Tokenizer, _decode
 
 SENTENCES = ["Hello world, this is a small text.", "The quick brown fox jumps over the lazy dog.", "naïve café 你好 😀"]
 TEMPLATE = (
@@ -223,21 +223,24 @@ class PanicException(BaseException):
     pass
 
 
-class Panicking:
-    """A backend whose decoding panics, or is interrupted."""
-
-    def __init__(self, error):
-        self.error = error
-
-    def decode(self, *args, **kwargs):
-        raise self.error
+def one_word():
+    return tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
 
 
-def test_a_panic_while_decoding_is_a_refusal():
-    with pytest.raises(InvalidRequestError, match="cannot take this input: index out of bounds"):
-        token_pieces.decode(Panicking(PanicException("index out of bounds")), [1], skip_special_tokens=True)
-    with pytest.raises(KeyboardInterrupt):
-        token_pieces.decode(Panicking(KeyboardInterrupt()), [1], skip_special_tokens=True)
+@pytest.mark.parametrize(("make", "token"), [(llama2_like, 3 + 0x20), (one_word, 0)])
+def test_a_panic_while_decoding_is_a_refusal(make, token, monkeypatch):
+    backend = make()
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+    class Backend:
+        def decode(self, *args, **kwargs):
+            raise PanicException("index out of bounds")
+
+    monkeypatch.setattr(tokenizer, "_backend", Backend())
+    monkeypatch.setattr(tokenizer._pieces, "_decode", partial(_decode, Backend(), skip_special_tokens=False))
+    for call in (tokenizer.decode, lambda ids: tokenizer.stream([], skip_special_tokens=True).push(*ids)):
+        with pytest.raises(InvalidRequestError, match="cannot take this input: index out of bounds"):
+            call([token])
 
 
 # ---- single tokens -----------------------------------------------------------------------------------------------
