@@ -14,6 +14,7 @@ import re
 import secrets
 import threading
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import tokenizers
@@ -32,6 +33,7 @@ _COMPARED = re.compile(rf"[=!]=\s*{_QUOTED}|{_QUOTED}\s*(?:[=!]=|(?:not\s+)?in\b
 _ARGUMENTS = re.compile(
     rf"(?:\.\s*(?:{_METHODS})|\|\s*(?:replace|trim))\s*[(\s]+{_QUOTED}(?:\s*,\s*{_QUOTED})*", re.DOTALL
 )
+_SET = re.compile(rf"\{{%[-+]?\s*set\s+(?P<name>\w+)\s*=\s*{_QUOTED}\s*[-+]?%\}}", re.DOTALL)
 
 
 class ChatMarkup:
@@ -51,7 +53,8 @@ class ChatMarkup:
         # What JSON writes as two characters must not become one; no control token is made of these alone.
         letters -= {'"', "\\"}
         self._stand_ins = {ord(letter): chr(FIRST_STAND_IN + n) for n, letter in enumerate(sorted(letters))}
-        self.template = _CODE.sub(self._mask_operands, template)
+        bare = "".join(_STRING.sub("''", code) for code in _CODE.findall(template))
+        self.template = _SET.sub(partial(self._mask_variable, bare), _CODE.sub(self._mask_operands, template))
         # Other text may become a control token of these, and only the backend knows which.
         self.always = backend.normalizer is not None and any(token.normalized for token in added)
         ends = sorted({letter for token in self._names for letter in (token[0], token[-1])})
@@ -82,6 +85,20 @@ class ChatMarkup:
         """Stand-ins in the texts that the template looks for in messages, so that it decides as it does without."""
         masked = _COMPARED.sub(lambda found: _STRING.sub(self._mask_compared, found[0]), code[0])
         return _ARGUMENTS.sub(lambda found: _STRING.sub(self._mask_string, found[0]), masked)
+
+    def _mask_variable(self, code: str, found: re.Match[str]) -> str:
+        """Likewise in a variable that is only looked for in all the template's `code`."""
+        name = found["name"]
+        num_uses = len(re.findall(rf"\b{name}\b", code))
+        num_set = len(re.findall(rf"\bset\s+{name}\s*=[^=]", code))
+        looked_for = (
+            rf"[=!]=\s*{name}\b", rf"\b{name}\s*(?:[=!]=|\|\s*length|(?:not\s+)?in\b)",
+            rf"\.(?:{_METHODS})\s*\(\s*{name}\b",
+        )  # fmt: skip
+        num_looked_for = len(re.findall("|".join(looked_for), code))
+        if num_uses > num_set + num_looked_for:
+            return found[0]
+        return _STRING.sub(self._mask_string, found[0])
 
     def _mask_compared(self, string: re.Match[str]) -> str:
         return string[0] if string[0][1:-1].isidentifier() else self._mask_string(string)

@@ -252,6 +252,32 @@ def test_a_template_decides_on_spelled_tokens_as_it_did():
     assert tokenizer.decode(ids, skip_special_tokens=False) == rendered(tokenizer, [spelled, answer])
 
 
+def test_a_template_may_keep_what_it_looks_for_in_variables():
+    """Tool results that come in a user's turn are no question, so that the thoughts before them stay."""
+    template = (
+        "{%- set start = '<tool_response>' %}{%- set end = \"</tool_response>\" %}{%- set turn = '<|end|>' %}"
+        "{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- set length = end|length %}"
+        "{%- if m.role == 'user' and not (m.content.startswith(start) and m.content[-length:] == end) %}"
+        "{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
+        "{%- for m in messages %}<|start|>{{ m.role }}\n"
+        "{{ m.content if loop.index0 > ns.last else m.content.split('</think>')[-1] }}{{ turn }}\n{% endfor %}"
+    )
+    backend = byte_level()
+    backend.add_special_tokens(SPECIAL)
+    backend.add_tokens([*MARKUP, "<tool_response>", "</tool_response>"])
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template))
+    messages = [
+        user("hello"),
+        {"role": "assistant", "content": "<think>hm</think><tool_call>"},
+        user("<tool_response>5<|end|></tool_response>"),
+    ]
+    ids = tokenizer.encode_chat(messages, add_generation_prompt=False)
+    assert control(tokenizer, ids) == ["<|start|>", "<|end|>"] * 3
+    assert tokenizer.decode(ids, skip_special_tokens=False) == rendered(
+        tokenizer, messages, add_generation_prompt=False
+    )
+
+
 def test_what_cannot_be_told_apart_is_refused():
     secretive = "{% set end = '<|' ~ 'end|>' %}{{ messages[0].content.split(end)[0] }}<|end|>{{ messages[0].content }}"
     tokenizer = make(template=secretive)
