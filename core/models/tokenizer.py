@@ -95,6 +95,13 @@ class Tokenizer:
             return token_ids[size:]
         return token_ids
 
+    def num_in_front(self, text: str, token_ids: Sequence[int]) -> int:
+        """How many of a text's `token_ids` were put in front of it."""
+        prefix = self._prefix
+        if list(token_ids[: len(prefix)]) != prefix or text.startswith(self.decode(prefix, skip_special_tokens=False)):
+            return 0
+        return len(prefix)
+
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `token_ids`; ids beyond the vocabulary have none. Bytes that are no character become U+FFFD.
 
