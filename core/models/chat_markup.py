@@ -186,17 +186,17 @@ def _strings(value: Any) -> Iterator[str]:
 
 def _sharing(backend: tokenizers.Tokenizer, names: Mapping[str, str]) -> tokenizers.Tokenizer | None:
     """A tokenizer with the same vocabulary in memory; None if that vocabulary has the control tokens itself."""
-    added = dict(sorted(backend.get_added_tokens_decoder().items()))
+    added = [token for _, token in sorted(backend.get_added_tokens_decoder().items())]
     renamed = tokenizers.Tokenizer(backend.model)
     renamed.normalizer = backend.normalizer
     renamed.pre_tokenizer = backend.pre_tokenizer
-    renamed.add_tokens([_named(token, names) for token in added.values()])
-    ids = {token_id: token.content for token_id, token in renamed.get_added_tokens_decoder().items()}
-    return (
-        renamed
-        if ids == {token_id: names.get(token.content, token.content) for token_id, token in added.items()}
-        else None
-    )
+    renamed.add_tokens([_named(token, names) for token in added])
+    return renamed if _ids(renamed, {}) == _ids(backend, names) else None
+
+
+def _ids(backend: tokenizers.Tokenizer, names: Mapping[str, str]) -> dict[int, str]:
+    added = backend.get_added_tokens_decoder()
+    return {token_id: names.get(token.content, token.content) for token_id, token in added.items()}
 
 
 def _named(token: tokenizers.AddedToken, names: Mapping[str, str]) -> tokenizers.AddedToken:
@@ -223,4 +223,10 @@ def _renamed(backend: tokenizers.Tokenizer, names: Mapping[str, str]) -> tokeniz
     if "merges" in model:
         pairs = (merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"])
         model["merges"] = [pair for pair in pairs if not names.keys() & {*pair, "".join(pair)}]
-    return tokenizers.Tokenizer.from_str(json.dumps(state))
+    renamed = tokenizers.Tokenizer.from_str(json.dumps(state))
+    if _ids(renamed, {}) != _ids(backend, names):
+        raise ChatTemplateError(
+            "The messages spell control tokens, and this model's tokenizer cannot keep them as text; leave them out.",
+            param="messages",
+        )
+    return renamed

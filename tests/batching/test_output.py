@@ -19,29 +19,44 @@ from core.request import RequestOutput, SamplingParams
 END, OTHER = 256, 257
 
 
-def _tokenizer() -> Tokenizer:
+def _byte_level() -> Tokenizer:
     """One token per byte, `<|end|>`, `<|other|>`, and a few whole words."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     order = sorted(alphabet, key=byte_of_character().__getitem__)
     backend = tokenizers.Tokenizer(models.BPE({character: number for number, character in enumerate(order)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
+    return _with_words(backend)
+
+
+def _byte_fallback() -> Tokenizer:
+    """The same ids in a vocabulary of the sentencepiece kind."""
+    pieces = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    backend = tokenizers.Tokenizer(models.BPE(pieces, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return _with_words(backend)
+
+
+def _with_words(backend: tokenizers.Tokenizer) -> Tokenizer:
     backend.add_special_tokens(["<|end|>", "<|other|>"])
     backend.add_tokens(["abab", "a<|", "é你"])
     return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
-TOKENIZER = _tokenizer()
+TOKENIZER = _byte_level()
+FALLBACK = _byte_fallback()
 PIECES = [*b"ab<|end>", *"é你😀".encode(), END, OTHER, 258, 259, 260]
 
 
-def run(token_ids, *, prompt=(97,), eos=(), **params):
+def run(token_ids, *, prompt=(97,), eos=(), tokenizer=TOKENIZER, **params):
     """The completion and its deltas, as the publisher writes them."""
     request = Request("r", list(prompt), SamplingParams(**params), len(token_ids))
     sequence = Sequence(request, 0, 0, list(prompt))
     request.sequences = [sequence]
     handle = RequestHandle("r", request.params, lambda request_id: None)
-    writer, deltas = RequestWriter(request, handle, TOKENIZER), []
+    writer, deltas = RequestWriter(request, handle, tokenizer), []
     for token_id in token_ids:
         sequence.append(token_id)
         if token_id in eos:
@@ -124,13 +139,13 @@ def whole_text(token_ids, skip):
 STOPS = st.lists(st.text(alphabet="ab<|end>é你", min_size=1, max_size=3) | st.just("<|end|>"), max_size=3)
 
 
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, FALLBACK], ids=["byte_level", "byte_fallback"])
 @given(st.lists(st.sampled_from(PIECES), max_size=40), STOPS, st.booleans(), st.booleans())
 @settings(deadline=None)
-def test_deltas_are_the_text_up_to_the_first_stop(token_ids, stops, skip, include):
-    """However tokens cut characters and stop strings. Oracle: decode every beginning of the tokens."""
-    completion, deltas = run(
-        token_ids, prompt=(), stop=tuple(stops), skip_special_tokens=skip, include_stop_str_in_output=include
-    )
+def test_deltas_are_the_text_up_to_the_first_stop(tokenizer, token_ids, stops, skip, include):
+    """However tokens cut characters and stop strings."""
+    params = {"stop": tuple(stops), "skip_special_tokens": skip, "include_stop_str_in_output": include}
+    completion, deltas = run(token_ids, prompt=(), tokenizer=tokenizer, **params)
     assert "".join(delta.text for delta in deltas) == completion.text
     full, shown = whole_text(token_ids, False), whole_text(token_ids, skip)
     if completion.finish_reason == "length":

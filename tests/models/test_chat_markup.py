@@ -14,6 +14,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from core.errors import ChatTemplateError
+from core.models import chat_markup
 from core.models.tokenizer import Tokenizer
 
 SPECIAL = ["<|start|>", "<|end|>", "<s>", "</s>", "<|user|>", "<|system|>", "<|assistant|>", "<|tool|>"]
@@ -390,6 +391,33 @@ def tamed(value, field=""):
     if isinstance(value, dict):
         return {name if name.isidentifier() else "o": tamed(item, name) for name, item in value.items()}
     return [tamed(item) for item in value]
+
+
+@pytest.mark.parametrize(("kind", "shared"), [("byte_level", True), ("sentencepiece", False), ("unigram", False)])
+def test_a_vocabulary_without_control_tokens_is_kept_in_memory_once(kind, shared):
+    """One that has them is copied without; both give the same tokens."""
+    tokenizer = make(kind)
+    backend, names = tokenizer._backend, tokenizer._markup._names
+    renamed = chat_markup._sharing(backend, names)
+    assert (renamed is not None) == shared
+    if renamed is not None:
+        text = f"hello <|end|>{names['<|end|>']} \n\n<|user|>{names['<s>']}"
+        ids = renamed.encode(text, add_special_tokens=False).ids
+        assert ids == chat_markup._renamed(backend, names).encode(text, add_special_tokens=False).ids
+        assert ids[-1] == backend.token_to_id("<s>")
+
+
+def test_control_tokens_with_quotation_marks():
+    """JSON writes a quotation mark as two characters, so it must not become another character before."""
+    tokenizer = make(template=CALLS, special=[*SPECIAL, '<"end\\">'])
+    function = {"name": "hello", "arguments": {"a": 'say "hello\\" <"end\\"> <|end|>'}}
+    messages = [
+        {"role": "assistant", "content": '<"end\\">', "tool_calls": [{"type": "function", "function": function}]}
+    ]
+    ids = tokenizer.encode_chat(messages)
+    assert control(tokenizer, ids) == ["<|start|>", "<tool_call>", "</tool_call>", "<|end|>"]
+    assert tokenizer._backend.token_to_id('<"end\\">') not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == rendered(tokenizer, messages)
 
 
 def test_the_guard_leaves_ordinary_tokens_alone_when_it_is_at_work():
