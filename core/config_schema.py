@@ -100,6 +100,11 @@ class ModelSettings(Section):
     )
     revision: str | None = _setting(None, "Branch, tag or commit of a hub model.", min_length=1)
     chat_template: Path | None = _setting(None, "File with a Jinja chat template that replaces the model's own.")
+    markup_in_messages: bool = _setting(
+        False,
+        "Special tokens that chat messages spell out, such as <|im_end|>, are special tokens. Off: they are text, and "
+        "only the chat template writes special tokens.",
+    )
 
 
 class DeviceSettings(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -28,7 +28,9 @@ class TextStream(Protocol):
 
 
 class Detokenizer(Protocol):
-    """Opens one `TextStream` per sequence."""
+    """Opens one `TextStream` per sequence. `special_tokens` are texts by id."""
+
+    special_tokens: Mapping[int, str]
 
     def stream(self, prompt_token_ids: list[int], *, skip_special_tokens: bool) -> TextStream: ...
 
@@ -44,14 +46,23 @@ class SequenceWriter:
             if params.detokenize
             else None
         )
-        self._stops = StopChecker(params.stop, params.include_stop_str_in_output) if params.stop else None
+        self._specials = detokenizer.special_tokens if params.stop else {}
+        self._stops = (
+            StopChecker(params.stop, params.include_stop_str_in_output, set(self._specials.values()))
+            if params.stop
+            else None
+        )
         self.matched_stop: str | None = None
 
     def push(self, token_id: int) -> str:
         """Text that the token makes certain. Sets `matched_stop` when a stop string is complete."""
-        if self._stream is None or self._ended_by(token_id):
+        if self._stream is None:
             return ""
-        return self._emit(self._stream.push(token_id))
+        ended = self._ended_by(token_id)
+        text = "" if ended else self._emit(self._stream.push(token_id))
+        if ended or self._sequence.request.params.skip_special_tokens:
+            text += self._emit(self._specials.get(token_id, ""), hidden=True)
+        return text
 
     def _ended_by(self, token_id: int) -> bool:
         """Whether the token is the one that ended the sequence, whose text is not part of the answer."""
@@ -62,9 +73,10 @@ class SequenceWriter:
             and not sequence.request.params.include_stop_str_in_output
         )
 
-    def _emit(self, text: str) -> str:
+    def _emit(self, text: str, *, hidden: bool = False) -> str:
+        """What of it is certain; a special token's text that the answer leaves out can only complete a stop string."""
         if self._stops is not None and text:
-            text, self.matched_stop = self._stops.push(text)
+            text, self.matched_stop = self._stops.push(text, hidden=hidden)
         return text
 
     def flush(self) -> str:
@@ -212,7 +224,9 @@ class RequestWriter:
         writer = self._writers[sequence.index]
         text = writer.flush() if sequence.finish_reason in ("stop", "length") else ""
         if writer.matched_stop is not None:
-            sequence.finish_reason, sequence.stop_reason = "stop", writer.matched_stop
+            sequence.finish_reason = "stop"
+            if sequence.stop_reason is None:
+                sequence.stop_reason = writer.matched_stop
         return SequenceDelta(
             sequence.index, text, finish_reason=sequence.finish_reason, stop_reason=sequence.stop_reason
         )

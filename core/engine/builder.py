@@ -80,7 +80,8 @@ class EngineBuilder:
         if tokenizer is None:
             template = settings.model.chat_template
             source = None if template is None else template.read_text(encoding="utf-8")
-            tokenizer = Tokenizer.from_directory(plan.resolved.path, source)
+            markup = settings.model.markup_in_messages
+            tokenizer = Tokenizer.from_directory(plan.resolved.path, source, markup_in_messages=markup)
         self._tokenizer = tokenizer
         self._host = main_memory.open(plan.devices)
         self.budgets = {device.name: DeviceBudget(device) for device in plan.devices} | {HOST: self._host}

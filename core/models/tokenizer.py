@@ -7,11 +7,14 @@ That object is never changed after loading, so any number of threads may use one
 
 from __future__ import annotations
 
+import codecs
 import inspect
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jinja2
 import tokenizers
@@ -19,6 +22,7 @@ from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from core.errors import ChatTemplateError, CheckpointError, InvalidRequestError, UnsupportedModelError
+from core.models.chat_markup import ChatMarkup
 from core.models.token_pieces import TokenPieces
 
 _TEMPLATE_ERRORS = (
@@ -34,8 +38,11 @@ SPECIAL_TEMPLATES = frozenset({TOOL_TEMPLATE, "rag"})
 class Tokenizer:
     """A model's tokenizer and chat template."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        """`tokenizer` is a transformers tokenizer with a `tokenizers` backend; no one else may change it afterwards."""
+    def __init__(self, tokenizer: Any, *, markup_in_messages: bool = False) -> None:
+        """`tokenizer` is a transformers tokenizer with a `tokenizers` backend; no one else may change it afterwards.
+
+        With `markup_in_messages`, control tokens that chat messages spell are control tokens.
+        """
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, tokenizers.Tokenizer):
             raise UnsupportedModelError(
@@ -46,14 +53,27 @@ class Tokenizer:
         backend.encode_special_tokens = False
         self._hf = tokenizer
         self._backend = backend
-        self._pieces = TokenPieces(backend)
+        self._pieces = TokenPieces(backend, partial(_decode, backend, skip_special_tokens=False))
+        self.first_bytes = self._pieces.first_bytes
+        added = backend.get_added_tokens_decoder()
+        self.special_tokens: Mapping[int, str] = {
+            token_id: token.content for token_id, token in added.items() if token.special
+        }
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.eos_token_id: int | None = tokenizer.eos_token_id
         parameters = inspect.signature(tokenizer.apply_chat_template).parameters
+        self._prefix = _prefix(backend)
+        templates = tokenizer.chat_template
+        by_name = templates if isinstance(templates, dict) else {DEFAULT_TEMPLATE: templates} if templates else {}
+        self._markup: dict[str, ChatMarkup] = {}
+        if not markup_in_messages:
+            self._markup = {name: ChatMarkup(backend, template) for name, template in by_name.items()}
         self._reserved_kwargs = frozenset(parameters) | {"messages", "conversations", "self"}
 
     @classmethod
-    def from_directory(cls, path: str | Path, chat_template: str | None = None) -> Tokenizer:
+    def from_directory(
+        cls, path: str | Path, chat_template: str | None = None, *, markup_in_messages: bool = False
+    ) -> Tokenizer:
         """Load from local files; `chat_template`, Jinja source, replaces the checkpoint's own.
 
         Code that comes with the checkpoint is never run. Raises `UnsupportedModelError` for tokenizers that need it or
@@ -69,26 +89,40 @@ class Tokenizer:
             chat_template = _template_file(Path(path) / "chat_template.json")
         if chat_template is not None:
             tokenizer.chat_template = chat_template
-        return cls(tokenizer)
+        return cls(tokenizer, markup_in_messages=markup_in_messages)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`. Special tokens written out in it are recognised, as in Hugging Face's tokenizers.
+        """Token ids of `text`. Special tokens written out in it are recognised, as in Hugging Face's tokenizers; what
+        `add_special_tokens` puts in front is not put in front of a text that begins with it.
 
-        Raises `InvalidRequestError` for text that is not valid Unicode (lone surrogates).
+        Raises `InvalidRequestError` for text that is not valid Unicode (lone surrogates), and for text that the
+        tokenizer cannot take.
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InvalidRequestError(
-                f"The text is not valid Unicode: lone surrogate at character {error.start}.", param="prompt"
-            ) from error
-        # A batch of one, because `encode` would hold the interpreter's lock all the time.
-        encoding = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
-        return list(encoding.ids)
+        token_ids = _encode(self._backend, text, add_special_tokens=add_special_tokens)
+        size = len(self._prefix)
+        if add_special_tokens and size and token_ids[size : 2 * size] == self._prefix:
+            return token_ids[size:]
+        return token_ids
+
+    def num_in_front(self, text: str, token_ids: Sequence[int]) -> int:
+        """How many of a text's `token_ids` were put in front of it."""
+        prefix = self._prefix
+        if list(token_ids[: len(prefix)]) != prefix or text.startswith(self.decode(prefix, skip_special_tokens=False)):
+            return 0
+        return len(prefix)
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `token_ids`; ids beyond the vocabulary have none."""
-        return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+        """Text of `token_ids`; ids beyond the vocabulary have none. Bytes that are no character become U+FFFD.
+
+        Raises `InvalidRequestError` if the tokenizer cannot decode them.
+        """
+        table = self._pieces.table
+        if table is None:
+            return _decode(self._backend, list(token_ids), skip_special_tokens=skip_special_tokens)
+        skipped = self.special_tokens if skip_special_tokens else {}
+        shown = [token_id for token_id in token_ids if token_id not in skipped and table.get(token_id)]
+        text = b"".join([self.first_bytes(shown[0]), *(table[token_id] for token_id in shown[1:])] if shown else [])
+        return text.decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for within a text, its leading space included; empty beyond the vocabulary."""
@@ -100,7 +134,10 @@ class Tokenizer:
 
     def stream(self, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool) -> TokenStream:
         """Incremental decoder of what follows `prompt_token_ids`. For one thread."""
-        return TokenStream(self._backend, prompt_token_ids, skip_special_tokens=skip_special_tokens)
+        table = self._pieces.table
+        if table is None:
+            return _WindowStream(self, prompt_token_ids, skip_special_tokens)
+        return _ByteStream(self, table, prompt_token_ids, skip_special_tokens)
 
     def encode_chat(
         self,
@@ -111,6 +148,8 @@ class Tokenizer:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation under the model's chat template, rendered in transformers' sandbox.
+
+        What the messages spell is text, also where it spells control tokens.
 
         Raises `ChatTemplateError` if there is no template or it refuses the messages, and `InvalidRequestError` for
         `chat_template_kwargs` that are not plain scalars or would replace what the server sets.
@@ -127,10 +166,34 @@ class Tokenizer:
             "continue_final_message": continue_final_message, "tools": [] if name == TOOL_TEMPLATE else None,
         }  # fmt: skip
         text = _render_nulls(template, messages, options)
+        markup = self._markup.get(name)
         try:
+            if markup is not None and (kwargs or markup.may_be_spelled(messages)):
+                return self._encode_protected(markup, text, messages, kwargs, options)
             return self.encode(text, add_special_tokens=False)
         except InvalidRequestError as error:
-            raise InvalidRequestError(error.message, param="messages") from error
+            error.param = "messages"
+            raise
+
+    def _encode_protected(
+        self,
+        markup: ChatMarkup,
+        text: str,
+        messages: list[dict[str, Any]],
+        kwargs: dict[str, Any],
+        options: dict[str, Any],
+    ) -> list[int]:
+        """Token ids of the rendered `text`, none of them a control token that a message spells."""
+        words = {name: value for name, value in kwargs.items() if not isinstance(value, str) or value.isidentifier()}
+        try:
+            masked = {**options, **markup.mask(kwargs), **words}
+            shadow: str | None = _render_nulls(markup.template, markup.mask(messages), masked)
+        except ChatTemplateError:
+            shadow = None
+        named = markup.protect(text, shadow, [*messages, kwargs])
+        if named is None:
+            return self.encode(text, add_special_tokens=False)
+        return _encode(markup.backend(), named, add_special_tokens=False)
 
     def _template_for(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         """Name and source of the template that a conversation takes: the one for tools if it has calls or results."""
@@ -202,47 +265,122 @@ def _render(template: str, messages: list[dict[str, Any]], options: Mapping[str,
     return str(text)
 
 
+@contextmanager
+def _panics_refused(param: str) -> Iterator[None]:
+    """A panic of the tokenizer's Rust code, which is no `Exception`, becomes an `InvalidRequestError` about `param`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        reason = str(error) or "it panicked"
+        raise InvalidRequestError(f"The model's tokenizer cannot take this input: {reason}", param=param) from error
+
+
+def _decode(backend: tokenizers.Tokenizer, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+    with _panics_refused("tokens"):
+        return str(backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+
+def _encode(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"The text is not valid Unicode: lone surrogate at character {error.start}.", param="prompt"
+        ) from error
+    with _panics_refused("prompt"):
+        # A batch of one, because `encode` would hold the interpreter's lock all the time.
+        return list(backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+
+
+def _prefix(backend: tokenizers.Tokenizer) -> list[int]:
+    """What the tokenizer puts in front of a text, a BOS token mostly."""
+    bare, whole = (_encode(backend, "a", add_special_tokens=add) for add in (False, True))
+    size = next((start for start in range(len(whole)) if whole[start : start + len(bare)] == bare), 0)
+    return whole[:size]
+
+
 # -- incremental decoding ----------------------------------------------------------------------------------------
-#
-# A token's text depends on its neighbours (a character in several byte tokens, a leading space that is dropped at the
-# start of a text), so a short window of tokens is decoded again at each step, and what goes beyond the window's known
-# text is new. `tokenizers.decoders.DecodeStream` works alike, but decodes the whole prompt first, holds broken bytes
-# back without limit, and ends with an error if a later byte makes earlier ones invalid: clients can provoke all that.
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 CONTEXT_TOKENS = 8
-MAX_PENDING_TOKENS = 32
-"""Tokens held back because their text ends in broken bytes. A character has at most 4 bytes, one per token."""
+MAX_PENDING_TOKENS = 4
+"""Tokens held back because their text ends in broken bytes. A character has at most 4 bytes."""
 
 
-class TokenStream:
-    """Text of tokens that follow a prompt, piece by piece.
+class TokenStream(Protocol):
+    """Text of tokens that follow a prompt, piece by piece: whole characters only. For one thread.
 
-    All pieces together equal `decode(prompt + tokens)[len(decode(prompt)):]`, as long as the tokens form valid UTF-8 (a
-    broken byte can change how a decoder shows bytes before it, which are already out).
+    All pieces together are what `decode` gives for prompt and tokens beyond what it gives for the prompt, but for the
+    bytes of a character that is not finished: those never become text. One that the prompt has begun is text once it
+    is whole.
     """
 
-    def __init__(
-        self, backend: tokenizers.Tokenizer, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool
-    ) -> None:
-        self._backend = backend
-        self._skip_special_tokens = skip_special_tokens
-        self._window, self._known = self._context(prompt_token_ids)
+    def push(self, token_id: int) -> str:
+        """Add a token. Returns the text that became certain."""
+
+    def flush(self) -> str:
+        """The rest, at the end."""
+
+
+class _ByteStream:
+    """For vocabularies whose tokens are bytes, each for itself."""
+
+    def __init__(self, tokenizer: Tokenizer, table: dict[int, bytes], prompt: Sequence[int], skip: bool) -> None:
+        self._table = table
+        self._first_bytes = tokenizer.first_bytes
+        self._skipped = tokenizer.special_tokens if skip else {}
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        tail = b""
+        for token_id in reversed(prompt):
+            if token_id not in self._skipped:
+                tail = table.get(token_id, b"") + tail
+                if len(tail) > 3:  # bytes of a character that may not be finished
+                    break
+        self._at_start = not tail
+        self._decoder.decode(tail)
+        self._begun = bool(self._decoder.getstate()[0])
+
+    def push(self, token_id: int) -> str:
+        if token_id in self._skipped:
+            return ""
+        piece = self._table.get(token_id, b"")
+        if self._at_start and piece:
+            self._at_start = False
+            piece = self._first_bytes(token_id)
+        text = self._decoder.decode(piece)
+        if self._begun and text:
+            self._begun = False
+            text = text.removeprefix(REPLACEMENT)  # broken bytes of the prompt's
+        return text
+
+    def flush(self) -> str:
+        return ""
+
+
+class _WindowStream:
+    """For decoders that look at a token's neighbours: a short window of tokens is decoded again at each step, and what
+    goes beyond the window's known text is new. (`tokenizers.decoders.DecodeStream` works alike, but decodes the whole
+    prompt first, and ends with an error if a later token changes earlier text: clients can provoke that.)
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skip: bool) -> None:
+        self._decode = partial(tokenizer.decode, skip_special_tokens=skip)
+        self._window, self._known = self._context(prompt)
         self._num_known_tokens = len(self._window)
 
     def push(self, token_id: int) -> str:
-        """Add a token. Returns the text that became certain: whole characters only."""
         self._window.append(token_id)
         text = self._decode(self._window)
-        if text.endswith(REPLACEMENT):
-            return self._release_broken(text)
+        if text.endswith(REPLACEMENT) and len(self._window) - self._num_known_tokens < MAX_PENDING_TOKENS:
+            return ""
         return self._advance(text)
 
     def flush(self) -> str:
-        """The rest, at the end: an unfinished character appears as replacement characters."""
         if self._num_known_tokens == len(self._window):
             return ""
-        return self._advance(self._decode(self._window))
+        return self._advance(self._decode(self._window)).rstrip(REPLACEMENT)
 
     def _advance(self, text: str) -> str:
         """Emit what `text`, the whole window's, adds; the tokens that added it become the new context."""
@@ -256,36 +394,16 @@ class TokenStream:
     def _beyond_known(self, text: str) -> str:
         if text.startswith(self._known):
             return text[len(self._known) :]
-        whole = self._known.rstrip(REPLACEMENT)  # a character that the context left unfinished is now complete
-        if text.startswith(whole):
-            return text[len(whole) :]
         return self._decode(self._window[self._num_known_tokens :])
 
-    def _release_broken(self, text: str) -> str:
-        """Hold back text that ends in broken bytes, but not for ever: let go of all that cannot change any more."""
-        if len(self._window) - self._num_known_tokens < MAX_PENDING_TOKENS:
-            return ""
-        for end in range(len(self._window) - 4, self._num_known_tokens, -1):
-            head, tail = self._decode(self._window[:end]), self._decode(self._window[end:])
-            if head + tail == text:
-                pending, self._window = self._window[end:], self._window[:end]
-                new = self._advance(head)
-                self._window += pending
-                return new
-        return self._advance(text)
-
-    def _context(self, prompt_token_ids: Sequence[int]) -> tuple[list[int], str]:
-        """A tail of the prompt that has text of its own and starts with a whole character, with that text."""
+    def _context(self, prompt: Sequence[int]) -> tuple[list[int], str]:
+        """A tail of the prompt that has text of its own, with that text."""
         size = CONTEXT_TOKENS
-        while size < len(prompt_token_ids):
-            for shift in range(4):
-                window = list(prompt_token_ids[-size - shift :])
-                text = self._decode(window)
-                if text and REPLACEMENT not in text:
-                    return window, text
+        while size < len(prompt):
+            window = list(prompt[-size:])
+            text = self._decode(window)
+            if text:
+                return window, text
             size *= 2
-        window = list(prompt_token_ids)
+        window = list(prompt)
         return window, self._decode(window)
-
-    def _decode(self, token_ids: list[int]) -> str:
-        return str(self._backend.decode(token_ids, skip_special_tokens=self._skip_special_tokens))

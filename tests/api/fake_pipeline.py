@@ -63,6 +63,9 @@ class ByteTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return ([BOS] if add_special_tokens and text else []) + list(text.encode())
 
+    def num_in_front(self, text: str, token_ids: Sequence[int]) -> int:
+        return int(token_ids[:1] == [BOS])
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         stream = ByteStream(skip_special_tokens)
         return "".join(stream.push(token_id) for token_id in token_ids) + stream.flush()

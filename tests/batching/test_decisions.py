@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -410,6 +411,8 @@ def test_the_breaker_opens_after_so_many_failures_in_a_row_and_tries_again_later
 
 class Words:
     """A detokenizer of which each token is a word."""
+
+    special_tokens: Mapping[int, str] = {}
 
     def stream(self, prompt_token_ids: list[int], *, skip_special_tokens: bool) -> Words:
         return self

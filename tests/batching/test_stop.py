@@ -52,6 +52,39 @@ def test_holds_back_exactly_what_may_begin_a_stop(text, stops):
         assert emitted == text[: len(text) - max(beginnings, default=0)]
 
 
+PIECES = st.lists(st.tuples(SMALL_TEXT, st.booleans()), max_size=12)
+
+
+@given(PIECES, STOPS, st.booleans())
+def test_hidden_text_completes_stops_that_name_it(pieces, stops, include_stop):
+    """Pieces marked hidden end in `#`, which only stop strings with a `#` see."""
+    stops = tuple(stop.replace("é", "#") for stop in stops)
+    pieces = [("#", True) if hidden else (text, False) for text, hidden in pieces]
+    checker, emitted = StopChecker(stops, include_stop, {"#"}), ""
+    for text, hidden in pieces:
+        new, matched = checker.push(text, hidden=hidden)
+        emitted += new
+        if matched is not None:
+            break
+    else:
+        emitted, matched = emitted + checker.flush(), None
+    whole = "".join(text for text, _ in pieces)
+    assert (emitted, matched) == expected_of_both(whole, stops, include_stop)
+
+
+def expected_of_both(whole, stops, include_stop):
+    """As `expected`, where `#` is hidden."""
+    for end in range(1, len(whole) + 1):
+        shown = whole[:end].replace("#", "")
+        ending = [stop for stop in stops if "#" in stop and whole[:end].endswith(stop)]
+        if whole[end - 1] != "#":
+            ending += [stop for stop in stops if "#" not in stop and shown.endswith(stop)]
+        if ending:
+            stop = max(ending, key=len)
+            return shown[: len(shown) - len(stop.replace("#", ""))] + stop * include_stop, stop
+    return whole.replace("#", ""), None
+
+
 def test_partial_stop_never_leaks():
     checker = StopChecker(("</answer>",), False)
     assert checker.push("42</ans") == ("42", None)

@@ -158,13 +158,16 @@ class ChoiceWriter:
         fields, tokenizer = self._job.fields, self._job.model.tokenizer
         if not fields.echo:
             return "", None
-        prompt = self._prompt
-        text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip_special_tokens=False)
+        prompt, num_added = self._prompt, 0
+        if isinstance(prompt, str):
+            text = prompt
+            num_added = tokenizer.num_in_front(prompt, self._token_ids)
+        else:  # the answer may finish a character that the prompt begins
+            text = "".join(map(tokenizer.stream([], skip_special_tokens=False).push, prompt))
         self._echoed_characters = len(text)
         if fields.logprobs is None or prompt_logprobs is None:
             return text, None
-        # Special tokens that encoding a text added are no part of it; those among given token ids are.
-        offsets = TextOffsets(tokenizer, [], skip_special_tokens=isinstance(prompt, str))
+        offsets = TextOffsets(tokenizer, [], skip_special_tokens=False, num_added=num_added)
         return text, completion_logprobs(tokenizer, self._token_ids, prompt_logprobs, offsets, num_top=fields.logprobs)
 
     def logprobs(
@@ -221,17 +224,22 @@ class TextOffsets:
     """Where each token's text begins in a choice's text, in characters.
 
     Counted by detokenizing step by step, because a token's own text need not be what it adds: a character may be
-    spread over several tokens, which then all begin where it does.
+    spread over several tokens, which then all begin where it does. The first `num_added` tokens are no part of it.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool, first: int = 0
-    ) -> None:
+        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool, first: int = 0,
+        num_added: int = 0,
+    ) -> None:  # fmt: skip
         self._stream = tokenizer.stream(list(prompt_token_ids), skip_special_tokens=skip_special_tokens)
         self._length = first
+        self._num_added = num_added
 
     def push(self, token_id: int) -> int:
         offset = self._length
+        if self._num_added:
+            self._num_added -= 1
+            return offset
         self._length += len(self._stream.push(token_id))
         return offset
 
