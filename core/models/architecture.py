@@ -1,18 +1,35 @@
-"""What a checkpoint's config says about the model, and whether the engine can run it. Nothing here reads weights."""
+"""What a checkpoint's config says about the model, and whether the engine can run it. Of weights, only the headers are
+read, and a head that may or may not be the embedding."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from core.errors import CheckpointError, UnsupportedModelError
+from core.logs import get_logger
+from core.models.checkpoint import INDEX, Checkpoint, LazyTensor
+from core.models.config_checks import Sizes, check_heads, check_raw, check_shape, field_error
+from core.models.formats import refuse_quantized
+from core.models.json_files import read_json_object
+
+logger = get_logger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float32}
+
+_ROWS = 4096
+"""Of a vocabulary, compared at one time."""
 
 _RECURRENT_LAYER_TYPES = ("mamba", "linear_attention", "recurrent", "conv", "hybrid", "rwkv", "ssm", "moe_mamba")
 _SUPPORTED_LAYER_TYPES = ("full_attention", "sliding_attention", "attention")
@@ -49,14 +66,25 @@ class Architecture:
 
 
 def read_architecture(path: Path, dtype: str = "auto") -> Architecture:
-    """Read `config.json` of a local model directory.
+    """Read `config.json` of a local model directory, and the headers of its weights where there are any.
 
-    Raises `CheckpointError` if it cannot be read and `UnsupportedModelError` for models the engine cannot run.
+    Raises `CheckpointError` with file and field if something cannot be right, and `UnsupportedModelError` for models
+    the engine cannot run.
     """
-    config = _read_config(path)
-    text_config = config.get_text_config(decoder=True)
-    _refuse_unsupported(config, text_config)
-    model_class = _model_class(config)
+    raw = read_json_object(path / "config.json") if (path / "config.json").is_file() else None
+    if raw is None:
+        raise CheckpointError(f"{path} has no config.json; a Hugging Face model directory is expected.")
+    has_weights = (path / INDEX).is_file() or any(path.glob("*.safetensors"))
+    with Checkpoint(path) if has_weights else nullcontext() as checkpoint:
+        stored = checkpoint.tensors() if checkpoint is not None else {}
+        refuse_quantized(path.name, raw, {name: tensor.get_dtype() for name, tensor in stored.items()})
+        config = _read_config(path, raw, stored)
+        text_config = config.get_text_config(decoder=True)
+        _refuse_unsupported(config, text_config)
+        model_class = _model_class(config)
+        check_shape(text_config)
+        if getattr(text_config, "tie_word_embeddings", False) and _has_own_head(model_class, stored):
+            config.tie_word_embeddings = text_config.tie_word_embeddings = False
     num_layers = int(text_config.num_hidden_layers)
     return Architecture(
         config=config,
@@ -67,25 +95,64 @@ def read_architecture(path: Path, dtype: str = "auto") -> Architecture:
         num_heads=int(text_config.num_attention_heads),
         vocab_size=int(text_config.vocab_size),
         max_position=_max_position(text_config),
-        dtype=_dtype(config, dtype),
+        dtype=_dtype(config, dtype, stored),
         kv_shapes=(_kv_shape(text_config),) * num_layers,
         sliding_windows=_sliding_windows(text_config, num_layers),
         tied=bool(getattr(text_config, "tie_word_embeddings", False)),
     )
 
 
-def _read_config(path: Path) -> PreTrainedConfig:
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} has no config.json; a Hugging Face model directory is expected.")
-    try:
-        raw, _ = PreTrainedConfig.get_config_dict(str(path), local_files_only=True)
-        if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING:
+def _read_config(path: Path, raw: dict[str, Any], stored: Mapping[str, LazyTensor]) -> PreTrainedConfig:
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise field_error("model_type", model_type, "the name of an architecture")
+    if model_type not in CONFIG_MAPPING:
+        if "auto_map" in raw:
             raise UnsupportedModelError(
                 f"{path.name} needs code from its own repository (auto_map); remote code is never run."
             )
-        return AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"config.json of {path.name} cannot be used: {error}") from error
+        raise UnsupportedModelError(f"config.json of {path.name}: model_type {model_type!r} is not known.")
+    config_class = CONFIG_MAPPING[model_type]
+    sizes = Sizes.of({name: tensor.get_shape() for name, tensor in stored.items()}) if stored else None
+    check_raw(raw, config_class.attribute_map, sizes)
+    try:
+        config: PreTrainedConfig = config_class.from_dict(raw)
+    except StrictDataclassFieldValidationError as error:
+        field = str(error).partition("'")[2].partition("'")[0]
+        kind = next((each.type for each in fields(config_class) if each.name == field), "of another type")
+        raise field_error(field, raw.get(field), kind.__name__ if isinstance(kind, type) else str(kind)) from error
+    except Exception as error:  # whatever the class makes of fields that nobody has checked
+        check_heads(raw, config_class.attribute_map)
+        logger.warning("a config cannot be read", file=str(path / "config.json"), error=repr(error))
+        named = [name for name in raw if len(name) > 3 and re.search(rf"\b{re.escape(name)}\b", str(error))]
+        hint = f" Look at {', '.join(named)}." if named else ""
+        raise CheckpointError(
+            f"config.json of {path.name} is not one of a {model_type} model.{hint}", param="model"
+        ) from error
+    return config
+
+
+def _has_own_head(model_class: type[Any], stored: Mapping[str, LazyTensor]) -> bool:
+    """Whether the files have a head beside the embedding that is not the same: then it is not tied, whatever the
+    config says."""
+    for head, embedding in dict(getattr(model_class, "_tied_weights_keys", None) or {}).items():
+        first, second = (_stored_as(name, stored) for name in (head, embedding))
+        if first is None or second is None or first is second:
+            continue
+        if first.get_shape() != second.get_shape():
+            return True
+        for row in range(0, first.get_shape()[0], _ROWS):
+            if not torch.equal(first.peek(row, row + _ROWS), second.peek(row, row + _ROWS)):
+                return True
+    return False
+
+
+def _stored_as(name: str, stored: Mapping[str, LazyTensor]) -> LazyTensor | None:
+    """A tensor by the name that the model has for it; files may add a prefix, or leave one out."""
+    if name in stored:
+        return stored[name]
+    found = [key for key in stored if key.endswith(f".{name}") or ("." in key and name.endswith(f".{key}"))]
+    return stored[min(found, key=len)] if found else None
 
 
 def _model_class(config: PreTrainedConfig) -> type[Any]:
@@ -106,8 +173,6 @@ def _refuse_unsupported(config: PreTrainedConfig, text_config: PreTrainedConfig)
     name = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder model; only causal models are supported.")
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(f"{name}: quantized checkpoints are not supported yet; use bf16, fp16 or fp32.")
     layer_types = getattr(text_config, "layer_types", None) or ()
     recurrent = sorted({kind for kind in layer_types if any(word in kind for word in _RECURRENT_LAYER_TYPES)})
     if recurrent:
@@ -121,11 +186,18 @@ def _refuse_unsupported(config: PreTrainedConfig, text_config: PreTrainedConfig)
         raise UnsupportedModelError(f"{name} attends in both directions; only causal models are supported.")
 
 
-def _dtype(config: PreTrainedConfig, dtype: str) -> torch.dtype:
+def _dtype(config: PreTrainedConfig, dtype: str, stored: Mapping[str, LazyTensor]) -> torch.dtype:
+    """As asked for, or as the config says, or as most of the files' bytes are."""
     if dtype != "auto":
         return DTYPES[dtype]
-    stored = getattr(config, "dtype", None) or torch.float32
-    return stored if stored in DTYPES.values() else torch.float32
+    named = config.dtype
+    if isinstance(named, torch.dtype) and named in DTYPES.values():
+        return named
+    nbytes: Counter[torch.dtype] = Counter()
+    for tensor in stored.values() if named is None else ():
+        if tensor.get_dtype() in _STORED_DTYPES:
+            nbytes[_STORED_DTYPES[tensor.get_dtype()]] += tensor.nbytes
+    return nbytes.most_common(1)[0][0] if nbytes else torch.float32
 
 
 def _kv_shape(config: PreTrainedConfig) -> KVShape:
