@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from core.errors import CheckpointError, UnsupportedModelError
+from core.kv_cache.block_table import RopeBorder
 from core.logs import get_logger
 from core.models.checkpoint import INDEX, Checkpoint, LazyTensor
 from core.models.config_checks import Sizes, check_heads, check_raw, check_shape, field_error
@@ -27,6 +28,11 @@ logger = get_logger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float32}
+
+_RESTARTING = ("phi3",)
+"""Types of models that compute a sequence anew once it is longer than the original length."""
+_OWN_SCALES = ("phimoe",)
+_MOST_POSITIONS = 1 << 31
 
 _ROWS = 4096
 """Of a vocabulary, compared at one time."""
@@ -49,7 +55,8 @@ class KVShape:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A model's shape. `sliding_window` per layer is the number of visible positions, or None for all of them."""
+    """A model's shape. `sliding_window` per layer is the number of visible positions, or None for all of them. `rope`:
+    where rotary frequencies begin to depend on a sequence's length, if they do."""
 
     config: PreTrainedConfig
     model_class: type[Any]
@@ -63,6 +70,7 @@ class Architecture:
     kv_shapes: tuple[KVShape, ...]
     sliding_windows: tuple[int | None, ...]
     tied: bool
+    rope: RopeBorder | None = None
 
 
 def read_architecture(path: Path, dtype: str = "auto") -> Architecture:
@@ -85,7 +93,7 @@ def read_architecture(path: Path, dtype: str = "auto") -> Architecture:
         check_shape(text_config)
         if getattr(text_config, "tie_word_embeddings", False) and _has_own_head(model_class, stored):
             config.tie_word_embeddings = text_config.tie_word_embeddings = False
-    num_layers = int(text_config.num_hidden_layers)
+    num_layers, rope = int(text_config.num_hidden_layers), _rope_border(text_config)
     return Architecture(
         config=config,
         model_class=model_class,
@@ -94,7 +102,8 @@ def read_architecture(path: Path, dtype: str = "auto") -> Architecture:
         hidden_size=int(text_config.hidden_size),
         num_heads=int(text_config.num_attention_heads),
         vocab_size=int(text_config.vocab_size),
-        max_position=_max_position(text_config),
+        max_position=_max_position(text_config, rope),
+        rope=rope,
         dtype=_dtype(config, dtype, stored),
         kv_shapes=(_kv_shape(text_config),) * num_layers,
         sliding_windows=_sliding_windows(text_config, num_layers),
@@ -220,15 +229,34 @@ def _sliding_windows(config: PreTrainedConfig, num_layers: int) -> tuple[int | N
     return tuple(int(window) if kind == "sliding_attention" else None for kind in layer_types)
 
 
-def _max_position(config: PreTrainedConfig) -> int:
-    """Positions the model is made for. Rotary embeddings whose frequencies change with the longest sequence at hand
-    (`dynamic`, `longrope`) would make a request depend on its neighbours; they serve up to where the change begins.
-    """
+def _max_position(config: PreTrainedConfig, rope: RopeBorder | None) -> int:
+    """Positions the model is made for. Dynamic rotary embeddings stretch them by their factor."""
     most = int(getattr(config, "max_position_embeddings", None) or 2048)
-    rope = getattr(config, "rope_parameters", None) or {}
-    layers = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    if not any(part.get("rope_type") in ("dynamic", "longrope") for part in layers):
+    if rope is None:
         return most
-    original = [part.get("original_max_position_embeddings") for part in layers]
-    original.append(getattr(config, "original_max_position_embeddings", None))
-    return min([most, *(int(limit) for limit in original if limit)])
+    if config.model_type in _OWN_SCALES:  # chosen by the longest sequence of a batch, in its own forward pass
+        return min(most, rope.tokens)
+    factors = [part["factor"] for part in _moving_ropes(config) if part["rope_type"] == "dynamic"]
+    return min(int(most * min(factors, default=1.0)), _MOST_POSITIONS)
+
+
+def _moving_ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    return [part for part in parts if part.get("rope_type") in ("dynamic", "longrope")]
+
+
+def _rope_border(config: PreTrainedConfig) -> RopeBorder | None:
+    """Where frequencies begin to depend on a sequence's length; None where they never do."""
+    borders = {
+        config.max_position_embeddings if part["rope_type"] == "dynamic" else _original_length(config, part)
+        for part in _moving_ropes(config)
+    }
+    if not borders:
+        return None
+    exact = len(borders) > 1 or any(part["rope_type"] == "dynamic" for part in _moving_ropes(config))
+    return RopeBorder(min(borders), exact, restarts=config.model_type in _RESTARTING and not exact)
+
+
+def _original_length(config: PreTrainedConfig, part: Mapping[str, Any]) -> int:
+    return int(part.get("original_max_position_embeddings") or config.max_position_embeddings)

@@ -24,6 +24,7 @@ from core.costs import Experts
 from core.errors import UnsupportedModelError
 from core.execution.attention.interface import ATTENTION_NAME, bind
 from core.execution.attention.metadata import AttentionSpec
+from core.execution.rotary import token_ropes
 from core.execution.sampler import Sampler, SamplingRow
 from core.logs import get_logger
 from core.models.architecture import Architecture
@@ -132,6 +133,8 @@ def measure_workspace(
         model = _blank(architecture, experts)
         names = ("input_ids", "position_ids")
         inputs = {name: torch.zeros((1, tokens), dtype=torch.int64, device="meta") for name in names}
+        for rope in token_ropes(model):
+            rope.lengths = torch.ones(tokens, dtype=torch.int64, device="meta")
         keep = torch.zeros(rows, dtype=torch.int64, device="meta")
         known = (*model.parameters(), *model.buffers())
         layers = peak_of(lambda: model.base_model(use_cache=False, **inputs)[0], known)
