@@ -19,12 +19,14 @@ from core.engine.model_plan import ModelPlan, host_for, measure_with, plan_model
 from core.engine.relocation import Relocation, Relocator
 from core.engine.submission import make_request
 from core.errors import (
+    CheckpointError,
     ConflictError,
     DeviceLostError,
     EngineDeadError,
     InsufficientMemoryError,
     ModelChangedError,
     ModelNotLoadedError,
+    StepFailedError,
     VRAMancerError,
 )
 from core.logs import get_logger
@@ -199,8 +201,15 @@ class EngineKeeper:
         engine = self._builder(plan, settings, read).load()
         try:
             self._bring_up(engine)
-        except BaseException:
+        except BaseException as error:
             engine.close()
+            if type(error) is StepFailedError:  # the model's own forward pass; lost devices and the like are others
+                logger.warning("a model computes no token", model=engine.model.name, error=error.message)
+                raise CheckpointError(
+                    f"{engine.model.name} was read, but computes no token: its config.json or its weights are not what "
+                    f"they should be, or it cannot be run yet. The log has the cause.",
+                    param="model",
+                ) from error
             raise
         logger.info(
             "model loaded",

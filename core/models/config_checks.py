@@ -21,6 +21,7 @@ ROPE_TYPES = ("default", *sorted(ROPE_INIT_FUNCTIONS))
 _OLD_ROPE_TYPES = {"su": "longrope"}
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_LATENT = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 _LIMITS = {
     "num_hidden_layers": 4096,
@@ -32,12 +33,18 @@ _LIMITS = {
     "head_dim": 1 << 14,
     "vocab_size": 1 << 24,
     "max_position_embeddings": 1 << 31,
+    "sliding_window": 1 << 31,
+    "num_experts_per_tok": 1 << 14,
+    "num_nextn_predict_layers": 64,
     **dict.fromkeys(_EXPERTS, 1 << 14),
+    **dict.fromkeys(_LATENT, 1 << 16),
 }
 """The most that any model could have of each, where nothing else says."""
-_HUGE = 1e30
-_MAY_BE_NULL = {"num_key_value_heads", "head_dim", "moe_intermediate_size", *_EXPERTS}
-_MAY_BE_ZERO = {"moe_intermediate_size", *_EXPERTS}
+_HUGE, _MOST_EXPERTS = 1e30, 1 << 17
+_MAY_BE_ZERO = {
+    "moe_intermediate_size", "sliding_window", "num_experts_per_tok", "num_nextn_predict_layers", *_EXPERTS, *_LATENT,
+}  # fmt: skip
+_MAY_BE_NULL = {"num_key_value_heads", "head_dim", *_MAY_BE_ZERO}
 _MAY_BE_LISTS = {"num_key_value_heads", "intermediate_size"}  # one number per layer
 
 
@@ -65,11 +72,13 @@ class Sizes:
 def check_raw(config: dict[str, Any], aliases: Mapping[str, str], sizes: Sizes | None) -> None:
     """Types and bounds of the fields, as they are in the file; `aliases` are names that a model type has for them.
     Old names of rotary types are replaced. Raises `CheckpointError` with the field."""
+    _check_finite("", config)
     for where, part in _parts(config):
         for name, most in _LIMITS.items():
             given = next((key for key in (aliases.get(name, name), name) if key in part), None)
             if given is not None:
                 _check_count(where + given, name, part[given], most, sizes)
+        _check_experts(where, part, aliases)
         for name in ("dtype", "torch_dtype"):
             value = part.get(name)
             if value is not None and (not isinstance(value, str) or value.removeprefix("torch.") not in DTYPE_NAMES):
@@ -118,6 +127,24 @@ def _check_count(field: str, name: str, value: object, most: int, sizes: Sizes |
     held = None if sizes is None else sizes.most(name)
     if held is not None and value > held:
         raise field_error(field, value, f"at most {held}, since the files hold no more")
+
+
+def _check_finite(field: str, value: object) -> None:
+    """Whatever a number is for, it has an end; what is inside of lists and objects counts too."""
+    if isinstance(value, float) and not -_HUGE < value < _HUGE:  # nor is NaN
+        raise field_error(field, value, "a number that has an end")
+    if isinstance(value, (dict, list)):
+        for name, each in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_finite(f"{field}.{name}".lstrip("."), each)
+
+
+def _check_experts(where: str, part: dict[str, Any], aliases: Mapping[str, str]) -> None:
+    """All together, since each may be a module."""
+    layers = part.get(aliases.get("num_hidden_layers", "num_hidden_layers"))
+    for name in _EXPERTS:
+        each = part.get(aliases.get(name, name))
+        if isinstance(each, int) and isinstance(layers, int) and layers * each > _MOST_EXPERTS:
+            raise field_error(where + name, each, f"at most {_MOST_EXPERTS // layers} in each of {layers} layers")
 
 
 def _check_number(field: str, value: object, *, above: float = -_HUGE) -> None:
@@ -217,6 +244,10 @@ def check_shape(text: Any) -> None:
     groups = getattr(text, "num_key_value_heads", None)
     if isinstance(groups, int) and groups and heads % groups:
         raise field_error("num_attention_heads", heads, f"a multiple of num_key_value_heads, {groups}")
+    if getattr(text, "kv_lora_rank", None):
+        for name in _LATENT[2:]:
+            if not getattr(text, name, None):
+                raise field_error(name, getattr(text, name, None), "above 0")
     padding = getattr(text, "pad_token_id", None)
     if padding is not None and not -text.vocab_size <= padding < text.vocab_size:
         raise field_error("pad_token_id", padding, f"below vocab_size, {text.vocab_size}")

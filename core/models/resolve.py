@@ -142,11 +142,11 @@ def available_models() -> list[AvailableModel]:
             continue
         for revision in sorted(repo.revisions, key=lambda item: -item.last_modified)[:1]:
             path = revision.snapshot_path
-            if (path / "config.json").exists() and any(path.glob("*.safetensors")):
+            if (path / "config.json").exists() and any(path.rglob("*.safetensors")):
                 found.append(_entry(repo.repo_id, path))
     return found
 
 
 def _entry(name: str, path: Path) -> AvailableModel:
-    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in path.rglob("*.safetensors"))
     return AvailableModel(name, str(path), size)

@@ -39,6 +39,9 @@ _MARGIN = 1.1
 _STEPS_OF_GATES = 5
 """Tensors that are made on the way from gate and up to what goes down: clamped, halves, sigmoid, products."""
 
+_NOT_ON_META = (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+"""What forward passes end with that look at numbers, or at fields of a config that are not what they should be."""
+
 _VOCAB, _ROWS = 512, 4
 _EVERYTHING = SamplingParams(
     temperature=0.8, top_p=0.9, top_k=50, min_p=0.01, frequency_penalty=0.1, repetition_penalty=1.1, logprobs=5
@@ -139,7 +142,7 @@ def measure_workspace(
         known = (*model.parameters(), *model.buffers())
         layers = peak_of(lambda: model.base_model(use_cache=False, **inputs)[0], known)
         whole = peak_of(lambda: model(use_cache=False, logits_to_keep=keep, **inputs).logits, known)
-    except (RuntimeError, NotImplementedError, TypeError, UnsupportedModelError) as error:
+    except (*_NOT_ON_META, UnsupportedModelError) as error:
         logger.info("workspace is estimated", model=architecture.model_type, reason=str(error).splitlines()[0])
         return None
     sampling = _sampling_bytes() * rows * architecture.vocab_size

@@ -186,6 +186,10 @@ REFUSED: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "padding outside the vocabulary": (config(pad_token_id=4000), ("pad_token_id", "4000")),
     "unknown activation": (config(hidden_act="mishmash"), ("hidden_act", "mishmash", "silu")),
     "epsilon as text": (config(rms_norm_eps="tiny"), ("rms_norm_eps", "tiny")),
+    "a number without end": (config(attention_dropout=float("nan")), ("attention_dropout", "NaN")),
+    "a number without end inside": (config(extra={"a": [1, float("inf")]}), ("extra.a.1", "Infinity")),
+    "a huge number": (config(initializer_range=1e308), ("initializer_range", "1e+308")),
+    "experts in all layers": (config(num_hidden_layers=4, num_local_experts=40_000), ("num_local_experts",)),
     "unknown dtype": (config(dtype="int7"), ("dtype", "int7")),
     "tie as text": (config(tie_word_embeddings="perhaps"), ("tie_word_embeddings", "perhaps")),
     "dropout as text": (config(attention_dropout="none"), ("attention_dropout",)),
@@ -307,3 +311,18 @@ def test_what_is_damaged_is_refused_with_file_and_field(
     assert not any(foreign in message for foreign in FOREIGN), message
     assert len(message) < 600 and "\n" not in message
     assert shared_pipelines.model is served
+
+
+@pytest.mark.parametrize(("name", "field", "value"), [("deepseek_v3", "topk_group", 1000), ("opt", "dropout", 1.5)])
+def test_a_model_that_computes_no_token_is_refused(
+    name: str, field: str, value: Any, tmp_path: Path, shared_pipelines: InferencePipeline
+) -> None:
+    """What only shows in the forward pass."""
+    build_tiny(name, tmp_path)
+    edit(tmp_path / "config.json", {field: value})
+    served = shared_pipelines.model
+    response = load(shared_pipelines, tmp_path)
+    assert response.status_code == 400, response.text
+    assert "computes no token" in response.get_json()["error"]["message"]
+    assert shared_pipelines.model is served
+    assert shared_pipelines.submit([5, 6], GREEDY).result(60).completions[0].token_ids
