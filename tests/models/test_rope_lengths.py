@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from steering import arriving_together
+from steering import LONGEST_WAIT_S, arriving_together, with_each_step
 from tiny_models import VOCAB, build_tiny
 from transformers import AutoModelForCausalLM
 
 from core.errors import ContextLengthError
+from core.execution.stage import Stage
 from core.inference_pipeline import InferencePipeline
 from core.kv_cache.block_table import RopeBorder
 from core.models.architecture import read_architecture
@@ -122,6 +124,35 @@ def test_alone_packed_cached_and_forked(reference: Reference, devices: str, open
     assert pipeline.engine.batcher.stats.hit_tokens > hits
     forked = SamplingParams(n=2, max_tokens=NEW, temperature=0.0, ignore_eos=True, detokenize=False, logprobs=0)
     check(reference, together(pipeline, reference, forked))
+
+
+def test_steps_that_are_padded(
+    reference: Reference, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU's are: rows that are nobody's stand behind those that decode."""
+    monkeypatch.setattr(Stage, "pads_steps", True)
+    pipeline = open_pipeline(reference.path, engine__block_size=4, engine__kv_cache_tokens=1024)
+    check(reference, together(pipeline, reference))
+    check(reference, [pipeline.submit(prompt, GREEDY).result(60) for prompt in reference.prompts])
+
+
+def test_a_model_that_moves_goes_on_beyond_the_border(reference: Reference, open_pipeline: OpenPipeline) -> None:
+    """Requests are adopted by another engine in the middle of decoding."""
+    pipeline = open_pipeline(reference.path, engine__block_size=4, engine__kv_cache_tokens=1024)
+    steps = iter(range(1000))
+    moved: list[threading.Thread] = []
+
+    def move() -> None:
+        if next(steps) == 6:
+            moved.append(threading.Thread(target=pipeline.place, kwargs={"devices": "cpu=64MiB,cpu=64MiB"}))
+            moved[0].start()
+
+    with with_each_step(pipeline, move):
+        results = together(pipeline, reference)
+    moved[0].join(LONGEST_WAIT_S)
+    check(reference, results)
+    assert len(pipeline.engine.stages) == 2
+    check(reference, together(pipeline, reference))
 
 
 def test_in_pieces_and_computed_again(reference: Reference, open_pipeline: OpenPipeline) -> None:
