@@ -29,6 +29,7 @@ from core.batching.step import SchedulerLimits, StepDraft, raw_record, record_of
 from core.batching.waiting import WaitingSequences
 from core.errors import StepFailedError
 from core.execution.records import RawRows, ScheduledSequence, SchedulerOutput, StepOutput, StepRecord
+from core.kv_cache.block_table import PrefixChain
 from core.kv_cache.manager import KVCacheManager
 from core.request import FinishReason
 
@@ -88,7 +89,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request's sequences."""
         for sequence in request.sequences:
-            sequence.chain = self.kv.chain(request.owner)
+            sequence.chain = self._chain(sequence)
         self.waiting.add(request)
 
     def adopt(self, request: Request) -> None:
@@ -97,12 +98,17 @@ class Scheduler:
         for sequence in request.sequences:
             if sequence.finished:
                 continue
-            sequence.chain = self.kv.chain(request.owner)
+            sequence.chain = self._chain(sequence)
             sequence.start_over()
             if sequence.status is SequenceStatus.FORKING and not first.finished:
                 self.waiting.hold(sequence)
             else:
                 self.waiting.push(sequence)
+
+    def _chain(self, sequence: Sequence) -> PrefixChain:
+        rope = self.limits.rope
+        variant = rope.variant(sequence.num_prompt_tokens, len(sequence.token_ids)) if rope is not None else b""
+        return self.kv.chain(sequence.request.owner, variant)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -267,7 +273,7 @@ class Scheduler:
         self._running.meter.ended(output)
         self._token_cap = None if self._token_cap is None else _relaxed(self._token_cap, self.limits)
         running = {sequence.seq_id: sequence for sequence in self._running}
-        updates = []
+        updates, rope = [], self.limits.rope
         for item in output.sequences:
             sequence = running.get(item.seq_id)
             if sequence is None:
@@ -291,6 +297,9 @@ class Scheduler:
                 ending = ending_of(sequence, self.limits.max_model_len)
                 if ending is not None:
                     self.finish(sequence, *ending)
+                elif rope is not None and rope.restarts and len(sequence.token_ids) == rope.tokens + 1:
+                    sequence.chain, sequence.replays = self._chain(sequence), True
+                    self._leave(sequence)
                 updates.append(SequenceUpdate(sequence, sampled.token_id, sampled.logprob))
         return updates
 

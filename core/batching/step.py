@@ -19,7 +19,7 @@ from core.execution.records import (
     ints,
     longs,
 )
-from core.kv_cache.block_table import BlockTable
+from core.kv_cache.block_table import BlockTable, RopeBorder
 from core.kv_cache.manager import KVCacheManager
 
 CONTEXT_WEIGHT = 1 / 2048
@@ -33,12 +33,13 @@ def weight_of(sequence: Sequence) -> float:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """Sizes of a step, in sequences and tokens. `max_model_len` caps prompt plus output."""
+    """Sizes of a step, in sequences and tokens. `max_model_len` caps prompt plus output; beyond `rope` keys differ."""
 
     max_batch_size: int
     max_num_batched_tokens: int
     prefill_chunk_size: int
     max_model_len: int
+    rope: RopeBorder | None = None
 
 
 @dataclass(slots=True)

@@ -28,6 +28,7 @@ from core.execution.known_sequences import KnownSequences
 from core.execution.model_runner import ModelRunner
 from core.execution.stage import KVSetup, Stage
 from core.execution.threads import CpuThreads
+from core.kv_cache.block_table import RopeBorder
 from core.kv_cache.manager import KVCacheManager
 from core.models.checkpoint import weights_digest
 from core.models.shared_parts import SharedParts
@@ -170,7 +171,7 @@ class EngineBuilder:
             runner = ModelRunner(stages, self._transfer, self._threads, torch_threads)
             batcher = ContinuousBatcher(
                 runner,
-                Scheduler(memory.kv, _limits(engine, memory.kv, model.max_model_len), running),
+                Scheduler(memory.kv, _limits(engine, memory.kv, model.max_model_len, plan.architecture.rope), running),
                 self._tokenizer,
                 max_queue=engine.max_queue,
                 breaker=CircuitBreaker(engine.breaker_failures, engine.breaker_reset_s),
@@ -193,11 +194,11 @@ class EngineBuilder:
         self._main_memory.close(self._host)
 
 
-def _limits(engine: EngineSettings, kv: KVCacheManager, max_model_len: int) -> SchedulerLimits:
+def _limits(engine: EngineSettings, kv: KVCacheManager, max_model_len: int, rope: RopeBorder | None) -> SchedulerLimits:
     """As set; where a stage has few pages of its own, no more than half of them for the blocks that sequences are
     in the middle of, and half for what a step writes."""
     half = kv.writable_blocks // 2
     batch, tokens = engine.max_batch_size, engine.max_num_batched_tokens
     if not kv.pages.is_trivial:
         batch, tokens = min(batch, half), min(tokens, half * engine.block_size)
-    return SchedulerLimits(batch, tokens, min(tokens, engine.prefill_chunk_size or tokens), max_model_len)
+    return SchedulerLimits(batch, tokens, min(tokens, engine.prefill_chunk_size or tokens), max_model_len, rope)

@@ -19,17 +19,20 @@ from core.engine.model_plan import ModelPlan, host_for, measure_with, plan_model
 from core.engine.relocation import Relocation, Relocator
 from core.engine.submission import make_request
 from core.errors import (
+    CheckpointError,
     ConflictError,
     DeviceLostError,
     EngineDeadError,
     InsufficientMemoryError,
     ModelChangedError,
     ModelNotLoadedError,
+    StepFailedError,
     VRAMancerError,
 )
 from core.logs import get_logger
 from core.metrics import MetricsRegistry
 from core.models.checkpoint import Checkpoint
+from core.models.fit import checked_notes
 from core.models.resolve import resolve_model
 from core.models.tokenizer import Tokenizer
 from core.request import SamplingParams
@@ -94,6 +97,7 @@ class EngineKeeper:
         """Beside the present model if both fit; else the present one is drained first and restored on failure."""
         resolved = resolve_model(settings.model.name, settings.model.revision)
         total = Checkpoint(resolved.path).total_bytes
+        notes = checked_notes(resolved.path, settings.model.dtype)
         old = self.engine
         measure = measure_with(settings, self._transfer)
 
@@ -101,9 +105,12 @@ class EngineKeeper:
             devices = self._devices(settings, old, beside=beside)
             leaving = old.budgets[HOST] if old is not None and not beside else None
             host = host_for(settings, devices, self._main_memory, leaving)
-            return plan_model(resolved, devices, settings, measure, host)
+            plan = plan_model(resolved, devices, settings, measure, host)
+            return replace(plan, notes=(*plan.notes, *notes))
 
         plan = planned(old, beside=False)
+        for note in plan.notes:
+            logger.warning("plan", note=note)
         if old is None:
             try:
                 engine = self._start(plan, settings, total)
@@ -168,6 +175,9 @@ class EngineKeeper:
         held = {name: budget.used_bytes for name, budget in old.budgets.items()}
         change = -1 if explicit and beside else 1 if not explicit and not beside else 0
         limits = [max(0, device.memory_limit_bytes + change * held.get(device.name, 0)) for device in devices]
+        if beside and not all(limits):
+            full = devices[limits.index(0)].name
+            raise InsufficientMemoryError(f"{full} has nothing left beside {old.model.name}.", lacking_bytes={full: 1})
         return tuple(replace(device, memory_limit_bytes=limit) for device, limit in zip(devices, limits, strict=True))
 
     def _start(self, plan: ModelPlan, settings: Settings, total_bytes: int) -> ModelEngine:
@@ -191,8 +201,15 @@ class EngineKeeper:
         engine = self._builder(plan, settings, read).load()
         try:
             self._bring_up(engine)
-        except BaseException:
+        except BaseException as error:
             engine.close()
+            if type(error) is StepFailedError:  # the model's own forward pass; lost devices and the like are others
+                logger.warning("a model computes no token", model=engine.model.name, error=error.message)
+                raise CheckpointError(
+                    f"{engine.model.name} was read, but computes no token: its config.json or its weights are not what "
+                    f"they should be, or it cannot be run yet. The log has the cause.",
+                    param="model",
+                ) from error
             raise
         logger.info(
             "model loaded",
@@ -223,6 +240,8 @@ class EngineKeeper:
     ) -> Relocator:
         host = host_for(settings, devices, self._main_memory, engine.budgets[HOST])
         plan = plan_model(engine.plan.resolved, devices, settings, measure_with(settings, self._transfer), host)
+        for note in plan.notes:
+            logger.warning("plan", note=note)
 
         def build(plan: ModelPlan) -> EngineBuilder:
             chosen = settings if plan is not engine.plan else engine.settings

@@ -217,7 +217,7 @@ class RestoreRule:
 
 
 def _lenders(plan: ModelPlan, settings: Settings, budgets: Mapping[str, DeviceBudget]) -> list[GPUBudget]:
-    """Every device, and main memory: as much of it as is set, or a quarter of what is free there.
+    """Every device that has memory, and main memory: as much of it as is set, or a quarter of what is free there.
 
     A stage's own pages are part of the pool as much as what it lends, so they are no need of its own: they are taken
     off what may be allocated.
@@ -226,7 +226,8 @@ def _lenders(plan: ModelPlan, settings: Settings, budgets: Mapping[str, DeviceBu
     for device in plan.devices:
         pages = budgets[device.name].used_by_purpose().get(PagedKVCache.PURPOSE, 0)
         limit = device.memory_limit_bytes
-        found.append(GPUBudget(device.name, limit - pages, limit))
+        if limit > 0:
+            found.append(GPUBudget(device.name, limit - pages, limit))
     lent = settings.lending.host_bytes
     lent = budgets[HOST].free_bytes // _HOST_SHARE if lent is None else lent
     if lent > 0:

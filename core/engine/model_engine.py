@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from core.batching.batcher import ContinuousBatcher
 from core.config import Settings
-from core.defaults import GENERATION_DEFAULTS
 from core.devices import HOST, DeviceBudget, MainMemory
 from core.engine.kv_memory import KVMemory
 from core.engine.model_plan import ModelPlan
 from core.engine.submission import LoadedModel
-from core.errors import CheckpointError, VRAMancerError
+from core.errors import VRAMancerError
 from core.execution.model_runner import ModelRunner
 from core.execution.native import do_all_products
 from core.execution.stage import Stage
 from core.kv_cache.manager import KVCacheManager
 from core.logs import get_logger
+from core.models.generation import eos_of, read_generation
 from core.models.tokenizer import Tokenizer
 from core.placement.predict import predict_rate
 from core.tiers import open_lasting
@@ -121,12 +118,9 @@ def products_are_native(backends: Sequence[str], plan: ModelPlan) -> bool:
 
 def describe(plan: ModelPlan, settings: Settings, tokenizer: Tokenizer) -> LoadedModel:
     """What clients may know of a model that has been loaded as planned."""
-    generation = _generation_config(plan.resolved.path)
-    eos = generation.get("eos_token_id", getattr(plan.architecture.config, "eos_token_id", None))
-    ids = eos if isinstance(eos, list) else [eos]
-    if tokenizer.eos_token_id is not None:
-        ids = [*ids, tokenizer.eos_token_id]
     vocab = plan.architecture.vocab_size
+    generation = read_generation(plan.resolved.path, vocab)
+    ids = {*eos_of(plan.architecture.config, vocab, generation), tokenizer.eos_token_id}
     return LoadedModel(
         name=plan.resolved.name,
         aliases=settings.model.served_model_name,
@@ -136,22 +130,8 @@ def describe(plan: ModelPlan, settings: Settings, tokenizer: Tokenizer) -> Loade
         vocab_size=vocab,
         dtype=str(plan.architecture.dtype).removeprefix("torch."),
         num_parameters=plan.weights.num_parameters,
-        eos_token_ids=tuple(sorted({int(token) for token in ids if token is not None and 0 <= int(token) < vocab})),
-        generation_defaults={
-            name: generation[name] for name in GENERATION_DEFAULTS if generation.get(name) is not None
-        },
+        eos_token_ids=tuple(sorted(token for token in ids if token is not None and 0 <= token < vocab)),
+        generation_defaults=dict(generation.defaults),
         tokenizer=tokenizer,
         source=settings.model.name or "",
     )
-
-
-def _generation_config(path: Path) -> dict[str, Any]:
-    """`generation_config.json`; without `do_sample` its temperature and the like have no effect in transformers."""
-    file = path / "generation_config.json"
-    if not file.is_file():
-        return {}
-    try:
-        loaded = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"generation_config.json of {path.name} is damaged: {error}") from error
-    return loaded if isinstance(loaded, dict) else {}

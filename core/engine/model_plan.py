@@ -25,7 +25,6 @@ from core.costs.cards import gpu_spec, lacks_bf16
 from core.devices import HOST, Device, DeviceBudget, MainMemory, host_device, open_devices, open_main_memory
 from core.errors import ContextLengthError, InsufficientMemoryError
 from core.execution.attention.select import check_heads, planned_gathering, planned_packing
-from core.logs import get_logger
 from core.models.architecture import Architecture, read_architecture
 from core.models.dtype import fit_dtype, served_architecture
 from core.models.resolve import ResolvedModel, resolve_model
@@ -37,9 +36,6 @@ from core.placement.streaming import place_or_stream, place_streaming
 from core.profiling.profiler import LayerProfiler
 from core.profiling.workspace import Workspace, measure_workspace
 from core.transfer import TransferManager
-
-logger = get_logger(__name__)
-
 
 DATASHEET_LINK = LinkProfile(11.6e9, 30e-6, "staged", "assumed")
 """Between two cards of a plan without a machine: staged through host memory over PCIe 4.0 x8, a common board's."""
@@ -140,8 +136,6 @@ def plan_model(
     `InvalidRequestError` for a strategy or layers that do not exist.
     """
     architecture, notes = served_architecture(resolved.path, settings.model.dtype, devices)
-    for note in notes:
-        logger.warning("plan", note=note)
     weights = measure_bytes(architecture, planned_packing(devices, settings, architecture.dtype))
     max_model_len = _max_model_len(resolved, architecture, settings)
     placed = settings.devices

@@ -78,6 +78,7 @@ class PackedStep:
         sampled, prompts: which rows of the logits are whose.
         raw: None, or what is wanted of `logit_rows` instead of samples.
         ended: sequences to forget.
+        lengths: of each row, tokens of its prompt, and all that are known.
     """
 
     step: int
@@ -93,6 +94,7 @@ class PackedStep:
     prompts: tuple[PromptRows, ...] = ()
     raw: str | None = None
     ended: tuple[int, ...] = ()
+    lengths: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_sequences(self) -> int:
@@ -218,4 +220,5 @@ class KnownSequences:
             prompts=tuple(prompts),
             raw=None if raw is None else raw.output,
             ended=tuple(record.ended.tolist()),
+            lengths=tuple((prompt := len(each.prompt_token_ids), prompt + len(each.output_token_ids)) for each in rows),
         )

@@ -29,8 +29,10 @@ from core.execution.page_mover import BlockBuffers, PageMover
 from core.execution.page_sites import sites_of
 from core.execution.records import StageReport, StepOutput, StepRecord
 from core.execution.results import ResultMaker
+from core.execution.rotary import TokenRope, rope_lengths, token_ropes
 from core.execution.site_attention import BackendOf, SiteAttention
 from core.execution.step_buffers import InputBatch, PageDirectory, StepBuffers
+from core.kv_cache.block_table import RopeBorder
 from core.kv_cache.page_ops import StagePart
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.models.architecture import Architecture
@@ -97,6 +99,7 @@ class Stage:
         self._sites: SiteAttention | None = None
         self._mover: PageMover | None = None
         self._buffers: StepBuffers | None = None
+        self._ropes: tuple[TokenRope, ...] = ()
 
     # -- loading ----------------------------------------------------------------------------------------------------
 
@@ -133,6 +136,8 @@ class Stage:
         if adapter is not None:
             adapter(self._model)
         parts.put_into(self._model, self.part)
+        if self.architecture.rope is not None:
+            self._ropes = token_ropes(self._model)
         if not self.part.is_first:
             layers[self.part.first].register_forward_pre_hook(self._enter, with_kwargs=True)
         if self.stream is not None:
@@ -271,10 +276,18 @@ class Stage:
         assert self._buffers is not None and self.kv is not None
         regions, pages = self._directory.locate(packed.tables)
         batch = self._buffers.fill(packed, pages)
+        if self._ropes and self.architecture.rope is not None:
+            batch = replace(batch, rope_lengths=self._rope_lengths(packed, batch.num_tokens, self.architecture.rope))
         if not self._directory.is_told:
             return batch
         sites = sites_of(packed, regions, pages, self.kv.block_size, self.torch_device, self._device_of)
         return replace(batch, attention=replace(batch.attention, sites=sites)) if sites else batch
+
+    def _rope_lengths(self, packed: PackedStep, num_tokens: int, border: RopeBorder) -> torch.Tensor:
+        """See `rope_lengths`; tokens that pad the step are sequences of one."""
+        lengths = torch.ones(num_tokens, dtype=torch.int64)
+        lengths[: packed.num_tokens] = torch.from_numpy(rope_lengths(packed, border))
+        return lengths.to(self.torch_device)
 
     def _device_of(self, region: int) -> tuple[str, torch.device]:
         assert self.kv is not None
@@ -300,6 +313,8 @@ class Stage:
         """
         assert self._context is not None
         self._context.metadata, self._entering = batch.attention, hidden
+        for rope in self._ropes:
+            rope.lengths = batch.rope_lengths
         inputs = {"input_ids": batch.input_ids} if hidden is None else {"inputs_embeds": hidden}
         try:
             if not self._is_last or wants_hidden or batch.logit_rows is None:

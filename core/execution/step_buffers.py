@@ -31,13 +31,14 @@ _ALIGN = 16
 @dataclass(frozen=True, slots=True)
 class InputBatch:
     """A step on one device. `input_ids` and `position_ids` are int64 `[1, T]`; `logit_rows` int64 `[R]`, None where no
-    logits are wanted.
+    logits are wanted. `rope_lengths` int64 `[T]` for models whose rotary embeddings depend on lengths.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     logit_rows: torch.Tensor | None
     attention: AttentionMetadata
+    rope_lengths: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

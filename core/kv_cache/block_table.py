@@ -39,6 +39,25 @@ class PrefixChain:
         return self.hashes[index - 1] if index else None
 
 
+@dataclass(frozen=True, slots=True)
+class RopeBorder:
+    """For models whose rotary frequencies change where a sequence has more than `tokens` tokens: a prompt's keys are
+    not those of the same tokens at the beginning of a longer one. `exact`: each length beyond has its own frequencies.
+    `restarts`: a sequence that outgrows the border is computed anew.
+    """
+
+    tokens: int
+    exact: bool = False
+    restarts: bool = False
+
+    def variant(self, prompt_tokens: int, tokens: int) -> bytes:
+        """Tells keys of the same tokens apart, for a sequence of so many tokens of which some are its prompt."""
+        length = tokens if self.restarts else prompt_tokens
+        if length <= self.tokens:
+            return b""
+        return b"\0rope:%d" % (length if self.exact else self.tokens)
+
+
 def prefix_root(salt: bytes, owner: str) -> bytes:
     """What the chains of an owner's sequences begin with."""
     return hashlib.blake2b(salt + b"\0" + owner.encode(), digest_size=16).digest()

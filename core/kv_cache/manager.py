@@ -92,9 +92,10 @@ class KVCacheManager:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def chain(self, owner: str = "") -> PrefixChain:
-        """For the hashes of a sequence's blocks; what one owner's sequences leave in the cache is no other's."""
-        return PrefixChain(prefix_root(self._salt, owner), self.block_size)
+    def chain(self, owner: str = "", variant: bytes = b"") -> PrefixChain:
+        """For the hashes of a sequence's blocks; what one owner's sequences leave in the cache is no other's, and what
+        has keys of another `variant` is not the same."""
+        return PrefixChain(prefix_root(self._salt + variant, owner), self.block_size)
 
     def match_prefix(self, token_ids: Sequence[int], chain: PrefixChain | None = None) -> list[int]:
         """Longest run of cached blocks that starts the tokens, leaving at least the last token to compute."""

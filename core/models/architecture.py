@@ -1,18 +1,41 @@
-"""What a checkpoint's config says about the model, and whether the engine can run it. Nothing here reads weights."""
+"""What a checkpoint's config says about the model, and whether the engine can run it. Of weights, only the headers are
+read, and a head that may or may not be the embedding."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from core.errors import CheckpointError, UnsupportedModelError
+from core.kv_cache.block_table import RopeBorder
+from core.logs import get_logger
+from core.models.checkpoint import INDEX, Checkpoint, LazyTensor
+from core.models.config_checks import Sizes, check_heads, check_raw, check_shape, field_error
+from core.models.formats import refuse_quantized
+from core.models.json_files import read_json_object
+
+logger = get_logger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float32}
+
+_RESTARTING = ("phi3",)
+"""Types of models that compute a sequence anew once it is longer than the original length."""
+_OWN_SCALES = ("phimoe",)
+_MOST_POSITIONS = 1 << 31
+
+_ROWS = 4096
+"""Of a vocabulary, compared at one time."""
 
 _RECURRENT_LAYER_TYPES = ("mamba", "linear_attention", "recurrent", "conv", "hybrid", "rwkv", "ssm", "moe_mamba")
 _SUPPORTED_LAYER_TYPES = ("full_attention", "sliding_attention", "attention")
@@ -32,7 +55,8 @@ class KVShape:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A model's shape. `sliding_window` per layer is the number of visible positions, or None for all of them."""
+    """A model's shape. `sliding_window` per layer is the number of visible positions, or None for all of them. `rope`:
+    where rotary frequencies begin to depend on a sequence's length, if they do."""
 
     config: PreTrainedConfig
     model_class: type[Any]
@@ -46,18 +70,30 @@ class Architecture:
     kv_shapes: tuple[KVShape, ...]
     sliding_windows: tuple[int | None, ...]
     tied: bool
+    rope: RopeBorder | None = None
 
 
 def read_architecture(path: Path, dtype: str = "auto") -> Architecture:
-    """Read `config.json` of a local model directory.
+    """Read `config.json` of a local model directory, and the headers of its weights where there are any.
 
-    Raises `CheckpointError` if it cannot be read and `UnsupportedModelError` for models the engine cannot run.
+    Raises `CheckpointError` with file and field if something cannot be right, and `UnsupportedModelError` for models
+    the engine cannot run.
     """
-    config = _read_config(path)
-    text_config = config.get_text_config(decoder=True)
-    _refuse_unsupported(config, text_config)
-    model_class = _model_class(config)
-    num_layers = int(text_config.num_hidden_layers)
+    raw = read_json_object(path / "config.json") if (path / "config.json").is_file() else None
+    if raw is None:
+        raise CheckpointError(f"{path} has no config.json; a Hugging Face model directory is expected.")
+    has_weights = (path / INDEX).is_file() or any(path.glob("*.safetensors"))
+    with Checkpoint(path) if has_weights else nullcontext() as checkpoint:
+        stored = checkpoint.tensors() if checkpoint is not None else {}
+        refuse_quantized(path.name, raw, {name: tensor.get_dtype() for name, tensor in stored.items()})
+        config = _read_config(path, raw, stored)
+        text_config = config.get_text_config(decoder=True)
+        _refuse_unsupported(config, text_config)
+        model_class = _model_class(config)
+        check_shape(text_config)
+        if getattr(text_config, "tie_word_embeddings", False) and _has_own_head(model_class, stored):
+            config.tie_word_embeddings = text_config.tie_word_embeddings = False
+    num_layers, rope = int(text_config.num_hidden_layers), _rope_border(text_config)
     return Architecture(
         config=config,
         model_class=model_class,
@@ -66,26 +102,66 @@ def read_architecture(path: Path, dtype: str = "auto") -> Architecture:
         hidden_size=int(text_config.hidden_size),
         num_heads=int(text_config.num_attention_heads),
         vocab_size=int(text_config.vocab_size),
-        max_position=_max_position(text_config),
-        dtype=_dtype(config, dtype),
+        max_position=_max_position(text_config, rope),
+        rope=rope,
+        dtype=_dtype(config, dtype, stored),
         kv_shapes=(_kv_shape(text_config),) * num_layers,
         sliding_windows=_sliding_windows(text_config, num_layers),
         tied=bool(getattr(text_config, "tie_word_embeddings", False)),
     )
 
 
-def _read_config(path: Path) -> PreTrainedConfig:
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} has no config.json; a Hugging Face model directory is expected.")
-    try:
-        raw, _ = PreTrainedConfig.get_config_dict(str(path), local_files_only=True)
-        if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING:
+def _read_config(path: Path, raw: dict[str, Any], stored: Mapping[str, LazyTensor]) -> PreTrainedConfig:
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise field_error("model_type", model_type, "the name of an architecture")
+    if model_type not in CONFIG_MAPPING:
+        if "auto_map" in raw:
             raise UnsupportedModelError(
                 f"{path.name} needs code from its own repository (auto_map); remote code is never run."
             )
-        return AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"config.json of {path.name} cannot be used: {error}") from error
+        raise UnsupportedModelError(f"config.json of {path.name}: model_type {model_type!r} is not known.")
+    config_class = CONFIG_MAPPING[model_type]
+    sizes = Sizes.of({name: tensor.get_shape() for name, tensor in stored.items()}) if stored else None
+    check_raw(raw, config_class.attribute_map, sizes)
+    try:
+        config: PreTrainedConfig = config_class.from_dict(raw)
+    except StrictDataclassFieldValidationError as error:
+        field = str(error).partition("'")[2].partition("'")[0]
+        kind = next((each.type for each in fields(config_class) if each.name == field), "of another type")
+        raise field_error(field, raw.get(field), kind.__name__ if isinstance(kind, type) else str(kind)) from error
+    except Exception as error:  # whatever the class makes of fields that nobody has checked
+        check_heads(raw, config_class.attribute_map)
+        logger.warning("a config cannot be read", file=str(path / "config.json"), error=repr(error))
+        named = [name for name in raw if len(name) > 3 and re.search(rf"\b{re.escape(name)}\b", str(error))]
+        hint = f" Look at {', '.join(named)}." if named else ""
+        raise CheckpointError(
+            f"config.json of {path.name} is not one of a {model_type} model.{hint}", param="model"
+        ) from error
+    return config
+
+
+def _has_own_head(model_class: type[Any], stored: Mapping[str, LazyTensor]) -> bool:
+    """Whether the files have a head beside the embedding that is not the same: then it is not tied, whatever the
+    config says."""
+    for head, embedding in dict(getattr(model_class, "_tied_weights_keys", None) or {}).items():
+        first, second = (_stored_as(name, stored) for name in (head, embedding))
+        if first is None or second is None or first is second:
+            continue
+        if first.get_shape() != second.get_shape():
+            return True
+        for row in range(0, first.get_shape()[0], _ROWS):
+            if not torch.equal(first.peek(row, row + _ROWS), second.peek(row, row + _ROWS)):
+                return True
+    return False
+
+
+def _stored_as(name: str, stored: Mapping[str, LazyTensor]) -> LazyTensor | None:
+    """A tensor by the name that the model has for it; files may add a prefix, or leave one out."""
+    if name in stored:
+        return stored[name]
+    found = [key for key in stored if key.endswith(f".{name}") or ("." in key and name.endswith(f".{key}"))]
+    return stored[min(found, key=len)] if found else None
 
 
 def _model_class(config: PreTrainedConfig) -> type[Any]:
@@ -106,8 +182,6 @@ def _refuse_unsupported(config: PreTrainedConfig, text_config: PreTrainedConfig)
     name = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder model; only causal models are supported.")
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(f"{name}: quantized checkpoints are not supported yet; use bf16, fp16 or fp32.")
     layer_types = getattr(text_config, "layer_types", None) or ()
     recurrent = sorted({kind for kind in layer_types if any(word in kind for word in _RECURRENT_LAYER_TYPES)})
     if recurrent:
@@ -121,11 +195,18 @@ def _refuse_unsupported(config: PreTrainedConfig, text_config: PreTrainedConfig)
         raise UnsupportedModelError(f"{name} attends in both directions; only causal models are supported.")
 
 
-def _dtype(config: PreTrainedConfig, dtype: str) -> torch.dtype:
+def _dtype(config: PreTrainedConfig, dtype: str, stored: Mapping[str, LazyTensor]) -> torch.dtype:
+    """As asked for, or as the config says, or as most of the files' bytes are."""
     if dtype != "auto":
         return DTYPES[dtype]
-    stored = getattr(config, "dtype", None) or torch.float32
-    return stored if stored in DTYPES.values() else torch.float32
+    named = config.dtype
+    if isinstance(named, torch.dtype) and named in DTYPES.values():
+        return named
+    nbytes: Counter[torch.dtype] = Counter()
+    for tensor in stored.values() if named is None else ():
+        if tensor.get_dtype() in _STORED_DTYPES:
+            nbytes[_STORED_DTYPES[tensor.get_dtype()]] += tensor.nbytes
+    return nbytes.most_common(1)[0][0] if nbytes else torch.float32
 
 
 def _kv_shape(config: PreTrainedConfig) -> KVShape:
@@ -148,15 +229,34 @@ def _sliding_windows(config: PreTrainedConfig, num_layers: int) -> tuple[int | N
     return tuple(int(window) if kind == "sliding_attention" else None for kind in layer_types)
 
 
-def _max_position(config: PreTrainedConfig) -> int:
-    """Positions the model is made for. Rotary embeddings whose frequencies change with the longest sequence at hand
-    (`dynamic`, `longrope`) would make a request depend on its neighbours; they serve up to where the change begins.
-    """
+def _max_position(config: PreTrainedConfig, rope: RopeBorder | None) -> int:
+    """Positions the model is made for. Dynamic rotary embeddings stretch them by their factor."""
     most = int(getattr(config, "max_position_embeddings", None) or 2048)
-    rope = getattr(config, "rope_parameters", None) or {}
-    layers = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    if not any(part.get("rope_type") in ("dynamic", "longrope") for part in layers):
+    if rope is None:
         return most
-    original = [part.get("original_max_position_embeddings") for part in layers]
-    original.append(getattr(config, "original_max_position_embeddings", None))
-    return min([most, *(int(limit) for limit in original if limit)])
+    if config.model_type in _OWN_SCALES:  # chosen by the longest sequence of a batch, in its own forward pass
+        return min(most, rope.tokens)
+    factors = [part["factor"] for part in _moving_ropes(config) if part["rope_type"] == "dynamic"]
+    return min(int(most * min(factors, default=1.0)), _MOST_POSITIONS)
+
+
+def _moving_ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    return [part for part in parts if part.get("rope_type") in ("dynamic", "longrope")]
+
+
+def _rope_border(config: PreTrainedConfig) -> RopeBorder | None:
+    """Where frequencies begin to depend on a sequence's length; None where they never do."""
+    borders = {
+        config.max_position_embeddings if part["rope_type"] == "dynamic" else _original_length(config, part)
+        for part in _moving_ropes(config)
+    }
+    if not borders:
+        return None
+    exact = len(borders) > 1 or any(part["rope_type"] == "dynamic" for part in _moving_ropes(config))
+    return RopeBorder(min(borders), exact, restarts=config.model_type in _RESTARTING and not exact)
+
+
+def _original_length(config: PreTrainedConfig, part: Mapping[str, Any]) -> int:
+    return int(part.get("original_max_position_embeddings") or config.max_position_embeddings)

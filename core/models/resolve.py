@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import scan_cache_dir, snapshot_download
-from huggingface_hub.errors import CacheNotFound, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    CacheNotFound,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from core.defaults import DEMO_NAME
-from core.errors import ModelNotFoundError
+from core.errors import InvalidRequestError, ModelNotFoundError
+from core.logs import get_logger
+from core.models.formats import refuse_file
+
+logger = get_logger(__name__)
 
 DEMO_PATH = Path(__file__).parent / "demo"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+_REVISION = re.compile(r"[\w./-]{1,200}")
+_TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+"""What the hub's HTTP client raises, whichever that is."""
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 
 
@@ -40,16 +56,39 @@ class AvailableModel:
 def resolve_model(name: str | None, revision: str | None = None) -> ResolvedModel:
     """Find a model, downloading it from the hub if it is not there yet (safetensors and text files alone).
 
-    Raises `ModelNotFoundError`.
+    Raises `ModelNotFoundError`, `InvalidRequestError` for what can be no name, and `UnsupportedModelError` for a file.
     """
     if name is None or name == DEMO_NAME:
         return ResolvedModel(DEMO_NAME, DEMO_PATH)
-    directory = Path(name).expanduser()
-    if directory.is_dir():
-        return ResolvedModel(directory.resolve().name, directory.resolve())
+    place = _local(name)
+    if place is not None and place.is_dir():
+        return ResolvedModel(place.name, place)
+    if place is not None:
+        raise refuse_file(place)
     if not _HUB_ID.fullmatch(name):
         raise ModelNotFoundError(f"There is no directory {name!r}, and it is not a hub id (owner/name).", param="model")
+    if revision is not None and not _REVISION.fullmatch(revision):
+        raise InvalidRequestError(f"{revision!r} can be no branch, tag or commit.", param="revision")
     return _from_hub(name, revision)
+
+
+def _local(name: str) -> Path | None:
+    """The directory or file of this name, if there is one."""
+    if "\0" in name:
+        raise InvalidRequestError("model must not hold a NUL character.", param="model")
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+        return path.resolve()
+    except RuntimeError as error:
+        raise InvalidRequestError(
+            f"{name!r} begins with the home of a user who is not known.", param="model"
+        ) from error
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
+        raise InvalidRequestError(f"{name[:200]!r} cannot be looked at: {reason}.", param="model") from error
 
 
 def _from_hub(name: str, revision: str | None) -> ResolvedModel:
@@ -58,12 +97,37 @@ def _from_hub(name: str, revision: str | None) -> ResolvedModel:
             path = snapshot_download(name, revision=revision, allow_patterns=_FILES, local_files_only=True)
         except LocalEntryNotFoundError:
             path = snapshot_download(name, revision=revision, allow_patterns=_FILES)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelNotFoundError(
-            f"{name!r} is neither a local directory nor a model that the hub gives: {reason}", param="model"
-        ) from error
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, _TRANSPORT_ERROR, OSError) as error:
+        logger.warning("a model cannot be had from the hub", model=name, revision=revision, error=repr(error))
+        raise ModelNotFoundError(_why_not(name, revision, error), param="model") from error
     return ResolvedModel(name, Path(path), revision)
+
+
+def _why_not(name: str, revision: str | None, error: Exception) -> str:
+    """What keeps a model from being had from the hub, and what to do. Kinds of errors come before their families."""
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+        error = error.__cause__
+    if isinstance(error, GatedRepoError):
+        return f"{name!r} is gated: accept its terms on the hub, and set HF_TOKEN to a token of that account."
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"{name!r} is neither a local directory nor a model of the hub; for a private one, set HF_TOKEN to a token "
+            "that may read it."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"{name!r} has no revision {revision!r} on the hub."
+    if isinstance(error, HFValidationError):
+        return f"There is no directory {name!r}, and it is not a hub id (owner/name)."
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        return f"The hub does not give {name!r}: it answers {status}. Try again later, or give a local directory."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        return f"{name!r} cannot be kept on this disk: {error.strerror}. HF_HOME says where the hub's files go."
+    return (
+        f"{name!r} is neither a local directory nor in the hub's cache, and there is no connection to the hub. Connect "
+        "this machine (HTTPS_PROXY and HF_ENDPOINT are heeded, HF_HUB_OFFLINE must not be set), or download the model "
+        "elsewhere and give its directory."
+    )
 
 
 def available_models() -> list[AvailableModel]:
@@ -78,11 +142,11 @@ def available_models() -> list[AvailableModel]:
             continue
         for revision in sorted(repo.revisions, key=lambda item: -item.last_modified)[:1]:
             path = revision.snapshot_path
-            if (path / "config.json").exists() and any(path.glob("*.safetensors")):
+            if (path / "config.json").exists() and any(path.rglob("*.safetensors")):
                 found.append(_entry(repo.repo_id, path))
     return found
 
 
 def _entry(name: str, path: Path) -> AvailableModel:
-    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in path.rglob("*.safetensors"))
     return AvailableModel(name, str(path), size)

@@ -21,8 +21,11 @@ from transformers.utils import logging as transformers_logging
 
 from core.costs import Experts
 from core.errors import CheckpointError, UnsupportedModelError
+from core.logs import get_logger
 from core.models.architecture import Architecture
 from core.models.checkpoint import Checkpoint
+
+logger = get_logger(__name__)
 
 # Modules beside the layers, by the names that architectures give them.
 BEFORE_LAYERS = {
@@ -152,10 +155,13 @@ def load_stage(
     Raises `CheckpointError` if the checkpoint lacks tensors or their shapes do not fit the config.
     """
     try:
-        with Checkpoint(path, on_read) as checkpoint:
+        with (checkpoint := Checkpoint(path, on_read)):
             model, info = build_stage(architecture, part, device, checkpoint.tensors(), attention)
     except (RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{path.name} does not match its config: {error}") from error
+        if checkpoint.damage is not None:
+            raise checkpoint.damage from error
+        logger.warning("a stage cannot be loaded", model=path.name, error=repr(error))
+        raise CheckpointError(f"The tensors of {path.name} do not match its config.json.") from error
     missing, mismatched = sorted(info["missing_keys"]), sorted(str(item) for item in info["mismatched_keys"])
     if missing:
         raise CheckpointError(f"{path.name} lacks {len(missing)} tensors, such as {missing[0]}.")
@@ -165,9 +171,11 @@ def load_stage(
 
 
 def build_stage(
-    architecture: Architecture, part: StageSlice, device: torch.device, tensors: Mapping[str, Any], attention: str
-) -> tuple[Any, dict[str, Any]]:
-    """The causal model of one stage on `device` from tensors by name, cut, in eval mode; and transformers' report."""
+    architecture: Architecture, part: StageSlice, device: torch.device, tensors: Mapping[str, Any], attention: str,
+    *, may_mismatch: bool = False,
+) -> tuple[Any, dict[str, Any]]:  # fmt: skip
+    """The causal model of one stage on `device` from tensors by name, cut, in eval mode; and transformers' report.
+    Tensors of a wrong shape are an error unless they `may_mismatch`; then the report has them."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -181,6 +189,7 @@ def build_stage(
             attn_implementation=attention,
             generation_config=GenerationConfig(),
             output_loading_info=True,
+            ignore_mismatched_sizes=may_mismatch,
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -226,10 +235,23 @@ class ModelBytes:
         return self.layers[layer] - (self.experts.unread_bytes(layer, tokens) if self.experts else 0.0)
 
 
+def blank_model(architecture: Architecture) -> Any:
+    """The whole model on `meta`. Raises `CheckpointError` for a config that its class cannot build a model of."""
+    try:
+        with torch.device("meta"):
+            return architecture.model_class._from_config(architecture.config, dtype=architecture.dtype)
+    except Exception as error:  # whatever the class makes of numbers and names that nobody has checked
+        logger.warning("no model can be built of a config", model=architecture.model_type, error=repr(error))
+        raise CheckpointError(
+            f"config.json does not describe a {architecture.model_class.__name__} that can be built "
+            f"({type(error).__name__}; the log has the cause).",
+            param="model",
+        ) from error
+
+
 def measure_bytes(architecture: Architecture, packing: Callable[[nn.Module], int] | None = None) -> ModelBytes:
     """Count every parameter on `meta`, without weights; `packing` says what a module takes beyond its parameters."""
-    with torch.device("meta"):
-        model = architecture.model_class._from_config(architecture.config, dtype=architecture.dtype)
+    model = blank_model(architecture)
     decoder, list_name = find_decoder(model, architecture.num_layers)
     blocks, head = list(getattr(decoder, list_name)), model.get_output_embeddings()
 

@@ -24,6 +24,7 @@ from core.costs import Experts
 from core.errors import UnsupportedModelError
 from core.execution.attention.interface import ATTENTION_NAME, bind
 from core.execution.attention.metadata import AttentionSpec
+from core.execution.rotary import token_ropes
 from core.execution.sampler import Sampler, SamplingRow
 from core.logs import get_logger
 from core.models.architecture import Architecture
@@ -37,6 +38,9 @@ _MARGIN = 1.1
 
 _STEPS_OF_GATES = 5
 """Tensors that are made on the way from gate and up to what goes down: clamped, halves, sigmoid, products."""
+
+_NOT_ON_META = (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+"""What forward passes end with that look at numbers, or at fields of a config that are not what they should be."""
 
 _VOCAB, _ROWS = 512, 4
 _EVERYTHING = SamplingParams(
@@ -132,11 +136,13 @@ def measure_workspace(
         model = _blank(architecture, experts)
         names = ("input_ids", "position_ids")
         inputs = {name: torch.zeros((1, tokens), dtype=torch.int64, device="meta") for name in names}
+        for rope in token_ropes(model):
+            rope.lengths = torch.ones(tokens, dtype=torch.int64, device="meta")
         keep = torch.zeros(rows, dtype=torch.int64, device="meta")
         known = (*model.parameters(), *model.buffers())
         layers = peak_of(lambda: model.base_model(use_cache=False, **inputs)[0], known)
         whole = peak_of(lambda: model(use_cache=False, logits_to_keep=keep, **inputs).logits, known)
-    except (RuntimeError, NotImplementedError, TypeError, UnsupportedModelError) as error:
+    except (*_NOT_ON_META, UnsupportedModelError) as error:
         logger.info("workspace is estimated", model=architecture.model_type, reason=str(error).splitlines()[0])
         return None
     sampling = _sampling_bytes() * rows * architecture.vocab_size
