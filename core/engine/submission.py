@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core.batching.sequence import Request
+from core.batching.sequence import RawAnswer, Request
 from core.batching.sequence import Sequence as TokenSequence
 from core.defaults import DEFAULT_OWNER
 from core.errors import ContextLengthError, InvalidRequestError
@@ -60,8 +60,8 @@ def make_request(
     max_tokens = params.max_tokens if params.max_tokens is not None else room
     if max_tokens > room:
         raise ContextLengthError(
-            f"This model's context holds {model.max_model_len} tokens; the prompt has {len(tokens)} and "
-            f"{max_tokens} more were asked for.",
+            f"This model's maximum context length is {model.max_model_len} tokens, but the prompt has {len(tokens)} "
+            f"and {max_tokens} more were asked for.",
             param="max_tokens",
         )
     if params.num_sequences > params.n and params.logprobs is None:
@@ -86,18 +86,35 @@ def make_request(
     return request
 
 
+def make_raw_request(
+    model: LoadedModel, token_ids: Sequence[int], raw: RawAnswer, *, request_id: str, owner: str = DEFAULT_OWNER
+) -> Request:
+    """A request for numbers of its prompt. Raises `InvalidRequestError` or `ContextLengthError`."""
+    tokens = list(token_ids)
+    check_prompt(tokens, model, reserve=0)
+    request = Request(request_id, tokens, SamplingParams(detokenize=False), 0, owner=owner, raw=raw)
+    request.sequences = [TokenSequence(request, 0, 0, list(tokens))]
+    return request
+
+
 def check_prompt(tokens: Sequence[object], model: LoadedModel, *, reserve: int = 1) -> None:
     """A prompt has tokens, all of them in the vocabulary, and leaves room for `reserve` more."""
     if not tokens:
         raise InvalidRequestError("The prompt is empty.", param="prompt")
+    check_length(len(tokens), model, reserve=reserve)
     vocab = model.vocab_size
     for token in tokens:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
             raise InvalidRequestError(
                 f"Token ids must be integers from 0 to {vocab - 1}, got {token!r}.", param="prompt"
             )
-    if len(tokens) + reserve > model.max_model_len:
+
+
+def check_length(num_tokens: int, model: LoadedModel, *, reserve: int = 1, param: str = "prompt") -> None:
+    """Raise `ContextLengthError` unless so many tokens leave room for `reserve` more."""
+    if num_tokens + reserve > model.max_model_len:
         raise ContextLengthError(
-            f"This model's context holds {model.max_model_len} tokens, but the prompt has {len(tokens)}.",
-            param="prompt",
+            f"This model's maximum context length is {model.max_model_len} tokens, but {param} has {num_tokens}"
+            f"{', and at least one more is generated' if num_tokens == model.max_model_len else ''}.",
+            param=param,
         )

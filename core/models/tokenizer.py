@@ -1,8 +1,9 @@
 """Text to token ids and back, over a checkpoint's own fast tokenizer.
 
-Transformers reads the files and renders chat templates; encoding and decoding go straight to the `tokenizers` object.
-That object is never changed after loading, so any number of threads may use one `Tokenizer` (transformers' own
-`__call__` switches truncation and padding on it, which fails with "Already borrowed" when threads meet).
+Transformers reads the files, and renders chat templates (`core.models.chat_template`); encoding and decoding go
+straight to the `tokenizers` object. That object is never changed after loading, so any number of threads may use one
+`Tokenizer` (transformers' own `__call__` switches truncation and padding on it, which fails with "Already borrowed"
+when threads meet).
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tokenizers
 from transformers import AutoTokenizer
 
-from core.errors import ChatTemplateError, CheckpointError, InvalidRequestError, UnsupportedModelError
+from core.errors import (
+    ChatTemplateError,
+    CheckpointError,
+    ContextLengthError,
+    InvalidRequestError,
+    UnsupportedModelError,
+)
+from core.models import chat_template as templates
+from core.models.text_bound import text_bound
 from core.models.token_pieces import TokenPieces
-
-_TEMPLATE_ERRORS = (
-    jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError,
-)  # fmt: skip
-"""What rendering raises for messages that a template does not expect: Jinja runs the template as Python code."""
 
 
 class Tokenizer:
@@ -41,10 +44,13 @@ class Tokenizer:
         self._hf = tokenizer
         self._backend = backend
         self._pieces = TokenPieces(backend)
+        self._bound = text_bound(backend)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.eos_token_id: int | None = tokenizer.eos_token_id
         parameters = inspect.signature(tokenizer.apply_chat_template).parameters
-        self._reserved_kwargs = frozenset(parameters) | {"messages", "self"}
+        self._reserved_kwargs = frozenset(parameters) | {"messages", "conversations", "self"}
+        if tokenizer.chat_template is not None:
+            templates.warm_up()
 
     @classmethod
     def from_directory(cls, path: str | Path, chat_template: str | None = None) -> Tokenizer:
@@ -63,24 +69,40 @@ class Tokenizer:
             tokenizer.chat_template = chat_template
         return cls(tokenizer)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, context: int | None = None) -> list[int]:
         """Token ids of `text`. Special tokens written out in it are recognised, as in Hugging Face's tokenizers.
 
-        Raises `InvalidRequestError` for text that is not valid Unicode (lone surrogates).
+        Raises `InvalidRequestError` for text that is not valid Unicode (lone surrogates), and `ContextLengthError` for
+        text so long that it cannot have at most `context` tokens, before it is read.
         """
         try:
-            text.encode("utf-8")
+            num_bytes = len(text.encode("utf-8"))
         except UnicodeEncodeError as error:
             raise InvalidRequestError(
                 f"The text is not valid Unicode: lone surrogate at character {error.start}.", param="prompt"
             ) from error
+        if context is not None and (least := self.least_tokens(text, num_bytes)) > context:
+            raise ContextLengthError(
+                f"This model's maximum context length is {context} tokens, but the text has {num_bytes} bytes, which "
+                f"are at least {least} tokens.",
+                param="prompt",
+            )
         # A batch of one, because `encode` would hold the interpreter's lock all the time.
         encoding = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         return list(encoding.ids)
 
+    def least_tokens(self, text: str, num_bytes: int) -> int:
+        """Fewest tokens that `text`, of so many bytes, can come to; 0 if nothing can be said."""
+        if self._bound is None:
+            return 0
+        if self._bound.drops_space:
+            num_bytes = len("".join(text.split()).encode())
+        return int(num_bytes / self._bound.bytes_per_token)
+
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `token_ids`; ids beyond the vocabulary have none."""
-        return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+        # A batch of one, as in `encode`.
+        return str(self._backend.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)[0])
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for within a text, its leading space included; empty beyond the vocabulary."""
@@ -101,31 +123,34 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        context: int | None = None,
     ) -> list[int]:
-        """Token ids of a conversation under the model's chat template, rendered in transformers' sandbox.
+        """Token ids of a conversation under the model's chat template; `context` is as for `encode`.
 
-        Raises `ChatTemplateError` if there is no template or it refuses the messages, and `InvalidRequestError` for
-        `chat_template_kwargs` that are not plain scalars or would replace what the server sets.
+        Raises `ChatTemplateError` if there is no template, or it refuses the messages or breaks its limits, and
+        `InvalidRequestError` for `chat_template_kwargs` that are not plain scalars or would replace what the server
+        sets.
         """
         kwargs = dict(chat_template_kwargs or {})
         self._check_kwargs(kwargs)
         if self._hf.chat_template is None:
             raise ChatTemplateError("The model has no chat template; use /v1/completions instead.", param="messages")
         try:
-            text = self._hf.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                **kwargs,
-            )
-        except _TEMPLATE_ERRORS as error:
-            reason = str(error) or type(error).__name__
-            raise ChatTemplateError(f"The chat template refused the messages: {reason}", param="messages") from error
+            template = self._hf.get_chat_template()
+        except ValueError as error:  # there are several, none of them the default
+            raise ChatTemplateError(f"The model's chat template cannot be used: {error}", param="messages") from error
+        text = templates.render(
+            template,
+            messages,
+            {**self._hf.special_tokens_map, **kwargs},
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
         try:
-            return self.encode(text, add_special_tokens=False)
+            return self.encode(text, add_special_tokens=False, context=context)
         except InvalidRequestError as error:
-            raise InvalidRequestError(error.message, param="messages") from error
+            error.param = "messages"
+            raise
 
     def _check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
         for name, value in kwargs.items():

@@ -1,0 +1,195 @@
+"""Chat templates, rendered by processes of their own.
+
+A template comes with a checkpoint and is a program: it can multiply a string until memory ends, or loop for ever. No
+sandbox within this process could stop every way of doing that (most are a single call into C), so transformers renders
+it in a worker that has a limit of memory, and that is ended when its time is over. What is rendered is exactly what
+`apply_chat_template` gives.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from core.errors import ChatTemplateError, UnavailableError
+from core.logs import get_logger
+from core.models import template_worker
+
+logger = get_logger(__name__)
+
+RENDER_S = 5.0
+"""A rendering takes milliseconds."""
+START_S = 60.0
+MAX_WORKERS = 4
+WAIT_S = 30.0
+"""How long a request waits for a worker while all of them are busy."""
+SPARE_CHARACTERS = 4 * 1024 * 1024
+MAX_GROWTH = 4
+"""A rendering may have so many times the characters of its messages, and some more."""
+
+
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    variables: Mapping[str, Any],
+    *,
+    add_generation_prompt: bool,
+    continue_final_message: bool,
+) -> str:
+    """What transformers makes of `template`, with `variables` beside the messages.
+
+    Raises:
+        ChatTemplateError: the template refuses the messages, or takes more time, memory or room than it may.
+        UnavailableError: all workers are busy, for long.
+    """
+    job = {
+        **variables,
+        "chat_template": template,
+        "messages": list(messages),
+        "add_generation_prompt": add_generation_prompt,
+        "continue_final_message": continue_final_message,
+    }
+    size = len(json.dumps([job["messages"], dict(variables)]))
+    answer = _workers.run({"job": job, "limit": MAX_GROWTH * size + SPARE_CHARACTERS})
+    if "text" in answer:
+        return cast(str, answer["text"])
+    if "broke" in answer:
+        logger.error("a chat template broke its limits", reason=answer["broke"])
+        raise ChatTemplateError(f"The model's chat template {answer['broke']}.", param="messages")
+    raise ChatTemplateError(f"The chat template refused the messages: {answer['error']}", param="messages")
+
+
+def warm_up() -> None:
+    """Have a worker ready for the first rendering. Returns at once."""
+    _workers.warm_up()
+
+
+def worker_pids() -> set[int]:
+    """The processes that are there and idle."""
+    return _workers.pids()
+
+
+class _Worker:
+    """One process; used by one thread at a time."""
+
+    def __init__(self) -> None:
+        self._overdue = False
+        self._spoiled = False
+        self._ready = False
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", template_worker.__file__, json.dumps([str(Path(p).resolve()) for p in sys.path])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the server, which then finishes what it has begun
+            env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def usable(self) -> bool:
+        return not (self._overdue or self._spoiled) and self._process.poll() is None
+
+    def run(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The worker's answer. Whatever ends it says what the template did."""
+        if not self._ready:
+            if self._within(START_S, None) != "ready":
+                raise UnavailableError("No process could be started that renders the chat template.")
+            self._ready = True
+        answer = self._within(RENDER_S, message)
+        if answer is not None:
+            self._spoiled = "broke" in answer  # what it took it may not have given back
+            return cast("dict[str, Any]", answer)
+        if self._overdue:
+            return {"broke": f"takes longer than {RENDER_S:g} s"}
+        return {"broke": "ended the process that renders it, by what it took of memory or the stack"}
+
+    def _within(self, seconds: float, message: dict[str, Any] | None) -> Any:
+        """Send a message, if there is one, and read one; None: the process has ended, or was, because it took long."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        clock = threading.Timer(seconds, self._end_overdue)
+        clock.daemon = True
+        clock.start()
+        try:
+            if message is not None:
+                self._process.stdin.write(json.dumps(message).encode() + b"\n")
+                self._process.stdin.flush()
+            line = self._process.stdout.readline()
+            return json.loads(line) if line.endswith(b"\n") else None
+        except BrokenPipeError:
+            return None
+        finally:
+            clock.cancel()
+            clock.join()
+
+    def _end_overdue(self) -> None:
+        self._overdue = True
+        self._process.kill()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):  # what was not sent any more
+                    stream.close()
+
+
+class _Workers:
+    """At most `MAX_WORKERS` of them, kept while they are sound. Any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._room = threading.BoundedSemaphore(MAX_WORKERS)
+        self._idle: list[_Worker] = []
+        atexit.register(self.close)
+
+    def warm_up(self) -> None:
+        with self._lock:
+            if not self._idle:
+                self._idle.append(_Worker())
+
+    def pids(self) -> set[int]:
+        with self._lock:
+            return {worker.pid for worker in self._idle}
+
+    def run(self, message: dict[str, Any]) -> dict[str, Any]:
+        if not self._room.acquire(timeout=WAIT_S):
+            raise UnavailableError("The processes that render chat templates are all busy.", retry_after_s=RENDER_S)
+        try:
+            with self._lock:
+                worker = self._idle.pop() if self._idle else None
+            if worker is not None and not worker.usable:
+                worker.close()
+                worker = None
+            worker = worker or _Worker()
+            try:
+                return worker.run(message)
+            finally:
+                if worker.usable:
+                    with self._lock:
+                        self._idle.append(worker)
+                else:
+                    worker.close()
+        finally:
+            self._room.release()
+
+    def close(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for worker in idle:
+            worker.close()
+
+
+_workers = _Workers()
