@@ -307,7 +307,12 @@ class SecuritySettings(Section):
 
     production: bool = _setting(False, "Strict mode: refuses to start on a weak setting.", env="VRM_PRODUCTION")
     read_only: bool = _setting(False, "Refuse every request that would change something.", env="VRM_READ_ONLY")
-    disable_rate_limit: bool = _setting(False, "No rate limiting.", env="VRM_DISABLE_RATE_LIMIT")
+    requests_per_minute: int = _setting(
+        30_000, "Requests that one key may send in a minute; further ones are answered 429.", ge=1, le=10**9
+    )
+    disable_rate_limit: bool = _setting(
+        False, "No rate limiting, of keys or of wrong tokens.", env="VRM_DISABLE_RATE_LIMIT"
+    )
 
 
 class LoggingSettings(Section):

@@ -11,6 +11,7 @@ from core.api import management, memory, monitoring, native, tokens
 from core.api.context import EXTENSION, REQUEST_ID_HEADER, ApiContext, LiveRequests, check_policies, register_hooks
 from core.api.errors import register_error_handlers
 from core.api.openai import batch, chat, completions, models
+from core.security.access import CallerLimits
 from core.security.token import resolve_token
 
 if TYPE_CHECKING:
@@ -47,7 +48,9 @@ def create_app(pipeline: InferencePipeline, *, token: str | None = None) -> Flas
     app = Flask(__name__, static_folder=None)
     # One more than is accepted: Werkzeug cuts a chunked body off there, and `read_request` then knows it is too long.
     app.config["MAX_CONTENT_LENGTH"] = settings.api.max_body_bytes + 1
-    app.extensions[EXTENSION] = ApiContext(pipeline, token, LiveRequests())
+    security = settings.security
+    limits = None if security.disable_rate_limit else CallerLimits(security.requests_per_minute)
+    app.extensions[EXTENSION] = ApiContext(pipeline, token, LiveRequests(), limits)
     register_error_handlers(app)
     register_hooks(app)
     for blueprint in BLUEPRINTS:

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from core.batching.intake import Intake, Load
 from core.batching.output import RequestHandle
 from core.batching.sequence import RawAnswer
 from core.batching.stats import BatcherStats
@@ -123,7 +124,9 @@ def fake_engine(model: LoadedModel) -> Any:
         load_s=0.0,
         kv=SimpleNamespace(block_size=16, capacity_tokens=CONTEXT, pool=SimpleNamespace(num_blocks=CONTEXT // 16)),
         memory=SimpleNamespace(overflow=None, tiers=None),
-        batcher=SimpleNamespace(alive=True, error=None, breaker=breaker, stats=BatcherStats(), num_unfinished=0),
+        batcher=SimpleNamespace(
+            alive=True, error=None, breaker=breaker, stats=BatcherStats(), intake=Intake(Load(320, 1 << 22), "")
+        ),
     )
 
 
