@@ -170,7 +170,19 @@ class EngineSettings(Section):
         ge=1,
         le=64,
     )
-    max_queue: int = _setting(256, "Requests that may wait; further ones are answered 429.", ge=1, le=1 << 20)
+    max_queue: int = _setting(
+        256,
+        "Sequences that may wait beside those that run, n or best_of for each prompt; further ones are answered 429.",
+        ge=1,
+        le=1 << 20,
+    )
+    max_queued_tokens: int = _setting(
+        1 << 22,
+        "Tokens of the prompts of all sequences that run and wait; further ones are answered 429. One prompt as long "
+        "as the context always fits.",
+        ge=1,
+        le=1 << 32,
+    )
     block_size: int = _setting(16, "Tokens per block of the KV cache.", ge=1, le=1024)
     kv_cache_tokens: int | None = _setting(None, "Size of the KV cache in tokens. Not set: as many as fit.", ge=1)
     enable_prefix_caching: bool = _setting(True, "Reuse the KV cache of prompts that begin alike.")
@@ -300,7 +312,12 @@ class SecuritySettings(Section):
 
     production: bool = _setting(False, "Strict mode: refuses to start on a weak setting.", env="VRM_PRODUCTION")
     read_only: bool = _setting(False, "Refuse every request that would change something.", env="VRM_READ_ONLY")
-    disable_rate_limit: bool = _setting(False, "No rate limiting.", env="VRM_DISABLE_RATE_LIMIT")
+    requests_per_minute: int = _setting(
+        30_000, "Requests that one key may send in a minute; further ones are answered 429.", ge=1, le=10**9
+    )
+    disable_rate_limit: bool = _setting(
+        False, "No rate limiting, of keys or of wrong tokens.", env="VRM_DISABLE_RATE_LIMIT"
+    )
 
 
 class LoggingSettings(Section):

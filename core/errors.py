@@ -16,6 +16,7 @@
     ├── NotFoundError                   404  not_found_error
     │   └── ModelNotFoundError          404  code=model_not_found
     ├── ConflictError                   409  conflict_error
+    ├── RateLimitError                  429  code=rate_limit_exceeded (Retry-After)
     ├── QueueFullError                  429  rate_limit_error (Retry-After)
     ├── ModelError                      400  model_error
     │   ├── UnsupportedModelError       400  code=unsupported_model
@@ -156,6 +157,18 @@ class ConflictError(VRAMancerError):
     status = 409
     type = "conflict_error"
     code = "conflict"
+
+
+class RateLimitError(VRAMancerError):
+    """More requests, or more wrong tokens, than a caller may send in a while; come back after ``retry_after_s``."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class QueueFullError(VRAMancerError):

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
+from core.batching.intake import Load
 from core.batching.output import RequestHandle, Sink
+from core.batching.sequence import RawAnswer, RawOutput, RawPositions, Request
 from core.config import Settings
 from core.defaults import DEFAULT_OWNER, DEMO_NAME
 from core.devices import DeviceReader, open_main_memory, parse_link
 from core.engine.keeper import EngineKeeper
 from core.engine.model_engine import ModelEngine, ProgressCall
-from core.engine.raw_inference import run_raw
 from core.engine.relocation import Relocation
-from core.engine.submission import LoadedModel, check_prompt, make_request
-from core.errors import EngineMovedError, ModelChangedError, ModelNotLoadedError
+from core.engine.submission import LoadedModel, make_raw_request, make_request
+from core.errors import ConflictError, EngineMovedError, ModelChangedError, ModelNotLoadedError
 from core.logs import get_logger
 from core.metrics import MetricsRegistry
 from core.request import SamplingParams
@@ -180,22 +181,32 @@ class InferencePipeline:
         self, requests: Sequence[tuple[Sequence[int], SamplingParams]], ids: Sequence[str], priority: int, owner: str,
         sink: Sink | None = None, model: LoadedModel | None = None,
     ) -> list[RequestHandle]:  # fmt: skip
-        """To the engine that serves, also if that changes right now."""
+        seed = self.settings.runtime.default_seed
+
+        def make(engine: ModelEngine) -> list[Request]:
+            each = [(params.num_sequences, len(tokens)) for tokens, params in requests]
+            engine.batcher.intake.check_size(Load(sum(n for n, _ in each), sum(n * length for n, length in each)))
+            return [
+                make_request(
+                    engine.model, tokens, params, priority=priority, request_id=name, owner=owner, default_seed=seed
+                )
+                for (tokens, params), name in zip(requests, ids, strict=True)
+            ]
+
+        return self._start(make, sink, model)
+
+    def _start(
+        self, make: Callable[[ModelEngine], list[Request]], sink: Sink | None, model: LoadedModel | None
+    ) -> list[RequestHandle]:
+        """Submit what `make` makes for the engine that serves, also if that changes right now."""
         while True:
             engine = self.engine
             if model is not None and engine.model.tokenizer is not model.tokenizer:
                 raise ModelChangedError(f"{model.name} has just been replaced by {engine.model.name}; try again.")
             if self._keeper.closing:
                 self._keeper.refuse_when_closing()
-            made = [
-                make_request(
-                    engine.model, tokens, params, priority=priority, request_id=name, owner=owner,
-                    default_seed=self.settings.runtime.default_seed,
-                )
-                for (tokens, params), name in zip(requests, ids, strict=True)
-            ]  # fmt: skip
             try:
-                return engine.batcher.submit(made, sink=sink)
+                return engine.batcher.submit(make(engine), sink=sink)
             except EngineMovedError:
                 if self._keeper.engine is engine:
                     raise
@@ -213,22 +224,37 @@ class InferencePipeline:
                 found = True
         return found
 
-    def infer(
+    def submit_raw(
         self,
         token_ids: Sequence[int],
+        raw: RawAnswer,
         *,
-        output: Literal["logits", "hidden_states"] = "logits",
-        positions: Literal["last", "all"] = "last",
+        request_id: str | None = None,
+        sink: Sink | None = None,
+        model: LoadedModel | None = None,
+        owner: str = DEFAULT_OWNER,
+    ) -> RequestHandle:
+        """Start one forward pass over the tokens, in pieces between the steps of other requests. Once the handle has
+        its last output, `raw` has the numbers, unless the request was aborted. The rest is as for `submit_many`."""
+        name = request_id or f"req-{uuid.uuid4().hex}"
+
+        def make(engine: ModelEngine) -> list[Request]:
+            return [make_raw_request(engine.model, token_ids, raw, request_id=name, owner=owner)]
+
+        return self._start(make, sink, model)[0]
+
+    def infer(
+        self, token_ids: Sequence[int], *, output: RawOutput = "logits", positions: RawPositions = "last"
     ) -> torch.Tensor:
         """One raw forward pass over the tokens. Returns fp32 on the CPU, `[P, vocab]` or `[P, hidden_size]`.
 
-        Raises `InvalidRequestError`, `ContextLengthError`, `QueueFullError` if no KV blocks are free for it, and
-        `UnavailableError` if the engine does not come to it.
+        Raises `ConflictError` if it was cancelled, and whatever `submit` does.
         """
-        engine = self.engine
-        tokens = list(token_ids)
-        check_prompt(tokens, engine.model, reserve=0)
-        return engine.batcher.intake.call_within(lambda: run_raw(engine, tokens, output, positions))
+        raw = RawAnswer(output, positions)
+        (completion,) = self.submit_raw(token_ids, raw).result().completions
+        if completion.finish_reason != "stop":
+            raise ConflictError("The request was cancelled.")
+        return torch.from_numpy(raw.values())
 
     # -- state ------------------------------------------------------------------------------------------------------
 

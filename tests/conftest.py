@@ -16,6 +16,7 @@ import transformers
 from plain_settings import CACHE_DIR, make_settings
 
 from core.inference_pipeline import InferencePipeline
+from core.models import chat_template
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
@@ -35,7 +36,8 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     left = sorted(_engine_threads() - threads)
     assert not left or "shared_pipelines" in request.fixturenames, f"threads left behind: {left}"
-    orphans = [child for child in psutil.Process().children(recursive=True) if child.pid not in children]
+    known = children | chat_template.worker_pids()  # which are kept, and end with this process
+    orphans = [child for child in psutil.Process().children(recursive=True) if child.pid not in known]
     assert not orphans, f"processes left behind: {orphans}"
 
 

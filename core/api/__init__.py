@@ -11,7 +11,7 @@ from core.api import management, memory, monitoring, native, tokens
 from core.api.context import EXTENSION, REQUEST_ID_HEADER, ApiContext, LiveRequests, check_policies, register_hooks
 from core.api.errors import register_error_handlers
 from core.api.openai import batch, chat, completions, models
-from core.security.access import TOKEN_HEADERS
+from core.security.access import TOKEN_HEADERS, CallerLimits
 from core.security.token import resolve_token
 
 if TYPE_CHECKING:
@@ -59,7 +59,9 @@ def create_app(pipeline: InferencePipeline, *, token: str | None = None) -> Flas
     app = Flask(__name__, static_folder=None)
     # One more than is accepted: Werkzeug cuts a chunked body off there, and `read_request` then knows it is too long.
     app.config["MAX_CONTENT_LENGTH"] = settings.api.max_body_bytes + 1
-    app.extensions[EXTENSION] = ApiContext(pipeline, token, LiveRequests())
+    security = settings.security
+    limits = None if security.disable_rate_limit else CallerLimits(security.requests_per_minute)
+    app.extensions[EXTENSION] = ApiContext(pipeline, token, LiveRequests(), limits)
     app.url_map.strict_slashes = False
     app.url_map.redirect_defaults = False  # an alias answers itself
     register_error_handlers(app)

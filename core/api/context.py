@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, cast
 import structlog
 from flask import Flask, Response, current_app, g, request
 
-from core.errors import ModelNotFoundError
+from core.errors import AuthenticationError, ModelNotFoundError
 from core.logs import get_logger
-from core.security.access import authorize, given_tokens, policy_of
+from core.security.access import CallerLimits, Principal, authorize, given_tokens, policy_of
 from core.security.admission import REFUSAL_KEY
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class ApiContext:
     pipeline: InferencePipeline
     token: str
     live: LiveRequests
+    limits: CallerLimits | None = None
 
 
 def api_context() -> ApiContext:
@@ -112,7 +113,24 @@ def _authorize() -> None:
     given = given_tokens(request.environ)
     declared = policy_of(current_app.view_functions[request.endpoint]) if request.endpoint is not None else None
     read_only = context.pipeline.settings.security.read_only
-    g.principal = authorize(declared, request.method, given, context.token, read_only=read_only)
+    try:
+        g.principal = authorize(declared, request.method, given, context.token, read_only=read_only)
+    except AuthenticationError:
+        _limit(context.limits, None, has_token=any(given))
+        raise
+    _limit(context.limits, g.principal, has_token=any(given))
+
+
+def _limit(limits: CallerLimits | None, principal: Principal | None, *, has_token: bool) -> None:
+    """Count the request by its key, or else by its address. A token that is wrong counts on public routes too, since
+    their answers tell it from the right one."""
+    if limits is None:
+        return
+    is_quiet = request.url_rule is not None and request.url_rule.rule in QUIET_RULES
+    if principal is None and (has_token or not is_quiet):
+        limits.check_stranger(request.remote_addr, wrong_token=has_token)
+    elif principal is not None and not is_quiet:
+        limits.check_key(principal.owner)
 
 
 def check_policies(app: Flask) -> None:

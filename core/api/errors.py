@@ -15,6 +15,7 @@ from core.errors import (
     InvalidRequestError,
     NotFoundError,
     PayloadTooLargeError,
+    UnavailableError,
     VRAMancerError,
 )
 from core.logs import get_logger
@@ -98,6 +99,8 @@ def _answer_disconnected(_: ClientDisconnectedError) -> Response:
 
 
 def _answer_unexpected(error: Exception) -> Response:
-    """A bug. Registered for Exception, as the last resort of every request."""
+    """A bug, or no memory. Registered for Exception, as the last resort of every request."""
     log.error("request failed unexpectedly", error=repr(error), exc_info=error)
+    if isinstance(error, MemoryError):
+        return _answer_error(UnavailableError("The server has too little memory for this request."))
     return json_response(unexpected_error_body(), 500)

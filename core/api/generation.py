@@ -22,6 +22,7 @@ from core.api.body import to_json
 from core.api.context import api_context
 from core.api.errors import ClientDisconnectedError, unexpected_error_body
 from core.batching.output import Gathered, RequestHandle, Sink
+from core.batching.sequence import RawAnswer
 from core.engine.submission import LoadedModel
 from core.errors import InvalidRequestError, VRAMancerError
 from core.logs import get_logger
@@ -134,18 +135,38 @@ def start_generation(
     Raises:
         VRAMancerError: whatever the pipeline refuses the requests for.
     """
+    pipeline = api_context().pipeline
+    try:
+        return _started(
+            prefix,
+            lambda generation_id, sink, owner: pipeline.submit_many(
+                requests, priority=priority or 0, request_id=generation_id, sink=sink, model=model, owner=owner
+            ),
+        )
+    except InvalidRequestError as error:
+        error.param = (names or {}).get(error.param or "", error.param)
+        raise
+
+
+def start_inference(token_ids: Sequence[int], raw: RawAnswer, model: LoadedModel) -> Generation:
+    """The same for numbers of a prompt, which come into `raw`."""
+    pipeline = api_context().pipeline
+    return _started(
+        "infer",
+        lambda generation_id, sink, owner: [
+            pipeline.submit_raw(token_ids, raw, request_id=generation_id, sink=sink, model=model, owner=owner)
+        ],
+    )
+
+
+def _started(prefix: str, submit: Callable[[str, Sink, str], list[RequestHandle]]) -> Generation:
+    """`submit` is given the generation's id, its sink and its owner."""
     context = api_context()
     generation_id = f"{prefix}-{uuid.uuid4().hex}"
     request_id: str = g.request_id
     caller: Principal = g.principal  # no route that generates is public
     sink: Sink = queue.SimpleQueue()
-    try:
-        handles = context.pipeline.submit_many(
-            requests, priority=priority or 0, request_id=generation_id, sink=sink, model=model, owner=caller.owner
-        )
-    except InvalidRequestError as error:
-        error.param = (names or {}).get(error.param or "", error.param)
-        raise
+    handles = submit(generation_id, sink, caller.owner)
     context.live.add(request_id, generation_id)
     return Generation(
         generation_id,

@@ -13,22 +13,24 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flask import Blueprint, Response, request
 from pydantic import ConfigDict, Field
-from safetensors.torch import save
+from safetensors.numpy import save
 from werkzeug.exceptions import NotAcceptable
 
 from core.api.body import Integer, Integers, ModelName, RequestModel, json_response, read_request
-from core.api.context import api_context, served_model
-from core.api.generation import Usage, choice, finite, start_generation, stream_response
+from core.api.context import served_model
+from core.api.generation import Usage, choice, finite, start_generation, start_inference, stream_response
 from core.api.openai.chat import encode_messages
 from core.api.openai.schemas import ChatMessage, TemplateFields
 from core.api.sampling import SamplingFields, check_token_ids, encode_prompt, sampling_params
+from core.batching.sequence import RawAnswer
 from core.engine.submission import check_length
-from core.errors import InvalidRequestError
+from core.errors import ConflictError, InvalidRequestError
 from core.request import Completion, RequestOutput, SequenceDelta, TokenLogprob
 from core.security.access import policy
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
+    import numpy.typing as npt
 
     from core.engine.submission import LoadedModel
 
@@ -190,10 +192,16 @@ def infer() -> Response:
     rows = len(token_ids) if fields.positions == "all" else 1
     if fields.output == "logits":
         _check_size(rows * model.vocab_size, as_json=as_json)
-    values = api_context().pipeline.infer(token_ids, output=fields.output, positions=fields.positions)
-    _check_size(values.numel(), as_json=as_json)
+    raw = RawAnswer(fields.output, fields.positions)
+    generation = start_inference(token_ids, raw, model)
+    with closing(generation):
+        (result,) = generation.gather()
+    if result.completions[0].finish_reason != "stop":
+        raise ConflictError("The request was cancelled.")
+    values = raw.values()
+    _check_size(values.size, as_json=as_json)
     if not as_json:
-        return Response(save({fields.output: values.contiguous()}), mimetype=accepted)
+        return Response(save({fields.output: values}), mimetype=accepted)
     body = {
         "object": "tensor",
         "model": fields.model or model.name,
@@ -216,7 +224,7 @@ def _check_size(num_values: int, *, as_json: bool) -> None:
         )
 
 
-def _rows(values: torch.Tensor) -> list[list[float | None]]:
+def _rows(values: npt.NDArray[np.float32]) -> list[list[float | None]]:
     """Nested lists; what is not finite becomes null, since JSON has no infinity."""
     rows: list[list[float]] = values.tolist()
     return [[value if math.isfinite(value) else None for value in row] for row in rows]

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from core.api.body import MAX_COUNT, Integer, ModelName, RequestModel, whole
 from core.defaults import GENERATION_DEFAULTS
+from core.engine.submission import check_length
 from core.errors import InvalidRequestError
 from core.request import SamplingParams
 
@@ -106,15 +107,28 @@ def default_max_tokens(prompt_token_ids: Sequence[int], model: LoadedModel, defa
 
 
 def encode_prompt(prompt: str | list[int], model: LoadedModel, *, add_special_tokens: bool, param: str) -> list[int]:
-    """Token ids of a prompt, none of them out of range. Raises `InvalidRequestError`, also for an empty prompt."""
+    """Token ids of a prompt, none of them out of range.
+
+    Raises `InvalidRequestError`, also for an empty prompt, and `ContextLengthError` for a text that cannot fit.
+    """
     if not prompt:
         raise InvalidRequestError(f"{param} must not be empty.", param=param)
     if isinstance(prompt, list):
+        check_length(len(prompt), model, param=param)
         return check_token_ids(prompt, model, param=param)
-    token_ids = model.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+    token_ids = encode_text(prompt, model, add_special_tokens=add_special_tokens, param=param)
     if not token_ids:
         raise InvalidRequestError(f"{param} has no tokens.", param=param)
     return token_ids
+
+
+def encode_text(text: str, model: LoadedModel, *, add_special_tokens: bool, param: str) -> list[int]:
+    """Token ids of a text, which may be empty."""
+    try:
+        return model.tokenizer.encode(text, add_special_tokens=add_special_tokens, context=model.max_model_len)
+    except InvalidRequestError as error:
+        error.param = param
+        raise
 
 
 def check_token_ids(token_ids: list[int], model: LoadedModel, *, param: str) -> list[int]:

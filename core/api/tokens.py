@@ -10,7 +10,8 @@ from core.api.body import NOTHING, Integers, ModelName, RequestModel, Unsupporte
 from core.api.context import served_model
 from core.api.openai.chat import encode_messages
 from core.api.openai.schemas import ChatMessage, TemplateFields
-from core.api.sampling import check_token_ids
+from core.api.sampling import check_token_ids, encode_text
+from core.engine.submission import check_length
 from core.errors import InvalidRequestError
 from core.security.access import policy
 
@@ -44,9 +45,8 @@ def tokenize() -> Response:
     if fields.messages is not None:
         token_ids = encode_messages(fields.messages, model, fields)
     else:
-        token_ids = model.tokenizer.encode(
-            fields.prompt or "", add_special_tokens=fields.add_special_tokens is not False
-        )
+        add = fields.add_special_tokens is not False
+        token_ids = encode_text(fields.prompt or "", model, add_special_tokens=add, param="prompt")
     names = [model.tokenizer.token_text(token_id) for token_id in token_ids] if fields.return_token_strs else None
     return json_response(
         {"tokens": token_ids, "count": len(token_ids), "max_model_len": model.max_model_len, "token_strs": names}
@@ -58,5 +58,6 @@ def tokenize() -> Response:
 def detokenize() -> Response:
     fields = read_request(DetokenizeRequest)
     model = served_model(fields.model)
+    check_length(len(fields.tokens), model, reserve=0, param="tokens")
     token_ids = check_token_ids(fields.tokens, model, param="tokens")
     return json_response({"prompt": model.tokenizer.decode(token_ids, skip_special_tokens=False)})

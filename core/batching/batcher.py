@@ -14,9 +14,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from core.batching.breaker import CircuitBreaker
 from core.batching.cohorts import CohortPolicy
-from core.batching.intake import Abort, Call, Intake
+from core.batching.intake import Abort, Call, CircuitBreaker, Intake, Load
 from core.batching.output import Detokenizer, RequestHandle, Sink
 from core.batching.publisher import EngineMetrics, Publisher
 from core.batching.scheduler import Scheduler
@@ -81,6 +80,7 @@ class ContinuousBatcher:
         detokenizer: Detokenizer,
         *,
         max_queue: int,
+        max_queued_tokens: int,
         breaker: CircuitBreaker,
         policy: CohortPolicy,
     ) -> None:
@@ -90,7 +90,8 @@ class ContinuousBatcher:
         self.on_lost: Callable[[DeviceLostError], bool] = lambda error: False
         self._runner = runner
         batch = scheduler.limits.max_batch_size
-        self.intake = Intake(max_queue + batch, f"the queue takes {max_queue} beside {batch} running ones")
+        room = f"the queue takes {max_queue} beside {batch} running ones"
+        self.intake = Intake(Load(max_queue + batch, max_queued_tokens), room)
         self._inbox = inbox = self.intake.inbox
         self._publisher = Publisher(scheduler, detokenizer, self.intake.release)
         self._reason: VRAMancerError | None = None  # of a stop
@@ -133,8 +134,9 @@ class ContinuousBatcher:
         self._publisher.metrics = metrics
 
     def submit(self, requests: list[Request], *, sink: Sink | None = None) -> list[RequestHandle]:
-        """Queue requests, all or none. Raises `QueueFullError`, `CircuitOpenError`, once the engine has ended
-        `EngineDeadError` or the reason of its `stop`, and `EngineMovedError` if another batcher has taken over."""
+        """Queue requests, all or none. Raises `InvalidRequestError` for more than there is ever room for,
+        `QueueFullError`, `CircuitOpenError`, once the engine has ended `EngineDeadError` or the reason of its `stop`,
+        and `EngineMovedError` if another batcher has taken over."""
         self.breaker.check()
         return self.intake.submit(requests, self.stats.retry_after_s, sink)
 

@@ -78,14 +78,17 @@ class Publisher:
             deltas.setdefault(writer.request.request_id, []).extend(new)
         for request_id, mine in deltas.items():
             writer = self._writers[request_id]
-            self._observe_tokens(writer)
+            if mine:
+                self._observe_tokens(writer)
             if writer.request.finished:
                 self._close(writer, mine)
             else:
                 writer.write(mine)
 
     def _deltas_of(self, writer: RequestWriter, update: SequenceUpdate) -> list[SequenceDelta]:
-        """What a token adds to the answer, and the closing delta if it was the last."""
+        """What a token adds to the answer, and the closing delta if it was the last; nothing if there is no token."""
+        if update.token_id is None:
+            return []
         delta, matched_stop = writer.token(update)
         if matched_stop is not None:
             self._scheduler.finish(update.sequence, "stop", matched_stop)

@@ -25,10 +25,10 @@ from collections.abc import Callable, Iterable
 
 from core.batching.running import RunningSequences
 from core.batching.sequence import Request, Sequence, SequenceStatus, SequenceUpdate, ending_of
-from core.batching.step import SchedulerLimits, StepDraft, raw_record, record_of, weight_of
+from core.batching.step import SchedulerLimits, StepDraft, record_of, weight_of
 from core.batching.waiting import WaitingSequences
 from core.errors import StepFailedError
-from core.execution.records import RawRows, ScheduledSequence, SchedulerOutput, StepOutput, StepRecord
+from core.execution.records import ScheduledSequence, SchedulerOutput, StepOutput, StepRecord
 from core.kv_cache.block_table import PrefixChain
 from core.kv_cache.manager import KVCacheManager
 from core.request import FinishReason
@@ -52,6 +52,7 @@ class Scheduler:
         self._ended: list[int] = []
         self._steps = 0
         self._token_cap: int | None = None  # since memory ran out in a step
+        self._after_raw = False  # the last step did not sample; the next one is for those that waited for it
         self._ahead = 0.0  # what rounding up gave the last step beyond its share; the next one gets so much less
         self._blocked: tuple[int, int] | None = None
 
@@ -123,21 +124,29 @@ class Scheduler:
             even = self._total_weight() / cohorts
             step.share = even - min(self._ahead, even)
         ready = sorted((s for s in self._running if s.num_unscheduled > 0 and not s.replays), key=lambda s: s.last_step)
-        suspects = [s for s in ready if s.num_failures]
-        if suspects:  # until a step with it alone has succeeded
-            self._schedule_running(step, suspects[0])
-        elif (first := self.waiting.first) is not None and first.num_failures:
-            self._admit(step)
+        alone = [s for s in ready if s.is_alone]
+        self._schedule_alone(step, [s for s in alone if s.num_failures], lambda s: s.num_failures > 0)
+        if not (step.chosen or self._after_raw):
+            self._schedule_alone(step, alone, lambda s: s.is_alone)
         if step.chosen:
             return self._output(step)
-        ready = [s for s in ready if not s.num_failures]
+        ready = [s for s in ready if not s.is_alone]
         for sequence in sorted(ready, key=lambda s: s.num_unscheduled > 1):
             self._schedule_running(step, sequence)
         self._admit(step)
+        if not step.chosen and alone:
+            self._schedule_running(step, alone[0])
         if not step.chosen:
             return None
         self._ahead = max(0.0, step.weight - step.share) if cohorts > 1 else 0.0
         return self._output(step)
+
+    def _schedule_alone(self, step: StepDraft, running: list[Sequence], waits: Callable[[Sequence], bool]) -> None:
+        """Nothing but the first of those that come into steps of their own, be it running or the next that `waits`."""
+        if running:
+            self._schedule_running(step, running[0])
+        elif (first := self.waiting.first) is not None and waits(first):
+            self._admit(step)
 
     def _total_weight(self) -> float:
         """Of what runs, and of what would run if blocks were plenty."""
@@ -170,12 +179,6 @@ class Scheduler:
             return None
         self._steps += 1
         return SchedulerOutput(StepRecord(self._steps), self.kv.take_step(self._steps))
-
-    def raw_step(self, sequence: Sequence, start: int, end: int, raw: RawRows | None) -> SchedulerOutput:
-        """See `raw_record`; while no step is in flight. The caller says when it is done."""
-        self._steps += 1
-        record = raw_record(self._steps, sequence, self.kv.table(sequence.seq_id), start, end, raw)
-        return SchedulerOutput(record, self.kv.take_step(self._steps))
 
     @property
     def waiting_blocks(self) -> int:
@@ -214,7 +217,7 @@ class Scheduler:
         """Start waiting sequences in order; the first that does not fit ends it, so nobody is overtaken for ever. One
         that a step has failed with comes into a step of its own."""
         while (sequence := self.waiting.first) is not None and step.budget > 0:
-            if sequence.num_failures and step.chosen:
+            if sequence.is_alone and step.chosen:
                 return
             if len(self._running) >= self.limits.max_batch_size or not step.has_room():
                 return
@@ -228,14 +231,14 @@ class Scheduler:
                 self._blocked = (sequence.seq_id, self.kv.pool.num_free)
                 return
             self.waiting.pop()
-            if sequence.num_failures:
+            if sequence.is_alone:
                 return
 
     def _start(self, step: StepDraft, sequence: Sequence) -> bool:
         """Take a sequence's cached prefix and first chunk; with nothing else running it may take the last block."""
         request = sequence.request
-        read_prefix = request.params.prompt_logprobs is None
-        cached = self.kv.open(sequence.seq_id, sequence.token_ids, read_prefix=read_prefix, chain=sequence.chain)
+        chain, read_prefix = sequence.chain, request.reads_prefix
+        cached = self.kv.open(sequence.seq_id, sequence.token_ids, read_prefix=read_prefix, chain=chain)
         num_new = min(len(sequence.token_ids) - cached, step.budget, step.chunk)
         needed = self.kv.blocks_needed(sequence.seq_id, cached, len(sequence.token_ids))
         if self._running and not self.kv.ensure_free(needed + len(self._running)):
@@ -256,6 +259,7 @@ class Scheduler:
 
     def _output(self, step: StepDraft) -> SchedulerOutput:
         chosen = step.in_order()
+        self._after_raw = chosen[0][0].request.raw is not None
         self._steps += 1
         record, self._ended = record_of(self._steps, chosen, self._ended, self.kv), []
         for sequence, num_new in chosen:
@@ -288,6 +292,9 @@ class Scheduler:
             self.kv.commit(item.seq_id, sequence.token_ids, item.end)
             self._record_prompt_logprobs(sequence, item, result)
             self._fork_siblings(sequence)
+            if sequence.request.raw is not None:
+                updates += self._record_raw(sequence, item, result)
+                continue
             sampled, failure = result.sampled.get(item.seq_id), result.failed.get(item.seq_id)
             if failure is not None:
                 self.finish(sequence, "error")
@@ -302,6 +309,15 @@ class Scheduler:
                     self._leave(sequence)
                 updates.append(SequenceUpdate(sequence, sampled.token_id, sampled.logprob))
         return updates
+
+    def _record_raw(self, sequence: Sequence, item: ScheduledSequence, result: StepOutput) -> list[SequenceUpdate]:
+        raw = sequence.request.raw
+        if raw is not None and result.raw is not None:
+            raw.add(item.start, result.raw)
+        if item.end < len(sequence.token_ids):
+            return []
+        self.finish(sequence, "stop")
+        return [SequenceUpdate(sequence)]
 
     def _record_prompt_logprobs(self, sequence: Sequence, item: ScheduledSequence, result: StepOutput) -> None:
         rows, recorded = result.prompt_logprobs.get(item.seq_id), sequence.request.prompt_logprobs

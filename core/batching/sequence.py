@@ -5,6 +5,10 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from core.defaults import DEFAULT_OWNER
 from core.errors import VRAMancerError
@@ -81,6 +85,12 @@ class Sequence:
         return self.status is SequenceStatus.FINISHED
 
     @property
+    def is_alone(self) -> bool:
+        """Whether it comes into steps of its own: until one with it has succeeded after a failure, and where numbers
+        are wanted instead of tokens."""
+        return self.num_failures > 0 or self.request.raw is not None
+
+    @property
     def sort_key(self) -> tuple[int, int, int]:
         """Lower is served earlier: priority, then arrival, then index."""
         return (self.request.priority, self.request.arrival, self.index)
@@ -90,9 +100,40 @@ class Sequence:
         self.output_token_ids.append(token_id)
 
 
+RawOutput = Literal["logits", "hidden_states"]
+RawPositions = Literal["last", "all"]
+
+
+@dataclass(eq=False, slots=True)
+class RawAnswer:
+    """Numbers that a request wants of its prompt in place of an answer. They come piece by piece, and once they have
+    come they stay, should the prompt have to be computed again."""
+
+    output: RawOutput
+    positions: RawPositions
+    _parts: list[npt.NDArray[np.float32]] = field(default_factory=list)
+
+    def wanted(self, count: int, *, is_last: bool) -> range | None:
+        """Which of the next `count` tokens' rows; None of them if the last token is not among them."""
+        if self.positions == "all":
+            return range(count)
+        return range(count - 1, count) if is_last else None
+
+    def add(self, start: int, rows: npt.NDArray[np.float32]) -> None:
+        """What a step computed from token `start` on."""
+        known = sum(map(len, self._parts)) if self.positions == "all" else start
+        if len(rows) > known - start:
+            self._parts.append(rows[known - start :])
+
+    def values(self) -> npt.NDArray[np.float32]:
+        """fp32 `[P, vocab]` or `[P, hidden_size]`, P being 1 or the number of tokens; once the request is done."""
+        return np.concatenate(self._parts)
+
+
 @dataclass(eq=False, slots=True)
 class Request:
-    """One prompt of `owner` with its parameters. `arrival` is a running number given by the batcher."""
+    """One prompt of `owner` with its parameters. `arrival` is a running number given by the batcher. With `raw` nothing
+    is sampled."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -107,6 +148,12 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)
     num_cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    raw: RawAnswer | None = None
+
+    @property
+    def reads_prefix(self) -> bool:
+        """Whether blocks of the cache will do; else every token of the prompt is computed."""
+        return self.params.prompt_logprobs is None and self.raw is None
 
     @property
     def most_tokens(self) -> int:
@@ -127,7 +174,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class SequenceUpdate:
-    """What a step did to one sequence, a new token or an error; the batcher turns it into output."""
+    """What a step did to one sequence: a new token, an error, or neither if that was all of a prompt whose numbers are
+    wanted. The batcher turns it into output."""
 
     sequence: Sequence
     token_id: int | None = None

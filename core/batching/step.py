@@ -19,7 +19,7 @@ from core.execution.records import (
     ints,
     longs,
 )
-from core.kv_cache.block_table import BlockTable, RopeBorder
+from core.kv_cache.block_table import RopeBorder
 from core.kv_cache.manager import KVCacheManager
 
 CONTEXT_WEIGHT = 1 / 2048
@@ -84,7 +84,7 @@ def record_of(number: int, chosen: list[tuple[Sequence, int]], ended: list[int],
     for row, (sequence, _) in enumerate(chosen):
         table = kv.table(sequence.seq_id)
         if not sequence.num_told_tokens:
-            new.append(whole(sequence, table.tell_all()))
+            new.append(_whole(sequence, table.tell_all()))
             told.append([])
         else:
             told.append(sequence.token_ids[sequence.num_told_tokens :])
@@ -101,21 +101,20 @@ def record_of(number: int, chosen: list[tuple[Sequence, int]], ended: list[int],
         blocks=ints(blocks).reshape(-1, 3),
         new=tuple(new),
         ended=longs(ended),
+        raw=_raw_rows(chosen),
     )
 
 
-def raw_record(
-    number: int, sequence: Sequence, table: BlockTable, start: int, end: int, raw: RawRows | None
-) -> StepRecord:
-    """The record of a step that computes tokens `start .. end - 1` of a sequence that is not scheduled."""
-    ids, new = longs([sequence.seq_id]), whole(sequence, table.tell_all())
-    return StepRecord(
-        number, ids, ints([start]), ints([end - start]), ints([0]), np.zeros(1, dtype=np.uint8), new=(new,), ended=ids,
-        raw=raw,
-    )  # fmt: skip
+def _raw_rows(chosen: list[tuple[Sequence, int]]) -> RawRows | None:
+    """What a sequence that is alone in its step wants of it as it is."""
+    if len(chosen) != 1 or (raw := chosen[0][0].request.raw) is None:
+        return None
+    sequence, num_new = chosen[0]
+    rows = raw.wanted(num_new, is_last=num_new == sequence.num_unscheduled)
+    return RawRows(raw.output, ints(rows)) if rows is not None else None
 
 
-def whole(sequence: Sequence, blocks: Ints) -> NewSequence:
+def _whole(sequence: Sequence, blocks: Ints) -> NewSequence:
     """Everything that stages have to know of a sequence."""
     request = sequence.request
     return NewSequence(
@@ -131,7 +130,7 @@ def whole(sequence: Sequence, blocks: Ints) -> NewSequence:
 
 def _flags(sequence: Sequence, num_new: int) -> int:
     request = sequence.request
-    flags = SAMPLE if num_new == sequence.num_unscheduled else 0
+    flags = SAMPLE if num_new == sequence.num_unscheduled and request.raw is None else 0
     if sequence.index == 0 and request.prompt_logprobs is not None:
         flags |= PROMPT_LOGPROBS if 0 < len(request.prompt_logprobs) < len(request.prompt_token_ids) else 0
     return flags

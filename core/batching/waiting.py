@@ -58,7 +58,7 @@ class WaitingSequences:
 
     def fetches(self, sequence: Sequence) -> bool:
         """Whether a sequence has to wait for its prefix to come up from a tier below; others go ahead meanwhile."""
-        if sequence.prefetched or sequence.request.params.prompt_logprobs is not None:
+        if sequence.prefetched or not sequence.request.reads_prefix:
             return False
         sequence.prefetched, seq_id = True, sequence.seq_id
         if not self._kv.prefetch(seq_id, sequence.token_ids, lambda: self.on_loaded(seq_id), sequence.chain):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from core.batching.batcher import ContinuousBatcher
-from core.batching.breaker import CircuitBreaker
+from core.batching.intake import CircuitBreaker
 from core.batching.running import RunningSequences
 from core.batching.scheduler import Scheduler
 from core.batching.step import SchedulerLimits
@@ -174,6 +174,7 @@ class EngineBuilder:
                 Scheduler(memory.kv, _limits(engine, memory.kv, model.max_model_len, plan.architecture.rope), running),
                 self._tokenizer,
                 max_queue=engine.max_queue,
+                max_queued_tokens=max(engine.max_queued_tokens, model.max_model_len),
                 breaker=CircuitBreaker(engine.breaker_failures, engine.breaker_reset_s),
                 policy=cohort_policy(plan, settings),
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core.batching.sequence import Request
+from core.batching.sequence import RawAnswer, Request
 from core.batching.sequence import Sequence as TokenSequence
 from core.defaults import DEFAULT_OWNER
 from core.errors import ContextLengthError, InvalidRequestError
@@ -87,6 +87,17 @@ def make_request(
     request.sequences = [
         TokenSequence(request, index, derive_seed(seed, index), list(tokens)) for index in range(params.num_sequences)
     ]
+    return request
+
+
+def make_raw_request(
+    model: LoadedModel, token_ids: Sequence[int], raw: RawAnswer, *, request_id: str, owner: str = DEFAULT_OWNER
+) -> Request:
+    """A request for numbers of its prompt. Raises `InvalidRequestError` or `ContextLengthError`."""
+    tokens = list(token_ids)
+    check_prompt(tokens, model, reserve=0)
+    request = Request(request_id, tokens, SamplingParams(detokenize=False), 0, owner=owner, raw=raw)
+    request.sequences = [TokenSequence(request, 0, 0, list(tokens))]
     return request
 
 

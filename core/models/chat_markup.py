@@ -63,19 +63,6 @@ class ChatMarkup:
         self._renamed: tokenizers.Tokenizer | None = None
         self._lock = threading.Lock()
 
-    def may_be_spelled(self, messages: list[dict[str, Any]]) -> bool:
-        """Whether control tokens could be made of what the messages say."""
-        if self.always:
-            return True
-        for message in messages:
-            content = message.get("content")
-            if message.keys() - {"role", "content"} or not isinstance(content, str) or self.ends.search(content):
-                return True
-            stripped = content.strip()
-            if stripped and stripped in self.joined:
-                return True
-        return False
-
     def mask(self, value: Any, field: str = "") -> Any:
         """A copy of messages, or of a part of them, with stand-ins.
 

@@ -1,38 +1,35 @@
 """Text to token ids and back, over a checkpoint's own fast tokenizer.
 
-Transformers reads the files and renders chat templates; encoding and decoding go straight to the `tokenizers` object.
-That object is never changed after loading, so any number of threads may use one `Tokenizer` (transformers' own
-`__call__` switches truncation and padding on it, which fails with "Already borrowed" when threads meet).
+Transformers reads the files, and renders chat templates (`core.models.chat_template`); encoding and decoding go
+straight to the `tokenizers` object. That object is never changed after loading, so any number of threads may use one
+`Tokenizer` (transformers' own `__call__` switches truncation and padding on it, which fails with "Already borrowed"
+when threads meet).
 """
 
 from __future__ import annotations
 
 import codecs
 import inspect
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import jinja2
 import tokenizers
 from transformers import AutoTokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from core.errors import ChatTemplateError, CheckpointError, InvalidRequestError, UnsupportedModelError
+from core.errors import (
+    ChatTemplateError,
+    CheckpointError,
+    ContextLengthError,
+    InvalidRequestError,
+    UnsupportedModelError,
+)
+from core.models import chat_template as templates
 from core.models.chat_markup import ChatMarkup
+from core.models.text_bound import text_bound
 from core.models.token_pieces import TokenPieces
-
-_TEMPLATE_ERRORS = (
-    jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError,
-)  # fmt: skip
-"""What rendering raises for messages that a template does not expect: Jinja runs the template as Python code."""
-DEFAULT_TEMPLATE = "default"
-TOOL_TEMPLATE = "tool_use"
-SPECIAL_TEMPLATES = frozenset({TOOL_TEMPLATE, "rag"})
-"""Names that checkpoints with several chat templates give them."""
 
 
 class Tokenizer:
@@ -59,16 +56,18 @@ class Tokenizer:
         self.special_tokens: Mapping[int, str] = {
             token_id: token.content for token_id, token in added.items() if token.special
         }
+        self._bound = text_bound(backend)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.eos_token_id: int | None = tokenizer.eos_token_id
         parameters = inspect.signature(tokenizer.apply_chat_template).parameters
         self._prefix = _prefix(backend)
-        templates = tokenizer.chat_template
-        by_name = templates if isinstance(templates, dict) else {DEFAULT_TEMPLATE: templates} if templates else {}
+        self._templates = templates.by_name(tokenizer.chat_template)
         self._markup: dict[str, ChatMarkup] = {}
         if not markup_in_messages:
-            self._markup = {name: ChatMarkup(backend, template) for name, template in by_name.items()}
+            self._markup = {name: ChatMarkup(backend, template) for name, template in self._templates.items()}
         self._reserved_kwargs = frozenset(parameters) | {"messages", "conversations", "self"}
+        if self._templates:
+            templates.warm_up()
 
     @classmethod
     def from_directory(
@@ -86,23 +85,34 @@ class Tokenizer:
                 raise UnsupportedModelError(f"The tokenizer in {path} needs its own code, which is not run.") from error
             raise CheckpointError(f"Cannot load a tokenizer from {path}: {error}") from error
         if chat_template is None and tokenizer.chat_template is None:
-            chat_template = _template_file(Path(path) / "chat_template.json")
+            chat_template = templates.template_file(Path(path) / "chat_template.json")
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         return cls(tokenizer, markup_in_messages=markup_in_messages)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, context: int | None = None) -> list[int]:
         """Token ids of `text`. Special tokens written out in it are recognised, as in Hugging Face's tokenizers; what
         `add_special_tokens` puts in front is not put in front of a text that begins with it.
 
         Raises `InvalidRequestError` for text that is not valid Unicode (lone surrogates), and for text that the
-        tokenizer cannot take.
+        tokenizer cannot take; `ContextLengthError`, before it is read, for text so long that it cannot have at most
+        `context` tokens.
         """
+        self._check_length(text, context)
         token_ids = _encode(self._backend, text, add_special_tokens=add_special_tokens)
         size = len(self._prefix)
         if add_special_tokens and size and token_ids[size : 2 * size] == self._prefix:
             return token_ids[size:]
         return token_ids
+
+    def _check_length(self, text: str, context: int | None) -> None:
+        num_bytes = len(_utf8(text))
+        if context is not None and (least := self.least_tokens(text, num_bytes)) > context:
+            raise ContextLengthError(
+                f"This model's maximum context length is {context} tokens, but the text has {num_bytes} bytes, which "
+                f"are at least {least} tokens.",
+                param="prompt",
+            )
 
     def num_in_front(self, text: str, token_ids: Sequence[int]) -> int:
         """How many of a text's `token_ids` were put in front of it."""
@@ -110,6 +120,14 @@ class Tokenizer:
         if list(token_ids[: len(prefix)]) != prefix or text.startswith(self.decode(prefix, skip_special_tokens=False)):
             return 0
         return len(prefix)
+
+    def least_tokens(self, text: str, num_bytes: int) -> int:
+        """Fewest tokens that `text`, of so many bytes, can come to; 0 if nothing can be said."""
+        if self._bound is None:
+            return 0
+        if self._bound.drops_space:
+            num_bytes = len("".join(text.split()).encode())
+        return int(num_bytes / self._bound.bytes_per_token)
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `token_ids`; ids beyond the vocabulary have none. Bytes that are no character become U+FFFD.
@@ -146,13 +164,15 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        context: int | None = None,
     ) -> list[int]:
-        """Token ids of a conversation under the model's chat template, rendered in transformers' sandbox.
+        """Token ids of a conversation under the model's chat template; `context` is as for `encode`.
 
         What the messages spell is text, also where it spells control tokens.
 
-        Raises `ChatTemplateError` if there is no template or it refuses the messages, and `InvalidRequestError` for
-        `chat_template_kwargs` that are not plain scalars or would replace what the server sets.
+        Raises `ChatTemplateError` if there is no template, or it refuses the messages or breaks its limits, and
+        `InvalidRequestError` for `chat_template_kwargs` that are not plain scalars or would replace what the server
+        sets.
         """
         kwargs = dict(chat_template_kwargs or {})
         self._check_kwargs(kwargs)
@@ -160,17 +180,19 @@ class Tokenizer:
             raise ChatTemplateError("Messages are refused unless they are objects, one at least.", param="messages")
         if add_generation_prompt and continue_final_message:
             raise ChatTemplateError("A final message that is continued takes no generation prompt.", param="messages")
-        name, template = self._template_for(messages)
+        name = templates.choose(self._templates, messages)
         options = {
             **self._hf.special_tokens_map, **kwargs, "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": continue_final_message, "tools": [] if name == TOOL_TEMPLATE else None,
+            "continue_final_message": continue_final_message,
+            "tools": [] if name == templates.TOOL_TEMPLATE else None,
         }  # fmt: skip
-        text = _render_nulls(template, messages, options)
+        text = templates.render(self._templates[name], messages, options)
         markup = self._markup.get(name)
         try:
-            if markup is not None and (kwargs or markup.may_be_spelled(messages)):
+            if markup is not None and (kwargs or _may_spell(markup, messages)):
+                self._check_length(text, context)
                 return self._encode_protected(markup, text, messages, kwargs, options)
-            return self.encode(text, add_special_tokens=False)
+            return self.encode(text, add_special_tokens=False, context=context)
         except InvalidRequestError as error:
             error.param = "messages"
             raise
@@ -187,33 +209,13 @@ class Tokenizer:
         words = {name: value for name, value in kwargs.items() if not isinstance(value, str) or value.isidentifier()}
         try:
             masked = {**options, **markup.mask(kwargs), **words}
-            shadow: str | None = _render_nulls(markup.template, markup.mask(messages), masked)
+            shadow: str | None = templates.render(markup.template, markup.mask(messages), masked)
         except ChatTemplateError:
             shadow = None
         named = markup.protect(text, shadow, [*messages, kwargs])
         if named is None:
             return self.encode(text, add_special_tokens=False)
         return _encode(markup.backend(), named, add_special_tokens=False)
-
-    def _template_for(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-        """Name and source of the template that a conversation takes: the one for tools if it has calls or results."""
-        templates = self._hf.chat_template
-        if templates is None:
-            raise ChatTemplateError("The model has no chat template; use /v1/completions instead.", param="messages")
-        if not isinstance(templates, dict):
-            return DEFAULT_TEMPLATE, templates
-        uses_tools = any(message.get("role") == "tool" or message.get("tool_calls") for message in messages)
-        for name in (TOOL_TEMPLATE, DEFAULT_TEMPLATE) if uses_tools else (DEFAULT_TEMPLATE,):
-            if name in templates:
-                return name, templates[name]
-        plain = [name for name in templates if name not in SPECIAL_TEMPLATES] or list(templates)
-        if len(plain) == 1:
-            return plain[0], templates[plain[0]]
-        raise ChatTemplateError(
-            f"The model has several chat templates ({', '.join(sorted(templates))}) and none of them is called "
-            f"{DEFAULT_TEMPLATE}; the setting model.chat_template can choose one.",
-            param="messages",
-        )
 
     def _check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
         for name, value in kwargs.items():
@@ -227,42 +229,18 @@ class Tokenizer:
                 )
 
 
-def _template_file(file: Path) -> Any:
-    """The template, or the templates by name, in the file that processors of several media keep it in, if any."""
-    if not file.is_file():
-        return None
-    try:
-        template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
-        return template if isinstance(template, str) else {item["name"]: item["template"] for item in template}
-    except (ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{file.name} of {file.parent.name} is damaged: {error!r}") from error
-
-
-def _render_nulls(template: str, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
-    """The conversation's text. A content of null is given as null, which many templates look for; to one that fails on
-    it, or writes it out, it is given as empty text."""
-    filled = [message | {"content": ""} if message.get("content", "") is None else message for message in messages]
-    if filled == messages:
-        return _render(template, messages, options)
-    try:
-        text = _render(template, messages, options)
-    except ChatTemplateError:
-        return _render(template, filled, options)
-    try:
-        other = _render(template, filled, options)
-    except ChatTemplateError:
-        return text
-    return other if text.count(str(None)) > other.count(str(None)) else text
-
-
-def _render(template: str, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
-    """In transformers' sandbox; its `apply_chat_template` would leave out what is null."""
-    try:
-        (text,), _ = render_jinja_template([messages], chat_template=template, **options)
-    except _TEMPLATE_ERRORS as error:
-        reason = str(error) or type(error).__name__
-        raise ChatTemplateError(f"The chat template refused the messages: {reason}", param="messages") from error
-    return str(text)
+def _may_spell(markup: ChatMarkup, messages: list[dict[str, Any]]) -> bool:
+    """Whether control tokens could be made of what the messages say."""
+    if markup.always:
+        return True
+    for message in messages:
+        content = message.get("content")
+        if message.keys() - {"role", "content"} or not isinstance(content, str) or markup.ends.search(content):
+            return True
+        stripped = content.strip()
+        if stripped and stripped in markup.joined:
+            return True
+    return False
 
 
 @contextmanager
@@ -282,13 +260,17 @@ def _decode(backend: tokenizers.Tokenizer, token_ids: list[int], *, skip_special
         return str(backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
 
-def _encode(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+def _utf8(text: str) -> bytes:
     try:
-        text.encode("utf-8")
+        return text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InvalidRequestError(
             f"The text is not valid Unicode: lone surrogate at character {error.start}.", param="prompt"
         ) from error
+
+
+def _encode(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    _utf8(text)
     with _panics_refused("prompt"):
         # A batch of one, because `encode` would hold the interpreter's lock all the time.
         return list(backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)

@@ -3,17 +3,23 @@
 Public routes need no token: liveness and readiness for orchestrators, and `/health`, which then names checks without
 details. Read-only mode (`VRM_READ_ONLY`) refuses routes that alter shared state; generating is allowed, and so is
 everything that only reads. What no route answers needs a token, and counts as a change unless it only reads.
+
+`CallerLimits` says how often: a key so many requests a minute; an address without one as many, but few wrong tokens.
 """
 
 from __future__ import annotations
 
 import hmac
+import ipaddress
+import threading
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from core.defaults import DEFAULT_OWNER
-from core.errors import AuthenticationError, PermissionDeniedError
+from core.errors import AuthenticationError, PermissionDeniedError, RateLimitError
 
 TOKEN_HEADERS = ("X-API-TOKEN", "X-API-Key")
 """What holds the token and nothing else, beside `Authorization: Bearer`."""
@@ -114,3 +120,77 @@ def bearer_token(authorization: str | None) -> str | None:
     """The token in an Authorization header of scheme Bearer, None for any other."""
     scheme, _, token = (authorization or "").partition(" ")
     return token.strip() or None if scheme.lower() == "bearer" else None
+
+
+WRONG_TOKENS_PER_MINUTE = 20
+MAX_CALLERS = 8192
+"""So many callers are remembered at a time; those that have not called for longest are forgotten."""
+MINUTE_S = 60.0
+
+
+class RateLimit:
+    """At most `per_minute` calls of each caller in any minute, on average; what was not used may come at once.
+
+    The generic cell rate algorithm (ITU-T I.371): a caller is a single number, the time at which all that it has sent
+    would have been sent at an even pace. Thread-safe, and bounded in memory. `clock` gives seconds.
+    """
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._interval_s = MINUTE_S / per_minute
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._even_s: OrderedDict[str, float] = OrderedDict()
+
+    def take(self, caller: str) -> float:
+        """Count a call. Returns 0 if it may go on, else the seconds until one may; then it does not count."""
+        with self._lock:
+            now_s = self._clock()
+            even_s = max(self._even_s.get(caller, now_s), now_s) + self._interval_s
+            if even_s - now_s > MINUTE_S + 1e-6:
+                return even_s - now_s - MINUTE_S
+            self._even_s[caller] = even_s
+            self._even_s.move_to_end(caller)
+            while len(self._even_s) > MAX_CALLERS:
+                self._even_s.popitem(last=False)
+            return 0.0
+
+    def __len__(self) -> int:
+        return len(self._even_s)
+
+
+class CallerLimits:
+    """What callers may send in a minute. The right token is never held up by what others send from its address."""
+
+    def __init__(self, requests_per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._requests_per_minute = requests_per_minute
+        self._keys = RateLimit(requests_per_minute, clock)
+        self._strangers = RateLimit(requests_per_minute, clock)
+        self._wrong = RateLimit(WRONG_TOKENS_PER_MINUTE, clock)
+
+    def check_key(self, owner: str) -> None:
+        """Raise `RateLimitError` if whoever has this key has sent too much."""
+        wait_s = self._keys.take(owner)
+        if wait_s:
+            raise RateLimitError(
+                f"This server takes {self._requests_per_minute} requests a minute of one key.", retry_after_s=wait_s
+            )
+
+    def check_stranger(self, address: str | None, *, wrong_token: bool) -> None:
+        """The same for a request without a token, or with a wrong one."""
+        caller = network_of(address)
+        wait_s = self._wrong.take(caller) if wrong_token else self._strangers.take(caller)
+        if wait_s:
+            said = "wrong tokens" if wrong_token else "requests"
+            raise RateLimitError(f"Too many {said} have come from this address.", retry_after_s=wait_s)
+
+
+def network_of(address: str | None) -> str:
+    """Who is taken for one caller: an IPv4 address, or the network of 64 bits that one IPv6 subscriber has."""
+    try:
+        parsed = ipaddress.ip_address((address or "").partition("%")[0])
+    except ValueError:
+        return ""
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return str(parsed)
+    mapped = parsed.ipv4_mapped
+    return str(mapped) if mapped is not None else str(ipaddress.ip_network((parsed, 64), strict=False))

@@ -82,14 +82,18 @@ class PipelineView:
 
 @dataclass(frozen=True, slots=True)
 class QueueView:
-    """Sequences that run and wait, requests that are not finished, and how many may wait. `circuit_breaker` has its
-    state (closed, open or half-open), failures in a row, and the last error."""
+    """Sequences that run and wait, requests that are not finished, and how many sequences may wait. The last three are
+    what unfinished requests hold of the queue, those included that have just come. `circuit_breaker` has its state
+    (closed, open or half-open), failures in a row, and the last error."""
 
     running: int
     waiting: int
     unfinished: int
     limit: int
     circuit_breaker: Mapping[str, object]
+    unfinished_sequences: int = 0
+    prompt_tokens: int = 0
+    prompt_tokens_limit: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,10 +201,15 @@ def queue_view(engine: ModelEngine | None, service: ServiceState) -> QueueView:
     """`/api/queue/status`."""
     limit = service.settings.engine.max_queue
     if engine is None:
-        return QueueView(0, 0, 0, limit, {"state": "closed", "failures": 0, "last_error": None})
+        closed = {"state": "closed", "failures": 0, "last_error": None}
+        return QueueView(0, 0, 0, limit, closed, prompt_tokens_limit=service.settings.engine.max_queued_tokens)
     stats, breaker = engine.batcher.stats, engine.batcher.breaker
     shown = {"state": breaker.state, "failures": breaker.consecutive_failures, "last_error": breaker.last_error}
-    return QueueView(stats.running, stats.waiting, engine.batcher.num_unfinished, limit, shown)
+    intake = engine.batcher.intake
+    held, most = intake.load, intake.capacity
+    return QueueView(
+        stats.running, stats.waiting, intake.num_unfinished, limit, shown, held.sequences, held.tokens, most.tokens
+    )
 
 
 def batcher_view(engine: ModelEngine | None, service: ServiceState) -> BatcherView:

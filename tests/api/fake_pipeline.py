@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
-import torch
+import numpy as np
 
+from core.batching.intake import Intake, Load
 from core.batching.output import RequestHandle
+from core.batching.sequence import RawAnswer
 from core.batching.stats import BatcherStats
 from core.config import Settings
 from core.devices import Device, DeviceBudget
@@ -60,7 +62,7 @@ class ByteTokenizer:
     bos_token_id = BOS
     eos_token_id = EOS
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, context: int | None = None) -> list[int]:
         return ([BOS] if add_special_tokens and text else []) + list(text.encode())
 
     def num_in_front(self, text: str, token_ids: Sequence[int]) -> int:
@@ -83,6 +85,7 @@ class ByteTokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: dict[str, Any] | None = None,
+        context: int | None = None,
     ) -> list[int]:
         if any(message["role"] == "tool" for message in messages):
             raise ChatTemplateError("The template knows no tools.", param="messages")
@@ -124,7 +127,9 @@ def fake_engine(model: LoadedModel) -> Any:
         load_s=0.0,
         kv=SimpleNamespace(block_size=16, capacity_tokens=CONTEXT, pool=SimpleNamespace(num_blocks=CONTEXT // 16)),
         memory=SimpleNamespace(overflow=None, tiers=None),
-        batcher=SimpleNamespace(alive=True, error=None, breaker=breaker, stats=BatcherStats(), num_unfinished=0),
+        batcher=SimpleNamespace(
+            alive=True, error=None, breaker=breaker, stats=BatcherStats(), intake=Intake(Load(320, 1 << 22), "")
+        ),
     )
 
 
@@ -251,11 +256,23 @@ class FakePipeline:
             handle.put(RequestOutput(name, (closing,), 3, finished=True))
         return bool(matching)
 
-    def infer(self, token_ids: Sequence[int], *, output: str, positions: str) -> torch.Tensor:
-        rows = len(token_ids) if positions == "all" else 1
-        values = torch.zeros(rows, VOCAB if output == "logits" else HIDDEN)
-        values[0, 0] = float("-inf")
-        return values
+    def submit_raw(
+        self, token_ids: Sequence[int], raw: RawAnswer, *, request_id: str, sink: Any, model: Any, owner: str
+    ) -> RequestHandle:
+        if self.refusal is not None:
+            raise self.refusal
+        self.owners.append(owner)
+        handle = RequestHandle(request_id, SamplingParams(), self._abort, sink)
+        self.running[request_id] = handle
+        if not self.hold:
+            rows = len(token_ids) if raw.positions == "all" else 1
+            values = np.zeros((rows, VOCAB if raw.output == "logits" else HIDDEN), dtype=np.float32)
+            values[0, 0] = float("-inf")
+            raw.add(len(token_ids) - rows, values)
+            handle.put(
+                RequestOutput(request_id, (SequenceDelta(0, finish_reason="stop"),), len(token_ids), finished=True)
+            )
+        return handle
 
     def load(self, model: str, **options: Any) -> LoadedModel:
         self.loads.append((model, options))

@@ -105,7 +105,10 @@ def test_a_route_without_a_policy_is_refused_at_the_start(
         {"Authorization": "Bearer wrong"},
     ],
 )
-def test_every_route_but_the_public_ones_needs_the_token(app: Flask, headers: dict[str, str]) -> None:
+def test_every_route_but_the_public_ones_needs_the_token(
+    make_pipeline: Callable[..., FakePipeline], headers: dict[str, str]
+) -> None:
+    app = create_app(make_pipeline(security__disable_rate_limit=True))  # type: ignore[arg-type]
     client = app.test_client()
     for rule, url, method in routes(app):
         response = client.open(url, method=method, headers=headers)

@@ -17,7 +17,6 @@ from engine.lending_cases import open_tight
 from steering import until
 from tiny_models import VOCAB, build_tiny
 
-from core import inference_pipeline
 from core.api import create_app
 from core.batching import batcher, intake
 from core.inference_pipeline import InferencePipeline
@@ -167,7 +166,6 @@ def test_who_waited_and_went_does_not_shorten_the_wait_of_others(opened: Opener)
 CALLS: list[tuple[str, Any]] = [
     ("/api/memory/reclaim", {"device": "cpu#1", "urgency": "critical"}),
     ("/api/memory/lend", {"device": "cpu#1"}),
-    ("/api/infer", {"token_ids": [5, 6]}),
 ]
 
 
@@ -179,7 +177,6 @@ def test_a_call_that_the_engine_does_not_come_to_is_never_done(opened: Opener, m
     assert engine.memory.overflow is not None
     monkeypatch.setattr(engine.memory.overflow.lending, "request_reclaim", lambda *_: done.append("reclaim"))
     monkeypatch.setattr(engine.memory.overflow.lending, "reopen", lambda *_: done.append("lend"))
-    monkeypatch.setattr(inference_pipeline, "run_raw", lambda *_: done.append("infer"))
     engine.batcher.call(lambda: go_on.wait(60))
     try:
         with monkeypatch.context() as short:

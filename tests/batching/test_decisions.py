@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from core.batching.breaker import CircuitBreaker
+from core.batching.intake import CircuitBreaker
 from core.batching.output import RequestHandle, RequestWriter
 from core.batching.publisher import Publisher
 from core.batching.scheduler import MAX_FAILURES, MAX_MEMORY_FAILURES, Scheduler

@@ -13,8 +13,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from core.errors import ChatTemplateError
-from core.models import chat_markup
-from core.models import tokenizer as tokenizers_room
+from core.models import chat_markup, chat_template
 from core.models.tokenizer import Tokenizer
 
 SPECIAL = ["<|start|>", "<|end|>", "<s>", "</s>", "<|user|>", "<|system|>", "<|assistant|>", "<|tool|>"]
@@ -430,8 +429,8 @@ def test_the_guard_leaves_ordinary_tokens_alone_when_it_is_at_work():
 
 def test_ordinary_messages_are_rendered_once(monkeypatch):
     tokenizer, rendering = make(), []
-    render = tokenizers_room._render
-    monkeypatch.setattr(tokenizers_room, "_render", lambda *args: rendering.append(1) or render(*args))
+    render = chat_template.render
+    monkeypatch.setattr(chat_template, "render", lambda *args: rendering.append(1) or render(*args))
     tokenizer.encode_chat([user("What is the opposite of cold?")])
     assert len(rendering) == 1
     tokenizer.encode_chat([user("Is 1 < 2?")])

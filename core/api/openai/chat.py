@@ -131,6 +131,7 @@ def encode_messages(messages: Sequence[ChatMessage], model: LoadedModel, fields:
         add_generation_prompt=generation_prompt,
         continue_final_message=continued,
         chat_template_kwargs=fields.chat_template_kwargs,
+        context=model.max_model_len,
     )
     if not token_ids:
         raise InvalidRequestError("The messages have no tokens.", param="messages")
