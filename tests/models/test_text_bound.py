@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizer import byte_level, llama2_like, metaspace, wrap
 from tiny_models import word_tokenizer
-from tokenizers import AddedToken, normalizers, pre_tokenizers
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers, trainers
 
 from core.errors import ContextLengthError
 from core.models import text_bound as bounds
@@ -79,6 +79,18 @@ def test_space_that_a_token_swallows_does_not_count() -> None:
     assert len(stripping().encode(text, add_special_tokens=False).ids) == 1
     tokenizer = Tokenizer(wrap(stripping()))
     assert len(tokenizer.encode(text, add_special_tokens=False, context=1)) == 1
+
+
+def test_what_normalization_joins_counts_as_it_was_written() -> None:
+    syllable = unicodedata.normalize("NFD", "\uac01")  # three letters of three bytes, one of three bytes when joined
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.normalizer, backend.pre_tokenizer = normalizers.NFC(), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(["\uac01"] * 9, trainers.BpeTrainer(vocab_size=258, initial_alphabet=alphabet))
+    tokenizer = Tokenizer(wrap(backend))
+    text = syllable * 1000
+    assert len(text.encode()) == 9000
+    assert len(tokenizer.encode(text, add_special_tokens=False, context=1000)) == 1000
 
 
 def without_a_byte():
