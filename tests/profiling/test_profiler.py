@@ -271,9 +271,12 @@ def test_layers_of_many_architectures(name: str, cache: Path, tmp_path: Path) ->
 
 
 def with_layers(count: int, directory: Path) -> Architecture:
+    """From a config alone: whoever only plans has no weights."""
     build_tiny("llama", directory)
     config = json.loads((directory / "config.json").read_text()) | {"num_hidden_layers": count}
     (directory / "config.json").write_text(json.dumps(config))
+    for weights in directory.glob("*.safetensors"):
+        weights.unlink()
     return read_architecture(directory)
 
 
