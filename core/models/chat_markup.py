@@ -10,6 +10,7 @@ knows them by these names alone. All else about it is the model's own tokenizer'
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import threading
@@ -48,7 +49,7 @@ class ChatMarkup:
         added = [token for token in backend.get_added_tokens_decoder().values() if _is_control(token, template)]
         self._backend = backend
         self._names = {token.content: secrets.token_hex(16) for token in added}
-        self._tokens = re.compile(_any_of(set(self._names)) or "(?!)")
+        self._tokens = _finder(set(self._names))
         letters = {letter for token in self._names for letter in token if not letter.isspace()}
         # What JSON writes as two characters must not become one; no control token is made of these alone.
         letters -= {'"', "\\"}
@@ -158,12 +159,23 @@ def _is_control(token: tokenizers.AddedToken, template: str) -> bool:
     return token.special or (enclosed and content in template)
 
 
+def _finder(words: set[str]) -> re.Pattern[str]:
+    """Finds any of the words, the longest that fits."""
+    try:
+        return re.compile(_any_of(words) or "(?!)")
+    except RecursionError:  # words upon words that begin with each other, which no tokenizer has for a reason
+        return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))))
+
+
 def _any_of(words: set[str]) -> str:
     """A regular expression for any of the words, the longest that fits, that reads no character twice."""
-    rests: dict[str, set[str]] = {}
+    groups: dict[str, list[str]] = {}
     for word in words - {""}:
-        rests.setdefault(word[0], set()).add(word[1:])
-    branches = [re.escape(letter) + _any_of(rest) for letter, rest in sorted(rests.items())]
+        groups.setdefault(word[0], []).append(word)
+    branches = []
+    for _, group in sorted(groups.items()):
+        common = os.path.commonprefix(group)  # noqa: RUF071  of characters, not of paths
+        branches.append(re.escape(common) + _any_of({word[len(common) :] for word in group}))
     if not branches:
         return ""
     if len(branches) == 1 and "" not in words:

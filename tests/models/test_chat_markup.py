@@ -442,3 +442,9 @@ def test_text_full_of_markup_is_no_trouble(text):
     tokenizer = make(special=[*SPECIAL, *(f"<|reserved_{number}|>" for number in range(500))])
     ids = tokenizer.encode_chat([user(text)])
     assert control(tokenizer, ids) == ["<|start|>", "<|end|>", "<|start|>"]
+
+
+@pytest.mark.parametrize("words", [["<" + "x" * 100_000 + ">"], ["a" * number for number in range(1, 3000)]])
+def test_control_tokens_may_be_as_long_and_as_many_as_they_like(words):
+    found = chat_markup._finder({*words, "<s>"})
+    assert found.findall(f"{words[-1]} <s>") == [words[-1], "<s>"]
