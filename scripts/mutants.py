@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / ".mutants"
 ENVIRONMENT = {"VRM_MINIMAL_TEST": "1", "VRM_DISABLE_RATE_LIMIT": "1", "VRM_TEST_MODE": "1"}
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-MOST_TESTS, MOST_SECONDS = 80, 90.0
+MOST_TESTS, MOST_SECONDS = 60, 40.0
 PLACE = ("lineno", "col_offset", "end_lineno", "end_col_offset")
 SKIPPED_OPERATORS = ("core/NoOp", "core/RemoveDecorator")
 
