@@ -59,11 +59,18 @@ def weights_digest(directory: Path) -> str:
     return digest.hexdigest()
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no number of a tensor is NaN or infinite."""
+    if not (tensor.is_floating_point() and tensor.numel()):
+        return True
+    low, high = torch.aminmax(tensor)  # both are NaN if a number is; checks ten times as fast as `isfinite`
+    return math.isfinite(low) and math.isfinite(high)
+
+
 class LazyTensor:
     """A tensor on disk with the part of the slicing interface that transformers' loader uses.
 
-    `lazy[...]` reads it and raises `CheckpointError` if it holds NaN or infinite numbers; the checkpoint is told the
-    bytes and the damage. `file` is the name of its file.
+    `lazy[...]` reads it and tells the checkpoint the bytes. `file` is the name of its file.
     """
 
     def __init__(self, handle: Any, file: str, name: str, checkpoint: Checkpoint) -> None:
@@ -90,18 +97,13 @@ class LazyTensor:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         tensor: torch.Tensor = self._slice[index]
-        if tensor.is_floating_point() and tensor.numel():
-            low, high = torch.aminmax(tensor)  # both are NaN if a number is; checks ten times as fast as `isfinite`
-            if not (math.isfinite(low) and math.isfinite(high)):
-                self._checkpoint.damage = CheckpointError(f"{self.file}: {self._name} holds NaN or infinite numbers.")
-                raise self._checkpoint.damage
         self._checkpoint.on_read(tensor.nbytes)
         return tensor
 
 
 class Checkpoint(ExitStack):
     """The safetensors files of a model directory: those that its index names, or the one model file. A context manager:
-    files are open inside it. `damage` is what was found wrong with a tensor that was read.
+    files are open inside it.
 
     Raises `CheckpointError` for missing or damaged files, `UnsupportedModelError` where weights have another format.
     """
@@ -112,7 +114,6 @@ class Checkpoint(ExitStack):
         self.index = _read_index(index) if index.is_file() else {}
         self.files = _indexed_files(path, self.index) if index.is_file() else _unindexed_files(path)
         self.on_read = on_read
-        self.damage: CheckpointError | None = None
         self._path = path
 
     @property

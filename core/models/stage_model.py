@@ -23,7 +23,7 @@ from core.costs import Experts
 from core.errors import CheckpointError, UnsupportedModelError
 from core.logs import get_logger
 from core.models.architecture import Architecture
-from core.models.checkpoint import Checkpoint
+from core.models.checkpoint import Checkpoint, is_finite
 
 logger = get_logger(__name__)
 
@@ -155,11 +155,10 @@ def load_stage(
     Raises `CheckpointError` if the checkpoint lacks tensors or their shapes do not fit the config.
     """
     try:
-        with (checkpoint := Checkpoint(path, on_read)):
+        with Checkpoint(path, on_read) as checkpoint:
             model, info = build_stage(architecture, part, device, checkpoint.tensors(), attention)
+            _check_numbers(model, path, checkpoint)
     except (RuntimeError, KeyError) as error:
-        if checkpoint.damage is not None:
-            raise checkpoint.damage from error
         logger.warning("a stage cannot be loaded", model=path.name, error=repr(error))
         raise CheckpointError(f"The tensors of {path.name} do not match its config.json.") from error
     missing, mismatched = sorted(info["missing_keys"]), sorted(str(item) for item in info["mismatched_keys"])
@@ -168,6 +167,17 @@ def load_stage(
     if mismatched:
         raise CheckpointError(f"{path.name} has tensors of the wrong shape: {mismatched[0]}.")
     return model
+
+
+def _check_numbers(model: Any, path: Path, checkpoint: Checkpoint) -> None:
+    """Refuse weights that are not finite. Looked at where they have been put: one at a time, and once."""
+    for name, weight in model.named_parameters():
+        if is_finite(weight):
+            continue
+        for stored, tensor in checkpoint.tensors().items():
+            if not is_finite(tensor[...]):
+                raise CheckpointError(f"{tensor.file}: {stored} holds NaN or infinite numbers.")
+        raise CheckpointError(f"{path.name}: {name} has numbers that {weight.dtype} cannot hold.")
 
 
 def build_stage(
