@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -18,6 +19,8 @@ from front_doors import front_door
 from steering import LONGEST_WAIT_S, until
 
 from core.security.admission import DISCONNECTED_KEY, REFUSAL_KEY, REFUSED, STOPPING_KEY, Admission
+from vramancer.web import bridge
+from vramancer.web.bridge import QUICK_THREADS
 
 SOON_S = 0.3
 PUBLIC = b"GET /public HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -46,7 +49,7 @@ class App:
         if environ["PATH_INFO"] == "/secret":
             return REFUSED
         return Admission(
-            granted=True, waits=environ["PATH_INFO"] != "/quick", public=environ["PATH_INFO"] == "/public",
+            granted=True, waits=not environ["PATH_INFO"].startswith("/quick"), public=environ["PATH_INFO"] == "/public",
             manages=environ["PATH_INFO"] == "/manage",
         )  # fmt: skip
 
@@ -58,6 +61,9 @@ class App:
             return [body]
         if path == "/panic":
             raise Panic
+        if path == "/quick/large":
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            return [b"x" * 200_000] * 50
         if path.startswith("/lines/"):
             start_response("200 OK", [("Content-Type", "text/plain")])
             return lines(path.removeprefix("/lines/").encode())
@@ -146,7 +152,7 @@ def test_clients_that_stall_hold_up_nobody(app: App, stall: str) -> None:
     with opened(app, max_waiting=4) as port, ExitStack() as stack:
         for _ in range(50):
             stack.enter_context(connect(port, STALLS[stall]))
-        assert get(port, "/public", method="POST", body=b"through") == (200, b"through")
+        assert get(port, "/public") == (200, b"")
         if stall not in ("a body", "a chunk"):
             assert get(port, "/echo", method="POST", body=b"through") == (200, b"through")
 
@@ -266,6 +272,58 @@ def test_no_answer_strays_into_another_connection(app: App) -> None:
         for thread in clients:
             thread.join(LONGEST_WAIT_S)
     assert wrong == []
+
+
+def test_a_body_for_what_is_public_is_not_even_held(app: App) -> None:
+    """Nobody without a token fills the memory that others' bodies need."""
+    stalled = b"GET /public HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n" + b"x" * 999
+    with opened(app, max_body_bytes=1000) as port, ExitStack() as stack:
+        for _ in range(20):
+            connection = stack.enter_context(connect(port, stalled))
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        assert get(port, "/echo", method="POST", body=b"x" * 1000) == (200, b"x" * 1000)
+
+
+def test_a_quick_answer_that_nobody_reads_holds_no_thread(app: App) -> None:
+    with opened(app) as port, ExitStack() as stack:
+        for _ in range(4 * QUICK_THREADS):
+            connection = stack.enter_context(socket.socket())
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", port))
+            connection.sendall(b"GET /quick/large HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        assert get(port, "/public")[0] == 200
+
+
+def test_what_comes_while_an_answer_is_under_way_has_no_deadline(app: App) -> None:
+    """Old clients put a line break behind a body."""
+    request = b"POST /held HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nab"
+    with opened(app, header_timeout_s=SOON_S) as port, connect(port, request) as connection:
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"\r\n")
+        time.sleep(3 * SOON_S)
+        app.let_go.set()
+        assert b"last" in read_until(connection, b"0\r\n\r\n")
+
+
+def test_the_next_request_of_a_connection_is_watched_though_the_last_one_has_not_ended(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deliver = bridge._deliver
+
+    async def late(*arguments: Any) -> None:
+        await deliver(*arguments)
+        await asyncio.sleep(SOON_S)
+
+    monkeypatch.setattr(bridge, "_deliver", late)
+    with opened(app) as port:
+        connection = connect(port, b"GET /quick HTTP/1.1\r\nHost: x\r\n\r\n")
+        read_until(connection, b"\r\n\r\n")
+        connection.sendall(b"GET /held HTTP/1.1\r\nHost: x\r\n\r\n")
+        read_until(connection, b"first\n\r\n")
+        time.sleep(2 * SOON_S)
+        connection.close()
+        assert app.closed.acquire(timeout=10)
 
 
 def test_a_client_that_leaves_is_noticed_without_a_word(app: App) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_HELD_BYTES = 256 * 1024
-"""The application waits when the client is so far behind."""
+"""An application that streams waits when its client is so far behind."""
 REST = "rest"
 """Type of a message whose body is written as it is."""
 
@@ -20,11 +20,15 @@ class ClientGoneError(Exception):
 class Answer:
     """`start`, `write`, `finish` and `fail` are the application's thread's; `messages` and `leave` are the loop's.
 
-    `write_now` takes a piece past the loop while nothing else is on its way: see `GuardedProtocol.write_now`.
+    `write_now` takes a piece past the loop while nothing else is on its way: see `GuardedProtocol.write_now`. An
+    application that may not wait for its client gives up its thread as soon as its answer is made.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, write_now: Callable[[bytes], bytes | None]) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, write_now: Callable[[bytes], bytes | None], *, may_wait: bool
+    ) -> None:
         self.failed = False
+        self._may_wait = may_wait
         self._write_now = write_now
         self._idle = False  # the loop waits, and all that it was given is with the transport
         self._loop = loop
@@ -76,7 +80,7 @@ class Answer:
 
     def _put(self, piece: bytes, *, more: bool) -> None:
         with self._changed:
-            while self._held_bytes > MAX_HELD_BYTES and not self._gone:
+            while self._may_wait and self._held_bytes > MAX_HELD_BYTES and not self._gone:
                 self._changed.wait()
             if self._gone:
                 raise ClientGoneError

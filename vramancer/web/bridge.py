@@ -68,7 +68,7 @@ class Bridge:
         self.num_open += 1
         try:
             refusal = self._no_room(admission)
-            if refusal is None and admission.granted:
+            if refusal is None and admission.granted and not admission.public:  # nothing public takes a body
                 held = await self._read_body(environ, receive)
                 refusal = self._no_room(admission)
             await self._answer(environ, admission, refusal, send, connection)
@@ -89,7 +89,8 @@ class Bridge:
         connection: GuardedProtocol,
     ) -> None:
         """Have a thread run the application, and send what it answers."""
-        answer = Answer(asyncio.get_running_loop(), connection.write_now)
+        is_slow = admission.granted and admission.waits and refusal is None
+        answer = Answer(asyncio.get_running_loop(), connection.write_now, may_wait=is_slow)
         connection.on_lost = answer.leave
         if connection.transport.is_closing():
             return
@@ -97,14 +98,14 @@ class Bridge:
         environ[STOPPING_KEY] = self._draining.is_set()
         if refusal is not None:
             environ[REFUSAL_KEY] = refusal
-        is_slow = admission.granted and admission.waits and refusal is None
         self._num_slow += is_slow
         try:
             work = (self._slow if is_slow else self._quick).submit(self._run, environ, answer)
             await _deliver(answer, send, connection)
             await asyncio.wrap_future(work)
         finally:
-            connection.on_lost = None
+            if connection.on_lost == answer.leave:  # the connection's next request may have come meanwhile
+                connection.on_lost = None
             self._num_slow -= is_slow
 
     def _no_room(self, admission: Admission) -> VRAMancerError | None:
@@ -186,7 +187,7 @@ class Bridge:
             answer.finish()
         except ClientGoneError:
             pass
-        except BaseException as error:
+        except BaseException as error:  # a panic of a Rust library, for one, is no `Exception`
             log.error("request failed unexpectedly", error=repr(error), exc_info=error)
             answer.fail(json.dumps(FAILED.to_openai()).encode())
 

@@ -118,7 +118,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._leaving:
             return
         if self._in_head:
-            if not self._head_bytes:
+            if not self._head_bytes and not self._is_answering:
                 self._wait(self._front.limits.header_timeout_s)
             self._head_bytes += len(data)
         super().data_received(data)
@@ -126,6 +126,11 @@ class GuardedProtocol(HttpToolsProtocol):
             status = self._too_large() or HEADERS_TOO_LARGE
             self._refusal = status, _REASONS[status]
             self.send_400_response("")
+
+    @property
+    def _is_answering(self) -> bool:
+        """It is the server's turn; a client may send on, if only the line break that old ones put behind a body."""
+        return not getattr(self.cycle, "response_complete", True)
 
     def _too_large(self) -> int | None:
         """The status for a head that is, as far as it has come."""
