@@ -335,11 +335,13 @@ def test_a_client_that_leaves_is_noticed_without_a_word(app: App) -> None:
 
 
 def test_too_many_connections_push_out_the_idlest(app: App) -> None:
-    with opened(app, max_connections=16) as port, ExitStack() as stack:
+    forever_s = 10 * LONGEST_WAIT_S  # so that no deadline does it
+    with opened(app, max_connections=16, header_timeout_s=forever_s) as port, ExitStack() as stack:
         held = stack.enter_context(connect(port, b"GET /held HTTP/1.1\r\nHost: x\r\n\r\n"))
         assert held.recv(100)
         idle = [stack.enter_context(connect(port)) for _ in range(40)]
         assert get(port, "/public")[0] == 200
+        idle[0].settimeout(LONGEST_WAIT_S / 4)
         assert idle[0].recv(1) == b""
         app.let_go.set()
         assert b"last" in read_until(held, b"0\r\n\r\n")
