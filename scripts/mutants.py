@@ -179,7 +179,9 @@ def try_fault(fault: Fault, tree: Path, times: dict[str, float]) -> tuple[str, s
     limit_s = 60 + 5 * sum(times.get(name, 1.0) for name in tests)
     try:
         command = [*PYTEST, "--no-cov", "-x", *tests]
-        done = subprocess.run(command, cwd=tree, env=environment(), capture_output=True, timeout=limit_s, check=False)
+        # Programs that the tests start find the copy too, wherever they run.
+        settings = environment() | {"PYTHONPATH": str(tree)}
+        done = subprocess.run(command, cwd=tree, env=settings, capture_output=True, timeout=limit_s, check=False)
     except subprocess.TimeoutExpired:
         return "killed", change
     finally:

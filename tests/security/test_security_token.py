@@ -85,6 +85,22 @@ def test_a_place_that_cannot_be_written_is_refused(make_settings: MakeSettings, 
         resolve_token(make_settings(VRM_API_TOKEN_FILE=str(tmp_path / "file" / "token")))
 
 
+def test_a_folder_that_is_there_is_used_as_it_is(make_settings: MakeSettings, tmp_path: Path) -> None:
+    assert resolve_token(make_settings(VRM_API_TOKEN_FILE=str(tmp_path / "token")))[1]
+
+
+@pytest.mark.parametrize("what", ["a folder", "no text"])
+def test_what_cannot_be_read_is_named(make_settings: MakeSettings, tmp_path: Path, what: str) -> None:
+    path = tmp_path / "token"
+    if what == "a folder":
+        path.mkdir(mode=0o700)
+    else:
+        path.write_bytes(b"\xff" * 40)
+        path.chmod(0o600)
+    with pytest.raises(ConfigError, match=r"token: the API token cannot be read"):
+        resolve_token(make_settings(VRM_API_TOKEN_FILE=str(path)))
+
+
 @pytest.mark.parametrize("token", ["with space", "umläut", "tab\t"])
 def test_a_token_that_no_header_can_carry_is_refused(make_settings: MakeSettings, token: str) -> None:
     with pytest.raises(ConfigError, match="ASCII"):
@@ -148,6 +164,7 @@ def test_a_route_is_public_or_for_a_role() -> None:
     def route() -> None: ...
 
     assert policy_of(route) == Policy("operator", mutates=True)
+    assert policy_of(policy(public=True)(lambda: None)) == Policy(None)
     assert policy_of(lambda: None) is None
 
 
