@@ -93,13 +93,17 @@ def main(argv: list[str] | None = None) -> int:
         for pair in range(options.pairs):
             if pair % PAIRS_PER_PROCESS == 0:
                 opened.close()
-                for place in (None, options.before):
-                    worker = Worker("ours", options.threads, options.workdir / "logs", place)
+                # The one that is loaded second finds its memory beside the other's: each comes first in turn.
+                turn = pair // PAIRS_PER_PROCESS % 2
+                places = (None, options.before)
+                loaded: dict[Path | None, Worker] = {}
+                for place in places[::-1] if turn else places:
+                    worker = loaded[place] = Worker("ours", options.threads, options.workdir / "logs", place)
                     opened.callback(worker.close)
                     worker.load(model, options.threads, max(streams), context, settings=settings)
                     for count in streams:
                         worker.run(random_prompts(count, 16, vocab_size, seed=count), 3)
-                    workers = [*workers[-1:], worker]
+                workers = [loaded[place] for place in places]
             for count in streams:
                 prompts = random_prompts(count, options.prompt_tokens, vocab_size, seed=1000 * (pair + 1) + count)
                 order = workers if pair % 2 == 0 else workers[::-1]
