@@ -26,12 +26,12 @@ from benchmarks.emulated import CARDS, SCALE
 from benchmarks.machine import machine_info
 from benchmarks.models import SHAPES, default_workdir, random_prompts, resolve_model
 from core.config import load_settings
-from core.costs import Batch
+from core.costs import Batch, ModelBytes
 from core.costs.cost import decode_tok_s, stage_s
 from core.devices import HOST
 from core.inference_pipeline import InferencePipeline
 from core.models.architecture import read_architecture
-from core.models.stage_model import ModelBytes, measure_bytes
+from core.models.stage_model import measure_bytes
 from core.placement.engine import stage_costs
 from core.request import SamplingParams
 from core.streaming.stream import StreamManager

@@ -106,6 +106,9 @@ class LinkProfile(LinkSpeed):
 
 FREE_LINK = LinkProfile(float("inf"), 0.0, "none", "assumed")
 
+DATASHEET_LINK = LinkProfile(11.6e9, 30e-6, "staged", "assumed")
+"""Between two cards of a plan without a machine: staged through host memory over PCIe 4.0 x8, a common board's."""
+
 
 @dataclass(frozen=True, slots=True)
 class LinkTopology:

@@ -12,9 +12,10 @@ from core.batching.running import RunningSequences
 from core.config import Settings
 from core.costs import Batch
 from core.costs.cost import pipeline_s
+from core.costs.profile import DATASHEET_LINK
 from core.devices import HOST, Device, DeviceBudget, parse_link
 from core.devices.probe import free_bytes_of
-from core.engine.model_plan import DATASHEET_LINK, ModelPlan
+from core.engine.model_plan import ModelPlan
 from core.execution.stage import Stage
 from core.kv_cache.manager import KVCacheManager
 from core.kv_cache.paged_kv_cache import PagedKVCache

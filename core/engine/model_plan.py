@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,41 +12,42 @@ from core.config import Settings
 from core.costs import (
     DeviceProfile,
     LayerCosts,
-    LinkProfile,
     LinkTopology,
+    ModelBytes,
     PlacementDevice,
     PlacementPlan,
     PlacementProblem,
     StagePlan,
     StageTimer,
+    Workspace,
     emulated_profile,
 )
-from core.costs.cards import gpu_spec, lacks_bf16
+from core.costs.model import costs_of
 from core.devices import HOST, Device, DeviceBudget, MainMemory, host_device, open_devices, open_main_memory
-from core.errors import ContextLengthError, InsufficientMemoryError
+from core.engine.problem import (
+    least_kv_tokens,
+    lend_ratio,
+    make_problem,
+    pool_devices,
+    served_length,
+    with_host,
+)
+from core.errors import InsufficientMemoryError
 from core.execution.attention.select import check_heads, planned_gathering, planned_packing
 from core.models.architecture import Architecture, read_architecture
 from core.models.dtype import fit_dtype, served_architecture
-from core.models.resolve import ResolvedModel, resolve_model
-from core.models.stage_model import ModelBytes, measure_bytes
-from core.placement.engine import parse_layers, stage_costs
-from core.placement.pooled import PooledKV, place_pooled, pool_of
-from core.placement.predict import DeviceEffect, Prediction, one_more, predict
-from core.placement.streaming import place_or_stream, place_streaming
+from core.models.resolve import ResolvedModel
+from core.models.stage_model import measure_bytes
+from core.placement.engine import stage_costs
+from core.placement.pooled import PooledKV, place_pooled
+from core.placement.predict import Prediction, predict
+from core.placement.streaming import place_streaming
 from core.profiling.profiler import LayerProfiler
-from core.profiling.workspace import Workspace, measure_workspace
+from core.profiling.workspace import measure_workspace
 from core.transfer import TransferManager
 
-DATASHEET_LINK = LinkProfile(11.6e9, 30e-6, "staged", "assumed")
-"""Between two cards of a plan without a machine: staged through host memory over PCIe 4.0 x8, a common board's."""
-
-_MIN_KV_TOKENS = 512
 _SAMPLING_BYTES = 64
-MIN_LOCAL_BLOCKS = 16
-"""What is being written is local, so a stage needs some blocks of its own even where others lend it memory."""
-
-_CPU_KV_SHARE = 4
-_ANY_MACHINE_BYTES = 1 << 60
+"""Per row and token of the vocabulary, where it cannot be measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,24 +83,11 @@ def layer_costs(
 ) -> LayerCosts:
     """Bytes per part, with room for the activations of the largest step, and what attention takes beside them."""
     element = architecture.dtype.itemsize
-    workspace = _workspace(architecture, weights, settings)
-    return LayerCosts(
-        embedding_bytes=weights.embedding,
-        layer_bytes=weights.layers,
-        after_bytes=weights.after,
-        head_bytes=weights.head,
-        tied=weights.tied,
-        kv_bytes_per_token=tuple(shape.bytes_per_token(element) for shape in architecture.kv_shapes),
-        workspace_bytes=workspace.layers_bytes + attention_bytes,
-        head_workspace_bytes=workspace.head_bytes,
-        layer_flops=tuple(
-            int(2 * (count - (weights.layers[layer] - weights.read_bytes(layer, 1)) / element))
-            for layer, count in enumerate(weights.layer_parameters)
-        ),
-        head_flops=2 * weights.head_parameters,
-        hidden_bytes=architecture.hidden_size * element,
-        experts=weights.experts,
-    )
+    return costs_of(
+        weights, _workspace(architecture, weights, settings),
+        [shape.bytes_per_token(element) for shape in architecture.kv_shapes], architecture.hidden_size, element,
+        attention_bytes,
+    )  # fmt: skip
 
 
 def _scratch_bytes(devices: Sequence[Device], settings: Settings, architecture: Architecture) -> int:
@@ -137,7 +125,7 @@ def plan_model(
     """
     architecture, notes = served_architecture(resolved.path, settings.model.dtype, devices)
     weights = measure_bytes(architecture, planned_packing(devices, settings, architecture.dtype))
-    max_model_len = _max_model_len(resolved, architecture, settings)
+    max_model_len = served_length(resolved.name, architecture.max_position, settings)
     placed = settings.devices
     by_hand = settings.engine.cohorts is not None and placed.placement != "profiled"
     is_emulated = all(device.speed is not None for device in devices)
@@ -146,25 +134,19 @@ def plan_model(
     assumed = tuple(DeviceProfile(device.name, 1e11, ((1, 1e13),), source="assumed") for device in devices)
     profiles = measure.devices(devices, architecture) if is_measured else assumed
     links = measure.links(devices) if is_measured else LinkTopology()
-    request = plan_request(
-        resolved.name,
-        architecture,
-        weights,
-        settings,
-        max_model_len,
+    scratch = planned_gathering(devices, settings, architecture, max_model_len)
+    scratch += _scratch_bytes(devices, settings, architecture)
+    request = make_problem(
+        resolved.name, layer_costs(architecture, weights, settings, scratch), settings, max_model_len,
         tuple(
             PlacementDevice(device.name, device.memory_limit_bytes, profile)
             for device, profile in zip(devices, profiles, strict=True)
         ),
         links,
         shares_cpu=placed.devices is None and any(device.is_main_memory for device in devices),
-        attention_bytes=planned_gathering(devices, settings, architecture, max_model_len)
-        + _scratch_bytes(devices, settings, architecture),
-    )
+    )  # fmt: skip
     try:
-        placement = place_pooled(
-            request, placed.placement, _lend_ratio(settings) if is_measured else 0.0, max_model_len
-        )
+        placement = place_pooled(request, placed.placement, lend_ratio(settings) if is_measured else 0.0, max_model_len)
         pooled = pool_devices(placement, request, settings, max_model_len)
     except InsufficientMemoryError:
         if host is None or host.memory_limit_bytes <= 0:
@@ -173,8 +155,8 @@ def plan_model(
             measured = zip(request.devices, measure.devices(devices, architecture), strict=True)
             request = replace(request, devices=tuple(replace(each, profile=profile) for each, profile in measured))
             is_measured = True
-        request = _with_host(request, host.memory_limit_bytes, measure.host_links(devices) if is_measured else {})
-        request = replace(request, min_kv_tokens=_least_kv_tokens(settings, max_model_len, request.max_kv_tokens))
+        request = with_host(request, host.memory_limit_bytes, measure.host_links(devices) if is_measured else {})
+        request = replace(request, min_kv_tokens=least_kv_tokens(settings, max_model_len, request.max_kv_tokens))
         placement = place_streaming(request, placed.placement)
         pooled = pool_devices(placement, request, settings, max_model_len)
     check_heads(devices, {stage.device_name for stage in placement.stages}, architecture)
@@ -183,67 +165,6 @@ def plan_model(
         resolved, architecture, weights, request, placement, tuple(devices), max_model_len, prediction, pooled,
         host if placement.streamed_bytes else None, notes,
     )  # fmt: skip
-
-
-def pool_devices(
-    placement: PlacementPlan, request: PlacementProblem, settings: Settings, max_model_len: int
-) -> PooledKV:
-    """The KV that the placement offers with what devices lend each other."""
-    pooled = pool_of(request, placement, _lend_ratio(settings))
-    least = _least_kv_tokens(settings, max_model_len, request.max_kv_tokens)
-    if pooled.tokens < least:
-        per_token = sum(request.costs.kv_bytes_per_token)
-        lacking = (least - pooled.tokens) * per_token
-        raise InsufficientMemoryError(
-            f"{request.model_name} does not fit with a KV cache of {least} tokens: the devices hold {pooled.tokens} "
-            f"tokens together, and lack {lacking} bytes.",
-            lacking_bytes={stage.device_name: lacking for stage in placement.stages[:1]},
-        )
-    return pooled
-
-
-def _lend_ratio(settings: Settings) -> float:
-    return settings.lending.lend_ratio if settings.lending.enabled else 0.0
-
-
-def _least_kv_tokens(settings: Settings, max_model_len: int, wanted: int) -> int:
-    """KV that a load must have room for: the longest prompt and answer that is asked for, or a modest one."""
-    return min(wanted, settings.model.max_model_len or min(max_model_len, _MIN_KV_TOKENS))
-
-
-def _with_host(
-    request: PlacementProblem, host_bytes: int, links: Mapping[tuple[str, str], LinkProfile]
-) -> PlacementProblem:
-    """Layers may stay in so many bytes of main memory, and stream in over these links."""
-    known = request.links
-    return replace(request, host_bytes=host_bytes, links=LinkTopology({**known.links, **links}, known.default))
-
-
-def plan_request(
-    name: str, architecture: Architecture, weights: ModelBytes, settings: Settings, max_model_len: int,
-    devices: tuple[PlacementDevice, ...], links: LinkTopology, *, shares_cpu: bool = False, attention_bytes: int = 0,
-) -> PlacementProblem:  # fmt: skip
-    """What the settings ask of placement. `shares_cpu`: a CPU device may take what others leave, so KV is bounded."""
-    engine, placed = settings.engine, settings.devices
-    costs = layer_costs(architecture, weights, settings, attention_bytes)
-    most = engine.max_batch_size * max_model_len
-    wanted = engine.kv_cache_tokens or (_kv_cap(costs, devices, most) if shares_cpu else most)
-    least = _least_kv_tokens(settings, max_model_len, wanted)
-    if settings.lending.enabled and len(devices) > 1:
-        least = min(least, MIN_LOCAL_BLOCKS * engine.block_size)  # the rest may be lent; `pool_devices` checks it
-    return PlacementProblem(
-        model_name=name,
-        costs=costs,
-        devices=devices,
-        links=links,
-        objective=placed.objective,
-        streams=min(placed.plan_streams, engine.max_batch_size),
-        context=min(placed.plan_context, max_model_len),
-        min_kv_tokens=least,
-        max_kv_tokens=wanted,
-        block_size=engine.block_size,
-        layers=parse_layers(placed.layers) if placed.layers is not None else None,
-    )
 
 
 def measure_with(settings: Settings, transfer: TransferManager) -> LayerProfiler:
@@ -267,64 +188,22 @@ def promised_bytes(settings: Settings) -> int:
     return (settings.memory.host_bytes or 0) + (settings.lending.host_bytes or 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Preview:
-    """A placement that nothing was loaded for, and the KV that its devices hold together. Without known speeds there is
-    no `prediction`."""
-
-    problem: PlacementProblem
-    placement: PlacementPlan
-    pooled: PooledKV
-    prediction: Prediction | None
-    one_more: tuple[DeviceEffect, ...] = ()
-    notes: tuple[str, ...] = ()
+def plan_here(resolved: ResolvedModel, settings: Settings) -> ModelPlan:
+    """A model on the devices of this machine, of which none of the memory is taken. Raises what a load would."""
+    devices = open_devices(settings.devices, allocate=False, set_aside_bytes=promised_bytes(settings))
+    host = host_for(settings, devices, open_main_memory(settings.devices))
+    return plan_model(resolved, devices, settings, measure_with(settings, TransferManager()), host)
 
 
-def preview(settings: Settings, gpus: Sequence[str] = (), *, more: Sequence[str] = ()) -> Preview:
-    """Where `settings.model` would go, from its config alone: on this machine, or on the cards that `gpus` describes
-    (see `core.costs.cards.gpu_spec`). `more`: what each of these would bring on top; for described cards that is
-    one more of each, unless others are named. Raises what a load would.
-    """
-    resolved = resolve_model(settings.model.name, settings.model.revision)
-    if gpus:
-        cards, links = gpu_spec(*gpus), LinkTopology(default=DATASHEET_LINK)
-        lacking = [device.name for device in cards if lacks_bf16(device)]
-        asked = settings.model.dtype
-        architecture, notes = fit_dtype(read_architecture(resolved.path, asked), asked, lacking)
-        length = _max_model_len(resolved, architecture, settings)
-        request = plan_request(resolved.name, architecture, measure_bytes(architecture), settings, length, cards, links)
-        if settings.devices.stream_weights == "auto":
-            request = _with_host(request, _ANY_MACHINE_BYTES, {})
-        placement = place_or_stream(request, settings.devices.placement, _lend_ratio(settings), length)
-        pooled = pool_of(request, placement, _lend_ratio(settings))
-        prediction: Prediction | None = predict(placement, request, pooled=pooled)
-    else:
-        devices = open_devices(settings.devices, allocate=False, set_aside_bytes=promised_bytes(settings))
-        measure = measure_with(settings, TransferManager())
-        host = host_for(settings, devices, open_main_memory(settings.devices))
-        plan = plan_model(resolved, devices, settings, measure, host)
-        request, placement, pooled, prediction = plan.problem, plan.placement, plan.pooled, plan.prediction
-        notes = plan.notes
-    others = more or tuple(dict.fromkeys(text.partition("*")[0].strip() for text in gpus))
-    effects = tuple(one_more(placement, request, device) for device in gpu_spec(*others)) if prediction else ()
-    return Preview(request, placement, pooled, prediction, effects, notes)
-
-
-def _max_model_len(resolved: ResolvedModel, architecture: Architecture, settings: Settings) -> int:
-    asked = settings.model.max_model_len
-    if asked is not None and asked > architecture.max_position:
-        raise ContextLengthError(
-            f"max_model_len {asked} is more than the {architecture.max_position} positions of {resolved.name}.",
-            param="max_model_len",
-        )
-    return asked or architecture.max_position
-
-
-def _kv_cap(costs: LayerCosts, devices: Sequence[PlacementDevice], most_tokens: int) -> int:
-    """No more KV than a full batch can use, nor than a quarter of the memory."""
-    per_token = max(1, sum(costs.kv_bytes_per_token))
-    share = sum(device.limit_bytes for device in devices) // _CPU_KV_SHARE
-    return max(_MIN_KV_TOKENS, min(most_tokens, share // per_token))
+def described_model(
+    resolved: ResolvedModel, settings: Settings, lacking: Sequence[str]
+) -> tuple[Architecture, ModelBytes, LayerCosts, tuple[str, ...]]:
+    """A model for cards that are not here, some of them `lacking` bf16: its architecture in the dtype that they can
+    serve, its bytes and costs, and what there is to say of it."""
+    asked = settings.model.dtype
+    architecture, notes = fit_dtype(read_architecture(resolved.path, asked), asked, lacking)
+    weights = measure_bytes(architecture)
+    return architecture, weights, layer_costs(architecture, weights, settings), notes
 
 
 def cohort_policy(plan: ModelPlan, settings: Settings) -> CohortPolicy:

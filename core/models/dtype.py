@@ -10,8 +10,8 @@ import torch
 
 from core.devices import Device
 from core.devices.device import DeviceKind
-from core.errors import DeviceError
-from core.models.architecture import Architecture, read_architecture
+from core.models.architecture import DTYPES, Architecture, read_architecture
+from core.models.served_dtype import choose_dtype
 
 _BF16_CAPABILITY = 80
 
@@ -42,17 +42,6 @@ def served_architecture(path: Path, asked: str, devices: Sequence[Device]) -> tu
 
 
 def fit_dtype(architecture: Architecture, asked: str, lacking: Sequence[str]) -> tuple[Architecture, tuple[str, ...]]:
-    """A bf16 checkpoint (`asked` is "auto") becomes fp16 if there are devices `lacking` bf16: one model has one dtype.
-    Raises `DeviceError` if bf16 is asked for where a device has none.
-    """
-    if architecture.dtype is not torch.bfloat16 or not lacking:
-        return architecture, ()
-    names = ", ".join(lacking)
-    if asked != "auto":
-        raise DeviceError(
-            f"dtype bfloat16 needs compute capability 8.0, which is more than that of {names}. Use float16 or auto, "
-            f"or leave the device out.",
-            param="dtype",
-        )
-    note = f"float16 in place of bfloat16, which {names} cannot compute with; numbers beyond 65,504 overflow"
-    return replace(architecture, dtype=torch.float16), (note,)
+    """The architecture in the dtype of `choose_dtype`. Raises what that raises."""
+    name, notes = choose_dtype(str(architecture.dtype).removeprefix("torch."), asked, lacking)
+    return replace(architecture, dtype=DTYPES[name]), notes

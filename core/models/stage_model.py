@@ -19,7 +19,7 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from core.costs import Experts
+from core.costs import Experts, ModelBytes
 from core.errors import CheckpointError, UnsupportedModelError
 from core.logs import get_logger
 from core.models.architecture import Architecture
@@ -221,28 +221,6 @@ def load_layers(
     model = load_stage(architecture, path, part, torch.device("cpu"), attention=attention, on_read=on_read)
     decoder, name = find_decoder(model, architecture.num_layers)
     return {index: getattr(decoder, name)[index] for index in layers}
-
-
-@dataclass(frozen=True, slots=True)
-class ModelBytes:
-    """Weight bytes in the serving dtype: before the layers, each layer, after them. With tied embeddings `head` is
-    what a last stage that is not also the first needs beside `after`. What packing takes is counted in. `experts` says
-    what of `layers` tokens share.
-    """
-
-    embedding: int
-    layers: tuple[int, ...]
-    after: int
-    head: int
-    tied: bool
-    num_parameters: int
-    layer_parameters: tuple[int, ...]
-    head_parameters: int
-    experts: Experts | None = None
-
-    def read_bytes(self, layer: int, tokens: int) -> float:
-        """Of a layer, the bytes of the weights that `tokens` tokens take part in."""
-        return self.layers[layer] - (self.experts.unread_bytes(layer, tokens) if self.experts else 0.0)
 
 
 def blank_model(architecture: Architecture) -> Any:

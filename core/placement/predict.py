@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -54,6 +55,7 @@ class RatePrediction:
         roofline_tok_s: what no number of cohorts can exceed: stages take no longer than their bytes and operations do,
             each weight is read once for all streams, links are free but for layers that stream in, and borrowed KV is
             read by others meanwhile.
+        spent_s: of a batch's way through all stages, by what the seconds go to.
         borrowing_s: seconds of a round, in which each stream gains a token, because some of the KV is lent; below 0
             where the lender and the stage's own device read it sooner together.
     """
@@ -65,6 +67,7 @@ class RatePrediction:
     parts: tuple[PartPrediction, ...]
     bottleneck: PartPrediction
     roofline_tok_s: float
+    spent_s: Mapping[Limit, float]
     borrowing_s: float = 0.0
 
     @property
@@ -202,13 +205,20 @@ def predict_rate(
         for (name, layers, limit), all_s in zip(named, zip(*ways, strict=True), strict=True)
     )
     slowest = max(parts, key=lambda part: part.seconds)
+    spent = _way_spent_s(costs, stages, batches[0], timed[0][1], way_s)
     return RatePrediction(
-        streams, cohorts, tok_s, streams / tok_s, parts, slowest, roofline, streams / tok_s - streams / alone
+        streams, cohorts, tok_s, streams / tok_s, parts, slowest, roofline, spent, streams / tok_s - streams / alone
     )
 
 
 def stage_limit(costs: LayerCosts, stage: StageCost, batch: Batch) -> Limit:
     """What most of a stage's time goes to."""
+    spent = spent_s(costs, stage, batch)
+    return max(spent, key=lambda limit: spent[limit])
+
+
+def spent_s(costs: LayerCosts, stage: StageCost, batch: Batch) -> dict[Limit, float]:
+    """Seconds of a stage's pass by what they go to."""
     device, rows = stage.device, batch.tokens
     spent: dict[Limit, float] = {"bandwidth": 0.0, "compute": 0.0}
     per_layer_s = device.layer_overhead_s + rows * device.row_overhead_s
@@ -224,7 +234,18 @@ def stage_limit(costs: LayerCosts, stage: StageCost, batch: Batch) -> Limit:
         spent["bandwidth" if read_s >= compute_s else "compute"] += max(read_s, compute_s)
     per_token = costs.stage_kv_bytes_per_token(stage.first, stage.last)
     spent["bandwidth"] += batch.kv_tokens * per_token / device.kv_bytes_s
-    return max(spent, key=lambda limit: spent[limit])
+    return spent
+
+
+def _way_spent_s(
+    costs: LayerCosts, stages: Sequence[StageCost], batch: Batch, hops: Sequence[float], way_s: float
+) -> dict[Limit, float]:
+    """Of a batch's way through all stages. What stages wait for layers that stream in counts as link."""
+    total: Counter[Limit] = Counter()
+    for stage in stages:
+        total.update(spent_s(costs, stage, batch))
+    waiting_s = max(0.0, way_s - sum(hops) - sum(total.values()))
+    return {**total, "link": sum(hops) + waiting_s}
 
 
 def _roofline_tok_s(

@@ -12,7 +12,6 @@ import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from core.costs import Experts
+from core.costs import Experts, Workspace
 from core.errors import UnsupportedModelError
 from core.execution.attention.interface import ATTENTION_NAME, bind
 from core.execution.attention.metadata import AttentionSpec
@@ -46,14 +45,6 @@ _VOCAB, _ROWS = 512, 4
 _EVERYTHING = SamplingParams(
     temperature=0.8, top_p=0.9, top_k=50, min_p=0.01, frequency_penalty=0.1, repetition_penalty=1.1, logprobs=5
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Workspace:
-    """Bytes of a stage's largest step, and what the last stage needs on top for logits and sampling."""
-
-    layers_bytes: int
-    head_bytes: int
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tiny_models import build_tiny, word_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from core.engine.model_plan import preview
+from core.engine.preview import preview
 from core.errors import (
     CheckpointError,
     InsufficientMemoryError,

@@ -1,0 +1,109 @@
+"""A placement that nothing is loaded for. On cards by name, a model of a known family needs neither torch nor
+transformers for it; so what does is imported where it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from core.config import Settings
+from core.costs import LayerCosts, LinkTopology, PlacementDevice, PlacementPlan, PlacementProblem
+from core.costs.cards import gpu_spec, lacks_bf16
+from core.costs.model import costs_of
+from core.costs.profile import DATASHEET_LINK
+from core.costs.room import usable
+from core.engine.problem import lend_ratio, make_problem, served_length, with_host
+from core.models.families import read_family
+from core.models.resolve import ResolvedModel, resolve_model
+from core.models.served_dtype import ELEMENT_BYTES, choose_dtype
+from core.placement.pooled import PooledKV, pool_of
+from core.placement.predict import DeviceEffect, Prediction, one_more, predict
+from core.placement.streaming import place_or_stream
+
+_ANY_MACHINE_BYTES = 1 << 60
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModel:
+    """Of the model that is planned for: `dtype` it would be served in, and the longest sequence, prompt and answer."""
+
+    num_parameters: int
+    dtype: str
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A placement that nothing was loaded for, and the KV that its devices hold together. Without known speeds there is
+    no `prediction`. `reserved_bytes` of each device are kept for drivers and screens."""
+
+    model: PlannedModel
+    problem: PlacementProblem
+    placement: PlacementPlan
+    pooled: PooledKV
+    prediction: Prediction | None
+    one_more: tuple[DeviceEffect, ...] = ()
+    notes: tuple[str, ...] = ()
+    reserved_bytes: tuple[int, ...] = ()
+
+
+def preview(settings: Settings, gpus: Sequence[str] = (), *, more: Sequence[str] = ()) -> Preview:
+    """Where `settings.model` would go, from its config alone: on this machine, or on the cards that `gpus` describes
+    (see `core.costs.cards.gpu_spec`). `more`: what each of these would bring on top; for described cards that is
+    one more of each, unless others are named. Raises what a load would.
+    """
+    resolved = resolve_model(settings.model.name, settings.model.revision)
+    shown = _on_cards(resolved, settings, gpus) if gpus else _on_this_machine(resolved, settings)
+    others = more or tuple(dict.fromkeys(text.partition("*")[0].strip() for text in gpus))
+    if shown.prediction is None or not others:
+        return shown
+    effects = tuple(one_more(shown.placement, shown.problem, usable(device)) for device in gpu_spec(*others))
+    return replace(shown, one_more=effects)
+
+
+def _on_cards(resolved: ResolvedModel, settings: Settings, gpus: Sequence[str]) -> Preview:
+    nominal = gpu_spec(*gpus)
+    cards = tuple(map(usable, nominal))
+    model, costs, notes = _describe(resolved, settings, nominal)
+    links, length = LinkTopology(default=DATASHEET_LINK), model.max_model_len
+    problem = make_problem(resolved.name, costs, settings, length, cards, links)
+    if settings.devices.stream_weights == "auto":
+        problem = with_host(problem, _ANY_MACHINE_BYTES, {})
+    placement = place_or_stream(problem, settings.devices.placement, lend_ratio(settings), length)
+    pooled = pool_of(problem, placement, lend_ratio(settings))
+    reserved = tuple(card.limit_bytes - kept.limit_bytes for card, kept in zip(nominal, cards, strict=True))
+    prediction = predict(placement, problem, pooled=pooled)
+    return Preview(model, problem, placement, pooled, prediction, notes=notes, reserved_bytes=reserved)
+
+
+def _describe(
+    resolved: ResolvedModel, settings: Settings, cards: Sequence[PlacementDevice]
+) -> tuple[PlannedModel, LayerCosts, tuple[str, ...]]:
+    """A model on cards: by the arithmetic of its family, else from its class."""
+    lacking, engine = [card.name for card in cards if lacks_bf16(card)], settings.engine
+    family = read_family(resolved.path, settings.model.dtype)
+    if family is None:
+        from core.engine.model_plan import described_model
+
+        architecture, weights, costs, notes = described_model(resolved, settings, lacking)
+        dtype, most = str(architecture.dtype).removeprefix("torch."), architecture.max_position
+    else:
+        dtype, notes = choose_dtype(family.dtype, settings.model.dtype, lacking)
+        weights, most = family.weights(dtype), family.max_position
+        tokens = engine.max_num_batched_tokens
+        workspace = family.workspace(dtype, tokens, min(engine.max_batch_size, tokens))
+        costs = costs_of(weights, workspace, family.kv_bytes_per_token(dtype), family.hidden_size, ELEMENT_BYTES[dtype])
+    model = PlannedModel(weights.num_parameters, dtype, served_length(resolved.name, most, settings))
+    return model, costs, notes
+
+
+def _on_this_machine(resolved: ResolvedModel, settings: Settings) -> Preview:
+    from core.engine.model_plan import plan_here
+
+    plan = plan_here(resolved, settings)
+    dtype = str(plan.architecture.dtype).removeprefix("torch.")
+    model = PlannedModel(plan.weights.num_parameters, dtype, plan.max_model_len)
+    return Preview(
+        model, plan.problem, plan.placement, plan.pooled, plan.prediction, notes=plan.notes,
+        reserved_bytes=(0,) * len(plan.devices),
+    )  # fmt: skip

@@ -1,0 +1,104 @@
+"""What settings ask of placement, and when a plan holds enough KV. Pure: also for cards that are not here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from core.config import Settings
+from core.costs import (
+    LayerCosts,
+    LinkProfile,
+    LinkTopology,
+    PlacementDevice,
+    PlacementPlan,
+    PlacementProblem,
+)
+from core.errors import ContextLengthError, InsufficientMemoryError
+from core.placement.engine import parse_layers
+from core.placement.pooled import PooledKV, pool_of
+
+MIN_LOCAL_BLOCKS = 16
+"""What is being written is local, so a stage needs some blocks of its own even where others lend it memory."""
+
+_MIN_KV_TOKENS = 512
+_CPU_KV_SHARE = 4
+
+
+def make_problem(
+    name: str, costs: LayerCosts, settings: Settings, max_model_len: int, devices: tuple[PlacementDevice, ...],
+    links: LinkTopology, *, shares_cpu: bool = False,
+) -> PlacementProblem:  # fmt: skip
+    """What the settings ask of placement. `shares_cpu`: a CPU device may take what others leave, so KV is bounded."""
+    engine, placed = settings.engine, settings.devices
+    most = engine.max_batch_size * max_model_len
+    wanted = engine.kv_cache_tokens or (_kv_cap(costs, devices, most) if shares_cpu else most)
+    least = least_kv_tokens(settings, max_model_len, wanted)
+    if settings.lending.enabled and len(devices) > 1:
+        least = min(least, MIN_LOCAL_BLOCKS * engine.block_size)  # the rest may be lent; `pool_devices` checks it
+    return PlacementProblem(
+        model_name=name,
+        costs=costs,
+        devices=devices,
+        links=links,
+        objective=placed.objective,
+        streams=min(placed.plan_streams, engine.max_batch_size),
+        context=min(placed.plan_context, max_model_len),
+        min_kv_tokens=least,
+        max_kv_tokens=wanted,
+        block_size=engine.block_size,
+        layers=parse_layers(placed.layers) if placed.layers is not None else None,
+    )
+
+
+def pool_devices(
+    placement: PlacementPlan, problem: PlacementProblem, settings: Settings, max_model_len: int
+) -> PooledKV:
+    """The KV that the placement offers with what devices lend each other."""
+    pooled = pool_of(problem, placement, lend_ratio(settings))
+    least = least_kv_tokens(settings, max_model_len, problem.max_kv_tokens)
+    if pooled.tokens < least:
+        per_token = sum(problem.costs.kv_bytes_per_token)
+        lacking = (least - pooled.tokens) * per_token
+        raise InsufficientMemoryError(
+            f"{problem.model_name} does not fit with a KV cache of {least} tokens: the devices hold {pooled.tokens} "
+            f"tokens together, and lack {lacking} bytes.",
+            lacking_bytes={stage.device_name: lacking for stage in placement.stages[:1]},
+        )
+    return pooled
+
+
+def with_host(
+    problem: PlacementProblem, host_bytes: int, links: Mapping[tuple[str, str], LinkProfile]
+) -> PlacementProblem:
+    """Layers may stay in so many bytes of main memory, and stream in over these links."""
+    known = problem.links
+    return replace(problem, host_bytes=host_bytes, links=LinkTopology({**known.links, **links}, known.default))
+
+
+def lend_ratio(settings: Settings) -> float:
+    """The share of a lender's free memory that others may use; 0 where nobody lends."""
+    return settings.lending.lend_ratio if settings.lending.enabled else 0.0
+
+
+def least_kv_tokens(settings: Settings, max_model_len: int, wanted: int) -> int:
+    """KV that a load must have room for: the longest prompt and answer that is asked for, or a modest one."""
+    return min(wanted, settings.model.max_model_len or min(max_model_len, _MIN_KV_TOKENS))
+
+
+def served_length(name: str, max_position: int, settings: Settings) -> int:
+    """The longest sequence, prompt and answer. Raises `ContextLengthError` for more than the model's positions."""
+    asked = settings.model.max_model_len
+    if asked is not None and asked > max_position:
+        raise ContextLengthError(
+            f"max_model_len {asked} is more than the {max_position} positions of {name}.",
+            param="max_model_len",
+        )
+    return asked or max_position
+
+
+def _kv_cap(costs: LayerCosts, devices: Sequence[PlacementDevice], most_tokens: int) -> int:
+    """No more KV than a full batch can use, nor than a quarter of the memory."""
+    per_token = max(1, sum(costs.kv_bytes_per_token))
+    share = sum(device.limit_bytes for device in devices) // _CPU_KV_SHARE
+    return max(_MIN_KV_TOKENS, min(most_tokens, share // per_token))
