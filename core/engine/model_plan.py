@@ -21,7 +21,8 @@ from core.costs import (
     StageTimer,
     emulated_profile,
 )
-from core.costs.cards import gpu_spec, lacks_bf16
+from core.costs.card_notes import card_notes, lacks_bf16
+from core.costs.cards import gpu_spec
 from core.devices import HOST, Device, DeviceBudget, MainMemory, host_device, open_devices, open_main_memory
 from core.errors import ContextLengthError, InsufficientMemoryError
 from core.execution.attention.select import check_heads, planned_gathering, planned_packing
@@ -286,8 +287,9 @@ def preview(settings: Settings, gpus: Sequence[str] = (), *, more: Sequence[str]
     one more of each, unless others are named. Raises what a load would.
     """
     resolved = resolve_model(settings.model.name, settings.model.revision)
-    if gpus:
-        cards, links = gpu_spec(*gpus), LinkTopology(default=DATASHEET_LINK)
+    cards = gpu_spec(*gpus)
+    if cards:
+        links = LinkTopology(default=DATASHEET_LINK)
         lacking = [device.name for device in cards if lacks_bf16(device)]
         asked = settings.model.dtype
         architecture, notes = fit_dtype(read_architecture(resolved.path, asked), asked, lacking)
@@ -304,9 +306,11 @@ def preview(settings: Settings, gpus: Sequence[str] = (), *, more: Sequence[str]
         host = host_for(settings, devices, open_main_memory(settings.devices))
         plan = plan_model(resolved, devices, settings, measure, host)
         request, placement, pooled, prediction = plan.problem, plan.placement, plan.pooled, plan.prediction
-        notes = plan.notes
+        architecture, notes = plan.architecture, plan.notes
     others = more or tuple(dict.fromkeys(text.partition("*")[0].strip() for text in gpus))
-    effects = tuple(one_more(placement, request, device) for device in gpu_spec(*others)) if prediction else ()
+    added = gpu_spec(*others) if prediction else ()
+    effects = tuple(one_more(placement, request, device) for device in added)
+    notes += card_notes((*cards, *added), serves_fp16=architecture.dtype is torch.float16)
     return Preview(request, placement, pooled, prediction, effects, notes)
 
 

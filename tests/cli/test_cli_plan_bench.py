@@ -12,7 +12,9 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from core.config import iter_settings
+from core.placement.predict import DeviceEffect
 from vramancer.cli import app
+from vramancer.cli.plan import _gain
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +62,18 @@ def test_a_plan_for_cards_without_bf16_says_that_it_becomes_fp16(large: str) -> 
         assert f"float16 in place of bfloat16, which {named} cannot" in plan_json(large, *flags)["notes"][0]
     refused = CliRunner().invoke(app, ["plan", large, "--gpu", "t4*3", "--dtype", "bfloat16"])
     assert refused.exit_code == 1 and "compute capability 8.0" in refused.output
+
+
+def test_a_plan_for_a_card_that_torchs_wheels_left_behind_says_so(large: str) -> None:
+    old = "GTX 1080 Ti (sm_61): planned by its datasheet, but PyTorch's wheels"
+    fp16, wheels, slow = plan_json(large, "--gpu", "1080ti", "--gpu", "3090", "--max-model-len", "2048")["notes"]
+    assert "float16 in place of bfloat16, which GTX 1080 Ti cannot" in fp16
+    assert old in wheels and "fp16 far slower" in slow
+    float32 = plan_json(large, "--gpu", "1080ti*6", "--dtype", "float32", "--max-model-len", "2048")["notes"]
+    assert len(float32) == 1 and old in float32[0]
+    more = plan_json(large, "--gpu", "3090*2", "--more", "1080 Ti", "--max-model-len", "2048")["notes"]
+    assert len(more) == 1 and old in more[0]
+    assert f"note: {old}" in plan_text("--gpu", "1080 Ti")
 
 
 def test_a_plan_says_that_bf16_becomes_fp16(large: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +138,23 @@ def test_one_more_of_each_card_is_told_without_asking(large: str) -> None:
     assert all(effect["tok_s_without"] > 0 and effect["gain"] >= 0 for effect in plan["one_more"])
     asked = plan_json(large, "--gpu", "3090*2", "--more", "3060", "--max-model-len", "2048")
     assert [effect["name"] for effect in asked["one_more"]] == ["RTX 3060"]
+
+
+def test_one_more_card_that_brings_nothing_says_so(large: str) -> None:
+    arguments = (large, "--gpu", "3090*2", "--more", "1050 2GB", "--more", "5090", "--max-model-len", "2048")
+    slow, fast = plan_json(*arguments)["one_more"]
+    assert slow["tok_s"] == slow["tok_s_without"] and fast["gain"] > 0.1
+    text = plan_text(*arguments)
+    rate = f"{slow['tok_s']:.1f}"
+    assert f"one more GTX 1050 2GB: brings nothing ({rate} tok/s with and without it)" in text
+    assert f"one more RTX 5090: with it gives {fast['tok_s']:.1f} instead of {rate} tok/s (+" in text
+
+
+def test_a_gain_that_rounds_to_nothing_is_no_percentage() -> None:
+    assert _gain(DeviceEffect("x", 621.9, 620.4, 8)) == "brings hardly anything (621.9 instead of 620.4 tok/s)"
+    assert _gain(DeviceEffect("x", 62.14, 62.12, 8)) == "brings nothing (62.1 tok/s with and without it)"
+    assert _gain(DeviceEffect("x", 66.0, 60.0, 8)) == "with it gives 66.0 instead of 60.0 tok/s (+10%)"
+    assert _gain(DeviceEffect("x", None, 60.0, 0)) == "no plan with it holds as much KV"
 
 
 def test_layers_by_hand(large: str) -> None:

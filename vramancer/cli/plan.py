@@ -79,7 +79,7 @@ def print_plan(shown: Preview, console: Console) -> None:
     for effect in shown.prediction.unused:
         console.print(f"{effect.name} is left out: {_effect(effect, 'using it')}")
     for effect in shown.one_more:
-        console.print(f"one more {effect.name}: {_effect(effect, 'with it')}")
+        console.print(f"one more {effect.name}: {_gain(effect)}")
     for line in assumptions(shown):
         console.print(line, soft_wrap=True)
 
@@ -151,6 +151,18 @@ def _print_prediction(prediction: Prediction, console: Console) -> None:
         )
     console.print(table)
     console.print(f"no step can be faster than {prediction.floor_s * 1e3:.1f} ms: every byte is read once per token")
+
+
+def _gain(effect: DeviceEffect) -> str:
+    """What one more device brings; it may stay unused, so it costs nothing."""
+    if effect.tok_s is None or effect.gain is None:
+        return _effect(effect, "with it")
+    rate, without = f"{effect.tok_s:.1f}", f"{effect.tok_s_without:.1f}"
+    if rate == without:
+        return f"brings nothing ({rate} tok/s with and without it)"
+    if f"{effect.gain:.0%}" == "0%":
+        return f"brings hardly anything ({rate} instead of {without} tok/s)"
+    return _effect(effect, "with it")
 
 
 def _effect(effect: DeviceEffect, what: str) -> str:
