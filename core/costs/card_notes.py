@@ -55,6 +55,6 @@ def _notes(card: Card, serves_fp16: bool) -> Iterator[str]:
         if not runs_on_amd(card.chip, ROCM_WHEEL):
             yield f"{planned} PyTorch's wheels for ROCm have no kernels for it"
     elif card.chip.startswith("Xe"):
-        yield f"{planned} no model can be served on Intel's GPUs yet"
+        yield f"{planned} no model can be served on Intel's GPUs"
     if card.remark:
         yield card.remark
