@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from core.config import Settings
 from core.costs import LayerCosts, LinkTopology, PlacementDevice, PlacementPlan, PlacementProblem
-from core.costs.cards import gpu_spec, lacks_bf16
+from core.costs.card_notes import card_notes, lacks_bf16
+from core.costs.cards import gpu_spec
 from core.costs.model import costs_of
 from core.costs.profile import DATASHEET_LINK
 from core.costs.room import usable
@@ -53,16 +54,16 @@ def preview(settings: Settings, gpus: Sequence[str] = (), *, more: Sequence[str]
     one more of each, unless others are named. Raises what a load would.
     """
     resolved = resolve_model(settings.model.name, settings.model.revision)
-    shown = _on_cards(resolved, settings, gpus) if gpus else _on_this_machine(resolved, settings)
+    cards = gpu_spec(*gpus)
+    shown = _on_cards(resolved, settings, cards) if cards else _on_this_machine(resolved, settings)
     others = more or tuple(dict.fromkeys(text.partition("*")[0].strip() for text in gpus))
-    if shown.prediction is None or not others:
-        return shown
-    effects = tuple(one_more(shown.placement, shown.problem, usable(device)) for device in gpu_spec(*others))
-    return replace(shown, one_more=effects)
+    added = gpu_spec(*others) if shown.prediction is not None else ()
+    effects = tuple(one_more(shown.placement, shown.problem, usable(device)) for device in added)
+    notes = card_notes((*cards, *added), serves_fp16=shown.model.dtype == "float16")
+    return replace(shown, one_more=effects, notes=shown.notes + notes)
 
 
-def _on_cards(resolved: ResolvedModel, settings: Settings, gpus: Sequence[str]) -> Preview:
-    nominal = gpu_spec(*gpus)
+def _on_cards(resolved: ResolvedModel, settings: Settings, nominal: tuple[PlacementDevice, ...]) -> Preview:
     cards = tuple(map(usable, nominal))
     model, costs, notes = _describe(resolved, settings, nominal)
     links, length = LinkTopology(default=DATASHEET_LINK), model.max_model_len

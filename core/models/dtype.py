@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 
+from core.costs.card_notes import FIRST_WITH_BF16
 from core.devices import Device
 from core.devices.device import DeviceKind
 from core.models.architecture import DTYPES, Architecture, read_architecture
 from core.models.served_dtype import choose_dtype
-
-_BF16_CAPABILITY = 80
 
 
 def compute_capability(device: torch.device) -> int | None:
@@ -26,7 +25,7 @@ def compute_capability(device: torch.device) -> int | None:
 
 def supports_bf16(kind: DeviceKind, capability: int | None) -> bool:
     """Whether a device computes with bf16 itself: NVIDIA's do from Ampere on. `capability` as `compute_capability`."""
-    return kind != "cuda" or capability is None or capability >= _BF16_CAPABILITY
+    return kind != "cuda" or capability is None or capability >= FIRST_WITH_BF16
 
 
 def served_architecture(path: Path, asked: str, devices: Sequence[Device]) -> tuple[Architecture, tuple[str, ...]]:

@@ -24,8 +24,6 @@ WIDE = 100
 """Columns from which on a device's figures stand beside its bar."""
 _WIDE_BAR, _BAR = 36, 60
 _GIB = 1024**3
-_NOTHING = 0.005
-"""A gain below this is none."""
 
 _PARTS = (("weights", "#", "█", "cyan"), ("KV", "=", "▓", "green"), ("workspace", "+", "▒", "yellow"),
           ("free", ".", "░", "dim"), ("kept", "x", "╳", "dim red"))  # fmt: skip
@@ -173,15 +171,25 @@ def _remarks(shown: Preview) -> Iterator[str]:
         for effect in shown.prediction.unused:
             yield f"{effect.name} is left out: {_effect(effect, 'using it')}"
     for effect in shown.one_more:
-        yield f"one more {effect.name}: {_effect(effect, 'with it')}"
+        yield f"one more {effect.name}: {_gain(effect)}"
+
+
+def _gain(effect: DeviceEffect) -> str:
+    """What one more device brings; it may stay unused, so it costs nothing."""
+    if effect.tok_s is None or effect.gain is None:
+        return _effect(effect, "with it")
+    rate, without = f"{effect.tok_s:.1f}", f"{effect.tok_s_without:.1f}"
+    if rate == without:
+        return f"brings nothing ({rate} tok/s with and without it)"
+    if f"{effect.gain:.0%}" == "0%":
+        return f"brings hardly anything ({rate} instead of {without} tok/s)"
+    return _effect(effect, "with it")
 
 
 def _effect(effect: DeviceEffect, what: str) -> str:
     if effect.tok_s is None or effect.gain is None:
         return f"no plan {what} holds as much KV"
-    if abs(effect.gain) < _NOTHING:
-        return f"brings nothing, {effect.tok_s_without:.1f} tok/s as without it"
-    return f"{what} {effect.tok_s:.1f} instead of {effect.tok_s_without:.1f} tok/s ({effect.gain:+.0%})"
+    return f"{what} gives {effect.tok_s:.1f} instead of {effect.tok_s_without:.1f} tok/s ({effect.gain:+.0%})"
 
 
 def basis(shown: Preview) -> list[str]:
