@@ -66,7 +66,7 @@ def test_the_verdict_comes_first_and_each_device_is_a_bar(large: str, width: int
     lines = plan_at(width, large, "--gpu", "3090", "--gpu", "5070 Ti", "--max-model-len", "8192", "--no-lending")
     text = "\n".join(lines)
     assert all(len(line) <= width for line in lines)
-    assert lines[0] == "Fits. llama-14b: 14.5 B parameters, 27.0 GiB in bfloat16"
+    assert lines[0] == "Fits. llama-14b: 14.8 B parameters, 27.5 GiB in bfloat16"
     assert re.fullmatch(r"[\d,]+ tokens of KV \(longest context 8,192, 192 KiB a token\)", lines[1])
     assert re.match(r"\d+\.\d tok/s at 1 stream, \d+\.\d tok/s at 8 streams \(predicted, 2,048 tokens", lines[2])
     plan = plan_json(large, "--gpu", "3090", "--gpu", "5070 Ti", "--max-model-len", "8192", "--no-lending")
@@ -101,8 +101,8 @@ def test_bars_are_plain_where_the_terminal_knows_no_blocks(large: str, capsys: p
         file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         print_plan(shown, Console(file=file, width=80))
         file.seek(0)
-        assert all(mark in file.read() for mark in marks[:2])
-        file.seek(0)
+        bar = next(line for line in file.read().splitlines() if line.startswith("RTX 3090#0"))
+        assert set(bar.removeprefix("RTX 3090#0").strip()) <= set(marks) and bar.count(marks[0]) > 10
     coloured = io.StringIO()
     print_plan(shown, Console(file=coloured, width=80, force_terminal=True, color_system="standard"))
     assert "\x1b[1;32mFits." in coloured.getvalue()
