@@ -54,25 +54,22 @@ def _leave(conversation: Conversation, argument: str, confirm: Confirm) -> None:
 
 
 def _help(conversation: Conversation, argument: str, confirm: Confirm) -> None:
-    shown = {name: command for name, command in COMMANDS.items() if command.meaning}
-    width = max(len(f"{name} {command.usage}") for name, command in shown.items())
-    lines = [f"{f'{name} {command.usage}':{width}}  {command.meaning}" for name, command in shown.items()]
-    lines += [
-        '"""'.ljust(width) + "  begins and ends a question of several lines; Alt-Enter begins a new line too",
-        "Ctrl-C".ljust(width) + "  stops an answer; at the prompt, twice leaves",
-        "Ctrl-D".ljust(width) + "  leaves",
+    rows = [(f"{name} {command.usage}", command.meaning) for name, command in COMMANDS.items() if command.meaning]
+    rows += [
+        ('"""', "begins and ends a question of several lines; Alt-Enter begins a new line too"),
+        ("Ctrl-C", "stops an answer; at the prompt, twice leaves"),
+        ("Ctrl-D", "leaves"),
     ]
-    conversation.screen.show("\n".join(lines))
+    conversation.screen.show_table(rows)
 
 
 def _set(conversation: Conversation, argument: str, confirm: Confirm) -> None:
     name, _, text = argument.partition(" ")
     text = text.strip()
     if not name:
-        width = max(map(len, CHOICES))
-        known = [(key, _value(conversation, key), choice.meaning) for key, choice in CHOICES.items()]
-        lines = [f"{key:{width}}  {value:>13}  {meaning}" for key, value, meaning in known]
-        conversation.screen.show("\n".join([*lines, f"{'system':{width}}  {_system(conversation)}"]))
+        rows = [(key, _value(conversation, key), choice.meaning) for key, choice in CHOICES.items()]
+        conversation.screen.show_table(rows)
+        conversation.screen.show(f"system message: {_system(conversation)}")
     elif name == "system":
         _set_system(conversation, text, confirm)
     elif name not in CHOICES:

@@ -12,7 +12,7 @@ from typing import ClassVar
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from rich import markdown
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 from rich.segment import Segment
 from rich.syntax import Syntax
@@ -79,21 +79,34 @@ def _keep_line_breaks(tokens: Iterable[Token]) -> None:
 
 
 class _Lines:
-    """The lines of something, without the spaces at their ends; of many no more than the last `most`."""
+    """The lines of something, without empty ones around it and without the spaces at their ends; of many no more than
+    the last `most`. With `gap` an empty line goes before them."""
 
-    def __init__(self, content: RenderableType, most: int | None = None) -> None:
+    def __init__(self, content: RenderableType, *, gap: bool, most: int | None = None) -> None:
         self._content = content
+        self._gap = gap
         self._most = most
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        lines = console.render_lines(self._content, options, pad=False)
+        lines = [_stripped(line) for line in console.render_lines(self._content, options, pad=False)]
+        while lines and not lines[0]:
+            lines.pop(0)
+        while lines and not lines[-1]:
+            lines.pop()
+        if self._gap:
+            lines.insert(0, [])
         for line in lines if self._most is None else lines[-self._most :]:
-            while line and not line[-1].control and not line[-1].text.strip(" "):
-                line.pop()
-            if line and not line[-1].control:
-                line[-1] = Segment(line[-1].text.rstrip(" "), line[-1].style)
             yield from line
             yield Segment.line()
+
+
+def _stripped(line: list[Segment]) -> list[Segment]:
+    line = list(line)
+    while line and not line[-1].control and not line[-1].text.strip(" "):
+        line.pop()
+    if line and not line[-1].control:
+        line[-1] = Segment(line[-1].text.rstrip(" "), line[-1].style)
+    return line
 
 
 class MarkdownWriter:
@@ -135,7 +148,7 @@ class MarkdownWriter:
         self._console.pop_theme()
 
     def _print(self, block: str) -> None:
-        self._console.print(_Lines(self._block(block, gap=self._printed)), end="")
+        self._console.print(_Lines(_Markdown(block), gap=self._printed), end="")
         self._printed = True
 
     def _drawn(self, *, printed: bool) -> RenderableType:
@@ -143,11 +156,7 @@ class MarkdownWriter:
         text = _without_unsure_line(self._rest)
         if not text.strip():
             return ""
-        return _Lines(self._block(text, gap=printed), max(1, self._console.height - 1))
-
-    @staticmethod
-    def _block(text: str, *, gap: bool) -> RenderableType:
-        return Group("", _Markdown(text)) if gap else _Markdown(text)
+        return _Lines(_Markdown(text), gap=printed, most=max(1, self._console.height - 1))
 
 
 def stable_prefix(text: str) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from vramancer.cli.chat.answerer import Piece
@@ -87,23 +88,45 @@ def _encodable(text: str, encoding: str) -> str:
 
 
 class Screen:
-    """`answers` are written to one console, `notes` and errors to the other. `plain`: no Markdown is drawn."""
+    """`answers` are written to one console, `notes` and errors to the other. `plain`: no Markdown is drawn. `clock`
+    gives seconds."""
 
-    def __init__(self, answers: Console, notes: Console, *, plain: bool = False) -> None:
+    def __init__(
+        self,
+        answers: Console,
+        notes: Console,
+        *,
+        plain: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._answers = answers
+        self._clock = clock
         self._notes = notes
         self._plain = plain or not _draws_markdown(answers)
 
     def note(self, text: str) -> None:
         """A dim line."""
-        self._notes.print(plain_text(text, self._notes, "dim"), soft_wrap=True)
+        self._say(plain_text(text, self._notes, "dim"))
 
     def error(self, text: str) -> None:
-        self._notes.print(Text("error: ", "red") + plain_text(text, self._notes), soft_wrap=True)
+        self._say(Text("error: ", "red") + plain_text(text, self._notes))
 
     def show(self, text: str) -> None:
         """What a command was asked for."""
-        self._notes.print(plain_text(text, self._notes), soft_wrap=True)
+        self._say(plain_text(text, self._notes))
+
+    def show_table(self, rows: Iterable[Sequence[str]]) -> None:
+        """The same in columns."""
+        table = Table.grid(padding=(0, 2, 0, 0))
+        for row in rows:
+            table.add_row(*(plain_text(cell, self._notes) for cell in row))
+        for column in table.columns[:-1]:
+            column.no_wrap = True
+        self._notes.print(table)
+
+    def _say(self, text: Text) -> None:
+        """Wrapped between words on a terminal; elsewhere a line stays one."""
+        self._notes.print(text, soft_wrap=not self._notes.is_terminal)
 
     def ask_for(self, prompt: str) -> None:
         """What a line that is typed next is for."""
@@ -111,7 +134,7 @@ class Screen:
 
     def answer(self, pieces: Generator[Piece, None, None]) -> Answer:
         """Show an answer as it comes. Ctrl-C stops it and keeps what came. Raises what `pieces` raise."""
-        started_s = time.perf_counter()
+        started_s = self._clock()
         texts: list[str] = []
         tokens, reason, first_s, last_s, stopped = None, None, None, 0.0, False
         writer = self._writer()
@@ -120,7 +143,7 @@ class Screen:
                 for piece in pieces:
                     reason = piece.finish_reason or reason
                     if piece.text or (piece.tokens or 0) > (tokens or 0):
-                        last_s = time.perf_counter() - started_s
+                        last_s = self._clock() - started_s
                         first_s = last_s if first_s is None else first_s
                     tokens = piece.tokens if piece.tokens is not None else tokens
                     if piece.text:
