@@ -78,7 +78,7 @@ class Editor:
 
         self._session: PromptSession[str] = PromptSession(
             history=open_history(history, note),
-            completer=_completer(names),
+            completer=command_completer(names),
             complete_while_typing=False,
             multiline=Condition(lambda: is_open(get_app().current_buffer.text)),
             prompt_continuation=_CONTINUATION,
@@ -128,7 +128,7 @@ def _new_line_keys() -> KeyBindings:
     return keys
 
 
-def _completer(names: dict[str, Iterable[str]]) -> Completer:
+def command_completer(names: dict[str, Iterable[str]]) -> Completer:
     from prompt_toolkit.completion import CompleteEvent, Completer, Completion
     from prompt_toolkit.document import Document
 

@@ -5,14 +5,16 @@ Blocks that are complete are printed once and stay. Only the block that is being
 
 from __future__ import annotations
 
+import itertools
+import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from rich import markdown
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.segment import Segment
 from rich.syntax import Syntax
@@ -31,6 +33,8 @@ THEME = Theme(
 """Quiet, and without backgrounds, so that it reads on dark and on light terminals."""
 
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+_LINE = re.compile(r"[^\n]*\n|[^\n]+")
+"""Lines as the parser counts them; `str.splitlines` knows further ends."""
 _REDRAW_S = 1 / 15
 _SHARE_OF_TIME = 4
 """A redraw may take a quarter of the time; a block that takes long is drawn less often."""
@@ -78,14 +82,13 @@ def _keep_line_breaks(tokens: Iterable[Token]) -> None:
         _keep_line_breaks(token.children or ())
 
 
-class _Lines:
-    """The lines of something, without empty ones around it and without the spaces at their ends; of many no more than
-    the last `most`. With `gap` an empty line goes before them."""
+class _Block:
+    """One block, without empty lines around it and without the spaces at the ends of lines. With `gap` an empty line
+    goes before it."""
 
-    def __init__(self, content: RenderableType, *, gap: bool, most: int | None = None) -> None:
-        self._content = content
+    def __init__(self, text: str, *, gap: bool) -> None:
+        self._content = _Markdown(text)
         self._gap = gap
-        self._most = most
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         lines = [_stripped(line) for line in console.render_lines(self._content, options, pad=False)]
@@ -95,7 +98,7 @@ class _Lines:
             lines.pop()
         if self._gap:
             lines.insert(0, [])
-        for line in lines if self._most is None else lines[-self._most :]:
+        for line in lines:
             yield from line
             yield Segment.line()
 
@@ -107,6 +110,19 @@ def _stripped(line: list[Segment]) -> list[Segment]:
     if line and not line[-1].control:
         line[-1] = Segment(line[-1].text.rstrip(" "), line[-1].style)
     return line
+
+
+class _Tail:
+    """The last lines of something."""
+
+    def __init__(self, content: RenderableType, most: int) -> None:
+        self._content = content
+        self._most = most
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in console.render_lines(self._content, options, pad=False)[-self._most :]:
+            yield from line
+            yield Segment.line()
 
 
 class MarkdownWriter:
@@ -127,15 +143,15 @@ class MarkdownWriter:
     def write(self, text: str) -> None:
         """More of the text."""
         self._rest += text
-        if "\n" in text:
-            complete = stable_prefix(self._rest)
-            if complete:
-                block, self._rest = self._rest[:complete], self._rest[complete:]
-                self._live.update(self._drawn(printed=True))
-                self._print(block)
+        complete = stable_prefix(self._rest) if "\n" in text else 0
+        if complete:
+            blocks, self._rest = self._blocks(self._rest[:complete]), self._rest[complete:]
+            self._printed = True
+            self._live.update(self._drawn())
+            self._console.print(blocks, end="")
         now_s = time.monotonic()
         if now_s >= self._next_draw_s:
-            self._live.update(self._drawn(printed=self._printed), refresh=True)
+            self._live.update(self._drawn(), refresh=True)
             taken_s = time.monotonic() - now_s
             self._next_draw_s = now_s + max(_REDRAW_S, _SHARE_OF_TIME * taken_s)
 
@@ -143,29 +159,55 @@ class MarkdownWriter:
         """The last block is printed for good."""
         self._live.update("")
         if self._rest.strip():
-            self._print(self._rest)
+            self._console.print(self._blocks(self._rest), end="")
         self._live.stop()
         self._console.pop_theme()
 
-    def _print(self, block: str) -> None:
-        self._console.print(_Lines(_Markdown(block), gap=self._printed), end="")
-        self._printed = True
-
-    def _drawn(self, *, printed: bool) -> RenderableType:
+    def _drawn(self) -> RenderableType:
         """The block that is being written, as much of its end as there is room for."""
-        text = _without_unsure_line(self._rest)
-        if not text.strip():
-            return ""
-        return _Lines(_Markdown(text), gap=printed, most=max(1, self._console.height - 1))
+        return _Tail(self._blocks(_without_unsure_line(self._rest)), max(1, self._console.height - 1))
+
+    def _blocks(self, text: str) -> RenderableType:
+        blocks = enumerate(split_blocks(text))
+        return Group(*(_Block(block, gap=self._printed or number > 0) for number, block in blocks))
+
+
+def split_blocks(text: str) -> list[str]:
+    """The blocks of a text, in order; together they are the text."""
+    lines = _LINE.findall(text)
+    starts = [token.map[0] for token in _top_level(text) if token.map][1:]
+    bounds = [0, *starts, len(lines)]
+    blocks = ["".join(lines[first:last]) for first, last in itertools.pairwise(bounds)]
+    return [block for block in blocks if block.strip()]
 
 
 def stable_prefix(text: str) -> int:
-    """How many characters belong to blocks that no further text can change: all before the last one begun."""
+    """How many characters belong to blocks that no further text can change."""
     whole = text[: text.rfind("\n") + 1]
-    starts = [token.map[0] for token in _PARSER.parse(whole) if token.level == 0 and token.map and token.nesting >= 0]
-    if len(starts) < 2:
+    lines = _LINE.findall(whole)
+    tokens = _top_level(whole)
+    if not tokens:
         return 0
-    return sum(len(line) for line in whole.splitlines(keepends=True)[: starts[-1]])
+    last = tokens[-1]
+    assert last.map is not None
+    return len("".join(lines if _is_closed(last, lines) else lines[: last.map[0]]))
+
+
+def _top_level(text: str) -> list[Token]:
+    """The first token of each block."""
+    return [token for token in _PARSER.parse(text) if token.level == 0 and token.map and token.nesting >= 0]
+
+
+def _is_closed(block: Token, lines: Sequence[str]) -> bool:
+    """Whether the last block has ended. A list or a quote may go on after empty lines."""
+    assert block.map is not None
+    first, end = block.map
+    if block.type in ("heading_open", "hr"):
+        return True
+    if block.type == "fence":
+        mark = lines[end - 1].strip()
+        return end - first > 1 and mark.startswith(block.markup) and not mark.strip(block.markup[0])
+    return block.type in ("paragraph_open", "table_open") and end < len(lines)
 
 
 def _without_unsure_line(text: str) -> str:
