@@ -179,9 +179,9 @@ class _Drawing:
         if shown:
             table = Table.grid(padding=(0, 2, 0, 0))
             table.add_column(max_width=24, no_wrap=True, overflow="ellipsis" if self._glyphs.rich else "crop")
-            table.add_column()
+            table.add_column(no_wrap=True)
             for _ in range(3):
-                table.add_column(justify="right")
+                table.add_column(justify="right", no_wrap=True)
             for request in shown[:_MOST_REQUESTS]:
                 table.add_row(
                     self._text(request["id"]),

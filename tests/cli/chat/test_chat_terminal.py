@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import fcntl
 import os
 import select
 import signal
@@ -12,7 +11,6 @@ import stat
 import struct
 import subprocess
 import sys
-import termios
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +24,9 @@ from scripts.captures import Terminal
 
 REPOSITORY = Path(__file__).parents[3]
 WIDTH, HEIGHT = 60, 40
+
+fcntl = pytest.importorskip("fcntl", reason="POSIX terminals")
+termios = pytest.importorskip("termios", reason="POSIX terminals")
 
 
 class Program:

@@ -1,0 +1,69 @@
+"""`run` and `status` with the demo model behind the real front door."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from front_doors import serving
+from steering import LONGEST_WAIT_S, with_each_step
+from typer.testing import CliRunner
+
+from core.api import create_app
+from core.inference_pipeline import InferencePipeline
+from core.request import SamplingParams
+from vramancer.cli import app
+
+QUESTION = "What is the capital of France?"
+GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
+
+
+@pytest.fixture
+def pipeline(open_pipeline: Callable[..., InferencePipeline]) -> InferencePipeline:
+    return open_pipeline(devices__devices="cpu=64MiB,cpu=64MiB", api__token="secret")
+
+
+@pytest.fixture
+def port(pipeline: InferencePipeline, environment: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Of the server, which is where the settings say."""
+    with serving(create_app(pipeline)) as number:
+        monkeypatch.setenv("VRM_API_PORT", str(number))
+        yield number
+
+
+def test_run_asks_the_server_that_runs(port: int) -> None:
+    result = CliRunner().invoke(app, ["run", QUESTION, "--temperature", "0"])
+    assert (result.exit_code, result.stdout.strip()) == (0, "The capital of France is Paris.")
+    assert f"vramancer-demo on the server at http://127.0.0.1:{port}" in result.stderr
+    assert "tok/s, first token after" in result.stderr
+    named = CliRunner().invoke(app, ["run", "vramancer-demo", QUESTION, "--temperature", "0", "--max-tokens", "2"])
+    assert named.exit_code == 0
+    assert "2 tokens" in named.stderr
+    assert "cut off" in named.stderr
+
+
+def test_status_shows_the_server_at_work(port: int, pipeline: InferencePipeline) -> None:
+    stepping, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        stepping.set()
+        go_on.wait(LONGEST_WAIT_S)
+
+    with with_each_step(pipeline, hold):
+        handle = pipeline.submit([5] * 20, GREEDY, request_id="long-one")
+        assert stepping.wait(LONGEST_WAIT_S)
+        result = CliRunner().invoke(app, ["status"])
+        go_on.set()
+        handle.result(LONGEST_WAIT_S)
+    assert result.exit_code == 0, result.output
+    shown = result.stdout
+    assert shown.startswith("vramancer-demo  ready, up ")
+    for device in ("cpu#0", "cpu#1"):
+        assert device in shown
+    assert "weights 0.0" in shown
+    assert "long-one  running" in shown
+    assert "20 prompt" in shown
+    state = json.loads(CliRunner().invoke(app, ["status", "--json"]).stdout)
+    assert state["model"]["name"] == "vramancer-demo"
