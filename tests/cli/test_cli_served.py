@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 from front_doors import serving
+from plain_settings import CACHE_DIR
 from steering import LONGEST_WAIT_S, with_each_step
 from typer.testing import CliRunner
 
@@ -67,3 +69,14 @@ def test_status_shows_the_server_at_work(port: int, pipeline: InferencePipeline)
     assert "20 prompt" in shown
     state = json.loads(CliRunner().invoke(app, ["status", "--json"]).stdout)
     assert state["model"]["name"] == "vramancer-demo"
+
+
+@pytest.mark.usefixtures("environment")
+def test_run_loads_the_model_where_no_server_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setenv("VRM_API_PORT", str(taken.getsockname()[1]))
+    flags = ["--devices", "cpu=64MiB", "--cache-dir", str(CACHE_DIR), "--profile-seconds", "0.02"]
+    result = CliRunner().invoke(app, ["run", QUESTION, "--temperature", "0", *flags])
+    assert (result.exit_code, result.stdout.strip()) == (0, "The capital of France is Paris."), result.stderr
+    assert result.stderr.startswith("loading vramancer-demo here\n")
+    assert len(result.stderr.splitlines()) == 2  # that, and the speed

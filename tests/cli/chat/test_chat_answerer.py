@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from cli.fake_server import events, serves
 
 from core.errors import UnavailableError
-from core.request import SamplingParams
+from core.request import RequestOutput, SamplingParams, SequenceDelta
 from vramancer.cli.chat.answerer import LocalAnswerer, Message, Piece, RemoteAnswerer, Sampling
 from vramancer.cli.client import ApiClient
 
@@ -55,6 +56,38 @@ def test_what_is_asked_for_here_goes_before_the_models_own(
     with pytest.raises(Submitted) as asked:
         next(answerer.answer(HI, sampling))
     assert asked.value.args == ([1], params)
+
+
+class Handle:
+    """A request under way: two tokens in one output, then one more."""
+
+    def __init__(self) -> None:
+        self.aborted = 0
+
+    def __iter__(self) -> Iterator[RequestOutput]:
+        yield RequestOutput("r", (SequenceDelta(0, "a", (1,)), SequenceDelta(0, "b", (2,))), 1)
+        yield RequestOutput("r", (SequenceDelta(0, "c", (3,), finish_reason="length"),), 1, finished=True)
+
+    def abort(self) -> None:
+        self.aborted += 1
+
+
+def test_a_pipelines_answer_comes_in_pieces_with_their_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, handle = Asked(), Handle()
+    monkeypatch.setattr(pipeline, "submit", lambda prompt, params: handle)
+    answer = LocalAnswerer(pipeline).answer(HI, {})  # type: ignore[arg-type]
+    assert next(answer) == Piece("ab", 2)
+    assert next(answer) == Piece("c", 3, "length")
+
+
+def test_an_answer_that_is_closed_is_no_longer_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, handle = Asked(), Handle()
+    monkeypatch.setattr(pipeline, "submit", lambda prompt, params: handle)
+    answer = LocalAnswerer(pipeline).answer(HI, {})  # type: ignore[arg-type]
+    next(answer)
+    assert handle.aborted == 0
+    answer.close()
+    assert handle.aborted == 1
 
 
 def test_only_another_model_is_loaded_here() -> None:

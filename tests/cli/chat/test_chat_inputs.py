@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from core.errors import ConfigError
-from vramancer.cli.chat.inputs import Texts, compose, split_words
+from vramancer.cli.chat.inputs import Texts, compose, is_keyboard, split_words
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,12 @@ def test_all_texts_share_one_limit(tmp_path: Path) -> None:
     assert Texts(10).of_files([path, path]) == ["12345", "12345"]
     with pytest.raises(ConfigError, match="may have 10 bytes"):
         Texts(10).of_files([path, path, path])
+
+
+def test_a_program_without_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert Texts().of_stdin() == ""
+    assert not is_keyboard(sys.stdin)
 
 
 def test_parts_are_put_together() -> None:

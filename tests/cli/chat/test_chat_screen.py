@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from collections.abc import Iterator
 
 import pytest
 from cli.chat.scripted import Scripted, interrupted, on_terminal, says
@@ -59,7 +60,7 @@ def test_a_block_higher_than_the_terminal_shows_its_end_while_it_grows() -> None
     terminal = Terminal(40, 10)
     seen = []
 
-    def grows() -> list[Piece]:
+    def grows() -> Iterator[Piece]:
         yield Piece("```\n", 1)
         for number, line in enumerate(lines.splitlines(keepends=True), start=2):
             yield Piece(line, number)
@@ -130,7 +131,7 @@ def test_names_and_errors_from_a_server_are_clean_too() -> None:
     assert "\x1b]" not in terminal.getvalue()
 
 
-def iter_pieces(*texts: str):  # type: ignore[no-untyped-def]
+def iter_pieces(*texts: str) -> Iterator[Piece]:
     yield from (Piece(text, number) for number, text in enumerate(texts, start=1))
 
 
@@ -158,6 +159,19 @@ def test_in_a_pipe_every_character_of_the_answer_and_nothing_else(monkeypatch: p
     Conversation(Scripted(says("**a**\t", "\x1bb")), screen, {}).ask("?")
     assert pipe.getvalue() == "**a**\t\x1bb\n"
     assert "2 tokens" in notes.getvalue()
+
+
+def test_something_stands_there_until_the_answer_comes() -> None:
+    terminal = Terminal(60)
+    seen = []
+
+    def slow() -> Iterator[Piece]:
+        seen.append(terminal.text)
+        yield Piece("Yes.", 1)
+
+    Screen(terminal.console(), terminal.console()).answer(slow())  # type: ignore[arg-type]
+    assert seen == ["...\n"]
+    assert terminal.text == "Yes.\n"
 
 
 def test_ctrl_c_leaves_the_terminal_as_it_was() -> None:

@@ -14,7 +14,7 @@ from core.errors import ConfigError
 from vramancer.cli.chat.commands import completions
 from vramancer.cli.chat.conversation import Conversation
 from vramancer.cli.chat.editor import HISTORY_NAME, Editor, LineReader, Reader
-from vramancer.cli.chat.inputs import Texts, compose, split_words
+from vramancer.cli.chat.inputs import Texts, compose, is_keyboard, split_words
 from vramancer.cli.chat.screen import Screen
 from vramancer.cli.chat.source import open_answerer
 from vramancer.cli.chat.talk import talk
@@ -59,8 +59,8 @@ def run(
 ) -> int:
     """Ask a model in the terminal: one question, or a conversation.
 
-    A server that runs on this machine answers if it serves the model; otherwise the model is loaded here. Standard
-    input that is a pipe goes before the question. In a pipe, the output is the answer's text alone.
+    A server on this machine answers if it serves the model; else it is loaded here.
+    Text that is piped in goes before the question; into a pipe goes the answer alone.
     """
     from core.logs import configure_logging
 
@@ -68,7 +68,7 @@ def run(
     texts = Texts()
     before = compose(*texts.of_files(files or ()))
     question = compose(texts.of_stdin(), split_words(words or ())[1])
-    typed_in = not question and sys.stdin.isatty()
+    typed_in = not question and is_keyboard(sys.stdin)
     if not (before or question or typed_in):
         raise ConfigError("there is no question: give one, or pipe it in.")
     asked = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}

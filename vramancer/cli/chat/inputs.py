@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from core.defaults import DEMO_NAME
 from core.errors import ConfigError
@@ -61,7 +61,7 @@ class Texts:
 
     def of_stdin(self) -> str:
         """All of standard input, or nothing if that is a terminal or closed."""
-        if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
+        if sys.stdin is None or sys.stdin.closed or is_keyboard(sys.stdin):
             return ""
         return self._read("standard input", sys.stdin.buffer)
 
@@ -77,6 +77,11 @@ class Texts:
         if "\0" in text:
             raise ConfigError(f"{source}: not text (byte {data.index(0)} is NUL).")
         return text.strip("\n")
+
+
+def is_keyboard(file: TextIO | None) -> bool:
+    """Whether somebody types there. A program without standard input has None."""
+    return file is not None and not file.closed and file.isatty()
 
 
 def compose(*parts: str | None) -> str:

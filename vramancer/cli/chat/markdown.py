@@ -18,6 +18,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.live import Live
 from rich.segment import Segment
 from rich.syntax import Syntax
+from rich.text import Text
 from rich.theme import Theme
 
 THEME = Theme(
@@ -126,11 +127,12 @@ class _Tail:
 
 
 class MarkdownWriter:
-    """Writes Markdown as it comes. `finish` has to be called at the end."""
+    """Writes Markdown as it comes; dots stand there until then. `finish` has to be called at the end."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._live = Live(
+            Text("...", "dim"),
             console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False,
             vertical_overflow="visible",
         )  # fmt: skip
@@ -138,7 +140,7 @@ class MarkdownWriter:
         self._printed = False
         self._next_draw_s = 0.0
         console.push_theme(THEME)
-        self._live.start()
+        self._live.start(refresh=True)
 
     def write(self, text: str) -> None:
         """More of the text."""
