@@ -77,8 +77,8 @@ def example_facts() -> Facts:
         _device("cuda:2", 8.0, weights=6.6, own=0.5, other=0.6, borrowed=1.2),
     ]
     tiers = [
-        _tier("HOST", 3.1, 16.0, 3968, hits=4100, misses=900),
-        _tier("DISK", 41.0, 200.0, 52480, hits=310, misses=590),
+        _tier("L3", 3.1, 16.0, 3968, hits=4100, misses=900),
+        _tier("L5", 41.0, 200.0, 52480, hits=310, misses=590),
     ]
     leases = [
         {
@@ -99,7 +99,7 @@ def example_facts() -> Facts:
         },
         "memory": {
             "devices": devices, "kv_blocks": blocks, "stages": [], "leases": leases, "decisions": {}, "tiers": tiers,
-            "tier_troubles": {"REMOTE": "store.lan:6379 does not answer"},
+            "tier_troubles": {"L6": "store.lan:6379 does not answer"},
         },
         "stages": [_stage("cuda:0", 0, 29), _stage("cuda:1", 30, 51), _stage("cuda:2", 52, 63, (62, 63))],
         "prediction": {"now": {"streams": 3, "predicted": 71.4, "measured": 68.9}},
@@ -126,7 +126,7 @@ def _device(
 
 
 def _tier(name: str, used: float, capacity: float, blocks: int, *, hits: int, misses: int) -> dict[str, Any]:
-    read = {"HOST": 11_400_000_000, "DISK": 2_900_000_000}[name]
+    read = {"L3": 11_400_000_000, "L5": 2_900_000_000}[name]
     return {
         "tier": name, "used_bytes": int(used * GIB), "capacity_bytes": int(capacity * GIB), "blocks": blocks,
         "hits": hits, "misses": misses, "read_bytes_per_second": read,

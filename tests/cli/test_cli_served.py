@@ -80,3 +80,12 @@ def test_run_loads_the_model_where_no_server_runs(monkeypatch: pytest.MonkeyPatc
     assert (result.exit_code, result.stdout.strip()) == (0, "The capital of France is Paris."), result.stderr
     assert result.stderr.startswith("loading vramancer-demo here\n")
     assert len(result.stderr.splitlines()) == 2  # that, and the speed
+
+
+def test_status_names_the_tiers_of_a_server(
+    open_pipeline: Callable[..., InferencePipeline], environment: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = open_pipeline(devices__devices="cpu=64MiB", api__token="secret", memory__host_bytes=1 << 24)
+    with serving(create_app(pipeline)) as number:
+        shown = CliRunner().invoke(app, ["status", "--port", str(number)]).stdout
+    assert "main memory  ......" in shown.replace("·", ".")

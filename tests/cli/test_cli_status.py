@@ -51,7 +51,7 @@ def test_everything_that_runs_is_shown() -> None:
         "layers 52-63",
         "2 layers streamed from main memory",
         "KV cache for 131200 tokens: 81600 in use, 30400 kept",
-        "41.0 of 200.0 GiB  52480 blocks  34% found   read 2.9 GB/s",
+        "41.0 of 200.0 GiB  52480 blocks  34% hits   read 2.9 GB/s",
         "remote is not used: store.lan:6379 does not answer",
         "cuda:0 lends cuda:2  1.20 GiB  1536 blocks  active  for 5 min 12 s",
         "Requests  3 running, 1 waiting of 256",
