@@ -82,9 +82,8 @@ def test_run_loads_the_model_where_no_server_runs(monkeypatch: pytest.MonkeyPatc
     assert len(result.stderr.splitlines()) == 2  # that, and the speed
 
 
-def test_status_names_the_tiers_of_a_server(
-    open_pipeline: Callable[..., InferencePipeline], environment: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("environment")
+def test_status_names_the_tiers_of_a_server(open_pipeline: Callable[..., InferencePipeline]) -> None:
     pipeline = open_pipeline(devices__devices="cpu=64MiB", api__token="secret", memory__host_bytes=1 << 24)
     with serving(create_app(pipeline)) as number:
         shown = CliRunner().invoke(app, ["status", "--port", str(number)]).stdout
