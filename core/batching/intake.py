@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from core.batching.output import RequestHandle, Sink
@@ -95,7 +96,7 @@ class Intake:
         self.capacity = capacity
         self._room = room
         self._lock = threading.Lock()
-        self._held: dict[str, Load] = {}
+        self._held: dict[str, tuple[Request, Load]] = {}
         self._load = Load()
         self._released: deque[tuple[float, Load]] = deque()
         self._arrivals = 0
@@ -110,6 +111,11 @@ class Intake:
     def load(self) -> Load:
         """What unfinished requests hold."""
         return self._load
+
+    def oldest(self, most: int) -> list[Request]:
+        """Unfinished requests in the order of their arrival, `most` of them at most. They go on meanwhile."""
+        with self._lock:
+            return [request for request, _ in islice(self._held.values(), most)]
 
     @property
     def is_closed(self) -> bool:
@@ -184,7 +190,8 @@ class Intake:
         return min(MAX_RETRY_AFTER_S, max(1.0, *waits))
 
     def _number(self, request: Request) -> None:
-        self._held[request.request_id] = load = Load.of([request])
+        load = Load.of([request])
+        self._held[request.request_id] = request, load
         self._load = self._load.plus(load)
         request.arrival = self._arrivals
         self._arrivals += 1
@@ -216,7 +223,7 @@ class Intake:
     def release(self, request_id: str) -> None:
         """The request is over; its id may be used again."""
         with self._lock:
-            load = self._held.pop(request_id, None)
+            _, load = self._held.pop(request_id, (None, None))
             if load is not None:
                 self._load = self._load.plus(load, -1)
                 self._released.append((time.monotonic(), load))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from core.batching.sequence import Request
 from core.batching.stats import BatcherStats
 from core.costs import StagePlan
 from core.engine.model_engine import ModelEngine
@@ -80,11 +82,28 @@ class PipelineView:
     notes: tuple[str, ...]
 
 
+MAX_REQUESTS_SHOWN = 32
+"""Of those that are not finished, the oldest."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    """An unfinished request. `state` is that of the sequence that has come furthest: running, or else waiting, loading
+    its prefix from a tier below, or forking from a sibling's prompt; `age_seconds` count from when it came."""
+
+    id: str
+    state: str
+    prompt_tokens: int
+    generated_tokens: int
+    age_seconds: float
+
+
 @dataclass(frozen=True, slots=True)
 class QueueView:
-    """Sequences that run and wait, requests that are not finished, and how many sequences may wait. The last three are
-    what unfinished requests hold of the queue, those included that have just come. `circuit_breaker` has its state
-    (closed, open or half-open), failures in a row, and the last error."""
+    """Sequences that run and wait, requests that are not finished, and how many sequences may wait.
+    `unfinished_sequences` and what follows it are what unfinished requests hold of the queue, those included that have
+    just come. `circuit_breaker` has its state (closed, open or half-open), failures in a row, and the last error;
+    `requests` are the oldest unfinished ones."""
 
     running: int
     waiting: int
@@ -94,6 +113,7 @@ class QueueView:
     unfinished_sequences: int = 0
     prompt_tokens: int = 0
     prompt_tokens_limit: int = 0
+    requests: tuple[RequestView, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +228,19 @@ def queue_view(engine: ModelEngine | None, service: ServiceState) -> QueueView:
     intake = engine.batcher.intake
     held, most = intake.load, intake.capacity
     return QueueView(
-        stats.running, stats.waiting, intake.num_unfinished, limit, shown, held.sequences, held.tokens, most.tokens
+        stats.running, stats.waiting, intake.num_unfinished, limit, shown, held.sequences, held.tokens, most.tokens,
+        tuple(map(_request, intake.oldest(MAX_REQUESTS_SHOWN))),
+    )  # fmt: skip
+
+
+def _request(request: Request) -> RequestView:
+    states = {sequence.status.value for sequence in request.sequences}
+    return RequestView(
+        id=request.request_id,
+        state=next((state for state in ("running", "loading", "forking") if state in states), "waiting"),
+        prompt_tokens=len(request.prompt_token_ids),
+        generated_tokens=sum(len(sequence.output_token_ids) for sequence in request.sequences),
+        age_seconds=round(time.monotonic() - request.submitted_s, 3),
     )
 
 

@@ -37,6 +37,14 @@ def test_every_sequence_counts() -> None:
     intake.submit([request("d", 1, 4)], 1.0)
 
 
+def test_the_oldest_requests_that_are_not_over() -> None:
+    intake = Intake(Load(10, 1000), "")
+    intake.submit([request(name) for name in "abcd"], 1.0)
+    intake.release("b")
+    assert [each.request_id for each in intake.oldest(2)] == ["a", "c"]
+    assert [each.request_id for each in intake.oldest(9)] == ["a", "c", "d"]
+
+
 def test_prompt_tokens_count_for_every_sequence() -> None:
     intake = Intake(Load(100, 1000), "")
     intake.submit([request("a", 300, 3)], 1.0)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from engine.lending_cases import open_tight
+from steering import LONGEST_WAIT_S, arriving_together, with_each_step
 from tiny_models import build_tiny
 
 from core.api import create_app
@@ -21,7 +22,15 @@ from core.views.health import health
 from core.views.memory import memory_view
 from core.views.metrics import engine_metrics
 from core.views.render import render
-from core.views.status import NoModelView, PipelineView, batcher_view, device_views, pipeline_view, queue_view
+from core.views.status import (
+    NoModelView,
+    PipelineView,
+    RequestView,
+    batcher_view,
+    device_views,
+    pipeline_view,
+    queue_view,
+)
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, detokenize=False)
 TOKEN = "a-token-for-tests"
@@ -82,6 +91,36 @@ def test_a_server_that_shuts_down_says_so(llama: Path, open_pipeline: OpenPipeli
     assert pipeline.ready() == (False, "the server is shutting down")
     report = health(pipeline.current_engine, pipeline.state())
     assert report.checks["engine"].detail == report.checks["model"].detail == "the server is shutting down"
+
+
+def test_the_queue_names_what_is_not_finished_and_since_when(
+    llama: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = open_pipeline(llama, engine__max_batch_size=1)
+    looks: list[tuple[RequestView, ...]] = []
+
+    def look() -> None:
+        looks.append(queue_view(pipeline.engine, pipeline.state()).requests)
+
+    with with_each_step(pipeline, look):
+        with arriving_together(pipeline):
+            handles = [pipeline.submit([3, 4, 5], GREEDY, request_id=name) for name in ("first", "second")]
+        for handle in handles:
+            handle.result(LONGEST_WAIT_S)
+    first, second = looks[0]
+    assert (first.id, first.state, first.prompt_tokens, first.generated_tokens) == ("first", "running", 3, 0)
+    assert (second.id, second.state, second.generated_tokens) == ("second", "waiting", 0)
+    assert first.age_seconds >= second.age_seconds >= 0
+    assert looks[1][0].generated_tokens == 1
+    assert looks[1][0].age_seconds > first.age_seconds
+    assert [(each.id, each.state) for each in looks[-1]] == [("second", "running")]
+    with arriving_together(pipeline):
+        handles = [pipeline.submit([3], GREEDY, request_id=name) for name in ("third", "fourth")]
+        monkeypatch.setattr("core.views.status.MAX_REQUESTS_SHOWN", 1)
+        look()
+    assert [each.id for each in looks[-1]] == ["third"]
+    for handle in handles:
+        handle.result(LONGEST_WAIT_S)
 
 
 def test_an_engine_that_was_freed_can_still_be_looked_at(

@@ -10,10 +10,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from core.config import Settings
-from core.errors import ConfigError, UnavailableError, VRAMancerError
+from core.errors import AuthenticationError, ConfigError, NotFoundError, UnavailableError, VRAMancerError
 
 _CONNECT_TIMEOUT_S = 10.0
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
+_ERRORS: dict[int, type[VRAMancerError]] = {401: AuthenticationError, 404: NotFoundError}
 
 
 class ApiClient:
@@ -30,14 +31,24 @@ class ApiClient:
     @classmethod
     def for_settings(cls, settings: Settings, url: str | None) -> ApiClient:
         """The server at `url`, or the one that these settings would start; with the token that it would use."""
-        host = _WILDCARDS.get(settings.api.host, settings.api.host)
-        host = f"[{host}]" if ":" in host else host
-        return cls(url or f"http://{host}:{settings.api.port}", read_token(settings))
+        return cls(url or local_url(settings), read_token(settings))
 
-    def get(self, path: str) -> Any:
-        """The JSON that GET `path` answers."""
-        with self._request("GET", path, None) as response:
+    def get(self, path: str, *, timeout_s: float | None = None) -> Any:
+        """The JSON that GET `path` answers. `timeout_s` bounds each wait, for the connection and for the answer; None:
+        ten seconds for the connection alone."""
+        with self._request("GET", path, None, timeout_s) as response:
+            return self._json(response)
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The JSON that POST `path` answers, whenever it does."""
+        with self._request("POST", path, body) as response:
+            return self._json(response)
+
+    def _json(self, response: http.client.HTTPResponse) -> Any:
+        try:
             return json.loads(response.read())
+        except ValueError as error:
+            raise UnavailableError(f"{self.url} answers something other than JSON: no VRAMancer server.") from error
 
     def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The events that POST `path` streams, as they come. Closing the iterator closes the connection."""
@@ -55,26 +66,36 @@ class ApiClient:
         raise UnavailableError(f"{self.url} ended the stream too early.")
 
     @contextmanager
-    def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> Iterator[http.client.HTTPResponse]:
+    def _request(
+        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None = None
+    ) -> Iterator[http.client.HTTPResponse]:
         secure = self._parts.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        connection = kind(self._parts.hostname or "", self._parts.port, timeout=_CONNECT_TIMEOUT_S)
+        connection = kind(self._parts.hostname or "", self._parts.port, timeout=timeout_s or _CONNECT_TIMEOUT_S)
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
         payload = None
         if body is not None:
             payload, headers["Content-Type"] = json.dumps(body), "application/json"
         try:
             connection.connect()
-            connection.sock.settimeout(None)  # an answer takes as long as it takes
+            connection.sock.settimeout(timeout_s)  # None: an answer takes as long as it takes
             connection.request(method, self._parts.path.rstrip("/") + path, payload, headers)
             response = connection.getresponse()
             if response.status >= 400:
-                raise VRAMancerError(f"{self.url}: {_error_message(response)}")
+                kind_of_error = _ERRORS.get(response.status, VRAMancerError)
+                raise kind_of_error(f"{self.url}: {_error_message(response)}")
             yield response
         except (OSError, http.client.HTTPException) as error:
             raise UnavailableError(f"no answer from {self.url}: {str(error) or type(error).__name__}.") from error
         finally:
             connection.close()
+
+
+def local_url(settings: Settings) -> str:
+    """Where a server that these settings start can be reached from this machine."""
+    host = _WILDCARDS.get(settings.api.host, settings.api.host)
+    host = f"[{host}]" if ":" in host else host
+    return f"http://{host}:{settings.api.port}"
 
 
 def _error_message(response: http.client.HTTPResponse) -> str:

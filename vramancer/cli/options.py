@@ -17,9 +17,14 @@ _CONFIG = "config"
 _MODEL = "model_argument"
 
 
-def settings_command(*sections: Section, model_argument: bool = False) -> Callable[..., Callable[..., None]]:
+def settings_command(
+    *sections: Section,
+    model_argument: bool = False,
+    model_from: Callable[[dict[str, Any]], str | None] | None = None,
+) -> Callable[..., Callable[..., None]]:
     """Turn `command(settings, ...)` into one that takes a flag for every setting of `sections`.
 
+    With `model_argument` it takes a MODEL; `model_from` finds one among arguments that the command has of its own.
     The command's further parameters stay typer's; what it returns is the exit status (None: 0). Our own errors end
     the program with their message: status 2 for a wrong setting, 1 otherwise.
     """
@@ -32,7 +37,10 @@ def settings_command(*sections: Section, model_argument: bool = False) -> Callab
             overrides = {key: value for key, value in given.items() if value is not None}
             try:
                 _take_model(arguments.pop(_MODEL, None), overrides)
-                settings = load_settings(config_file=arguments.pop(_CONFIG), overrides=overrides)
+                config_file = arguments.pop(_CONFIG)
+                if model_from is not None:
+                    _take_model(model_from(arguments), overrides)
+                settings = load_settings(config_file=config_file, overrides=overrides)
                 status = command(settings, **arguments)
             except VRAMancerError as error:
                 fail(error.message, status=2 if isinstance(error, ConfigError) else 1)

@@ -1,0 +1,239 @@
+#!/usr/bin/env python3
+"""Write `docs/terminal/*.txt`: what `vramancer status` and `vramancer run` look like, 80 and 120 columns wide.
+
+    python scripts/captures.py
+
+The programs' own drawing runs in an emulated terminal. Its figures and its conversation are made up, so that the files
+change with the drawing alone.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import sys
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyte
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from vramancer.cli.chat.answerer import Message, Piece, Sampling  # noqa: E402
+from vramancer.cli.chat.conversation import Conversation  # noqa: E402
+from vramancer.cli.chat.screen import Screen  # noqa: E402
+from vramancer.cli.chat.talk import talk  # noqa: E402
+from vramancer.cli.picture import Facts, picture  # noqa: E402
+
+WIDTHS = (80, 120)
+GIB = 1 << 30
+URL = "http://127.0.0.1:5000"
+MODEL = "Qwen/Qwen3-32B"
+
+
+class Terminal(io.StringIO):
+    """An emulated terminal to write to. `text` is what it shows, without spaces at the ends of lines."""
+
+    def __init__(self, width: int, height: int = 100) -> None:
+        super().__init__()
+        self.screen = pyte.Screen(width, height)
+        self.screen.set_mode(pyte.modes.LNM)
+        self._stream = pyte.Stream(self.screen)
+
+    def write(self, text: str) -> int:
+        self._stream.feed(text)
+        return super().write(text)
+
+    def isatty(self) -> bool:
+        return True
+
+    @property
+    def encoding(self) -> str:
+        return "utf-8"
+
+    @property
+    def text(self) -> str:
+        return "\n".join(line.rstrip() for line in self.screen.display).rstrip("\n") + "\n"
+
+    def console(self, **options: Any) -> Console:
+        """One that draws here, in 256 colours unless the options say otherwise."""
+        given = {"force_terminal": True, "color_system": "256", "highlight": False, "legacy_windows": False, **options}
+        width, height = self.screen.columns, self.screen.lines
+        return Console(file=self, width=width, height=height, _environ={"TERM": "xterm-256color"}, **given)
+
+
+# -- a server at work --------------------------------------------------------------------------------------------------
+
+
+def example_facts() -> Facts:
+    """Three cards that do not match, the smallest of which borrows."""
+    blocks = {"size_tokens": 16, "total": 9000, "with_memory": 8200, "free": 3100, "cached": 1900}
+    devices = [
+        _device("cuda:0", 24.0, weights=15.1, own=5.9, other=0.8, lent=1.2),
+        _device("cuda:1", 16.0, weights=11.2, own=3.4, other=0.7),
+        _device("cuda:2", 8.0, weights=6.6, own=0.5, other=0.6, borrowed=1.2),
+    ]
+    tiers = [
+        _tier("L3", 3.1, 16.0, 3968, hits=4100, misses=900),
+        _tier("L5", 41.0, 200.0, 52480, hits=310, misses=590),
+    ]
+    leases = [
+        {
+            "id": 7, "borrower": "cuda:2", "lender": "cuda:0", "bytes": int(1.2 * GIB), "blocks": 1536,
+            "state": "active", "priority": 0, "age_seconds": 312.0,
+        }
+    ]  # fmt: skip
+    pipeline = {
+        "ready": True,
+        "state": "ready",
+        "subsystems": {
+            "engine": {"status": "ok", "detail": "48210 steps, 0 failed"},
+            "disk": {"status": "degraded", "detail": "201326592 bytes free"},
+        },
+        "model": {
+            "name": MODEL, "aliases": [], "dtype": "bfloat16", "parameters": 16_400_000_000, "max_model_len": 32768,
+            "load_seconds": 41.3,
+        },
+        "memory": {
+            "devices": devices, "kv_blocks": blocks, "stages": [], "leases": leases, "decisions": {}, "tiers": tiers,
+            "tier_troubles": {"L6": "store.lan:6379 does not answer"},
+        },
+        "stages": [_stage("cuda:0", 0, 29), _stage("cuda:1", 30, 51), _stage("cuda:2", 52, 63, (62, 63))],
+        "prediction": {"now": {"streams": 3, "predicted": 71.4, "measured": 68.9}},
+        "notes": [],
+    }  # fmt: skip
+    requests = [
+        _request("chatcmpl-5d0c7c7e9f6b4a53b8-0", "running", 75.2, 1840, 611),
+        _request("chatcmpl-a81f3f0a77f64d0c9d-0", "running", 12.9, 96, 203),
+        _request("cmpl-0f7be31d8f6c4b7f8f-0", "running", 3.1, 12004, 4),
+        _request("chatcmpl-ee2d1b5a11f34b7a90-0", "waiting", 0.4, 22051, 0),
+    ]
+    queue = {"running": 3, "waiting": 1, "unfinished": 4, "limit": 256, "requests": requests}
+    batcher = {"tokens_per_second": 68.9, "generated_tokens": 1_284_022, "prefix_hit_rate": 0.37}
+    return Facts(URL, pipeline, queue, batcher, {"process": {"uptime_s": 94_212.0}})
+
+
+def _device(
+    name: str, limit: float, *, weights: float, own: float, other: float, lent: float = 0.0, borrowed: float = 0.0
+) -> dict[str, Any]:
+    held = {"weights": weights, "own_kv": own, "lent": lent, "borrowed": borrowed, "other": other}
+    free = limit - weights - own - lent - other
+    sizes = {f"{part}_bytes": int(amount * GIB) for part, amount in {"limit": limit, **held, "free": free}.items()}
+    return {"name": name, **sizes}
+
+
+def _tier(name: str, used: float, capacity: float, blocks: int, *, hits: int, misses: int) -> dict[str, Any]:
+    read = {"L3": 11_400_000_000, "L5": 2_900_000_000}[name]
+    return {
+        "tier": name, "used_bytes": int(used * GIB), "capacity_bytes": int(capacity * GIB), "blocks": blocks,
+        "hits": hits, "misses": misses, "read_bytes_per_second": read,
+    }  # fmt: skip
+
+
+def _stage(device: str, first: int, last: int, streamed: tuple[int, ...] = ()) -> dict[str, Any]:
+    return {"device": device, "layers": [first, last], "streamed_layers": list(streamed)}
+
+
+def _request(name: str, state: str, age_s: float, prompt: int, generated: int) -> dict[str, Any]:
+    return {
+        "id": name, "state": state, "age_seconds": age_s, "prompt_tokens": prompt, "generated_tokens": generated,
+    }  # fmt: skip
+
+
+def status_capture(width: int) -> str:
+    """The picture of `example_facts`."""
+    terminal = Terminal(width)
+    console = terminal.console()
+    console.print(picture(example_facts(), console))
+    return terminal.text
+
+
+# -- a conversation ----------------------------------------------------------------------------------------------------
+
+ANSWER = """\
+The **5070 Ti** reads memory a little slower than the 3090, but it computes faster. So:
+
+1. Give the 3090 more layers: decoding one stream is bound by how fast weights are read.
+2. Leave the 5070 Ti room for KV, which grows with every stream.
+
+| card | bandwidth | layers |
+|---|---|---|
+| RTX 3090 | 936 GB/s | 38 |
+| RTX 5070 Ti | 896 GB/s | 26 |
+
+You can try a split before you load it:
+
+```sh
+vramancer plan Qwen/Qwen3-32B --gpu 3090 --gpu 5070ti   # no download, the config is enough
+```
+"""
+
+
+class _Told:
+    """Answers from a text, a few characters a token."""
+
+    model_name = MODEL
+    shared_at = URL
+
+    def __init__(self, *answers: str) -> None:
+        self._answers = iter(answers)
+
+    def answer(self, messages: list[Message], sampling: Sampling) -> Generator[Piece, None, None]:
+        text = next(self._answers)
+        for tokens, start in enumerate(range(0, len(text), 4), start=1):
+            yield Piece(text[start : start + 4], tokens)
+
+    def serves(self, model: str) -> bool:
+        return model == MODEL
+
+    def switch(self, model: str) -> None:
+        self.model_name = model
+
+
+class _Typed:
+    """Lines that are typed, shown as the editor shows them."""
+
+    def __init__(self, terminal: Terminal, lines: Iterator[str]) -> None:
+        self._terminal = terminal
+        self._lines = lines
+
+    def read(self, prompt: str = "> ") -> str:
+        line = next(self._lines)
+        self._terminal.write(f"{prompt}{line}\n")
+        return line
+
+
+def run_capture(width: int) -> str:
+    """A conversation as `vramancer run` shows it."""
+    terminal = Terminal(width)
+    ticks = itertools.count()
+    screen = Screen(terminal.console(), terminal.console(), clock=lambda: next(ticks) / 25)
+    terminal.write("$ vramancer run\n")
+    screen.note(f"{MODEL} on the server at {URL}; --local loads a model here instead")
+    screen.note(f"{MODEL}: /help lists commands, Ctrl-D leaves")
+    lines = iter(
+        ["I have a 3090 and a 5070 Ti. How should I split?", "/set temperature 0.2", "/set", "/hepl", "/help", "/bye"]
+    )
+    talk(Conversation(_Told(ANSWER), screen, {}), _Typed(terminal, lines))
+    return terminal.text
+
+
+def captures() -> dict[str, str]:
+    """Name of each file, and its text."""
+    drawn = {"status": status_capture, "run": run_capture}
+    return {f"{name}-{width}.txt": draw(width) for name, draw in drawn.items() for width in WIDTHS}
+
+
+def main() -> None:
+    folder = ROOT / "docs" / "terminal"
+    folder.mkdir(exist_ok=True)
+    for name, text in captures().items():
+        (folder / name).write_text(text, encoding="utf-8")
+        print(folder / name)
+
+
+if __name__ == "__main__":
+    main()
