@@ -22,7 +22,17 @@ from core.costs import (
     emulated_profile,
 )
 from core.costs.cards import gpu_spec, lacks_bf16
-from core.devices import HOST, Device, DeviceBudget, MainMemory, host_device, open_devices, open_main_memory
+from core.devices import (
+    HOST,
+    Device,
+    DeviceBudget,
+    MainMemory,
+    format_bytes,
+    host_device,
+    open_devices,
+    open_main_memory,
+)
+from core.engine.memory_advice import MemoryAdvice
 from core.errors import ContextLengthError, InsufficientMemoryError
 from core.execution.attention.select import check_heads, planned_gathering, planned_packing
 from core.models.architecture import Architecture, read_architecture
@@ -161,22 +171,24 @@ def plan_model(
         attention_bytes=planned_gathering(devices, settings, architecture, max_model_len)
         + _scratch_bytes(devices, settings, architecture),
     )
+    lend_ratio = _lend_ratio(settings)
     try:
-        placement = place_pooled(
-            request, placed.placement, _lend_ratio(settings) if is_measured else 0.0, max_model_len
-        )
+        placement = place_pooled(request, placed.placement, lend_ratio if is_measured else 0.0, max_model_len)
         pooled = pool_devices(placement, request, settings, max_model_len)
-    except InsufficientMemoryError:
+    except InsufficientMemoryError as refused:
         if host is None or host.memory_limit_bytes <= 0:
-            raise
+            raise _advised(refused, request, settings, max_model_len) from refused
         if not is_measured and not by_hand:
             measured = zip(request.devices, measure.devices(devices, architecture), strict=True)
             request = replace(request, devices=tuple(replace(each, profile=profile) for each, profile in measured))
             is_measured = True
         request = _with_host(request, host.memory_limit_bytes, measure.host_links(devices) if is_measured else {})
         request = replace(request, min_kv_tokens=_least_kv_tokens(settings, max_model_len, request.max_kv_tokens))
-        placement = place_streaming(request, placed.placement)
-        pooled = pool_devices(placement, request, settings, max_model_len)
+        try:
+            placement = place_streaming(request, placed.placement)
+            pooled = pool_devices(placement, request, settings, max_model_len)
+        except InsufficientMemoryError as error:
+            raise _advised(error, request, settings, max_model_len) from error
     check_heads(devices, {stage.device_name for stage in placement.stages}, architecture)
     prediction = predict(placement, request, pooled=pooled) if is_measured else None
     return ModelPlan(
@@ -196,10 +208,18 @@ def pool_devices(
         lacking = (least - pooled.tokens) * per_token
         raise InsufficientMemoryError(
             f"{request.model_name} does not fit with a KV cache of {least} tokens: the devices hold {pooled.tokens} "
-            f"tokens together, and lack {lacking} bytes.",
+            f"tokens together, and lack {format_bytes(lacking)}.",
             lacking_bytes={stage.device_name: lacking for stage in placement.stages[:1]},
         )
     return pooled
+
+
+def _advised(
+    error: InsufficientMemoryError, request: PlacementProblem, settings: Settings, max_model_len: int
+) -> InsufficientMemoryError:
+    """The error with what would fit."""
+    least = _least_kv_tokens(settings, max_model_len, request.max_kv_tokens)
+    return MemoryAdvice(request, settings, _lend_ratio(settings), least).added_to(error)
 
 
 def _lend_ratio(settings: Settings) -> float:
@@ -295,7 +315,10 @@ def preview(settings: Settings, gpus: Sequence[str] = (), *, more: Sequence[str]
         request = plan_request(resolved.name, architecture, measure_bytes(architecture), settings, length, cards, links)
         if settings.devices.stream_weights == "auto":
             request = _with_host(request, _ANY_MACHINE_BYTES, {})
-        placement = place_or_stream(request, settings.devices.placement, _lend_ratio(settings), length)
+        try:
+            placement = place_or_stream(request, settings.devices.placement, _lend_ratio(settings), length)
+        except InsufficientMemoryError as error:
+            raise _advised(error, request, settings, length) from error
         pooled = pool_of(request, placement, _lend_ratio(settings))
         prediction: Prediction | None = predict(placement, request, pooled=pooled)
     else:
