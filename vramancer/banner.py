@@ -58,7 +58,7 @@ def banner(pipeline: InferencePipeline, reached: Reached) -> str:
             text, WIDTH, initial_indent=indent, subsequent_indent=" " * _LABEL,
             break_long_words=False, break_on_hyphens=False,
         )  # fmt: skip
-    return "\n".join([*lines, *_example(reached, model.name)])
+    return "\n".join([*lines, *_example(reached)])
 
 
 def _device_rows(engine: ModelEngine) -> list[tuple[str, str]]:
@@ -88,12 +88,12 @@ def _metrics(reached: Reached, usual: int) -> str:
     return f"{reached.url(reached.metrics_port)}/metrics{taken}"
 
 
-def _example(reached: Reached, model_name: str) -> list[str]:
+def _example(reached: Reached) -> list[str]:
     """A request for the shell."""
     value = "$VRM_API_TOKEN" if reached.token_file is None else f"$(cat '{reached.token_file}')"
     return [
         f"  {'try it':{_LABEL - 3}} curl {reached.url(reached.port)}/v1/completions \\",
         f'    -H "Authorization: Bearer {value}" \\',
         "    -H 'Content-Type: application/json' \\",
-        f'    -d \'{{"model": "{model_name}", "prompt": "Once upon a time", "max_tokens": 32}}\'',
+        '    -d \'{"prompt": "Once upon a time", "max_tokens": 32}\'',
     ]

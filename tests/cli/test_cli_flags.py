@@ -130,8 +130,8 @@ def test_a_command_takes_the_flags_of_its_sections_only() -> None:
     assert probe.run("--port", "1").exit_code == 2
 
 
-def test_help_shows_every_flag_with_default_and_variable() -> None:
-    result = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "400", "TERM": "dumb"})
+def test_help_all_shows_every_flag_with_default_and_variable() -> None:
+    result = CliRunner().invoke(app, ["serve", "--help-all"], env={"COLUMNS": "400", "TERM": "dumb"})
     text = plain(result.output)
     for info in iter_settings():
         if info.flag is None:

@@ -75,5 +75,6 @@ def _who_listens(host: str, port: int) -> str:
         return "another program"
     finally:
         connection.close()
-    ours = isinstance(answer, dict) and "engine" in (answer.get("checks") or {})
+    checks = answer.get("checks") if isinstance(answer, dict) else None
+    ours = isinstance(checks, dict) and "engine" in checks
     return "another VRAMancer server, which answers on /health" if ours else "another program"
