@@ -110,35 +110,40 @@ _LOG_EVERY_S = 2.0
 
 
 class LoadingBar:
-    """Told of bytes as they are loaded; drawn on a terminal, elsewhere logged in quarters unless it is quick."""
+    """Told of bytes as they are loaded. On a terminal it is drawn until `finish`; without one, and for models that are
+    loaded later, quarters are logged, unless all goes quickly. `clock` gives seconds."""
 
     def __init__(self, progress: Progress, *, drawn: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._progress = progress
         self._task = progress.add_task("loading weights", total=None, visible=False)
         self._drawn = drawn
-        self._logged_quarters = 0
         self._clock = clock
-        self._logged_s: float | None = None
+        self._last_bytes = 0
+        self._logged_quarters = 0
+        self._logged_s = clock()
 
     def report(self, done_bytes: int, total_bytes: int) -> None:
+        """Parts that several stages read may make `done_bytes` more than the total."""
+        done_bytes = min(done_bytes, total_bytes)
+        if done_bytes < self._last_bytes or self._last_bytes == 0:  # another load
+            self._logged_quarters, self._logged_s = 0, self._clock()
+        self._last_bytes = done_bytes
         if not self._drawn:
             self._log(done_bytes, total_bytes)
             return
         self._progress.update(self._task, completed=done_bytes, total=total_bytes, visible=True)
         if not self._progress.live.is_started:
             self._progress.start()
-        if done_bytes >= total_bytes:
-            self.finish()
 
     def _log(self, done_bytes: int, total_bytes: int) -> None:
         now_s, quarters = self._clock(), 4 * done_bytes // max(1, total_bytes)
-        if self._logged_s is None:
-            self._logged_s = now_s
         if quarters > self._logged_quarters and now_s - self._logged_s >= _LOG_EVERY_S:
             self._logged_quarters, self._logged_s = quarters, now_s
             logger.info("loading weights", percent=25 * quarters, of=format_bytes(total_bytes))
 
     def finish(self) -> None:
+        """From now on nothing is drawn. Safe to call twice."""
+        self._drawn = False
         self._progress.stop()
 
 
@@ -146,7 +151,7 @@ class LoadingBar:
 def loading_bar() -> Iterator[LoadingBar]:
     """A progress bar on standard error that appears with its first report."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
     progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     bar = LoadingBar(progress, drawn=console.is_terminal)
     try:

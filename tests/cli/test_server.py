@@ -107,6 +107,37 @@ def test_a_quick_load_logs_no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plain.getvalue() == ""
 
 
+@pytest.mark.usefixtures("logs")
+def test_the_bar_comes_once_and_never_while_serving(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    configure_logging(LoggingSettings())
+    with loading_bar() as bar:
+        for done in (1, 4, 5, 6):  # a head that two stages read counts twice
+            bar.report(done * GIB, 4 * GIB)
+        assert terminal.getvalue().count("\x1b[?25l") == 1, "started once"
+        bar.finish()
+        assert "6.0/4.0" not in terminal.getvalue()
+        drawn = terminal.getvalue()
+        bar.report(GIB, 4 * GIB)  # another model, while this one serves
+        assert terminal.getvalue() == drawn
+
+
+@pytest.mark.usefixtures("logs")
+def test_a_later_load_is_logged_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", plain)
+    configure_logging(LoggingSettings())
+    now = SimpleNamespace(s=0.0)
+    bar = LoadingBar(Progress(console=Console(stderr=True), disable=True), drawn=False, clock=lambda: now.s)
+    for _ in range(2):
+        for percent in range(101):
+            now.s += 0.25
+            bar.report(percent * GIB, 100 * GIB)
+    assert re.findall(r"percent=(\d+)", plain.getvalue()) == ["25", "50", "75", "100"] * 2
+
+
 def metrics_server(api: ApiSettings, listener: Any) -> server.MetricsServer:
     pipeline = SimpleNamespace(settings=SimpleNamespace(api=api), metrics=MetricsRegistry())
     return server._metrics_server(pipeline, listener)  # type: ignore[arg-type]

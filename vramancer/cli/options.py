@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.console import Console
 
 from core.config import SettingInfo, iter_settings, load_settings
 from core.errors import ConfigError, VRAMancerError
@@ -50,9 +51,10 @@ def settings_command(*sections: Section, model_argument: bool = False) -> Callab
 
 
 def fail(message: str, *, status: int = 1) -> None:
-    """Say what is wrong on standard error and exit with `status`."""
+    """Say what is wrong on standard error, in red where there are colours, and exit with `status`."""
+    console = Console(stderr=True, highlight=False)
     for line in message.splitlines():
-        typer.secho(f"error: {line}", fg=typer.colors.RED, err=True)
+        console.print(f"error: {line}", style="red", markup=False, soft_wrap=True)
     raise typer.Exit(status)
 
 
