@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from core.config import ApiSettings, LoggingSettings, load_settings
+from core.errors import PortInUseError
 from core.logs import configure_logging, get_logger
 from core.metrics import MetricsRegistry
 from vramancer import server
@@ -169,8 +170,12 @@ def test_a_metrics_port_that_was_chosen_is_an_error_that_names_the_flag(tmp_path
     with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as listener:
         environ = {"HOME": str(tmp_path), "VRM_METRICS_PORT": str(taken.getsockname()[1])}
         api = load_settings(None, environ).api
-        with pytest.raises(Exception, match="--metrics-port"):
-            metrics_server(api, listener).start()
+        metrics = metrics_server(api, listener)
+        try:
+            with pytest.raises(PortInUseError, match="--metrics-port"):
+                metrics.start()
+        finally:
+            metrics.stop()
 
 
 def test_what_was_chosen_is_known_from_every_source(tmp_path: Path) -> None:

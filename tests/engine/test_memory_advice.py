@@ -9,6 +9,7 @@ import pytest
 from plain_settings import make_settings
 
 from core.config import iter_settings
+from core.devices import HOST, Device
 from core.engine.model_plan import Preview, preview
 from core.errors import InsufficientMemoryError
 
@@ -48,7 +49,11 @@ def test_a_shorter_context_that_is_named_is_the_longest_that_fits() -> None:
 def test_layers_that_are_named_fit_by_hand() -> None:
     given: dict[str, Any] = {"devices__layers": "1,5", "devices__stream_weights": "off"}
     error = refusal(mib(30), mib(17), **given)
-    assert re.search(r"at least [1-4] layers fewer on 17\d*KiB", error.message)
+    said = re.search(r"at least ([1-4]) layers fewer on 17\d*KiB", error.message)
+    assert said is not None
+    fewer = int(said[1])
+    plan(mib(60), mib(17), **given | {"devices__layers": f"{1 + fewer},{5 - fewer}"})
+    refusal(mib(60), mib(17), **given | {"devices__layers": f"{fewer},{6 - fewer}"})
     layers = advised(error)["--layers"]
     assert layers != "1,5"
     plan(mib(30), mib(17), **given | {"devices__layers": layers})
@@ -67,6 +72,13 @@ def test_streaming_is_named_where_it_is_off_and_would_do() -> None:
     assert re.search(r"with [\d.]+ MiB of layers in main memory", error.message)
     assert sum(len(stage.streamed_layers) for stage in plan(mib(22)).placement.stages) > 0
     assert "--stream-weights" not in refusal(mib(3), devices__stream_weights="off").message
+
+
+def test_streaming_that_lacks_main_memory_is_not_advised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("core.engine.model_plan.host_for", lambda *given: Device(HOST, -1, "cpu", "cpu", 1000))
+    message = refusal(devices__devices="sim=21MiB@900GB/s/70TFLOPS").message
+    assert "host lacks" in message
+    assert "--stream-weights" not in message
 
 
 def test_the_strategy_that_finds_a_plan_is_named() -> None:
