@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 _NEAR = 0.75
-"""Of `difflib`'s ratio: a slip in a word of four letters stays above it, two do not."""
+"""Least of `difflib`'s ratios: four letters of which two have changed places reach it."""
 _SLIPS = 2
-"""Letters in which two words may differ: one is missing or too much, changed, or changed places with the next; twice
-for those that are missing or too much. Names that share most of their words differ by more."""
+"""Most letters of two words that have no match in the other: one changed or moved letter makes two, one that is missing
+or too much makes one. Long names that mean different things may be alike by ratio, and differ by more than that."""
 
 
 def nearest(word: str, known: Iterable[str], *, prefix: str = "") -> str | None:
