@@ -5,8 +5,8 @@ An unknown key or a bad value is a `ConfigError` that names where it came from, 
 
 from __future__ import annotations
 
-import difflib
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -19,6 +19,7 @@ from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from core.config_names import ABSENT_SETTINGS, AbsentSetting, absence, nearest
 from core.config_schema import (
     ApiSettings,
     DeviceSettings,
@@ -72,6 +73,17 @@ class SettingInfo:
     @property
     def description(self) -> str:
         return self.field.description or ""
+
+    @property
+    def summary(self) -> str:
+        """The description's first sentence, and what holds if the setting is not set."""
+        first, *more = re.split(r"(?<=[.)]) (?=[A-Z])", self.description)
+        return " ".join([first, *(sentence for sentence in more if sentence.startswith("Not set:"))])
+
+    @property
+    def common(self) -> bool:
+        """Whether it belongs to the few that most people look for."""
+        return bool(_extra(self.field, "common"))
 
     @property
     def default_text(self) -> str:
@@ -264,45 +276,69 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: must hold sections ({', '.join(_sections())}), not a {type(document).__name__}.")
+    sections = list(_sections())
+    absent = {setting.key: setting for setting in ABSENT_SETTINGS}
     values: dict[str, Any] = {}
     for section, entries in document.items():
-        if section not in _sections():
-            raise ConfigError(f"{path}: unknown key {section!r}.{_closest(str(section), list(_sections()))}")
+        if section not in sections and not any(key.startswith(f"{section}.") for key in absent):
+            hint = _hint(nearest(str(section), sections)) or f" Sections: {', '.join(sections)}."
+            raise ConfigError(f"{path}: unknown key {section!r}.{hint}")
         if entries is None:
             continue
         if not isinstance(entries, dict):
             raise ConfigError(f"{path}: {section} must hold keys and values, got {entries!r}.")
         for name, value in entries.items():
-            values[_known(f"{section}.{name}", str(path)).key] = value
+            key = f"{section}.{name}"
+            if key in absent:
+                _refuse_absent(absent[key], value, f"{path}: {key}")
+            else:
+                values[_known(key, str(path)).key] = value
     return values
 
 
 def _known(key: str, source: str) -> SettingInfo:
     known = {info.key: info for info in iter_settings()}
-    if key not in known:
-        raise ConfigError(f"{source}: unknown key {key!r}.{_closest(key, list(known))}")
-    return known[key]
+    if key in known:
+        return known[key]
+    section, _, name = key.partition(".")
+    siblings = [other for other in known if other.startswith(f"{section}.")]
+    elsewhere = (other for other in known if other.partition(".")[2] == name)
+    meant = nearest(key, siblings, prefix=f"{section}.") or next(elsewhere, None)
+    hint = _hint(meant) or (f" Allowed: {', '.join(siblings)}." if siblings else "")
+    raise ConfigError(f"{source}: unknown key {key!r}.{hint}")
 
 
-def _closest(word: str, known: list[str]) -> str:
-    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if matches:
-        return f" Did you mean {matches[0]!r}?"
-    section = word.partition(".")[0]
-    siblings = [name for name in known if name.partition(".")[0] == section]
-    return " Allowed: " + ", ".join(siblings or known) + "."
+def _hint(meant: str | None) -> str:
+    return f" Did you mean {meant!r}?" if meant else ""
+
+
+def _refuse_absent(setting: AbsentSetting, value: Any, name: str) -> None:
+    if not setting.is_off(value):
+        raise ConfigError(f"{absence(name, setting.purpose)}; leave it out.")
 
 
 def _read_environ(environ: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
     """(key, variable, text) of every `VRM_` variable that is set and not empty."""
     known = {info.env: info.key for info in iter_settings()}
+    absent = {setting.env: setting for setting in ABSENT_SETTINGS}
     for variable, text in environ.items():
         if not variable.startswith(ENV_PREFIX):
             continue
-        if variable not in known:
-            raise ConfigError(f"environment: unknown variable {variable}.{_closest(variable, list(known))}")
-        if text != "":
+        if variable in absent:
+            _refuse_absent(absent[variable], text, variable)
+        elif variable not in known:
+            hint = _hint(_variable_meant(variable)) or " `vramancer serve --help-all` lists those that there are."
+            raise ConfigError(f"environment: unknown variable {variable}.{hint}")
+        elif text != "":
             yield known[variable], variable, text
+
+
+def _variable_meant(variable: str) -> str | None:
+    """The variable of the flag that has this name (VRM_PORT for `--port`), or a variable that is written alike."""
+    flag = "--" + variable.removeprefix(ENV_PREFIX).lower().replace("_", "-")
+    infos = list(iter_settings())
+    of_flag = next((info.env for info in infos if info.flag == flag), None)
+    return of_flag or nearest(variable, (info.env for info in infos), prefix=ENV_PREFIX)
 
 
 def render_config_yaml() -> str:

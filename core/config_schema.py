@@ -28,13 +28,15 @@ def _setting(
     flag: str | None = None,
     env: str | None = None,
     shown_default: str | None = None,
+    common: bool = False,
     **bounds: Any,
 ) -> Any:
     """A pydantic field; `flag` and `env` replace the names that are derived from the field's own.
 
     `flag=""` means that there is no flag; a callable `default` is a factory, shown as `shown_default` in help texts.
+    What is `common` is in a command's `--help`, the rest in `--help-all` alone.
     """
-    extra = {"flag": flag, "env": env, "shown_default": shown_default}
+    extra = {"flag": flag, "env": env, "shown_default": shown_default, "common": common}
     keywords: dict[str, Any] = {"description": description, "json_schema_extra": extra, **bounds}
     if callable(default):
         return Field(default_factory=default, **keywords)
@@ -90,13 +92,14 @@ class ModelSettings(Section):
         "Not set: the demo model that comes with VRAMancer.",
         flag="model",
         min_length=1,
+        common=True,
     )
     served_model_name: tuple[str, ...] = _setting((), "Further names under which clients may ask for the model.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = _setting(
-        "auto", "Number format of weights and KV cache; auto takes the checkpoint's own."
+        "auto", "Number format of weights and KV cache; auto takes the checkpoint's own.", common=True
     )
     max_model_len: int | None = _setting(
-        None, "Longest prompt plus answer, in tokens. Not set: what the model was made for.", ge=1
+        None, "Longest prompt plus answer, in tokens. Not set: what the model was made for.", ge=1, common=True
     )
     revision: str | None = _setting(None, "Branch, tag or commit of a hub model.", min_length=1)
     chat_template: Path | None = _setting(None, "File with a Jinja chat template that replaces the model's own.")
@@ -115,14 +118,16 @@ class DeviceSettings(Section):
         'Devices and their memory limits, such as "cuda:0=24GiB,cuda:1=16GiB", "cpu=2GiB,cpu=1GiB" or '
         '"sim=24GiB@936GB/s/71TFLOPS" (an emulated card). Not set: whatever the machine has.',
         min_length=1,
+        common=True,
     )
-    num_gpus: int | None = _setting(None, "GPUs to use of those found. Not set: all of them.", ge=1)
+    num_gpus: int | None = _setting(None, "GPUs to use of those found. Not set: all of them.", ge=1, common=True)
     placement: str = _setting(
         "profiled",
         "How layers are split over the devices: profiled, for speed, by measurement; vram, by free memory; balanced, "
         "evenly; or a strategy of your own.",
         min_length=1,
         max_length=64,
+        common=True,
     )
     layers: str | None = _setting(
         None, 'Layers on each device by hand, such as "20,12"; 0 leaves a device out.', min_length=1, max_length=1024
@@ -146,6 +151,7 @@ class DeviceSettings(Section):
         "auto",
         "Layers for which no device has room stay in main memory and are copied in for every step; off refuses models "
         "that do not fit.",
+        common=True,
     )
     memory_fraction: float = _setting(
         0.9, "Share of a device's free memory to use where no limit is given (0 to 1).", gt=0.0, le=1.0
@@ -158,7 +164,7 @@ class DeviceSettings(Section):
 class EngineSettings(Section):
     """Batching, the KV cache and the circuit breaker."""
 
-    max_batch_size: int = _setting(64, "Sequences that run at the same time.", ge=1, le=65536)
+    max_batch_size: int = _setting(64, "Sequences that run at the same time.", ge=1, le=65536, common=True)
     max_num_batched_tokens: int = _setting(512, "Tokens computed in one step, over all sequences.", ge=1, le=1 << 20)
     prefill_chunk_size: int | None = _setting(
         None, "Prompt tokens of one request computed in one step. Not set: up to max_num_batched_tokens.", ge=1
@@ -184,7 +190,9 @@ class EngineSettings(Section):
         le=1 << 32,
     )
     block_size: int = _setting(16, "Tokens per block of the KV cache.", ge=1, le=1024)
-    kv_cache_tokens: int | None = _setting(None, "Size of the KV cache in tokens. Not set: as many as fit.", ge=1)
+    kv_cache_tokens: int | None = _setting(
+        None, "Size of the KV cache in tokens. Not set: as many as fit.", ge=1, common=True
+    )
     enable_prefix_caching: bool = _setting(True, "Reuse the KV cache of prompts that begin alike.")
     native_kernels: bool = _setting(True, "Use the compiled CPU kernels where they can be built.")
     breaker_failures: int = _setting(5, "Failed steps in a row after which requests are refused.", ge=1, le=1000)
@@ -267,10 +275,15 @@ class MemorySettings(Section):
 class ApiSettings(Section):
     """Where and how the HTTP API listens."""
 
-    host: str = _setting("127.0.0.1", "Address to listen on; 0.0.0.0 is every interface.", min_length=1)
-    port: int = _setting(5000, "Port of the API.", ge=0, le=65535)
+    host: str = _setting("127.0.0.1", "Address to listen on; 0.0.0.0 is every interface.", min_length=1, common=True)
+    port: int = _setting(5000, "Port of the API.", ge=0, le=65535, common=True)
     metrics_port: int = _setting(
-        9108, "Port of a second listener for Prometheus metrics; 0 is none.", env="VRM_METRICS_PORT", ge=0, le=65535
+        9108,
+        "Port of a second listener for Prometheus metrics; 0 is none. Not set: 9108, or the next free one.",
+        env="VRM_METRICS_PORT",
+        ge=0,
+        le=65535,
+        common=True,
     )
     token: SecretStr | None = _setting(
         None, "Token that clients send. Not set: one is generated and kept in token_file.", flag=""
@@ -310,7 +323,9 @@ class ApiSettings(Section):
 class SecuritySettings(Section):
     """How strict the server is."""
 
-    production: bool = _setting(False, "Strict mode: refuses to start on a weak setting.", env="VRM_PRODUCTION")
+    production: bool = _setting(
+        False, "Strict mode: refuses to start on a weak setting.", env="VRM_PRODUCTION", common=True
+    )
     read_only: bool = _setting(False, "Refuse every request that would change something.", env="VRM_READ_ONLY")
     requests_per_minute: int = _setting(
         30_000, "Requests that one key may send in a minute; further ones are answered 429.", ge=1, le=10**9
@@ -324,7 +339,7 @@ class LoggingSettings(Section):
     """What is logged, and how."""
 
     level: Literal["debug", "info", "warning", "error"] = _setting(
-        "info", "Least severe level logged.", flag="log-level"
+        "info", "Least severe level logged.", flag="log-level", common=True
     )
     json_output: bool = _setting(False, "One JSON object per log line.", flag="log-json", env="VRM_LOG_JSON")
 

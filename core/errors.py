@@ -4,6 +4,7 @@
 
     VRAMancerError                      500  server_error
     ├── ConfigError                     (start-up only)
+    │   └── PortInUseError              (start-up only)
     ├── InvalidRequestError             400  invalid_request_error
     │   ├── UnsupportedParameterError   400  code=unsupported_parameter
     │   ├── ContextLengthError          400  code=context_length_exceeded
@@ -64,6 +65,10 @@ class VRAMancerError(Exception):
 
 class ConfigError(VRAMancerError):
     """A setting is unknown or out of range; the message names its source, its key and what is allowed."""
+
+
+class PortInUseError(ConfigError):
+    """Another program listens on the port."""
 
 
 class InvalidRequestError(VRAMancerError):

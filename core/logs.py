@@ -11,6 +11,7 @@ import sys
 from typing import TextIO
 
 import structlog
+from rich.console import Console
 from structlog.typing import Processor
 
 from core.config import LoggingSettings
@@ -36,16 +37,24 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
     return logger
 
 
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Writes to what standard error is at the time: while a progress bar is drawn, it takes lines to put them above."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def configure_logging(settings: LoggingSettings, stream: TextIO | None = None) -> None:
     """Send every logger's lines to `stream` (standard error). Called by the program; again replaces the handler."""
-    stream = sys.stderr if stream is None else stream
-    handler = logging.StreamHandler(stream)
+    handler = _StandardError() if stream is None else logging.StreamHandler(stream)
+    terminal = Console(file=handler.stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=list(_SHARED),
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                *_renderers(settings.json_output, colors=stream.isatty()),
+                *_renderers(settings.json_output, colors=terminal.color_system is not None and not terminal.no_color),
             ],
         )
     )

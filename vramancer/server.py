@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from core.config import Settings
 from core.devices import format_bytes
 from core.logs import configure_logging, get_logger
 from vramancer import __version__
+from vramancer.banner import Reached, banner
 from vramancer.web.leave import leave
 from vramancer.web.limits import Limits
 from vramancer.web.listener import bind_socket, listen
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+OTHER_METRICS_PORTS = 100
+"""So many ports above the usual one are tried for metrics, where nobody chose one."""
 MORE_THAN_THE_ENGINE = 16
 """Requests that may be under way beside those that run and wait in the engine: they tokenize, load, move."""
 
@@ -47,14 +50,16 @@ def serve(settings: Settings) -> int:
     token, created, token_file = resolve_token(settings)
     with bind_socket(settings.api.host, settings.api.port) as listener, loading_bar() as bar:
         pipeline = InferencePipeline(settings, on_progress=bar.report)
-        metrics = MetricsServer(pipeline.metrics.registry, settings.api.host, settings.api.metrics_port)
+        metrics = _metrics_server(pipeline, listener)
         try:
             if settings.api.metrics_port:
                 metrics.start()
             with _interruptible():
                 pipeline.load()
                 bar.finish()
-                _serve_loaded(pipeline, listener, token, created=created, token_file=token_file)
+                host, port = listener.getsockname()[:2]
+                reached = Reached(host, port, metrics.port, token_file, token if created else None)
+                _serve_loaded(pipeline, listener, token, reached)
         except KeyboardInterrupt:
             bar.finish()
             typer.echo("stopped before the server was ready", err=True)
@@ -66,18 +71,25 @@ def serve(settings: Settings) -> int:
     return leave(0)
 
 
-def _serve_loaded(
-    pipeline: InferencePipeline, listener: socket.socket, token: str, *, created: bool, token_file: Path | None
-) -> None:
+def _metrics_server(pipeline: InferencePipeline, listener: socket.socket) -> MetricsServer:
+    """On the port that was chosen, or on the next free one after the usual."""
+    api = pipeline.settings.api
+    usual, own, others = api.metrics_port, listener.getsockname()[1], range(0)
+    if "metrics_port" not in api.model_fields_set:
+        others = range(usual + 1, usual + 1 + OTHER_METRICS_PORTS)
+    return MetricsServer(pipeline.metrics.registry, api.host, usual, [port for port in others if port != own])
+
+
+def _serve_loaded(pipeline: InferencePipeline, listener: socket.socket, token: str, reached: Reached) -> None:
     from core.api import create_app
     from core.api.admission import admission_of
 
-    app = create_app(pipeline, token=token)
-    banner = _banner(pipeline, listener, token if created else None, token_file)
+    app = create_app(pipeline, token=token, version=__version__)
+    text = banner(pipeline, reached)
     engine = pipeline.settings.engine
     limits = Limits.of(pipeline.settings.api, engine.max_queue + engine.max_batch_size + MORE_THAN_THE_ENGINE)
     listen(listener, limits.max_connections)
-    FrontDoor(app, admission_of(app), limits, on_ready=lambda: typer.echo(banner)).run_until_stopped(listener)
+    FrontDoor(app, admission_of(app), limits, on_ready=lambda: typer.echo(text)).run_until_stopped(listener)
 
 
 @contextmanager
@@ -94,32 +106,44 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-class LoadingBar:
-    """Told of bytes as they are loaded; drawn on a terminal, logged in quarters elsewhere."""
+_LOG_EVERY_S = 2.0
 
-    def __init__(self, progress: Progress, *, drawn: bool) -> None:
+
+class LoadingBar:
+    """Told of bytes as they are loaded. On a terminal it is drawn until `finish`; without one, and for models that are
+    loaded later, quarters are logged, unless all goes quickly. `clock` gives seconds."""
+
+    def __init__(self, progress: Progress, *, drawn: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._progress = progress
         self._task = progress.add_task("loading weights", total=None, visible=False)
         self._drawn = drawn
+        self._clock = clock
+        self._last_bytes = 0
         self._logged_quarters = 0
+        self._logged_s = clock()
 
     def report(self, done_bytes: int, total_bytes: int) -> None:
+        """Parts that several stages read may make `done_bytes` more than the total."""
+        done_bytes = min(done_bytes, total_bytes)
+        if done_bytes < self._last_bytes or self._last_bytes == 0:  # another load
+            self._logged_quarters, self._logged_s = 0, self._clock()
+        self._last_bytes = done_bytes
         if not self._drawn:
             self._log(done_bytes, total_bytes)
             return
         self._progress.update(self._task, completed=done_bytes, total=total_bytes, visible=True)
         if not self._progress.live.is_started:
             self._progress.start()
-        if done_bytes >= total_bytes:
-            self.finish()
 
     def _log(self, done_bytes: int, total_bytes: int) -> None:
-        quarters = 4 * done_bytes // max(1, total_bytes)
-        if quarters > self._logged_quarters:
-            self._logged_quarters = quarters
+        now_s, quarters = self._clock(), 4 * done_bytes // max(1, total_bytes)
+        if quarters > self._logged_quarters and now_s - self._logged_s >= _LOG_EVERY_S:
+            self._logged_quarters, self._logged_s = quarters, now_s
             logger.info("loading weights", percent=25 * quarters, of=format_bytes(total_bytes))
 
     def finish(self) -> None:
+        """From now on nothing is drawn. Safe to call twice."""
+        self._drawn = False
         self._progress.stop()
 
 
@@ -127,44 +151,10 @@ class LoadingBar:
 def loading_bar() -> Iterator[LoadingBar]:
     """A progress bar on standard error that appears with its first report."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
     progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     bar = LoadingBar(progress, drawn=console.is_terminal)
     try:
         yield bar
     finally:
         bar.finish()
-
-
-def _banner(
-    pipeline: InferencePipeline, listener: socket.socket, new_token: str | None, token_file: Path | None
-) -> str:
-    """What to know to use the server. A token that was generated just now is shown, this once."""
-    from core.views.status import device_views
-
-    settings, model = pipeline.settings, pipeline.model
-    host, port = listener.getsockname()[:2]
-    shown_host = f"[{host}]" if ":" in host else host
-    url = f"http://{shown_host}:{port}"
-    views = device_views(pipeline.current_engine)
-    devices = ", ".join(f"{view.name} ({format_bytes(view.limit_bytes)})" for view in views)
-    if token_file is None:
-        token, value = "the one in VRM_API_TOKEN or api.token", "$VRM_API_TOKEN"
-    else:
-        token, value = f"kept in {token_file}", f"$(cat '{token_file}')"
-        if new_token is not None:
-            token = f"{new_token} (generated, shown only now; {token})"
-    rows = {
-        "API": f"{url}/v1",
-        "model": ", ".join((model.name, *model.aliases)),
-        "devices": devices,
-        "token": token,
-        "metrics": f"http://{shown_host}:{settings.api.metrics_port}/metrics" if settings.api.metrics_port else "off",
-    }
-    lines = [f"VRAMancer {__version__} is ready", *(f"  {name:8} {text}" for name, text in rows.items())]
-    lines += [
-        "  try it   " + f'curl {url}/v1/completions -H "Authorization: Bearer {value}" '
-        "-H 'Content-Type: application/json' "
-        f'-d \'{{"model": "{model.name}", "prompt": "Once upon a time", "max_tokens": 32}}\'',
-    ]
-    return "\n".join(lines)

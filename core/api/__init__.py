@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from flask import Flask
 from flask_cors import CORS
 
-from core.api import management, memory, monitoring, native, tokens
+from core.api import front, management, memory, monitoring, native, tokens
 from core.api.context import EXTENSION, REQUEST_ID_HEADER, ApiContext, LiveRequests, check_policies, register_hooks
 from core.api.errors import register_error_handlers
 from core.api.openai import batch, chat, completions, models
@@ -29,6 +29,7 @@ BLUEPRINTS = (
     management.blueprint,
     memory.blueprint,
     monitoring.blueprint,
+    front.blueprint,
 )
 
 OPENAI_PREFIX = "/v1"
@@ -43,11 +44,12 @@ CORS_HEADERS = (
 )
 
 
-def create_app(pipeline: InferencePipeline, *, token: str | None = None) -> Flask:
+def create_app(pipeline: InferencePipeline, *, token: str | None = None, version: str | None = None) -> Flask:
     """The application that serves `pipeline`.
 
     Args:
         token: what clients have to send; None takes it from the settings, or the generated one from its file.
+        version: of the program, for those who ask what this is; None says none.
 
     Raises:
         ConfigError: there is no usable token.
@@ -61,7 +63,7 @@ def create_app(pipeline: InferencePipeline, *, token: str | None = None) -> Flas
     app.config["MAX_CONTENT_LENGTH"] = settings.api.max_body_bytes + 1
     security = settings.security
     limits = None if security.disable_rate_limit else CallerLimits(security.requests_per_minute)
-    app.extensions[EXTENSION] = ApiContext(pipeline, token, LiveRequests(), limits)
+    app.extensions[EXTENSION] = ApiContext(pipeline, token, LiveRequests(), limits, version)
     app.url_map.strict_slashes = False
     app.url_map.redirect_defaults = False  # an alias answers itself
     register_error_handlers(app)

@@ -69,6 +69,7 @@ class ApiContext:
     token: str
     live: LiveRequests
     limits: CallerLimits | None = None
+    version: str | None = None
 
 
 def api_context() -> ApiContext:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from core.devices.device import DeviceBudget
+from core.devices.device import DeviceBudget, format_bytes
 from core.errors import OutOfDeviceMemoryError
 from core.logs import get_logger
 
@@ -47,7 +47,7 @@ class HostBuffer:
         except (RuntimeError, MemoryError) as error:
             self._give_back()
             raise OutOfDeviceMemoryError(
-                f"{purpose}: {nbytes} bytes of main memory could not be had: {error}"
+                f"{purpose}: {format_bytes(nbytes)} of main memory could not be had: {error}"
             ) from error
         first = -whole.data_ptr() % mmap.PAGESIZE if pin else 0
         self.memory = whole[first : first + nbytes]

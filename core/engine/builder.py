@@ -15,7 +15,7 @@ from core.batching.step import SchedulerLimits
 from core.config import Settings
 from core.config_schema import EngineSettings
 from core.costs import SLOTS
-from core.devices import HOST, Device, DeviceBudget, MainMemory
+from core.devices import HOST, Device, DeviceBudget, MainMemory, format_bytes
 from core.devices.probe import free_bytes_of
 from core.emulation import EmulatedStage, GuestTime
 from core.engine.kv_memory import check_promises, open_kv
@@ -58,9 +58,14 @@ def check_memory(plan: ModelPlan, present: Mapping[str, int] | None = None) -> N
     free = {device.torch_device: free_bytes_of(device) for device in devices}
     lacking = {name: nbytes - free[name] for name, nbytes in needed.items() if nbytes > free[name]}
     if lacking:
-        listed = ", ".join(f"{name} has {free[name]} bytes free, {nbytes} too few" for name, nbytes in lacking.items())
+        listed = ", ".join(
+            f"{name} has {format_bytes(free[name])} free, {format_bytes(nbytes)} too few"
+            for name, nbytes in lacking.items()
+        )
         raise InsufficientMemoryError(
-            f"Since the placement was planned, other programs have taken memory: {listed}.", lacking_bytes=lacking
+            f"Since the placement was planned, other programs have taken memory: {listed}. Free it, or give less with "
+            "--devices.",
+            lacking_bytes=lacking,
         )
 
 

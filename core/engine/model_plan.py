@@ -24,6 +24,7 @@ from core.costs import (
 )
 from core.costs.model import costs_of
 from core.devices import HOST, Device, DeviceBudget, MainMemory, host_device, open_devices, open_main_memory
+from core.engine.memory_advice import advised
 from core.engine.problem import (
     least_kv_tokens,
     lend_ratio,
@@ -148,17 +149,20 @@ def plan_model(
     try:
         placement = place_pooled(request, placed.placement, lend_ratio(settings) if is_measured else 0.0, max_model_len)
         pooled = pool_devices(placement, request, settings, max_model_len)
-    except InsufficientMemoryError:
+    except InsufficientMemoryError as refused:
         if host is None or host.memory_limit_bytes <= 0:
-            raise
+            raise advised(refused, request, settings, max_model_len) from refused
         if not is_measured and not by_hand:
             measured = zip(request.devices, measure.devices(devices, architecture), strict=True)
             request = replace(request, devices=tuple(replace(each, profile=profile) for each, profile in measured))
             is_measured = True
         request = with_host(request, host.memory_limit_bytes, measure.host_links(devices) if is_measured else {})
         request = replace(request, min_kv_tokens=least_kv_tokens(settings, max_model_len, request.max_kv_tokens))
-        placement = place_streaming(request, placed.placement)
-        pooled = pool_devices(placement, request, settings, max_model_len)
+        try:
+            placement = place_streaming(request, placed.placement)
+            pooled = pool_devices(placement, request, settings, max_model_len)
+        except InsufficientMemoryError as error:
+            raise advised(error, request, settings, max_model_len) from error
     check_heads(devices, {stage.device_name for stage in placement.stages}, architecture)
     prediction = predict(placement, request, pooled=pooled) if is_measured else None
     return ModelPlan(

@@ -13,11 +13,13 @@ from core.costs.cards import gpu_spec
 from core.costs.model import costs_of
 from core.costs.profile import DATASHEET_LINK
 from core.costs.room import usable
-from core.engine.problem import lend_ratio, make_problem, served_length, with_host
+from core.engine.memory_advice import advised
+from core.engine.problem import lend_ratio, make_problem, pool_devices, served_length, with_host
+from core.errors import InsufficientMemoryError
 from core.models.families import read_family
 from core.models.resolve import ResolvedModel, resolve_model
 from core.models.served_dtype import ELEMENT_BYTES, choose_dtype
-from core.placement.pooled import PooledKV, pool_of
+from core.placement.pooled import PooledKV
 from core.placement.predict import DeviceEffect, Prediction, one_more, predict
 from core.placement.streaming import place_or_stream
 
@@ -70,8 +72,11 @@ def _on_cards(resolved: ResolvedModel, settings: Settings, nominal: tuple[Placem
     problem = make_problem(resolved.name, costs, settings, length, cards, links)
     if settings.devices.stream_weights == "auto":
         problem = with_host(problem, _ANY_MACHINE_BYTES, {})
-    placement = place_or_stream(problem, settings.devices.placement, lend_ratio(settings), length)
-    pooled = pool_of(problem, placement, lend_ratio(settings))
+    try:
+        placement = place_or_stream(problem, settings.devices.placement, lend_ratio(settings), length)
+        pooled = pool_devices(placement, problem, settings, length)
+    except InsufficientMemoryError as error:
+        raise advised(error, problem, settings, length) from error
     reserved = tuple(card.limit_bytes - kept.limit_bytes for card, kept in zip(nominal, cards, strict=True))
     prediction = predict(placement, problem, pooled=pooled)
     return Preview(model, problem, placement, pooled, prediction, notes=notes, reserved_bytes=reserved)

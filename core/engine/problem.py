@@ -14,6 +14,7 @@ from core.costs import (
     PlacementPlan,
     PlacementProblem,
 )
+from core.devices import format_bytes
 from core.errors import ContextLengthError, InsufficientMemoryError
 from core.placement.engine import parse_layers
 from core.placement.pooled import PooledKV, pool_of
@@ -62,7 +63,7 @@ def pool_devices(
         lacking = (least - pooled.tokens) * per_token
         raise InsufficientMemoryError(
             f"{problem.model_name} does not fit with a KV cache of {least} tokens: the devices hold {pooled.tokens} "
-            f"tokens together, and lack {lacking} bytes.",
+            f"tokens together, and lack {format_bytes(lacking)}.",
             lacking_bytes={stage.device_name: lacking for stage in placement.stages[:1]},
         )
     return pooled

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from core.devices import Device, DeviceBudget
+from core.devices import Device, DeviceBudget, format_bytes
 from core.errors import OutOfDeviceMemoryError
 from core.kv_cache.page_ops import LOCAL
 from core.models.architecture import KVShape
@@ -90,7 +90,7 @@ class PagedKVCache:
         except (torch.OutOfMemoryError, MemoryError) as error:
             budget.release(purpose, nbytes)
             raise OutOfDeviceMemoryError(
-                f"{device.name}: {nbytes} bytes of KV pages could not be had: {error}"
+                f"{device.name}: {format_bytes(nbytes)} of KV pages could not be had: {error}"
             ) from error
         self._regions[region_id] = PageRegion(device, budget, num_pages, layers)
 

@@ -271,12 +271,12 @@ def cuts_by_hand(request: PlacementProblem, layers: tuple[int, ...]) -> list[Cut
 
 def _insufficient(request: PlacementProblem, cuts: Sequence[Cut]) -> InsufficientMemoryError:
     tokens, devices = request.least_kv_tokens, request.devices
-    lacking = {
-        devices[device].name: max(0, request.costs.needed_bytes(first, last, tokens) - devices[device].limit_bytes)
+    needs = {
+        devices[device].name: (request.costs.needed_bytes(first, last, tokens), devices[device].limit_bytes)
         for device, first, last in cuts
     }
     layers = ", ".join(f"{cut.last - cut.first} layers on {devices[cut.device].name}" for cut in cuts)
-    return lacking_memory(f"{request.model_name} does not fit with a KV cache of {tokens} tokens and {layers}", lacking)
+    return lacking_memory(f"{request.model_name} does not fit with a KV cache of {tokens} tokens and {layers}", needs)
 
 
 def _check(request: PlacementProblem, plan: PlacementPlan, strategy: str) -> None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import NamedTuple
@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from core.costs.cost import Batch, head_s, hop_s, layer_s
 from core.costs.plan import LayerCosts, Objective, PlacementDevice
 from core.costs.profile import LinkTopology
+from core.devices.device import format_bytes
 from core.errors import InsufficientMemoryError
 
 _Matrix = NDArray[np.float64]
@@ -50,9 +51,14 @@ class Cut(NamedTuple):
     last: int
 
 
-def lacking_memory(text: str, lacking: dict[str, int]) -> InsufficientMemoryError:
-    """The error that says `text`, and how many bytes each device lacks."""
-    listed = ", ".join(f"{name} lacks {count} bytes" for name, count in lacking.items() if count)
+def lacking_memory(text: str, needs: Mapping[str, tuple[int, int]]) -> InsufficientMemoryError:
+    """The error that says `text`, and what each device lacks. `needs`: the bytes that it needs, and that it may use."""
+    lacking = {name: max(0, needed - limit) for name, (needed, limit) in needs.items()}
+    listed = ", ".join(
+        f"{name} lacks {format_bytes(lacking[name])}: it needs {format_bytes(needed)} and may use {format_bytes(limit)}"
+        for name, (needed, limit) in needs.items()
+        if lacking[name]
+    )
     return InsufficientMemoryError(f"{text}: {listed}." if listed else f"{text}.", lacking_bytes=lacking)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from core.costs.plan import LayerCosts, PlacementDevice, PlacementProblem
+from core.devices.device import format_bytes
 from core.errors import InsufficientMemoryError
 from core.placement.search import Cut, lacking_memory, largest
 
@@ -49,13 +50,16 @@ def _fill(costs: LayerCosts, sizes: Sequence[int], kv_tokens: int) -> list[Cut]:
 
 def _insufficient(costs: LayerCosts, used: Sequence[PlacementDevice], kv_tokens: int) -> InsufficientMemoryError:
     """What each device lacks for the split in proportion to memory."""
-    total, first, lacking = max(1, sum(device.limit_bytes for device in used)), 0, {}
+    total, first, needs = max(1, sum(device.limit_bytes for device in used)), 0, {}
     for index, device in enumerate(used):
         following = len(used) - index - 1
         share = round(costs.num_layers * sum(other.limit_bytes for other in used[: index + 1]) / total)
         last = costs.num_layers if following == 0 else max(first + 1, min(share, costs.num_layers - following))
-        lacking[device.name] = max(0, costs.needed_bytes(first, last, kv_tokens) - device.limit_bytes)
+        needs[device.name] = (costs.needed_bytes(first, last, kv_tokens), device.limit_bytes)
         first = last
     needed = costs.needed_bytes(0, costs.num_layers, kv_tokens)
-    text = f"The model needs about {needed} bytes with a KV cache of {kv_tokens} tokens, and the devices have {total}"
-    return lacking_memory(text, lacking)
+    return lacking_memory(
+        f"The model needs about {format_bytes(needed)} with a KV cache of {kv_tokens} tokens, and the devices have "
+        f"{format_bytes(total)}",
+        needs,
+    )

@@ -81,7 +81,7 @@ def build_streaming(request: PlacementProblem, strategy: str, cuts: Sequence[Cut
         stages.append(plan_stage(request, cut, layers))
     host = sum(stage.streamed_bytes for stage in stages)
     if host > request.host_bytes:
-        raise _insufficient(request, cuts, kv_tokens, host - request.host_bytes)
+        raise _insufficient(request, cuts, kv_tokens, host)
     rooms = [kv_room(request, stage) for stage in stages]
     return assemble(request, strategy, stages, min([max(kv_tokens, request.wanted_kv_tokens), *rooms]))
 
@@ -153,18 +153,16 @@ def _most_tokens(request: PlacementProblem, cuts: Sequence[Cut]) -> int:
 
 
 def _insufficient(
-    request: PlacementProblem, cuts: Sequence[Cut], kv_tokens: int, host_lacking: int = 0
+    request: PlacementProblem, cuts: Sequence[Cut], kv_tokens: int, host_needed: int = 0
 ) -> InsufficientMemoryError:
-    lacking = {
-        request.devices[device].name: max(
-            0, least_bytes(request.costs, first, last, kv_tokens) - _limit(request, device)
-        )
+    needs = {
+        request.devices[device].name: (least_bytes(request.costs, first, last, kv_tokens), _limit(request, device))
         for device, first, last in cuts
     }
-    if host_lacking:
-        lacking[HOST] = host_lacking
+    if host_needed:
+        needs[HOST] = (host_needed, request.host_bytes)
     return lacking_memory(
         f"{request.model_name} does not fit with a KV cache of {kv_tokens} tokens, not even with layers that stream in "
         "from main memory",
-        lacking,
+        needs,
     )

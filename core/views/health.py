@@ -9,6 +9,7 @@ from typing import Literal
 
 import psutil
 
+from core.devices import format_bytes
 from core.engine.model_engine import ModelEngine
 from core.tiers.kv_tiers import KVTiers
 from core.views.memory import tier_troubles
@@ -47,7 +48,9 @@ def health(engine: ModelEngine | None, service: ServiceState) -> Health:
     checks = {"engine": _engine_check(engine, service), "model": _model_check(engine, service)}
     checks["devices"] = _devices_check(engine)
     available = psutil.virtual_memory().available
-    checks["memory"] = _check(True, f"{available} bytes of main memory available", warn=available < LOW_MEMORY_BYTES)
+    checks["memory"] = _check(
+        True, f"{format_bytes(available)} of main memory available", warn=available < LOW_MEMORY_BYTES
+    )
     if engine is not None:
         stats = engine.batcher.stats
         used = stats.blocks_total - stats.blocks_free
@@ -55,7 +58,7 @@ def health(engine: ModelEngine | None, service: ServiceState) -> Health:
         if engine.memory.tiers is not None:
             checks["tiers"] = _tiers_check(engine.memory.tiers)
     free = shutil.disk_usage(service.settings.runtime.cache_dir.anchor or ".").free
-    checks["disk"] = _check(True, f"{free} bytes free", warn=free < LOW_DISK_BYTES)
+    checks["disk"] = _check(True, f"{format_bytes(free)} free", warn=free < LOW_DISK_BYTES)
     return Health(max((check.status for check in checks.values()), key=_ORDER.index), checks)
 
 

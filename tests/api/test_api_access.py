@@ -16,6 +16,7 @@ from core.security.access import ADMIN, READING_METHODS, Principal, policy_of
 PUBLIC, READS, INFERS = (None, False), ("viewer", False), ("user", False)
 CANCELS, OPERATES = ("user", True), ("operator", True)
 EXPECTED_POLICIES = {
+    "/": PUBLIC,
     "/v1/completions": INFERS,
     "/v1/chat/completions": INFERS,
     "/v1/batch/completions": INFERS,

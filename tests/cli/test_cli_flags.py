@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from core.config import Settings, iter_settings
 from core.errors import CheckpointError
 from vramancer import __version__
 from vramancer.cli import app
-from vramancer.cli.options import settings_command
+from vramancer.cli.options import fail, settings_command
 from vramancer.main import as_command, main
 
 SECTIONS = ("model", "devices", "engine", "lending", "memory", "api", "security", "logging", "runtime")
@@ -130,8 +132,8 @@ def test_a_command_takes_the_flags_of_its_sections_only() -> None:
     assert probe.run("--port", "1").exit_code == 2
 
 
-def test_help_shows_every_flag_with_default_and_variable() -> None:
-    result = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "400", "TERM": "dumb"})
+def test_help_all_shows_every_flag_with_default_and_variable() -> None:
+    result = CliRunner().invoke(app, ["serve", "--help-all"], env={"COLUMNS": "400", "TERM": "dumb"})
     text = plain(result.output)
     for info in iter_settings():
         if info.flag is None:
@@ -172,3 +174,18 @@ def test_gpus_are_numbered_as_nvidia_smi_does_unless_the_user_says_how(
     monkeypatch.setattr("vramancer.main.app", lambda **given: seen.append(os.environ["CUDA_DEVICE_ORDER"]))
     main(["status"])
     assert seen == [order], "set before a command runs"
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
+def test_errors_are_red_unless_colours_are_unwanted(
+    monkeypatch: pytest.MonkeyPatch, no_color: str, coloured: bool
+) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", no_color)
+    with pytest.raises(typer.Exit):
+        fail("[link] " + "long " * 60)
+    assert ("\x1b[31m" in terminal.getvalue()) is coloured
+    assert plain(terminal.getvalue()) == "error: [link] " + "long " * 60 + "\n", "in one line, as it was said"

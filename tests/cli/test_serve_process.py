@@ -58,7 +58,7 @@ class Server:
         self.banner = ""
         for line in self.process.stdout:
             self.banner += line
-            if line.startswith("  try it"):
+            if line.startswith("    -d "):
                 break
         found = re.search(r"http://127\.0\.0\.1:(\d+)/v1", self.banner)
         assert found is not None, f"not started: {self.banner} {self.logged}"
@@ -115,7 +115,8 @@ def test_start_answer_stop(started: Server, tmp_path: Path) -> None:
     assert stat.S_IMODE(token_file.stat().st_mode) == 0o600
     assert started.banner.count(token) == 1
     assert "vramancer-demo" in started.banner
-    assert "cpu#0 (1 GiB), cpu#1 (1 GiB)" in started.banner
+    assert re.search(r"\n  cpu#0 +layers 0-\d, [\d.]+ MiB of weights, \d+ tokens of KV\n  cpu#1 ", started.banner)
+    assert f"kept in {token_file}" in " ".join(started.banner.split())
     assert token not in "".join(started.logged)
     with started.ask("/live", None) as live, started.ask("/ready", None) as ready:
         assert (live.status, ready.status) == (200, 200)

@@ -57,7 +57,10 @@ def test_json_lines_hold_the_traceback(start: Start) -> None:
     assert "KeyError: 'lost'" in json.loads(stream.getvalue())["exception"]
 
 
-def test_text_has_colours_on_a_terminal_only(start: Start) -> None:
+def test_text_has_colours_on_a_terminal_only(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -69,6 +72,10 @@ def test_text_has_colours_on_a_terminal_only(start: Start) -> None:
     assert "ready" in plain.getvalue() and "port=5000" in plain.getvalue()
     assert "\x1b[" not in plain.getvalue()
     assert "\x1b[" in coloured.getvalue()
+    monkeypatch.setenv("NO_COLOR", "1")
+    unwanted = start(stream=Terminal())
+    get_logger("core.test").info("ready", port=5000)
+    assert "ready" in unwanted.getvalue() and "\x1b[" not in unwanted.getvalue()
 
 
 def test_level_holds_for_all_loggers(start: Start) -> None:

@@ -208,7 +208,9 @@ def test_layers_by_hand_have_to_be_the_models(layers: tuple[int, ...]) -> None:
 
 def test_layers_by_hand_have_to_fit() -> None:
     request = request_for(small(), device("a", 3000), device("b", 300), layers=(4, 4), min_kv_tokens=8)
-    with pytest.raises(InsufficientMemoryError, match="4 layers on a, 4 layers on b: b lacks 249 bytes") as caught:
+    with pytest.raises(
+        InsufficientMemoryError, match="4 layers on a, 4 layers on b: b lacks 249 B: it needs"
+    ) as caught:
         place(request)
     assert caught.value.lacking_bytes == {"a": 0, "b": 249}
 

@@ -238,7 +238,7 @@ def test_an_error_names_what_two_slots_lack() -> None:
     costs = costs_of((100,) * 12)
     request = request_for(costs, device("a", 300))
     least = least_bytes(costs, 0, 12, 4)
-    with pytest.raises(InsufficientMemoryError, match=f"a lacks {least - 300} bytes"):
+    with pytest.raises(InsufficientMemoryError, match=f"a lacks {least - 300} B: it needs"):
         place_or_stream(request)
 
 

@@ -55,6 +55,19 @@ def test_a_port_that_is_taken_names_the_setting(metrics: MetricsRegistry, server
         MetricsServer(metrics.registry, "127.0.0.1", server.port).start()
 
 
+def test_the_first_of_other_ports_that_is_free_is_taken(metrics: MetricsRegistry, server: MetricsServer) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as second, socket.create_server(("127.0.0.1", 0)) as third:
+        taken, free = second.getsockname()[1], third.getsockname()[1]
+        third.close()
+        other = MetricsServer(metrics.registry, "127.0.0.1", server.port, (taken, free))
+        other.start()
+        try:
+            assert other.port == free
+            assert "vramancer" in fetch(other)
+        finally:
+            other.stop()
+
+
 def test_connections_that_say_nothing_leave_room(metrics: MetricsRegistry, server: MetricsServer) -> None:
     silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2 * LIMITS.max_connections)]
     try:

@@ -10,11 +10,15 @@ from vramancer import __version__
 from vramancer.cli.bench import bench
 from vramancer.cli.chat import run
 from vramancer.cli.doctor import doctor
+from vramancer.cli.parsing import Commands, SettingsCommand
 from vramancer.cli.plan import plan
 from vramancer.cli.serve import serve
 from vramancer.cli.status import status
 
 app = typer.Typer(
+    cls=Commands,
+    suggest_commands=False,
+    rich_markup_mode=None,  # boxes leave the texts of flags half a line
     help="Run one large language model across GPUs that do not match, behind an OpenAI-compatible API.",
     epilog="`python -m vramancer.main --api` is `vramancer serve`.",
     no_args_is_help=True,
@@ -22,7 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (serve, run, plan, doctor, status):
-    app.command()(command)
+    app.command(cls=SettingsCommand)(command)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(bench)
 
 

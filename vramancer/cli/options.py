@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.console import Console
 
 from core.config import SettingInfo, iter_settings, load_settings
 from core.errors import ConfigError, VRAMancerError
+from vramancer.cli.parsing import HELP_ALL, details, parameter_name
 
 Section = Literal["model", "devices", "engine", "lending", "memory", "api", "security", "logging", "runtime"]
 _CONFIG = "config"
@@ -33,7 +35,8 @@ def settings_command(
         infos = [info for info in iter_settings() if info.key.split(".")[0] in sections and info.flag]
 
         def run(**arguments: Any) -> None:
-            given = {info.key: arguments.pop(_parameter_name(info)) for info in infos}
+            arguments.pop(HELP_ALL)
+            given = {info.key: arguments.pop(parameter_name(info)) for info in infos}
             overrides = {key: value for key, value in given.items() if value is not None}
             try:
                 _take_model(arguments.pop(_MODEL, None), overrides)
@@ -56,9 +59,10 @@ def settings_command(
 
 
 def fail(message: str, *, status: int = 1) -> None:
-    """Say what is wrong on standard error and exit with `status`."""
+    """Say what is wrong on standard error, in red where there are colours, and exit with `status`."""
+    console = Console(stderr=True, highlight=False)
     for line in message.splitlines():
-        typer.secho(f"error: {line}", fg=typer.colors.RED, err=True)
+        console.print(f"error: {line}", style="red", markup=False, soft_wrap=True)
     raise typer.Exit(status)
 
 
@@ -78,27 +82,29 @@ def _signature(command: Callable[..., Any], infos: list[SettingInfo], model_argu
         parameters.insert(0, _keyword(_MODEL, kind))
     config = Annotated[Path | None, typer.Option("--config", metavar="PATH", help="Settings file to read.")]
     parameters.append(_keyword(_CONFIG, config))
+    everything = typer.Option("--help-all", help="Show every flag.", callback=_show_all, is_eager=True)
+    parameters.append(_keyword(HELP_ALL, Annotated[bool, everything], default=False))
     return inspect.Signature(parameters)
 
 
+def _show_all(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        context.meta[HELP_ALL] = True
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
 def _option(info: SettingInfo) -> inspect.Parameter:
-    panel = f"Settings: {info.key.split('.')[0]}"
     if bool in info.kinds:
         names = f"{info.flag}/--no-{(info.flag or '').removeprefix('--')}"
-        switch = typer.Option(names, help=_help_text(info), rich_help_panel=panel)
-        return _keyword(_parameter_name(info), Annotated[bool | None, switch])
-    option = typer.Option(info.flag, help=_help_text(info), metavar=_metavar(info), rich_help_panel=panel)
-    return _keyword(_parameter_name(info), Annotated[str | None, option])
+        switch = typer.Option(names, help=details(info))
+        return _keyword(parameter_name(info), Annotated[bool | None, switch])
+    option = typer.Option(info.flag, help=details(info), metavar=_metavar(info))
+    return _keyword(parameter_name(info), Annotated[str | None, option])
 
 
-def _help_text(info: SettingInfo) -> str:
-    default = "" if info.default_text in ("null", "[]") else f"Default: {info.default_text}."
-    allowed = f"Allowed: {info.allowed}." if info.allowed else ""
-    return " ".join(part for part in (info.description, allowed, default, f"({info.env})") if part)
-
-
-def _keyword(name: str, annotation: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+def _keyword(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _metavar(info: SettingInfo) -> str:
@@ -106,7 +112,3 @@ def _metavar(info: SettingInfo) -> str:
         if kind in info.kinds:
             return word
     return "TEXT"
-
-
-def _parameter_name(info: SettingInfo) -> str:
-    return "setting_" + info.key.replace(".", "_")

@@ -93,9 +93,11 @@ def build_library(cache_dir: Path, flag_sets: Sequence[Sequence[str]] | None = N
                 target = cache_dir / f"{key}.so"
                 if target.exists():
                     return target
+                if not complaint:  # the one line that says why nothing seems to happen
+                    logger.info("building CPU kernels, once, about half a minute", into=str(cache_dir))
                 failure = _compile(compiler, flags, target)
                 if failure is None:
-                    logger.info("native kernels built", compiler=compiler[0], flags=" ".join(flags), path=str(target))
+                    logger.debug("native kernels built", compiler=compiler[0], flags=" ".join(flags), path=str(target))
                     return target
                 complaint = complaint or failure
     except OSError as error:

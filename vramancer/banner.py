@@ -1,0 +1,99 @@
+"""What a server says once it is ready: where it is, what it serves on what, how to ask it, how to stop it."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from core.devices import format_bytes
+from vramancer import __version__
+
+if TYPE_CHECKING:
+    from core.engine.model_engine import ModelEngine
+    from core.inference_pipeline import InferencePipeline
+
+WIDTH = 80
+_LABEL = 11
+"""Columns before a row's text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """How a server is reached.
+
+    Attributes:
+        host, port: where the API listens.
+        metrics_port: where the metrics listener does; 0: there is none.
+        token_file: the file that keeps the token; None: it is in the settings.
+        new_token: the token, if it was generated just now. It is shown, this once.
+    """
+
+    host: str
+    port: int
+    metrics_port: int
+    token_file: Path | None = None
+    new_token: str | None = None
+
+    def url(self, port: int) -> str:
+        return f"http://[{self.host}]:{port}" if ":" in self.host else f"http://{self.host}:{port}"
+
+
+def banner(pipeline: InferencePipeline, reached: Reached) -> str:
+    """The text. Lines fit into 80 columns, but for names and paths that do not."""
+    engine, model = pipeline.engine, pipeline.model
+    rows = [
+        ("API", f"{reached.url(reached.port)}/v1"),
+        ("model", f"{', '.join((model.name, *model.aliases))} ({model.dtype}, up to {model.max_model_len} tokens)"),
+        *_device_rows(engine),
+        ("token", _token(reached)),
+        ("metrics", _metrics(reached, pipeline.settings.api.metrics_port)),
+        ("stop", "Ctrl-C; requests under way may finish, a second Ctrl-C ends them"),
+    ]
+    lines = [f"VRAMancer {__version__} is ready"]
+    for label, text in rows:
+        indent = f"  {label:{_LABEL - 3}} "
+        lines += textwrap.wrap(
+            text, WIDTH, initial_indent=indent, subsequent_indent=" " * _LABEL,
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+    return "\n".join([*lines, *_example(reached)])
+
+
+def _device_rows(engine: ModelEngine) -> list[tuple[str, str]]:
+    """The split: a line for each stage, and one for each device that holds none."""
+    placement, pooled = engine.plan.placement, engine.plan.pooled
+    rows = []
+    for stage, tokens in zip(placement.stages, pooled.local_tokens, strict=True):
+        held = f"layers {stage.first_layer}-{stage.last_layer - 1}, {format_bytes(stage.weight_bytes)} of weights"
+        streams = f", {len(stage.streamed_layers)} layers streamed in" if stage.streamed_layers else ""
+        rows.append((stage.device_name, f"{held}, {tokens} tokens of KV{streams}"))
+    if pooled.tokens > min(pooled.local_tokens):
+        rows.append(("KV", f"{pooled.tokens} tokens in all, with memory that devices lend each other"))
+    return [*rows, *((name, "holds no layers") for name in placement.unused_devices)]
+
+
+def _token(reached: Reached) -> str:
+    if reached.token_file is None:
+        return "the one in VRM_API_TOKEN or api.token"
+    kept = f"kept in {reached.token_file}"
+    return kept if reached.new_token is None else f"{reached.new_token} (new, shown only now; {kept})"
+
+
+def _metrics(reached: Reached, usual: int) -> str:
+    if reached.metrics_port == 0:
+        return "off"
+    taken = f" ({usual} was taken)" if usual not in (0, reached.metrics_port) else ""
+    return f"{reached.url(reached.metrics_port)}/metrics{taken}"
+
+
+def _example(reached: Reached) -> list[str]:
+    """A request for the shell."""
+    value = "$VRM_API_TOKEN" if reached.token_file is None else f"$(cat '{reached.token_file}')"
+    return [
+        f"  {'try it':{_LABEL - 3}} curl {reached.url(reached.port)}/v1/completions \\",
+        f'    -H "Authorization: Bearer {value}" \\',
+        "    -H 'Content-Type: application/json' \\",
+        '    -d \'{"prompt": "Once upon a time", "max_tokens": 32}\'',
+    ]
