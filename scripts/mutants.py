@@ -13,16 +13,20 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import xml.etree.ElementTree as ET
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -167,26 +171,76 @@ def mutated(fault: Fault, tree: Path) -> tuple[str, str]:
     return after, "; ".join(line for line in lines if re.match(r"[-+][^-+]", line))
 
 
-def try_fault(fault: Fault, tree: Path, times: dict[str, float]) -> tuple[str, str]:
+class Runner:
+    """A process that has imported what is slow to import, none of it ours, and forks a pytest for each fault."""
+
+    _PROGRAM = """
+import json, os, sys
+import flask, pytest, torch, transformers, transformers.models.llama.modeling_llama
+for line in sys.stdin:
+    order = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        sys.path.insert(0, os.getcwd())
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for output in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+        os._exit(pytest.main(order))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+    def __init__(self, tree: Path) -> None:
+        self.tree = tree
+        # Programs that the tests start find the copy too, wherever they run.
+        settings = environment() | {"PYTHONPATH": str(tree)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", self._PROGRAM], cwd=tree, env=settings, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def run(self, arguments: list[str], limit_s: float) -> int:
+        """Exit status of a pytest with these arguments; below 0 if a signal ended it, such as ours after `limit_s`."""
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(arguments) + "\n")
+        process.stdin.flush()
+        group = int(process.stdout.readline())
+        timer = threading.Timer(limit_s, _kill, (group,))
+        timer.start()
+        status = int(process.stdout.readline())
+        timer.cancel()
+        _kill(group)  # what tests left behind
+        return status
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def _kill(group: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def try_fault(fault: Fault, runner: Runner, times: dict[str, float]) -> tuple[str, str]:
     """`killed`, `survived` or `not run by any test`, and the change in words."""
-    text, change = mutated(fault, tree)
+    text, change = mutated(fault, runner.tree)
     tests = choose_tests(fault.file, fault.line, times)
     if not tests:
         return "not run by any test", change
-    target = tree / fault.file
+    target = runner.tree / fault.file
     before = target.read_text()
     target.write_text(text)
     limit_s = 60 + 5 * sum(times.get(name, 1.0) for name in tests)
     try:
-        command = [*PYTEST, "--no-cov", "-x", *tests]
-        # Programs that the tests start find the copy too, wherever they run.
-        settings = environment() | {"PYTHONPATH": str(tree)}
-        done = subprocess.run(command, cwd=tree, env=settings, capture_output=True, timeout=limit_s, check=False)
-    except subprocess.TimeoutExpired:
-        return "killed", change
+        status = runner.run(["-q", "-p", "no:cacheprovider", "--no-cov", "-x", *tests], limit_s)
     finally:
         target.write_text(before)
-    return ("survived" if done.returncode == 0 else "killed"), change
+    return ("survived" if status == 0 else "killed"), change
 
 
 def worktrees(folder: Path, count: int) -> Iterator[Path]:
@@ -202,17 +256,18 @@ def run(packages: list[str], count: int, seed: int, jobs: int, report: Path | No
     times = durations()
     rows, survivors = [], []
     with tempfile.TemporaryDirectory() as folder:
-        trees: SimpleQueue[Path] = SimpleQueue()
         made = list(worktrees(Path(folder), jobs))
-        for tree in made:
-            trees.put(tree)
+        runners = [Runner(tree) for tree in made]
+        idle: SimpleQueue[Runner] = SimpleQueue()
+        for runner in runners:
+            idle.put(runner)
 
         def attempt(fault: Fault) -> tuple[Fault, str, str]:
-            tree = trees.get()
+            runner = idle.get()
             try:
-                return fault, *try_fault(fault, tree, times)
+                return fault, *try_fault(fault, runner, times)
             finally:
-                trees.put(tree)
+                idle.put(runner)
 
         try:
             samples = {package: sample(package, count, seed, made[0]) for package in packages}
@@ -226,6 +281,8 @@ def run(packages: list[str], count: int, seed: int, jobs: int, report: Path | No
                 for fault, outcome, change in alive:
                     print(f"  {outcome}: {fault.file}:{fault.line} {change}", flush=True)
         finally:
+            for runner in runners:
+                runner.close()
             for tree in made:
                 subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=False)
     if report is not None:

@@ -260,6 +260,7 @@ def test_a_plan_that_does_not_fit_says_what_is_lacking() -> None:
 
 def test_bench_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()
     program = "import pathlib, sys; pathlib.Path('seen').write_text(' '.join(sys.argv[1:])); sys.exit(3)"
     (tmp_path / "benchmarks" / "run.py").write_text(program)
     monkeypatch.setattr(import_module("vramancer.cli.bench"), "CHECKOUT", tmp_path)

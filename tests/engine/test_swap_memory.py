@@ -34,8 +34,9 @@ ONE_EACH = (
 )  # fmt: skip
 MIB = 1 << 20
 FIRST, SWAPS = 3, 10
-SLACK_BYTES = 48 * MIB
-"""By how much the allocator's own stock may differ; an engine that stays takes 8 MiB, with a host tier 18."""
+STAYING_BYTES = {"plain": 8 * MIB, "disk": 18 * MIB, "lending": 8 * MIB}
+"""What each engine that stays takes. The allocator's own stock may differ by six of them, on a busy machine more often
+than on an idle one; ten have to show."""
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def test_ten_swaps_leave_everything_where_the_first_left_it(
     assert ledgers(pipeline) == reserved
     after_bytes, *after = held_unloaded(pipeline)
     assert after == [threads, files]
-    assert after_bytes <= resident_bytes + SLACK_BYTES
+    assert after_bytes <= resident_bytes + 6 * STAYING_BYTES[case]
 
 
 @pytest.mark.parametrize("case", ["plain", "disk", "lending"])

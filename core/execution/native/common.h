@@ -151,6 +151,10 @@ INLINE v8u round_bf16(v8f v) {
 /* Values as they are after a trip through the element type. */
 INLINE v8f round8(int dt, v8f v) {
     if (dt == DT_BF16) return (v8f)round_bf16(v);
+#if defined(__F16C__)
+    /* Not by a cast there and back: where arithmetic is done in fp16 too, compilers leave such a pair out. */
+    if (dt == DT_FP16) return (v8f)_mm256_cvtph_ps(_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#endif
     if (dt == DT_FP16)
         for (int i = 0; i < 8; i++) v[i] = (float)(_Float16)v[i];
     return v;
