@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from plain_settings import make_settings
 
-from core.engine.model_plan import preview
+from core.engine.preview import preview
 from vramancer import __version__
 from vramancer.banner import WIDTH, Reached, banner
 

@@ -10,7 +10,7 @@ from plain_settings import make_settings
 
 from core.config import iter_settings
 from core.devices import HOST, Device
-from core.engine.model_plan import Preview, preview
+from core.engine.preview import Preview, preview
 from core.errors import InsufficientMemoryError
 
 
