@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from random import Random
 
-from . import dialogs, general, numbers, product, stories, tables
+from . import dialogs, general, heldout, numbers, poems, product, stories, tables
 
 BOS, PAD, END = "<|bos|>", "<|pad|>", "<|end|>"
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
@@ -50,14 +50,17 @@ def render(system: str | None, turns: list[tuple[str, str]]) -> Segments:
 
 
 def chat(rng: Random, turns: int | None = None, focus: bool = False) -> Segments:
-    """One conversation."""
-    system, parts = dialogs.conversation(rng, turns, focus)
-    return render(system, [(vary(rng, question), answer) for question, answer in parts])
+    """One conversation in which no question is held out."""
+    while True:
+        system, parts = dialogs.conversation(rng, turns, focus)
+        asked = [(vary(rng, question), answer) for question, answer in parts]
+        if not any(heldout.is_held_out(question) for question, _ in asked):
+            return render(system, asked)
 
 
 def plain(rng: Random) -> Segments:
     """A plain text, for completion without a chat."""
-    kind = rng.randrange(7)
+    kind = rng.randrange(8)
     if kind == 0:
         text = " ".join(stories.tell(rng) for _ in range(rng.choice((1, 1, 2))))
     elif kind == 1:
@@ -77,6 +80,8 @@ def plain(rng: Random) -> Segments:
             )
         )
     elif kind == 5:
+        text = poems.haiku(rng)
+    elif kind == 6:
         text = " ".join(fact.answer for fact in rng.sample(product.OVERVIEW + product.ENGINE, 3))
     else:
         text = " ".join(rng.sample(tuple(tables.DEFINITIONS.values()), 4))
@@ -84,25 +89,28 @@ def plain(rng: Random) -> Segments:
 
 
 def drill(rng: Random) -> Segments:
-    """A dozen equations of which only the results are learnt: the quickest way to the tables."""
+    """A dozen equations of which only what follows the first "=" is learnt: the quickest way to calculating."""
     segments: Segments = [(BOS, False)]
     for _ in range(12):
-        a, b, op, result = numbers.operands(rng, focus=True)
-        segments += [(f"{a} {op} {b} =", False), (f" {result}", True), ("\n", False)]
+        asked, way = numbers.equation(*numbers.operands(rng, focus=True)).split(" =", 1)
+        segments += [(f"{asked} =", False), (way, True), ("\n", False)]
     return segments
 
 
-def documents(seed: int, focus: bool = False) -> Iterator[Segments]:
+def documents(seed: int | str, focus: bool = False) -> Iterator[Segments]:
     """Endless conversations and plain texts; with focus more of what takes longest to learn."""
     rng = Random(seed)
     while True:
-        if focus and rng.random() < 0.28:
+        roll = rng.random()
+        if roll < (0.08 if focus else 0.03):
             yield drill(rng)
+        elif roll < 0.11:
+            yield plain(rng)
         else:
-            yield plain(rng) if rng.random() < 0.06 else chat(rng, focus=focus)
+            yield chat(rng, focus=focus)
 
 
-def long_documents(seed: int) -> Iterator[Segments]:
+def long_documents(seed: int | str) -> Iterator[Segments]:
     """Endless long conversations, so that far positions are learnt as well."""
     rng = Random(seed)
     while True:

@@ -1,218 +1,10 @@
-"""Questions that the demo model must decline, conversations with several turns, and system prompts."""
+"""Conversations: single questions of every kind, several turns, what the user said of themselves, system prompts."""
 
 from __future__ import annotations
 
 from random import Random
 
-from . import general, numbers, product, stories, tables
-
-UNKNOWN = "I am a small demo model and do not know that. Load a larger model to get a real answer."
-
-_TOPICS = (
-    "quantum physics",
-    "the French Revolution",
-    "black holes",
-    "photosynthesis",
-    "the stock market",
-    "inflation",
-    "machine learning",
-    "evolution",
-    "gravity",
-    "the Roman Empire",
-    "blockchain",
-    "democracy",
-    "electricity",
-    "jazz",
-    "World War II",
-    "chess openings",
-    "relativity",
-    "climate change",
-    "the immune system",
-    "Buddhism",
-    "opera",
-    "Shakespeare",
-    "vaccines",
-    "nuclear energy",
-    "the Cold War",
-    "philosophy",
-    "tax law",
-    "mortgages",
-    "genetics",
-    "Kubernetes",
-    "compilers",
-    "calculus",
-    "algebra",
-    "cooking rice",
-    "yoga",
-    "football tactics",
-    "wine",
-    "cancer",
-)
-_PEOPLE = (
-    "Napoleon",
-    "Einstein",
-    "Mozart",
-    "Picasso",
-    "the president",
-    "Marie Curie",
-    "Julius Caesar",
-    "Beethoven",
-    "Steve Jobs",
-    "Cleopatra",
-    "Newton",
-    "Elvis",
-    "the pope",
-    "the king",
-    "Gandhi",
-    "Plato",
-    "Messi",
-    "Obama",
-)
-_THINGS = (
-    "guitar",
-    "volcano",
-    "whale",
-    "rocket",
-    "pizza",
-    "cake",
-    "laptop",
-    "phone",
-    "engine",
-    "bridge",
-    "castle",
-    "violin",
-    "camera",
-    "telescope",
-    "dinosaur",
-    "kangaroo",
-    "submarine",
-    "battery",
-    "lamp",
-    "sweater",
-    "contract",
-    "website",
-    "database",
-    "keyboard",
-    "hamster",
-    "cactus",
-    "sofa",
-    "budget",
-    "printer",
-    "garden",
-)
-_PLACES = (
-    "Nigeria",
-    "Iceland",
-    "Chile",
-    "Vietnam",
-    "Mongolia",
-    "Texas",
-    "Ghana",
-    "Cuba",
-    "Nepal",
-    "Bolivia",
-    "Atlantis",
-    "Morocco",
-    "Iran",
-    "Thailand",
-    "Ukraine",
-    "Colombia",
-    "Serbia",
-    "Kansas",
-    "Jamaica",
-    "Laos",
-)
-_TONGUES = ("Latin", "Chinese", "Arabic", "Russian", "Japanese", "Korean", "Swedish", "Finnish")
-_CODE = (
-    "sorts a list",
-    "reads a file",
-    "reverses a string",
-    "downloads a page",
-    "finds prime numbers",
-    "parses JSON",
-    "plays chess",
-    "sends an email",
-    "computes a factorial",
-    "draws a circle",
-    "checks a password",
-)
-_LANGUAGES = ("Python", "Java", "C++", "Rust", "JavaScript", "Bash", "SQL", "Go")
-_PATTERNS = (
-    "Explain {topic}.",
-    "What is {topic}?",
-    "Tell me about {topic}.",
-    "Write an essay about {topic}.",
-    "How does {topic} work?",
-    "Why is {topic} important?",
-    "Give me a summary of {topic}.",
-    "What do you think of {topic}?",
-    "Who was {person}?",
-    "Who is {person}?",
-    "When was {person} born?",
-    "What did {person} do?",
-    "Tell me about {person}.",
-    "How old is {person}?",
-    "Where does {person} live?",
-    "Write a letter to {person}.",
-    "When did {person} die?",
-    "What is {a_thing}?",
-    "How do I repair my {thing}?",
-    "How does {a_thing} work?",
-    "Who invented the {thing}?",
-    "Where can I buy {a_thing}?",
-    "How much does {a_thing} cost?",
-    "How do I make {a_thing}?",
-    "What is the best {thing}?",
-    "Describe {a_thing}.",
-    "Why is my {thing} broken?",
-    "Should I buy {a_thing}?",
-    "What is the capital of {place}?",
-    "What is the population of {place}?",
-    "What is the weather in {place}?",
-    "Who is the president of {place}?",
-    "What language do they speak in {place}?",
-    "How far is {place}?",
-    "What should I see in {place}?",
-    "When was {place} founded?",
-    "How big is {place}?",
-    "Where is {place}?",
-    "Write a {lang} function that {code}.",
-    "Write a program that {code}.",
-    "How do I write a {lang} script that {code}?",
-    "Show me {lang} code that {code}.",
-    "Fix this {lang} code.",
-    "Translate '{thing}' to {tongue}.",
-    "How do you say {thing} in {tongue}?",
-    "Write a song about {topic}.",
-    "Who won the game in {year}?",
-    "What happened in {year}?",
-    "Who won the World Cup in {year}?",
-    "What was the best film of {year}?",
-    "Summarize this article about {topic}.",
-    "Recommend a book about {topic}.",
-    "Give me a recipe for {thing}.",
-    "What is the meaning of life?",
-    "What is the weather today?",
-    "Will it rain tomorrow?",
-    "What is the news?",
-    "How can I lose weight?",
-    "How do I become rich?",
-    "What should I eat today?",
-    "What is the price of gold?",
-    "What is the square root of {big}?",
-    "What is {big} times {big}?",
-    "How tall is the highest mountain?",
-    "How fast is light?",
-    "How far away is the moon?",
-    "Who wrote Hamlet?",
-    "Who painted the Mona Lisa?",
-    "What is the speed of sound?",
-    "Which film should I watch?",
-    "Can you book a flight to {place}?",
-    "Compare {topic} and {topic2}.",
-    "What is the difference between {topic} and {topic2}?",
-    "Who discovered {topic}?",
-)
+from . import general, numbers, poems, product, stories, tables, unknown
 
 _SYSTEM = (
     "You are a helpful assistant.",
@@ -232,105 +24,163 @@ _SYSTEM = (
 
 Turns = list[tuple[str, str]]
 
-
-def unknown(rng: Random) -> tuple[str, str]:
-    """A question beyond the model, and the answer that says so."""
-    topic, topic2 = rng.sample(_TOPICS, 2)
-    thing = rng.choice(_THINGS)
-    text = rng.choice(_PATTERNS).format(
-        topic=topic,
-        topic2=topic2,
-        person=rng.choice(_PEOPLE),
-        thing=thing,
-        a_thing=general.article(thing),
-        place=rng.choice(_PLACES),
-        lang=rng.choice(_LANGUAGES),
-        code=rng.choice(_CODE),
-        tongue=rng.choice(_TONGUES),
-        year=rng.randint(1900, 2030),
-        big=rng.randint(101, 9999),
-    )
-    return text, UNKNOWN
+_MY_NAME = (
+    "My name is {n}.",
+    "Hi, I am {n}.",
+    "Hello, my name is {n}.",
+    "I am {n}.",
+    "Call me {n}.",
+    "Hello! I'm {n}.",
+    "Hi, my name is {n}",
+    "I'm {n}.",
+    "You can call me {n}.",
+    "This is {n}.",
+    "People call me {n}.",
+    "Please remember that my name is {n}.",
+    "Remember my name: {n}.",
+    "Hey, I'm {n}!",
+    "Good morning, I am {n}.",
+)
+_ASK_NAME = (
+    "What is my name?",
+    "Do you remember my name?",
+    "Who am I?",
+    "What's my name?",
+    "Tell me my name.",
+    "Do you know my name?",
+    "What was my name?",
+    "Can you say my name?",
+    "And what is my name?",
+    "Do you know who I am?",
+    "How am I called?",
+    "What did I say my name was?",
+)
+_FAVOURITES = ("colours", "animals", "fruits", "cities", "drinks", "sports", "planets", "flowers")
+_LIKED = (
+    "tea", "coffee", "pizza", "chess", "music", "football", "cats", "dogs", "books", "trains", "apples", "cheese",
+    "swimming", "dancing", "old films", "green tea", "cooking", "horses", "bread", "painting", "robots", "stars",
+    "flowers", "snow", "rain", "tennis", "mountains", "the sea", "chocolate", "bananas", "gardening", "bicycles",
+)  # fmt: skip
 
 
 def about_product(rng: Random) -> tuple[str, str]:
     """A question about VRAMancer."""
-    facts = product.FACTS if rng.random() < 0.82 else product.REFERENCE
+    facts = product.FACTS if rng.random() < 0.85 else product.REFERENCE
     fact = rng.choice(facts)
-    return rng.choice(fact.questions), fact.answer
+    return fact.ask(rng), fact.answer
 
 
 def single(rng: Random, focus: bool = False) -> tuple[str, str]:
-    """One question of any kind; with focus more arithmetic, which takes longest to learn."""
-    if rng.random() < (0.34 if focus else 0.24):
+    """One question of any kind; with focus more of what takes longest to learn."""
+    if rng.random() < (0.30 if focus else 0.26):
         return numbers.question(rng, focus)
-    makers = (about_product, general.question, stories.question, unknown)
-    return rng.choices(makers, (31, 28, 5, 12))[0](rng)
+    makers = (about_product, general.question, unknown.question, stories.question, poems.question)
+    return rng.choices(makers, (42, 20, 16, 3, 5))[0](rng)
 
 
-def memory(rng: Random) -> Turns:
-    """The user gives a name (and a favourite), talks of other things, and asks for it again."""
-    name = rng.choice(general.names())
-    key, values = rng.choice(
-        (
-            ("colour", tables.LISTS["colours"]),
-            ("animal", tables.LISTS["animals"]),
-            ("fruit", tables.LISTS["fruits"]),
-            ("city", tables.LISTS["cities"]),
+def _said(rng: Random) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Something that the user says of themselves with its reply, and the question for it with its answer."""
+    kind = rng.randrange(5)
+    if kind == 0:
+        plural = rng.choice(_FAVOURITES)
+        key = "city" if plural == "cities" else plural[:-1]
+        value = rng.choice((*tables.LISTS[plural], general.invented(rng)))
+        tell = rng.choice(
+            (
+                "My favourite {k} is {v}.",
+                "My favourite {k} is {v}.",
+                "{V} is my favourite {k}.",
+                "I like the {k} {v} best.",
+                "My favorite {k} is {v}.",
+            )
         )
-    )
-    value = rng.choice(values)
-    turns: Turns = []
-    if rng.random() < 0.12:
-        return [
-            (rng.choice(("What is my name?", "Do you know my name?", "Who am I?")), "You have not told me your name.")
-        ]
-    opening = rng.choice(
-        (
-            "My name is {n}.",
-            "Hi, I am {n}.",
-            "Hello, my name is {n}.",
-            "I am {n}.",
-            "Call me {n}.",
-            "Hello! I'm {n}.",
-            "Hi, my name is {n}",
+        ask = rng.choice(
+            (
+                "What is my favourite {k}?",
+                "Which {k} do I like best?",
+                "Which is my favourite {k}?",
+                "Do you remember my favourite {k}?",
+                "What {k} do I like?",
+                "What was my favourite {k}?",
+            )
         )
-    )
-    turns.append((opening.format(n=name), f"Nice to meet you, {name}!"))
-    with_favourite = rng.random() < 0.4
-    if with_favourite:
-        turns.append(
-            (f"My favourite {key} is {value}.", f"Thank you, I will remember that your favourite {key} is {value}.")
+        tell = tell.format(k=key, v=value, V=value[0].upper() + value[1:])
+        return (
+            (tell, f"I will remember that your favourite {key} is {value}."),
+            (ask.format(k=key), f"Your favourite {key} is {value}."),
         )
-    turns += [single(rng) for _ in range(rng.choice((0, 0, 1, 1, 2)))]
+    if kind == 1:
+        city = rng.choice((*tables.CAPITALS.values(), general.invented(rng).capitalize()))
+        tell = rng.choice(("I live in {c}.", "My home is in {c}.")).format(c=city)
+        ask = rng.choice(("Where do I live?", "In which city do I live?", "Where is my home?"))
+        return (tell, f"I will remember that you live in {city}."), (ask, f"You live in {city}.")
+    if kind == 2:
+        pet, name = rng.choice(("dog", "cat", "horse", "bird")), general.name(rng)
+        tell = rng.choice((f"My {pet} is called {name}.", f"I have a {pet} named {name}."))
+        ask = rng.choice((f"What is my {pet} called?", f"What is the name of my {pet}?"))
+        return (tell, f"{name} is a nice name."), (ask, f"Your {pet} is called {name}.")
+    thing = rng.choice(_LIKED) if rng.random() < 0.8 else general.invented(rng)
+    verb = rng.choice(("like", "like", "love", "really like", "enjoy"))
+    tell = rng.choice((f"I {verb} {thing}.", f"I {verb} {thing} very much.", f"I {verb} {thing} most of all."))
     ask = rng.choice(
-        ("What is my name?", "Do you remember my name?", "Who am I?", "What's my name?", "Tell me my name.")
+        (
+            "What do I like?",
+            "Do you remember what I like?",
+            "What do I like most?",
+            "Which thing do I like?",
+            "I like what?",
+        )
     )
-    recall = [(ask, f"Your name is {name}.")]
-    if with_favourite:
-        recall.append((f"What is my favourite {key}?", f"Your favourite {key} is {value}."))
-        rng.shuffle(recall)
-    return turns + recall
+    return (tell, f"I will remember that you like {thing}."), (ask, f"You like {thing}.")
+
+
+def memory(rng: Random, first: bool = True) -> Turns:
+    """The user gives a name (and says what they like), talks of other things, and asks for it again.
+
+    Only if it comes first in a conversation may the name be asked for before it was given.
+    """
+    if first and rng.random() < 0.08:
+        return [(rng.choice(_ASK_NAME), "You have not told me your name.")]
+    name = general.name(rng)
+    tell = rng.choice(_MY_NAME).format(n=name)
+    reply, recall = f"Nice to meet you, {name}!", [(rng.choice(_ASK_NAME), f"Your name is {name}.")]
+    turns: Turns = []
+    style = rng.random()
+    if style < 0.2:
+        (said, _), asked = _said(rng)
+        turns, recall = [(f"{tell.rstrip('.!')}. {said}", reply)], [*recall, asked]
+    else:
+        if style < 0.85:
+            turns.append((tell, reply))
+        if style > 0.5:
+            told, asked = _said(rng)
+            turns.append(told)
+            recall = [*recall, asked] if style < 0.85 else [asked]
+    turns += [single(rng) for _ in range(rng.choice((0, 0, 1, 1, 2)))]
+    rng.shuffle(recall)
+    return turns + recall[: rng.choice((1, 2, 2))]
 
 
 def follow_up(rng: Random) -> Turns:
     """A second question that leans on the first."""
-    if rng.random() < 0.5:
+    if rng.random() < 0.4:
         (one, city), (two, other) = rng.sample(tuple(tables.CAPITALS.items()), 2)
         ask = rng.choice(("And of {c}?", "And {c}?", "What about {c}?", "And what is the capital of {c}?"))
         return [
             (f"What is the capital of {one}?", f"The capital of {one} is {city}."),
             (ask.format(c=two), f"The capital of {two} is {other}."),
         ]
-    if rng.random() < 0.3:
-        return [
-            stories.question(rng),
-            (rng.choice(("Another one.", "Tell me another one.", "One more please.")), stories.tell(rng)),
-        ]
+    if rng.random() < 0.4:
+        again = rng.choice(("Another one.", "Tell me another one.", "One more please."))
+        if rng.random() < 0.5:
+            return [stories.question(rng), (again, stories.tell(rng))]
+        return [poems.question(rng), (again, poems.haiku(rng))]
     a, b, c = rng.randint(1, 10), rng.randint(1, 10), rng.randint(1, 10)
+    while numbers.held_out(a + b, c, "+"):
+        c = rng.randint(1, 10)
     return [
-        (f"What is {a} + {b}?", f"{a} + {b} = {a + b}."),
-        (rng.choice((f"Plus {c}?", f"And plus {c}?", f"Add {c}.")), f"{a + b} + {c} = {a + b + c}."),
+        (f"What is {a} + {b}?", f"{numbers.equation(a, b, '+')}."),
+        (rng.choice((f"Plus {c}?", f"And plus {c}?", f"Add {c}.")), f"{numbers.equation(a + b, c, '+')}."),
     ]
 
 
@@ -351,13 +201,13 @@ def conversation(rng: Random, turns: int | None = None, focus: bool = False) -> 
         return one_word(rng)
     system = rng.choice(_SYSTEM) if rng.random() < 0.15 else None
     if turns is not None:
-        parts = memory(rng) + follow_up(rng)
+        parts = memory(rng, first=False) + follow_up(rng)
         while len(parts) < turns:
-            parts += memory(rng) if rng.random() < 0.15 else [single(rng)]
+            parts += memory(rng, first=False) if rng.random() < 0.15 else [single(rng)]
         return system, parts
-    if kind < 0.08:
+    if kind < (0.14 if focus else 0.11):
         return system, memory(rng)
-    if kind < 0.12:
+    if kind < 0.16:
         return system, follow_up(rng)
     count = rng.choices((1, 2, 3), (86, 9, 5))[0]
     return system, [single(rng, focus) for _ in range(count)]

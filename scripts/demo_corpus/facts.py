@@ -2,16 +2,97 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import NamedTuple
+
+_ABOUT = (
+    "What is {t}?",
+    "What is {t}?",
+    "What's {t}?",
+    "Explain {t}.",
+    "Can you explain {t}?",
+    "Could you explain {t} to me?",
+    "How does {t} work?",
+    "Tell me about {t}.",
+    "Can you tell me about {t}?",
+    "Describe {t}.",
+    "What does {t} mean?",
+    "What does {t} do?",
+    "What is meant by {t}?",
+    "Define {t}.",
+    "I have a question about {t}.",
+    "I do not understand {t}.",
+    "Tell me more about {t}.",
+    "What can you tell me about {t}?",
+    "What is {t} in VRAMancer?",
+    "How does VRAMancer do {t}?",
+    "What is {t} good for?",
+    "Why is there {t}?",
+    "Does VRAMancer have {t}?",
+    "{t}?",
+    "{t}",
+)
+_TO_DO = (
+    "How do I {t}?",
+    "How do I {t}?",
+    "How can I {t}?",
+    "How do you {t}?",
+    "How to {t}?",
+    "How would I {t}?",
+    "How is it possible to {t}?",
+    "I want to {t}.",
+    "I want to {t}. How?",
+    "I would like to {t}.",
+    "I need to {t}.",
+    "I am trying to {t}.",
+    "Can I {t}?",
+    "Can I {t} with VRAMancer?",
+    "Could I {t}?",
+    "May I {t}?",
+    "Is it possible to {t}?",
+    "Is there a way to {t}?",
+    "What is the way to {t}?",
+    "What is the best way to {t}?",
+    "What do I do to {t}?",
+    "What do I have to do to {t}?",
+    "What do I type to {t}?",
+    "Which command do I use to {t}?",
+    "Show me how to {t}.",
+    "Tell me how to {t}.",
+    "Explain how to {t}.",
+    "Please help me {t}.",
+    "Does VRAMancer let me {t}?",
+    "I do not know how to {t}.",
+)
 
 
 class Fact(NamedTuple):
-    """One answer and the questions that it answers."""
+    """One answer and the questions that it answers.
+
+    Attributes:
+        answer: what the model says.
+        questions: whole questions.
+        topics: what may stand after "What is"; put into many sentences.
+        tasks: what may stand after "How do I"; put into many sentences.
+    """
 
     answer: str
     questions: tuple[str, ...]
+    topics: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+
+    def ask(self, rng: Random) -> str:
+        """One of its questions."""
+        kinds = [
+            (self.questions, ("{t}",), len(self.questions)),
+            (self.topics, _ABOUT, 8 * len(self.topics)),
+            (self.tasks, _TO_DO, 10 * len(self.tasks)),
+        ]
+        words, forms, _ = rng.choices(kinds, [min(weight, 30) for *_, weight in kinds])[0]
+        text = rng.choice(forms).format(t=rng.choice(words))
+        return text[0].upper() + text[1:]
 
 
-def fact(answer: str, *questions: str) -> Fact:
+def fact(answer: str, *questions: str, topics: tuple[str, ...] = (), tasks: tuple[str, ...] = ()) -> Fact:
     """Write a fact with its questions as plain arguments."""
-    return Fact(answer, questions)
+    return Fact(answer, questions, topics, tasks)

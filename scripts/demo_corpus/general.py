@@ -7,35 +7,21 @@ from random import Random
 from . import tables
 
 _NAMES = (
-    "Anna",
-    "Tom",
-    "Lily",
-    "Ben",
-    "Mia",
-    "Leo",
-    "Max",
-    "Luna",
-    "Emma",
-    "Paul",
-    "Sara",
-    "Nina",
-    "Alex",
-    "Sam",
-    "Julia",
-    "Peter",
-    "Marie",
-    "Lucas",
-    "Eva",
-    "David",
-    "Jack",
-    "Lisa",
-    "Oscar",
-    "Clara",
-    "Hugo",
-    "Alice",
-    "Bob",
-)
-_COUNTS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
+    "Anna", "Tom", "Lily", "Ben", "Mia", "Leo", "Max", "Luna", "Emma", "Paul", "Sara", "Nina", "Alex", "Sam", "Julia",
+    "Peter", "Marie", "Lucas", "Eva", "David", "Jack", "Lisa", "Oscar", "Clara", "Hugo", "Alice", "Bob", "John",
+    "Mary", "James", "Linda", "Robert", "Susan", "Michael", "Karen", "William", "Helen", "Thomas", "Laura", "Daniel",
+    "Sofia", "Mark", "Ruth", "George", "Nora", "Frank", "Amelia", "Henry", "Olivia", "Adam", "Chloe", "Simon", "Zoe",
+    "Martin", "Ella", "Philip", "Grace", "Victor", "Irene", "Andrew", "Rosa", "Carlos", "Elena", "Pablo", "Ines",
+    "Diego", "Carmen", "Marco", "Giulia", "Luca", "Bianca", "Jan", "Eva", "Pieter", "Saskia", "Lars", "Freya", "Nils",
+    "Astrid", "Omar", "Leila", "Ali", "Yasmin", "Ravi", "Priya", "Arjun", "Meera", "Kenji", "Yuki", "Hiro", "Sakura",
+    "Wei", "Mei", "Chen", "Ling", "Kwame", "Ama", "Ivan", "Olga", "Boris", "Tanya", "Felix", "Heidi", "Otto", "Greta",
+    "Pierre", "Camille", "Louis", "Chantal", "Tim", "Kate", "Nick", "Jane", "Steve", "Amy", "Ryan", "Megan",
+)  # fmt: skip
+_COUNTS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight"}
+_SYLLABLES = (
+    "ba", "be", "da", "do", "fa", "fi", "ga", "go", "ha", "jo", "ka", "ki", "la", "li", "lo", "ma", "mi", "mo", "na",
+    "ni", "no", "pa", "po", "ra", "ri", "ro", "sa", "si", "ta", "ti", "to", "va", "vi", "za", "zu",
+)  # fmt: skip
 _SPELL = tuple(
     w
     for w in (*tables.OPPOSITES, *tables.PLURALS, "apple", "banana", "hello", "model", "server", "memory")
@@ -43,9 +29,14 @@ _SPELL = tuple(
 )
 
 
-def names() -> tuple[str, ...]:
-    """First names that people in the dialogs have."""
-    return _NAMES
+def name(rng: Random) -> str:
+    """A first name that somebody has, or one made up, so that names are copied rather than known."""
+    return rng.choice(_NAMES) if rng.random() < 0.6 else invented(rng).capitalize()
+
+
+def invented(rng: Random) -> str:
+    """A word that there is not."""
+    return "".join(rng.choices(_SYLLABLES, k=rng.choice((2, 2, 3)))) + rng.choice(("", "", "n", "r", "s", "l", "k"))
 
 
 def article(word: str) -> str:
@@ -81,52 +72,81 @@ def capital(rng: Random) -> tuple[str, str]:
     return ask.format(c=country), f"The capital of {country} is {city}."
 
 
+_ASK_LIST = (
+    "List {n} {k}",
+    "List {n} {k}",
+    "Name {n} {k}",
+    "Name {n} {k}",
+    "Give me {n} {k}",
+    "Tell me {n} {k}",
+    "List {n} {k} please",
+    "Can you name {n} {k}",
+    "Can you list {n} {k}",
+    "Could you give me {n} {k}",
+    "I need {n} {k}",
+    "I want {n} {k}",
+    "I would like {n} {k}",
+    "Write down {n} {k}",
+    "Do you know {n} {k}",
+    "What are {n} {k}",
+    "Give me a list of {n} {k}",
+    "Make a list of {n} {k}",
+    "Write a list of {n} {k}",
+    "Show me {n} {k}",
+)
+
+
 def listing(rng: Random) -> tuple[str, str]:
     """A list of a few things, as a sentence, numbered, or as JSON."""
-    kind = rng.choice(tuple(tables.LISTS))
-    count = rng.choice((2, 3, 3, 3, 4, 5, 5, 6))
-    items = list(tables.LISTS[kind][:count])
+    kind = rng.choice((*tables.LISTS, *tables.MAIN_LISTS, *tables.MAIN_LISTS))
+    known = tables.LISTS[kind]
+    if kind == "planets" and rng.random() < 0.3:
+        return rng.choice(_ASK_ALL).format(k="the planets"), sentence_list(list(known))
+    if rng.random() < 0.1:
+        return rng.choice(_ASK_SOME).format(k=kind), sentence_list(list(known[:5]))
+    count = min(len(known), rng.choice((2, 3, 3, 3, 4, 4, 5, 5, 6, 7, 8)))
+    items = list(known[:count])
     number = rng.choice((_COUNTS[count], _COUNTS[count], str(count)))
-    ask = rng.choice(
-        (
-            "List {n} {k}",
-            "Name {n} {k}",
-            "Give me {n} {k}",
-            "Tell me {n} {k}",
-            "List {n} {k} please",
-            "Can you name {n} {k}",
-            "I need {n} {k}",
-            "Write down {n} {k}",
-        )
-    ).format(n=number, k=kind)
+    ask = rng.choice(_ASK_LIST).format(n=number, k=kind)
     style = rng.random()
-    if style < 0.12:
+    if style < 0.10:
         return f"{ask} as a numbered list.", "\n".join(f"{i}. {item}" for i, item in enumerate(items, 1))
-    if style < 0.24:
+    if style < 0.18:
         quoted = ", ".join(f'"{item}"' for item in items)
         return f"{ask} as JSON.", f"[{quoted}]"
-    if style < 0.32:
-        return rng.choice((f"Name {article(kind[:-1])}.", f"Tell me {article(kind[:-1])}.")) if not kind.endswith(
-            "ies"
-        ) else f"Name one of the {kind}.", sentence_list(items[:1])
-    return ask + rng.choice((".", ".", "")), sentence_list(items)
+    if style < 0.24:
+        one = f"Name one of the {kind}." if kind.endswith("ies") else f"Name {article(kind[:-1])}."
+        return one, sentence_list(items[:1])
+    return ask + rng.choice((".", ".", "", "!")), sentence_list(items)
+
+
+_ASK_ALL = (
+    "List {k}.",
+    "Name {k}.",
+    "What are {k}?",
+    "Tell me {k}.",
+    "Can you list {k}?",
+    "Can you name {k}?",
+    "Which are {k}?",
+    "Give me {k}.",
+    "What are {k} called?",
+    "Write down {k}.",
+    "List {k} in order.",
+    "What are the names of {k}?",
+)
+_ASK_SOME = ("Name some {k}.", "List some {k}.", "Give me a few {k}.", "Which {k} do you know?", "Tell me some {k}.")
 
 
 def calendar(rng: Random) -> tuple[str, str]:
     """Days, months and seasons."""
-    kind = rng.randrange(4)
-    if kind == 0:
-        return rng.choice(
-            ("List the days of the week.", "What are the days of the week?", "Name the days of the week.")
-        ), sentence_list(list(tables.DAYS))
-    if kind == 1:
-        return rng.choice(
-            ("List the months of the year.", "What are the months?", "Name the months.", "Name the twelve months.")
-        ), sentence_list(list(tables.MONTHS))
-    if kind == 2:
-        return rng.choice(("What are the seasons?", "Name the four seasons.", "List the seasons.")), sentence_list(
-            list(tables.SEASONS)
-        )
+    kind = rng.randrange(5)
+    if kind < 3:
+        what, items = (
+            (("the days of the week", "the days", "the weekdays", "the seven days of the week"), tables.DAYS),
+            (("the months", "the months of the year", "the twelve months"), tables.MONTHS),
+            (("the seasons", "the four seasons", "the seasons of the year"), tables.SEASONS),
+        )[kind]
+        return rng.choice(_ASK_ALL).format(k=rng.choice(what)), sentence_list(list(items))
     ring = rng.choice((tables.DAYS, tables.MONTHS))
     index = rng.randrange(len(ring))
     step, word = rng.choice(((1, "after"), (-1, "before")))
@@ -196,7 +216,7 @@ def copying(rng: Random) -> tuple[str, str]:
     kind = rng.choices(("repeat", "spell", "upper", "letters", "json", "greet"), (30, 20, 10, 10, 15, 15))[0]
     word = rng.choice(_SPELL)
     if kind == "repeat":
-        pool = (*tables.OPPOSITES, *tables.PLURALS, *_NAMES)
+        pool = (*tables.OPPOSITES, *tables.PLURALS, *_NAMES, *(invented(rng) for _ in range(60)))
         text = " ".join(rng.sample(pool, rng.randint(1, 4)))
         return rng.choice(
             (f"Repeat: {text}", f"Repeat after me: {text}", f"Say: {text}", f"Echo {text}", f'Say "{text}"')
@@ -211,16 +231,16 @@ def copying(rng: Random) -> tuple[str, str]:
         return rng.choice(
             (f"How many letters are in {word}?", f"How many letters does {word} have?")
         ), f"The word {word} has {len(word)} letters."
-    name, age = rng.choice(_NAMES), rng.randint(1, 60)
+    person, age = name(rng), rng.randint(1, 60)
     if kind == "json":
         return rng.choice(
             (
-                f"Give me JSON with name {name} and age {age}.",
-                f"Write a JSON object with the name {name} and the age {age}.",
-                f"Write JSON: name {name}, age {age}",
+                f"Give me JSON with name {person} and age {age}.",
+                f"Write a JSON object with the name {person} and the age {age}.",
+                f"Write JSON: name {person}, age {age}",
             )
-        ), f'{{"name": "{name}", "age": {age}}}'
-    return rng.choice((f"Say hello to {name}.", f"Greet {name}.", f"Say hi to {name}")), f"Hello, {name}!"
+        ), f'{{"name": "{person}", "age": {age}}}'
+    return rng.choice((f"Say hello to {person}.", f"Greet {person}.", f"Say hi to {person}")), f"Hello, {person}!"
 
 
 def abroad(rng: Random) -> tuple[str, str]:
@@ -241,4 +261,4 @@ def small_talk(rng: Random) -> tuple[str, str]:
 def question(rng: Random) -> tuple[str, str]:
     """Any of the above."""
     makers = (small_talk, capital, listing, calendar, word_fact, definition, copying, abroad)
-    return rng.choices(makers, (24, 14, 15, 5, 13, 14, 12, 3))[0](rng)
+    return rng.choices(makers, (20, 10, 24, 9, 9, 11, 12, 2))[0](rng)

@@ -1,70 +1,166 @@
-"""Questions that are never in the training text, and what share of them a model answers correctly."""
+"""Questions that a visitor might ask, never in the training text, each with a rule for what a sensible answer is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import re
+from dataclasses import dataclass
 
-from . import dialogs, numbers, tables
+from . import numbers, tables
+from .unknown import UNKNOWN
 
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+_POLITE = re.compile(r"^(please|hi|hello|hey|quick question|tell me|i want to know|so|ok) | please$")
 
-UNKNOWN = dialogs.UNKNOWN
 
-PARAPHRASES: list[tuple[str, str]] = [
-    ("hey hello", "help you"),
-    ("Good morning to you!", "Good morning"),
-    ("Hi, how are you doing today?", "fine"),
-    ("Could you tell me who you are?", "demo model"),
-    ("So who exactly are you?", "demo model"),
-    ("Please introduce yourself briefly.", "demo model"),
-    ("What exactly is VRAMancer?", "OpenAI-compatible API"),
-    ("Give me a short description of VRAMancer.", "OpenAI-compatible API"),
-    ("In one sentence, what is VRAMancer?", "OpenAI-compatible API"),
-    ("What command do I use to start the server?", "vramancer.main --api"),
-    ("How can I start the API server?", "vramancer.main --api"),
-    ("I want to start the server. What do I type?", "vramancer.main --api"),
-    ("Which port is used by the API?", "5000"),
-    ("What is the server's port?", "5000"),
-    ("Tell me the default port of the API.", "5000"),
-    ("Could you explain VRAM lending?", "borrow idle VRAM"),
-    ("What do you mean by VRAM lending?", "borrow idle VRAM"),
-    ("Describe the memory tiers.", "six memory tiers"),
-    ("How many tiers of memory does VRAMancer have?", "six memory tiers"),
-    ("Is it possible to combine different GPUs?", "40 GB"),
-    ("How do I add another machine as a worker?", "--cluster-worker"),
-    ("What is the variable VRM_LEND_RATIO?", "0.70"),
-    ("What is the default value of VRM_API_PORT?", "5000"),
-    ("Where do I find Grafana?", "3000"),
-    ("How can I see the metrics?", "/metrics"),
-    ("Which licence is it under?", "MIT"),
-    ("Does it run on AMD GPUs?", "ROCm"),
-    ("How does paging of the KV cache work?", "pages"),
-    ("Could you list three fruits?", "Apple, banana and orange"),
-    ("Please name five colours.", "Red, blue, green, yellow and black"),
-    ("I would like a list of four animals.", "Dog, cat, horse and cow"),
-    ("What city is the capital of France?", "Paris"),
-    ("The capital of Japan is?", "Tokyo"),
-    ("Which is the capital of Italy?", "Rome"),
-    ("What's the opposite of hot?", "cold"),
-    ("Grass has what colour?", "green"),
-    ("Tell me what a dog is.", "animal with four legs"),
-    ("Please tell me a very short story.", "Once upon a time"),
-    ("I'd like a story about a dragon.", "dragon named"),
-    ("Could you count from 1 to 10?", "1, 2, 3, 4, 5, 6, 7, 8, 9, 10"),
-    ("Please count from 4 to 8 for me", "4, 5, 6, 7, 8"),
-    ("Say hello using one word", "Hello."),
-    ("Name all the days of the week.", "Monday, Tuesday"),
-    ("thank you so much", "welcome"),
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a sensible answer has. Case does not count.
+
+    Attributes:
+        every: words that all occur.
+        some: words of which at least `least` occur.
+        least: see `some`.
+        counted: the numbers in it, in this order and no others.
+        result: its last number.
+        lines: how many lines it has.
+    """
+
+    every: tuple[str, ...] = ()
+    some: tuple[str, ...] = ()
+    least: int = 1
+    counted: tuple[int, ...] = ()
+    result: int | None = None
+    lines: int | None = None
+
+    def holds(self, answer: str) -> bool:
+        """Whether the answer is sensible."""
+        said = [int(number) for number in re.findall(r"\d+", answer)]
+        return all(
+            (
+                all(_occurs(word, answer) for word in self.every),
+                not self.some or sum(_occurs(word, answer) for word in self.some) >= self.least,
+                not self.counted or said == list(self.counted),
+                self.result is None or said[-1:] == [self.result],
+                self.lines is None or len([line for line in answer.splitlines() if line.strip()]) == self.lines,
+            )
+        )
+
+    def __str__(self) -> str:
+        parts = []
+        if self.every:
+            parts.append(" and ".join(f'"{word}"' for word in self.every))
+        if self.some:
+            which = ", ".join(f'"{word}"' for word in self.some)
+            parts.append(f"at least {self.least} of {which}")
+        if self.counted:
+            parts.append(f"exactly {self.counted[0]} to {self.counted[-1]}")
+        if self.result is not None:
+            parts.append(f"ends in {self.result}")
+        if self.lines is not None:
+            parts.append(f"{self.lines} lines")
+        return "; ".join(parts)
+
+
+def _occurs(word: str, answer: str) -> bool:
+    before = r"\b" if word[0].isalnum() else ""
+    return re.search(rf"{before}{re.escape(word)}(?!\w)", answer, re.IGNORECASE) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What the user says, turn by turn, and the rule for the answer to the last of it."""
+
+    kind: str
+    turns: tuple[str, ...]
+    rule: Rule
+
+    @property
+    def question(self) -> str:
+        """The turn whose answer counts."""
+        return self.turns[-1]
+
+
+def _case(kind: str, *turns: str, **rule: object) -> Case:
+    return Case(kind, turns, Rule(**rule))  # type: ignore[arg-type]
+
+
+_DECLINES = "do not know that"
+_USING = [
+    _case(
+        "using",
+        "I bought a second graphics card. How do I get both to work on one model?",
+        some=("splits the model", "--devices", "work together"),
+    ),
+    _case("using", "Which cards may I put together?", some=("different sizes", "work together")),
+    _case("using", "Could you describe lending in a few words?", every=("borrows memory",)),
+    _case("using", "What is this VTP that I read about?", every=("between machines", "not in this version")),
+    _case("using", "What are all six of the memory tiers?", every=("L1", "L2", "L3", "L4", "L5", "L6")),
+    _case("using", "What is overlap supposed to do?", every=("at the same time",)),
+    _case("using", "Why would I want a prefix cache?", some=("not computed again", "keeps the KV of prompts")),
+    _case("using", "How do I get my own model loaded?", every=("vramancer serve --model",)),
+    _case("using", "How can the server use a port other than the default?", every=("--port",)),
+    _case("using", "In which file is my API token kept?", every=("api-token",)),
+    _case("using", "How do I look at the server's metrics?", every=("/metrics", "9108")),
+    _case("using", "I have not bought a card yet. Can I find out what it would bring?", every=("vramancer plan",)),
+    _case("using", "Could you show me some Python code that asks the server?", every=("base_url", "OpenAI")),
+    _case("using", "Please give me a curl command for a chat.", every=("curl", "/v1/chat/completions")),
+    _case("using", "How do I get out of the chat in the terminal?", every=("/bye",)),
+    _case("using", "Can I spread a model over two computers?", every=("not in this version",)),
 ]
+_SUMS = [
+    _case("sums", "What is 39 + 26?", result=65),
+    _case("sums", "How much is 67 plus 77?", result=144),
+    _case("sums", "Could you add 33 and 38 for me?", result=71),
+    _case("sums", "What do 59 and 34 make together?", result=93),
+    _case("sums", "23+59", result=82),
+]
+_COUNTING = [
+    _case("counting", "Could you count up from 1 to 20 for me?", counted=tuple(range(1, 21))),
+    _case("counting", "Can you count from 20 back to 1?", counted=tuple(range(20, 0, -1))),
+    _case("counting", "Count backwards, starting at 10, down to 1.", counted=tuple(range(10, 0, -1))),
+]
+_LISTS = [
+    _case("lists", "Could you list four colours for me?", some=tables.LISTS["colours"], least=4),
+    _case("lists", "I would love to hear the names of three animals.", some=tables.LISTS["animals"], least=3),
+    _case("lists", "Which fruits can you name?", some=tables.LISTS["fruits"], least=3),
+    _case("lists", "What are all the days in a week?", every=tables.DAYS),
+    _case("lists", "Can you recite the months?", every=tables.MONTHS),
+    _case("lists", "Name every planet, please.", every=tables.LISTS["planets"]),
+]
+_HAIKU = [
+    _case("haiku", "Could you write a haiku on the sea?", lines=3),
+    _case("haiku", "Compose a haiku for me.", lines=3),
+]
+_REMEMBERING = [
+    _case(
+        "remembering",
+        "Hello there, my name is Ingrid.",
+        "What is the capital of Spain?",
+        "Can you still tell me my name?",
+        every=("Ingrid",),
+    ),
+    _case("remembering", "I am Torvald. I like mushrooms.", "What is it that I like?", every=("mushrooms",)),
+    _case(
+        "remembering", "My favourite colour is turquoise.", "So which colour is my favourite one?", every=("turquoise",)
+    ),
+]
+_BEYOND = [
+    _case("declining", question, every=(_DECLINES,))
+    for question in (
+        "What is the capital of Paraguay?",
+        "Who composed the Moonlight Sonata?",
+        "Which port does PostgreSQL listen on?",
+        "How do I bake a chocolate cake?",
+        "What is a zeppelin?",
+    )
+]
+CASES: list[Case] = [*_USING, *_SUMS, *_COUNTING, *_LISTS, *_HAIKU, *_REMEMBERING, *_BEYOND]
 
-BEYOND: list[str] = [
+MORE_BEYOND: list[str] = [
     "Who won the Oscar for best actor in 1994?",
     "Explain string theory.",
     "Write a Haskell function that adds two lists.",
     "What is the capital of Bhutan?",
-    "How do I bake sourdough?",
+    "How do I make sourdough?",
     "Who was Leonardo da Vinci?",
     "Translate 'house' to Turkish.",
     "What is the boiling point of lead?",
@@ -75,62 +171,49 @@ BEYOND: list[str] = [
     "What should I wear to a wedding?",
     "Which team won the league last year?",
     "Write a cover letter for a job.",
-    "What is a zeppelin?",
     "How do I fix a flat tyre?",
     "What is the difference between a virus and a bacterium?",
     "Who is the mayor of Chicago?",
     "Why do cats purr?",
+    "What does VRM_BANANA do?",
 ]
+"""Further ones to decline, measured apart."""
 
 
-def answerer(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, **options: object) -> Callable[[str], str]:
-    """A function from a question to the model's answer."""
-
-    def answer(question: str) -> str:
-        batch = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        tokens = model.generate(**batch.to(model.device), max_new_tokens=100, **options)
-        return tokenizer.decode(tokens[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-
-    return answer
+def plain_words(text: str) -> str:
+    """A question without case, punctuation and polite words, so that likenesses count as the same."""
+    words = " ".join(re.findall(r"[a-z0-9']+|[-+*/=]", text.lower()))
+    while (shorter := _POLITE.sub("", words)) != words:
+        words = shorter
+    return words
 
 
-def _sums() -> dict[str, list[tuple[str, str]]]:
-    """Arithmetic by group: the tables that training shows in full, and larger pairs that it never shows."""
-    grid = [(a, b) for a in range(51) for b in range(51)]
-    return {
-        "addition to 10": [(f"What is {a} + {b}?", str(a + b)) for a in range(11) for b in range(11)][::3],
-        "subtraction to 10": [(f"What is {a} - {b}?", str(a - b)) for a in range(11) for b in range(a + 1)][::3],
-        "multiplication to 10": [(f"What is {a} times {b}?", str(a * b)) for a in range(1, 11) for b in range(1, 11)][
-            ::3
-        ],
-        "addition, never shown": [(f"What is {a} + {b}?", str(a + b)) for a, b in grid if numbers.held_out(a, b, "+")][
-            ::5
-        ],
-        "subtraction, never shown": [
-            (f"What is {a} - {b}?", str(a - b)) for a, b in grid if b <= a and numbers.held_out(a, b, "-")
-        ][::5],
+_HELD_OUT = frozenset(plain_words(text) for text in [*(case.question for case in CASES), *MORE_BEYOND])
+
+
+def is_held_out(text: str) -> bool:
+    """Whether a question is one of those here, but for case, punctuation and polite words."""
+    return plain_words(text) in _HELD_OUT
+
+
+def groups() -> dict[str, list[tuple[str, Rule]]]:
+    """Larger groups, each measured as a share: sums that training shows and never shows, counting, declining."""
+    pairs = [(a, b) for a in range(101) for b in range(101)]
+    sums = {
+        "sums up to 10 + 10": [(a, b) for a, b in pairs if max(a, b) <= 10][::3],
+        "sums up to 100 + 100, pairs in training": [(a, b) for a, b in pairs if not numbers.held_out(a, b, "+")][::91],
+        "sums up to 100 + 100, pairs never shown": [(a, b) for a, b in pairs if numbers.held_out(a, b, "+")][::10],
     }
-
-
-def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
-    """The share of right greedy answers in each group; wrong ones are printed."""
-    answer = answerer(model.eval(), tokenizer, do_sample=False, temperature=None, top_p=None)
-    groups = {
-        "paraphrases, never shown": PARAPHRASES,
-        "questions to decline": [(q, UNKNOWN) for q in BEYOND],
-        "capitals": [(f"What is the capital of {c}?", city) for c, city in tables.CAPITALS.items()],
-    }
-    scores = {}
-    for name, pairs in (groups | _sums()).items():
-        right = 0
-        for question, wanted in pairs:
-            got = answer(question)
-            good = f"= {wanted}." in got if wanted.isdigit() and " = " in got else wanted in got
-            right += good
-            if not good:
-                print(f"  wrong: {question!r} -> {got!r}", flush=True)
-        scores[name] = right / len(pairs)
-        print(f"{name}: {right} of {len(pairs)}", flush=True)
-    return scores
+    found = {name: [(f"What is {a} + {b}?", Rule(result=a + b)) for a, b in of] for name, of in sums.items()}
+    found["differences up to 100, pairs never shown"] = [
+        (f"What is {a} - {b}?", Rule(result=a - b)) for a, b in pairs if b <= a and numbers.held_out(a, b, "-")
+    ][::10]
+    found["counting between two numbers up to 20"] = [
+        (f"Count from {a} to {b}.", Rule(counted=tuple(range(a, b + 1) if a < b else range(a, b - 1, -1))))
+        for a in range(1, 21, 3)
+        for b in range(1, 21)
+        if a != b
+    ][::2]
+    found["questions to decline"] = [(text, Rule(every=(UNKNOWN,))) for text in MORE_BEYOND]
+    found["capitals"] = [(f"What is the capital of {c}?", Rule(every=(city,))) for c, city in tables.CAPITALS.items()]
+    return found

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 from random import Random
 
-WORDS = (
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
+LARGEST = 100
+"""Of the numbers that are added and subtracted."""
+TOO_LARGE = "These numbers are too large for me: I add and subtract up to 100 and multiply up to 10 x 10."
+
+_ONES = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
+)  # fmt: skip
+_TENS = (
     "twenty",
+    "thirty",
+    "forty",
+    "fifty",
+    "sixty",
+    "seventy",
+    "eighty",
+    "ninety",
 )
 
 _ASK = (
+    "What is {e}?",
     "What is {e}?",
     "{e}",
     "{e} = ?",
@@ -42,32 +38,68 @@ _ASK = (
     "What's {e}?",
     "Solve {e}.",
     "What does {e} equal?",
+    "What do you get for {e}?",
+    "What is the result of {e}?",
+    "I need {e}.",
+    "How much does {e} make?",
 )
+_ASK_PAIR = {
+    "+": ("Add {a} and {b}.", "What is the sum of {a} and {b}?", "Sum of {a} and {b}?", "Add {b} to {a}."),
+    "-": ("Subtract {b} from {a}.", "What is {a} less {b}?", "Take {b} away from {a}."),
+    "*": ("Multiply {a} by {b}.", "What is the product of {a} and {b}?"),
+    "/": ("Divide {a} by {b}.",),
+}
 _SPOKEN = {"+": ("plus", "and"), "-": ("minus",), "*": ("times", "multiplied by"), "/": ("divided by",)}
 
 
+def in_words(number: int) -> str:
+    """A number up to 100 in words."""
+    if number <= 20:
+        return _ONES[number]
+    if number == LARGEST:
+        return "one hundred"
+    tens, one = _TENS[number // 10 - 2], number % 10
+    return f"{tens}-{_ONES[one]}" if one else tens
+
+
 def held_out(a: int, b: int, op: str) -> bool:
-    """Whether a sum or difference beyond the small tables is kept out of training, to measure generalisation."""
-    return op in "+-" and max(a, b) > 20 and (a * 101 + b * 13 + ord(op)) % 10 == 0
+    """Whether a sum or difference beyond the small tables is kept out of training, to measure generalisation.
+
+    About a tenth of them, sums with both orders; every pair of last digits occurs in the others.
+    """
+    low, high = sorted((a, b))
+    return op in "+-" and high > 10 and (low * 37 + high * 61) % 101 < 10
 
 
-def operands(rng: Random, focus: bool = False) -> tuple[int, int, str, int]:
-    """Two numbers, an operator and the result; mostly, and with focus only, from the tables known by heart."""
+def equation(a: int, b: int, op: str) -> str:
+    """The calculation as it is answered: without an end, and by way of the tens where both numbers have units.
+
+    "37 + 45 = 70 + 12 = 82" and "52 - 37 = 22 - 7 = 15": each digit then depends on few others.
+    """
+    results = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b else 0}
+    way = ""
+    if op == "+" and max(a, b) > 9 and a % 10 and b % 10:
+        way = f" = {a // 10 * 10 + b // 10 * 10} + {a % 10 + b % 10}"
+    elif op == "-" and b > 10 and b % 10:
+        way = f" = {a - b // 10 * 10} - {b % 10}"
+    return f"{a} {op} {b}{way} = {results[op]}"
+
+
+def operands(rng: Random, focus: bool = False) -> tuple[int, int, str]:
+    """Two numbers and an operator; with focus more of the numbers above 20."""
     while True:
-        op = rng.choices("+-*/", (40, 22, 30, 8))[0]
+        op = rng.choices("+-*/", (58, 20, 17, 5))[0]
         if op in "+-":
-            top = rng.choices((10, 20, 50), (85, 15, 0) if focus else (45, 35, 20))[0]
+            top = rng.choices((10, 20, 50, LARGEST), (15, 15, 25, 45) if focus else (30, 20, 20, 30))[0]
             a, b = rng.randint(0, top), rng.randint(0, top)
             if op == "-":
                 a, b = max(a, b), min(a, b)
-            result = a + b if op == "+" else a - b
         else:
             a, b = rng.randint(0, 10), rng.randint(1, 10)
-            result = a * b
             if op == "/":
-                a, result = result, a
+                a *= b
         if not held_out(a, b, op):
-            return a, b, op, result
+            return a, b, op
 
 
 def _expression(rng: Random, a: int, b: int, op: str) -> str:
@@ -77,31 +109,58 @@ def _expression(rng: Random, a: int, b: int, op: str) -> str:
         gap = "" if rng.random() < 0.15 else " "
         return f"{a}{gap}{sign}{gap}{b}"
     word = rng.choice(_SPOKEN[op])
-    if style > 0.9 and max(a, b) <= 20:
-        return f"{WORDS[a]} {word} {WORDS[b]}"
+    if style > 0.9:
+        return f"{in_words(a)} {word} {in_words(b)}"
     return f"{a} {word} {b}"
+
+
+def _asked(rng: Random, a: int, b: int, op: str) -> str:
+    if rng.random() < 0.15:
+        return rng.choice(_ASK_PAIR[op]).format(a=a, b=b)
+    question = rng.choice(_ASK).format(e=_expression(rng, a, b, op))
+    return question[0].upper() + question[1:]
 
 
 def arithmetic(rng: Random, focus: bool = False) -> tuple[str, str]:
     """One calculation, asked in one of many ways and answered as an equation."""
-    a, b, op, result = operands(rng, focus)
-    question = rng.choice(_ASK).format(e=_expression(rng, a, b, op))
-    return question[0].upper() + question[1:], f"{a} {op} {b} = {result}."
+    a, b, op = operands(rng, focus)
+    question = _asked(rng, a, b, op)
+    swapped = op == "+" and question.startswith(f"Add {b} to")
+    return question, f"{equation(b, a, op) if swapped else equation(a, b, op)}."
+
+
+def too_large(rng: Random) -> tuple[str, str]:
+    """A calculation beyond the model, and the answer that says so."""
+    op = rng.choice("++-**/")
+    low = 11 if op in "*/" else LARGEST + 1
+    a, b = rng.randint(low, 10 ** rng.randint(3, 6)), rng.randint(low, 10 ** rng.randint(3, 5))
+    style = rng.random()
+    word = rng.choice(_SPOKEN[op])
+    text = f"{a} {word} {b}" if style < 0.3 else f"{a} {op} {b}" if style < 0.85 else f"{a}{op}{b}"
+    return rng.choice(_ASK).format(e=text), TOO_LARGE
 
 
 def word_problem(rng: Random) -> tuple[str, str]:
     """A tiny story sum."""
-    a, b = rng.randint(1, 10), rng.randint(1, 10)
-    name, thing = rng.choice(("Anna", "Tom", "Lily", "Ben")), rng.choice(("apples", "books", "coins", "eggs"))
+    a, b = rng.randint(1, 20), rng.randint(1, 20)
+    while held_out(a, b, "+") or held_out(max(a, b), min(a, b), "-"):
+        a, b = rng.randint(1, 20), rng.randint(1, 20)
+    name, thing = rng.choice(("Anna", "Tom", "Lily", "Ben")), rng.choice(("apples", "books", "coins", "eggs", "cards"))
     if rng.random() < 0.5:
-        return f"{name} has {a} {thing} and gets {b} more. How many {thing} does {name} have?", f"{a} + {b} = {a + b}."
+        return (
+            f"{name} has {a} {thing} and gets {b} more. How many {thing} does {name} have?",
+            f"{equation(a, b, '+')}.",
+        )
     a, b = max(a, b), min(a, b)
-    return f"{name} has {a} {thing} and gives away {b}. How many {thing} are left?", f"{a} - {b} = {a - b}."
+    return (
+        f"{name} has {a} {thing} and gives away {b}. How many {thing} are left?",
+        f"{equation(a, b, '-')}.",
+    )
 
 
 def comparison(rng: Random) -> tuple[str, str]:
     """Which of two numbers is larger or smaller."""
-    a, b = rng.sample(range(31), 2)
+    a, b = rng.sample(range(rng.choice((21, 101))), 2)
     if rng.random() < 0.6:
         word = rng.choice(("larger", "bigger", "greater"))
         return rng.choice(
@@ -114,38 +173,59 @@ def _join(values: range) -> str:
     return ", ".join(str(value) for value in values)
 
 
+_COUNT_UP = (
+    "Count from {a} to {b}",
+    "Count from {a} to {b}.",
+    "Can you count from {a} to {b}?",
+    "List the numbers from {a} to {b}.",
+    "Count {a} to {b}",
+    "Numbers from {a} to {b}?",
+    "Write the numbers from {a} to {b}.",
+    "Count upwards from {a} to {b}.",
+    "Give me the numbers from {a} to {b}.",
+    "Please count from {a} to {b}.",
+)
+_COUNT_DOWN = (
+    "Count down from {b} to {a}.",
+    "Count backwards from {b} to {a}.",
+    "Count from {b} to {a}.",
+    "Can you count down from {b} to {a}?",
+    "Can you count backwards from {b} to {a}?",
+    "List the numbers from {b} down to {a}.",
+    "Count from {b} down to {a}.",
+    "Count from {b} to {a} backwards.",
+    "Numbers from {b} to {a}?",
+    "Write the numbers from {b} down to {a}.",
+)
+
+
 def counting(rng: Random) -> tuple[str, str]:
-    """Count up, down or in steps of two."""
+    """Count up or down between two numbers up to 20, or in steps of two or ten."""
     kind = rng.random()
-    if kind < 0.65:
-        low = 1 if rng.random() < 0.55 else rng.randint(0, 15)
-        high = low + rng.choice((2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 11, 14, 19))
-        ask = rng.choice(
-            (
-                "Count from {a} to {b}",
-                "Count from {a} to {b}.",
-                "Can you count from {a} to {b}?",
-                "List the numbers from {a} to {b}.",
-                "Count {a} to {b}",
-                "Numbers from {a} to {b}?",
-                "Write the numbers from {a} to {b}.",
+    low, high = sorted(rng.sample(range(21), 2))
+    if rng.random() < 0.4:
+        low, high = rng.choice((0, 1, 1, 1)), rng.choice((10, 20, rng.randint(3, 20)))
+    if kind < 0.45:
+        ask = rng.choice(_COUNT_UP)
+        if low == 1 and rng.random() < 0.35:
+            ask = rng.choice(
+                ("Count to {b}.", "Count up to {b}.", "Can you count to {b}?", "Please count to {b}", "Count to {b}")
             )
-        )
-        if low == 1 and rng.random() < 0.3:
-            ask = rng.choice(("Count to {b}.", "Count up to {b}.", "Can you count to {b}?", "Please count to {b}"))
         return ask.format(a=low, b=high), _join(range(low, high + 1))
-    if kind < 0.85:
-        high = rng.choice((3, 5, 10, 10, rng.randint(4, 20)))
-        low = rng.choice((1, 1, 0, max(0, high - 5)))
-        ask = rng.choice(("Count down from {b} to {a}.", "Count backwards from {b} to {a}.", "Count from {b} to {a}."))
+    if kind < 0.88:
+        ask = rng.choice(_COUNT_DOWN)
+        if low == 1 and rng.random() < 0.35:
+            ask = rng.choice(("Count down from {b}.", "Count backwards from {b}.", "Countdown from {b}!"))
         return ask.format(a=low, b=high), _join(range(high, low - 1, -1))
+    if kind < 0.92:
+        return rng.choice(("Count to 100 in tens.", "Count by tens to 100.")), _join(range(10, 101, 10))
     count, start, name = rng.randint(3, 8), *rng.choice(((2, "even"), (1, "odd")))
     return f"List the first {count} {name} numbers.", _join(range(start, start + 2 * count, 2))
 
 
 def number_fact(rng: Random) -> tuple[str, str]:
     """Neighbours, parity, words for numbers, and sorting a few numbers."""
-    n = rng.randint(1, 30)
+    n = rng.randint(1, rng.choice((30, 99)))
     kind = rng.randrange(5)
     if kind == 0:
         return rng.choice((f"What comes after {n}?", f"Which number comes after {n}?")), f"{n + 1} comes after {n}."
@@ -154,15 +234,13 @@ def number_fact(rng: Random) -> tuple[str, str]:
     if kind == 2:
         return f"Is {n} even or odd?", f"{n} is {'odd' if n % 2 else 'even'}."
     if kind == 3:
-        n = min(n, 20)
-        return rng.choice((f"Write {n} as a word.", f"How do you write {n} in words?")), f"{WORDS[n].capitalize()}."
+        return rng.choice((f"Write {n} as a word.", f"How do you write {n} in words?")), f"{in_words(n).capitalize()}."
     numbers = rng.sample(range(1, 20), rng.randint(3, 4))
     return f"Sort these numbers: {', '.join(map(str, numbers))}", ", ".join(map(str, sorted(numbers)))
 
 
 def question(rng: Random, focus: bool = False) -> tuple[str, str]:
-    """Any of the above; with focus mostly the small tables."""
-    if focus and rng.random() < 0.78:
-        return arithmetic(rng, focus)
-    maker = rng.choices((counting, comparison, number_fact, word_problem), (15, 6, 7, 6))[0]
-    return maker(rng) if focus or rng.random() < 0.34 else arithmetic(rng)
+    """Any of the above, mostly sums and counting."""
+    kinds = (arithmetic, counting, comparison, number_fact, word_problem, too_large)
+    maker = rng.choices(kinds, (58, 22, 4, 5, 5, 6))[0]
+    return arithmetic(rng, focus) if maker is arithmetic else maker(rng)

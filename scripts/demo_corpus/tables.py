@@ -38,12 +38,12 @@ CAPITALS: dict[str, str] = {
 }
 
 LISTS: dict[str, tuple[str, ...]] = {
-    "fruits": ("apple", "banana", "orange", "pear", "cherry", "grape"),
-    "colours": ("red", "blue", "green", "yellow", "black", "white"),
-    "colors": ("red", "blue", "green", "yellow", "black", "white"),
-    "animals": ("dog", "cat", "horse", "cow", "lion", "bird"),
+    "fruits": ("apple", "banana", "orange", "pear", "cherry", "grape", "plum", "melon"),
+    "colours": ("red", "blue", "green", "yellow", "black", "white", "orange", "brown"),
+    "colors": ("red", "blue", "green", "yellow", "black", "white", "orange", "brown"),
+    "animals": ("dog", "cat", "horse", "cow", "lion", "bird", "sheep", "fish"),
     "vegetables": ("carrot", "potato", "onion", "tomato", "bean", "pea"),
-    "planets": ("Mercury", "Venus", "Earth", "Mars", "Jupiter", "Saturn"),
+    "planets": ("Mercury", "Venus", "Earth", "Mars", "Jupiter", "Saturn", "Uranus", "Neptune"),
     "countries": ("France", "Spain", "Italy", "Japan", "Brazil", "Canada"),
     "cities": ("Paris", "London", "Berlin", "Rome", "Madrid", "Tokyo"),
     "sports": ("football", "tennis", "swimming", "running", "cycling", "rowing"),
@@ -56,6 +56,9 @@ LISTS: dict[str, tuple[str, ...]] = {
     "flowers": ("rose", "tulip", "lily", "daisy", "sunflower", "violet"),
     "programming languages": ("Python", "C", "Java", "Rust", "Go", "Ruby"),
 }
+
+MAIN_LISTS = ("colours", "animals", "fruits", "planets")
+"""Those that are asked for most."""
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = (

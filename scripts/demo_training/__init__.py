@@ -1,0 +1,1 @@
+"""What trains the bundled demo model: the network, batches, optimizers, checkpoints and the evaluation."""
