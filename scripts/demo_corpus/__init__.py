@@ -20,8 +20,24 @@ Segments = list[tuple[str, bool]]
 _POLITE = ("Please", "Hi,", "Hello,", "Hey,", "Quick question:", "Tell me,", "I want to know:", "So,", "Ok,")
 
 
+_BEFORE = (
+    "I am new here.",
+    "I have a question.",
+    "I just installed VRAMancer.",
+    "One more thing.",
+    "Sorry to ask.",
+    "I am a beginner.",
+    "Thanks.",
+    "Good.",
+    "Now something else.",
+    "I am curious.",
+)
+
+
 def vary(rng: Random, text: str) -> str:
-    """The same question as people really type it: lower case, no punctuation, a polite word."""
+    """The same question as people really type it: lower case, no punctuation, a polite word, a sentence before it."""
+    if rng.random() < 0.04:
+        return f"{rng.choice(_BEFORE)} {text}"
     roll = rng.random()
     if roll < 0.55:
         return text
@@ -54,7 +70,7 @@ def chat(rng: Random, turns: int | None = None, focus: bool = False) -> Segments
     while True:
         system, parts = dialogs.conversation(rng, turns, focus)
         asked = [(vary(rng, question), answer) for question, answer in parts]
-        if not any(heldout.is_held_out(question) for question, _ in asked):
+        if not any(heldout.is_held_out(question) for question, _ in parts + asked):
             return render(system, asked)
 
 

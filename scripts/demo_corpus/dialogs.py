@@ -63,10 +63,13 @@ _LIKED = (
 )  # fmt: skip
 
 
+_FACTS, _REFERENCE = ((facts, [fact.weight for fact in facts]) for facts in (product.FACTS, product.REFERENCE))
+
+
 def about_product(rng: Random) -> tuple[str, str]:
     """A question about VRAMancer."""
-    facts = product.FACTS if rng.random() < 0.85 else product.REFERENCE
-    fact = rng.choice(facts)
+    facts, weights = _FACTS if rng.random() < 0.85 else _REFERENCE
+    fact = rng.choices(facts, weights)[0]
     return fact.ask(rng), fact.answer
 
 

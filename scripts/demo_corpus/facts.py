@@ -31,6 +31,21 @@ _ABOUT = (
     "Does VRAMancer have {t}?",
     "{t}?",
     "{t}",
+    "Could you describe {t}?",
+    "What is the idea of {t}?",
+    "What is the point of {t}?",
+    "When is {t} useful?",
+    "In short, what is {t}?",
+    "Please explain {t} briefly.",
+    "Give me a short explanation of {t}.",
+    "How would you explain {t}?",
+    "What exactly is {t}?",
+    "I have heard of {t}.",
+    "Teach me about {t}.",
+    "What should I know about {t}?",
+    "What happens with {t}?",
+    "Do you know {t}?",
+    "What do you know about {t}?",
 )
 _TO_DO = (
     "How do I {t}?",
@@ -63,6 +78,21 @@ _TO_DO = (
     "Please help me {t}.",
     "Does VRAMancer let me {t}?",
     "I do not know how to {t}.",
+    "Could you tell me how to {t}?",
+    "Could you show me how to {t}?",
+    "Do you know how to {t}?",
+    "How does one {t}?",
+    "How should I {t}?",
+    "What would I run to {t}?",
+    "What is needed to {t}?",
+    "What do I need to {t}?",
+    "I have to {t}. What now?",
+    "I cannot {t}.",
+    "We want to {t}.",
+    "Where do I begin if I want to {t}?",
+    "Help me {t}.",
+    "Let me {t}.",
+    "How am I supposed to {t}?",
 )
 
 
@@ -80,6 +110,11 @@ class Fact(NamedTuple):
     questions: tuple[str, ...]
     topics: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
+
+    @property
+    def weight(self) -> int:
+        """How often it is asked beside others: by how much there is to ask."""
+        return len(self.questions) + 2 * len(self.topics) + 2 * len(self.tasks)
 
     def ask(self, rng: Random) -> str:
         """One of its questions."""

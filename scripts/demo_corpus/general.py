@@ -93,6 +93,12 @@ _ASK_LIST = (
     "Make a list of {n} {k}",
     "Write a list of {n} {k}",
     "Show me {n} {k}",
+    "Could you name {n} {k}",
+    "Please tell me {n} {k}",
+    "I am looking for {n} {k}",
+    "Think of {n} {k}",
+    "Let me hear {n} {k}",
+    "Which {n} {k} do you know",
 )
 
 
@@ -133,8 +139,24 @@ _ASK_ALL = (
     "Write down {k}.",
     "List {k} in order.",
     "What are the names of {k}?",
+    "Say {k}.",
+    "Do you know {k}?",
+    "Please list {k}.",
+    "Could you tell me {k}?",
+    "Show me {k}.",
+    "Name all of {k}.",
+    "List all {k}.",
 )
-_ASK_SOME = ("Name some {k}.", "List some {k}.", "Give me a few {k}.", "Which {k} do you know?", "Tell me some {k}.")
+_ASK_SOME = (
+    "What {k} are there?",
+    "Which {k} are there?",
+    "Say some {k}.",
+    "Name some {k}.",
+    "List some {k}.",
+    "Give me a few {k}.",
+    "Which {k} do you know?",
+    "Tell me some {k}.",
+)
 
 
 def calendar(rng: Random) -> tuple[str, str]:

@@ -1,7 +1,8 @@
-"""Questions and answers about using VRAMancer: starting, loading, asking, planning, watching."""
+"""Questions and answers about using VRAMancer: starting, loading, planning, watching."""
 
 from __future__ import annotations
 
+from .asking import ASKING
 from .facts import Fact
 from .facts import fact as _fact
 
@@ -19,6 +20,15 @@ _START: list[Fact] = [
         "Start the server: it uses all GPUs that it finds and splits the model over them. To choose, add --devices "
         "cuda:0=24GiB,cuda:1=16GiB",
         "How does VRAMancer use several GPUs?",
+        "My computer has two GPUs.",
+        "I have two cards, one large and one small.",
+        "Will my second card be used?",
+        "I put another GPU into my computer.",
+        "Does it use all my cards?",
+        "How is a model divided between my two GPUs?",
+        "There are two graphics cards in my machine. Now what?",
+        "Are both cards used at once?",
+        "Can one model run on both of my cards?",
         "I have two GPUs. What do I do?",
         "I have a 24 GB card and a 16 GB card.",
         "What do I do with two graphics cards?",
@@ -43,6 +53,15 @@ _START: list[Fact] = [
         "Run: vramancer serve --model ./my-model\nA folder with config.json and safetensors files, or a Hugging Face "
         "id. On a running server, POST /api/models/load does it.",
         "Which model can I load?",
+        "I have a model in a folder.",
+        "How does my model get loaded?",
+        "Where do I put the name of my model?",
+        "I downloaded a model. What now?",
+        "Which option names the model?",
+        "I want a real model instead of the demo.",
+        "How do I replace the demo model?",
+        "The demo model is too small.",
+        "Serve a model from my disk.",
         "How can I get better answers?",
         topics=("/api/models/load", "--model"),
         tasks=(
@@ -71,6 +90,14 @@ _START: list[Fact] = [
     _fact(
         "The API listens on port 5000. To change it, start the server with --port 8080 or set VRM_API_PORT.",
         "What port does the API use?",
+        "The port is used by another program.",
+        "Can the server listen on port 8080?",
+        "Which option sets the port?",
+        "Is the port fixed?",
+        "How is the port changed?",
+        "I need the server on another port.",
+        "Where do I set the port?",
+        "Another program already uses the port.",
         "Which port does the server use?",
         "On which port does VRAMancer listen?",
         "What port is the server on?",
@@ -124,129 +151,22 @@ _START: list[Fact] = [
     ),
 ]
 
-_ASKING: list[Fact] = [
-    _fact(
-        "The token is in ~/.local/state/vramancer/api-token. It is generated at the first start and shown once. Set "
-        "VRM_API_TOKEN to use your own.",
-        "Where is the token?",
-        "Where is the API token stored?",
-        "Where do I get a token?",
-        "What if I have no token?",
-        "I lost my token.",
-        "I forgot the token.",
-        "Where is my API key?",
-        "Is a token required?",
-        "Which file holds the token?",
-        topics=("the API token", "my token", "VRM_API_TOKEN", "the API key"),
-        tasks=("find the token", "find my token", "get the token", "get an API key", "see the token", "set the token"),
-    ),
-    _fact(
-        "Send the token as Authorization: Bearer, or in the header X-API-TOKEN or x-api-key.",
-        "Where do I put the API token?",
-        "Which header carries the token?",
-        "Why do I get a 401?",
-        "Why is my request unauthorized?",
-        topics=("the token header", "X-API-TOKEN"),
-        tasks=("authenticate", "send the token", "pass the token", "log in to the API"),
-    ),
-    _fact(
-        'from openai import OpenAI\nclient = OpenAI(base_url="http://127.0.0.1:5000/v1", api_key="TOKEN")\n'
-        'client.chat.completions.create(model="vramancer-demo", messages=[{"role": "user", "content": "Hello"}])',
-        "How do I ask in Python?",
-        "Is there a Python client?",
-        "Show me an example in Python.",
-        "Give me a Python example.",
-        topics=("the Python client", "the Python API"),
-        tasks=(
-            "use it from Python",
-            "use VRAMancer from Python",
-            "call the API from Python",
-            "use the OpenAI library",
-            "use the OpenAI client",
-            "send a request in Python",
-            "connect with Python",
-        ),
-    ),
-    _fact(
-        'curl http://127.0.0.1:5000/v1/chat/completions -H "Authorization: Bearer TOKEN" -H "Content-Type: '
-        'application/json" -d \'{"model": "vramancer-demo", "messages": [{"role": "user", "content": "Hello"}]}\'',
-        "How do I ask with curl?",
-        "Show me a curl example.",
-        "Give me an example with curl.",
-        "What is the curl command?",
-        "Show me a curl request.",
-        tasks=(
-            "use curl",
-            "use it with curl",
-            "call the API with curl",
-            "send a request with curl",
-            "ask from the shell",
-        ),
-    ),
-    _fact(
-        "Use any OpenAI client with the base URL http://127.0.0.1:5000/v1 and your token as the API key.",
-        "Is the API compatible with OpenAI?",
-        "Which base URL do I use?",
-        "Which clients work with VRAMancer?",
-        "Does it work with LangChain?",
-        topics=("the base URL", "the URL of the API"),
-        tasks=("connect an OpenAI client", "connect my app", "connect another program"),
-    ),
-    _fact(
-        'Set "stream": true in the request. The answer then arrives as server-sent events.',
-        "Does VRAMancer support streaming?",
-        "How does streaming work?",
-        "How do I get the answer word by word?",
-        tasks=("stream the answer", "turn on streaming", "stream tokens"),
-    ),
-    _fact(
-        'Run: vramancer run\nIt chats in the terminal; /bye leaves. vramancer run "question" asks once.',
-        "What does vramancer run do?",
-        topics=("the run command", "vramancer run"),
-        tasks=(
-            "chat in the terminal",
-            "chat with the model",
-            "talk to the model in the terminal",
-            "chat on the command line",
-            "ask one question from the shell",
-        ),
-    ),
-    _fact(
-        "Type /bye or press Ctrl-D. /exit works too.",
-        "How does the chat end?",
-        topics=("/bye", "/exit"),
-        tasks=("leave the chat", "end the chat", "quit the chat", "exit vramancer run", "close the conversation"),
-    ),
-    _fact(
-        "In the chat there are /help, /set, /system, /model, /save, /clear and /bye.",
-        "Which commands does the chat have?",
-        "What can I type in the chat?",
-        "What are the slash commands?",
-        "Which slash commands are there?",
-        topics=("the chat commands", "the slash commands", "/help"),
-    ),
-    _fact("/clear forgets what was said.", topics=("/clear",), tasks=("clear the chat", "start the chat over")),
-    _fact(
-        "/save FILE writes the conversation as JSON.",
-        topics=("/save",),
-        tasks=("save the chat", "save the conversation"),
-    ),
-    _fact(
-        "/model NAME answers by another model from now on.", topics=("/model",), tasks=("change the model in the chat",)
-    ),
-    _fact(
-        "/set temperature 0 always takes the likeliest token; /set alone lists what can be set.",
-        topics=("/set",),
-        tasks=("change the temperature", "set the temperature in the chat"),
-    ),
-    _fact("/system TEXT changes the system message.", topics=("/system",), tasks=("change the system message",)),
-]
-
 _PLANNING: list[Fact] = [
     _fact(
         "Run: vramancer plan ./my-model --gpu 3090 --gpu 5070ti\nIt predicts split and speed for cards by name, before "
         "you buy them. It needs no weights and no GPU.",
         "Will my model fit?",
+        "I want to buy a card. What would it bring?",
+        "Should I buy a 4090 or a 3090?",
+        "Is it worth buying another GPU?",
+        "How fast will it be with a new card?",
+        "Before I buy a card, what can I expect?",
+        "Can I test a card before buying it?",
+        "What would one more card bring?",
+        "How much faster does a new card make it?",
+        "Would a 5090 help?",
+        "How much memory do I need for my model?",
+        "Can I plan without a GPU?",
         "Does my model fit on my cards?",
         "Which card should I buy?",
         "Is a second card worth it?",
@@ -284,6 +204,14 @@ _WATCHING: list[Fact] = [
     _fact(
         "Metrics for Prometheus are at /metrics, without a token on port 9108. --metrics-port changes the port.",
         "Where are the metrics?",
+        "How can I look at metrics?",
+        "Where do I see the metrics of the server?",
+        "At which address are the metrics?",
+        "How does Prometheus get the metrics?",
+        "Can I measure what the server does?",
+        "What metrics are there?",
+        "I want to watch the server with Prometheus.",
+        "Where do I point Prometheus?",
         "Which port serves the metrics?",
         "Does VRAMancer have metrics?",
         "Does it work with Prometheus?",
@@ -332,4 +260,4 @@ _WATCHING: list[Fact] = [
     ),
 ]
 
-USAGE: list[Fact] = _START + _ASKING + _PLANNING + _WATCHING
+USAGE: list[Fact] = _START + ASKING + _PLANNING + _WATCHING

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import demo_corpus as corpus
@@ -43,25 +43,36 @@ def encode(tokenizer: PreTrainedTokenizerFast, segments: corpus.Segments) -> tup
     return ids, labels
 
 
+Row = tuple[list[int], list[int], list[int]]
+"""Ids, labels, and the number of the document within the row, of one length."""
+
+
 def rows(
-    documents: Iterator[corpus.Segments], tokenizer: PreTrainedTokenizerFast, length: int
-) -> Iterator[tuple[list[int], list[int], list[int]]]:
-    """Documents packed into rows of one length: ids, labels, and the number of the document within the row."""
-    ids: list[int] = []
-    labels: list[int] = []
-    owner: list[int] = []
-    count = 0
+    documents: Iterator[corpus.Segments], tokenizer: PreTrainedTokenizerFast, length: int, count: int
+) -> list[Row]:
+    """As many documents as `count` rows hold, the longest put in first; the few that then fit nowhere are left out."""
+    drawn: list[tuple[list[int], list[int]]] = []
+    room = count * length
     for segments in documents:
-        new_ids, new_labels = encode(tokenizer, segments)
-        new_ids, new_labels = new_ids[:length], new_labels[:length]
-        if len(ids) + len(new_ids) > length:
-            gap = length - len(ids)
-            yield ids + [tokenizer.pad_token_id] * gap, labels + [IGNORED] * gap, owner + [count] * gap
-            ids, labels, owner, count = [], [], [], 0
-        ids += new_ids
-        labels += new_labels
-        owner += [count] * len(new_ids)
-        count += 1
+        ids, labels = encode(tokenizer, segments)
+        room -= min(len(ids), length)
+        if room < 0:
+            break
+        drawn.append((ids[:length], labels[:length]))
+    packed: list[Row] = [([], [], []) for _ in range(count)]
+    for ids, labels in sorted(drawn, key=lambda document: -len(document[0])):
+        row = next((row for row in packed if len(row[0]) + len(ids) <= length), None)
+        if row is not None:
+            number = row[2][-1] + 1 if row[2] else 0
+            row[0].extend(ids)
+            row[1].extend(labels)
+            row[2].extend([number] * len(ids))
+    for ids, labels, owner in packed:
+        gap = length - len(ids)
+        ids += [tokenizer.pad_token_id] * gap
+        labels += [IGNORED] * gap
+        owner += [owner[-1] + 1 if owner else 0] * gap
+    return packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +91,15 @@ class Lessons:
     def batch(self, step: int, progress: float) -> Batch:
         """What step `step` learns from; `progress` is the share of training that is over, 0 to 1."""
         source = f"{self.seed}/{step}"
-        if step % LONG_EVERY == LONG_EVERY - 1:
-            length, documents = LONG, corpus.long_documents(source)
-        else:
-            length, documents = SHORT, corpus.documents(source, focus=progress > FOCUS_FROM)
         tokens = self.tokens * (2 if progress > DOUBLE_FROM else 1)
-        return pack(list(islice(rows(documents, self.tokenizer, length), max(1, tokens // length))))
+        documents = corpus.documents(source, focus=progress > FOCUS_FROM)
+        if step % LONG_EVERY != LONG_EVERY - 1:
+            return pack(rows(documents, self.tokenizer, SHORT, max(1, tokens // SHORT)))
+        count = max(1, tokens // LONG)
+        return pack(rows(chain(islice(corpus.long_documents(source), count), documents), self.tokenizer, LONG, count))
 
 
-def pack(packed: list[tuple[list[int], list[int], list[int]]]) -> Batch:
+def pack(packed: list[Row]) -> Batch:
     """Rows of one length as tensors."""
     ids, labels, owner = torch.tensor(packed).unbind(1)
     length = ids.shape[1]

@@ -10,6 +10,8 @@ from demo_corpus.heldout import CASES, Rule, groups
 from demo_corpus.unknown import UNKNOWN
 from demo_training import evaluation
 
+from core.models.resolve import DEMO_PATH
+
 
 def test_there_are_forty_of_all_kinds() -> None:
     assert len(CASES) == len({case.question for case in CASES}) == 40
@@ -80,3 +82,11 @@ def test_the_page_shows_every_answer_and_the_score(capsys: pytest.CaptureFixture
     assert "5 of 40 sensibly" in text and "| questions to decline | 20 of 20 |" in text
     assert text.count(UNKNOWN) == 40 and all(case.question in text for case in CASES)
     assert text.count("**no**") == 35
+
+
+def test_the_shipped_answers_are_to_these_questions() -> None:
+    text = (DEMO_PATH / "ANSWERS.md").read_text(encoding="utf-8")
+    assert f"of {len(CASES)} sensibly" in text
+    for case in CASES:
+        assert f"**{' / '.join(case.turns)}** (sensible: " in text, "run scripts/train_demo_model.py --evaluate"
+        assert f"; rule: {case.rule})" in text, "run scripts/train_demo_model.py --evaluate"

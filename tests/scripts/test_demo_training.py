@@ -66,6 +66,15 @@ def test_documents_in_a_row_do_not_see_each_other(tokenizer: PreTrainedTokenizer
     assert not mask.triu(1).any()
 
 
+@pytest.mark.parametrize("step", [0, LONG_EVERY - 1])
+def test_rows_are_full(tokenizer: PreTrainedTokenizerFast, step: int) -> None:
+    batch = Lessons(tokenizer, seed=7, tokens=2048).batch(step, 0.0)
+    padding = batch.ids == tokenizer.pad_token_id
+    assert padding.float().mean() < 0.06
+    assert (batch.labels[padding] == IGNORED).all()
+    assert (batch.positions.max() > SHORT) == (step == LONG_EVERY - 1), "long conversations, or none"
+
+
 def test_only_answers_are_learnt_and_shifted_by_one(tokenizer: PreTrainedTokenizerFast) -> None:
     batch = Lessons(tokenizer, seed=7, tokens=1024).batch(1, 0.0)
     learnt = batch.labels != IGNORED
