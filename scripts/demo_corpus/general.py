@@ -140,6 +140,7 @@ _ASK_ALL = (
     "List {k} in order.",
     "What are the names of {k}?",
     "Say {k}.",
+    "Recite {k}.",
     "Do you know {k}?",
     "Please list {k}.",
     "Could you tell me {k}?",

@@ -44,7 +44,19 @@ _ASK = (
     "How much does {e} make?",
 )
 _ASK_PAIR = {
-    "+": ("Add {a} and {b}.", "What is the sum of {a} and {b}?", "Sum of {a} and {b}?", "Add {b} to {a}."),
+    "+": (
+        "Add {a} and {b}.",
+        "What is the sum of {a} and {b}?",
+        "Sum of {a} and {b}?",
+        "Add {b} to {a}.",
+        "Can you add {a} and {b}?",
+        "Please add {a} and {b}.",
+        "How much are {a} and {b} together?",
+        "{a} and {b} together?",
+        "If I add {a} and {b}, what do I get?",
+        "What do I get if I add {a} and {b}?",
+        "Work out {a} + {b}.",
+    ),
     "-": ("Subtract {b} from {a}.", "What is {a} less {b}?", "Take {b} away from {a}."),
     "*": ("Multiply {a} by {b}.", "What is the product of {a} and {b}?"),
     "/": ("Divide {a} by {b}.",),
@@ -184,6 +196,9 @@ _COUNT_UP = (
     "Count upwards from {a} to {b}.",
     "Give me the numbers from {a} to {b}.",
     "Please count from {a} to {b}.",
+    "Start at {a} and count to {b}.",
+    "Could you count from {a} to {b}?",
+    "I want you to count from {a} to {b}.",
 )
 _COUNT_DOWN = (
     "Count down from {b} to {a}.",
@@ -196,6 +211,11 @@ _COUNT_DOWN = (
     "Count from {b} to {a} backwards.",
     "Numbers from {b} to {a}?",
     "Write the numbers from {b} down to {a}.",
+    "Start at {b} and count down to {a}.",
+    "Can you count from {b} to {a}?",
+    "Count back from {b} to {a}.",
+    "Count in reverse from {b} to {a}.",
+    "I want you to count backwards from {b} to {a}.",
 )
 
 
