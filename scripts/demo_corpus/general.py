@@ -284,4 +284,4 @@ def small_talk(rng: Random) -> tuple[str, str]:
 def question(rng: Random) -> tuple[str, str]:
     """Any of the above."""
     makers = (small_talk, capital, listing, calendar, word_fact, definition, copying, abroad)
-    return rng.choices(makers, (20, 10, 24, 9, 9, 11, 12, 2))[0](rng)
+    return rng.choices(makers, (20, 13, 24, 9, 9, 11, 12, 2))[0](rng)
