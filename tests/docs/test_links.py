@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -33,7 +34,7 @@ def anchors(text: str) -> set[str]:
     tokens = MarkdownIt().parse(text)
     names: set[str] = set()
     seen: Counter[str] = Counter()
-    for token, content in zip(tokens, tokens[1:], strict=False):
+    for token, content in pairwise(tokens):
         if token.type != "heading_open":
             continue
         shown = "".join(child.content for child in content.children or ())

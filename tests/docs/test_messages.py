@@ -33,7 +33,19 @@ def texts() -> str:
 def quoted() -> list[str]:
     """Texts of code that are sentences or parts of them, not commands, settings or paths."""
     code = inline_code(PAGE.read_text(encoding="utf-8"))
-    starts = ("--", "vramancer ", "sudo ", "xcode-select ", "hf ", "pip ", "export ", "litellm.", "ChatOpenAI(", "OPENAI_", "http")
+    starts = (
+        "--",
+        "vramancer ",
+        "sudo ",
+        "xcode-select ",
+        "hf ",
+        "pip ",
+        "export ",
+        "litellm.",
+        "ChatOpenAI(",
+        "OPENAI_",
+        "http",
+    )
     return [text for text in code if " " in text and not text.startswith(starts) and text not in OTHERS]
 
 

@@ -1,7 +1,7 @@
 """`docs/start.md`, followed from an empty home on a machine without a GPU.
 
-Blocks marked `test` run in order, as written but for ports, the address and the token; one marked `serve` starts a server,
-which goes on until the next one starts.
+Blocks marked `test` run in order, as written but for ports, the address and the token. One marked `serve` starts a
+server, which goes on until the next one starts.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ SAID = {
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux", reason="the page's commands are for Linux and Mac, its token file for Linux"),
+    pytest.mark.skipif(
+        sys.platform != "linux", reason="the page's commands are for Linux and Mac, its token file for Linux"
+    ),
     pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl"),
 ]
 
@@ -102,7 +104,9 @@ class Reader:
         """The block's text for this machine."""
         text = text.replace(":5000/", f":{self.ports[0]}/").replace(":9108/", f":{self.ports[1]}/")
         text = text.replace("192.168.1.20", "127.0.0.1")
-        return text.replace("YOUR-TOKEN", (self.home / TOKEN_FILE).read_text().strip()) if "YOUR-TOKEN" in text else text
+        return (
+            text.replace("YOUR-TOKEN", (self.home / TOKEN_FILE).read_text().strip()) if "YOUR-TOKEN" in text else text
+        )
 
     def command(self, block: Block) -> list[str]:
         if block.language == "python":
