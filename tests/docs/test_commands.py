@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import typer
-from docs.pages import REPOSITORY, blocks, inline_code, pages, shell_lines
+from doc_pages import REPOSITORY, blocks, inline_code, pages, shell_lines
 
 from core.config_names import ABSENT_COMMANDS, ABSENT_FLAGS
 from vramancer.cli import app

@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from docs.pages import REPOSITORY, pages
+from doc_pages import REPOSITORY, pages
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 
-from docs.pages import REPOSITORY, inline_code
+from doc_pages import REPOSITORY, inline_code
 
 PAGE = REPOSITORY / "docs" / "troubleshooting.md"
 LEAST = 9

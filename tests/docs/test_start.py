@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from docs.pages import REPOSITORY, Block, blocks
+from doc_pages import REPOSITORY, Block, blocks
 from tiny_models import build_tiny, word_tokenizer
 
 PAGE = REPOSITORY / "docs" / "start.md"
