@@ -101,3 +101,11 @@ def test_flags_that_are_named_exist(name: str) -> None:
     code = inline_code(PAGES[name].read_text(encoding="utf-8"))
     named = {match[1] for text in code for match in re.finditer(r"^(--[a-z][\w-]*)", text)}
     assert named <= known | PRINTING | set(ABSENT_FLAGS) | OTHER_FLAGS
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_torch_that_is_named_is_the_pinned_one(name: str) -> None:
+    pinned = re.search(r"^torch==(\S+)$", (REPOSITORY / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert pinned is not None
+    installed = re.findall(r"pip install .*\btorch==([\d.]+)", PAGES[name].read_text(encoding="utf-8"))
+    assert set(installed) <= {pinned[1]}
