@@ -1,7 +1,7 @@
 """Log lines: text for people or JSON for machines, on standard error, with the request id in every line.
 
 Log events are lower-case phrases with values beside them: `get_logger(__name__).info("model loaded", layers=32)`.
-Standard-library loggers (of torch, transformers, gunicorn) come out the same way.
+Standard-library loggers (of torch, transformers, uvicorn) come out the same way.
 """
 
 from __future__ import annotations

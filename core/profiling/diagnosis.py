@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -13,7 +12,7 @@ import torch
 from core.config import Settings
 from core.costs import DeviceProfile, Sharing
 from core.costs.cards import card
-from core.devices import Device, DeviceReader, format_bytes, left_out, open_devices, probe_machine
+from core.devices import Device, format_bytes, left_out, open_devices, probe_machine
 from core.devices.probe import MemoryNow, read_memory
 from core.errors import DeviceError
 from core.execution.attention.select import select_attention
@@ -21,6 +20,7 @@ from core.execution.attention.triton_probe import probe_triton
 from core.execution.native.build import find_compilers
 from core.models.dtype import served_architecture
 from core.models.resolve import resolve_model
+from core.profiling.noise import Noise
 from core.profiling.profile_store import device_facts
 from core.profiling.profiler import DEVICE_BUDGET_S, LayerProfiler
 from core.transfer import TransferManager
@@ -32,7 +32,6 @@ _MOST_STREAMS = 4096
 _CLEARLY = 1.25  # how much longer than for one stream a step has to take before computing is what limits it
 _CALLS = 2.0  # how much slower than memory weights have to be read before calls are what limits it
 _LOW_SHARE = 0.1
-_BUSY_SHARE, _BUSY_LOOK_S = 0.25, 0.2
 _SWAP_BYTES = 64 * 1024 * 1024
 _GIB = 1024**3
 
@@ -126,10 +125,9 @@ def diagnose(settings: Settings, refresh: bool = False, *, budget_s: float = DEV
     architecture, _ = served_architecture(resolved.path, settings.model.dtype, devices)
     machine = probe_machine()
     memory = read_memory(devices, machine)
-    busy = _busy_warnings(devices)
     threads = settings.devices.cpu_threads or torch.get_num_threads()
     profiler = LayerProfiler(settings, TransferManager(), threads, budget_s=budget_s)
-    profiles = profiler.devices(devices, architecture, refresh=refresh)
+    profiles = profiler.devices(devices, architecture, refresh=refresh, retry=True)
     links = profiler.links(devices, refresh=refresh).links
     attention = [select_attention(device, settings, threads)[0].name for device in devices]
     return Diagnosis(
@@ -149,7 +147,7 @@ def diagnose(settings: Settings, refresh: bool = False, *, budget_s: float = DEV
             *(f"No GPU: {reason}." for reason in machine.missing),
             *(f"{reason}." for reason in left_out(machine, devices)),
             *_kernel_warnings(settings, devices, attention),
-            *busy,
+            *_noise_warnings(profiler.noise),
             *_memory_warnings(devices, memory),
         ),
     )
@@ -245,21 +243,12 @@ def _kernel_warnings(settings: Settings, devices: Sequence[Device], attention: S
     return found
 
 
-def _busy_warnings(devices: Sequence[Device]) -> list[str]:
-    """Looks at the devices for a moment, before anything is measured."""
-    physical = {device.torch_device: device for device in devices if not device.is_emulated}.values()
-    reader = DeviceReader()
-    try:
-        reader.read(physical)
-        time.sleep(_BUSY_LOOK_S)
-        readings = reader.read(physical)
-    finally:
-        reader.close()
+def _noise_warnings(noise: Mapping[str, Noise]) -> list[str]:
     return [
-        f"{reading.device} is busy ({reading.utilization:.0%}) with other work: what is measured now comes out too "
-        "low. Measure again (--refresh) when it is idle."
-        for reading in readings
-        if reading.utilization is not None and reading.utilization > _BUSY_SHARE
+        f"{name} was busy with other work ({found.busy:.0%} of the time) when it was measured: its speeds come out too "
+        "low. The next doctor measures it again, if it is idle then."
+        for name, found in noise.items()
+        if found.is_much
     ]
 
 

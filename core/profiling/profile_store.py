@@ -24,6 +24,7 @@ from core.costs import DeviceProfile, LinkProfile, Sharing
 from core.devices import Device
 from core.devices.readers import open_nvml
 from core.logs import get_logger
+from core.profiling.noise import Noise
 
 logger = get_logger(__name__)
 
@@ -68,7 +69,13 @@ class _StoredSharing(_Stored):
     computing: float = Field(ge=1)
 
 
-_KINDS: dict[str, type[_Stored]] = {"device": _StoredDevice, "link": _StoredLink, "sharing": _StoredSharing}
+class _StoredNoise(_Stored):
+    busy: float = Field(ge=0, le=1)
+
+
+_KINDS: dict[str, type[_Stored]] = {
+    "device": _StoredDevice, "link": _StoredLink, "sharing": _StoredSharing, "noise": _StoredNoise,
+}  # fmt: skip
 
 
 class ProfileStore:
@@ -78,11 +85,12 @@ class ProfileStore:
         self.directory = directory
 
     def path(self, kind: str, facts: Facts) -> Path:
-        """The file of a "device", a "link" or the "sharing" of parts."""
+        """The file of a "device", the "noise" while it was measured, a "link", or the "sharing" of parts."""
         return self.directory / f"{kind}-{key_of(facts)}.json"
 
     def load(self, kind: str, facts: Facts) -> dict[str, Any] | None:
-        """What was measured with these facts: fields of `DeviceProfile`, `LinkProfile` or `Sharing`; None: nothing."""
+        """What was measured with these facts: fields of `DeviceProfile`, `Noise`, `LinkProfile` or `Sharing`; None:
+        nothing."""
         path = self.path(kind, facts)
         try:
             stored = _KINDS[kind].model_validate_json(path.read_bytes())
@@ -97,7 +105,7 @@ class ProfileStore:
             return None
         return stored.model_dump(exclude=set(_Stored.model_fields))
 
-    def save(self, kind: str, facts: Facts, profile: DeviceProfile | LinkProfile | Sharing) -> None:
+    def save(self, kind: str, facts: Facts, profile: DeviceProfile | LinkProfile | Sharing | Noise) -> None:
         """Keep what `load` gives back; a disk that cannot is logged.
 
         Written beside, then moved: readers see the old file or the new one, never half of one.

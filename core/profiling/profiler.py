@@ -27,6 +27,7 @@ from core.profiling.device_speed import layer_shape, measure_speed
 from core.profiling.layer_times import SHARING_ROWS, measure_sharing
 from core.profiling.link_profiler import LinkProfiler
 from core.profiling.measure import computing_as_served
+from core.profiling.noise import Noise, look_at
 from core.profiling.profile_store import device_facts, kernel_digest, key_of
 from core.profiling.random_layers import SHORT, RandomLayers, choose_layer_count
 from core.transfer import TransferManager
@@ -51,18 +52,21 @@ class LayerProfiler(LinkProfiler):
         self, settings: Settings, transfer: TransferManager, cpu_threads: int, *, budget_s: float = DEVICE_BUDGET_S
     ) -> None:
         super().__init__(settings, transfer, cpu_threads, budget_s)
+        self.noise: dict[str, Noise] = {}
+        """By logical device, the noise in which its profile was measured."""
 
     def devices(
-        self, devices: Sequence[Device], architecture: Architecture, *, refresh: bool = False
+        self, devices: Sequence[Device], architecture: Architecture, *, refresh: bool = False, retry: bool = False
     ) -> tuple[DeviceProfile, ...]:
         """A profile per device, for layers of the architecture in its dtype.
 
         Parts of one physical device share one measurement of a part alone, and another one of all of them at once.
         Emulated devices have the speed that they were given, and nothing is measured. `refresh` measures what the store
-        already has. Raises `OutOfDeviceMemoryError` for a device without memory to measure in.
+        already has; `retry` what was measured in noise, if the device is idle now. Raises `OutOfDeviceMemoryError` for
+        a device without memory to measure in.
         """
         known: dict[str, DeviceProfile] = {}
-        profiles = [self._device(device, architecture, refresh, known) for device in devices]
+        profiles = [self._device(device, architecture, refresh, retry, known) for device in devices]
         processors = defaultdict[str, list[Device]](list)
         for device in devices:
             if device.speed is None:
@@ -75,20 +79,28 @@ class LayerProfiler(LinkProfiler):
         )
 
     def _device(
-        self, device: Device, architecture: Architecture, refresh: bool, known: dict[str, DeviceProfile]
+        self, device: Device, architecture: Architecture, refresh: bool, retry: bool, known: dict[str, DeviceProfile]
     ) -> DeviceProfile:
         if device.speed is not None:
             return emulated_profile(device.name, device.speed.bandwidth_bytes_s, device.speed.flops)
         selected = select_attention(device, self._settings, self._cpu_threads)
         facts = self._facts(device, architecture, selected)
         key = key_of(facts)
+        kept = self.store.load("noise", facts)
+        noise = Noise(0.0) if kept is None else Noise(**kept)
         if key not in known:
             stored = None if refresh else self.store.load("device", facts)
+            if stored is None or (retry and noise.is_much):
+                now = look_at([device])[device.torch_device]
+                if stored is None or not now.is_much:
+                    noise, stored = now, None
             if stored is None:
                 known[key] = self._measure_device(device, architecture, selected)
                 self.store.save("device", facts, known[key])
+                self.store.save("noise", facts, noise)
             else:
                 known[key] = DeviceProfile(device.name, **stored)
+        self.noise[device.name] = noise
         return replace(known[key], name=device.name)
 
     def _facts(self, device: Device, architecture: Architecture, selected: _Selected) -> dict[str, Any]:

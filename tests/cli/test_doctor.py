@@ -19,7 +19,7 @@ from core.costs import DeviceProfile, Sharing
 from core.devices import Device, Machine
 from core.devices.probe import MemoryNow, PhysicalDevice
 from core.devices.readers import DeviceReading
-from core.profiling import diagnosis
+from core.profiling import diagnosis, noise
 from core.profiling.diagnosis import (
     Datasheet,
     DeviceDiagnosis,
@@ -28,6 +28,7 @@ from core.profiling.diagnosis import (
     compute_bound_streams,
     format_rate,
 )
+from core.profiling.profiler import LayerProfiler
 from vramancer.cli import app
 from vramancer.cli.doctor import print_diagnosis
 
@@ -39,7 +40,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for info in iter_settings():
         monkeypatch.delenv(info.env, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(diagnosis, "_BUSY_LOOK_S", 0.0)
+    monkeypatch.setattr(noise, "_LOOK_S", 0.0)
     (CACHE_DIR / "kernels").mkdir(parents=True, exist_ok=True, mode=0o700)
     (tmp_path / "kernels").symlink_to(CACHE_DIR / "kernels", target_is_directory=True)
 
@@ -172,16 +173,9 @@ def test_from_which_streams_on_computing_is_the_limit() -> None:
     assert [format_rate(rate, "B") for rate in (14.4e9, 7.1e13, 2.5e6)] == ["14.4 GB/s", "71 TB/s", "2.5 MB/s"]
 
 
-def test_warnings_of_memory_swap_and_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warnings_of_memory_and_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Swap:
         used = 3 * GIB
-
-    class Reader:
-        def read(self, devices: Any) -> list[DeviceReading]:
-            return [DeviceReading(device.name, utilization=0.8) for device in devices]
-
-        def close(self) -> None:
-            pass
 
     def warnings(free: int, devices: str) -> str:
         processor = PhysicalDevice("cpu", "cpu", "cpu", "CPU", 16 * GIB, free)
@@ -191,13 +185,45 @@ def test_warnings_of_memory_swap_and_work(tmp_path: Path, monkeypatch: pytest.Mo
         return "\n".join(json.loads(result.stdout)["warnings"])
 
     monkeypatch.setattr(diagnosis.psutil, "swap_memory", Swap)
-    monkeypatch.setattr(diagnosis, "DeviceReader", Reader)
     text = warnings(GIB, "cpu=1GiB,cpu=512MiB")
-    for part in ("No GPU: none is visible", "3 GiB of swap", "is busy (80%)", "--refresh"):
+    for part in ("No GPU: none is visible", "3 GiB of swap"):
         assert part in text
     assert "cpu#0, cpu#1 may use 1.5 GiB, but only 1 GiB of 16 GiB are free now" in text
     assert "only 1 GiB of 16 GiB are free; other processes hold the rest" in warnings(GIB, "cpu=512MiB")
     assert "free" not in warnings(8 * GIB, "cpu=512MiB")
+
+
+def test_the_warning_stays_with_the_measurement_until_it_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = 0.8
+
+    class Reader:
+        def read(self, devices: Any) -> list[DeviceReading]:
+            return [DeviceReading(device.name, utilization=busy) for device in devices]
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(noise, "DeviceReader", Reader)
+    measured = []
+    measure = LayerProfiler._measure_device
+    monkeypatch.setattr(
+        LayerProfiler, "_measure_device", lambda *given: measured.append(given[1].name) or measure(*given)
+    )
+
+    def warned() -> bool:
+        result = doctor(tmp_path, "--json", devices="cpu=512MiB")
+        assert result.exit_code == 0, result.output
+        text = "\n".join(json.loads(result.stdout)["warnings"])
+        return "cpu was busy with other work (80% of the time) when it was measured" in text
+
+    assert warned() and measured == ["cpu"]
+    assert warned() and measured == ["cpu"], "it is still busy: measuring again brings nothing"
+    busy = 0.1
+    assert not warned() and measured == ["cpu"] * 2
+    busy = 0.8
+    assert not warned() and measured == ["cpu"] * 2, "what was measured in quiet is kept"
 
 
 def test_cards_that_are_left_out_are_told_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -89,15 +90,17 @@ def test_arrivals_prefix_hits_and_forks(
     check(reference, [handle.result(60) for handle in submit_all(pipeline, reference, GREEDY)])  # all at once
     assert engine.batcher.stats.hit_tokens > hits_before, "the second round must have hit the prefix cache"
 
-    staggered: list[RequestHandle] = []
+    staggered: dict[int, RequestHandle] = {}
+    following = iter(range(len(LENGTHS)))
 
     def submit_next() -> None:
-        staggered.extend(pipeline.submit(prompt, GREEDY) for prompt in reference.prompts[len(staggered) :][:1])
+        for index in islice(following, 1):
+            staggered[index] = pipeline.submit(reference.prompts[index], GREEDY)
 
     with with_each_step(pipeline, submit_next):  # one more beside each step that runs
-        submit_next()
+        submit_next()  # the engine's thread may have submitted the second before the first is noted here
         until(lambda: len(staggered) == len(LENGTHS), "each request has arrived")
-    check(reference, [handle.result(60) for handle in staggered])
+    check(reference, [staggered[index].result(60) for index in range(len(LENGTHS))])
 
     forked = SamplingParams(n=3, max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, detokenize=False, logprobs=0)
     results = [handle.result(60) for handle in submit_all(pipeline, reference, forked)]
