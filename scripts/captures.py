@@ -31,7 +31,7 @@ from vramancer.cli.picture import Facts, picture  # noqa: E402
 WIDTHS = (80, 120)
 GIB = 1 << 30
 URL = "http://127.0.0.1:5000"
-MODEL = "Qwen/Qwen3-32B"
+MODEL = "Qwen/Qwen3-14B"
 
 
 class Terminal(io.StringIO):
@@ -72,9 +72,9 @@ def example_facts() -> Facts:
     """Three cards that do not match, the smallest of which borrows."""
     blocks = {"size_tokens": 16, "total": 9000, "with_memory": 8200, "free": 3100, "cached": 1900}
     devices = [
-        _device("cuda:0", 24.0, weights=15.1, own=5.9, other=0.8, lent=1.2),
-        _device("cuda:1", 16.0, weights=11.2, own=3.4, other=0.7),
-        _device("cuda:2", 8.0, weights=6.6, own=0.5, other=0.6, borrowed=1.2),
+        _device("cuda:0", 24.0, weights=12.6, own=8.4, other=0.8, lent=1.2),
+        _device("cuda:1", 16.0, weights=9.4, own=5.2, other=0.7),
+        _device("cuda:2", 8.0, weights=5.5, own=1.6, other=0.6, borrowed=1.2),
     ]
     tiers = [
         _tier("L3", 3.1, 16.0, 3968, hits=4100, misses=900),
@@ -91,17 +91,17 @@ def example_facts() -> Facts:
         "state": "ready",
         "subsystems": {
             "engine": {"status": "ok", "detail": "48210 steps, 0 failed"},
-            "disk": {"status": "degraded", "detail": "201326592 bytes free"},
+            "disk": {"status": "degraded", "detail": "192 MiB free"},
         },
         "model": {
-            "name": MODEL, "aliases": [], "dtype": "bfloat16", "parameters": 16_400_000_000, "max_model_len": 32768,
+            "name": MODEL, "aliases": [], "dtype": "bfloat16", "parameters": 14_800_000_000, "max_model_len": 32768,
             "load_seconds": 41.3,
         },
         "memory": {
             "devices": devices, "kv_blocks": blocks, "stages": [], "leases": leases, "decisions": {}, "tiers": tiers,
             "tier_troubles": {"L6": "store.lan:6379 does not answer"},
         },
-        "stages": [_stage("cuda:0", 0, 29), _stage("cuda:1", 30, 51), _stage("cuda:2", 52, 63, (62, 63))],
+        "stages": [_stage("cuda:0", 0, 18), _stage("cuda:1", 19, 31), _stage("cuda:2", 32, 39, (38, 39))],
         "prediction": {"now": {"streams": 3, "predicted": 71.4, "measured": 68.9}},
         "notes": [],
     }  # fmt: skip
@@ -161,13 +161,13 @@ The **5070 Ti** reads memory a little slower than the 3090, but it computes fast
 
 | card | bandwidth | layers |
 |---|---|---|
-| RTX 3090 | 936 GB/s | 38 |
-| RTX 5070 Ti | 896 GB/s | 26 |
+| RTX 3090 | 936 GB/s | 24 |
+| RTX 5070 Ti | 896 GB/s | 16 |
 
 You can try a split before you load it:
 
 ```sh
-vramancer plan Qwen/Qwen3-32B --gpu 3090 --gpu 5070ti   # no download, the config is enough
+vramancer plan Qwen/Qwen3-14B --gpu 3090 --gpu 5070ti   # no download, the config is enough
 ```
 """
 

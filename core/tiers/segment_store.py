@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from core.devices import format_bytes
 from core.logs import get_logger
 from core.tiers.compress import Compressor
 from core.tiers.records import Tier
@@ -272,7 +273,7 @@ class SegmentStore:
             return self._segments[-1]
         free = self._files.free_bytes()
         if free is not None and free < self._min_free_bytes + self._sizes.segment + self._sizes.room:
-            raise OSError(errno.ENOSPC, f"only {free} bytes of free space are left")
+            raise OSError(errno.ENOSPC, f"only {format_bytes(free)} of free space are left")
         opened = self._files.start()
         segment = Segment(self._sizes.room, open=opened)
         try:

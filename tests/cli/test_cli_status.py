@@ -43,12 +43,12 @@ def drawn(facts: Facts, *, width: int = 120, **options: Any) -> str:
 def test_everything_that_runs_is_shown() -> None:
     shown = drawn(example_facts())
     for line in (
-        "Qwen/Qwen3-32B  ready, up 1 d 2 h  http://127.0.0.1:5000",
-        "16.4 B parameters in bfloat16, context 32768, loaded in 41.3 s",
-        "degraded: disk: 201326592 bytes free",
+        "Qwen/Qwen3-14B  ready, up 1 d 2 h  http://127.0.0.1:5000",
+        "14.8 B parameters in bfloat16, context 32768, loaded in 41.3 s",
+        "degraded: disk: 192 MiB free",
         "23.0 of 24.0",
         "borrows 1.20 elsewhere",
-        "layers 52-63",
+        "layers 32-39",
         "2 layers streamed from main memory",
         "KV cache for 131200 tokens: 81600 in use, 30400 kept",
         "41.0 of 200.0 GiB  52480 blocks  34% hits   read 2.9 GB/s",
@@ -67,7 +67,7 @@ def test_everything_that_runs_is_shown() -> None:
 def test_no_line_is_broken_or_cut(width: int) -> None:
     shown = drawn(example_facts(), width=width)
     assert max(map(len, shown.splitlines())) <= width
-    for figure in ("workspace 0.80", "KV empty 0.073", "23.0 of 24.0"):
+    for figure in ("workspace 0.80", "KV empty 0.23", "23.0 of 24.0"):
         assert figure in shown
     if width >= 80:
         assert "read 2.9 GB/s\n" in shown
@@ -112,7 +112,7 @@ def test_plain_characters_where_there_are_no_others() -> None:
     console.print(picture(example_facts(), console))
     file.flush()
     shown = file.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
-    assert "cuda:0  ###############################========---__wwLL..  23.0 of 24.0" in shown
+    assert "cuda:0  ##########################===========----___wwLL..  23.0 of 24.0" in shown
     assert "# weights 15.1  = KV in use 3.67  - KV cached 1.37  _ KV empty 0.86" in shown
 
 
@@ -269,7 +269,7 @@ def test_status_draws_what_the_server_says(server: Any) -> None:
     answers(server, example_facts())
     result = CliRunner().invoke(app, ["status", "--url", server.url])
     assert result.exit_code == 0
-    assert result.stdout.startswith(f"Qwen/Qwen3-32B  ready, up 1 d 2 h  {server.url}")
+    assert result.stdout.startswith(f"Qwen/Qwen3-14B  ready, up 1 d 2 h  {server.url}")
     assert {seen[2] for seen in server.seen} == {"Bearer secret"}
 
 

@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 
 from core.config import Settings
 from core.errors import AuthenticationError, ConfigError, NotFoundError, UnavailableError, VRAMancerError
+from vramancer.web.listener import WILDCARDS
 
 _CONNECT_TIMEOUT_S = 10.0
-_WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 _ERRORS: dict[int, type[VRAMancerError]] = {401: AuthenticationError, 404: NotFoundError}
 
 
@@ -93,7 +93,7 @@ class ApiClient:
 
 def local_url(settings: Settings) -> str:
     """Where a server that these settings start can be reached from this machine."""
-    host = _WILDCARDS.get(settings.api.host, settings.api.host)
+    host = WILDCARDS.get(settings.api.host, settings.api.host)
     host = f"[{host}]" if ":" in host else host
     return f"http://{host}:{settings.api.port}"
 
