@@ -113,7 +113,7 @@ def test_plain_characters_where_there_are_no_others() -> None:
     file.flush()
     shown = file.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
     assert "cuda:0  ##########################===========----___wwLL..  23.0 of 24.0" in shown
-    assert "# weights 15.1  = KV in use 3.67  - KV cached 1.37  _ KV empty 0.86" in shown
+    assert "# weights 12.6  = KV in use 5.22  - KV cached 1.95  _ KV empty 1.23" in shown
 
 
 def test_names_from_the_server_are_clean() -> None:
