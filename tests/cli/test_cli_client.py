@@ -100,3 +100,23 @@ def test_a_server_that_says_nothing_is_given_up_in_time() -> None:
         client = ApiClient(f"http://127.0.0.1:{silent.getsockname()[1]}", None)
         with pytest.raises(UnavailableError, match="timed out"):
             client.get("/live", timeout_s=0.05)
+
+
+@pytest.mark.parametrize(
+    ("url", "given", "sent"),
+    [
+        (None, None, "generated"),
+        ("http://127.0.0.1:1", None, "generated"),
+        ("http://localhost:1", None, "generated"),
+        ("http://[::1]:1", None, "generated"),
+        ("http://other:5000", None, None),
+        ("https://127.0.0.1.other/", None, None),
+        ("http://other:5000", "mine", "mine"),
+    ],
+)
+def test_a_generated_token_stays_on_this_machine(
+    tmp_path: Path, url: str | None, given: str | None, sent: str | None
+) -> None:
+    (tmp_path / "api-token").write_text("generated\n")
+    api = ApiSettings() if given is None else ApiSettings(token=SecretStr(given))
+    assert ApiClient.for_settings(Settings(runtime=RuntimeSettings(state_dir=tmp_path), api=api), url)._token == sent

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from core.config import Settings
 from core.errors import AuthenticationError, ConfigError, NotFoundError, UnavailableError, VRAMancerError
+from core.security.token import is_loopback
 from vramancer.web.listener import WILDCARDS
 
 _CONNECT_TIMEOUT_S = 10.0
@@ -30,8 +31,13 @@ class ApiClient:
 
     @classmethod
     def for_settings(cls, settings: Settings, url: str | None) -> ApiClient:
-        """The server at `url`, or the one that these settings would start; with the token that it would use."""
-        return cls(url or local_url(settings), read_token(settings))
+        """The server at `url`, or the one that these settings would start; with the token that it would use. One that
+        was generated on this machine is not sent to another one."""
+        at = urlsplit(local_url(settings)).hostname
+        client = cls(url or local_url(settings), None)
+        host = client._parts.hostname or ""
+        client._token = read_token(settings, generated=is_loopback(host) or host == at)
+        return client
 
     def get(self, path: str, *, timeout_s: float | None = None) -> Any:
         """The JSON that GET `path` answers. `timeout_s` bounds each wait, for the connection and for the answer; None:
@@ -106,10 +112,13 @@ def _error_message(response: http.client.HTTPResponse) -> str:
         return f"status {response.status} {response.reason}"
 
 
-def read_token(settings: Settings) -> str | None:
-    """The configured token, or the one that a server on this machine generated; None where there is none."""
+def read_token(settings: Settings, *, generated: bool = True) -> str | None:
+    """The configured token, or else the one that a server on this machine `generated`, if that may be used; None where
+    there is none."""
     if settings.api.token is not None:
         return settings.api.token.get_secret_value()
+    if settings.api.token_file is None and not generated:
+        return None
     path = settings.api.token_file or settings.runtime.state_dir / "api-token"
     try:
         return path.read_text(encoding="utf-8").strip() or None
