@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write `docs/terminal/*.txt`: what `vramancer status` and `vramancer run` look like, 80 and 120 columns wide.
+"""Write `docs/terminal/*.txt`: what commands look like, 80 and 120 columns wide.
 
     python scripts/captures.py
 
@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
+import os
 import sys
+import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +25,26 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from core.config import load_settings  # noqa: E402
+from core.costs import DeviceProfile  # noqa: E402
+from core.engine.preview import preview  # noqa: E402
+from core.profiling.diagnosis import (  # noqa: E402
+    Datasheet,
+    DeviceDiagnosis,
+    Diagnosis,
+    LinkDiagnosis,
+    _limits,
+    _noise_warnings,
+    compute_bound_streams,
+)
+from core.profiling.noise import Noise  # noqa: E402
 from vramancer.cli.chat.answerer import Message, Piece, Sampling  # noqa: E402
 from vramancer.cli.chat.conversation import Conversation  # noqa: E402
 from vramancer.cli.chat.screen import Screen  # noqa: E402
 from vramancer.cli.chat.talk import talk  # noqa: E402
+from vramancer.cli.doctor import print_diagnosis  # noqa: E402
 from vramancer.cli.picture import Facts, picture  # noqa: E402
+from vramancer.cli.plan_view import print_plan  # noqa: E402
 
 WIDTHS = (80, 120)
 GIB = 1 << 30
@@ -221,9 +239,74 @@ def run_capture(width: int) -> str:
     return terminal.text
 
 
+# -- a plan, and what a machine reaches -----------------------------------------------------------------------------
+
+LLAMA_8B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+def plan_capture(width: int) -> str:
+    """`vramancer plan ./llama-8b --gpu 3090 --gpu 5070ti --more 3060`."""
+    terminal = Terminal(width)
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "llama-8b"
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps(LLAMA_8B))
+        settings = load_settings(Path(os.devnull), {"HOME": folder}, overrides={"model.name": str(model)})
+        print_plan(preview(settings, ["3090", "5070ti"], more=["3060"]), terminal.console())
+    return terminal.text
+
+
+def doctor_capture(width: int) -> str:
+    """`vramancer doctor` on two cards of which one was busy."""
+    terminal = Terminal(width)
+    print_diagnosis(example_diagnosis(), terminal.console())
+    return terminal.text
+
+
+def example_diagnosis() -> Diagnosis:
+    """A 3090 that reaches what one expects, and a 5070 Ti that had other work while it was measured."""
+    devices = tuple(
+        _card(index, product, size, free, bandwidth, rate, sheet)
+        for index, (product, size, free, bandwidth, rate, sheet) in enumerate(
+            [
+                ("NVIDIA GeForce RTX 3090", 23.7, 23.2, 861e9, 65e12, ("RTX 3090", 936e9, 71e12)),
+                ("NVIDIA GeForce RTX 5070 Ti", 15.5, 13.9, 402e9, 41e12, ("RTX 5070 Ti", 896e9, 87.9e12)),
+            ]
+        )
+    )
+    links = tuple(
+        LinkDiagnosis(f"cuda:{src}", f"cuda:{1 - src}", "staged", "measured", 3.1e-5, 11.6e9) for src in (0, 1)
+    )
+    warning = _noise_warnings({"cuda:1": Noise(0.56)})
+    return Diagnosis(MODEL, "bfloat16", "2.13.0", 8, devices, links, tuple(warning))
+
+
+def _card(
+    index: int, product: str, size: float, free: float, bandwidth: float, rate: float, sheet: tuple[str, float, float]
+) -> DeviceDiagnosis:
+    name, total, card = f"cuda:{index}", int(size * GIB), sheet[0]
+    rates = ((1, bandwidth), (16, 16 * bandwidth), (256, rate))
+    profile = DeviceProfile(
+        name, bandwidth, rates, 3e-4, 1e-3, row_overhead_s=2e-6, kv_bandwidth_bytes_s=0.9 * bandwidth
+    )
+    streams = compute_bound_streams(profile, 2)
+    return DeviceDiagnosis(
+        name=name, kind="cuda", product=product, total_bytes=total, free_bytes=int(free * GIB),
+        limit_bytes=int(0.97 * free * GIB), attention="triton", source="measured", bandwidth_bytes_s=bandwidth,
+        kv_bandwidth_bytes_s=profile.kv_bytes_s, flops={str(rows): value for rows, value in rates},
+        layer_overhead_s=3e-4, row_overhead_s=2e-6, step_overhead_s=1e-3, sharing=None, compute_bound_streams=streams,
+        limits=_limits(profile, 2, streams),
+        datasheet=Datasheet(card, sheet[1], sheet[2], bandwidth / sheet[1], rate / sheet[2]),
+    )  # fmt: skip
+
+
 def captures() -> dict[str, str]:
     """Name of each file, and its text."""
-    drawn = {"status": status_capture, "run": run_capture}
+    drawn = {"status": status_capture, "run": run_capture, "plan": plan_capture, "doctor": doctor_capture}
     return {f"{name}-{width}.txt": draw(width) for name, draw in drawn.items() for width in WIDTHS}
 
 

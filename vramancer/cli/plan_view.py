@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 WIDE = 100
 """Columns from which on a device's figures stand beside its bar."""
 _WIDE_BAR, _BAR = 36, 60
-_GIB = 1024**3
+_MIB, _GIB = 1024**2, 1024**3
 
 _PARTS = (("weights", "#", "█", "cyan"), ("KV", "=", "▓", "green"), ("workspace", "+", "▒", "yellow"),
           ("free", ".", "░", "dim"), ("kept", "x", "╳", "dim red"))  # fmt: skip
@@ -53,8 +53,10 @@ def print_plan(shown: Preview, console: Console) -> None:
 
 
 def gib(nbytes: float) -> str:
-    """ "12.3 GiB"; what is small in its own unit."""
-    return f"{nbytes / _GIB:.1f} GiB" if nbytes >= 0.1 * _GIB else format_bytes(int(nbytes))
+    """ "12.3 GiB", "64 MiB"; what is small in its own unit."""
+    if nbytes >= 0.1 * _GIB:
+        return f"{nbytes / _GIB:.1f} GiB"
+    return f"{nbytes / _MIB:.0f} MiB" if nbytes >= 10 * _MIB else format_bytes(int(nbytes))
 
 
 def _verdict(shown: Preview) -> Iterator[Text]:
