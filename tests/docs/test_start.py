@@ -32,7 +32,7 @@ SAID = {
     "vramancer doctor": "Devices, for layers of",
     "vramancer plan ./my-model --devices": "Fits.",
     "vramancer plan ./my-model --gpu": "RTX 2060",
-    "/v1/chat/completions": '"finish_reason":"length"',
+    "/v1/chat/completions": '"finish_reason":"',  # a tiny model ends where it likes
     "from openai import OpenAI": "w",
     "vramancer run": "w",
     "vramancer status": "my-model",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import signal
 import stat
 import subprocess
@@ -91,10 +92,9 @@ def test_every_documented_route_answers(server: Server) -> None:
     assert status == 200
 
 
-def test_loading_is_reported(server: Server) -> None:
-    log = server.log.read_text()
-    assert "loading weights" in log
-    assert "percent=100" in log
+def test_a_load_is_reported(server: Server) -> None:
+    """By what it came to; steps of a load that is over at once are not told (`tests/cli/test_server.py`)."""
+    assert re.search(r"model loaded .*model=vramancer-demo .*seconds=[\d.]+", server.log.read_text())
 
 
 def test_one_request_can_be_cancelled_by_its_id(server: Server) -> None:
