@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,26 @@ from vramancer.cli.doctor import print_diagnosis
 GIB = 1024**3
 
 
+def busy_reader(busy: Callable[[], float]) -> type[Any]:
+    """Stands for `DeviceReader`: tests run beside others, whose work would be noise."""
+
+    class Reader:
+        def read(self, devices: Any) -> list[DeviceReading]:
+            return [DeviceReading(device.name, utilization=busy()) for device in devices]
+
+        def close(self) -> None:
+            pass
+
+    return Reader
+
+
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for info in iter_settings():
         monkeypatch.delenv(info.env, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(noise, "_LOOK_S", 0.0)
+    monkeypatch.setattr(noise, "DeviceReader", busy_reader(lambda: 0.0))
     (CACHE_DIR / "kernels").mkdir(parents=True, exist_ok=True, mode=0o700)
     (tmp_path / "kernels").symlink_to(CACHE_DIR / "kernels", target_is_directory=True)
 
@@ -198,14 +213,7 @@ def test_the_warning_stays_with_the_measurement_until_it_is_made_again(
 ) -> None:
     busy = 0.8
 
-    class Reader:
-        def read(self, devices: Any) -> list[DeviceReading]:
-            return [DeviceReading(device.name, utilization=busy) for device in devices]
-
-        def close(self) -> None:
-            pass
-
-    monkeypatch.setattr(noise, "DeviceReader", Reader)
+    monkeypatch.setattr(noise, "DeviceReader", busy_reader(lambda: busy))
     measured = []
     measure = LayerProfiler._measure_device
     monkeypatch.setattr(

@@ -29,7 +29,7 @@ def test_markdown_looks_the_same_however_it_comes(size: int) -> None:
     pieces = on_terminal(Scripted(says(*in_pieces(ANSWER, size))), "?", width=70).text
     assert pieces.rpartition("\n")[0].splitlines()[:-1] == whole.rpartition("\n")[0].splitlines()[:-1]
     assert "**" not in whole
-    assert " RTX 3090     936 GB/s   38\n" in whole
+    assert " RTX 3090     936 GB/s   24\n" in whole
 
 
 def test_words_wrap_and_markup_is_drawn() -> None:
