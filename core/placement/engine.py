@@ -275,7 +275,11 @@ def _insufficient(request: PlacementProblem, cuts: Sequence[Cut]) -> Insufficien
         devices[device].name: (request.costs.needed_bytes(first, last, tokens), devices[device].limit_bytes)
         for device, first, last in cuts
     }
-    layers = ", ".join(f"{cut.last - cut.first} layers on {devices[cut.device].name}" for cut in cuts)
+    sizes = [cut.last - cut.first for cut in cuts]
+    layers = ", ".join(
+        f"{size} layer{'' if size == 1 else 's'} on {devices[cut.device].name}"
+        for size, cut in zip(sizes, cuts, strict=True)
+    )
     return lacking_memory(f"{request.model_name} does not fit with a KV cache of {tokens} tokens and {layers}", needs)
 
 
