@@ -33,9 +33,9 @@ from core.profiling.diagnosis import (  # noqa: E402
     DeviceDiagnosis,
     Diagnosis,
     LinkDiagnosis,
-    _limits,
-    _noise_warnings,
     compute_bound_streams,
+    noise_warnings,
+    what_limits,
 )
 from core.profiling.noise import Noise  # noqa: E402
 from vramancer.cli.chat.answerer import Message, Piece, Sampling  # noqa: E402
@@ -185,7 +185,7 @@ The **5070 Ti** reads memory a little slower than the 3090, but it computes fast
 You can try a split before you load it:
 
 ```sh
-vramancer plan Qwen/Qwen3-14B --gpu 3090 --gpu 5070ti   # no download, the config is enough
+vramancer plan ./Qwen3-14B --gpu 3090 --gpu 5070ti   # its config.json is enough
 ```
 """
 
@@ -281,7 +281,7 @@ def example_diagnosis() -> Diagnosis:
     links = tuple(
         LinkDiagnosis(f"cuda:{src}", f"cuda:{1 - src}", "staged", "measured", 3.1e-5, 11.6e9) for src in (0, 1)
     )
-    warning = _noise_warnings({"cuda:1": Noise(0.56)})
+    warning = noise_warnings({"cuda:1": Noise(0.56)})
     return Diagnosis(MODEL, "bfloat16", "2.13.0", 8, devices, links, tuple(warning))
 
 
@@ -299,7 +299,7 @@ def _card(
         limit_bytes=int(0.97 * free * GIB), attention="triton", source="measured", bandwidth_bytes_s=bandwidth,
         kv_bandwidth_bytes_s=profile.kv_bytes_s, flops={str(rows): value for rows, value in rates},
         layer_overhead_s=3e-4, row_overhead_s=2e-6, step_overhead_s=1e-3, sharing=None, compute_bound_streams=streams,
-        limits=_limits(profile, 2, streams),
+        limits=what_limits(profile, 2, streams),
         datasheet=Datasheet(card, sheet[1], sheet[2], bandwidth / sheet[1], rate / sheet[2]),
     )  # fmt: skip
 

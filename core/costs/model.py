@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from core.costs.plan import Experts, LayerCosts
 
+ALLOCATOR_MARGIN = 1.1
+"""By how much more than its tensors a step may take: allocators round sizes up and leave gaps between them."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelBytes:

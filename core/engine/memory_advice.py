@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from core.config import Settings
 from core.costs import PlacementPlan, PlacementProblem
-from core.devices import format_bytes
+from core.devices.device import format_bytes
 from core.engine.problem import least_kv_tokens, lend_ratio
 from core.errors import InsufficientMemoryError
 from core.placement.engine import cuts_by_hand, place

@@ -14,7 +14,7 @@ from core.costs import (
     PlacementPlan,
     PlacementProblem,
 )
-from core.devices import format_bytes
+from core.devices.device import format_bytes
 from core.errors import ContextLengthError, InsufficientMemoryError
 from core.placement.engine import parse_layers
 from core.placement.pooled import PooledKV, pool_of

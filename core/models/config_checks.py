@@ -14,35 +14,15 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from core.errors import CheckpointError
+from core.models.bounds import EXPERTS, HUGE, LATENT, LIMITS, MOST_EXPERTS
 from core.models.json_files import shown
 
 DTYPE_NAMES = ("float32", "float16", "bfloat16", "float64", "auto")
 ROPE_TYPES = ("default", *sorted(ROPE_INIT_FUNCTIONS))
 _OLD_ROPE_TYPES = {"su": "longrope"}
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_LATENT = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-
-_LIMITS = {
-    "num_hidden_layers": 4096,
-    "hidden_size": 1 << 20,
-    "intermediate_size": 1 << 24,
-    "moe_intermediate_size": 1 << 24,
-    "num_attention_heads": 1 << 14,
-    "num_key_value_heads": 1 << 14,
-    "head_dim": 1 << 14,
-    "vocab_size": 1 << 24,
-    "max_position_embeddings": 1 << 31,
-    "sliding_window": 1 << 31,
-    "num_experts_per_tok": 1 << 14,
-    "num_nextn_predict_layers": 64,
-    **dict.fromkeys(_EXPERTS, 1 << 14),
-    **dict.fromkeys(_LATENT, 1 << 16),
-}
-"""The most that any model could have of each, where nothing else says."""
-_HUGE, _MOST_EXPERTS = 1e30, 1 << 17
 _MAY_BE_ZERO = {
-    "moe_intermediate_size", "sliding_window", "num_experts_per_tok", "num_nextn_predict_layers", *_EXPERTS, *_LATENT,
+    "moe_intermediate_size", "sliding_window", "num_experts_per_tok", "num_nextn_predict_layers", *EXPERTS, *LATENT,
 }  # fmt: skip
 _MAY_BE_NULL = {"num_key_value_heads", "head_dim", *_MAY_BE_ZERO}
 _MAY_BE_LISTS = {"num_key_value_heads", "intermediate_size"}  # one number per layer
@@ -64,7 +44,7 @@ class Sizes:
         """Of what a config may count or size in this field; None: the files do not say."""
         if field == "num_hidden_layers":
             return self.numbers or None
-        if field in _EXPERTS:
+        if field in EXPERTS:
             return max(self.numbers, self.dimension) or None
         return self.dimension or None if field in ("hidden_size", "vocab_size") else None
 
@@ -74,7 +54,7 @@ def check_raw(config: dict[str, Any], aliases: Mapping[str, str], sizes: Sizes |
     Old names of rotary types are replaced. Raises `CheckpointError` with the field."""
     _check_finite("", config)
     for where, part in _parts(config):
-        for name, most in _LIMITS.items():
+        for name, most in LIMITS.items():
             given = next((key for key in (aliases.get(name, name), name) if key in part), None)
             if given is not None:
                 _check_count(where + given, name, part[given], most, sizes)
@@ -85,7 +65,7 @@ def check_raw(config: dict[str, Any], aliases: Mapping[str, str], sizes: Sizes |
                 raise field_error(where + name, value, f"one of {', '.join(DTYPE_NAMES)}")
         for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "rope_theta"):
             if part.get(name) is not None:
-                _check_number(where + name, part[name], above=0.0 if name == "rope_theta" else -_HUGE)
+                _check_number(where + name, part[name], above=0.0 if name == "rope_theta" else -HUGE)
         for name in ("rope_parameters", "rope_scaling"):
             if part.get(name) is not None:
                 _check_rope(where + name, part[name])
@@ -131,7 +111,7 @@ def _check_count(field: str, name: str, value: object, most: int, sizes: Sizes |
 
 def _check_finite(field: str, value: object) -> None:
     """Whatever a number is for, it has an end; what is inside of lists and objects counts too."""
-    if isinstance(value, float) and not -_HUGE < value < _HUGE:  # nor is NaN
+    if isinstance(value, float) and not -HUGE < value < HUGE:  # nor is NaN
         raise field_error(field, value, "a number that has an end")
     if isinstance(value, (dict, list)):
         for name, each in value.items() if isinstance(value, dict) else enumerate(value):
@@ -141,16 +121,16 @@ def _check_finite(field: str, value: object) -> None:
 def _check_experts(where: str, part: dict[str, Any], aliases: Mapping[str, str]) -> None:
     """All together, since each may be a module."""
     layers = part.get(aliases.get("num_hidden_layers", "num_hidden_layers"))
-    for name in _EXPERTS:
+    for name in EXPERTS:
         each = part.get(aliases.get(name, name))
-        if isinstance(each, int) and isinstance(layers, int) and layers * each > _MOST_EXPERTS:
-            raise field_error(where + name, each, f"at most {_MOST_EXPERTS // layers} in each of {layers} layers")
+        if isinstance(each, int) and isinstance(layers, int) and layers * each > MOST_EXPERTS:
+            raise field_error(where + name, each, f"at most {MOST_EXPERTS // layers} in each of {layers} layers")
 
 
-def _check_number(field: str, value: object, *, above: float = -_HUGE) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and above < value < _HUGE
+def _check_number(field: str, value: object, *, above: float = -HUGE) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and above < value < HUGE
     if not is_number:  # nor is NaN
-        raise field_error(field, value, "a number" if above == -_HUGE else f"a number above {above:g}")
+        raise field_error(field, value, "a number" if above == -HUGE else f"a number above {above:g}")
 
 
 def check_token_ids(field: str, value: object, file: str = "config.json") -> None:
@@ -245,13 +225,13 @@ def check_shape(text: Any) -> None:
     if isinstance(groups, int) and groups and heads % groups:
         raise field_error("num_attention_heads", heads, f"a multiple of num_key_value_heads, {groups}")
     if getattr(text, "kv_lora_rank", None):
-        for name in _LATENT[2:]:
+        for name in LATENT[2:]:
             if not getattr(text, name, None):
                 raise field_error(name, getattr(text, name, None), "above 0")
     padding = getattr(text, "pad_token_id", None)
     if padding is not None and not -text.vocab_size <= padding < text.vocab_size:
         raise field_error("pad_token_id", padding, f"below vocab_size, {text.vocab_size}")
-    for name in _EXPERTS:
+    for name in EXPERTS:
         count, used = getattr(text, name, None), getattr(text, "num_experts_per_tok", None)
         if isinstance(count, int) and isinstance(used, int) and used > count > 0:
             raise field_error("num_experts_per_tok", used, f"at most {name}, {count}")

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from core.costs import Experts, ModelBytes, Workspace
+from core.costs.model import ALLOCATOR_MARGIN
 from core.errors import CheckpointError
+from core.models.bounds import LIMITS, MOST_EXPERTS
 from core.models.json_files import read_json_object
 from core.models.served_dtype import ELEMENT_BYTES
 
 _INVERSE_BYTES = 4
 """Of a rotary frequency; modules keep two of each pair of a head's numbers."""
-_MARGIN = 1.1
-"""Allocators round sizes up and leave gaps between tensors."""
 _SAMPLING_BYTES = 54
 """Per row and token of the vocabulary, with every parameter of sampling in use."""
 
@@ -30,7 +30,6 @@ _ROPES = frozenset({"default", "linear", "llama3", "yarn", "longrope", "su"})
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _ELSEWHERE = ("quantization_config", "compression_config", "text_config", "auto_map", "use_bidirectional_attention")
 """Fields whose models are not planned by arithmetic."""
-_MOST = 1 << 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +148,9 @@ class FamilyModel:
         each = (max(attention, mlp) + 2 * self.head_dim) * ELEMENT_BYTES[dtype]
         whole = tokens * hidden * ELEMENT_BYTES[dtype] + rows * self.vocab_size * ELEMENT_BYTES[dtype]
         sampling = _SAMPLING_BYTES * rows * self.vocab_size
-        return Workspace(int(_MARGIN * tokens * each), int(_MARGIN * (max(0, whole - tokens * each) + sampling)))
+        return Workspace(
+            int(ALLOCATOR_MARGIN * tokens * each), int(ALLOCATOR_MARGIN * (max(0, whole - tokens * each) + sampling))
+        )
 
     def _attention_parameters(self) -> int:
         family, hidden = self.family, self.hidden_size
@@ -211,37 +212,48 @@ def read_family(path: Path, asked_dtype: str = "auto") -> FamilyModel | None:
 
 
 def _is_plain(config: Mapping[str, Any], family: _Family) -> bool:
+    """Whether the fields that the arithmetic asks for are there, within bounds, and nothing changes what they mean."""
     counts = ["num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size"]
     counts += ["max_position_embeddings", family.inner]
     counts += ["num_experts_per_tok"] if family.experts else []
     counts += ["head_dim"] if family.head_dim or config.get("head_dim") is not None else []
-    if not all(_is_count(config.get(name)) for name in counts):
+    if not all(_is_count(config.get(name), LIMITS[name]) for name in counts):
         return False
-    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    layers, heads, groups = (
+        config[name] for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    )
     if heads % groups or (config.get("head_dim") is None and config["hidden_size"] % heads):
         return False
     experts = _experts(config, family)
-    if family.experts and (not _is_count(experts) or config["num_experts_per_tok"] > experts):
+    if family.experts and (not _is_count(experts, MOST_EXPERTS // layers) or config["num_experts_per_tok"] > experts):
         return False
     switches = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+    kinds = config.get("layer_types")
+    share = config.get("partial_rotary_factor", 1.0)
     return (
         all(config.get(name) in (None, False) for name in _ELSEWHERE)
         and all(isinstance(config.get(name, False), bool) for name in switches)
-        and config.get("hidden_act", config.get("hidden_activation", "silu")) in _ACTIVATIONS
-        and all(kind in _LAYER_TYPES for kind in config.get("layer_types") or ())
-        and len(config.get("layer_types") or [0] * config["num_hidden_layers"]) == config["num_hidden_layers"]
+        and _is_name(config.get("hidden_act", config.get("hidden_activation", "silu")), _ACTIVATIONS)
+        and (kinds is None or (isinstance(kinds, list) and len(kinds) == layers))
+        and all(_is_name(kind, _LAYER_TYPES) for kind in kinds or ())
         and all(_is_plain_rope(config.get(name)) for name in ("rope_parameters", "rope_scaling"))
-        and config.get("decoder_sparse_step", 1) == 1 and not config.get("mlp_only_layers")
-        and isinstance(config.get("partial_rotary_factor", 1.0), (int, float))
-    )  # fmt: skip
+        and config.get("decoder_sparse_step", 1) == 1
+        and not config.get("mlp_only_layers")
+        and isinstance(share, (int, float))
+        and 0 < share <= 1
+    )
 
 
 def _experts(config: Mapping[str, Any], family: _Family) -> Any:
     return next((config[name] for name in family.experts if name in config), None)
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MOST
+def _is_count(value: object, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+
+
+def _is_name(value: object, known: frozenset[str]) -> bool:
+    return isinstance(value, str) and value in known
 
 
 def _is_plain_rope(rope: object) -> bool:
@@ -250,14 +262,14 @@ def _is_plain_rope(rope: object) -> bool:
     if not isinstance(rope, dict):
         return False
     parts = [value for value in rope.values() if isinstance(value, dict)] or [rope]
-    return all(part.get("rope_type", part.get("type", "default")) in _ROPES for part in parts) and all(
+    return all(_is_name(part.get("rope_type", part.get("type", "default")), _ROPES) for part in parts) and all(
         part.get("partial_rotary_factor", 1.0) == 1.0 for part in parts
     )
 
 
 def _dtype(config: Mapping[str, Any], path: Path) -> str | None:
     """As the config says; where it does not and there are weights, they have to be looked at."""
-    named = config.get("dtype", config.get("torch_dtype"))
+    named = config.get("dtype") if config.get("dtype") is not None else config.get("torch_dtype")
     if isinstance(named, str):
         return named.removeprefix("torch.")
     return "float32" if named is None and not _has_weights(path) else None

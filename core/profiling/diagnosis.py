@@ -147,7 +147,7 @@ def diagnose(settings: Settings, refresh: bool = False, *, budget_s: float = DEV
             *(f"No GPU: {reason}." for reason in machine.missing),
             *(f"{reason}." for reason in left_out(machine, devices)),
             *_kernel_warnings(settings, devices, attention),
-            *_noise_warnings(profiler.noise),
+            *noise_warnings(profiler.noise),
             *_memory_warnings(devices, memory),
         ),
     )
@@ -176,7 +176,7 @@ def diagnose_device(
         step_overhead_s=profile.step_overhead_s,
         sharing=profile.sharing,
         compute_bound_streams=streams,
-        limits=_limits(profile, dtype.itemsize, streams),
+        limits=what_limits(profile, dtype.itemsize, streams),
         datasheet=_datasheet(memory, product, profile, dtype) if not device.computes_on_cpu else None,
     )
 
@@ -196,7 +196,8 @@ def format_rate(rate: float, unit: str) -> str:
     return f"{rate / scale:.3g} {prefix}{unit}/s"
 
 
-def _limits(profile: DeviceProfile, element_bytes: int, streams: int | None) -> str:
+def what_limits(profile: DeviceProfile, element_bytes: int, streams: int | None) -> str:
+    """A sentence: what holds a device back with few streams, and with many (from `streams` on; None: never)."""
     reading = f"memory bandwidth ({format_rate(profile.bandwidth_bytes_s, 'B')})"
     reached = profile.flops_at(1) / 2 * element_bytes
     if reached * _CALLS < profile.bandwidth_bytes_s:
@@ -243,7 +244,8 @@ def _kernel_warnings(settings: Settings, devices: Sequence[Device], attention: S
     return found
 
 
-def _noise_warnings(noise: Mapping[str, Noise]) -> list[str]:
+def noise_warnings(noise: Mapping[str, Noise]) -> list[str]:
+    """For devices that had other work while they were measured, by name."""
     return [
         f"{name} was busy with other work ({found.busy:.0%} of the time) when it was measured: its speeds come out too "
         "low. The next doctor measures it again, if it is idle then."

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from core.costs import Experts, Workspace
+from core.costs.model import ALLOCATOR_MARGIN
 from core.errors import UnsupportedModelError
 from core.execution.attention.interface import ATTENTION_NAME, bind
 from core.execution.attention.metadata import AttentionSpec
@@ -31,9 +32,6 @@ from core.models.stage_model import PassThrough, find_decoder
 from core.request import SamplingParams
 
 logger = get_logger(__name__)
-
-_MARGIN = 1.1
-"""Allocators round sizes up and leave gaps between tensors."""
 
 _STEPS_OF_GATES = 5
 """Tensors that are made on the way from gate and up to what goes down: clamped, halves, sigmoid, products."""
@@ -137,7 +135,7 @@ def measure_workspace(
         logger.info("workspace is estimated", model=architecture.model_type, reason=str(error).splitlines()[0])
         return None
     sampling = _sampling_bytes() * rows * architecture.vocab_size
-    return Workspace(int(_MARGIN * layers), int(_MARGIN * (max(0, whole - layers) + sampling)))
+    return Workspace(int(ALLOCATOR_MARGIN * layers), int(ALLOCATOR_MARGIN * (max(0, whole - layers) + sampling)))
 
 
 def peak_of(work: Callable[[], object], known: tuple[torch.Tensor, ...] = ()) -> int:

@@ -84,6 +84,14 @@ def test_a_familys_arithmetic_is_what_its_class_has(tmp_path: Path, family: str,
         {"rope_scaling": "twice"},
         {"dtype": "int4"},
         {"tie_word_embeddings": "no"},
+        {"hidden_act": ["silu"]},
+        {"layer_types": 5},
+        {"layer_types": [["full_attention"]] * 4},
+        {"rope_scaling": {"rope_type": ["yarn"]}},
+        {"partial_rotary_factor": float("nan")},
+        {"partial_rotary_factor": -1},
+        {"num_hidden_layers": 10**9},
+        {"hidden_size": 2**40},
     ],
 )
 def test_what_is_not_plain_is_left_to_the_models_class(tmp_path: Path, changed: dict[str, Any]) -> None:
@@ -92,6 +100,22 @@ def test_what_is_not_plain_is_left_to_the_models_class(tmp_path: Path, changed: 
     config = json.loads((tmp_path / "config.json").read_text()) | changed
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_family(tmp_path) is None
+
+
+def test_more_experts_than_any_model_has_are_not_counted(tmp_path: Path) -> None:
+    write(tmp_path, "mixtral")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for experts, plain in ((8, True), (10**6, False)):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "num_local_experts": experts}))
+        assert (read_family(tmp_path) is not None) == plain
+
+
+def test_an_old_name_of_the_dtype_is_read_where_the_new_one_is_null(tmp_path: Path) -> None:
+    write(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": None, "torch_dtype": "float16"}))
+    found = read_family(tmp_path)
+    assert found is not None and found.dtype == "float16"
 
 
 def test_files_may_have_what_the_config_does_not_tell(tmp_path: Path) -> None:
