@@ -128,6 +128,16 @@ def test_room_for_driver_and_desktop_is_kept(large: str) -> None:
     assert any("desktop" in line for line in plan["assumed"])
 
 
+def test_a_plan_that_a_load_would_refuse_is_refused(large: str) -> None:
+    """Lending brings devices together, but not to as much KV as one request of that length needs."""
+    cards = ("--gpu", "20GiB@900GB/s", "--gpu", "12GiB@400GB/s", "--stream-weights", "off", "--max-model-len")
+    held = plan_json(large, *cards, "1024")["pooled"]["tokens"]
+    assert plan_json(large, *cards, str(held - 1024))["pooled"]["tokens"] >= held - 1024
+    refused = CliRunner().invoke(app, ["plan", large, *cards, "32768", "--log-level", "error"])
+    assert held < 32768 and refused.exit_code == 1, refused.output
+    assert "KV cache of 32768 tokens" in refused.output and "--max-model-len" in refused.output
+
+
 def test_what_numbers_rest_on_is_told(large: str) -> None:
     text = "\n".join(plan_at(200, large, "--gpu", "3090*2"))
     assert "from datasheets: memory, bandwidth and compute of the cards" in text
