@@ -10,17 +10,26 @@ from pathlib import Path
 
 import psutil
 
+from core.config import load_settings
+
+_CPUINFO = Path("/proc/cpuinfo")
 PACKAGES = ("torch", "transformers", "llama-cpp-python", "gguf", "safetensors", "numpy")
 
 
+INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 bf16", "avx512f": "AVX-512", "avx2": "AVX2"}
+"""By their names in Linux's `/proc/cpuinfo`, widest first: what decides which kernels are the faster ones."""
+
+
 def cpu_model() -> str:
-    """The processor's name as the system reports it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    """The processor's name as the system reports it, and its widest instructions that are used."""
+    lines = [line.split(":", 1) for line in _CPUINFO.read_text().splitlines()] if _CPUINFO.is_file() else []
+    facts = {line[0].strip(): line[1].strip() for line in lines if len(line) == 2}
+    names = facts.get("flags", "").split()
+    widest = next((said for name, said in INSTRUCTIONS.items() if name in names), None)
+    if load_settings().engine.cpu_instructions == "avx2":
+        widest = f"{widest}, held to AVX2" if widest != "AVX2" else widest
+    model = facts.get("model name") or platform.processor() or platform.machine()
+    return f"{model} ({widest})" if widest else model
 
 
 def usable_cores() -> int:

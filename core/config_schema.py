@@ -195,6 +195,12 @@ class EngineSettings(Section):
     )
     enable_prefix_caching: bool = _setting(True, "Reuse the KV cache of prompts that begin alike.")
     native_kernels: bool = _setting(True, "Use the compiled CPU kernels where they can be built.")
+    cpu_instructions: Literal["native", "avx2"] = _setting(
+        "native",
+        "Instructions that the CPU kernels are built with: native, all that this processor has; avx2, those of x86-64 "
+        "processors before AVX-512, to compare.",
+        env="VRM_CPU_INSTRUCTIONS",
+    )
     breaker_failures: int = _setting(5, "Failed steps in a row after which requests are refused.", ge=1, le=1000)
     breaker_reset_s: float = _setting(10.0, "Seconds until refused requests are tried again.", gt=0.0, le=3600.0)
 

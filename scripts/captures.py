@@ -15,8 +15,10 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyte
@@ -25,9 +27,9 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from core.config import load_settings  # noqa: E402
+from core.config import Settings, load_settings  # noqa: E402
 from core.costs import DeviceProfile  # noqa: E402
-from core.engine.preview import preview  # noqa: E402
+from core.engine.preview import Preview, preview  # noqa: E402
 from core.profiling.diagnosis import (  # noqa: E402
     Datasheet,
     DeviceDiagnosis,
@@ -38,6 +40,7 @@ from core.profiling.diagnosis import (  # noqa: E402
     what_limits,
 )
 from core.profiling.noise import Noise  # noqa: E402
+from vramancer.banner import Reached, banner  # noqa: E402
 from vramancer.cli.chat.answerer import Message, Piece, Sampling  # noqa: E402
 from vramancer.cli.chat.conversation import Conversation  # noqa: E402
 from vramancer.cli.chat.screen import Screen  # noqa: E402
@@ -248,15 +251,33 @@ LLAMA_8B = {
 }  # fmt: skip
 
 
-def plan_capture(width: int) -> str:
-    """`vramancer plan ./llama-8b --gpu 3090 --gpu 5070ti --more 3060`."""
-    terminal = Terminal(width)
+def planned(more: Sequence[str] = ()) -> tuple[Preview, Settings]:
+    """`LLAMA_8B` on a 3090 and a 5070 Ti."""
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "llama-8b"
         model.mkdir()
         (model / "config.json").write_text(json.dumps(LLAMA_8B))
         settings = load_settings(Path(os.devnull), {"HOME": folder}, overrides={"model.name": str(model)})
-        print_plan(preview(settings, ["3090", "5070ti"], more=["3060"]), terminal.console())
+        return preview(settings, ["3090", "5070ti"], more=more), settings
+
+
+def plan_capture(width: int) -> str:
+    """`vramancer plan ./llama-8b --gpu 3090 --gpu 5070ti --more 3060`."""
+    terminal = Terminal(width)
+    print_plan(planned(["3060"])[0], terminal.console())
+    return terminal.text
+
+
+def banner_capture(width: int) -> str:
+    """`vramancer serve --model ./llama-8b` on such cards, the first time, while another server has the metrics port."""
+    terminal = Terminal(width)
+    plan, settings = planned()
+    stages = tuple(replace(stage, device_name=f"cuda:{i}") for i, stage in enumerate(plan.placement.stages))
+    plan = replace(plan, placement=replace(plan.placement, stages=stages))
+    model = SimpleNamespace(name="llama-8b", aliases=(), dtype="bfloat16", max_model_len=131072)
+    serving: Any = SimpleNamespace(engine=SimpleNamespace(plan=plan), model=model, settings=settings)
+    token_file = Path("/home/me/.local/state/vramancer/api-token")
+    terminal.write(banner(serving, Reached("127.0.0.1", 5000, 9109, token_file, "vrm-EXAMPLE")) + "\n")
     return terminal.text
 
 
@@ -307,6 +328,7 @@ def _card(
 def captures() -> dict[str, str]:
     """Name of each file, and its text."""
     drawn = {"status": status_capture, "run": run_capture, "plan": plan_capture, "doctor": doctor_capture}
+    drawn["banner"] = banner_capture
     return {f"{name}-{width}.txt": draw(width) for name, draw in drawn.items() for width in WIDTHS}
 
 

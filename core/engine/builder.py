@@ -172,7 +172,7 @@ class EngineBuilder:
         running = RunningSequences()
         memory = open_kv(plan, settings, stages, self.budgets, salt, self._blocks, running)
         try:
-            torch_threads = 1 if products_are_native(backends, plan) else self._threads.together
+            torch_threads = 1 if products_are_native(backends, plan, settings) else self._threads.together
             runner = ModelRunner(stages, self._transfer, self._threads, torch_threads)
             batcher = ContinuousBatcher(
                 runner,

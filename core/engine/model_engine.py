@@ -75,7 +75,7 @@ class ModelEngine:
         its operations and would take the cores from the kernels' threads. In fp32, and on processors that multiply
         bf16 in hardware, torch does the larger products.
         """
-        return 1 if products_are_native(self.backends, self.plan) else cpu_threads
+        return 1 if products_are_native(self.backends, self.plan, self.settings) else cpu_threads
 
     def check_invariants(self) -> None:
         """Audit blocks and budgets. Call it while the engine is idle."""
@@ -111,9 +111,10 @@ class ModelEngine:
         self.main_memory.close(self.budgets[HOST])
 
 
-def products_are_native(backends: Sequence[str], plan: ModelPlan) -> bool:
+def products_are_native(backends: Sequence[str], plan: ModelPlan, settings: Settings) -> bool:
     """Whether torch has no larger products to compute."""
-    return all(name == "native" for name in backends) and do_all_products(plan.architecture.dtype)
+    instructions = settings.engine.cpu_instructions
+    return all(name == "native" for name in backends) and do_all_products(plan.architecture.dtype, instructions)
 
 
 def describe(plan: ModelPlan, settings: Settings, tokenizer: Tokenizer) -> LoadedModel:

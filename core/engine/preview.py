@@ -55,7 +55,7 @@ def preview(settings: Settings, gpus: Sequence[str] = (), *, more: Sequence[str]
     (see `core.costs.cards.gpu_spec`). `more`: what each of these would bring on top; for described cards that is
     one more of each, unless others are named. Raises what a load would.
     """
-    resolved = resolve_model(settings.model.name, settings.model.revision)
+    resolved = resolve_model(settings.model.name, settings.model.revision, config_only=True)
     cards = gpu_spec(*gpus)
     shown = _on_cards(resolved, settings, cards) if cards else _on_this_machine(resolved, settings)
     others = more or tuple(dict.fromkeys(text.partition("*")[0].strip() for text in gpus))

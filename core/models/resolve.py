@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ _REVISION = re.compile(r"[\w./-]{1,200}")
 _TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 """What the hub's HTTP client raises, whichever that is."""
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+_CONFIG_FILES = ["config.json", "generation_config.json"]
+_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +56,9 @@ class AvailableModel:
     loaded: bool = False
 
 
-def resolve_model(name: str | None, revision: str | None = None) -> ResolvedModel:
-    """Find a model, downloading it from the hub if it is not there yet (safetensors and text files alone).
+def resolve_model(name: str | None, revision: str | None = None, *, config_only: bool = False) -> ResolvedModel:
+    """Find a model, downloading it from the hub if it is not there yet (safetensors and text files alone; with
+    `config_only` no more than what a plan needs).
 
     Raises `ModelNotFoundError`, `InvalidRequestError` for what can be no name, and `UnsupportedModelError` for a file.
     """
@@ -69,7 +73,7 @@ def resolve_model(name: str | None, revision: str | None = None) -> ResolvedMode
         raise ModelNotFoundError(f"There is no directory {name!r}, and it is not a hub id (owner/name).", param="model")
     if revision is not None and not _REVISION.fullmatch(revision):
         raise InvalidRequestError(f"{revision!r} can be no branch, tag or commit.", param="revision")
-    return _from_hub(name, revision)
+    return _from_hub(name, revision, config_only)
 
 
 def _local(name: str) -> Path | None:
@@ -91,16 +95,32 @@ def _local(name: str) -> Path | None:
         raise InvalidRequestError(f"{name[:200]!r} cannot be looked at: {reason}.", param="model") from error
 
 
-def _from_hub(name: str, revision: str | None) -> ResolvedModel:
+def _from_hub(name: str, revision: str | None, config_only: bool) -> ResolvedModel:
+    files = _CONFIG_FILES if config_only else _FILES
     try:
         try:
-            path = snapshot_download(name, revision=revision, allow_patterns=_FILES, local_files_only=True)
+            path = Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=True))
+            there = (path / "config.json").exists() if config_only else _is_whole(path)
         except LocalEntryNotFoundError:
-            path = snapshot_download(name, revision=revision, allow_patterns=_FILES)
+            there = False
+        if not there:
+            path = Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, _TRANSPORT_ERROR, OSError) as error:
         logger.warning("a model cannot be had from the hub", model=name, revision=revision, error=repr(error))
         raise ModelNotFoundError(_why_not(name, revision, error), param="model") from error
-    return ResolvedModel(name, Path(path), revision)
+    return ResolvedModel(name, path, revision)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a snapshot has its config and its weights. A download may have been cut off, or of the config alone."""
+    try:
+        named = json.loads((path / _INDEX).read_bytes())["weight_map"].values()
+        weights = all((path / file).exists() for file in named)
+    except FileNotFoundError:
+        weights = any(path.glob("*.safetensors"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        weights = True  # a wrong index is named where the checkpoint is read
+    return weights and (path / "config.json").exists()
 
 
 def _why_not(name: str, revision: str | None, error: Exception) -> str:
@@ -142,7 +162,7 @@ def available_models() -> list[AvailableModel]:
             continue
         for revision in sorted(repo.revisions, key=lambda item: -item.last_modified)[:1]:
             path = revision.snapshot_path
-            if (path / "config.json").exists() and any(path.rglob("*.safetensors")):
+            if _is_whole(path):
                 found.append(_entry(repo.repo_id, path))
     return found
 

@@ -110,7 +110,7 @@ class LayerProfiler(LinkProfiler):
             "dtype": str(architecture.dtype).removeprefix("torch."),
             "shape": layer_shape(architecture),
             "attention": backend.name,
-            "native_kernels": adapter is not None,
+            "native_kernels": None if adapter is None else adapter.kernels.instructions,
             "kernels": kernel_digest(),
         }
 
@@ -189,7 +189,9 @@ class LayerProfiler(LinkProfiler):
 
     def _torch_threads(self, dtype: torch.dtype, adapter: LinearAdapter | None) -> int:
         """As the engine has it: one where the native kernels do all products."""
-        return 1 if adapter is not None and do_all_products(dtype) else self._cpu_threads
+        if adapter is not None and do_all_products(dtype, adapter.kernels.instructions):
+            return 1
+        return self._cpu_threads
 
 
 def _as_it_is(model: nn.Module) -> None:

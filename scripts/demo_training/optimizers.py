@@ -14,10 +14,13 @@ DECAY_FROM = 0.3
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step is orthogonalised, in float32; for weight matrices. Equal shapes share a product."""
+    """Momentum whose step is orthogonalised, in `dtype`; for weight matrices. Equal shapes share a product."""
 
-    def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.01) -> None:
+    def __init__(
+        self, parameters: list[nn.Parameter], lr: float, dtype: torch.dtype, momentum: float = 0.95, decay: float = 0.01
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "decay": decay})
+        self._dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -34,7 +37,7 @@ class Muon(torch.optim.Optimizer):
                     buffer = state.setdefault("momentum", torch.zeros_like(parameter))
                     buffer.lerp_(parameter.grad, 1 - group["momentum"])
                     updates.append(parameter.grad.lerp(buffer, group["momentum"]))
-                steps = self._orthogonal(torch.stack(updates))
+                steps = self._orthogonal(torch.stack(updates).to(self._dtype)).float()
                 scale = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
                 for parameter, step in zip(members, steps, strict=True):
                     parameter.mul_(1 - group["lr"] * group["decay"]).add_(step, alpha=-scale)
@@ -51,13 +54,13 @@ class Muon(torch.optim.Optimizer):
         return x.mT if tall else x
 
 
-def build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for embeddings and norms."""
+def build_optimizers(model: LlamaForCausalLM, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+    """Muon, which orthogonalises in `dtype`, for the matrices of the layers, AdamW for embeddings and norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     optimizers: list[torch.optim.Optimizer] = [
-        Muon(matrices, lr=0.02),
+        Muon(matrices, 0.02, dtype),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     for optimizer in optimizers:

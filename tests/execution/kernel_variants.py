@@ -17,6 +17,7 @@ from torch import nn
 
 from core.execution.native import NativeKernels, NativeLinear
 from core.execution.native.build import build_library
+from core.execution.native.instructions import Instructions, compiler_flags
 
 _INFO = Path("/proc/cpuinfo")
 
@@ -27,6 +28,7 @@ class Variant:
 
     flags: tuple[str, ...] | None = None
     needs: frozenset[str] = frozenset()
+    instructions: Instructions = "native"
 
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
@@ -35,7 +37,7 @@ _AVX2_NAMES = frozenset({"avx2", "fma", "f16c", "bmi2"})
 VARIANTS = {
     "this processor": Variant(),
     "any processor": Variant(()),
-    "avx2": Variant(_AVX2, _AVX2_NAMES),
+    "avx2": Variant(None, _AVX2_NAMES, "avx2"),
     "avx512": Variant(_AVX2 + _AVX512, _AVX2_NAMES | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
 }
 
@@ -52,10 +54,11 @@ def load_variant(name: str) -> NativeKernels:
     lacking = variant.needs - _instructions()
     if lacking:
         pytest.skip(f"this processor lacks {', '.join(sorted(lacking))}")
-    path = build_library(CACHE_DIR / "kernels", None if variant.flags is None else [variant.flags])
+    flags = compiler_flags(variant.instructions) if variant.flags is None else [variant.flags]
+    path = build_library(CACHE_DIR / "kernels", flags)
     if path is None:
         pytest.skip("no C compiler that builds this")
-    return NativeKernels(path)
+    return NativeKernels(path, instructions=variant.instructions)
 
 
 @torch.inference_mode()

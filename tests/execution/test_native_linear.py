@@ -12,9 +12,9 @@ from plain_settings import CACHE_DIR
 from torch import nn
 
 from core.execution.native import NativeKernels, NativeLinear, NativeRMSNorm, load_native, swap_linears, swap_norms
-from core.execution.native import kernels as native_kernels
 from core.execution.native.build import build_library
-from core.execution.native.kernels import MAX_ROWS, PreparedLinear
+from core.execution.native.instructions import compiler_flags, do_all_products
+from core.execution.native.kernels import PreparedLinear
 
 BOUNDS = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-6}
 DTYPES = sorted(BOUNDS, key=str)
@@ -83,7 +83,7 @@ def test_views_and_leading_dimensions(kernels: NativeKernels) -> None:
 
 
 def test_rows_that_torch_computes_are_close_too(kernels: NativeKernels) -> None:
-    x, weight, bias = make(MAX_ROWS[torch.float32] + 1, 64, 96, torch.float32)
+    x, weight, bias = make(kernels.max_rows[torch.float32] + 1, 64, 96, torch.float32)
     assert_close(linear(kernels, x, weight, bias), x, weight, bias)
     assert_close(PreparedLinear(kernels, weight, bias).run(x), x, weight, bias)
 
@@ -91,7 +91,7 @@ def test_rows_that_torch_computes_are_close_too(kernels: NativeKernels) -> None:
 def test_with_bf16_instructions_torch_multiplies_many_rows(
     kernels: NativeKernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(MAX_ROWS, torch.bfloat16, 4)
+    monkeypatch.setitem(kernels.max_rows, torch.bfloat16, 4)
     x, weight, bias = make(5, 64, 96, torch.bfloat16)
     with monkeypatch.context() as patched:
         patched.setattr("torch.nn.functional.linear", lambda *given: torch.zeros(1))
@@ -185,11 +185,12 @@ def test_norms_of_a_model_keep_their_meaning(kernels: NativeKernels) -> None:
 
 
 def test_cache_is_reused() -> None:
-    built = build_library(CACHE_DIR / "kernels")
+    flags = compiler_flags("native")
+    built = build_library(CACHE_DIR / "kernels", flags)
     if built is None:
         pytest.skip("no C compiler here")
     stamp = built.stat().st_mtime_ns
-    assert build_library(CACHE_DIR / "kernels") == built and load_native(CACHE_DIR / "kernels") is not None
+    assert build_library(CACHE_DIR / "kernels", flags) == built and load_native(CACHE_DIR / "kernels") is not None
     assert built.stat().st_mtime_ns == stamp
     assert build_library(CACHE_DIR / "kernels", [["-O1"]]) != built, "other flags, other code"
 
@@ -208,7 +209,7 @@ def test_with_a_broken_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_with_a_damaged_or_foreign_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     damaged = tmp_path / "damaged.so"
     damaged.write_bytes(b"not a library")
-    monkeypatch.setattr("core.execution.native.kernels.build_library", lambda folder: damaged)
+    monkeypatch.setattr("core.execution.native.kernels.build_library", lambda folder, flags: damaged)
     assert load_native(tmp_path) is None
     damaged.chmod(0o666)
     assert load_native(tmp_path) is None
@@ -217,11 +218,10 @@ def test_with_a_damaged_or_foreign_library(tmp_path: Path, monkeypatch: pytest.M
 def test_who_multiplies_follows_from_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's threads are kept out of the way only where torch has no product to compute."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
-    monkeypatch.setattr(native_kernels, "MAX_ROWS", native_kernels._max_rows())
-    assert not native_kernels.do_all_products(torch.bfloat16)
+    assert not do_all_products(torch.bfloat16, "native")
+    assert do_all_products(torch.bfloat16, "avx2")
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
-    monkeypatch.setattr(native_kernels.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(native_kernels, "MAX_ROWS", native_kernels._max_rows())
-    assert native_kernels.do_all_products(torch.bfloat16)
-    assert not native_kernels.do_all_products(torch.float32)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert do_all_products(torch.bfloat16, "native")
+    assert not do_all_products(torch.float32, "native")

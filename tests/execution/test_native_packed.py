@@ -20,7 +20,6 @@ from core.execution.native import (
     packs_weights,
     swap_linears,
 )
-from core.execution.native.kernels import MAX_ROWS
 from core.execution.native.packed import exponent_bytes
 
 GROUP = 128
@@ -233,17 +232,19 @@ def test_packing_takes_no_second_copy(kernels: NativeKernels) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "machine", "chosen"), [(1 << 30, "x86_64", True), (4, "x86_64", False), (1 << 30, "arm64", False)]
+    ("multiplies", "machine", "chosen"), [(False, "x86_64", True), (True, "x86_64", False), (False, "arm64", False)]
 )
 def test_what_can_be_packed_is_packed_where_that_is_faster(
-    kernels: NativeKernels, monkeypatch: pytest.MonkeyPatch, rows: int, machine: str, chosen: bool
+    kernels: NativeKernels, monkeypatch: pytest.MonkeyPatch, multiplies: bool, machine: str, chosen: bool
 ) -> None:
     """Not where torch has instructions for bf16 products: there the kernels get few rows alone."""
-    monkeypatch.setitem(MAX_ROWS, torch.bfloat16, rows)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: multiplies, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
     monkeypatch.setattr("platform.machine", lambda: machine)
     model = nn.Sequential(nn.Linear(128, 64)).bfloat16().requires_grad_(False)
     adapter = LinearAdapter(kernels)
-    assert packs_weights(torch.bfloat16) == adapter.packs == chosen
+    chosen = chosen or (kernels.instructions == "avx2" and machine == "x86_64")  # told to be such a processor
+    assert packs_weights(torch.bfloat16, kernels.instructions) == adapter.packs == chosen
     assert adapter.extra_bytes(model) == (64 if chosen else 0)
     adapter(model)
     assert isinstance(model[0], PackedLinear if chosen else NativeLinear)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from plain_settings import make_settings
 from safetensors.torch import load_file, save_file
 from tiny_models import build_tiny
 
+from core.engine.preview import preview
 from core.errors import InvalidRequestError, ModelNotFoundError, UnsupportedModelError, VRAMancerError
 from core.inference_pipeline import InferencePipeline
 from core.models import resolve
@@ -185,3 +189,78 @@ def test_a_revision_that_can_be_none_is_a_bad_request() -> None:
     with pytest.raises(VRAMancerError, match="no branch, tag or commit") as caught:
         resolve_model("some-owner/some-model", "a\0b")
     assert caught.value.status == 400
+
+
+@dataclass
+class Hub:
+    """A hub with one model of two shards, and a cache. `asked` are the patterns of each download from it."""
+
+    snapshot: Path
+    asked: list[list[str]] = field(default_factory=list)
+
+    FILES = ("config.json", "tokenizer.json", "model.safetensors.index.json", "a.safetensors", "b.safetensors")
+
+    def download(self, name: str, *, allow_patterns: list[str], local_files_only: bool = False, **_: Any) -> str:
+        if local_files_only:
+            if not self.snapshot.exists():
+                raise resolve.LocalEntryNotFoundError("not here")
+            return str(self.snapshot)
+        self.asked.append(allow_patterns)
+        self.keep(*(file for file in self.FILES if any(fnmatch(file, pattern) for pattern in allow_patterns)))
+        return str(self.snapshot)
+
+    def keep(self, *files: str) -> None:
+        self.snapshot.mkdir(exist_ok=True)
+        for file in files:
+            index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+            (self.snapshot / file).write_text(json.dumps(index if "index" in file else {}))
+
+    @property
+    def kept(self) -> set[str]:
+        return {file.name for file in self.snapshot.iterdir()}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    found = Hub(tmp_path / "snapshot")
+    monkeypatch.setattr(resolve, "snapshot_download", found.download)
+    return found
+
+
+def test_a_plan_downloads_no_weights_and_a_load_after_it_does(hub: Hub) -> None:
+    assert resolve_model("some/model", config_only=True).path == hub.snapshot
+    assert hub.kept == {"config.json"}
+    resolve_model("some/model", config_only=True)
+    assert len(hub.asked) == 1, "it is there"
+    assert resolve_model("some/model").path == hub.snapshot
+    assert hub.kept == set(Hub.FILES)
+    resolve_model("some/model")
+    assert len(hub.asked) == 2, "all of it is there"
+
+
+def test_the_plan_of_a_hub_model_downloads_its_config_alone(hub: Hub, tiny: Path) -> None:
+    hub.keep()
+    shutil.copy(tiny / "config.json", hub.snapshot)
+    planned = preview(make_settings(model__name="some/model"), ["3090"])
+    assert planned.placement.model_name == "some/model" and not hub.asked
+
+
+@pytest.mark.parametrize("lacking", ["config.json", "a.safetensors", "b.safetensors"])
+def test_a_download_that_was_cut_off_goes_on(hub: Hub, lacking: str) -> None:
+    hub.keep(*(file for file in Hub.FILES if file != lacking))
+    resolve_model("some/model")
+    assert hub.asked and hub.kept == set(Hub.FILES)
+
+
+def test_one_file_of_weights_needs_no_index(hub: Hub) -> None:
+    hub.keep("config.json", "model.safetensors")
+    resolve_model("some/model")
+    assert not hub.asked
+
+
+@pytest.mark.parametrize("index", ["", "[]", '{"weight_map": 3}', '{"weight_map": {"x": 3}}'])
+def test_a_wrong_index_is_left_to_who_reads_the_checkpoint(hub: Hub, index: str) -> None:
+    hub.keep(*Hub.FILES)
+    (hub.snapshot / "model.safetensors.index.json").write_text(index)
+    resolve_model("some/model")
+    assert not hub.asked

@@ -44,7 +44,7 @@ class LinearAdapter:
     @property
     def packs(self) -> bool:
         """Whether bf16 weights are packed: the kernels can, and it is the faster way here."""
-        return self.kernels.packs and packs_weights(torch.bfloat16)
+        return self.kernels.packs and packs_weights(torch.bfloat16, self.kernels.instructions)
 
     def extra_bytes(self, model: nn.Module) -> int:
         """At most what the call takes beyond the model's parameters."""
@@ -70,7 +70,7 @@ def planned_packing(
     A plan does not know yet which device gets which layers, so one that packs is enough to count it everywhere.
     """
     any_kernels = settings.engine.native_kernels and any(device.kind in ("cpu", "sim") for device in devices)
-    return packing_bytes if any_kernels and packs_weights(dtype) else None
+    return packing_bytes if any_kernels and packs_weights(dtype, settings.engine.cpu_instructions) else None
 
 
 def select_attention(
@@ -85,7 +85,7 @@ def select_attention(
         if triton is not None:
             return triton, None
     if device.kind in ("cpu", "sim") and settings.engine.native_kernels:
-        kernels = load_native(settings.runtime.cache_dir / "kernels", threads)
+        kernels = load_native(settings.runtime.cache_dir / "kernels", threads, settings.engine.cpu_instructions)
         if kernels is not None:
             return NativePagedAttention(kernels), LinearAdapter(kernels)
     return TorchPagedAttention(min(TILE_BYTES, device.memory_limit_bytes // _LIMIT_PER_TILE)), None

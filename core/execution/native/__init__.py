@@ -3,12 +3,14 @@
 `load_native(cache_dir)` builds and loads them, or returns None where no C compiler works; torch then does the work.
 """
 
-from core.execution.native.kernels import NativeKernels, do_all_products, load_native
+from core.execution.native.instructions import Instructions, do_all_products, packs_weights
+from core.execution.native.kernels import NativeKernels, load_native
 from core.execution.native.layers import NativeLayers, rehome, swap_layers
 from core.execution.native.modules import NativeLinear, NativeRMSNorm, swap_linears, swap_norms
-from core.execution.native.packed import PackedLinear, pack_linears, packing_bytes, packs_weights
+from core.execution.native.packed import PackedLinear, pack_linears, packing_bytes
 
 __all__ = [
+    "Instructions",
     "NativeKernels",
     "NativeLayers",
     "NativeLinear",

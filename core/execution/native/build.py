@@ -69,17 +69,15 @@ def _compile(compiler: list[str], flags: Sequence[str], target: Path) -> str | N
     return None
 
 
-def build_library(cache_dir: Path, flag_sets: Sequence[Sequence[str]] | None = None) -> Path | None:
+def build_library(cache_dir: Path, flag_sets: Sequence[Sequence[str]]) -> Path | None:
     """The compiled library under `cache_dir`, built if need be; None if no compiler can, with a log line.
 
-    `flag_sets` are compiler flags to try, best first; None: those for this processor, then none.
+    `flag_sets` are compiler flags to try, best first.
     """
     compilers = find_compilers()
     if not compilers:
         logger.info("native kernels are off", reason="no C compiler found")
         return None
-    if flag_sets is None:
-        flag_sets = [["-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"], []]
     source_dir = Path(__file__).parent
     sources = b"".join((source_dir / name).read_bytes() for name in (*HEADERS, *SOURCES))
     complaint = ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import platform
 from collections.abc import Callable, Sequence
 from ctypes import addressof
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from core.execution.native.build import build_library, is_safe
+from core.execution.native.instructions import Instructions, compiler_flags, max_rows
 from core.execution.native.structs import DTYPES, Weights
 from core.logs import get_logger
 
@@ -21,45 +21,23 @@ logger = get_logger(__name__)
 MAX_HEAD_DIM = 512
 MAX_PARTS = 64  # that one merge takes
 
-_EVERY_ROW = 1 << 30
-
-
-def _max_rows() -> dict[torch.dtype, int]:
-    """Rows of x up to which the kernel beats `F.linear`.
-
-    Measured on two Zen 3 cores (AVX2), torch 2.13: bf16 1.5 x at 1 row, 4 x at 4, 5 x from 16 to 2048; fp16 1.1 x at 1,
-    4 x and more from 16; fp32 1.4 x at 1, 3 x at 4, 1.5 x at 16, 1.1 x at 32, 0.9 x at 64. With bf16 instructions torch
-    has faster matrix products; rows that share one read of the weights stay with the kernel.
-    """
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    fast = any(getattr(torch.cpu, name, bool)() for name in probes) or platform.machine() in ("arm64", "aarch64")
-    half = 4 if fast else _EVERY_ROW
-    return {torch.bfloat16: half, torch.float16: half, torch.float32: 32}
-
-
-MAX_ROWS = _max_rows()
-
-
-def do_all_products(dtype: torch.dtype) -> bool:
-    """Whether every linear layer of `dtype` runs in the kernels, whatever its number of rows."""
-    return MAX_ROWS.get(dtype, 0) >= _EVERY_ROW
-
-
 _NO_MEMORY = "no scratch memory for a native kernel"
 
 _int, _i64, _ptr, _float = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
 
-def load_native(cache_dir: Path, threads: int | Callable[[], int] | None = None) -> NativeKernels | None:
+def load_native(
+    cache_dir: Path, threads: int | Callable[[], int] | None = None, instructions: Instructions = "native"
+) -> NativeKernels | None:
     """Build (or find under `cache_dir`) and load the kernels; None, with a logged reason, where that is impossible."""
-    path = build_library(cache_dir)
+    path = build_library(cache_dir, compiler_flags(instructions))
     if path is None:
         return None
     if not is_safe(path):
         logger.warning("native kernels are off", reason=f"others can write to {path.parent}")
         return None
     try:
-        return NativeKernels(path, threads)
+        return NativeKernels(path, threads, instructions)
     except (OSError, AttributeError) as error:
         logger.warning("native kernels are off", reason=str(error))
         return None
@@ -94,10 +72,15 @@ class NativeKernels:
     """The compiled kernels. Stateless, so any number of threads may share one.
 
     Each call computes with up to `threads` threads: a number, a function that says so at every call, or None for as
-    many as torch uses in the calling thread.
+    many as torch uses in the calling thread. `max_rows` are the rows of x up to which they multiply, by dtype; further
+    ones are torch's.
     """
 
-    def __init__(self, path: Path, threads: int | Callable[[], int] | None = None) -> None:
+    def __init__(
+        self, path: Path, threads: int | Callable[[], int] | None = None, instructions: Instructions = "native"
+    ) -> None:
+        self.instructions = instructions
+        self.max_rows = max_rows(instructions)
         self.num_threads: Callable[[], int] = torch.get_num_threads
         if threads is not None:
             self.num_threads = threads if callable(threads) else lambda: threads
@@ -268,7 +251,7 @@ class PreparedLinear:
         self._address = addressof(self.facts)
         self._call = kernels._linear
         self._threads = kernels.num_threads
-        self._max_rows = MAX_ROWS[weight.dtype]
+        self._max_rows = kernels.max_rows[weight.dtype]
 
     @staticmethod
     def covers(weight: torch.Tensor, bias: torch.Tensor | None) -> bool:

@@ -21,7 +21,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from core.execution.attention.interface import LayerAttention, bound_attention
 from core.execution.attention.metadata import AttentionMetadata
-from core.execution.native.kernels import MAX_ROWS, NativeKernels
+from core.execution.native.kernels import NativeKernels
 from core.execution.native.modules import NativeLinear, is_llama_norm
 from core.execution.native.packed import linear_facts
 from core.execution.native.recognize import same_forward
@@ -78,7 +78,8 @@ class _Attention:
         bound = bound_attention(self)
         if bound is not None and past_key_values is None and not torch.is_grad_enabled():
             metadata, layer = bound.ready(), self._layer(bound)
-            if metadata and layer and _covers(layer, hidden_states, position_embeddings, metadata):
+            most = self._native.kernels.max_rows.get(hidden_states.dtype, 0)
+            if metadata and layer and _covers(layer, hidden_states, position_embeddings, metadata, most):
                 return self._run(layer, metadata, hidden_states, *position_embeddings), None
         return super().forward(  # type: ignore[misc, no-any-return]
             hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
@@ -106,14 +107,16 @@ class _Attention:
         return out
 
 
-def _covers(layer: AttentionLayer, x: torch.Tensor, position_embeddings: Any, metadata: AttentionMetadata) -> bool:
+def _covers(
+    layer: AttentionLayer, x: torch.Tensor, position_embeddings: Any, metadata: AttentionMetadata, max_rows: int
+) -> bool:
     if position_embeddings is None or len(position_embeddings) != 2:
         return False
     tokens = metadata.slot_mapping.shape[0]
     shape = (1, tokens, layer.dim)
     return (
         not metadata.sites and DTYPES.get(x.dtype) == layer.type
-        and tokens <= MAX_ROWS[x.dtype] and x.shape == (1, tokens, layer.q.k)
+        and tokens <= max_rows and x.shape == (1, tokens, layer.q.k)
         and x.stride(2) == 1
         and all(t.dtype is x.dtype and t.shape == shape and t.is_contiguous() for t in position_embeddings)
     )  # fmt: skip
@@ -162,7 +165,7 @@ class _GatedMLP:
         shape = x.shape
         if (
             DTYPES.get(x.dtype) == first.type and shape[-1] == first.k and x.is_cpu and x.is_contiguous()
-            and 0 < x.numel() <= MAX_ROWS[x.dtype] * first.k and not torch.is_grad_enabled()
+            and 0 < x.numel() <= self._native.kernels.max_rows[x.dtype] * first.k and not torch.is_grad_enabled()
         ):  # fmt: skip
             out = x.new_empty((*shape[:-1], self._weights[2].n))
             rows = x.numel() // first.k

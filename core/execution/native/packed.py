@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 from collections import Counter
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core.execution.native.kernels import NativeKernels, PreparedLinear, do_all_products
+from core.execution.native.kernels import NativeKernels, PreparedLinear
 from core.execution.native.modules import NativeLinear
 from core.execution.native.structs import Weights
 
@@ -18,14 +17,6 @@ GROUP = 128
 
 _PANEL = 16
 _MOST = 2.0**107
-
-
-def packs_weights(dtype: torch.dtype) -> bool:
-    """Whether weights of this dtype are better packed on this processor, if the kernels can be built for it.
-
-    `NativeKernels.packs` says whether they can pack.
-    """
-    return dtype is torch.bfloat16 and do_all_products(dtype) and platform.machine() in ("x86_64", "AMD64")
 
 
 def exponent_bytes(n: int, k: int) -> int:
