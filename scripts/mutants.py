@@ -116,8 +116,8 @@ def all_faults(package: str, tree: Path) -> dict[tuple[str, int, int, str], list
     from cosmic_ray.commands.init import init
     from cosmic_ray.work_db import WorkDB, use_db
 
-    path = tree / package
-    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    paths = [tree / part for part in package.split(",")]
+    files = [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
     places: dict[tuple[str, int, int, str], list[Fault]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder, use_db(f"{folder}/work.sqlite", WorkDB.Mode.create) as work:
         init(files, work, {})
@@ -301,7 +301,7 @@ def main() -> int:
     mapping = commands.add_parser("map", help="which test runs which line")
     mapping.add_argument("tests", nargs="*", help="only these tests")
     running = commands.add_parser("run", help="try faults")
-    running.add_argument("packages", nargs="+", help="folders or files, such as core/batching")
+    running.add_argument("packages", nargs="+", help="folders or files, such as core/batching; a,b together")
     running.add_argument("--sample", type=int, default=60, help="faults per package")
     running.add_argument("--seed", type=int, default=1)
     running.add_argument("--report", type=Path, help="write a table to this file")
