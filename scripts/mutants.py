@@ -145,16 +145,16 @@ def sample(package: str, count: int, seed: int, tree: Path) -> list[Fault]:
     chosen: list[Fault] = []
     for place in rng.sample(sorted(places), len(places)):
         fault = rng.choice(places[place])
-        if len(chosen) < count and is_python(mutated(fault, tree)[0]):
+        if len(chosen) < count and is_python(fault, tree):
             chosen.append(fault)
     return chosen
 
 
-def is_python(text: str) -> bool:
-    """Whether it compiles: what does not is noticed by anything."""
+def is_python(fault: Fault, tree: Path) -> bool:
+    """Whether the file with the fault compiles: what does not is noticed by anything."""
     try:
-        compile(text, "mutant", "exec")
-    except SyntaxError:
+        compile(mutated(fault, tree)[0], "mutant", "exec")
+    except (SyntaxError, AttributeError):  # the second: an exception by its module's name, which is no name to replace
         return False
     return True
 
