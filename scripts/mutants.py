@@ -24,7 +24,7 @@ import tempfile
 import threading
 import xml.etree.ElementTree as ET
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,6 +37,8 @@ DATA = ROOT / ".mutants"
 ENVIRONMENT = {"VRM_MINIMAL_TEST": "1", "VRM_DISABLE_RATE_LIMIT": "1", "VRM_TEST_MODE": "1"}
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 MOST_TESTS, MOST_SECONDS = 60, 40.0
+QUIETLY = ("-q", "-p", "no:cacheprovider", "--no-cov")
+_FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 PLACE = ("lineno", "col_offset", "end_lineno", "end_col_offset")
 SKIPPED_OPERATORS = ("core/NoOp", "core/RemoveDecorator")
 
@@ -184,9 +186,15 @@ for line in sys.stdin:
         os.setsid()
         sys.path.insert(0, os.getcwd())
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        written = os.open("said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for output in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
-        os._exit(pytest.main(order))
+            os.dup2(written, output)
+        status = 70
+        try:
+            status = pytest.main(order)
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
@@ -200,8 +208,11 @@ for line in sys.stdin:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
-    def run(self, arguments: list[str], limit_s: float) -> int:
-        """Exit status of a pytest with these arguments; below 0 if a signal ended it, such as ours after `limit_s`."""
+    def run(self, tests: list[str], limit_s: float, *options: str) -> tuple[int, list[str]]:
+        """Exit status of a pytest of these tests, below 0 if a signal ended it, such as ours after `limit_s`; and the
+        tests that failed. RuntimeError: pytest itself did not work."""
+        # What is imported already cannot be rewritten any more; warnings are errors.
+        arguments = [*QUIETLY, "-W", "ignore::pytest.PytestAssertRewriteWarning", *options, *tests]
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(json.dumps(arguments) + "\n")
@@ -212,7 +223,10 @@ for line in sys.stdin:
         status = int(process.stdout.readline())
         timer.cancel()
         _kill(group)  # what tests left behind
-        return status
+        said = (self.tree / "said").read_text(errors="replace")
+        if status not in (0, 1, 2, 3) and status >= 0:
+            raise RuntimeError(f"pytest ended with {status}: {said[-2000:]}")
+        return status, _FAILED.findall(said)
 
     def close(self) -> None:
         """End the process."""
@@ -226,21 +240,30 @@ def _kill(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
 
 
-def try_fault(fault: Fault, runner: Runner, times: dict[str, float]) -> tuple[str, str]:
-    """`killed`, `survived` or `not run by any test`, and the change in words."""
+def try_fault(fault: Fault, runner: Runner, times: dict[str, float]) -> tuple[str, str, list[str]]:
+    """`killed`, `survived` or `not run by any test`, the change in words, and the tests that failed."""
     text, change = mutated(fault, runner.tree)
     tests = choose_tests(fault.file, fault.line, times)
     if not tests:
-        return "not run by any test", change
+        return "not run by any test", change, []
     target = runner.tree / fault.file
     before = target.read_text()
     target.write_text(text)
     limit_s = 60 + 5 * sum(times.get(name, 1.0) for name in tests)
     try:
-        status = runner.run(["-q", "-p", "no:cacheprovider", "--no-cov", "-x", *tests], limit_s)
+        status, failed = runner.run(tests, limit_s, "-x")
     finally:
         target.write_text(before)
-    return ("survived" if status == 0 else "killed"), change
+    return ("survived" if status == 0 else "killed"), change, failed
+
+
+def failing_anyway(tests: Collection[str], runners: list[Runner]) -> set[str]:
+    """Which of these tests fail without a fault."""
+    ordered = sorted(tests)
+    with ThreadPoolExecutor(len(runners)) as pool:
+        shares = [ordered[number :: len(runners)] for number in range(len(runners))]
+        found = pool.map(lambda runner, share: runner.run(share, 3600.0)[1] if share else [], runners, shares)
+        return {name for names in found for name in names}
 
 
 def worktrees(folder: Path, count: int) -> Iterator[Path]:
@@ -255,6 +278,7 @@ def run(packages: list[str], count: int, seed: int, jobs: int, report: Path | No
     """Try a sample of faults of each package; prints survivors and the share that was killed."""
     times = durations()
     rows, survivors = [], []
+    killers: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         made = list(worktrees(Path(folder), jobs))
         runners = [Runner(tree) for tree in made]
@@ -262,7 +286,7 @@ def run(packages: list[str], count: int, seed: int, jobs: int, report: Path | No
         for runner in runners:
             idle.put(runner)
 
-        def attempt(fault: Fault) -> tuple[Fault, str, str]:
+        def attempt(fault: Fault) -> tuple[Fault, str, str, list[str]]:
             runner = idle.get()
             try:
                 return fault, *try_fault(fault, runner, times)
@@ -278,8 +302,13 @@ def run(packages: list[str], count: int, seed: int, jobs: int, report: Path | No
                 rows.append((package, len(results), len(results) - len(alive)))
                 survivors += alive
                 print(f"{package}: {len(results) - len(alive)} of {len(results)} killed", flush=True)
-                for fault, outcome, change in alive:
+                killers |= {name: f"{each[0].file}:{each[0].line}" for each in results for name in each[3]}
+                for fault, outcome, change, _ in alive:
                     print(f"  {outcome}: {fault.file}:{fault.line} {change}", flush=True)
+            suspect = failing_anyway(killers, runners)
+            print(f"{len(killers)} tests noticed something; {len(suspect)} of them fail without a fault too")
+            for name in sorted(suspect):
+                print(f"  {name} (counted for {killers[name]})")
         finally:
             for runner in runners:
                 runner.close()
@@ -289,9 +318,9 @@ def run(packages: list[str], count: int, seed: int, jobs: int, report: Path | No
         lines = ["| package | faults | noticed |", "|---|---|---|"]
         lines += [f"| `{name}` | {total} | {killed} ({killed / max(1, total):.0%}) |" for name, total, killed in rows]
         lines += ["", "Not noticed:", ""]
-        lines += [f"- `{fault.file}:{fault.line}` ({outcome}): `{change}`" for fault, outcome, change in survivors]
+        lines += [f"- `{fault.file}:{fault.line}` ({outcome}): `{change}`" for fault, outcome, change, _ in survivors]
         report.write_text("\n".join(lines) + "\n")
-    return 0
+    return 1 if suspect else 0
 
 
 def main() -> int:
