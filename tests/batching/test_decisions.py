@@ -486,6 +486,18 @@ def test_tokens_of_all_samples_are_counted_once_when_the_request_ends() -> None:
     assert len(desk.metrics.between) == len(list(iter(lambda: handle.get(0), None))) - 1
 
 
+def test_latencies_are_what_passed_since_submission_and_since_the_token_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk()
+    request = make_request("a", 8, max_tokens=3)
+    request.submitted_s = 1.0
+    desk.open(request)
+    for now_s in (2.0, 6.0, 7.5):
+        monkeypatch.setattr("core.batching.publisher.time.monotonic", lambda now_s=now_s: now_s)
+        desk.step()
+    assert desk.metrics.first == [1.0]
+    assert desk.metrics.between == [4.0, 1.5]
+
+
 def test_an_error_of_one_sample_ends_its_siblings_and_no_other_request() -> None:
     desk = Desk()
     handle, other = desk.open(make_request("a", 8, 0, n=2)), desk.open(make_request("b", 8, 1))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
 import pytest
 
 from core.batching import intake as intake_module
 from core.batching.intake import Intake, Load
 from core.batching.sequence import Request, Sequence
-from core.errors import ConflictError, InvalidRequestError, QueueFullError
+from core.errors import ConflictError, InvalidRequestError, QueueFullError, UnavailableError
 from core.request import SamplingParams
 
 
@@ -111,3 +117,40 @@ def test_the_hint_follows_the_tokens_where_those_are_what_lacks(monkeypatch: pyt
     with pytest.raises(QueueFullError) as caught:
         intake.submit([request("more", 1000)], 1.0)
     assert caught.value.retry_after_s == pytest.approx(5.0), "500 tokens lack, and 100 end in a second"
+
+
+def test_a_call_that_is_not_begun_in_time_never_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake_module, "CALL_S", 0.02)
+    intake = Intake(Load(1, 1), "")
+    for given_s, waited_s in ((None, 0.02), (0.01, 0.01)):
+        with pytest.raises(UnavailableError, match=f"within {waited_s} s, so nothing was done") as caught:
+            intake.call_within(list, given_s)
+        assert caught.value.retry_after_s == waited_s
+        assert intake.inbox.get(timeout=0).future.cancelled()
+
+
+def test_a_call_that_has_begun_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    intake = Intake(Load(1, 1), "")
+    begun = threading.Event()
+
+    def engine() -> None:
+        future = intake.inbox.get().future
+        future.set_running_or_notify_cancel()
+        begun.set()
+        time.sleep(0.1)
+        future.set_result("done")
+
+    thread = threading.Thread(target=engine)
+    thread.start()
+    with monkeypatch.context() as late:  # the wait ends before the call does, and not before it has begun
+        late.setattr(Future, "result", _once_begun(Future.result, begun))
+        assert intake.call_within(list, 0.01) == "done"
+    thread.join()
+
+
+def _once_begun(result: Callable[..., Any], begun: threading.Event) -> Callable[..., Any]:
+    def waiting(future: Future[Any], timeout: float | None = None) -> Any:
+        begun.wait(30)
+        return result(future, timeout)
+
+    return waiting
