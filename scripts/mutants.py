@@ -59,21 +59,26 @@ def environment() -> dict[str, str]:
 
 
 def make_map(tests: list[str], jobs: int) -> int:
-    """Run the suite once under coverage, each line with the tests that ran it."""
+    """Run the suite once under coverage, each line with the tests that ran it; given `tests` join the map there is."""
     DATA.mkdir(exist_ok=True)
     (DATA / ".gitignore").write_text("*\n")
     covered = ["--cov=core", "--cov=vramancer", "--cov-context=test", "--cov-report="]
+    times = DATA / f"times-{len(list(DATA.glob('times*.xml')))}.xml" if tests else DATA / "times.xml"
+    covered += ["--cov-append"] if tests else []
+    for file in [] if tests else list(DATA.glob("times*.xml")):
+        file.unlink()
     settings = environment() | {"COVERAGE_FILE": str(DATA / "coverage")}
     parallel = ["-n", str(jobs), "--dist", "loadfile"] if jobs > 1 else []
-    command = [*PYTEST, *covered, *parallel, f"--junitxml={DATA / 'times.xml'}", *(tests or ["tests"])]
+    command = [*PYTEST, *covered, *parallel, f"--junitxml={times}", *(tests or ["tests"])]
     return subprocess.run(command, cwd=ROOT, env=settings, check=False).returncode
 
 
 def durations() -> dict[str, float]:
     """Seconds of each test of the map, by node id."""
     times: dict[str, float] = {}
-    for case in ET.parse(DATA / "times.xml").iter("testcase"):
-        times[f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"] = float(case.get("time", 0))
+    for file in sorted(DATA.glob("times*.xml")):
+        for case in ET.parse(file).iter("testcase"):
+            times[f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"] = float(case.get("time", 0))
     return times
 
 
@@ -224,9 +229,10 @@ for line in sys.stdin:
         timer.cancel()
         _kill(group)  # what tests left behind
         said = (self.tree / "said").read_text(errors="replace")
-        if status not in (0, 1, 2, 3) and status >= 0:
+        failed = _FAILED.findall(said)
+        if status > 0 and not failed:
             raise RuntimeError(f"pytest ended with {status}: {said[-2000:]}")
-        return status, _FAILED.findall(said)
+        return status, failed
 
     def close(self) -> None:
         """End the process."""
@@ -274,8 +280,18 @@ def worktrees(folder: Path, count: int) -> Iterator[Path]:
         yield tree
 
 
-def run(packages: list[str], count: int, seed: int, jobs: int, report: Path | None) -> int:
-    """Try a sample of faults of each package; prints survivors and the share that was killed."""
+def unnoticed(report: Path) -> set[str]:
+    """The faults that a report calls not noticed, as `run` writes them."""
+    return {line for line in report.read_text().splitlines() if line.startswith("- ")}
+
+
+def _line(fault: Fault, change: str) -> str:
+    return f"- `{fault.file}:{fault.line}`: `{change}`"
+
+
+def run(packages: list[str], count: int, seed: int, jobs: int, report: Path | None, again: Path | None) -> int:
+    """Try a sample of faults of each package; prints survivors and the share that was killed. `again`: of the same
+    sample, only what that report calls not noticed."""
     times = durations()
     rows, survivors = [], []
     killers: dict[str, str] = {}
@@ -294,14 +310,16 @@ def run(packages: list[str], count: int, seed: int, jobs: int, report: Path | No
                 idle.put(runner)
 
         try:
-            samples = {package: sample(package, count, seed, made[0]) for package in packages}
-            for package, faults in samples.items():
+            known = None if again is None else unnoticed(again)
+            for package in packages:
+                faults = sample(package, count, seed, made[0])
+                tried = [each for each in faults if known is None or _line(each, mutated(each, made[0])[1]) in known]
                 with ThreadPoolExecutor(jobs) as pool:
-                    results = list(pool.map(attempt, faults))
+                    results = list(pool.map(attempt, tried))
                 alive = [result for result in results if result[1] != "killed"]
-                rows.append((package, len(results), len(results) - len(alive)))
+                rows.append((package, len(faults), len(faults) - len(alive)))
                 survivors += alive
-                print(f"{package}: {len(results) - len(alive)} of {len(results)} killed", flush=True)
+                print(f"{package}: {len(faults) - len(alive)} of {len(faults)} killed", flush=True)
                 killers |= {name: f"{each[0].file}:{each[0].line}" for each in results for name in each[3]}
                 for fault, outcome, change, _ in alive:
                     print(f"  {outcome}: {fault.file}:{fault.line} {change}", flush=True)
@@ -318,7 +336,7 @@ def run(packages: list[str], count: int, seed: int, jobs: int, report: Path | No
         lines = ["| package | faults | noticed |", "|---|---|---|"]
         lines += [f"| `{name}` | {total} | {killed} ({killed / max(1, total):.0%}) |" for name, total, killed in rows]
         lines += ["", "Not noticed:", ""]
-        lines += [f"- `{fault.file}:{fault.line}` ({outcome}): `{change}`" for fault, outcome, change, _ in survivors]
+        lines += [_line(fault, change) for fault, _, change, _ in survivors]
         report.write_text("\n".join(lines) + "\n")
     return 1 if suspect else 0
 
@@ -333,13 +351,14 @@ def main() -> int:
     running.add_argument("packages", nargs="+", help="folders or files, such as core/batching; a,b together")
     running.add_argument("--sample", type=int, default=60, help="faults per package")
     running.add_argument("--seed", type=int, default=1)
+    running.add_argument("--again", type=Path, help="a report of the same sample: only what it calls not noticed")
     running.add_argument("--report", type=Path, help="write a table to this file")
     for command in (mapping, running):
         command.add_argument("--jobs", type=int, default=1)
     arguments = parser.parse_args()
     if arguments.command == "map":
         return make_map(arguments.tests, arguments.jobs)
-    return run(arguments.packages, arguments.sample, arguments.seed, arguments.jobs, arguments.report)
+    return run(arguments.packages, arguments.sample, arguments.seed, arguments.jobs, arguments.report, arguments.again)
 
 
 if __name__ == "__main__":
