@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from core.batching.cohorts import MIN_CHUNK, FixedCohorts, OneCohort, PredictedCohorts
+from core.batching.cohorts import MIN_CHUNK, STALL, FixedCohorts, OneCohort, PredictedCohorts
 from core.costs import Batch, DeviceProfile, LayerCosts, LinkProfile, LinkTopology, StageCost
 from core.costs.cost import decode_tok_s, load_s, stage_s
 from core.devices import HOST
@@ -33,6 +33,14 @@ def test_without_knowledge_there_is_a_step_for_every_stage() -> None:
     assert FixedCohorts(3, 3, 512).choose(2, 1000, 0).cohorts == 2
 
 
+def test_without_knowledge_each_piece_of_a_prompt_is_a_step() -> None:
+    fixed = FixedCohorts(3, 3, 512)
+    assert fixed.choose(0, 0, 4000).cohorts == 3, "eight pieces"
+    assert fixed.choose(0, 0, 2 * MIN_CHUNK).cohorts == 2
+    assert fixed.choose(1, 1000, 1).cohorts == 2, "one that decodes, and one piece"
+    assert fixed.choose(0, 0, 0).cohorts == 1
+
+
 def test_while_weights_are_the_cost_more_cohorts_bring_nothing() -> None:
     few = [decode_tok_s(COSTS, STAGES, LinkTopology(), 4, 10, count) for count in (1, 2, 4)]
     assert few[1] < 1.05 * few[0]
@@ -61,6 +69,10 @@ def test_a_prompt_beside_decodes_holds_them_up_by_a_bounded_time() -> None:
     with_chunk = stage_s(COSTS, CARD, 0, 4, Batch(8 + choice.chunk, 8 * 1024 + choice.chunk, 8))
     assert MIN_CHUNK <= choice.chunk < 2048
     assert with_chunk <= 3 * alone
+    longer = stage_s(COSTS, CARD, 0, 4, Batch(8 + 2 * choice.chunk, 8 * 1024 + 2 * choice.chunk, 8))
+    assert longer > STALL * alone, "as long as the bound allows"
+    many = POLICY.choose(512, 4000, 100_000)
+    assert many.chunk > choice.chunk, "where decoding takes long, so may a chunk"
 
 
 def test_where_layers_stream_in_a_prompt_is_not_cut_below_what_loading_hides() -> None:

@@ -517,6 +517,8 @@ def test_an_error_of_one_sample_ends_its_siblings_and_no_other_request() -> None
     assert desk.ended == ["a"]
     assert desk.metrics.finished == [(8, 2, "error")]
     assert desk.scheduler.num_running == 1 and not other.finished
+    told = [other.get(0) for _ in range(2)]
+    assert [output.deltas[0].token_ids for output in told if output is not None] == [(OTHER,), (OTHER,)]
     desk.scheduler.check_invariants()
 
 

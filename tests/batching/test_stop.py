@@ -131,3 +131,13 @@ def test_many_long_repetitive_stops_stay_cheap(monkeypatch, tail):
     assert len(stops) * 4000 <= Counted.looks <= len(stops) * 4 * (4002 + 1024)
     assert matched is None
     assert emitted == "a" * 4000 + tail + "x"
+
+
+@pytest.mark.parametrize("cut", [1, 2, 100])
+@pytest.mark.parametrize(
+    ("stop", "text"), [("aaab", "xaaaab"), ("aaaab", "aaaaaaab"), ("abcabcd", "abcabcabcd"), ("ababac", "abababac")]
+)
+def test_a_stop_that_begins_within_its_own_beginning_is_found(stop, text, cut):
+    """What has matched so far may end with a beginning of the stop string that is several characters long."""
+    pieces = [text[start : start + cut] for start in range(0, len(text), cut)]
+    assert run(pieces, (stop,), False) == (text.removesuffix(stop), stop)
