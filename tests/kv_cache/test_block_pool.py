@@ -161,8 +161,14 @@ class ToldOfSteps(Lender):
     def __init__(self) -> None:
         self.done: list[tuple[int, bool]] = []
 
+    def borrow(self, blocks: int) -> None: ...
+
+    def step_taken(self, step: int) -> None: ...
+
     def step_done(self, step: int, moved: bool) -> None:
         self.done.append((step, moved))
+
+    def check_invariants(self) -> None: ...
 
 
 def test_pages_left_behind_spoil_the_steps_in_flight_and_the_one_being_gathered() -> None:
