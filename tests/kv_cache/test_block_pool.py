@@ -8,6 +8,7 @@ import pytest
 
 from core.kv_cache.block_pool import BlockPool
 from core.kv_cache.block_table import PrefixChain, prefix_root
+from core.kv_cache.companions import Lender
 from core.kv_cache.manager import KVCacheManager
 from core.kv_cache.page_ops import LOCAL, PageCopy
 
@@ -70,6 +71,22 @@ def test_the_audit_finds_a_leaked_block() -> None:
         pool.check_invariants([])
 
 
+def test_the_audit_names_the_blocks_whose_users_differ_and_no_others() -> None:
+    pool = BlockPool(5)
+    used, leaked, borrowed = pool.allocate(3)
+    with pytest.raises(AssertionError) as caught:
+        pool.check_invariants([[used, borrowed], [borrowed]])
+    assert str(caught.value).endswith(f" {[leaked, borrowed]}"), "neither the one that is right nor the free ones"
+
+
+def test_the_audit_names_ten_blocks_where_more_are_wrong() -> None:
+    pool = BlockPool(12)
+    leaked = pool.allocate(12)
+    with pytest.raises(AssertionError) as caught:
+        pool.check_invariants([])
+    assert str(caught.value).endswith(f" {leaked[:10]}")
+
+
 def test_prefix_hashes_depend_on_their_parent_and_the_salt() -> None:
     def hashes(salt: bytes, tokens: list[int], owner: str = "") -> list[bytes]:
         return PrefixChain(prefix_root(salt, owner), 2).extend(tokens, len(tokens))
@@ -119,6 +136,53 @@ def test_growing_beyond_the_pool_changes_nothing() -> None:
     assert not kv.grow(1, 0, 5)
     assert len(kv.table(1)) == 0
     assert kv.pool.num_free == 2
+
+
+def test_the_capacity_is_what_all_blocks_hold_together() -> None:
+    assert KVCacheManager(6, 4).capacity_tokens == 24
+
+
+def test_a_sequence_that_goes_on_is_found_again_after_the_cache_was_forgotten() -> None:
+    kv = KVCacheManager(8, 2)
+    tokens = [1, 2, 3, 4, 5, 6, 7]
+    kv.open(1, tokens, read_prefix=True)
+    kv.grow(1, 0, 7)
+    kv.commit(1, tokens, 4)
+    kv.forget_cached()
+    assert kv.match_prefix(tokens) == []
+    kv.commit(1, tokens, 6)
+    assert kv.match_prefix(tokens) == list(kv.table(1).blocks[:3]), "from its first block on"
+    kv.check_invariants([1])
+
+
+class ToldOfSteps(Lender):
+    """Notes down of which steps it is told that their pages were moved."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[int, bool]] = []
+
+    def borrow(self, blocks: int) -> None: ...
+
+    def step_taken(self, step: int) -> None: ...
+
+    def step_done(self, step: int, moved: bool) -> None:
+        self.done.append((step, moved))
+
+    def check_invariants(self) -> None: ...
+
+
+def test_pages_left_behind_spoil_the_steps_in_flight_and_the_one_being_gathered() -> None:
+    told = ToldOfSteps()
+    kv = KVCacheManager(2, 2, lender=lambda kv: told)
+    for step in (1, 2, 3):
+        kv.take_step(step)
+    kv.step_done(1)
+    kv.step_done(2, moved=False)
+    kv.step_done(3)
+    for step in (4, 5):
+        kv.take_step(step)
+        kv.step_done(step)
+    assert told.done == [(1, True), (2, False), (3, False), (4, False), (5, True)]
 
 
 @pytest.mark.parametrize("seed", range(5))

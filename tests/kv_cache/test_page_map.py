@@ -268,3 +268,10 @@ def test_a_region_that_holds_blocks_is_not_forgotten() -> None:
     pages.move(0, 1)
     with pytest.raises(ValueError, match="still holds"):
         pages.remove(1)
+
+
+def test_a_stage_keeps_its_own_region_even_when_it_is_empty() -> None:
+    pages = StagePages(4, 2, "own")
+    with pytest.raises(ValueError, match=f"region {LOCAL}"):
+        pages.remove(LOCAL)
+    assert pages.local_pages == pages.free_local == 2

@@ -79,3 +79,21 @@ def test_a_lender_without_room_is_left_as_it_was() -> None:
     kv.add_region(7, 2, lender.device, lender)
     kv.free()
     assert lender.used_bytes == 0
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_memory_that_cannot_be_had_is_not_kept_reserved(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    kv, lender = make()
+
+    def full(*args: object, **kwargs: object) -> torch.Tensor:
+        raise error("the device is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", full)
+        with pytest.raises(OutOfDeviceMemoryError, match=r"cpu#1: .* the device is full"):
+            kv.add_region(7, 3, lender.device, lender)
+    assert lender.used_bytes == 0
+    kv.add_region(7, 3, lender.device, lender)
+    kv.free()
