@@ -213,6 +213,15 @@ def test_two_observations_at_the_same_moment_are_one() -> None:
         twice.observe(0.9, 11, 0)
 
 
+def test_growth_within_a_moment_counts_as_growth_over_a_moment_does() -> None:
+    """10 blocks at once are 20 blocks/s in a mean over half a second, on a coarse clock and on a fine one."""
+    for passed_s in (0.0, 1e-9):
+        observer = watch(rate_window_s=0.5)
+        observer.observe(1.0, 0, 0)
+        observer.observe(1.0 + passed_s, 10, 0)
+        assert observer.rate_blocks_s == pytest.approx(20.0)
+
+
 @pytest.mark.parametrize(
     "wrong", [{"hold_s": 0.0}, {"rate_window_s": 0.0}, {"lead_s": -1.0}, {"margin_s": -1.0}, {"extent_blocks": 0}]
 )

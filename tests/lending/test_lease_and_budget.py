@@ -67,6 +67,7 @@ def test_a_reclaim_that_is_called_off_leaves_the_lease_as_it_was(state: LeaseSta
         ({"used": True}, "only granted"),
         ({"reclaim_bytes": 101, "state": RECLAIMING, "urgency": Urgency.LOW, "deadline_s": 1.0}, "101 of 100"),
         ({"state": RECLAIMING}, "reclaiming"),
+        ({"reclaim_bytes": 1, "urgency": Urgency.LOW, "deadline_s": 1.0}, "is granted"),
         ({"urgency": Urgency.LOW, "deadline_s": 1.0}, "urgency"),
         ({"deadline_s": 1.0}, "deadline"),
     ],
@@ -75,6 +76,12 @@ def test_an_unsound_lease_is_found(changes: dict[str, object], said: str) -> Non
     make_lease().check_invariants()
     with pytest.raises(AssertionError, match=said):
         make_lease(**changes).check_invariants()
+
+
+def test_a_lender_may_want_a_single_byte_back() -> None:
+    lease = make_lease(state=ACTIVE, used=True)
+    lease.ask_back(1, Urgency.LOW, 30.0)
+    lease.check_invariants()
 
 
 def test_urgencies_have_falling_bounds() -> None:

@@ -114,6 +114,16 @@ def test_leases_of_the_same_moment_go_by_number(pool: VRAMLendingPool) -> None:
     assert asked(pool) == [(second, 100, LOW), (first, 50, LOW)]
 
 
+def test_a_lease_of_whatever_there_was_is_as_important_as_any_other(pool: VRAMLendingPool, clock: Clock) -> None:
+    """Nobody said how important: the older one stays, as between two that were borrowed alike."""
+    older = pool.borrow_at_most("b", 10, 10)
+    clock.now_s += 1
+    younger = pool.borrow("b", 100, 10)
+    assert older is not None and younger is not None
+    pool.request_reclaim("a", 50, LOW)
+    assert asked(pool) == [(younger.lease_id, 50, LOW)]
+
+
 def test_deadlines_are_announced_once_and_only_move_forward(pool: VRAMLendingPool, clock: Clock) -> None:
     lease = take(pool, "b", 50)
     for passed_s, own, urgency, deadline_s in (
