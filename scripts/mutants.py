@@ -255,7 +255,7 @@ def try_fault(fault: Fault, runner: Runner, times: dict[str, float]) -> tuple[st
     target = runner.tree / fault.file
     before = target.read_text()
     target.write_text(text)
-    limit_s = 60 + 5 * sum(times.get(name, 1.0) for name in tests)
+    limit_s = 20 + 3 * sum(times.get(name, 1.0) for name in tests)
     try:
         status, failed = runner.run(tests, limit_s, "-x")
     finally:
