@@ -37,6 +37,8 @@ DATA = ROOT / ".mutants"
 ENVIRONMENT = {"VRM_MINIMAL_TEST": "1", "VRM_DISABLE_RATE_LIMIT": "1", "VRM_TEST_MODE": "1"}
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 MOST_TESTS, MOST_SECONDS = 60, 40.0
+_NOT_STARTED = 4
+"""Exit status of a pytest that does not get to run tests."""
 QUIETLY = ("-q", "-p", "no:cacheprovider", "--no-cov")
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", re.MULTILINE)
 PLACE = ("lineno", "col_offset", "end_lineno", "end_col_offset")
@@ -89,7 +91,7 @@ def tests_by_line(file: str) -> dict[int, set[str]]:
     data = CoverageData(str(DATA / "coverage"))
     data.read()
     found = data.contexts_by_lineno(str(ROOT / file))
-    return {line: {name.partition("|")[0] for name in names if name} for line, names in found.items()}
+    return {line: {name.rpartition("|")[0] for name in names if name} for line, names in found.items()}
 
 
 def choose_tests(file: str, line: int, times: dict[str, float]) -> list[str]:
@@ -230,6 +232,11 @@ for line in sys.stdin:
         _kill(group)  # what tests left behind
         said = (self.tree / "said").read_text(errors="replace")
         failed = _FAILED.findall(said)
+        if status == _NOT_STARTED and "ERROR: not found" in said and any("[" in name for name in tests):
+            # Names of parameters may come out otherwise than they went in.
+            return self.run(list(dict.fromkeys(name.partition("[")[0] for name in tests)), limit_s, *options)
+        if status == _NOT_STARTED and "while loading conftest" in said:
+            return status, failed  # nothing works with this fault
         if status > 0 and not failed:
             raise RuntimeError(f"pytest ended with {status}: {said[-2000:]}")
         return status, failed
