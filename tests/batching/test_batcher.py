@@ -9,10 +9,11 @@ import pytest
 from batcher_cases import SOON_S, Below, Clock, Landlord, Open, sequences_of, tokens_of
 from test_decisions import OTHER, make_scheduler
 
-from core.batching.scheduler import Scheduler
+from core.batching.scheduler import MAX_MEMORY_FAILURES, Scheduler
 from core.batching.step import SchedulerLimits
 from core.errors import (
     CircuitOpenError,
+    DeviceLostError,
     EngineDeadError,
     OutOfDeviceMemoryError,
     PageMoveError,
@@ -33,14 +34,20 @@ def test_who_waits_for_memory_that_was_taken_back_is_told_so_after_a_while_and_n
     open_bench: Open, clock: Clock
 ) -> None:
     bench = open_bench(backed=1)
-    first, second = bench.submit("a"), bench.submit("b", 9)
     with pytest.raises(UnavailableError, match=r"has 8 tokens, .* taken back the devices hold 4\.$") as caught:
-        first.get(SOON_S)
+        bench.submit("a").get(SOON_S)
     assert (clock.looks, caught.value.retry_after_s) == (4, 30.0)
+    assert not bench.stages.steps and bench.batcher.num_unfinished == 0
+
+
+def test_those_who_wait_together_are_told_one_after_the_other(open_bench: Open, clock: Clock) -> None:
+    bench = open_bench(backed=1)
+    first, second = bench.submit("a"), bench.submit("b", 9)
+    with pytest.raises(UnavailableError, match="has 8 tokens"):
+        first.get(SOON_S)
     with pytest.raises(UnavailableError, match="has 9 tokens"):
         second.get(SOON_S)
-    assert clock.looks == 8, "the next one is not told before its own time"
-    assert not bench.stages.steps and bench.batcher.num_unfinished == 0
+    assert clock.looks == 4 + 4
 
 
 def test_who_gets_the_memory_in_time_is_served_and_the_next_wait_starts_anew(open_bench: Open, clock: Clock) -> None:
@@ -178,11 +185,16 @@ def test_pages_that_could_not_be_moved_make_what_runs_be_computed_again(open_ben
 
 
 def test_a_call_runs_while_no_step_is_in_flight_and_none_is_begun_before(open_bench: Open) -> None:
-    bench = open_bench(cohorts=2)
+    bench = open_bench(make_kv(lender=Landlord), cohorts=2)
+    lender = bench.kv.lender
+    assert isinstance(lender, Landlord)
     bench.submit("a")
     bench.stages.submitted.get(timeout=SOON_S)
+    lender.forget_ticks()
     called = bench.batcher.call(lambda: (bench.stages.num_flying, len(bench.stages.steps)))
+    lender.ticks.get(timeout=SOON_S)  # it has arrived
     bench.submit("b")
+    lender.ticks.get(timeout=SOON_S)
     bench.stages.land()
     assert called.result(SOON_S) == (0, 1)
     for _ in range(2):
@@ -216,7 +228,21 @@ def test_a_request_is_tried_again_until_steps_have_failed_too_often(open_bench: 
 
 def test_memory_that_runs_out_does_not_open_the_circuit(open_bench: Open) -> None:
     bench = open_bench()
-    bench.stages.failures = [OutOfDeviceMemoryError("full") for _ in range(4)]
-    assert tokens_of(bench.submit("a", 32, max_tokens=1).result(SOON_S)) == [OTHER]
-    assert [output.num_tokens for output in bench.stages.steps][:5] == [32, 16, 8, 4, 2]
-    assert bench.batcher.breaker.state == "closed" and bench.batcher.stats.failed_steps == 4
+    bench.stages.failures = [OutOfDeviceMemoryError("full") for _ in range(MAX_MEMORY_FAILURES)]
+    with pytest.raises(OutOfDeviceMemoryError, match="full"):
+        bench.submit("a", 32).get(SOON_S)
+    assert [output.num_tokens for output in bench.stages.steps][:6] == [32, 16, 8, 4, 2, 1]
+    assert (bench.batcher.breaker.state, bench.batcher.breaker.consecutive_failures) == ("closed", 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [(ValueError("no"), 1), (PageMoveError("stuck"), 9), (DeviceLostError("gone", device="gpu1"), 9)],
+)
+def test_what_was_computed_before_is_relied_on_unless_pages_may_be_wrong(
+    open_bench: Open, error: Exception, again: int
+) -> None:
+    bench = open_bench()
+    bench.stages.failures = [None, error]
+    assert tokens_of(bench.submit("a", max_tokens=2).result(SOON_S)) == [OTHER, OTHER]
+    assert [output.num_tokens for output in bench.stages.steps] == [8, 1, again]

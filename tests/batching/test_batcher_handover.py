@@ -62,6 +62,43 @@ def test_parking_lets_the_steps_in_flight_come_back(open_bench: Open) -> None:
     assert bench.scheduler.num_preemptions == 0
 
 
+def test_what_comes_while_the_last_steps_come_back_is_not_lost(open_bench: Open) -> None:
+    bench, lost = open_bench(cohorts=2), threading.Event()
+
+    def on_lost(error: DeviceLostError) -> bool:
+        lost.set()
+        return True
+
+    bench.batcher.on_lost = on_lost
+    bench.stages.failures = [DeviceLostError("gone", device="gpu1")]
+    handles = []
+    for name in "ab":
+        handles.append(bench.submit(name, max_tokens=3))
+        bench.stages.submitted.get(timeout=SOON_S)
+    bench.stages.land()
+    assert lost.wait(SOON_S)
+    handles.append(bench.submit("c", max_tokens=3))
+    bench.stages.let_go()
+    bench.batcher.park()
+    assert not bench.kv.in_flight and bench.batcher.num_unfinished == 3
+    bench.batcher.resume()
+    assert [tokens_of(handle.result(SOON_S)) for handle in handles] == [[OTHER] * 3] * 3
+
+
+def test_who_hands_over_what_runs_keeps_no_blocks(open_bench: Open) -> None:
+    large = [make_scheduler(blocks=3000, room=12000) for _ in range(2)]
+    old, new = map(open_bench, large)
+    handle = old.submit("a", max_tokens=10_000)
+    old.stages.executed.get(timeout=SOON_S)
+    old.batcher.park()
+    assert old.kv.pool.num_referenced > 0 and not handle.finished
+    new.call(lambda: new.batcher.adopt(old.batcher))
+    assert old.kv.pool.num_referenced == 0
+    handle.abort()
+    assert handle.result(SOON_S).completions[0].finish_reason == "abort"
+    new.call(new.scheduler.check_invariants)
+
+
 def test_another_batcher_takes_over_what_ran_and_what_came_since(open_bench: Open) -> None:
     old, new = open_bench(), open_bench()
     running = lose_a_device(old, max_tokens=4)
@@ -76,6 +113,7 @@ def test_another_batcher_takes_over_what_ran_and_what_came_since(open_bench: Ope
     assert sorted(first) == [8, 8 + 1], "computed again, with the token it had"
     with pytest.raises(EngineMovedError, match="try again"):
         called.result(SOON_S)
+    old.batcher.stop()
     with pytest.raises(EngineMovedError, match="has moved to another engine"):
         old.submit("d")
     assert not old.batcher.alive and old.kv.pool.num_referenced == 0
