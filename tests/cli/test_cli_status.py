@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from core.errors import ConfigError, UnavailableError
 from scripts.captures import Terminal, example_facts
 from vramancer.cli import app
-from vramancer.cli.bars import GIB, Part, bar, flow, glyphs_for, shares, size
+from vramancer.cli.bars import GIB, Part, bar, flow, glyphs_for, legend, shares, size
 from vramancer.cli.picture import Facts, count, device_parts, duration, picture
 from vramancer.cli.status import watch_status
 
@@ -169,6 +169,14 @@ def test_a_bar_shows_every_kind_its_own_way() -> None:
     assert len(set(text)) == len(text) == 7
 
 
+def test_a_legend_leaves_out_what_is_nothing_or_less() -> None:
+    """The bar gives a part below zero no cell, so the legend explains none."""
+    parts = [Part("weights", 2 * GIB, "weights"), Part("workspace", -GIB, "workspace"), Part("lent", 0, "lent")]
+    glyphs = glyphs_for(Terminal(80).console())
+    assert bar(parts, 2 * GIB, 4, glyphs).plain == "████"
+    assert [item.plain for item in legend(parts, glyphs)] == ["█ weights 2.00"]
+
+
 def test_items_flow_into_lines() -> None:
     from rich.text import Text
 
@@ -271,6 +279,22 @@ def test_status_draws_what_the_server_says(server: Any) -> None:
     assert result.exit_code == 0
     assert result.stdout.startswith(f"Qwen/Qwen3-14B  ready, up 1 d 2 h  {server.url}")
     assert {seen[2] for seen in server.seen} == {"Bearer secret"}
+
+
+@pytest.mark.usefixtures("environment")
+def test_status_colours_what_the_picture_does_and_no_figures_besides(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    facts = dataclasses.replace(example_facts(), url=server.url)
+    answers(server, facts)
+    environ = {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLORTERM": "", "COLUMNS": "120"}
+    result = CliRunner().invoke(app, ["status", "--url", server.url], env=environ)
+    terminal = Terminal(120)
+    console = terminal.console()
+    console.print(picture(facts, console))
+    assert result.stdout == terminal.getvalue()
+    assert "\x1b[34m" in result.stdout and "1.20 GiB  1536 blocks" in result.stdout
 
 
 @pytest.mark.usefixtures("environment")
