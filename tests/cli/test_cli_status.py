@@ -282,22 +282,6 @@ def test_status_draws_what_the_server_says(server: Any) -> None:
 
 
 @pytest.mark.usefixtures("environment")
-def test_status_colours_what_the_picture_does_and_no_figures_besides(
-    server: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    facts = dataclasses.replace(example_facts(), url=server.url)
-    answers(server, facts)
-    environ = {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLORTERM": "", "COLUMNS": "120"}
-    result = CliRunner().invoke(app, ["status", "--url", server.url], env=environ)
-    terminal = Terminal(120)
-    console = terminal.console()
-    console.print(picture(facts, console))
-    assert result.stdout == terminal.getvalue()
-    assert "\x1b[34m" in result.stdout and "1.20 GiB  1536 blocks" in result.stdout
-
-
-@pytest.mark.usefixtures("environment")
 def test_json_is_what_the_server_says(server: Any) -> None:
     answers(server, example_facts())
     as_json = CliRunner().invoke(app, ["status", "--port", str(server.server_port), "--json"])
