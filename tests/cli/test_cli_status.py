@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from core.errors import ConfigError, UnavailableError
 from scripts.captures import Terminal, example_facts
 from vramancer.cli import app
-from vramancer.cli.bars import GIB, Part, bar, flow, glyphs_for, shares, size
+from vramancer.cli.bars import GIB, Part, bar, flow, glyphs_for, legend, shares, size
 from vramancer.cli.picture import Facts, count, device_parts, duration, picture
 from vramancer.cli.status import watch_status
 
@@ -167,6 +167,14 @@ def test_a_bar_shows_every_kind_its_own_way() -> None:
     parts = [Part(kind, GIB, kind) for kind in kinds]
     text = bar(parts, 7 * GIB, 7, glyphs_for(terminal.console())).plain
     assert len(set(text)) == len(text) == 7
+
+
+def test_a_legend_leaves_out_what_is_nothing_or_less() -> None:
+    """The bar gives a part below zero no cell, so the legend explains none."""
+    parts = [Part("weights", 2 * GIB, "weights"), Part("workspace", -GIB, "workspace"), Part("lent", 0, "lent")]
+    glyphs = glyphs_for(Terminal(80).console())
+    assert bar(parts, 2 * GIB, 4, glyphs).plain == "████"
+    assert [item.plain for item in legend(parts, glyphs)] == ["█ weights 2.00"]
 
 
 def test_items_flow_into_lines() -> None:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from core.config import iter_settings
 from core.config_names import ABSENT_COMMANDS, ABSENT_FLAGS
 from vramancer.cli import app
-from vramancer.cli.parsing import short
+from vramancer.cli.parsing import details, short
 
 COMMANDS = ("serve", "run", "plan", "doctor", "status")
 
@@ -56,6 +56,20 @@ def test_short_help_has_what_decides() -> None:
     text = " ".join(invoke("serve", "--help").output.split())
     for said in ("[5000]", "[127.0.0.1]", "One of auto, off.", "Not set: what the model was made for.", "or the next"):
         assert said in text
+
+
+@pytest.mark.parametrize(
+    ("key", "facts"),
+    [
+        ("api.port", "Allowed: at least 0 and at most 65535. Default: 5000. (VRM_API_PORT)"),
+        ("devices.num_gpus", "Allowed: at least 1. (VRM_DEVICES_NUM_GPUS)"),
+        ("api.host", "Default: 127.0.0.1. (VRM_API_HOST)"),
+        ("model.name", "(VRM_MODEL_NAME)"),
+    ],
+)
+def test_whole_help_ends_with_what_is_allowed_the_default_and_the_variable(key: str, facts: str) -> None:
+    info = next(info for info in iter_settings() if info.key == key)
+    assert details(info) == f"{info.description}\n{facts}"
 
 
 def test_own_flags_come_first_then_settings_by_section() -> None:

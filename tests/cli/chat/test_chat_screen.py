@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from cli.chat.scripted import Scripted, interrupted, on_terminal, says
@@ -13,7 +15,7 @@ from rich.console import Console
 from scripts.captures import ANSWER, Terminal
 from vramancer.cli.chat.answerer import Piece
 from vramancer.cli.chat.conversation import Conversation
-from vramancer.cli.chat.markdown import split_blocks, stable_prefix
+from vramancer.cli.chat.markdown import MarkdownWriter, split_blocks, stable_prefix
 from vramancer.cli.chat.screen import Screen
 
 PARAGRAPHS = "# Title\n\nSome *soft* text.\n\n- one\n- two\n\n```python\nx = [1]\n```\n\nThe <b>end</b>.\n"
@@ -75,6 +77,32 @@ def test_a_block_higher_than_the_terminal_shows_its_end_while_it_grows() -> None
     assert "line 10\n" not in seen[30]
     written = terminal.getvalue()
     assert [f"line {number}" in written[written.rindex("line 0") :] for number in range(50)] == [True] * 50
+
+
+def test_the_first_text_is_drawn_at_once_and_more_fifteen_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the clock reads at first: only its differences mean anything."""
+    clock = SimpleNamespace(now_s=0.0)
+    monkeypatch.setattr("vramancer.cli.chat.markdown.time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    terminal = Terminal(60)
+    writer = MarkdownWriter(terminal.console())
+    shown = []
+    for clock.now_s, text in ((0.0, "One"), (0.05, " two"), (0.07, " three"), (0.13, " four")):
+        writer.write(text)
+        shown.append(terminal.text)
+    writer.finish()
+    assert shown == ["One\n", "One\n", "One two three\n", "One two three\n"]
+    assert terminal.text == "One two three four\n"
+
+
+def test_nothing_that_is_drawn_has_spaces_at_the_ends_of_its_lines() -> None:
+    """Lines as wide as the terminal would break in two where it is made narrower, and stay when they are erased."""
+    terminal = Terminal(40)
+    writer = MarkdownWriter(terminal.console())
+    writer.write("Some words that are more than forty columns, **bold** too.")
+    drawn = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", terminal.getvalue())
+    writer.finish()
+    assert "columns, bold too." in drawn
+    assert [line for line in drawn.splitlines() if line.endswith(" ")] == []
 
 
 @pytest.mark.parametrize("end", range(len(PARAGRAPHS) + 1))
@@ -159,6 +187,13 @@ def test_in_a_pipe_every_character_of_the_answer_and_nothing_else(monkeypatch: p
     Conversation(Scripted(says("**a**\t", "\x1bb")), screen, {}).ask("?")
     assert pipe.getvalue() == "**a**\t\x1bb\n"
     assert "2 tokens" in notes.getvalue()
+
+
+@pytest.mark.parametrize("texts", [("Yes.\n",), ("Yes.", "\n"), ("Yes.",), ("Yes.\n", "")])
+def test_a_plain_answer_ends_with_one_newline(texts: tuple[str, ...]) -> None:
+    pipe = io.StringIO()
+    Screen(Console(file=pipe), Console(file=io.StringIO())).answer(iter_pieces(*texts))
+    assert pipe.getvalue() == "Yes.\n"
 
 
 def test_something_stands_there_until_the_answer_comes() -> None:
