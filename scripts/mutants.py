@@ -41,6 +41,7 @@ _NOT_STARTED = 4
 """Exit status of a pytest that does not get to run tests."""
 QUIETLY = ("-q", "-p", "no:cacheprovider", "--no-cov")
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", re.MULTILINE)
+_FAILING = re.compile(r"^[.sx]*[FE]", re.MULTILINE)
 PLACE = ("lineno", "col_offset", "end_lineno", "end_col_offset")
 SKIPPED_OPERATORS = ("core/NoOp", "core/RemoveDecorator")
 
@@ -240,8 +241,8 @@ for line in sys.stdin:
         if status == _NOT_STARTED and "ERROR: not found" in said and any("[" in name for name in tests):
             # Names of parameters may come out otherwise than they went in.
             return self.run(list(dict.fromkeys(name.partition("[")[0] for name in tests)), limit_s, *options)
-        if status == _NOT_STARTED and "while loading conftest" in said:
-            return status, failed  # nothing works with this fault
+        if (status == _NOT_STARTED and "while loading conftest" in said) or _FAILING.search(said):
+            return status, failed  # nothing works with this fault, or pytest cannot even report on it
         if status > 0 and not failed:
             raise RuntimeError(f"pytest ended with {status}: {said[-2000:]}")
         return status, failed
