@@ -41,7 +41,7 @@ _NOT_STARTED = 4
 """Exit status of a pytest that does not get to run tests."""
 QUIETLY = ("-q", "-p", "no:cacheprovider", "--no-cov")
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", re.MULTILINE)
-_FAILING = re.compile(r"^[.sx]*[FE]", re.MULTILINE)
+_FAILING = re.compile(r"^[.sx]*[FE]+ *(?:\[.*)?$", re.MULTILINE)  # pytest's line of progress
 PLACE = ("lineno", "col_offset", "end_lineno", "end_col_offset")
 SKIPPED_OPERATORS = ("core/NoOp", "core/RemoveDecorator")
 
