@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import sys
 import threading
@@ -60,6 +61,23 @@ def test_processes_that_start_together_agree(make_settings: MakeSettings) -> Non
         thread.join()
     assert len({token for token, _, _ in results}) == 1
     assert sum(created for _, created, _ in results) == 1
+
+
+def test_who_comes_second_takes_the_token_of_the_first(
+    make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, link = make_settings(), os.link
+
+    def beaten(source: str, target: Path) -> None:
+        monkeypatch.setattr(os, "link", link)
+        resolve_token(settings)  # another process, between a look at the place and the writing there
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", beaten)
+    token, created, path = resolve_token(settings)
+    assert not created and path is not None
+    assert path.read_text().strip() == token and resolve_token(settings) == (token, False, path)
+    assert [item.name for item in path.parent.iterdir()] == ["api-token"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
