@@ -84,7 +84,7 @@ def test_the_rate_is_that_of_the_tokens_after_the_first(
     """Seconds after the start at which so many tokens come; the answer is complete after 6."""
     clock = SimpleNamespace(now_s=100.0)
     monkeypatch.setattr(native, "time", SimpleNamespace(perf_counter=lambda: clock.now_s))
-    writer = native.GenerateWriter(native.GenerateRequest(prompt="a"), fake_model(), "gen-1")
+    writer = native.GenerateWriter(native.GenerateRequest.model_validate({"prompt": "a"}), fake_model(), "gen-1")
     for seconds, count in arrivals:
         clock.now_s = 100.0 + seconds
         list(writer.chunks(0, RequestOutput("r", (SequenceDelta(0, token_ids=(97,) * count),), 1)))
