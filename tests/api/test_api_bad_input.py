@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from api_client import ApiClient, openai_error
-from fake_pipeline import CONTEXT, VOCAB, FakePipeline
+from fake_pipeline import CONTEXT, VOCAB, FakePipeline, fake_model
 
 from core.api import create_app
 from core.api.body import MAX_DEPTH, parse_object
+from core.api.sampling import check_token_ids
 from core.errors import (
     CircuitOpenError,
     EngineDeadError,
@@ -107,6 +108,14 @@ def test_huge_body_is_refused_before_it_is_read(client: ApiClient, path: str) ->
     data = b'{"prompt": "' + b"a" * 20_000_000 + b'"}'
     error = client.error(path, status=413, data=data, content_type="application/json")
     assert error["code"] == "payload_too_large"
+
+
+def test_a_body_too_long_by_a_byte_is_told_both_lengths(make_pipeline: Callable[..., FakePipeline]) -> None:
+    client = ApiClient(create_app(make_pipeline(api__max_body_bytes=2048)))  # type: ignore[arg-type]
+    data = b'{"prompt": "a"}'.ljust(2048)
+    assert client.post("/tokenize", data=data, content_type="application/json").status_code == 200
+    error = client.error("/tokenize", status=413, data=data + b" ", content_type="application/json")
+    assert error["message"] == "The body has 2049 bytes; this server accepts 2048."
 
 
 @each_generating
@@ -255,6 +264,28 @@ def test_token_ids_out_of_range(client: ApiClient, token: int) -> None:
     assert client.error("/api/generate", {"prompt_token_ids": [token]}, status=400)["param"] == "prompt_token_ids"
     assert client.error("/api/infer", {"token_ids": [token]}, status=400)["param"] == "token_ids"
     assert client.error("/detokenize", {"tokens": [token]}, status=400)["param"] == "tokens"
+
+
+def test_the_range_of_token_ids_that_is_told_is_the_one_that_is_taken() -> None:
+    model = fake_model()
+    assert check_token_ids([0, VOCAB - 1], model, param="tokens") == [0, VOCAB - 1]
+    for wrong in (-1, VOCAB):
+        with pytest.raises(InvalidRequestError) as refused:
+            check_token_ids([1, wrong], model, param="tokens")
+        assert refused.value.message == f"tokens: token ids lie between 0 and {VOCAB - 1}."
+
+
+def test_priorities_and_context_lengths_are_at_most_32_bits_wide(client: ApiClient, pipeline: FakePipeline) -> None:
+    most = 2**31 - 1
+    for priority in (-most, most):
+        assert client.post("/api/generate", {"prompt": "a", "priority": priority}).status_code == 200
+    for priority in (-most - 1, most + 1):
+        error = client.error("/api/generate", {"prompt": "a", "priority": priority}, status=400)
+        assert error["param"] == "priority"
+    assert pipeline.priorities == [-most, most]
+    load = {"model": "demo", "max_model_len": most + 1}
+    assert client.error("/api/models/load", load, status=400)["param"] == "max_model_len"
+    assert client.post("/api/models/load", {**load, "max_model_len": most}).status_code == 200
 
 
 @each_generating

@@ -217,6 +217,9 @@ FOREIGN: dict[str, tuple[Any, Any]] = {
     "system": ("Be brief.", ""),
     "extra_body": ({"top_k": 1}, {}),
     "enable_thinking": (False, None),
+    "thinking_budget_tokens": (0, -1),
+    "reasoning_budget": (0, -1),
+    "min_keep": (2, 0),
 }  # fmt: skip
 
 
@@ -239,6 +242,15 @@ def test_a_refusal_says_what_is_accepted_and_what_to_use(client: ApiClient) -> N
     assert said == "repeat_penalty is not supported by this server; 1 alone is accepted; use repetition_penalty."
     said = client.error(CHAT, {**BODIES[CHAT], "num_predict": 1}, status=400)["message"]
     assert said == "num_predict is not supported by this server; use max_tokens."
+
+
+def test_what_has_two_values_for_off_takes_both_and_no_other(client: ApiClient) -> None:
+    off = {"min_keep": (0, 1), "top_n_sigma": (0, -1), "adaptive_target": (0, -1), "t_max_predict_ms": (0, -1)}
+    for which in (0, 1):
+        body = {"prompt": "a", **{name: values[which] for name, values in off.items()}}
+        assert client.post(COMPLETIONS, body).status_code == 200
+    for name in off:
+        assert client.error(COMPLETIONS, {"prompt": "a", name: 2}, status=400)["param"] == name
 
 
 def test_true_is_not_one(client: ApiClient) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from api_client import ApiClient, openai_error
-from fake_pipeline import BOS, CONTEXT, HIDDEN, VOCAB, FakePipeline
+from fake_pipeline import BOS, CONTEXT, HIDDEN, VOCAB, FakePipeline, fake_model
 from safetensors.torch import load
 from steering import LONGEST_WAIT_S, until
 
 from core.api import native
+from core.request import RequestOutput, SequenceDelta
 
 
 def test_generate_answer(client: ApiClient) -> None:
@@ -61,6 +64,35 @@ def test_generate_stream(client: ApiClient) -> None:
     assert last["timings"]["total_s"] > 0
 
 
+@pytest.mark.parametrize(
+    ("arrivals", "first_s", "decode_tok_s"),
+    [
+        ([], None, None),
+        ([(2, 1)], 2.0, None),
+        ([(2, 1), (3, 1), (5, 1)], 2.0, 2 / 4),
+        ([(2, 0), (3, 2), (4, 3)], 3.0, 4 / 3),
+        ([(6, 3)], 6.0, None),
+    ],
+    ids=["no token", "one token", "one by one", "several at once, none at first", "all at the end"],
+)
+def test_the_rate_is_that_of_the_tokens_after_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+    arrivals: list[tuple[int, int]],
+    first_s: float | None,
+    decode_tok_s: float | None,
+) -> None:
+    """Seconds after the start at which so many tokens come; the answer is complete after 6."""
+    clock = SimpleNamespace(now_s=100.0)
+    monkeypatch.setattr(native, "time", SimpleNamespace(perf_counter=lambda: clock.now_s))
+    writer = native.GenerateWriter(native.GenerateRequest.model_validate({"prompt": "a"}), fake_model(), "gen-1")
+    for seconds, count in arrivals:
+        clock.now_s = 100.0 + seconds
+        list(writer.chunks(0, RequestOutput("r", (SequenceDelta(0, token_ids=(97,) * count),), 1)))
+    clock.now_s = 106.0
+    expected = {"total_s": 6.0, "time_to_first_token_s": first_s, "decode_tok_s": decode_tok_s}
+    assert writer.totals()["timings"] == expected
+
+
 def test_infer_json(client: ApiClient) -> None:
     body = client.post("/api/infer", {"token_ids": [1, 2, 3], "positions": "all"}).get_json()
     assert body["shape"] == [3, VOCAB]
@@ -88,6 +120,28 @@ def test_infer_bounds(client: ApiClient, monkeypatch: pytest.MonkeyPatch) -> Non
     client.error("/api/infer", {"token_ids": [1]}, status=400)
     body = {"token_ids": [1] * 3, "output": "hidden_states", "positions": "all"}
     assert client.error("/api/infer", body, status=400)["param"] == "positions"
+
+
+@pytest.mark.parametrize(
+    ("accept", "most"), [("application/json", 1_000_000), ("application/x-safetensors", 512 * 2**20 // 4)]
+)
+def test_infer_answers_up_to_a_million_values_as_json_and_512_mib_as_a_file(
+    client: ApiClient, pipeline: FakePipeline, accept: str, most: int
+) -> None:
+    """Counted in rows as wide as the vocabulary: one for the last position, however many tokens are sent."""
+
+    def ask(vocab_size: int, positions: str) -> Any:
+        pipeline.fake_model = replace(fake_model(), vocab_size=vocab_size)
+        body = {"token_ids": [1, 2], "positions": positions}
+        return client.post("/api/infer", body, headers={"Accept": accept})
+
+    assert ask(most, "last").status_code == 200
+    assert ask(most // 2, "all").status_code == 200
+    for refused in (ask(most + 1, "last"), ask(most // 2 + 1, "all")):
+        assert refused.status_code == 400
+        error = openai_error(refused)
+        assert error["param"] == "positions"
+        assert f"more than the {most} " in error["message"]
 
 
 def test_infer_offers_no_other_format(client: ApiClient) -> None:
