@@ -207,7 +207,7 @@ def test_the_directory_stays_within_its_bound_and_keeps_the_rest(tmp_path: Path)
     store.close()
 
 
-@pytest.mark.parametrize("capacity_bytes", [32 * 1024, 40_000, 50_000, DISK_BYTES])
+@pytest.mark.parametrize("capacity_bytes", [32 * 1024, 50_000, DISK_BYTES])
 def test_room_to_clean_a_segment_into_is_always_left(tmp_path: Path, capacity_bytes: int) -> None:
     """Also by who writes without asking for room."""
     store = open_store(LocalFiles(tmp_path), capacity_bytes=capacity_bytes)
