@@ -108,6 +108,19 @@ def test_auto_decides_on_real_blocks(step_s: float, chosen: str) -> None:
     assert compressor.name == chosen
 
 
+@pytest.mark.parametrize(("bytes_s", "said"), [(1.005e9 + 0.5, "1.01"), (1.005e9 - 0.5, "1.00")])
+def test_the_choice_is_logged_with_rounded_figures(bytes_s: float, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    ticks = ticking(LAYOUT.nbytes / bytes_s)
+    compressor = Compressor(LAYOUT, "auto", speed=TierSpeed(3.1416e9, 1e9), timer=lambda: next(ticks))
+    for _ in range(SAMPLE_BLOCKS):
+        compressor.encode(memoryview(bytearray(payload(1))))
+    (line,) = (record.msg for record in caplog.records if isinstance(record.msg, dict) and "codec" in record.msg)
+    assert line["codec"] == "none" and line["tier_read_gb_s"] == 3.14
+    for codec in ("lz4", "zstd"):
+        assert line[codec].startswith("ratio 1.") and line[codec].endswith(f", {said} GB/s in, {said} GB/s out")
+
+
 def test_auto_never_quantizes_and_needs_a_speed() -> None:
     compressor = Compressor(LAYOUT, "auto")
     assert compressor.name == "none"

@@ -16,8 +16,9 @@ from memory_helpers import DISK_BYTES, IDENTITY, LAYOUT, Clock, block, get, open
 
 from core.errors import ConfigError, ConflictError
 from core.tiers.disk import LOCK_NAME, LocalFile, LocalFiles
+from core.tiers.records import Tier
 from core.tiers.segment_store import RETRY_S
-from core.tiers.segments import PREFIX_BYTES, SUFFIX
+from core.tiers.segments import PREFIX_BYTES, SUFFIX, SegmentSizes
 
 
 def segments(directory: Path) -> list[Path]:
@@ -206,6 +207,20 @@ def test_the_directory_stays_within_its_bound_and_keeps_the_rest(tmp_path: Path)
     store.close()
 
 
+@pytest.mark.parametrize("capacity_bytes", [32 * 1024, 50_000, DISK_BYTES])
+def test_room_to_clean_a_segment_into_is_always_left(tmp_path: Path, capacity_bytes: int) -> None:
+    """Also by who writes without asking for room."""
+    store = open_store(LocalFiles(tmp_path), capacity_bytes=capacity_bytes)
+    number = 1
+    while store.write(block(number), block(number - 1), memoryview(bytearray(payload(number)))):
+        number += 1
+    reserve = SegmentSizes.of(Tier.L5, capacity_bytes, LAYOUT.nbytes).reserve
+    assert store.used_bytes == size(tmp_path)
+    assert store.used_bytes + reserve <= capacity_bytes
+    assert all(get(store, mine) == payload(mine) for mine in range(1, number))
+    store.close()
+
+
 def test_a_segment_that_is_mostly_dead_is_deleted(tmp_path: Path) -> None:
     store = open_store(LocalFiles(tmp_path), capacity_bytes=256 * 1024)
     put(store, *range(1, 9))
@@ -301,8 +316,8 @@ def test_a_full_disk_stops_writing_with_one_log_line_and_goes_on_later(
     monkeypatch.setattr(FailingFile, "full", True)
     for _ in range(2):
         assert not store.write(block(2), block(1), memoryview(bytearray(payload(2))))
+        assert len([record for record in caplog.records if "no more blocks" in record.getMessage()]) == 1
     assert not store.accepting and store.stopped == "No space left on device"
-    assert len([record for record in caplog.records if "no more blocks" in record.getMessage()]) == 1
     assert get(store, 1) == payload(1), "reading goes on"
     store.check_invariants()
     monkeypatch.setattr(FailingFile, "full", False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -54,9 +55,41 @@ def test_a_directory_is_measured_in_bounded_time_and_left_as_it_was(tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_writing_counts_what_was_written_and_the_sync_at_its_end(tmp_path: Path) -> None:
+    measured = measure_directory(tmp_path, Stopwatch(0.125))
+    assert measured.speed.write_bytes_s == (3 << 20) / 0.5, "three MiB before 0.3 s are over, and the sync"
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no advice on files")
+def test_without_o_direct_advice_keeps_the_whole_file_out_of_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Systems other than Linux refuse advice on a range that no file has."""
+    given: list[tuple[int, int, int]] = []
+    monkeypatch.delattr(os, "O_DIRECT", raising=False)
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *advice: given.append(advice))
+    assert measure_directory(tmp_path, Stopwatch(0.125)).method == "fadvise"
+    dropped, at_random = (0, 0, os.POSIX_FADV_DONTNEED), (0, 0, os.POSIX_FADV_RANDOM)
+    assert given == [dropped, at_random, dropped], "before each kind of reading"
+
+
 def test_a_directory_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         measure_directory(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("looks_s", "fastest_s"),
+    [
+        ([0.0, 0.01, 0.01, 0.05, 0.05, 0.05, 0.06, 0.06, 0.06, 0.09, 0.2], 0.01),  # copies of 40, 10 and 30 ms
+        ([0.0, 5.0, 5.0, 5.5, 5.5], 0.5),  # the time was over before the first
+    ],
+)
+def test_the_best_of_all_copies_counts_and_there_is_at_least_one(looks_s: list[float], fastest_s: float) -> None:
+    looks = iter(looks_s)
+    speed = measure_host(lambda: next(looks))
+    assert speed.read_bytes_s == speed.write_bytes_s == pytest.approx((16 << 20) / fastest_s)
+    assert next(looks, None) is None, "it goes on until the time is over"
 
 
 def test_host_memory_store_and_peer_are_measured(tmp_path: Path) -> None:

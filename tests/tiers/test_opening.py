@@ -13,9 +13,11 @@ from steering import LONGEST_WAIT_S
 from core.config import MemorySettings
 from core.devices import DeviceBudget, host_device
 from core.errors import ConfigError
-from core.tiers import HierarchicalMemory, Tier, open_lasting, open_memory
+from core.tiers import HierarchicalMemory, Tier, open_lasting, open_memory, opening
 from core.tiers.disk import LocalFiles
+from core.tiers.measure import DiskSpeed
 from core.tiers.peer import InProcessPeer
+from core.tiers.records import TierSpeed
 
 
 def settings(**values: object) -> MemorySettings:
@@ -69,6 +71,28 @@ def test_all_tiers_hold_blocks_and_a_restart_finds_them(tmp_path: Path) -> None:
     assert sum(len(again.find([block(number)])) for number in range(1, 9)) >= 5
     again.close()
     assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("below", "read_gb_s", "write_gb_s", "random_read_us"), [(1.0, 1.0, 2.0, 123.4), (-1.0, 1.01, 2.01, 123.5)]
+)
+def test_the_disks_figures_are_logged_rounded(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    below: float,
+    read_gb_s: float,
+    write_gb_s: float,
+    random_read_us: float,
+) -> None:
+    """Just below and just above halves of their last digits."""
+    speed = TierSpeed(1.005e9 - 0.5 * below, 2.005e9 - 0.5 * below, 123.45e-6 - below * 5e-11)
+    monkeypatch.setattr(opening, "measure_directory", lambda _: DiskSpeed(speed, "O_DIRECT", "nvme"))
+    caplog.set_level("INFO")
+    opened(settings(disk_path=tmp_path)).close()
+    (line,) = (record.msg for record in caplog.records if "disk measured" in record.getMessage())
+    assert isinstance(line, dict) and (line["medium"], line["method"]) == ("nvme", "O_DIRECT")
+    assert (line["read_gb_s"], line["write_gb_s"], line["random_read_us"]) == (read_gb_s, write_gb_s, random_read_us)
 
 
 def test_another_salt_finds_nothing(tmp_path: Path) -> None:
