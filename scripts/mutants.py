@@ -36,7 +36,6 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / ".mutants"
 ENVIRONMENT = {"VRM_MINIMAL_TEST": "1", "VRM_DISABLE_RATE_LIMIT": "1", "VRM_TEST_MODE": "1"}
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-MOST_TESTS, MOST_SECONDS = 60, 40.0
 _NOT_STARTED = 4
 """Exit status of a pytest that does not get to run tests."""
 QUIETLY = ("-q", "-p", "no:cacheprovider", "--no-cov")
@@ -44,6 +43,17 @@ _FAILED = re.compile(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", re.MULTILINE)
 _FAILING = re.compile(r"^[.sx]*[FE]+ *(?:\[.*)?$", re.MULTILINE)  # pytest's line of progress
 PLACE = ("lineno", "col_offset", "end_lineno", "end_col_offset")
 SKIPPED_OPERATORS = ("core/NoOp", "core/RemoveDecorator")
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What is tried for one fault, at most."""
+
+    tests: int
+    seconds: float
+
+
+AT_FIRST, AGAIN = Bounds(60, 40.0), Bounds(600, 120.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,18 +109,19 @@ def tests_by_line(file: str) -> dict[int, set[str]]:
     return {line: {name.rpartition("|")[0] for name in names if name} for line, names in found.items()}
 
 
-def choose_tests(file: str, line: int, times: dict[str, float], without: Collection[str] = ()) -> list[str]:
-    """Tests that ran the line: first those of the file's own room, then short ones, within bounds."""
+def choose_tests(file: str, line: int, times: dict[str, float], bounds: Bounds, without: Collection[str]) -> list[str]:
+    """Tests that ran the line: first those of the file's own room, then short ones, within bounds. For a line that runs
+    when the module is imported, those that ran anything in the file, or else those of the room."""
     by_line = tests_by_line(file)
-    names = by_line.get(line) or {name for names in by_line.values() for name in names}
-    names = names - set(without)
     room = file.split("/")[1].removesuffix(".py")
+    names = by_line.get(line) or {name for names in by_line.values() for name in names}
+    names = (names or {name for name in times if f"/{room}/" in name}) - set(without)
     ordered = sorted(names, key=lambda name: (f"/{room}/" not in name, times.get(name, 1.0), name))
     chosen: list[str] = []
     total_s = 0.0
     for name in ordered:
         total_s += times.get(name, 1.0)
-        if len(chosen) >= MOST_TESTS or (chosen and total_s > MOST_SECONDS):
+        if len(chosen) >= bounds.tests or (chosen and total_s > bounds.seconds):
             break
         chosen.append(name)
     return chosen
@@ -260,11 +271,11 @@ def _kill(group: int) -> None:
 
 
 def try_fault(
-    fault: Fault, runner: Runner, times: dict[str, float], without: Collection[str] = ()
+    fault: Fault, runner: Runner, times: dict[str, float], bounds: Bounds, without: Collection[str]
 ) -> tuple[str, str, list[str]]:
     """`killed`, `survived` or `not run by any test`, the change in words, and the tests that failed."""
     text, change = mutated(fault, runner.tree)
-    tests = choose_tests(fault.file, fault.line, times, without)
+    tests = choose_tests(fault.file, fault.line, times, bounds, without)
     if not tests:
         return "not run by any test", change, []
     target = runner.tree / fault.file
@@ -319,7 +330,7 @@ def run(packages: list[str], count: int, seed: int, jobs: int, report: Path | No
         def attempt(fault: Fault, without: Collection[str] = ()) -> Result:
             runner = idle.get()
             try:
-                return fault, *try_fault(fault, runner, times, without)
+                return fault, *try_fault(fault, runner, times, AT_FIRST if again is None else AGAIN, without)
             finally:
                 idle.put(runner)
 
