@@ -113,7 +113,8 @@ def choose_tests(file: str, line: int, times: dict[str, float], bounds: Bounds, 
     """Tests that ran the line: first those of the file's own room, then short ones, within bounds. For a line that runs
     when the module is imported, those that ran anything in the file, or else those of the room."""
     by_line = tests_by_line(file)
-    room = file.split("/")[1].removesuffix(".py")
+    room = file.split("/")[1]
+    room = room.partition("_")[0].removesuffix(".py") if room.endswith(".py") else room
     names = by_line.get(line) or {name for names in by_line.values() for name in names}
     names = (names or {name for name in times if f"/{room}/" in name}) - set(without)
     ordered = sorted(names, key=lambda name: (f"/{room}/" not in name, times.get(name, 1.0), name))
