@@ -2,7 +2,6 @@
 
 from core.devices.device import HOST, Device, DeviceBudget, LinkSpeed, MainMemory, format_bytes, host_device, wait_until
 from core.devices.discovery import left_out, open_devices, open_main_memory
-from core.devices.exhaustion import is_out_of_memory
 from core.devices.probe import Machine, probe_machine
 from core.devices.readers import DeviceReader
 from core.devices.spec import parse_devices, parse_link
@@ -17,7 +16,6 @@ __all__ = [
     "MainMemory",
     "format_bytes",
     "host_device",
-    "is_out_of_memory",
     "left_out",
     "open_devices",
     "open_main_memory",

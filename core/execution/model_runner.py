@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from core.devices import is_out_of_memory
+from core.devices.exhaustion import is_out_of_memory
 from core.errors import DeviceLostError, OutOfDeviceMemoryError
 from core.execution.pipeline import Station, StationLine
 from core.execution.records import SchedulerOutput, StepDone, StepOutput

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
-from core.devices import Device, DeviceBudget, format_bytes, is_out_of_memory
+from core.devices import Device, DeviceBudget, format_bytes
+from core.devices.exhaustion import is_out_of_memory
 from core.errors import OutOfDeviceMemoryError
 from core.kv_cache.page_ops import LOCAL
 from core.models.architecture import KVShape

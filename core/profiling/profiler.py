@@ -14,7 +14,8 @@ from torch import nn
 
 from core.config import Settings
 from core.costs import DeviceProfile, Sharing, emulated_profile
-from core.devices import Device, format_bytes, is_out_of_memory
+from core.devices import Device, format_bytes
+from core.devices.exhaustion import is_out_of_memory
 from core.devices.probe import read_memory
 from core.errors import OutOfDeviceMemoryError
 from core.execution.attention.interface import AttentionBackend
