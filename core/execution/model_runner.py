@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from core.devices.exhaustion import is_out_of_memory
 from core.errors import DeviceLostError, OutOfDeviceMemoryError
 from core.execution.pipeline import Station, StationLine
 from core.execution.records import SchedulerOutput, StepDone, StepOutput
@@ -35,7 +36,7 @@ class _FaultsOf:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        if is_out_of_memory(error):
             names = ", ".join(device.name for device in self._stage.devices)
             raise OutOfDeviceMemoryError(f"{names} ran out of memory in a step: {error}") from error
         if isinstance(error, torch.AcceleratorError):

@@ -23,6 +23,8 @@ from core.execution.records import Longs
 from core.kv_cache.block_table import RopeBorder
 
 MOVING = ("dynamic", "longrope")
+_ONE_SET = "[None, :, None]"
+"""In the source of rotary embeddings, before transformers 5.19: the frequencies are a column for all tokens."""
 
 
 def rope_lengths(step: PackedStep, border: RopeBorder) -> Longs:
@@ -40,6 +42,7 @@ class TokenRope:
         self._module = module
         self._whole: Callable[..., Any] = module.forward
         self._forward: Callable[..., Any] = inspect.unwrap(type(module).forward)
+        self._takes_one_set = _ONE_SET in inspect.getsource(self._forward)
         self._long: dict[str | None, torch.Tensor] = {}
 
     def __call__(self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
@@ -49,11 +52,16 @@ class TokenRope:
             return self._whole(x, position_ids, *args)
         prefix = "" if layer_type is None else f"{layer_type}_"
         short = getattr(self._module, f"{prefix}original_inv_freq")
-        setattr(self._module, f"{prefix}inv_freq", self._frequencies(kind, layer_type, self.lengths[:, None], short))
-        try:
-            return self._forward(self._module, x, position_ids, *args)
-        finally:
-            setattr(self._module, f"{prefix}inv_freq", short)
+        by_token = self._frequencies(kind, layer_type, self.lengths[:, None], short)
+
+        def forward(frequencies: torch.Tensor) -> Any:
+            setattr(self._module, f"{prefix}inv_freq", frequencies)
+            try:
+                return self._forward(self._module, x, position_ids, *args)
+            finally:
+                setattr(self._module, f"{prefix}inv_freq", short)
+
+        return _set_by_set(forward, by_token) if self._takes_one_set else forward(by_token)
 
     def _frequencies(
         self, kind: str, layer_type: str | None, lengths: torch.Tensor, short: torch.Tensor
@@ -71,6 +79,14 @@ class TokenRope:
                 self._long[layer_type], _ = ROPE_INIT_FUNCTIONS[kind](config, device, seq_len=original + 1, **named)
             beyond = self._long[layer_type]
         return torch.where(lengths > original, beyond, short.to(device=device, dtype=torch.float))
+
+
+def _set_by_set(forward: Callable[[torch.Tensor], Any], by_token: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What `forward`, which takes one set of frequencies for all tokens, gives where each has its own: `[1, T, D]`."""
+    sets, of_token = torch.unique(by_token, dim=0, return_inverse=True)
+    parts = zip(*(forward(frequencies) for frequencies in sets), strict=True)
+    tokens = torch.arange(len(of_token), device=of_token.device)
+    return tuple(torch.stack(part)[of_token, 0, tokens][None] for part in parts)
 
 
 def token_ropes(model: nn.Module) -> tuple[TokenRope, ...]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from core.devices import Device, DeviceBudget, format_bytes
+from core.devices.exhaustion import is_out_of_memory
 from core.errors import OutOfDeviceMemoryError
 from core.kv_cache.page_ops import LOCAL
 from core.models.architecture import KVShape
@@ -87,8 +88,10 @@ class PagedKVCache:
         budget.reserve(purpose, nbytes)
         try:
             layers = self._pages(num_pages + spare, device)
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
             budget.release(purpose, nbytes)
+            if not is_out_of_memory(error):
+                raise
             raise OutOfDeviceMemoryError(
                 f"{device.name}: {format_bytes(nbytes)} of KV pages could not be had: {error}"
             ) from error

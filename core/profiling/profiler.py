@@ -15,6 +15,7 @@ from torch import nn
 from core.config import Settings
 from core.costs import DeviceProfile, Sharing, emulated_profile
 from core.devices import Device, format_bytes
+from core.devices.exhaustion import is_out_of_memory
 from core.devices.probe import read_memory
 from core.errors import OutOfDeviceMemoryError
 from core.execution.attention.interface import AttentionBackend
@@ -181,7 +182,9 @@ class LayerProfiler(LinkProfiler):
         try:
             with computing_as_served(device, self._torch_threads(dtype, adapter)):
                 yield
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise OutOfDeviceMemoryError(
                 f"{device.name}: its speed cannot be measured, because {format_bytes(room)} of its memory could "
                 f"not be allocated: {str(error).splitlines()[0]}"

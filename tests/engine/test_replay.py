@@ -116,15 +116,31 @@ def test_whose_own_fault_it_is_fails_alone(
     assert fault.count == MAX_FAILURES
 
 
+def of_a_card() -> Exception:
+    return torch.OutOfMemoryError("17 GiB")
+
+
+def of_main_memory() -> Exception:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    return caught.value
+
+
+@pytest.mark.parametrize("out_of_memory", [of_a_card, of_main_memory])
 @pytest.mark.parametrize("devices", PLACES)
 def test_memory_that_runs_out_makes_steps_smaller(
-    llama: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch, devices: str
+    llama: Path,
+    open_pipeline: OpenPipeline,
+    monkeypatch: pytest.MonkeyPatch,
+    devices: str,
+    out_of_memory: Callable[[], Exception],
 ) -> None:
     """Nobody fails, and neither does the circuit breaker open."""
     expected = tokens(submit(start(open_pipeline, llama)))
     pipeline = start(open_pipeline, llama, devices__devices=devices, engine__breaker_failures=1)
     stage = pipeline.engine.stages[0]
-    fault = Fault(stage, lambda batch: torch.OutOfMemoryError("17 GiB") if batch.num_tokens > 9 else None)
+    full = out_of_memory()
+    fault = Fault(stage, lambda batch: full if batch.num_tokens > 9 else None)
     monkeypatch.setattr(stage, "forward", fault)
     assert tokens(submit(pipeline)) == expected
     assert fault.count >= 1

@@ -81,6 +81,28 @@ def test_a_lender_without_room_is_left_as_it_was() -> None:
     assert lender.used_bytes == 0
 
 
+def test_main_memory_that_cannot_be_had_is_not_kept_reserved() -> None:
+    kv, lender = make(1 << 60)
+    with pytest.raises(OutOfDeviceMemoryError, match=r"cpu#1: .* of KV pages could not be had"):
+        kv.add_region(7, 1 << 42, lender.device, lender)
+    assert lender.used_bytes == 0
+    kv.free()
+
+
+def test_other_errors_are_what_they_are_and_keep_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    kv, lender = make()
+
+    def broken(*args: object, **kwargs: object) -> torch.Tensor:
+        raise RuntimeError("something else")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", broken)
+        with pytest.raises(RuntimeError, match="something else"):
+            kv.add_region(7, 3, lender.device, lender)
+    assert lender.used_bytes == 0
+    kv.free()
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
 def test_memory_that_cannot_be_had_is_not_kept_reserved(
     monkeypatch: pytest.MonkeyPatch, error: type[Exception]
