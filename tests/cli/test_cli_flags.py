@@ -145,6 +145,21 @@ def test_help_all_shows_every_flag_with_default_and_variable() -> None:
         assert shown in text
 
 
+def test_help_shows_the_flags_that_most_people_look_for() -> None:
+    text = plain(CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "120", "TERM": "dumb"}).output)
+    for flag in (
+        "--model",
+        "--dtype",
+        "--max-model-len",
+        "--devices",
+        "--max-batch-size",
+        "--kv-cache-tokens",
+        "--port",
+    ):
+        assert f"{flag} " in text
+    assert "--lending-extent-blocks" not in text
+
+
 def test_version() -> None:
     assert CliRunner().invoke(app, ["--version"]).output.strip() == f"vramancer {__version__}"
 

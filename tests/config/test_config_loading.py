@@ -217,6 +217,7 @@ def test_cache_and_state_directories(environ: dict[str, str], tmp_path: Path) ->
     runtime = load_settings(environ=environ).runtime
     assert runtime.cache_dir == tmp_path / "home" / ".cache" / "vramancer"
     assert runtime.state_dir == tmp_path / "home" / ".local" / "state" / "vramancer"
+    assert load_settings(environ={**environ, "LOCALAPPDATA": "/elsewhere"}).runtime == runtime, "that is for Windows"
     environ |= {"XDG_CACHE_HOME": str(tmp_path / "c"), "XDG_STATE_HOME": str(tmp_path / "s")}
     runtime = load_settings(environ=environ).runtime
     assert (runtime.cache_dir, runtime.state_dir) == (tmp_path / "c" / "vramancer", tmp_path / "s" / "vramancer")
@@ -272,3 +273,30 @@ def test_every_setting_is_described_and_reachable() -> None:
     flags = [info.flag for info in infos if info.flag]
     assert len(set(flags)) == len(flags) == len(infos) - 1
     assert [info.key for info in infos if info.flag is None] == ["api.token"]
+
+
+def test_a_section_without_entries_leaves_those_behind_it_in_force(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("devices:\napi: {port: 7}\n")
+    assert load_settings(path, {}).api.port == 7
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        ('devices: {sim_link: ""}', "devices.sim_link"),
+        ('devices: {layers: ""}', "devices.layers"),
+        (f"devices: {{layers: '{'1' * 1025}'}}", "devices.layers"),
+    ],
+)
+def test_texts_are_neither_empty_nor_endless(tmp_path: Path, document: str, said: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(document)
+    with pytest.raises(ConfigError, match=said):
+        load_settings(path, {})
+
+
+def test_a_text_may_be_as_long_as_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"devices: {{layers: '{'1' * 1024}'}}")
+    assert len(load_settings(path, {}).devices.layers or "") == 1024
