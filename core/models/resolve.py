@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ _TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 """What the hub's HTTP client raises, whichever that is."""
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 _CONFIG_FILES = ["config.json", "generation_config.json"]
+_OTHER_WEIGHTS = ["*.gguf", "*.bin", "*.pt", "*.pth"]
 _INDEX = "model.safetensors.index.json"
 
 
@@ -97,16 +99,17 @@ def _local(name: str) -> Path | None:
 
 def _from_hub(name: str, revision: str | None, config_only: bool) -> ResolvedModel:
     files = _CONFIG_FILES if config_only else _FILES
+    kept: Path | None = None
     try:
-        try:
-            path = Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=True))
-            there = (path / "config.json").exists() if config_only else _is_whole(path)
-        except LocalEntryNotFoundError:
-            there = False
-        if not there:
-            path = Path(snapshot_download(name, revision=revision, allow_patterns=files))
+        with suppress(LocalEntryNotFoundError):
+            kept = Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=True))
+        if kept is not None and ((kept / "config.json").exists() if config_only else _is_whole(kept)):
+            return ResolvedModel(name, kept, revision)
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, _TRANSPORT_ERROR, OSError) as error:
         logger.warning("a model cannot be had from the hub", model=name, revision=revision, error=repr(error))
+        if kept is not None and any(any(kept.glob(pattern)) for pattern in _OTHER_WEIGHTS):
+            return ResolvedModel(name, kept, revision)  # named for what it is where the checkpoint is read
         raise ModelNotFoundError(_why_not(name, revision, error), param="model") from error
     return ResolvedModel(name, path, revision)
 

@@ -258,6 +258,27 @@ def test_one_file_of_weights_needs_no_index(hub: Hub) -> None:
     assert not hub.asked
 
 
+@pytest.mark.parametrize(
+    ("kept", "said"), [("pytorch_model.bin", None), ("x.gguf", None), ("tokenizer.json", "no connection")]
+)
+def test_what_is_kept_in_another_format_is_named_for_it_without_a_network(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, kept: str, said: str | None
+) -> None:
+    hub.keep("config.json", kept)
+
+    def offline(*args: Any, local_files_only: bool = False, **options: Any) -> str:
+        if local_files_only:
+            return str(hub.snapshot)
+        raise resolve.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(resolve, "snapshot_download", offline)
+    if said is None:
+        assert resolve_model("some/model").path == hub.snapshot
+    else:
+        with pytest.raises(ModelNotFoundError, match=said):
+            resolve_model("some/model")
+
+
 @pytest.mark.parametrize("index", ["", "[]", '{"weight_map": 3}', '{"weight_map": {"x": 3}}'])
 def test_a_wrong_index_is_left_to_who_reads_the_checkpoint(hub: Hub, index: str) -> None:
     hub.keep(*Hub.FILES)
