@@ -7,7 +7,7 @@ import torch
 _MAIN_MEMORY = "DefaultCPUAllocator"
 
 
-def is_out_of_memory(error: BaseException | None) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory could not be had. torch's allocator of main memory raises a bare `RuntimeError`."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True

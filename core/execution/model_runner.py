@@ -36,6 +36,8 @@ class _FaultsOf:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            return
         if is_out_of_memory(error):
             names = ", ".join(device.name for device in self._stage.devices)
             raise OutOfDeviceMemoryError(f"{names} ran out of memory in a step: {error}") from error
