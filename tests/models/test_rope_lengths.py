@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from steering import LONGEST_WAIT_S, arriving_together, with_each_step
 from tiny_models import VOCAB, build_tiny
 from transformers import AutoModelForCausalLM
@@ -84,13 +86,16 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     generator = torch.Generator().manual_seed(3)
     longest = torch.randint(3, VOCAB, (max(LENGTHS),), generator=generator).tolist()
     made = Reference(path, [longest[:length] for length in LENGTHS], [], [])  # each begins like the others
+    # Where it starts anew, transformers before 5.20 went on from the last token alone. Without a cache it never did.
+    border = read_architecture(path).rope
+    cached = border is None or not border.restarts or Version(transformers.__version__) >= Version("5.20")
     for prompt in made.prompts:
         model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
         ids = torch.tensor([prompt])
         with torch.inference_mode():
             out = model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, output_logits=True,
-                return_dict_in_generate=True,
+                return_dict_in_generate=True, use_cache=cached,
             )  # fmt: skip
         chosen = out.sequences[0, len(prompt) :].tolist()
         rows = torch.stack([row[0] for row in out.logits]).log_softmax(dim=-1)
