@@ -341,6 +341,14 @@ class SecuritySettings(Section):
     )
 
 
+class MonitoringSettings(Section):
+    """How the server watches its devices."""
+
+    interval_s: float = _setting(
+        2.0, "Seconds between two readings of the devices (memory, utilisation, temperature).", ge=0.1, le=3600.0
+    )
+
+
 class LoggingSettings(Section):
     """What is logged, and how."""
 
@@ -386,6 +394,7 @@ class Settings(BaseModel):
     memory: MemorySettings = Field(default_factory=MemorySettings)
     api: ApiSettings = Field(default_factory=ApiSettings)
     security: SecuritySettings = Field(default_factory=SecuritySettings)
+    monitoring: MonitoringSettings = Field(default_factory=MonitoringSettings)
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
     runtime: RuntimeSettings = Field(default_factory=RuntimeSettings)
 

@@ -13,7 +13,8 @@ from core.batching.output import RequestHandle, Sink
 from core.batching.sequence import RawAnswer, RawOutput, RawPositions, Request
 from core.config import Settings
 from core.defaults import DEFAULT_OWNER, DEMO_NAME
-from core.devices import DeviceReader, open_main_memory, parse_link
+from core.devices import Device, open_main_memory, parse_link
+from core.devices.monitor import GPUMonitor
 from core.engine.keeper import EngineKeeper
 from core.engine.model_engine import ModelEngine, ProgressCall
 from core.engine.relocation import Relocation
@@ -40,9 +41,13 @@ class InferencePipeline:
         self.transfer = TransferManager(
             self.metrics, sim_link=parse_link(link) if link else None, host=self.main_memory.budget
         )
-        self.reader = DeviceReader()
         self._keeper = EngineKeeper(settings, self.transfer, self.main_memory, self.metrics, on_progress)
-        self.metrics.set_engine_source(lambda: engine_metrics(self._keeper.engine))
+        self.monitor = GPUMonitor(self._devices, settings.monitoring.interval_s)
+        self.metrics.set_engine_source(lambda: engine_metrics(self._keeper.engine, self.monitor.readings))
+
+    def _devices(self) -> Sequence[Device]:
+        engine = self._keeper.engine
+        return engine.plan.devices if engine is not None else ()
 
     # -- the model --------------------------------------------------------------------------------------------------
 
@@ -81,8 +86,9 @@ class InferencePipeline:
         again either.
         """
         settings = self._load_settings(model, num_gpus, dtype, devices, max_model_len)
-        with self._keeper.exclusive():
+        with self._keeper.exclusive(), self.metrics.tasks.run("load", settings.model.name or DEMO_NAME):
             self._keeper.swap(settings)
+            self.monitor.start()
             return self.model
 
     def _load_settings(
@@ -128,7 +134,10 @@ class InferencePipeline:
             settings = engine.settings.model_copy(
                 update={"devices": type(base).model_validate(base.model_dump() | changes)}
             )
-            return self._keeper.place(engine, settings, dry_run=dry_run)
+            if dry_run:
+                return self._keeper.outlook(engine, settings)
+            with self.metrics.tasks.run("placement", engine.model.name):
+                return self._keeper.place(engine, settings)
 
     def unload(self) -> LoadedModel:
         """Stop serving and free the model's memory; returns what was served. Raises `ModelNotLoadedError`,
@@ -137,7 +146,8 @@ class InferencePipeline:
             if self._keeper.engine is None:
                 raise ModelNotLoadedError("No model is loaded.")
             model = self._keeper.engine.model
-            self._keeper.serve_with(None, ModelNotLoadedError(f"{model.name} has just been unloaded."))
+            with self.metrics.tasks.run("unload", model.name):
+                self._keeper.serve_with(None, ModelNotLoadedError(f"{model.name} has just been unloaded."))
             return model
 
     # -- requests ---------------------------------------------------------------------------------------------------
@@ -274,8 +284,9 @@ class InferencePipeline:
     def state(self) -> ServiceState:
         """What views show of the service beside its engine."""
         return ServiceState(
-            self.loading, self._keeper.closing, *self.ready(), settings=self.settings, transfers=self.transfer.stats()
-        )
+            self.loading, self._keeper.closing, *self.ready(), settings=self.settings, transfers=self.transfer.stats(),
+            latency=self.metrics.latency(), readings=self.monitor.readings,
+        )  # fmt: skip
 
     @property
     def current_engine(self) -> ModelEngine | None:
@@ -285,4 +296,5 @@ class InferencePipeline:
     def shutdown(self, *, drain_s: float = 0.0) -> None:
         """Refuse new requests, let running ones finish for up to `drain_s`, free everything. Safe to call twice."""
         self._keeper.close(drain_s)
+        self.monitor.close()
         self.transfer.close()

@@ -212,3 +212,19 @@ class GenerationResult:
     num_cached_tokens: int
     num_generated_tokens: int
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRequest:
+    """A request that has ended, for whoever counts or records it. Times are `time.monotonic()` seconds: when it was
+    submitted, when its first token was first part of a step, when its first answer token came (None: it never did),
+    and its end. `reason` is its finish reason: stop, length, abort or error."""
+
+    request_id: str
+    reason: str
+    prompt_tokens: int
+    output_tokens: int
+    submitted_s: float
+    started_s: float | None
+    first_token_s: float | None
+    ended_s: float

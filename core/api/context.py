@@ -156,11 +156,11 @@ def _finish(response: Response) -> Response:
     metrics = api_context().pipeline.metrics
     path = _canonical_rule()
     method = request.method if request.method in METHODS else "other"
-    started_s, status = g.started_s, response.status_code
+    started_s, status, request_id = g.started_s, response.status_code, g.request_id
 
     def observe() -> None:
         seconds = time.perf_counter() - started_s
-        metrics.observe_http(path, method, status, seconds)
+        metrics.observe_http(path, method, status, seconds, request_id)
         write = log.debug if path in QUIET_RULES else log.info
         write("request answered", method=method, path=path, status=status, seconds=round(seconds, 6))
 

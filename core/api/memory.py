@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Literal
 
 from flask import Blueprint, Response, request
@@ -18,6 +19,7 @@ from core.views.render import render
 blueprint = Blueprint("memory", __name__)
 
 MAX_BLOCKS = 1000
+MAX_DETAIL = 64
 
 
 class ReclaimRequest(RequestModel):
@@ -48,11 +50,17 @@ def memory() -> Response:
     return json_response(render(memory_view(api_context().pipeline.current_engine, int(text))))
 
 
+def _task(kind: str, detail: str) -> AbstractContextManager[None]:
+    tasks = api_context().pipeline.metrics.tasks
+    return tasks.run(kind, detail[:MAX_DETAIL], priority="low", resource="memory")
+
+
 @blueprint.post("/api/memory/blocks/<block>/promote")
 @policy("operator", mutates=True, waits=True)
 def promote(block: str) -> Response:
     """Bring a block of a lower tier to main memory."""
-    memory_calls.move_block(api_context().pipeline.engine, block, up=True)
+    with _task("promote", block):
+        memory_calls.move_block(api_context().pipeline.engine, block, up=True)
     return json_response({"block": block, "status": "promoted"})
 
 
@@ -60,7 +68,8 @@ def promote(block: str) -> Response:
 @policy("operator", mutates=True, waits=True)
 def demote(block: str) -> Response:
     """Send a block of main memory, and what continues it, to the tier below."""
-    memory_calls.move_block(api_context().pipeline.engine, block, up=False)
+    with _task("demote", block):
+        memory_calls.move_block(api_context().pipeline.engine, block, up=False)
     return json_response({"block": block, "status": "demoted"})
 
 
@@ -69,7 +78,8 @@ def demote(block: str) -> Response:
 def reclaim() -> Response:
     """Have a device take back memory that it lent; requests go on, their blocks move."""
     fields = read_request(ReclaimRequest)
-    granted = memory_calls.reclaim(api_context().pipeline.engine, fields.device, fields.bytes, fields.urgency)
+    with _task("reclaim", fields.device):
+        granted = memory_calls.reclaim(api_context().pipeline.engine, fields.device, fields.bytes, fields.urgency)
     return json_response({"device": fields.device, "bytes": granted, "urgency": fields.urgency})
 
 

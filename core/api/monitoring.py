@@ -18,10 +18,11 @@ from core.api.context import api_context
 from core.engine.model_engine import ModelEngine
 from core.security.access import policy
 from core.security.admission import STOPPING_KEY
+from core.views.devices import device_views
 from core.views.health import health as health_of
 from core.views.render import render
 from core.views.state import ServiceState
-from core.views.status import batcher_view, device_views, pipeline_view, queue_view
+from core.views.status import batcher_view, pipeline_view, queue_view
 
 blueprint = Blueprint("monitoring", __name__)
 
@@ -92,7 +93,15 @@ def gpu_status() -> Response:
     """Every logical device, with its memory and utilisation."""
     context = api_context()
     context.pipeline.metrics.count_environment_hit()
-    return json_response({"devices": render(device_views(context.pipeline.current_engine))})
+    return json_response({"devices": render(device_views(*_now()))})
+
+
+@blueprint.get("/api/tasks")
+@policy("viewer")
+def tasks() -> Response:
+    """Work in the background, such as loading a model: what runs, oldest first, and what ended lately, last first."""
+    log = api_context().pipeline.metrics.tasks
+    return json_response({"running": render(log.running()), "recent": render(log.recent())})
 
 
 @blueprint.get("/api/system")
@@ -147,7 +156,7 @@ def nodes() -> Response:
         "id": str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{uuid.getnode():012x}.{hostname}")),
         "hostname": hostname,
         "roles": ["api", "engine"],
-        "devices": render(device_views(context.pipeline.current_engine)),
+        "devices": render(device_views(*_now())),
     }
     return json_response({"nodes": [node], "discovery": {"status": "disabled"}})
 

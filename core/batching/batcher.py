@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from core.batching.cohorts import CohortPolicy
 from core.batching.intake import Abort, Call, CircuitBreaker, Intake, Load
 from core.batching.output import Detokenizer, RequestHandle, Sink
-from core.batching.publisher import EngineMetrics, Publisher
+from core.batching.publisher import Answers, EngineMetrics, Publisher
 from core.batching.scheduler import Scheduler
 from core.batching.sequence import Request
 from core.batching.stats import BatcherStats, StatsKeeper
@@ -358,12 +358,15 @@ class ContinuousBatcher:
 
     def _complete(self, output: SchedulerOutput, result: StepOutput | Exception) -> None:
         """Publish what a step produced; if it failed, its sequences are computed again and the engine goes on."""
+        answers: Answers = {}
         if isinstance(result, Exception):
             self._failed(output, result)
         else:
             self.breaker.record_success()
-            self._publisher.publish(self.scheduler.update_from_output(output, result))
+            answers = self._publisher.prepare(self.scheduler.update_from_output(output, result))
+        # Whoever has an answer and then asks how the engine is finds the step in which the answer came.
         self._stats.step_done(output, None if isinstance(result, Exception) else result, self.breaker.last_error)
+        self._publisher.send(answers)
 
     def _failed(self, output: SchedulerOutput, error: Exception) -> None:
         """Sequences of a failed step are tried again; those that have failed too often are told why."""

@@ -202,6 +202,7 @@ class RequestWriter:
     def __init__(self, request: Request, handle: RequestHandle, detokenizer: Detokenizer) -> None:
         self.request = request
         self.handle = handle
+        self.first_token_s: float | None = None
         self.last_token_s: float | None = None
         self._writers = {sequence.index: SequenceWriter(sequence, detokenizer) for sequence in request.sequences}
         self._reported: set[int] = set()

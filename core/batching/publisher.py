@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from core.batching.output import Detokenizer, RequestHandle, RequestWriter
 from core.batching.scheduler import Scheduler
 from core.batching.sequence import Request, Sequence, SequenceUpdate
 from core.errors import StepFailedError, VRAMancerError
 from core.logs import get_logger
-from core.request import SequenceDelta
+from core.request import FinishedRequest, SequenceDelta
 
 logger = get_logger(__name__)
 
 
+Answers: TypeAlias = "dict[str, list[SequenceDelta]]"
+"""What a step adds to requests, by their ids."""
+
+
 class EngineMetrics(Protocol):
-    """Events that the engine reports."""
+    """Events that the engine reports, on its own thread: they have to be quick."""
 
-    def observe_first_token(self, seconds: float) -> None: ...
+    def observe_first_token(self, seconds: float, prompt_tokens: int, request_id: str) -> None: ...
 
-    def observe_inter_token(self, seconds: float) -> None: ...
+    def observe_tokens(self, count: int, seconds: float | None) -> None: ...
 
-    def observe_finished(self, seconds: float, prompt_tokens: int, output_tokens: int, reason: str) -> None: ...
+    def observe_finished(self, request: FinishedRequest) -> None: ...
 
 
 class Publisher:
@@ -58,9 +62,9 @@ class Publisher:
         self._writers.clear()
         return writers
 
-    def publish(self, updates: list[SequenceUpdate]) -> None:
-        """Turn a step's tokens into outputs, one message per request."""
-        deltas: dict[str, list[SequenceDelta]] = {}
+    def prepare(self, updates: list[SequenceUpdate]) -> Answers:
+        """Turn a step's tokens into what each request gets, and end the sequences that they end."""
+        deltas: Answers = {}
         for update in updates:
             writer = self._writers.get(update.sequence.request.request_id)
             if writer is None:
@@ -76,10 +80,14 @@ class Publisher:
                 self._fail_request(writer, _as_failure("The answer could not be decoded", error))
                 continue
             deltas.setdefault(writer.request.request_id, []).extend(new)
-        for request_id, mine in deltas.items():
+        return deltas
+
+    def send(self, answers: Answers) -> None:
+        """Give requests what was prepared, one message each."""
+        for request_id, mine in answers.items():
             writer = self._writers[request_id]
             if mine:
-                self._observe_tokens(writer)
+                self._observe_tokens(writer, sum(len(delta.token_ids) for delta in mine))
             if writer.request.finished:
                 self._close(writer, mine)
             else:
@@ -95,14 +103,17 @@ class Publisher:
         closing = writer.ended(update.sequence) if update.sequence.finished else None
         return [delta] if closing is None else [delta, closing]
 
-    def _observe_tokens(self, writer: RequestWriter) -> None:
-        now = time.monotonic()
-        if self.metrics is not None:
-            if writer.last_token_s is None:
-                self.metrics.observe_first_token(now - writer.request.submitted_s)
-            else:
-                self.metrics.observe_inter_token(now - writer.last_token_s)
-        writer.last_token_s = now
+    def _observe_tokens(self, writer: RequestWriter, count: int) -> None:
+        now_s, before_s, request = time.monotonic(), writer.last_token_s, writer.request
+        writer.last_token_s = now_s
+        if before_s is None:
+            writer.first_token_s = now_s
+        if self.metrics is None:
+            return
+        if before_s is None:
+            waited_s, prompt_tokens = now_s - request.submitted_s, len(request.prompt_token_ids)
+            self.metrics.observe_first_token(waited_s, prompt_tokens, request.request_id)
+        self.metrics.observe_tokens(count, now_s - before_s if before_s is not None else None)
 
     def abort(self, request_id: str) -> bool:
         """End a request with what it has. False if there is none of this id."""
@@ -147,17 +158,26 @@ class Publisher:
             closing = writer.ended(sequence)
             if closing is not None:
                 deltas.append(closing)
-        writer.write(deltas)
         self._forget(writer, str(writer.request.sequences[0].finish_reason))
+        writer.write(deltas)
 
     def _forget(self, writer: RequestWriter, reason: str) -> None:
         request = writer.request
         del self._writers[request.request_id]
         self._on_end(request.request_id)
         if self.metrics is not None:
-            output_tokens = sum(len(sequence.output_token_ids) for sequence in request.sequences)
-            seconds = time.monotonic() - request.submitted_s
-            self.metrics.observe_finished(seconds, len(request.prompt_token_ids), output_tokens, reason)
+            self.metrics.observe_finished(
+                FinishedRequest(
+                    request.request_id,
+                    reason,
+                    prompt_tokens=len(request.prompt_token_ids),
+                    output_tokens=sum(len(sequence.output_token_ids) for sequence in request.sequences),
+                    submitted_s=request.submitted_s,
+                    started_s=request.started_s,
+                    first_token_s=writer.first_token_s,
+                    ended_s=time.monotonic(),
+                )
+            )
 
 
 def _as_failure(what: str, error: Exception) -> VRAMancerError:

@@ -21,6 +21,7 @@ last prompt token alone.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 
 from core.batching.running import RunningSequences
@@ -253,6 +254,8 @@ class Scheduler:
             request.num_cached_tokens = min(cached, sequence.num_prompt_tokens)
             self.kv.prefix.queried_tokens += sequence.num_prompt_tokens
             self.kv.prefix.hit_tokens += request.num_cached_tokens
+        if request.started_s is None:
+            request.started_s = time.monotonic()
         sequence.status = SequenceStatus.RUNNING
         self._running.append(sequence)
         return True

@@ -133,7 +133,7 @@ class RawAnswer:
 @dataclass(eq=False, slots=True)
 class Request:
     """One prompt of `owner` with its parameters. `arrival` is a running number given by the batcher. With `raw` nothing
-    is sampled."""
+    is sampled. `submitted_s` is when it came, `started_s` when it was first part of a step (`time.monotonic()`)."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -143,6 +143,7 @@ class Request:
     owner: str = DEFAULT_OWNER
     arrival: int = 0
     submitted_s: float = 0.0
+    started_s: float | None = None
     stop_token_ids: frozenset[int] = frozenset()
     eos_token_ids: frozenset[int] = frozenset()
     sequences: list[Sequence] = field(default_factory=list)

@@ -139,12 +139,14 @@ class EngineKeeper:
         writes down what it has; then those that outlast it are the new one's."""
         old = self.leaving = self.engine
         self.engine = engine
+        self._metrics.set_model(engine.model.name if engine is not None else None)
         try:
             if old is not None:
                 old.close(drain_s=self._drain_s if drain_s is None else drain_s, reason=reason)
         finally:
             self.leaving = None
         if engine is not None:
+            self._metrics.observe_placement(streams=engine.plan.placement.streamed_bytes > 0)
             engine.open_lasting()
 
     def _replace(self, old: ModelEngine, plan: ModelPlan, settings: Settings, total: int) -> None:
@@ -230,10 +232,13 @@ class EngineKeeper:
             on_read=on_read, tokenizer=tokenizer,
         )  # fmt: skip
 
-    def place(self, engine: ModelEngine, settings: Settings, *, dry_run: bool) -> Relocation:
+    def outlook(self, engine: ModelEngine, settings: Settings) -> Relocation:
+        """What `place` would do."""
+        return self._relocator(engine, settings, self._devices(settings, engine, beside=False)).outlook()
+
+    def place(self, engine: ModelEngine, settings: Settings) -> Relocation:
         """Move the engine that is served to where it belongs by other settings; see `core.engine.relocation`."""
-        relocator = self._relocator(engine, settings, self._devices(settings, engine, beside=False))
-        return relocator.outlook() if dry_run else self._relocate(relocator)
+        return self._relocate(self._relocator(engine, settings, self._devices(settings, engine, beside=False)))
 
     def _relocator(
         self, engine: ModelEngine, settings: Settings, devices: Sequence[Device], lost: frozenset[str] = frozenset()
@@ -254,11 +259,14 @@ class EngineKeeper:
 
     def _relocate(self, relocator: Relocator) -> Relocation:
         try:
-            return relocator.run()
+            moved = relocator.run()
         except BaseException:
             if self.engine is not None and not self.engine.batcher.alive:  # going back has failed too
                 self.engine = None
             raise
+        self._metrics.observe_placement(streams=relocator.plan.placement.streamed_bytes > 0)
+        self._metrics.observe_migration(moved.moved_layers, unasked=bool(relocator.lost))
+        return moved
 
     def _device_lost(self, error: DeviceLostError) -> bool:
         """A device of the engine does not answer. True: what runs there will be moved to the others."""
@@ -282,7 +290,10 @@ class EngineKeeper:
             settings = engine.settings.model_copy(update={"devices": placed})
             try:
                 numbered = tuple(replace(device, index=index) for index, device in enumerate(devices))
-                self._relocate(self._relocator(engine, settings, numbered, frozenset({error.device})))
+                with self._metrics.tasks.run(
+                    "recovery", f"{engine.model.name}, without {error.device}", priority="high"
+                ):
+                    self._relocate(self._relocator(engine, settings, numbered, frozenset({error.device})))
             except Exception as failure:
                 logger.error("the model could not be moved off a lost device", exc_info=failure)
                 if self.engine is engine:

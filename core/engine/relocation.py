@@ -51,6 +51,7 @@ class Relocation:
 
     Attributes:
         kv_tokens: that the new placement holds.
+        moved_layers: that are on another device than before.
         estimated_seconds: to read what has to be read, at the rate of the last load, and to compute again what requests
             have; `estimated_pause_seconds` of it while no request goes on.
         seconds, pause_seconds: what it took; None for a dry run.
@@ -64,6 +65,7 @@ class Relocation:
     tokens_per_second: Mapping[int, float] | None
     read_bytes: int
     kept_bytes: int
+    moved_layers: int
     estimated_seconds: float
     estimated_pause_seconds: float
     seconds: float | None = None
@@ -115,6 +117,7 @@ class Relocator:
             tokens_per_second=None if rates is None else {rate.streams: round(rate.tok_s, 2) for rate in rates},
             read_bytes=read_bytes,
             kept_bytes=sum(stage.kept_bytes for stage in stages),
+            moved_layers=sum(_home(self.old.plan, layer) != _home(plan, layer) for layer in range(costs.num_layers)),
             estimated_seconds=round(self._reading_s(read_bytes) + again_s, 3),
             estimated_pause_seconds=round(self._reading_s(late_bytes) + again_s, 3),
         )
@@ -251,6 +254,13 @@ class Relocator:
         engine.model = replace(engine.model, created=model.created)
         self.switch(engine)
         engine.batcher.call(lambda: engine.batcher.adopt(self.old.batcher)).result()
+
+
+def _home(plan: ModelPlan, layer: int) -> str:
+    """The device that has a layer."""
+    return next(
+        stage.device_name for stage in plan.placement.stages if layer in range(stage.first_layer, stage.last_layer)
+    )
 
 
 def _discard(engine: ModelEngine | None, builder: EngineBuilder) -> None:

@@ -3,23 +3,25 @@
 =============================================== =====================================================================
 fed by                                          metrics (prefix `vramancer_`)
 =============================================== =====================================================================
-batcher: `observe_finished`                     infer_total infer_errors_total infer_latency_seconds
-                                                prompt_tokens_total generation_tokens_total requests_aborted_total
-batcher: `observe_first_token`                  time_to_first_token_seconds
-batcher: `observe_inter_token`                  inter_token_latency_seconds
+batcher: `observe_finished`                     infer_total infer_errors_total requests_finished_total
+                                                requests_aborted_total infer_latency_seconds request_queue_seconds
+                                                request_prefill_seconds request_decode_seconds request_prompt_tokens
+                                                request_generation_tokens
+batcher: `observe_first_token`                  time_to_first_token_seconds prompt_tokens_total
+batcher: `observe_tokens`                       generation_tokens_total inter_token_latency_seconds
 transfer manager: `observe_transfer`            gpu_transfer_ops_total gpu_transfer_bandwidth_gbps
                                                 transfer_bytes_total transfer_seconds_total
 API: `observe_http`                             api_latency_seconds
 API: `count_environment_hit`                    env_endpoint_hits_total
-pipeline: the source of `set_engine_source`     gpu_memory_used_bytes gpu_memory_total_bytes device_info batcher_*
-                                                requests_running requests_waiting paged_kv_* kv_* preemptions_total
-                                                prefix_cache_* stage_busy_ratio stage_busy_seconds_total
-                                                stage_predicted_seconds_total stage_forwards_total
-                                                memory_promotions_total memory_demotions_total memory_evictions_total
-                                                memory_tier_* memory_dropped_writes_total block_hotness
-                                                lending_*
+engine keeper: `observe_placement`              orch_placements_total
+engine keeper: `observe_migration`              orch_migrations_total orch_rebalance_total
+whoever works in the background: `tasks.run`    tasks_* task_duration_*
+pipeline: the source of `set_engine_source`     what `core.views.metrics` makes of an engine and of the devices
+all of these                                    vllm:* (`core.metrics.foreign`)
 prometheus_client                               process_*
 =============================================== =====================================================================
+
+`COMING` names what belongs to features that are not in this version, and is absent.
 """
 
 from __future__ import annotations
@@ -32,38 +34,70 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-NAMESPACE = "vramancer"
+from core.metrics.foreign import ForeignNames
+from core.metrics.names import NAMESPACE
+from core.metrics.recent import Percentiles, Window
+from core.metrics.tasks import TaskLog
+from core.request import FinishedRequest
+
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0)
 TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+TOKEN_COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
+FINISH_REASONS = ("stop", "length", "abort", "error")
 BANDWIDTH_WINDOW = 64  # transfers that the bandwidth gauge is taken over
 BITS_PER_GIGABIT = 1e9
+MAX_EXEMPLAR_CHARACTERS = 100
+"""OpenMetrics allows 128 for names and values together."""
 
 MetricsSource = Callable[[], Iterable[Metric]]
 
 
 class MetricsRegistry:
-    """The metrics of one pipeline, in a registry of their own. Every method may be called from any thread."""
+    """The metrics of one pipeline, in `registry` or one of their own. Every method may be called from any thread, but
+    for `observe_first_token`, `observe_tokens` and `observe_finished`, which are the engine thread's.
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self._create_inference()
+    Histograms of whole requests have exemplars with the request's id, for those that ask for OpenMetrics.
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = CollectorRegistry() if registry is None else registry
+        self.tasks = TaskLog()
+        self._create_requests()
         self._create_traffic()
+        self._create_orchestration()
+        self._first_tokens, self._gaps, self._requests = Window(1024), Window(8192), Window(1024)
         self._engine = _EngineCollector()
+        counted = (*self._phases, self._prompt_tokens, self._output_tokens, self._finished)
+        self._foreign = ForeignNames(counted, self._engine)
         self.registry.register(self._engine)
+        self.registry.register(self.tasks)
+        self.registry.register(self._foreign)
         ProcessCollector(namespace=NAMESPACE, registry=self.registry)
 
-    def _create_inference(self) -> None:
+    def _create_requests(self) -> None:
         counter, histogram = self._counter, self._histogram
         self._infer = counter("infer_total", "Generation requests that ended, in whatever way.")
         self._infer_errors = counter("infer_errors_total", "Generation requests that ended in an error of the server.")
+        self._finished = counter("requests_finished_total", "Generation requests that ended, by reason.", "reason")
+        for reason in FINISH_REASONS:
+            self._finished.labels(reason)
         self._aborted = counter("requests_aborted_total", "Generation requests given up by their client.")
-        self._prompt_tokens = counter("prompt_tokens_total", "Prompt tokens of requests that ended.")
-        self._output_tokens = counter("generation_tokens_total", "Tokens generated by requests that ended.")
+        self._prompt_tokens = counter("prompt_tokens_total", "Prompt tokens of requests that had their first token.")
+        self._output_tokens = counter("generation_tokens_total", "Tokens generated.")
         self._infer_latency = histogram("infer_latency_seconds", "From submission to the last token.")
         self._first_token = histogram("time_to_first_token_seconds", "From submission to the first token.")
         self._inter_token = histogram(
             "inter_token_latency_seconds", "Between two outputs of one request.", buckets=TOKEN_BUCKETS_S
         )
+        self._queue = histogram("request_queue_seconds", "From submission until a step computes the first of it.")
+        self._prefill = histogram("request_prefill_seconds", "From the first step to the first token.")
+        self._decode = histogram("request_decode_seconds", "From the first token to the last.")
+        self._prompt_sizes = histogram("request_prompt_tokens", "Tokens of a prompt.", buckets=TOKEN_COUNTS)
+        self._output_sizes = histogram("request_generation_tokens", "Tokens of an answer.", buckets=TOKEN_COUNTS)
+        self._phases = (
+            self._infer_latency, self._first_token, self._inter_token, self._queue, self._prefill, self._decode,
+            self._prompt_sizes, self._output_sizes,
+        )  # fmt: skip
 
     def _create_traffic(self) -> None:
         counter, ends = self._counter, ("method", "src", "dst")
@@ -85,6 +119,14 @@ class MetricsRegistry:
             "env_endpoint_hits_total", "Requests that ask about the machine: /api/system, /api/gpu and /api/nodes."
         )
 
+    def _create_orchestration(self) -> None:
+        help_text = "Placements that began to serve, by the farthest memory that they keep weights in."
+        self._placements = self._counter("orch_placements_total", help_text, "level")
+        help_text = "Layers that were moved to another device while the model served."
+        self._migrations = self._counter("orch_migrations_total", help_text)
+        help_text = "Times that the server moved the model by itself, because a device was lost."
+        self._rebalances = self._counter("orch_rebalance_total", help_text)
+
     def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
         return Counter(name, help_text, labels, namespace=NAMESPACE, registry=self.registry)
 
@@ -93,27 +135,49 @@ class MetricsRegistry:
     ) -> Histogram:
         return Histogram(name, help_text, labels, namespace=NAMESPACE, registry=self.registry, buckets=buckets)
 
-    # -- events -----------------------------------------------------------------------------------------------------
+    # -- requests, told by the engine thread ------------------------------------------------------------------------
 
-    def observe_finished(self, seconds: float, prompt_tokens: int, output_tokens: int, reason: str) -> None:
-        """One generation request ended after `seconds`; `reason` is its finish reason (stop, length, abort, error)."""
-        self._infer.inc()
+    def observe_first_token(self, seconds: float, prompt_tokens: int, request_id: str) -> None:
+        """A request's first token came `seconds` after its submission."""
+        self._first_token.observe(seconds, _exemplar(request_id))
+        self._first_tokens.add(seconds)
         self._prompt_tokens.inc(prompt_tokens)
-        self._output_tokens.inc(output_tokens)
-        if reason == "abort":  # its duration says when the client left, not how fast the server was
+
+    def observe_tokens(self, count: int, seconds: float | None) -> None:
+        """A request got `count` tokens more, `seconds` after those before; None for the first."""
+        self._output_tokens.inc(count)
+        if seconds is not None:
+            self._inter_token.observe(seconds)
+            self._gaps.add(seconds)
+
+    def observe_finished(self, request: FinishedRequest) -> None:
+        """A generation request ended."""
+        self._infer.inc()
+        self._finished.labels(request.reason).inc()
+        if request.started_s is not None:
+            self._queue.observe(request.started_s - request.submitted_s)
+            if request.first_token_s is not None:
+                self._prefill.observe(request.first_token_s - request.started_s)
+        if request.reason == "abort":  # its duration says when the client left, not how fast the server was
             self._aborted.inc()
             return
-        if reason == "error":
+        if request.reason == "error":
             self._infer_errors.inc()
-        self._infer_latency.observe(seconds)
+        else:
+            self._prompt_sizes.observe(request.prompt_tokens)
+            self._output_sizes.observe(request.output_tokens)
+            if request.first_token_s is not None:
+                self._decode.observe(request.ended_s - request.first_token_s)
+        seconds = request.ended_s - request.submitted_s
+        self._infer_latency.observe(seconds, _exemplar(request.request_id))
+        self._requests.add(seconds)
 
-    def observe_first_token(self, seconds: float) -> None:
-        """A request's first token came `seconds` after its submission."""
-        self._first_token.observe(seconds)
+    def latency(self) -> dict[str, Percentiles]:
+        """Percentiles of the last minutes: to the first token, between tokens, of whole requests."""
+        windows = {"first_token": self._first_tokens, "between_tokens": self._gaps, "request": self._requests}
+        return {name: window.percentiles() for name, window in windows.items()}
 
-    def observe_inter_token(self, seconds: float) -> None:
-        """A request's next output came `seconds` after the one before."""
-        self._inter_token.observe(seconds)
+    # -- other events -----------------------------------------------------------------------------------------------
 
     def observe_transfer(self, method: str, src: str, dst: str, nbytes: int, seconds: float) -> None:
         """A tensor of `nbytes` went from device `src` to `dst` in `seconds`."""
@@ -128,19 +192,36 @@ class MetricsRegistry:
         if spent_s > 0:
             self._bandwidth.labels(method).set(moved_bytes * 8 / spent_s / BITS_PER_GIGABIT)
 
-    def observe_http(self, path: str, method: str, status: int, seconds: float) -> None:
+    def observe_http(self, path: str, method: str, status: int, seconds: float, request_id: str = "") -> None:
         """One HTTP request was answered. `path` is the URL rule, so that the label has few values."""
-        self._api_latency.labels(path, method, str(status)).observe(seconds)
+        self._api_latency.labels(path, method, str(status)).observe(seconds, _exemplar(request_id))
 
     def count_environment_hit(self) -> None:
         """A client asked about the machine."""
         self._environment_hits.inc()
+
+    def observe_placement(self, *, streams: bool) -> None:
+        """A placement began to serve; `streams`: layers stream in from main memory (L3), else all are on devices."""
+        self._placements.labels("L3" if streams else "L1").inc()
+
+    def observe_migration(self, layers: int, *, unasked: bool) -> None:
+        """A running model was moved, with so many layers on another device; `unasked`: because a device was lost."""
+        self._migrations.inc(layers)
+        self._rebalances.inc(unasked)
+
+    def set_model(self, name: str | None) -> None:
+        """The model that is served from now on, for metrics that name it."""
+        self._foreign.set_model(name)
 
     # -- scrapes ----------------------------------------------------------------------------------------------------
 
     def set_engine_source(self, source: MetricsSource | None) -> None:
         """Ask `source` for the engine's metrics at each scrape; None shows no such metric."""
         self._engine.source = source
+
+
+def _exemplar(request_id: str) -> dict[str, str] | None:
+    return {"request_id": request_id[:MAX_EXEMPLAR_CHARACTERS]} if request_id else None
 
 
 class _EngineCollector(Collector):

@@ -305,8 +305,8 @@ class HierarchicalMemory:
             moves = dict(self.moves)
             queued, dropped = self._writer.queued, self._writer.dropped
         now_s = self._clock()
-        hotness = [self.heat.mean_score(blocks, now_s) for blocks in held]
-        stats = tuple(tier.stats(mean) for tier, mean in zip(tiers, hotness, strict=True))
+        spreads = [self.heat.spread(blocks, now_s) for blocks in held]
+        stats = tuple(tier.stats(spread) for tier, spread in zip(tiers, spreads, strict=True))
         return MemoryStats(stats, moves, queued, dropped)
 
     def speeds(self) -> dict[Tier, TierSpeed]:

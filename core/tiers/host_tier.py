@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from core.devices import DeviceBudget
 from core.devices.pinned import HostBuffer
 from core.tiers.chain_index import ChainIndex
-from core.tiers.hotness import HeatTable
+from core.tiers.hotness import HeatSpread, HeatTable
 from core.tiers.loading import HostSlot
 from core.tiers.records import Tier, TierSpeed, TierStats
 
@@ -81,7 +81,7 @@ class HostTier:
         self.num_slots, self._free, self._arena = 0, [], self._arena[:0].clone()
         self._buffer.close()
 
-    def stats(self, mean_hotness: float) -> TierStats:
+    def stats(self, hotness: HeatSpread) -> TierStats:
         return TierStats(
             tier=self.tier,
             blocks=len(self.index),
@@ -89,7 +89,7 @@ class HostTier:
             capacity_bytes=self.num_slots * self._block_nbytes,
             hits=self.hits,
             misses=self.misses,
-            mean_hotness=mean_hotness,
+            hotness=hotness,
             speed=self._speed,
             medium="pinned" if self._buffer.is_pinned else "pageable",
         )

@@ -13,11 +13,15 @@ blocks never changes between uses, and `order` gives it without knowing the time
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
-_MEAN_SAMPLE = 1024
+HEAT_BOUNDS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0)
+"""Scores that a spread counts blocks up to."""
+_SAMPLE = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,15 @@ class HeatModel:
 
     def _decay(self, elapsed_s: float) -> float:
         return 2.0 ** (-max(0.0, elapsed_s) / self.half_life_s) if elapsed_s < 1000 * self.half_life_s else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class HeatSpread:
+    """How hot `count` blocks are: how many are at or below each of `HEAT_BOUNDS`, and the mean (0 without blocks)."""
+
+    count: int = 0
+    below: tuple[int, ...] = (0,) * len(HEAT_BOUNDS)
+    mean: float = 0.0
 
 
 class HeatTable:
@@ -105,7 +118,15 @@ class HeatTable:
     def order(self, block: bytes) -> float:
         return self.model.order(self._heat[block])
 
-    def mean_score(self, blocks: Sequence[bytes], now_s: float) -> float:
-        """Mean hotness, 0 for no blocks; of many, that of an evenly spaced sample."""
-        sample = blocks[:: len(blocks) // _MEAN_SAMPLE + 1]
-        return sum(self.score(block, now_s) for block in sample) / len(sample) if sample else 0.0
+    def spread(self, blocks: Sequence[bytes], now_s: float) -> HeatSpread:
+        """How hot these blocks are; of many, an evenly spaced sample is looked at and stands for the others."""
+        step = len(blocks) // _SAMPLE + 1
+        scores = [self.score(block, now_s) for block in blocks[::step]]
+        weight = len(blocks) / len(scores) if scores else 0.0
+        counts = [0] * len(HEAT_BOUNDS)
+        for score in scores:
+            place = bisect_left(HEAT_BOUNDS, score)
+            if place < len(counts):
+                counts[place] += 1
+        below = tuple(round(weight * total) for total in accumulate(counts))
+        return HeatSpread(len(blocks), below, sum(scores) / len(scores) if scores else 0.0)

@@ -6,7 +6,7 @@ import threading
 import time
 
 from core.tiers.chain_index import ChainIndex
-from core.tiers.hotness import HeatTable
+from core.tiers.hotness import HeatSpread, HeatTable
 from core.tiers.records import BlockStore, Tier, TierSpeed, TierStats
 from core.tiers.write_back import SpeedMeter
 
@@ -54,7 +54,7 @@ class LowerTier:
             self._writes.add(len(payload), max(time.perf_counter() - started_s, 1e-9))
         return kept
 
-    def stats(self, mean_hotness: float) -> TierStats:
+    def stats(self, hotness: HeatSpread) -> TierStats:
         return TierStats(
             tier=self.tier,
             blocks=len(self.index),
@@ -62,7 +62,7 @@ class LowerTier:
             capacity_bytes=self.store.capacity_bytes,
             hits=self.hits,
             misses=self.misses,
-            mean_hotness=mean_hotness,
+            hotness=hotness,
             speed=self.speed,
             medium=self.store.medium,
             codec=self.store.codec_name,

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from core.tiers.hotness import HeatSpread
+
 Quantization = Literal["none", "int8", "fp8"]
 MoveKind = Literal["promotion", "demotion", "eviction"]
 
@@ -86,8 +88,8 @@ class TierSpeed:
 class TierStats:
     """One tier now, and its counters since the start. Speeds are measured: at start, then on every block moved.
 
-    `stopped` is the reason why nothing is written there at the moment; `damaged` counts blocks that failed their
-    checksum or had vanished when they were read.
+    `hotness` says how hot the blocks are, `stopped` why nothing is written there at the moment; `damaged` counts blocks
+    that failed their checksum or had vanished when they were read.
     """
 
     tier: Tier
@@ -96,7 +98,7 @@ class TierStats:
     capacity_bytes: int
     hits: int
     misses: int
-    mean_hotness: float
+    hotness: HeatSpread
     speed: TierSpeed | None
     medium: str = ""
     codec: str = "none"

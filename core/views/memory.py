@@ -128,7 +128,7 @@ def _tier(tiers: KVTiers, stats: MemoryStats, tier: TierStats, blocks: int) -> T
         tier,
         tier=tier.tier.name,
         used_bytes=tier.bytes,
-        mean_hotness=round(tier.mean_hotness, 4),
+        mean_hotness=round(tier.hotness.mean, 4),
         read_bytes_per_second=None if tier.speed is None else round(tier.speed.read_bytes_s),
         write_bytes_per_second=None if tier.speed is None else round(tier.speed.write_bytes_s),
         moves=tuple(

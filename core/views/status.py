@@ -10,6 +10,7 @@ from core.batching.sequence import Request
 from core.batching.stats import BatcherStats
 from core.costs import StagePlan
 from core.engine.model_engine import ModelEngine
+from core.metrics import Percentiles
 from core.models.checkpoint import Checkpoint
 from core.models.resolve import AvailableModel, available_models
 from core.transfer.manager import Link, TransferStats
@@ -119,7 +120,8 @@ class QueueView:
 @dataclass(frozen=True, slots=True)
 class BatcherView:
     """Counters since the start, the last step's batch, and the rate of the last seconds. Those of `kv_blocks` that are
-    cached are free and still hold a prefix."""
+    cached are free and still hold a prefix. `latency` has seconds to the first token, between tokens and of whole
+    requests, over the last minutes."""
 
     steps: int
     failed_steps: int
@@ -133,18 +135,7 @@ class BatcherView:
     prefix_hit_rate: float
     kv_blocks: Mapping[str, int]
     max_batch_size: int
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceView:
-    """A logical device, its limit, and what is held on it, by purpose."""
-
-    name: str
-    index: int
-    backend: str
-    limit_bytes: int
-    used_bytes: int
-    used_by_purpose: Mapping[str, int]
+    latency: Mapping[str, Percentiles]
 
 
 def pipeline_view(engine: ModelEngine | None, service: ServiceState) -> PipelineView | NoModelView:
@@ -256,19 +247,8 @@ def batcher_view(engine: ModelEngine | None, service: ServiceState) -> BatcherVi
         prefix_hit_rate=round(hits, 4),
         kv_blocks={"total": stats.blocks_total, "free": stats.blocks_free, "cached": stats.blocks_cached},
         max_batch_size=service.settings.engine.max_batch_size,
+        latency=service.latency,
     )
-
-
-def device_views(engine: ModelEngine | None) -> tuple[DeviceView, ...]:
-    """`/api/gpu`: the devices that the model was given, whether a stage is there or not."""
-    if engine is None:
-        return ()
-    found = []
-    for device in engine.plan.devices:
-        used = engine.budgets[device.name].used_by_purpose()
-        limit, total = device.memory_limit_bytes, sum(used.values())
-        found.append(DeviceView(device.name, device.index, device.kind, limit, total, used))
-    return tuple(found)
 
 
 def model_views(engine: ModelEngine | None) -> tuple[AvailableModel, ...]:

@@ -154,6 +154,7 @@ class FakePipeline:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.metrics = MetricsRegistry()
+        self.monitor = SimpleNamespace(readings={})
         self.fake_model: LoadedModel | None = fake_model()
         self.reply = "Hello"
         self.hold = False
@@ -307,4 +308,5 @@ class FakePipeline:
         ready, reason = self.ready()
         return ServiceState(
             loading=False, closing=False, ready=ready, reason=reason, settings=self.settings, transfers={},
+            latency=self.metrics.latency(), readings=self.monitor.readings,
         )  # fmt: skip

@@ -47,6 +47,7 @@ EXPECTED_POLICIES = {
     "/api/memory/blocks/<block>/demote": OPERATES,
     "/api/pipeline/status": READS,
     "/api/gpu": READS,
+    "/api/tasks": READS,
     "/api/system": READS,
     "/api/nodes": READS,
     "/api/queue/status": READS,

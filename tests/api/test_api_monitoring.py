@@ -6,6 +6,8 @@ import pytest
 from api_client import ApiClient
 from fake_pipeline import FakePipeline
 
+from core.devices.readings import DeviceReading
+
 
 def test_live(client: ApiClient) -> None:
     assert client.get("/live").get_json() == {"status": "alive"}
@@ -56,8 +58,12 @@ def test_health_gives_details_only_with_the_token(client: ApiClient, pipeline: F
 
 
 @pytest.mark.parametrize(
-    "path", ["/api/pipeline/status", "/api/queue/status", "/api/batcher/stats", "/api/gpu", "/api/system", "/api/nodes"]
-)
+    "path",
+    [
+        "/api/pipeline/status", "/api/queue/status", "/api/batcher/stats", "/api/gpu", "/api/system", "/api/nodes",
+        "/api/tasks",
+    ],
+)  # fmt: skip
 def test_state_routes_answer(client: ApiClient, path: str) -> None:
     response = client.get(path)
     assert response.status_code == 200
@@ -77,6 +83,49 @@ def test_nodes_is_this_node_alone(client: ApiClient) -> None:
     assert first["discovery"] == {"status": "disabled"}
     assert first["nodes"][0]["id"] == second["nodes"][0]["id"]
     assert first["nodes"][0]["devices"][0]["name"] == "cpu:0"
+
+
+def test_a_device_has_its_last_reading(client: ApiClient, pipeline: FakePipeline) -> None:
+    (device,) = client.get("/api/gpu").get_json()["devices"]
+    assert (device["name"], device["limit_bytes"], device["used_bytes"], device["reading"]) == (
+        "cpu:0",
+        1024,
+        512,
+        None,
+    )
+    pipeline.monitor.readings = {"cpu:0": DeviceReading("cpu:0", utilization=0.5, throttling=("power limit",))}
+    (device,) = client.get("/api/gpu").get_json()["devices"]
+    assert device["reading"]["utilization"] == 0.5
+    assert device["reading"]["throttling"] == ["power limit"]
+    assert device["reading"]["temperature_c"] is None
+
+
+def test_tasks_that_run_and_that_ended(client: ApiClient, pipeline: FakePipeline) -> None:
+    assert client.get("/api/tasks").get_json() == {"running": [], "recent": []}
+    tasks = pipeline.metrics.tasks
+    with tasks.run("load", "owner/name"):
+        (running,) = client.get("/api/tasks").get_json()["running"]
+    assert (running["kind"], running["detail"], running["status"], running["error"]) == (
+        "load", "owner/name", "running", None
+    )  # fmt: skip
+    body = client.get("/api/tasks").get_json()
+    assert body["running"] == []
+    assert [(task["id"], task["status"]) for task in body["recent"]] == [(running["id"], "completed")]
+
+
+def test_moving_memory_is_a_task(client: ApiClient, pipeline: FakePipeline) -> None:
+    assert client.post("/api/memory/blocks/00/promote").status_code == 404
+    (task,) = pipeline.metrics.tasks.recent()
+    assert (task.kind, task.detail, task.priority, task.resource, task.status) == (
+        "promote", "00", "low", "memory", "failed"
+    )  # fmt: skip
+
+
+def test_latencies_of_late(client: ApiClient, pipeline: FakePipeline) -> None:
+    pipeline.metrics.observe_first_token(0.25, 4, "r")
+    latency = client.get("/api/batcher/stats").get_json()["latency"]
+    assert latency["first_token"] == {"count": 1, "p50": 0.25, "p95": 0.25, "p99": 0.25}
+    assert latency["request"] == {"count": 0, "p50": None, "p95": None, "p99": None}
 
 
 def test_metrics_see_requests_by_rule(client: ApiClient) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from typing import Any
 
 import pytest
-from batcher_cases import SOON_S, Below, Clock, Landlord, Open, sequences_of, tokens_of
-from test_decisions import OTHER, make_scheduler
+from batcher_cases import SOON_S, Below, Bench, Clock, Landlord, Open, sequences_of, tokens_of
+from test_decisions import OTHER, make_request, make_scheduler
 
 from core.batching.scheduler import MAX_MEMORY_FAILURES, Scheduler
 from core.batching.step import SchedulerLimits
@@ -207,6 +208,28 @@ def test_what_a_call_raises_is_its_callers_alone(open_bench: Open) -> None:
     with pytest.raises(ZeroDivisionError):
         bench.call(lambda: 1 // 0)
     assert tokens_of(bench.submit("a", max_tokens=1).result(SOON_S)) == [OTHER]
+
+
+class Witness(queue.SimpleQueue[Any]):
+    """A sink that notes what the engine says of itself when a message comes."""
+
+    def __init__(self, bench: Bench, notes: list[tuple[int, int, int]]) -> None:
+        self.bench, self.notes = bench, notes
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        stats = self.bench.batcher.stats
+        self.notes.append((stats.total_tokens, stats.running, self.bench.batcher.num_unfinished))
+        super().put(item)
+
+
+def test_whoever_has_an_answer_finds_it_in_what_the_engine_says_of_itself(open_bench: Open) -> None:
+    bench = open_bench()
+    notes: list[tuple[int, int, int]] = []
+    sink = Witness(bench, notes)
+    bench.batcher.submit([make_request("a", 8, max_tokens=2)], sink=sink)
+    for _ in range(2):
+        sink.get(timeout=SOON_S)
+    assert notes == [(1, 1, 1), (2, 0, 0)]
 
 
 # -- steps that fail ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from core.batching.step import SchedulerLimits
 from core.errors import CircuitOpenError, StepFailedError
 from core.execution.records import SAMPLE, SampledToken, SchedulerOutput, StepOutput
 from core.kv_cache.manager import KVCacheManager
-from core.request import RequestOutput, SamplingParams, TokenLogprob
+from core.request import FinishedRequest, RequestOutput, SamplingParams, TokenLogprob
 
 BLOCK = 4
 EOS, STOP, OTHER = 1, 2, 5
@@ -430,16 +430,23 @@ class Metrics:
     def __init__(self) -> None:
         self.first: list[float] = []
         self.between: list[float] = []
-        self.finished: list[tuple[int, int, str]] = []
+        self.tokens = 0
+        self.ends: list[FinishedRequest] = []
 
-    def observe_first_token(self, seconds: float) -> None:
+    def observe_first_token(self, seconds: float, prompt_tokens: int, request_id: str) -> None:
         self.first.append(seconds)
 
-    def observe_inter_token(self, seconds: float) -> None:
-        self.between.append(seconds)
+    def observe_tokens(self, count: int, seconds: float | None) -> None:
+        self.tokens += count
+        if seconds is not None:
+            self.between.append(seconds)
 
-    def observe_finished(self, seconds: float, prompt_tokens: int, output_tokens: int, reason: str) -> None:
-        self.finished.append((prompt_tokens, output_tokens, reason))
+    def observe_finished(self, request: FinishedRequest) -> None:
+        self.ends.append(request)
+
+    @property
+    def finished(self) -> list[tuple[int, int, str]]:
+        return [(end.prompt_tokens, end.output_tokens, end.reason) for end in self.ends]
 
 
 class Desk:
@@ -457,8 +464,11 @@ class Desk:
         self.scheduler.add(request)
         return handle
 
+    def publish(self, updates: list[SequenceUpdate]) -> None:
+        self.publisher.send(self.publisher.prepare(updates))
+
     def step(self, token: int = OTHER) -> None:
-        self.publisher.publish(step(self.scheduler, token))
+        self.publish(step(self.scheduler, token))
 
 
 def test_each_output_tells_what_was_added_and_the_last_one_why_it_ended() -> None:
@@ -482,7 +492,7 @@ def test_tokens_of_all_samples_are_counted_once_when_the_request_ends() -> None:
     while not handle.finished:
         desk.step()
     assert desk.metrics.finished == [(8, 12, "length")]
-    assert len(desk.metrics.first) == 1
+    assert (len(desk.metrics.first), desk.metrics.tokens) == (1, 12)
     assert len(desk.metrics.between) == len(list(iter(lambda: handle.get(0), None))) - 1
 
 
@@ -496,6 +506,16 @@ def test_latencies_are_what_passed_since_submission_and_since_the_token_before(m
         desk.step()
     assert desk.metrics.first == [1.0]
     assert desk.metrics.between == [4.0, 1.5]
+    (end,) = desk.metrics.ends
+    assert (end.submitted_s, end.started_s, end.first_token_s, end.ended_s) == (1.0, 2.0, 2.0, 7.5)
+
+
+def test_a_request_that_never_ran_has_no_start() -> None:
+    desk = Desk()
+    desk.open(make_request("a", 8, max_tokens=3))
+    assert desk.publisher.abort("a")
+    (end,) = desk.metrics.ends
+    assert (end.reason, end.started_s, end.first_token_s) == ("abort", None, None)
 
 
 def test_an_error_of_one_sample_ends_its_siblings_and_no_other_request() -> None:
@@ -510,7 +530,7 @@ def test_an_error_of_one_sample_ends_its_siblings_and_no_other_request() -> None
         {item.seq_id: SampledToken(OTHER) for item in output.sequences if item.seq_id != failing},
         failed={failing: "no number"},
     )
-    desk.publisher.publish(desk.scheduler.update_from_output(output, result))
+    desk.publish(desk.scheduler.update_from_output(output, result))
     assert handle.get(0) is not None
     with pytest.raises(StepFailedError, match="no number"):
         handle.get(0)
@@ -527,7 +547,7 @@ def test_text_that_cannot_be_made_fails_its_own_request_alone() -> None:
     handle, other = desk.open(make_request("a", 8, 0)), desk.open(make_request("b", 8, 1))
     updates = step(desk.scheduler)
     bad = [SequenceUpdate(u.sequence, -1 if u.sequence.request.request_id == "a" else OTHER) for u in updates]
-    desk.publisher.publish(bad)
+    desk.publish(bad)
     with pytest.raises(StepFailedError, match="could not be decoded: no such token"):
         handle.get(0)
     assert other.get(0) is not None and not other.finished
@@ -611,7 +631,7 @@ def test_best_of_gives_the_likeliest_by_the_mean_of_their_tokens(n: int, best: l
             item.seq_id: SampledToken(OTHER + names[item.seq_id], TokenLogprob(OTHER, likely[names[item.seq_id]], ()))
             for item in output.sequences
         }
-        desk.publisher.publish(desk.scheduler.update_from_output(output, StepOutput(output.step, sampled)))
+        desk.publish(desk.scheduler.update_from_output(output, StepOutput(output.step, sampled)))
     result = handle.result(0)
     assert [completion.token_ids[-1] - OTHER for completion in result.completions] == best
     assert [completion.index for completion in result.completions] == list(range(n))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import psutil
@@ -28,6 +30,7 @@ class FakeNvml(ModuleType):
     def __init__(self, *, opens: bool = True) -> None:
         super().__init__("pynvml")
         self.opens, self.sessions = opens, 0
+        self.processes: dict[int, int | None] = {os.getpid(): 5_000, 1: 400, 2: 600}
 
     def nvmlInit(self) -> None:
         if not self.opens:
@@ -53,6 +56,21 @@ class FakeNvml(ModuleType):
     def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
         raise self.NVMLError("Not Supported")
 
+    def nvmlDeviceGetEnforcedPowerLimit(self, handle: str) -> int:
+        return 350_000
+
+    def nvmlDeviceGetCurrPcieLinkGeneration(self, handle: str) -> int:
+        return 4
+
+    def nvmlDeviceGetCurrPcieLinkWidth(self, handle: str) -> int:
+        return 8
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: str) -> int:
+        return 0x1 | 0x4 | 0x40
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(pid=pid, usedGpuMemory=nbytes) for pid, nbytes in self.processes.items()]
+
 
 @pytest.fixture
 def fake_torch_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -67,7 +85,7 @@ def test_a_cpu_is_read() -> None:
     assert reading.total_bytes == psutil.virtual_memory().total
     assert reading.used_bytes is not None and 0 < reading.used_bytes < reading.total_bytes
     assert reading.utilization is not None and 0 <= reading.utilization <= 1
-    assert reading.temperature_c is None and reading.unavailable
+    assert reading.power_w is None and reading.unavailable
 
 
 def test_every_device_is_read_in_order() -> None:
@@ -84,11 +102,40 @@ def test_an_nvidia_card_is_found_by_its_uuid(monkeypatch: pytest.MonkeyPatch) ->
     assert reader.read([CUDA]) == [reading]
     assert (reading.total_bytes, reading.used_bytes) == (24_000, 6_000)
     assert (reading.utilization, reading.temperature_c, reading.power_w) == (0.75, 61.0, None)
+    assert (reading.power_limit_w, reading.pcie_generation, reading.pcie_width) == (350.0, 4, 8)
+    assert reading.throttling == ("power limit", "temperature (hardware)")
+    assert reading.other_bytes == 1_000
     assert reading.unavailable == "power: Not Supported"
     assert nvml.sessions == 1
     reader.close()
     reader.close()
     assert nvml.sessions == 0
+
+
+@pytest.mark.usefixtures("fake_torch_cuda")
+@pytest.mark.parametrize("processes", [{}, {1: 400}, {os.getpid(): 5_000, 1: None}])
+def test_what_others_hold_is_not_guessed(monkeypatch: pytest.MonkeyPatch, processes: dict[int, int | None]) -> None:
+    """In a container NVML tells other process ids than the process's own, or none; some drivers tell no sizes."""
+    nvml = FakeNvml()
+    nvml.processes = processes
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    (reading,) = DeviceReader().read([CUDA])
+    assert reading.other_bytes is None
+
+
+@pytest.mark.usefixtures("fake_torch_cuda")
+def test_parts_of_one_card_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml()
+    asked: list[str] = []
+    monkeypatch.setattr(
+        nvml, "nvmlDeviceGetUtilizationRates", lambda handle: asked.append(handle) or SimpleNamespace(gpu=75)
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    parts = [replace(CUDA, name=f"cuda:0#{number}", index=number) for number in range(2)]
+    readings = DeviceReader().read([*parts, CPU])
+    assert [reading.device for reading in readings] == ["cuda:0#0", "cuda:0#1", "cpu#0"]
+    assert [reading.utilization for reading in readings[:2]] == [0.75, 0.75]
+    assert asked == ["GPU-1234"]
 
 
 @pytest.mark.usefixtures("fake_torch_cuda")

@@ -472,7 +472,7 @@ def test_the_view_of_blocks_is_hottest_first(clock: Clock) -> None:
         hottest, *_ = view = memory.blocks(Tier.L3, 2)
         assert len(view) == 2 and hottest.hash == block(2) and hottest.hotness == 1.5
         assert memory.blocks(Tier.L5, 2) == []
-        assert memory.stats().tiers[0].mean_hotness == pytest.approx(3.5 / 3)
+        assert memory.stats().tiers[0].hotness.mean == pytest.approx(3.5 / 3)
 
 
 def test_statistics_show_what_happened() -> None:
@@ -480,7 +480,7 @@ def test_statistics_show_what_happened() -> None:
         for number in (1, 2):
             save(memory, number, 0)
         stats = memory.stats()
-        assert [(tier.tier, tier.blocks, tier.mean_hotness) for tier in stats.tiers] == [(Tier.L3, 1, 1.0)]
+        assert [(tier.tier, tier.blocks, tier.hotness.mean) for tier in stats.tiers] == [(Tier.L3, 1, 1.0)]
         assert stats.moves == {("demotion", Tier.L1, Tier.L3): 2, ("eviction", Tier.L3, None): 1}
 
 

@@ -18,6 +18,7 @@ from core.api import create_app
 from core.engine import model_engine
 from core.inference_pipeline import InferencePipeline
 from core.request import SamplingParams
+from core.views.devices import device_views
 from core.views.health import health
 from core.views.memory import memory_view
 from core.views.metrics import engine_metrics
@@ -27,7 +28,6 @@ from core.views.status import (
     PipelineView,
     RequestView,
     batcher_view,
-    device_views,
     pipeline_view,
     queue_view,
 )
@@ -81,7 +81,7 @@ def test_views_without_a_model_are_whole(llama: Path, open_pipeline: OpenPipelin
         "devices": [], "kv_blocks": None, "stages": [], "leases": [], "decisions": {}, "tiers": [],
         "tier_troubles": {},
     }  # fmt: skip
-    assert device_views(engine) == ()
+    assert device_views(engine, service) == ()
 
 
 def test_a_server_that_shuts_down_says_so(llama: Path, open_pipeline: OpenPipeline) -> None:
@@ -144,7 +144,7 @@ def test_an_engine_that_was_freed_can_still_be_looked_at(
     assert isinstance(after, PipelineView)
     assert after.stages == before.stages
     assert memory_view(engine, 3).kv_blocks == before.memory.kv_blocks
-    assert {metric.name for metric in engine_metrics(engine)} >= {"vramancer_stage_forwards"}
+    assert {metric.name for metric in engine_metrics(engine, {})} >= {"vramancer_stage_forwards"}
 
 
 def test_polling_never_fails_while_models_come_and_go(llama: Path, open_pipeline: OpenPipeline, tmp_path: Path) -> None:
