@@ -6,6 +6,7 @@ scheduler, the blocks and the block tables need no locks.
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
 import time
@@ -383,7 +384,7 @@ class ContinuousBatcher:
     def _die(self) -> None:
         """Refuse what comes and fail what waits."""
         if self.error is None and self._reason is not None:
-            error = type(self._reason)(self._reason.message)  # one for each client that raises it
+            error = copy.copy(self._reason)  # whoever raises it adds to its traceback
         else:
             reason = f": {self.error}" if self.error is not None else ""
             error = EngineDeadError(f"The engine has stopped{reason}.")

@@ -147,7 +147,7 @@ def test_an_abort_reaches_the_batcher_that_has_taken_over(open_bench: Open) -> N
 
 
 @pytest.mark.parametrize("parked", [False, True])
-@pytest.mark.parametrize("reason", [None, UnavailableError("The model was unloaded.")])
+@pytest.mark.parametrize("reason", [None, UnavailableError("The model was unloaded.", retry_after_s=7.0, code="gone")])
 def test_clients_are_told_why_it_ended(open_bench: Open, parked: bool, reason: UnavailableError | None) -> None:
     bench = open_bench(backed=None if parked else 1)
     handle = lose_a_device(bench, n=2) if parked else bench.submit("a", n=2)
@@ -161,6 +161,7 @@ def test_clients_are_told_why_it_ended(open_bench: Open, parked: bool, reason: U
         with pytest.raises(UnavailableError) as caught:
             ask()
         assert (type(caught.value), caught.value.message) == (type(told), told.message)
+        assert (caught.value.retry_after_s, caught.value.to_openai()) == (told.retry_after_s, told.to_openai())
     assert not bench.batcher.alive and bench.batcher.num_unfinished == 0
     assert bench.kv.pool.num_referenced == 0
 
