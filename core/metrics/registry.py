@@ -27,6 +27,8 @@ prometheus_client                               process_*
 from __future__ import annotations
 
 import threading
+import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable
 
@@ -36,7 +38,7 @@ from prometheus_client.registry import Collector
 
 from core.metrics.foreign import ForeignNames
 from core.metrics.names import NAMESPACE
-from core.metrics.recent import Percentiles, Window
+from core.metrics.recent import Percentiles
 from core.metrics.tasks import TaskLog
 from core.request import FinishedRequest
 
@@ -48,6 +50,9 @@ BANDWIDTH_WINDOW = 64  # transfers that the bandwidth gauge is taken over
 BITS_PER_GIGABIT = 1e9
 MAX_EXEMPLAR_CHARACTERS = 100
 """OpenMetrics allows 128 for names and values together."""
+
+LATELY_S = 300.0
+"""What people mean by now, for percentiles."""
 
 MetricsSource = Callable[[], Iterable[Metric]]
 
@@ -222,6 +227,32 @@ class MetricsRegistry:
 
 def _exemplar(request_id: str) -> dict[str, str] | None:
     return {"request_id": request_id[:MAX_EXEMPLAR_CHARACTERS]} if request_id else None
+
+
+class Window:
+    """The last `size` durations, with the time of each. One thread adds, any thread reads. `clock` gives seconds."""
+
+    def __init__(self, size: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds, self._at_s = array("d", bytes(8 * size)), array("d", bytes(8 * size))
+        self._size = size
+        self._added = 0
+        self._clock = clock
+
+    def add(self, seconds: float) -> None:
+        slot = self._added % self._size
+        self._seconds[slot], self._at_s[slot] = seconds, self._clock()
+        self._added += 1
+
+    def values(self) -> list[float]:
+        """What came in the last `LATELY_S` seconds, as far as it is kept; in no order."""
+        kept = min(self._added, self._size)
+        since_s = self._clock() - LATELY_S
+        seconds, at_s = self._seconds[:kept], self._at_s[:kept]
+        return [value for value, when in zip(seconds, at_s, strict=True) if when >= since_s]
+
+    def percentiles(self) -> Percentiles:
+        """Of `values`."""
+        return Percentiles.of(self.values())
 
 
 class _EngineCollector(Collector):

@@ -61,11 +61,11 @@ class Meter:
     def look(self) -> None:
         self._now = self._service.scrape()
 
-    def now(self, name: str, prefix: str = f"{NAMESPACE}_", **labels: str) -> float | None:
-        return self._now.get((prefix + name, frozenset(labels.items())))
+    def now(self, metric: str, prefix: str = f"{NAMESPACE}_", /, **labels: str) -> float | None:
+        return self._now.get((prefix + metric, frozenset(labels.items())))
 
-    def moved(self, name: str, prefix: str = f"{NAMESPACE}_", **labels: str) -> float:
-        key = prefix + name, frozenset(labels.items())
+    def moved(self, metric: str, prefix: str = f"{NAMESPACE}_", /, **labels: str) -> float:
+        key = prefix + metric, frozenset(labels.items())
         return self._now.get(key, 0.0) - self._before.get(key, 0.0)
 
     def total(self, name: str) -> float:
@@ -124,9 +124,9 @@ def test_a_stream(service: Service, meter: Meter) -> None:
     assert (
         meter.moved("prefix_cache_hits_total") == 8
     )  # two blocks of four, and of the third a token has to be computed
-    vllm = {"prefix": "vllm:", "model_name": str(service.pipeline.model.name), "engine": "0"}
-    assert meter.moved("generation_tokens_total", **vllm) == 12
-    assert meter.moved("e2e_request_latency_seconds_count", **vllm) == 2
+    vllm = {"model_name": service.pipeline.model.name, "engine": "0"}
+    assert meter.moved("generation_tokens_total", "vllm:", **vllm) == 12
+    assert meter.moved("e2e_request_latency_seconds_count", "vllm:", **vllm) == 2
 
 
 def test_stages_and_what_passes_between_them(service: Service, meter: Meter) -> None:
@@ -310,8 +310,7 @@ def test_a_load_that_fails_and_one_that_does_not(service: Service, meter: Meter,
     assert meter.moved("tasks_completed_total") == 1
     assert (meter.now("tasks_running"), meter.now("tasks_resource_running", resource="devices")) == (0, 0)
     assert meter.moved("orch_placements_total", level="L1") == 1
-    vllm = {"prefix": "vllm:", "model_name": loaded["id"], "engine": "0"}
-    assert meter.now("generation_tokens_total", **vllm) == 4
+    assert meter.now("generation_tokens_total", "vllm:", model_name=loaded["id"], engine="0") == 4
 
 
 def test_devices_and_whoever_asks_for_them(service: Service, meter: Meter) -> None:

@@ -8,7 +8,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.openmetrics.exposition import generate_latest as openmetrics
 
 from core.metrics import COMING, NAMESPACE, MetricsRegistry, Percentiles
-from core.metrics.recent import Window
+from core.metrics.registry import Window
 from core.request import FinishedRequest
 
 
