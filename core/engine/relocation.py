@@ -27,7 +27,8 @@ from core.engine.model_plan import ModelPlan
 from core.errors import ConflictError, ModelNotLoadedError
 from core.execution.stage import Stage
 from core.logs import get_logger
-from core.models.shared_parts import SharedParts
+from core.models.shared_parts import SharedParts, joins_tied_ends
+from core.models.stage_model import StageSlice
 
 logger = get_logger(__name__)
 
@@ -93,11 +94,14 @@ class Relocator:
         stages = []
         for placed in plan.placement.stages:
             kept = 0
+            wanted = StageSlice(placed.first_layer, placed.last_layer, costs.num_layers)
             for old in (stage.part for stage in self._donors(placed.device_name)):
-                common = range(max(old.first, placed.first_layer), min(old.last, placed.last_layer))
+                common = range(max(old.first, wanted.first), min(old.last, wanted.last))
                 kept += sum(costs.layer_bytes[layer] for layer in common)
-                kept += costs.embedding_bytes if old.is_first and placed.first_layer == 0 else 0
-                if old.is_last and placed.last_layer == costs.num_layers:
+                if joins_tied_ends(old, wanted, tied=costs.tied):
+                    continue
+                kept += costs.embedding_bytes if old.is_first and wanted.is_first else 0
+                if old.is_last and wanted.is_last:
                     kept += costs.after_bytes + (0 if costs.tied and old.is_first else costs.head_bytes)
             kept = min(kept, placed.weight_bytes)
             beside = self._free_beside(placed.device_name) + kept >= placed.weight_bytes

@@ -65,12 +65,15 @@ def share_parts(model: Any, has: StageSlice, wanted: StageSlice, copied: Callabl
     """What a stage with the slice `wanted` can use of the model of one with `has`. `copied` is called with each module
     that is not the original's, to let it forget what it knows of its surroundings.
 
-    Layers that stream, and modules that something has been hung around, are left out.
+    Layers that stream, and modules that something has been hung around, are left out; so are the ends, where an
+    embedding and a head of one weight come together: the other would have to be read, and would be a second copy.
     """
     decoder, name = find_decoder(model, has.num_layers)
     layers = getattr(decoder, name)
     common = [index for index in range(has.num_layers) if has.holds(index) and wanted.holds(index)]
     shared = {index: share(layers[index], copied) for index in common if _is_plain(layers[index])}
+    if joins_tied_ends(has, wanted, tied=model.config.get_text_config().tie_word_embeddings):
+        return SharedParts(shared)
     before: dict[str, nn.Module] = {}
     after: dict[str, nn.Module] = {}
     head: tuple[str, nn.Module] | None = None
@@ -84,6 +87,11 @@ def share_parts(model: Any, has: StageSlice, wanted: StageSlice, copied: Callabl
         after = {key: share(child, copied) for key, child in children.items() if key in AFTER_LAYERS}
         head = (named, share(output, copied))
     return SharedParts(shared, before, after, head)
+
+
+def joins_tied_ends(has: StageSlice, wanted: StageSlice, *, tied: bool) -> bool:
+    """Whether `wanted` has embedding and head, which share a weight if they are `tied`, and `has` only one of them."""
+    return tied and wanted.is_first and wanted.is_last and not (has.is_first and has.is_last)
 
 
 def _is_plain(module: nn.Module) -> bool:

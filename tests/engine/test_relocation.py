@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from steering import arriving_together, until
@@ -265,6 +266,24 @@ def test_a_device_that_is_lost_is_left(
     same(results(submit(pipeline, 12)), expected)
     assert pipeline.engine is not engine
     assert stage.device.name not in [each.device.name for each in pipeline.engine.stages]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_ends_that_share_a_weight_come_together_without_a_second_copy(
+    llama: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
+    """What is left of a tied model has the embedding or the head, and becomes a stage with both."""
+    expected = results(submit(open_on(open_pipeline, llama), 2))
+    pipeline = open_on(open_pipeline, llama, place=2)
+    engine = pipeline.engine
+    assert engine.plan.costs.tied
+    gone = DeviceLostError("no answer", device=engine.stages[lost].device.name)
+    monkeypatch.setattr(engine.stages[lost], "forward", Mock(side_effect=gone))
+    same(results(submit(pipeline, 2)), expected)
+    (stage,), (placed,) = pipeline.engine.stages, pipeline.engine.plan.placement.stages
+    assert stage.device.name != gone.device
+    assert stage.weight_bytes == placed.weight_bytes
+    assert pipeline.engine.budgets[stage.device.name].used_by_purpose()["weights"] == placed.weight_bytes
 
 
 def test_new_requests_find_the_engine_that_serves(llama: Path, open_pipeline: OpenPipeline) -> None:
