@@ -19,7 +19,6 @@ from typing import Literal
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from core.metrics.names import NAMESPACE
 from core.metrics.recent import percentiles
@@ -156,7 +155,7 @@ def _duration_metrics(durations: dict[tuple[Priority, Status], _Snapshot]) -> It
     help_text = f"Percentiles of the last {KEPT_DURATIONS} background tasks' durations, in seconds."
     parts = GaugeMetricFamily(f"{NAMESPACE}_task_duration_percentile", help_text, labels=[*labels, "percentile"])
     for key, found in durations.items():
-        bounds = [floatToGoString(bound) for bound in (*BUCKETS_S, float("inf"))]
+        bounds = [*map(str, BUCKETS_S), "+Inf"]
         whole.add_metric(key, list(zip(bounds, found.buckets, strict=True)), found.total_s)
         for percentile, seconds in percentiles(found.last).items():
             parts.add_metric([*key, str(percentile)], seconds)

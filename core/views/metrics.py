@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeHistogramMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.utils import floatToGoString
 
 from core.batching.stats import BatcherStats
 from core.engine.model_engine import ModelEngine
@@ -185,7 +184,7 @@ def _hotness(stats: MemoryStats) -> Metric:
     family = GaugeHistogramMetricFamily(f"{NAMESPACE}_block_hotness", help_text, labels=("tier",))
     for tier in stats.tiers:
         spread = tier.hotness
-        buckets = [(floatToGoString(bound), float(n)) for bound, n in zip(HEAT_BOUNDS, spread.below, strict=True)]
+        buckets = [(str(bound), float(n)) for bound, n in zip(HEAT_BOUNDS, spread.below, strict=True)]
         family.add_metric([tier.tier.name], [*buckets, ("+Inf", float(spread.count))], spread.mean * spread.count)
     return family
 
