@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.tiers.hotness import Heat, HeatModel, HeatTable
+from core.tiers.hotness import HEAT_BOUNDS, Heat, HeatModel, HeatSpread, HeatTable
 
 HALF_LIFE_S = 10.0
 
@@ -78,5 +78,17 @@ def test_the_mean_of_many_is_taken_over_a_sample_of_them() -> None:
     blocks = [number.to_bytes(4, "big") for number in range(5000)]
     for number, name in enumerate(blocks):
         table.use(name, 10.0 * (number % 2))
-    assert table.mean_score(blocks, 10.0) == pytest.approx(0.75, abs=0.01)
-    assert table.mean_score([], 0.0) == 0.0
+    spread = table.spread(blocks, 10.0)
+    assert (spread.count, spread.mean) == (5000, pytest.approx(0.75, abs=0.01))
+    assert spread.below[HEAT_BOUNDS.index(0.25)] == 0
+    assert spread.below[HEAT_BOUNDS.index(0.5)] == pytest.approx(2500, abs=50)  # used a half-life ago
+    assert spread.below[HEAT_BOUNDS.index(1.0)] == 5000
+    assert table.spread([], 0.0) == HeatSpread()
+
+
+def test_blocks_hotter_than_all_bounds_are_counted_in_the_whole_alone() -> None:
+    table = HeatTable(HeatModel(HALF_LIFE_S))
+    for _ in range(100):
+        table.use(b"hot", 0.0)
+    spread = table.spread([b"hot"], 0.0)
+    assert (spread.count, spread.below[-1], spread.mean) == (1, 0, 50.5)
