@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from steering import LONGEST_WAIT_S
 from tiny_models import build_tiny
 
 from core.inference_pipeline import InferencePipeline
@@ -27,7 +28,7 @@ pytestmark = [
 
 def tokens(pipeline: InferencePipeline) -> list[list[int]]:
     handles = [pipeline.submit(prompt, GREEDY) for prompt in PROMPTS]
-    return [handle.result(120).completions[0].token_ids for handle in handles]
+    return [handle.result(LONGEST_WAIT_S).completions[0].token_ids for handle in handles]
 
 
 @pytest.fixture
@@ -73,4 +74,4 @@ def test_a_running_model_moves_between_card_and_processor(
     pipeline = open_pipeline(tmp_path, devices__devices="cuda:0=1GiB", devices__layers="4")
     handles = [pipeline.submit(prompt, GREEDY) for prompt in PROMPTS]
     pipeline.place(devices="cuda:0=1GiB,cpu=256MiB", layers="2,2")
-    assert [handle.result(120).completions[0].token_ids for handle in handles] == wanted
+    assert [handle.result(LONGEST_WAIT_S).completions[0].token_ids for handle in handles] == wanted

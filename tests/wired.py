@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from steering import LONGEST_WAIT_S
+
 from core.engine.model_engine import ModelEngine
 from core.execution.codec import decode, encode
 from core.execution.records import StepOutput, StepRecord
@@ -36,5 +38,5 @@ def wire(engine: ModelEngine) -> list[Wired]:
         engine.runner.close()
         engine.runner.stages = tuple(stages)
 
-    engine.batcher.call(put).result(60)
+    engine.batcher.call(put).result(LONGEST_WAIT_S)
     return stages

@@ -14,7 +14,7 @@ import pytest
 import torch
 from api_client import TOKEN, ApiClient
 from engine.lending_cases import open_tight
-from steering import until
+from steering import LONGEST_WAIT_S, until
 from tiny_models import VOCAB, build_tiny
 
 from core.api import create_app
@@ -54,7 +54,7 @@ def opened(open_pipeline: Callable[..., InferencePipeline], tiny: Path, tmp_path
 def fill(pipeline: InferencePipeline, count: int = 30, length: int = 60) -> None:
     for seed in range(count):
         prompt = torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-        pipeline.submit(prompt, GREEDY).result(60)
+        pipeline.submit(prompt, GREEDY).result(LONGEST_WAIT_S)
 
 
 def tier(view: dict[str, Any], name: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from steering import LONGEST_WAIT_S
 from tiny_models import build_tiny
 
 from core.emulation.stage import GuestTime
@@ -54,5 +55,5 @@ def test_guests_delay_a_stage_that_computes_meanwhile_and_no_other(
     monkeypatch.setattr(stage.clock, "end", end)
     monkeypatch.setattr(model, "forward", forward)
     guests.add(stage.device.name, 7.0)  # while the stage is idle
-    pipeline.submit([3, 4, 5], ONE).result(60)
+    pipeline.submit([3, 4, 5], ONE).result(LONGEST_WAIT_S)
     assert waits == [least_s]

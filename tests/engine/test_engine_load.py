@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from steering import OnEngineThread, arriving_together, until
+from steering import LONGEST_WAIT_S, OnEngineThread, arriving_together, until
 from tiny_models import VOCAB, build_tiny
 
 from core.batching.output import RequestHandle
@@ -46,7 +46,7 @@ def wait_idle(pipeline: InferencePipeline) -> None:
 def used_blocks(pipeline: InferencePipeline) -> int:
     """Blocks in use, counted on the engine thread."""
     pool = pipeline.engine.kv.pool
-    return pipeline.engine.batcher.call(lambda: pool.num_blocks - pool.num_free).result(60)
+    return pipeline.engine.batcher.call(lambda: pool.num_blocks - pool.num_free).result(LONGEST_WAIT_S)
 
 
 def die_after(pipeline: InferencePipeline, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,14 +60,14 @@ def die_after(pipeline: InferencePipeline, steps: int, monkeypatch: pytest.Monke
 
 def test_64_requests_over_a_pool_for_8_all_get_the_right_tokens(llama: Path, open_pipeline: OpenPipeline) -> None:
     roomy = open_pipeline(llama, engine__kv_cache_tokens=4096, engine__block_size=BLOCK)
-    expected = [roomy.submit(prompt, GREEDY).result(60).completions[0].token_ids for prompt in prompts(64)]
+    expected = [roomy.submit(prompt, GREEDY).result(LONGEST_WAIT_S).completions[0].token_ids for prompt in prompts(64)]
 
     tight = open_pipeline(
         llama, engine__kv_cache_tokens=8 * 20, engine__block_size=BLOCK, engine__enable_prefix_caching=False
     )
     with arriving_together(tight):
         handles = [tight.submit(prompt, GREEDY) for prompt in prompts(64)]
-    assert [handle.result(120).completions[0].token_ids for handle in handles] == expected
+    assert [handle.result(LONGEST_WAIT_S).completions[0].token_ids for handle in handles] == expected
     assert tight.engine.batcher.stats.preemptions > 0
     assert used_blocks(tight) == 0
 
@@ -84,7 +84,7 @@ def test_200_clients_that_leave_in_mid_stream_leak_nothing(llama: Path, open_pip
         handle.abort()
     wait_idle(pipeline)
     assert used_blocks(pipeline) == 0
-    assert len(steady.result(60).completions[0].token_ids) == 12, "the neighbour is unharmed"
+    assert len(steady.result(LONGEST_WAIT_S).completions[0].token_ids) == 12, "the neighbour is unharmed"
 
 
 def test_an_abort_takes_effect_within_two_steps(llama: Path, open_pipeline: OpenPipeline) -> None:
@@ -93,9 +93,9 @@ def test_an_abort_takes_effect_within_two_steps(llama: Path, open_pipeline: Open
     assert handle.get(60) is not None
     batcher = pipeline.engine.batcher
     handle.abort()
-    steps = batcher.call(lambda: batcher.scheduler._steps).result(60)
+    steps = batcher.call(lambda: batcher.scheduler._steps).result(LONGEST_WAIT_S)
     wait_idle(pipeline)
-    assert batcher.call(lambda: batcher.scheduler._steps).result(60) <= steps + 2
+    assert batcher.call(lambda: batcher.scheduler._steps).result(LONGEST_WAIT_S) <= steps + 2
 
 
 def test_a_full_queue_refuses_with_a_time_to_come_back(llama: Path, open_pipeline: OpenPipeline) -> None:
@@ -121,7 +121,7 @@ def test_lower_priority_values_are_served_earlier(llama: Path, open_pipeline: Op
     with arriving_together(pipeline):
         handles = [submit(5), submit(0), submit(-5)]
     for handle in handles:
-        handle.result(60)
+        handle.result(LONGEST_WAIT_S)
     assert told == [f"at {priority}-0" for priority in (-5, 0, 5) for _ in range(len(told) // 3)]
 
 
@@ -155,8 +155,8 @@ def test_a_failing_step_fails_its_batch_alone(llama: Path, open_pipeline: OpenPi
     batcher = pipeline.engine.batcher
     batcher._runner = FailingRunner(batcher._runner, poison=90)
     with pytest.raises(StepFailedError, match="the forward pass broke"):
-        pipeline.submit([5, 90], replace(GREEDY, n=2)).result(60)
-    assert len(pipeline.submit([5, 6], GREEDY).result(60).completions[0].token_ids) == 12
+        pipeline.submit([5, 90], replace(GREEDY, n=2)).result(LONGEST_WAIT_S)
+    assert len(pipeline.submit([5, 6], GREEDY).result(LONGEST_WAIT_S).completions[0].token_ids) == 12
     assert batcher.stats.failed_steps == MAX_FAILURES
     assert used_blocks(pipeline) == 0
 
@@ -170,13 +170,13 @@ def test_steps_that_fail_in_a_row_open_the_breaker_and_it_closes_again(
     batcher.breaker._clock = lambda: now_s
     batcher._runner = FailingRunner(batcher._runner, poison=90)
     with pytest.raises(StepFailedError):
-        pipeline.submit([90], GREEDY).result(60)
+        pipeline.submit([90], GREEDY).result(LONGEST_WAIT_S)
     with pytest.raises(CircuitOpenError):
         pipeline.submit([5], GREEDY)
     assert health(pipeline.engine, pipeline.state()).checks["engine"].status == "error"
     assert queue_view(pipeline.engine, pipeline.state()).circuit_breaker["state"] == "open"
     now_s += 20.1
-    pipeline.submit([5], GREEDY).result(60)
+    pipeline.submit([5], GREEDY).result(LONGEST_WAIT_S)
     assert queue_view(pipeline.engine, pipeline.state()).circuit_breaker["state"] == "closed"
 
 
@@ -187,7 +187,7 @@ def test_a_dead_engine_tells_its_clients_and_health(
     die_after(pipeline, 5, monkeypatch)
     handle = pipeline.submit([5, 6], replace(GREEDY, max_tokens=400))
     with pytest.raises(EngineDeadError, match="division by zero"):
-        handle.result(60)
+        handle.result(LONGEST_WAIT_S)
     with pytest.raises(EngineDeadError):
         pipeline.submit([5], GREEDY)
     report = health(pipeline.engine, pipeline.state())
@@ -214,8 +214,8 @@ def test_a_sequence_with_broken_logits_fails_alone(
         neighbour = pipeline.submit([5, 6, 7], replace(GREEDY, max_tokens=40, logit_bias={90: -100.0}))
         broken = pipeline.submit([5, 90], replace(GREEDY, n=2))
     with pytest.raises(StepFailedError, match="NaN"):
-        broken.result(60)
-    assert len(neighbour.result(60).completions[0].token_ids) == 40
+        broken.result(LONGEST_WAIT_S)
+    assert len(neighbour.result(LONGEST_WAIT_S).completions[0].token_ids) == 40
     assert used_blocks(pipeline) == 0
 
 
@@ -239,8 +239,8 @@ def test_text_that_cannot_be_decoded_fails_its_own_request(
             neighbour = pipeline.submit([5, 6, 7], replace(GREEDY, max_tokens=40))
             broke = pipeline.submit([token, 5], replace(GREEDY, detokenize=True))
         with pytest.raises(StepFailedError, match=said):
-            broke.result(60)
-        assert len(neighbour.result(60).completions[0].token_ids) == 40
+            broke.result(LONGEST_WAIT_S)
+        assert len(neighbour.result(LONGEST_WAIT_S).completions[0].token_ids) == 40
     until(lambda: pipeline.engine.batcher.num_unfinished == 0, "all have ended")
     assert used_blocks(pipeline) == 0
 
@@ -256,4 +256,4 @@ def test_all_clients_hear_of_an_engine_that_cannot_even_end_their_requests(
         handles = [pipeline.submit([5, 6], replace(GREEDY, max_tokens=400)) for _ in range(3)]
     for handle in handles:
         with pytest.raises(EngineDeadError, match="division by zero"):
-            handle.result(60)
+            handle.result(LONGEST_WAIT_S)

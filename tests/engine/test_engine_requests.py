@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from steering import OnEngineThread, arriving_together
+from steering import LONGEST_WAIT_S, OnEngineThread, arriving_together
 from tiny_models import VOCAB, build_tiny
 
 from core.errors import ContextLengthError, InvalidRequestError
@@ -34,19 +34,19 @@ def pipeline(model: tuple[Path, torch.nn.Module], open_pipeline: OpenPipeline) -
 
 
 def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(pipeline: InferencePipeline) -> None:
-    alone = pipeline.submit([5, 6, 7], SEEDED).result(60).completions[0].token_ids
+    alone = pipeline.submit([5, 6, 7], SEEDED).result(LONGEST_WAIT_S).completions[0].token_ids
     with arriving_together(pipeline):
         crowd = [pipeline.submit([8 + i, 9, 10], replace(SEEDED, seed=i, temperature=1.3)) for i in range(9)]
         together = pipeline.submit([5, 6, 7], SEEDED)
-    assert together.result(60).completions[0].token_ids == alone
+    assert together.result(LONGEST_WAIT_S).completions[0].token_ids == alone
     for handle in crowd:
-        handle.result(60)
-    other = pipeline.submit([5, 6, 7], replace(SEEDED, seed=8)).result(60).completions[0].token_ids
+        handle.result(LONGEST_WAIT_S)
+    other = pipeline.submit([5, 6, 7], replace(SEEDED, seed=8)).result(LONGEST_WAIT_S).completions[0].token_ids
     assert other != alone
 
 
 def test_samples_of_one_prompt_differ_and_share_its_blocks(pipeline: InferencePipeline) -> None:
-    result = pipeline.submit(list(range(5, 25)), replace(SEEDED, n=4)).result(60)
+    result = pipeline.submit(list(range(5, 25)), replace(SEEDED, n=4)).result(LONGEST_WAIT_S)
     assert [completion.index for completion in result.completions] == [0, 1, 2, 3]
     assert len({tuple(completion.token_ids) for completion in result.completions}) == 4
 
@@ -65,7 +65,7 @@ def test_forked_samples_use_fewer_blocks_than_separate_ones(pipeline: InferenceP
 
     prompt = list(range(5, 69))  # 16 blocks of 4
     (handle,) = pipeline.submit_many([(prompt, replace(SEEDED, n=4, max_tokens=20))], sink=OnEngineThread(look))
-    handle.result(60)
+    handle.result(LONGEST_WAIT_S)
     used, separate = blocks[0]
     assert separate >= 4 * 16
     assert used <= separate - 3 * 15, "the four share the fifteen blocks of their prompt that none writes to"
@@ -73,8 +73,8 @@ def test_forked_samples_use_fewer_blocks_than_separate_ones(pipeline: InferenceP
 
 def test_best_of_returns_the_most_likely(pipeline: InferencePipeline) -> None:
     params = replace(SEEDED, n=4, logprobs=0)
-    every = pipeline.submit([5, 6, 7], params).result(60).completions
-    best = pipeline.submit([5, 6, 7], replace(params, n=1, best_of=4)).result(60)
+    every = pipeline.submit([5, 6, 7], params).result(LONGEST_WAIT_S).completions
+    best = pipeline.submit([5, 6, 7], replace(params, n=1, best_of=4)).result(LONGEST_WAIT_S)
     assert len(best.completions) == 1
     likeliest = max(every, key=lambda completion: completion.cumulative_logprob)
     assert best.completions[0].token_ids == likeliest.token_ids
@@ -85,8 +85,8 @@ def test_prompt_logprobs_match_the_model(pipeline: InferencePipeline, model: tup
     prompt = list(range(5, 45))
     with torch.inference_mode():
         rows = model[1](torch.tensor([prompt])).logits[0].log_softmax(-1)
-    pipeline.submit(prompt, GREEDY).result(60)  # fills the prefix cache, which must not swallow logprobs
-    result = pipeline.submit(prompt, replace(GREEDY, prompt_logprobs=2)).result(60)
+    pipeline.submit(prompt, GREEDY).result(LONGEST_WAIT_S)  # fills the prefix cache, which must not swallow logprobs
+    result = pipeline.submit(prompt, replace(GREEDY, prompt_logprobs=2)).result(LONGEST_WAIT_S)
     assert result.prompt_logprobs is not None
     assert result.prompt_logprobs[0] is None
     assert len(result.prompt_logprobs) == len(prompt)
@@ -102,7 +102,7 @@ def test_prompt_logprobs_survive_chunked_prefill(
 ) -> None:
     small = open_pipeline(model[0], engine__max_num_batched_tokens=7, engine__block_size=4)
     prompt = list(range(5, 45))
-    whole = small.submit(prompt, replace(GREEDY, prompt_logprobs=0)).result(60)
+    whole = small.submit(prompt, replace(GREEDY, prompt_logprobs=0)).result(LONGEST_WAIT_S)
     assert whole.prompt_logprobs is not None
     assert [item.token_id for item in whole.prompt_logprobs[1:] if item] == prompt[1:]
 
@@ -122,7 +122,7 @@ def test_raw_inference_returns_the_models_logits(
 
 def test_max_tokens_end_at_the_context(model: tuple[Path, torch.nn.Module], open_pipeline: OpenPipeline) -> None:
     short = open_pipeline(model[0], model__max_model_len=20)
-    result = short.submit([5] * 10, replace(GREEDY, max_tokens=None)).result(60)
+    result = short.submit([5] * 10, replace(GREEDY, max_tokens=None)).result(LONGEST_WAIT_S)
     assert len(result.completions[0].token_ids) == 10
     assert result.completions[0].finish_reason == "length"
 
@@ -158,4 +158,4 @@ def test_bad_requests_are_refused_before_anything_is_allocated(
         with pytest.raises(error) as caught:
             pipeline.submit(prompt, replace(GREEDY, **changes))  # type: ignore[arg-type]
     assert caught.value.param == param  # type: ignore[attr-defined]
-    assert len(neighbour.result(60).completions[0].token_ids) == 8
+    assert len(neighbour.result(LONGEST_WAIT_S).completions[0].token_ids) == 8

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from lending_cases import OpenPipeline, open_tight, remote_blocks, tight_devices
-from steering import arriving_together, between_steps
+from steering import LONGEST_WAIT_S, arriving_together, between_steps
 from test_lending_serving import GREEDY, prompts
 from tiny_models import build_tiny
 
@@ -56,7 +56,7 @@ def outgrow(pipeline: InferencePipeline) -> tuple[list[int], int, dict[Choice, i
         with arriving_together(pipeline):
             others = [pipeline.submit(prompts()[2] + prompts()[4], GREEDY) for _ in range(2)]
             last = pipeline.submit(prompts()[3], LONG)
-        tokens = last.result(60).completions[0].token_ids
+        tokens = last.result(LONGEST_WAIT_S).completions[0].token_ids
     assert all(handle.finished for handle in others)
     assert max(away for running, away in seen if running == 3)
     alone = [away for running, away in seen if running == 1]
@@ -66,7 +66,7 @@ def outgrow(pipeline: InferencePipeline) -> tuple[list[int], int, dict[Choice, i
 @pytest.fixture
 def expected(tiny: Path, open_pipeline: OpenPipeline) -> list[int]:
     pipeline = open_pipeline(tiny, model__max_model_len=128)
-    return pipeline.submit(prompts()[3], LONG).result(60).completions[0].token_ids
+    return pipeline.submit(prompts()[3], LONG).result(LONGEST_WAIT_S).completions[0].token_ids
 
 
 def test_over_a_fast_link_they_come_home(tiny: Path, open_pipeline: OpenPipeline, expected: list[int]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from lending_cases import OpenPipeline, open_tight, reclaim_something, remote_blocks, scatter
-from steering import between_steps, until
+from steering import LONGEST_WAIT_S, between_steps, until
 from test_lending_serving import GREEDY, ask, prompts, reference
 from test_lending_trouble import check_budgets, outcomes, outcomes_while
 from tiny_models import build_tiny
@@ -55,15 +55,17 @@ def test_memory_taken_for_good_leaves_requests_waiting_until_it_is_back(
     engine, long = pipeline.engine, list(range(3, 93))
     overflow = engine.memory.overflow
     assert overflow is not None
-    expected = pipeline.submit(long, GREEDY).result(60).completions[0].token_ids
+    expected = pipeline.submit(long, GREEDY).result(LONGEST_WAIT_S).completions[0].token_ids
     lender = engine.plan.devices[1].name
-    engine.batcher.call(lambda: overflow.lending.request_reclaim(lender, None, Urgency.CRITICAL)).result(60)
+    engine.batcher.call(lambda: overflow.lending.request_reclaim(lender, None, Urgency.CRITICAL)).result(LONGEST_WAIT_S)
     small, waits = pipeline.submit(prompts()[0], GREEDY), pipeline.submit(long, GREEDY)
     assert outcomes([small]) == tiny[1][:1], "what fits at home goes on"
-    until(lambda: engine.batcher.call(overflow.lending.leases).result(60) == (), "the lender has its memory")
-    engine.batcher.call(lambda: check_budgets(engine)).result(60)
+    until(
+        lambda: engine.batcher.call(overflow.lending.leases).result(LONGEST_WAIT_S) == (), "the lender has its memory"
+    )
+    engine.batcher.call(lambda: check_budgets(engine)).result(LONGEST_WAIT_S)
     assert not waits.finished
-    engine.batcher.call(lambda: overflow.lending.reopen(lender)).result(60)
+    engine.batcher.call(lambda: overflow.lending.reopen(lender)).result(LONGEST_WAIT_S)
     assert outcomes([waits]) == [expected]
 
 
@@ -75,15 +77,18 @@ def test_a_lender_pressed_by_another_program_gets_its_memory_back(
     overflow = engine.memory.overflow
     assert overflow is not None
     lender = engine.plan.devices[1].name
-    engine.batcher.call(lambda: scatter(engine, random.Random(1), 0.5)).result(60)
+    engine.batcher.call(lambda: scatter(engine, random.Random(1), 0.5)).result(LONGEST_WAIT_S)
     assert overflow.lending.leases(lender=lender)
     monkeypatch.setattr(core.engine.kv_memory, "free_bytes_of", lambda device: 0)
     overflow._observe_s = 0.0
     handles = ask(pipeline)
     assert outcomes(handles) == tiny[1]
     assert sum(overflow.lending.stats().reclaims.values()) > 0
-    engine.batcher.call(lambda: check_budgets(engine)).result(60)
-    until(lambda: engine.batcher.call(lambda: overflow.lending.leases(lender=lender)).result(60) == (), "it is back")
+    engine.batcher.call(lambda: check_budgets(engine)).result(LONGEST_WAIT_S)
+    until(
+        lambda: engine.batcher.call(lambda: overflow.lending.leases(lender=lender)).result(LONGEST_WAIT_S) == (),
+        "it is back",
+    )
 
 
 def test_only_the_devices_in_use_are_asked_while_a_model_serves(
@@ -127,10 +132,12 @@ def test_a_lender_is_served_while_all_others_wait_for_its_memory(
     with between_steps(pipeline, reclaim_what_is_used):
         waits = pipeline.submit(list(range(3, 93)), replace(GREEDY, max_tokens=30))
         until(lambda: reclaimed, "blocks that live at the lender")
-    until(lambda: engine.batcher.call(overflow.lending.leases).result(60) == (), "the lender has its memory")
+    until(
+        lambda: engine.batcher.call(overflow.lending.leases).result(LONGEST_WAIT_S) == (), "the lender has its memory"
+    )
     assert not waits.finished
-    engine.batcher.call(lambda: overflow.lending.reopen(lender)).result(60)
-    assert len(waits.result(60).completions[0].token_ids) == 30
+    engine.batcher.call(lambda: overflow.lending.reopen(lender)).result(LONGEST_WAIT_S)
+    assert len(waits.result(LONGEST_WAIT_S).completions[0].token_ids) == 30
 
 
 def test_pages_move_in_pieces_that_fit_into_little_memory(

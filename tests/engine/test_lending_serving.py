@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from lending_cases import OpenPipeline, open_tight, reclaim_something, remote_blocks, scatter
-from steering import arriving_together, between_steps
+from steering import LONGEST_WAIT_S, arriving_together, between_steps
 from tiny_models import VOCAB, build_tiny
 
 from core.batching.output import RequestHandle
@@ -43,7 +43,7 @@ def ask(pipeline: InferencePipeline) -> list[RequestHandle]:
 
 
 def answers(handles: list[RequestHandle]) -> list[list[int]]:
-    return [handle.result(60).completions[0].token_ids for handle in handles]
+    return [handle.result(LONGEST_WAIT_S).completions[0].token_ids for handle in handles]
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3_text", "gpt_oss", "qwen3"])

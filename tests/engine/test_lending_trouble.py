@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lending_cases import OpenPipeline, open_tight, remote_blocks, scatter
-from steering import between_steps, with_each_step
+from steering import LONGEST_WAIT_S, between_steps, with_each_step
 from test_lending_serving import ask, prompts, reference
 from tiny_models import build_tiny
 
@@ -44,7 +44,7 @@ def outcomes(handles: list[RequestHandle]) -> list[list[int] | None]:
     found: list[list[int] | None] = []
     for handle in handles:
         try:
-            found.append(handle.result(60).completions[0].token_ids)
+            found.append(handle.result(LONGEST_WAIT_S).completions[0].token_ids)
         except VRAMancerError:
             found.append(None)
     return found

@@ -12,6 +12,7 @@ import pytest
 import torch
 from plain_settings import make_settings
 from safetensors.torch import save_file
+from steering import LONGEST_WAIT_S
 from tiny_models import build_tiny, word_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -207,8 +208,8 @@ def test_a_swap_serves_the_new_model_and_lets_the_old_one_finish(tiny: Path, ope
     running = pipeline.submit([5, 6], SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True))
     loaded = pipeline.load(DEMO_NAME)
     assert loaded.name == DEMO_NAME
-    assert len(running.result(60).completions[0].token_ids) == 100
-    assert pipeline.submit([5, 6], GREEDY).result(60).completions[0].token_ids
+    assert len(running.result(LONGEST_WAIT_S).completions[0].token_ids) == 100
+    assert pipeline.submit([5, 6], GREEDY).result(LONGEST_WAIT_S).completions[0].token_ids
 
 
 @pytest.mark.parametrize("room", ["cpu=64MiB", "cpu=17MiB"])
@@ -217,7 +218,7 @@ def test_a_failed_swap_leaves_the_old_model_serving(
 ) -> None:
     """Also where the new model only fits once the old one is gone, and turns out broken after that."""
     pipeline = open_pipeline(tiny, devices__devices=room)
-    expected = pipeline.submit([5, 6], GREEDY).result(60).completions[0].token_ids
+    expected = pipeline.submit([5, 6], GREEDY).result(LONGEST_WAIT_S).completions[0].token_ids
     broken = copy_model(Path(str(tiny)), tmp_path / "broken")
     edit_config(broken, intermediate_size=40)
     with pytest.raises(CheckpointError):
@@ -225,7 +226,7 @@ def test_a_failed_swap_leaves_the_old_model_serving(
     with pytest.raises(InsufficientMemoryError):
         pipeline.load(str(tiny), devices="cpu=1KiB")
     assert pipeline.model.name == tiny.name
-    assert pipeline.submit([5, 6], GREEDY).result(60).completions[0].token_ids == expected
+    assert pipeline.submit([5, 6], GREEDY).result(LONGEST_WAIT_S).completions[0].token_ids == expected
 
 
 def test_a_model_that_only_fits_alone_replaces_the_old_one(tiny: Path, open_pipeline: OpenPipeline) -> None:
@@ -242,7 +243,7 @@ def test_a_request_read_for_the_old_model_never_reaches_the_new_one(tiny: Path, 
     pipeline.load(DEMO_NAME)
     with pytest.raises(ModelChangedError, match="replaced by vramancer-demo"):
         pipeline.submit_many([([5, 6], GREEDY)], model=read_for)
-    pipeline.submit_many([([5, 6], GREEDY)], model=pipeline.model)[0].result(60)
+    pipeline.submit_many([([5, 6], GREEDY)], model=pipeline.model)[0].result(LONGEST_WAIT_S)
 
 
 def test_generation_config_gives_end_tokens_and_defaults(
@@ -261,7 +262,7 @@ def test_an_emulated_device_takes_at_least_the_rooflines_time(tiny: Path, open_p
     pipeline = open_pipeline(tiny, devices__devices="sim=64MiB@0.01GB/s/1TFLOPS")
     (stage,) = pipeline.engine.stages
     forwards, busy_s = stage.forwards, stage.busy_s
-    pipeline.submit([5, 6], GREEDY).result(60)
+    pipeline.submit([5, 6], GREEDY).result(LONGEST_WAIT_S)
     steps = stage.forwards - forwards
     assert steps == 4
     assert stage.busy_s - busy_s >= steps * stage.weight_bytes / 0.01e9
@@ -269,7 +270,7 @@ def test_an_emulated_device_takes_at_least_the_rooflines_time(tiny: Path, open_p
 
 def test_transfers_between_stages_are_counted(tiny: Path, open_pipeline: OpenPipeline) -> None:
     pipeline = open_pipeline(tiny, devices__devices="cpu=8MiB,cpu=8MiB")
-    pipeline.submit([5, 6], GREEDY).result(60)
+    pipeline.submit([5, 6], GREEDY).result(LONGEST_WAIT_S)
     (stats,) = pipeline.transfer.stats().values()
     assert stats.ops >= 4
     assert stats.bytes == (1 + 2 + 3) * 32 * 4, "warm-up, prompt and three more tokens, 32 wide, fp32"
@@ -292,4 +293,4 @@ def test_the_old_model_comes_back_whatever_stops_the_new_one(
     with pytest.raises(MemoryError):
         pipeline.load(DEMO_NAME)
     assert pipeline.model.name == tiny.name
-    assert pipeline.submit([5, 6], GREEDY).result(60).completions[0].token_ids
+    assert pipeline.submit([5, 6], GREEDY).result(LONGEST_WAIT_S).completions[0].token_ids

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from lending_cases import OpenPipeline, open_tight
 from plain_settings import CACHE_DIR, make_settings
+from steering import LONGEST_WAIT_S
 from streamed_models import ENGINE, build_deep, half_of_it
 from tiny_models import build_tiny
 
@@ -104,7 +105,7 @@ def test_swaps_leave_the_ledger_as_the_first_load_did(
         assert ledger.used_by_purpose() == first | {"devices": device.memory_limit_bytes}
     assert [each["kv_tiers"] for each in held] == [2 * first["kv_tiers"]] * 2, "beside each other for a while"
     assert held[0]["devices"] == first["devices"], "both are on the same devices"
-    pipeline.submit([5, 6, 7], GREEDY).result(60)
+    pipeline.submit([5, 6, 7], GREEDY).result(LONGEST_WAIT_S)
     pipeline.unload()
     assert ledger.used_by_purpose() == {}
 

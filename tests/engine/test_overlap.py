@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from steering import OnEngineThread, arriving_together, until
+from steering import LONGEST_WAIT_S, OnEngineThread, arriving_together, until
 from tiny_models import VOCAB, build_tiny
 
 from core.execution.step_buffers import InputBatch
@@ -46,7 +46,7 @@ def some_prompts(count: int) -> list[list[int]]:
 def answers(pipeline: InferencePipeline, prompts: list[list[int]], params: SamplingParams = GREEDY) -> list[list[int]]:
     with arriving_together(pipeline):
         handles = [pipeline.submit(prompt, params, priority=index % 3) for index, prompt in enumerate(prompts)]
-    return [handle.result(60).completions[0].token_ids for handle in handles]
+    return [handle.result(LONGEST_WAIT_S).completions[0].token_ids for handle in handles]
 
 
 @pytest.mark.parametrize("cohorts", [2, 3, 7])
@@ -135,7 +135,7 @@ def test_chunks_of_one_prompt_follow_each_other_through_the_stages(
     pipeline = open_pipeline(llama, devices__devices="cpu=64MiB,cpu=64MiB", engine__max_num_batched_tokens=16)
     prompt = [3 + i % (VOCAB - 3) for i in range(100)]
     expected = answers(pipeline, [prompt])
-    pipeline.engine.batcher.call(pipeline.engine.kv.forget_cached).result(60)
+    pipeline.engine.batcher.call(pipeline.engine.kv.forget_cached).result(LONGEST_WAIT_S)
     first, second = pipeline.engine.stages
     met = meet((first, "forward"), (second, "forward"), monkeypatch)
     assert answers(pipeline, [prompt]) == expected
@@ -160,13 +160,13 @@ def test_a_step_that_fails_in_flight_is_computed_again(
     with arriving_together(pipeline):
         neighbours = [pipeline.submit([5 + i, 6], replace(GREEDY, max_tokens=60)) for i in range(4)]
         long = pipeline.submit([9] * 120, GREEDY)
-    found = [list(handle.result(60).completions[0].token_ids) for handle in (*neighbours, long)]
+    found = [list(handle.result(LONGEST_WAIT_S).completions[0].token_ids) for handle in (*neighbours, long)]
     assert beside, "a step has failed"
     plain = open_pipeline(llama, engine__block_size=BLOCK)
     expected = answers(plain, [[5 + i, 6] for i in range(4)], replace(GREEDY, max_tokens=60))
     assert found == [*expected, *answers(plain, [[9] * 120])]
     pool = pipeline.engine.kv.pool
-    pipeline.engine.batcher.call(pipeline.engine.batcher.scheduler.check_invariants).result(60)
+    pipeline.engine.batcher.call(pipeline.engine.batcher.scheduler.check_invariants).result(LONGEST_WAIT_S)
     assert pool.num_free == pool.num_blocks
 
 
@@ -180,9 +180,9 @@ def test_aborts_in_flight_leave_nothing_behind(llama: Path, open_pipeline: OpenP
         for handle in handles:
             handle.abort()
         for handle in handles:
-            handle.result(60)
+            handle.result(LONGEST_WAIT_S)
     pool = pipeline.engine.kv.pool
-    pipeline.engine.batcher.call(pipeline.engine.batcher.scheduler.check_invariants).result(60)
+    pipeline.engine.batcher.call(pipeline.engine.batcher.scheduler.check_invariants).result(LONGEST_WAIT_S)
     assert pool.num_free == pool.num_blocks
 
 
@@ -194,7 +194,7 @@ def test_raw_inference_waits_for_the_steps_in_flight(llama: Path, open_pipeline:
     for _ in range(5):
         torch.testing.assert_close(pipeline.infer([5, 6, 7], output="logits", positions="last"), quiet)
     for handle in handles:
-        handle.result(60)
+        handle.result(LONGEST_WAIT_S)
 
 
 @pytest.mark.parametrize(("count", "cohorts"), [(16, 3), (5, 4), (7, 2), (3, 3)])

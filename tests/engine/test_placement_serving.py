@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from steering import arriving_together
+from steering import LONGEST_WAIT_S, arriving_together
 from tiny_models import VOCAB, build_tiny
 
 from core.costs import PlacementPlan, PlacementProblem, Sharing
@@ -65,7 +65,7 @@ def prompts() -> list[list[int]]:
 def answers(pipeline: InferencePipeline, params: SamplingParams = GREEDY) -> list[list[int]]:
     with arriving_together(pipeline):
         handles = [pipeline.submit(prompt, params) for prompt in prompts()]
-    return [handle.result(60).completions[0].token_ids for handle in handles]
+    return [handle.result(LONGEST_WAIT_S).completions[0].token_ids for handle in handles]
 
 
 @pytest.mark.parametrize("cohorts", [1, 3])

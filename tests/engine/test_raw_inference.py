@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from steering import arriving_together, until, with_each_step
+from steering import LONGEST_WAIT_S, arriving_together, until, with_each_step
 from tiny_models import build_tiny
 
 from core.batching.sequence import RawAnswer
@@ -41,18 +41,20 @@ def test_pieces_make_what_one_pass_makes(
 ) -> None:
     path, logits, hidden = llama
     pipeline = open_pipeline(path, devices__devices=devices, engine__cohorts=cohorts, **CHUNKED)
-    expected = [pipeline.submit(PROMPT[:n], GREEDY).result(60).completions[0].token_ids for n in range(3, 9)]
+    expected = [
+        pipeline.submit(PROMPT[:n], GREEDY).result(LONGEST_WAIT_S).completions[0].token_ids for n in range(3, 9)
+    ]
     with arriving_together(pipeline):
         handles = [pipeline.submit(PROMPT[:n], GREEDY) for n in range(3, 9)]
         answers = [RawAnswer(o, p) for o in ("logits", "hidden_states") for p in ("all", "last")]
         raws = [pipeline.submit_raw(PROMPT, answer) for answer in answers]
     for raw in raws:
-        assert raw.result(60).completions[0].finish_reason == "stop"
+        assert raw.result(LONGEST_WAIT_S).completions[0].finish_reason == "stop"
     for answer in answers:
         rows = logits if answer.output == "logits" else hidden
         wanted = rows if answer.positions == "all" else rows[-1:]
         torch.testing.assert_close(torch.from_numpy(answer.values()), wanted, atol=2e-4, rtol=1e-3)
-    assert [handle.result(60).completions[0].token_ids for handle in handles] == expected
+    assert [handle.result(LONGEST_WAIT_S).completions[0].token_ids for handle in handles] == expected
     pipeline.engine.check_invariants()
 
 
@@ -75,8 +77,8 @@ def test_between_two_of_its_pieces_there_is_a_step_for_everybody_else(
         answers = [RawAnswer("logits", "last") for _ in range(5)]
         raws = [pipeline.submit_raw(PROMPT, answer) for answer in answers]
     for raw in raws:
-        raw.result(60)
-    stream.result(60)
+        raw.result(LONGEST_WAIT_S)
+    stream.result(LONGEST_WAIT_S)
     mixed = [step.record.num_sequences for step in steps]
     pieces = [index for index, step in enumerate(steps) if step.num_tokens > 3 or step.record.raw is not None]
     assert set(mixed) == {1}
@@ -107,9 +109,9 @@ def test_what_is_computed_again_changes_nothing(
     answer = RawAnswer(output, "all")  # type: ignore[arg-type]
     raw = pipeline.submit_raw(PROMPT, answer)
     while not raw.finished and times[0] < 3:
-        pipeline.engine.batcher.call(preempt).result(60)
-    raw.result(60)
-    stream.result(60)
+        pipeline.engine.batcher.call(preempt).result(LONGEST_WAIT_S)
+    raw.result(LONGEST_WAIT_S)
+    stream.result(LONGEST_WAIT_S)
     assert times[0] == 3
     wanted = logits if output == "logits" else hidden
     torch.testing.assert_close(torch.from_numpy(answer.values()), wanted, atol=2e-4, rtol=1e-3)
@@ -143,7 +145,7 @@ def test_it_takes_its_place_in_the_queue_and_gives_it_back(
             pipeline.infer(PROMPT)
         assert pipeline.engine.batcher.intake.load == (2, 2 * len(PROMPT))
     for handle in handles:
-        handle.result(60)
+        handle.result(LONGEST_WAIT_S)
     until(lambda: pipeline.engine.batcher.intake.load == (0, 0), "the queue is empty")
     assert pipeline.infer(PROMPT).shape == (1, llama[1].shape[1])
 
@@ -161,11 +163,11 @@ def test_a_client_that_leaves_ends_it_within_a_step(
 
     with with_each_step(pipeline, leave):
         handles.append(pipeline.submit_raw(PROMPT, answer))
-        assert handles[0].result(60).completions[0].finish_reason == "abort"
+        assert handles[0].result(LONGEST_WAIT_S).completions[0].finish_reason == "abort"
     until(lambda: batcher.num_unfinished == 0, "it has ended")
     assert sum(map(len, answer._parts)) < len(PROMPT)
     pool = pipeline.engine.kv.pool
-    assert batcher.call(lambda: pool.num_blocks - pool.num_free).result(60) == 0
+    assert batcher.call(lambda: pool.num_blocks - pool.num_free).result(LONGEST_WAIT_S) == 0
     with (
         with_each_step(pipeline, lambda: [pipeline.cancel(name) for name in list(batcher.intake._held)]),
         pytest.raises(ConflictError, match="cancelled"),

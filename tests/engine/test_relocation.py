@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from steering import arriving_together, until
+from steering import LONGEST_WAIT_S, arriving_together, until
 from tiny_models import VOCAB, build_tiny
 
 from core.batching.batcher import ContinuousBatcher
@@ -63,7 +63,7 @@ def submit(pipeline: InferencePipeline, count: int) -> list[RequestHandle]:
 
 
 def results(handles: list[RequestHandle]) -> list[GenerationResult]:
-    return [handle.result(300) for handle in handles]
+    return [handle.result(LONGEST_WAIT_S) for handle in handles]
 
 
 def same(found: list[GenerationResult], expected: list[GenerationResult]) -> None:
@@ -223,7 +223,7 @@ def test_a_request_that_would_not_fit_keeps_the_model_where_it_is(
     with pytest.raises(ConflictError, match="203 tokens"):
         pipeline.place(devices=PLACES[2], layers="2,2")
     assert pipeline.engine is engine
-    assert handle.result(120).completions[0].finish_reason == "length"
+    assert handle.result(LONGEST_WAIT_S).completions[0].finish_reason == "length"
 
 
 def test_a_request_that_comes_too_late_to_be_looked_at_is_told_that_it_does_not_fit(
@@ -241,8 +241,8 @@ def test_a_request_that_comes_too_late_to_be_looked_at_is_told_that_it_does_not_
     pipeline.engine.settings = base.model_copy(update={"engine": smaller})
     pipeline.place(devices=PLACES[2], layers="2,2")
     with pytest.raises(ContextLengthError, match=r"maximum context length is 64 tokens where .* come to 203"):
-        late[0].result(60)
-    assert [len(handle.result(60).completions[0].token_ids) for handle in late[1:]] == [20, 61]
+        late[0].result(LONGEST_WAIT_S)
+    assert [len(handle.result(LONGEST_WAIT_S).completions[0].token_ids) for handle in late[1:]] == [20, 61]
     until(lambda: pipeline.engine.batcher.num_unfinished == 0, "all have ended")
 
 
@@ -291,5 +291,5 @@ def test_new_requests_find_the_engine_that_serves(llama: Path, open_pipeline: Op
     model = pipeline.model
     pipeline.place(devices=PLACES[2], layers="2,2")
     (handle,) = pipeline.submit_many([([5, 6], PLAIN)], model=model)
-    assert len(handle.result(60).completions[0].token_ids) == TOKENS
+    assert len(handle.result(LONGEST_WAIT_S).completions[0].token_ids) == TOKENS
     assert pipeline.model.created == model.created

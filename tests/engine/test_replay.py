@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from steering import arriving_together
+from steering import LONGEST_WAIT_S, arriving_together
 from tiny_models import VOCAB, build_tiny
 
 from core.batching.output import RequestHandle
@@ -49,7 +49,7 @@ def submit(pipeline: InferencePipeline) -> list[RequestHandle]:
 
 
 def tokens(handles: list[RequestHandle]) -> list[list[list[int]]]:
-    return [[list(c.token_ids) for c in handle.result(120).completions] for handle in handles]
+    return [[list(c.token_ids) for c in handle.result(LONGEST_WAIT_S).completions] for handle in handles]
 
 
 class Fault:
@@ -111,7 +111,7 @@ def test_whose_own_fault_it_is_fails_alone(
         handles = submit_here(pipeline)
         culprit = pipeline.submit([poison, 4, 5], PLAIN)
     with pytest.raises(StepFailedError, match="poison"):
-        culprit.result(120)
+        culprit.result(LONGEST_WAIT_S)
     assert tokens(handles) == expected
     assert fault.count == MAX_FAILURES
 
@@ -157,8 +157,10 @@ def test_a_failed_step_leaves_none_of_its_blocks_to_be_found(
     fault = Fault(stage, lambda batch: RuntimeError("broke") if int(batch.position_ids.max()) >= 16 else None)
     monkeypatch.setattr(stage, "forward", fault)
     with pytest.raises(StepFailedError, match="broke"):
-        pipeline.submit(prompt, PLAIN).result(120)
-    found = pipeline.engine.batcher.call(lambda: len(kv.match_prefix([*prompt, 1], kv.chain(OWNER)))).result(60)
+        pipeline.submit(prompt, PLAIN).result(LONGEST_WAIT_S)
+    found = pipeline.engine.batcher.call(lambda: len(kv.match_prefix([*prompt, 1], kv.chain(OWNER)))).result(
+        LONGEST_WAIT_S
+    )
     assert found <= 16 // 4
     monkeypatch.undo()
     again = tokens([pipeline.submit(prompt, PLAIN)])

@@ -58,7 +58,7 @@ def expected(llama: Path) -> list[int]:
 
 
 def tokens(pipeline: InferencePipeline, params: SamplingParams = GREEDY) -> list[int]:
-    return list(pipeline.submit(PROMPT, params).result(60).completions[0].token_ids)
+    return list(pipeline.submit(PROMPT, params).result(LONGEST_WAIT_S).completions[0].token_ids)
 
 
 def streams(pipeline: InferencePipeline) -> list[StreamManager]:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from lending_cases import tight_devices
+from steering import LONGEST_WAIT_S
 from tiny_models import VOCAB, build_tiny
 
 from core.batching.batcher import ContinuousBatcher
@@ -102,7 +103,7 @@ def serve(pipeline: InferencePipeline) -> None:
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, VOCAB, (60,), generator=generator).tolist() for _ in range(6)]
     for handle in [pipeline.submit(prompt, GREEDY) for prompt in prompts * 2]:
-        assert handle.result(60).completions[0].token_ids
+        assert handle.result(LONGEST_WAIT_S).completions[0].token_ids
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 import torch
 from broken_store import BrokenStore
 from lending_cases import OpenPipeline
-from steering import arriving_together, until
+from steering import LONGEST_WAIT_S, arriving_together, until
 from tiny_models import VOCAB, build_tiny
 
 from core.batching.batcher import ContinuousBatcher
@@ -48,11 +48,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answers(pipeline: InferencePipeline, asked: list[list[int]], params: SamplingParams = GREEDY) -> list[list[int]]:
     with arriving_together(pipeline):
         handles = [pipeline.submit(prompt, params) for prompt in asked]
-    return [handle.result(60).completions[0].token_ids for handle in handles]
+    return [handle.result(LONGEST_WAIT_S).completions[0].token_ids for handle in handles]
 
 
 def cached(pipeline: InferencePipeline, prompt: list[int]) -> int:
-    return pipeline.submit(prompt, GREEDY).result(60).num_cached_tokens
+    return pipeline.submit(prompt, GREEDY).result(LONGEST_WAIT_S).num_cached_tokens
 
 
 def open_small(open_pipeline: OpenPipeline, tiny: Path, **options: Any) -> InferencePipeline:
@@ -200,7 +200,7 @@ def test_samples_of_a_prompt_whose_prefix_is_fetched_share_it_and_may_be_given_u
     three = replace(GREEDY, n=3, temperature=0.0)
     for prompt in prompts(6)[:3]:
         second.submit(prompt, three).abort()
-    result = second.submit(prompts(6)[3], three).result(60)
+    result = second.submit(prompts(6)[3], three).result(LONGEST_WAIT_S)
     assert [sample.token_ids for sample in result.completions] == expected[3] * 3
     assert result.num_cached_tokens >= 40
     second.engine.check_invariants()

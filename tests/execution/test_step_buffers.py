@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from steering import arriving_together
+from steering import LONGEST_WAIT_S, arriving_together
 from tiny_models import VOCAB, build_tiny
 
 from core.execution.known_sequences import KnownSequences, PackedStep
@@ -100,7 +100,7 @@ def test_padded_steps_give_the_same_tokens(
         )
         with arriving_together(pipeline):
             handles = [pipeline.submit(prompt, params) for prompt, params in requests]
-        return [[list(c.token_ids) for c in handle.result(120).completions] for handle in handles]
+        return [[list(c.token_ids) for c in handle.result(LONGEST_WAIT_S).completions] for handle in handles]
 
     expected = answers()
     sizes: set[int] = set()

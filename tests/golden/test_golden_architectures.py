@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from steering import arriving_together, until, with_each_step
+from steering import LONGEST_WAIT_S, arriving_together, until, with_each_step
 from tiny_models import LAYERS, TINY, VOCAB, build_tiny
 
 from core.batching.output import RequestHandle
@@ -83,11 +83,13 @@ def test_arrivals_prefix_hits_and_forks(
     assert len(engine.stages) == stages
     assert sum(stage.part.last - stage.part.first for stage in engine.stages) == LAYERS
 
-    one_by_one = [pipeline.submit(prompt, GREEDY).result(60) for prompt in reference.prompts]
+    one_by_one = [pipeline.submit(prompt, GREEDY).result(LONGEST_WAIT_S) for prompt in reference.prompts]
     check(reference, one_by_one)
 
     hits_before = engine.batcher.stats.hit_tokens
-    check(reference, [handle.result(60) for handle in submit_all(pipeline, reference, GREEDY)])  # all at once
+    check(
+        reference, [handle.result(LONGEST_WAIT_S) for handle in submit_all(pipeline, reference, GREEDY)]
+    )  # all at once
     assert engine.batcher.stats.hit_tokens > hits_before, "the second round must have hit the prefix cache"
 
     staggered: dict[int, RequestHandle] = {}
@@ -100,10 +102,10 @@ def test_arrivals_prefix_hits_and_forks(
     with with_each_step(pipeline, submit_next):  # one more beside each step that runs
         submit_next()  # the engine's thread may have submitted the second before the first is noted here
         until(lambda: len(staggered) == len(LENGTHS), "each request has arrived")
-    check(reference, [staggered[index].result(60) for index in range(len(LENGTHS))])
+    check(reference, [staggered[index].result(LONGEST_WAIT_S) for index in range(len(LENGTHS))])
 
     forked = SamplingParams(n=3, max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, detokenize=False, logprobs=0)
-    results = [handle.result(60) for handle in submit_all(pipeline, reference, forked)]
+    results = [handle.result(LONGEST_WAIT_S) for handle in submit_all(pipeline, reference, forked)]
     assert all(len(result.completions) == 3 for result in results)
     check(reference, results)
 
@@ -121,5 +123,5 @@ def test_chunked_prefill_and_forced_preemption(
         engine__max_num_batched_tokens=5,
         engine__enable_prefix_caching=stages != 2,
     )
-    check(reference, [handle.result(60) for handle in submit_all(pipeline, reference, GREEDY)])
+    check(reference, [handle.result(LONGEST_WAIT_S) for handle in submit_all(pipeline, reference, GREEDY)])
     assert pipeline.engine.batcher.stats.preemptions > 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from steering import arriving_together
+from steering import LONGEST_WAIT_S, arriving_together
 from streamed_models import CHANGES, ENGINE, build_deep, half_of_it, weight_bytes
 from tiny_models import VOCAB
 
@@ -65,7 +65,7 @@ def test_twice_the_devices_memory(reference: Reference, stages: int, native: boo
     assert all(stage.stream is not None for stage in engine.stages)
 
     for prompt, expected in zip(reference.prompts, reference.tokens, strict=True):
-        assert pipeline.submit(prompt, GREEDY).result(60).completions[0].token_ids == expected
+        assert pipeline.submit(prompt, GREEDY).result(LONGEST_WAIT_S).completions[0].token_ids == expected
     hits = engine.batcher.stats.hit_tokens
     with arriving_together(pipeline):
         given_up = [pipeline.submit([7, 8, 9], replace(GREEDY, max_tokens=60)) for _ in range(2)]
@@ -73,7 +73,7 @@ def test_twice_the_devices_memory(reference: Reference, stages: int, native: boo
     for handle in given_up:
         handle.get(60)
         handle.abort()
-    assert [handle.result(60).completions[0].token_ids for handle in handles] == reference.tokens
+    assert [handle.result(LONGEST_WAIT_S).completions[0].token_ids for handle in handles] == reference.tokens
     assert engine.batcher.stats.hit_tokens > hits, "the second round must have hit the prefix cache"
     for budget in engine.budgets.values():
         budget.check_invariants()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from steering import LONGEST_WAIT_S
 from tiny_models import build_tiny
 from transformers import AutoModelForCausalLM
 
@@ -65,14 +66,14 @@ def test_a_head_of_its_own_is_planned_and_served_though_the_config_ties_it(
     assert plan.weights.num_parameters == sum(tensor.numel() for tensor in load_file(tied / WEIGHTS).values())
     for stage, planned in zip(pipeline.engine.stages, plan.placement.stages, strict=True):
         assert stage.weight_bytes == planned.weight_bytes
-    assert pipeline.submit(PROMPT, GREEDY).result(60).completions[0].token_ids == expected_tokens(tied)
+    assert pipeline.submit(PROMPT, GREEDY).result(LONGEST_WAIT_S).completions[0].token_ids == expected_tokens(tied)
 
 
 def test_a_copy_of_the_embedding_stays_tied(tied: Path, open_pipeline: OpenPipeline) -> None:
     change_weights(tied, lambda tensors: tensors.update({HEAD: tensors[EMBED].clone()}))
     pipeline = open_pipeline(tied)
     assert pipeline.engine.plan.architecture.tied
-    assert pipeline.submit(PROMPT, GREEDY).result(60).completions[0].token_ids == expected_tokens(tied)
+    assert pipeline.submit(PROMPT, GREEDY).result(LONGEST_WAIT_S).completions[0].token_ids == expected_tokens(tied)
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
@@ -102,7 +103,7 @@ def test_a_stray_file_replaces_no_weights(tied: Path, open_pipeline: OpenPipelin
     save_file({EMBED: torch.zeros(96, 32)}, tied / "zz-stray.safetensors")
     assert [file.name for file in Checkpoint(tied).files] == [WEIGHTS]
     assert weights_digest(tied) == digest
-    assert open_pipeline(tied).submit(PROMPT, GREEDY).result(60).completions[0].token_ids == expected
+    assert open_pipeline(tied).submit(PROMPT, GREEDY).result(LONGEST_WAIT_S).completions[0].token_ids == expected
 
 
 def test_of_a_tensor_in_two_files_the_index_decides(tied: Path) -> None:
@@ -203,7 +204,7 @@ def test_a_load_that_has_nothing_left_on_a_device_replaces_the_old_model(
     monkeypatch.setattr(pipeline._keeper, "_devices", watched)
     assert pipeline.load(str(other), devices=devices).name == "other"
     assert refused == ["cpu#1 has nothing left beside tied."]
-    assert pipeline.submit(PROMPT, GREEDY).result(60).completions[0].token_ids == expected_tokens(other)
+    assert pipeline.submit(PROMPT, GREEDY).result(LONGEST_WAIT_S).completions[0].token_ids == expected_tokens(other)
 
 
 def test_a_plan_needs_no_weights(tied: Path) -> None:

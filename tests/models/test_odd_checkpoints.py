@@ -13,6 +13,7 @@ import pytest
 import torch
 from plain_settings import CACHE_DIR, make_settings
 from safetensors.torch import load_file, save_file
+from steering import LONGEST_WAIT_S
 from tiny_models import build_tiny
 
 from core.api import create_app
@@ -293,7 +294,7 @@ def test_what_is_merely_odd_serves(name: str, whole: Path, tmp_path: Path, share
     LOADS[name](path)
     response = load(shared_pipelines, path)
     assert response.status_code == 200, response.text
-    assert shared_pipelines.submit([5, 6], GREEDY).result(60).completions[0].token_ids
+    assert shared_pipelines.submit([5, 6], GREEDY).result(LONGEST_WAIT_S).completions[0].token_ids
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
@@ -325,4 +326,4 @@ def test_a_model_that_computes_no_token_is_refused(
     assert response.status_code == 400, response.text
     assert "computes no token" in response.get_json()["error"]["message"]
     assert shared_pipelines.model is served
-    assert shared_pipelines.submit([5, 6], GREEDY).result(60).completions[0].token_ids
+    assert shared_pipelines.submit([5, 6], GREEDY).result(LONGEST_WAIT_S).completions[0].token_ids

@@ -115,7 +115,7 @@ def check(reference: Reference, results: list[GenerationResult]) -> None:
 def together(pipeline: InferencePipeline, reference: Reference, params: SamplingParams = GREEDY) -> list[Any]:
     with arriving_together(pipeline):
         handles = [pipeline.submit(prompt, params) for prompt in reference.prompts]
-    return [handle.result(60) for handle in handles]
+    return [handle.result(LONGEST_WAIT_S) for handle in handles]
 
 
 @pytest.mark.parametrize("devices", ["cpu=64MiB", "cpu=64MiB,cpu=64MiB"])
@@ -123,7 +123,7 @@ def test_alone_packed_cached_and_forked(reference: Reference, devices: str, open
     pipeline = open_pipeline(
         reference.path, devices__devices=devices, engine__block_size=4, engine__kv_cache_tokens=1024
     )
-    check(reference, [pipeline.submit(prompt, GREEDY).result(60) for prompt in reference.prompts])
+    check(reference, [pipeline.submit(prompt, GREEDY).result(LONGEST_WAIT_S) for prompt in reference.prompts])
     hits = pipeline.engine.batcher.stats.hit_tokens
     check(reference, together(pipeline, reference))
     assert pipeline.engine.batcher.stats.hit_tokens > hits
@@ -138,7 +138,7 @@ def test_steps_that_are_padded(
     monkeypatch.setattr(Stage, "pads_steps", True)
     pipeline = open_pipeline(reference.path, engine__block_size=4, engine__kv_cache_tokens=1024)
     check(reference, together(pipeline, reference))
-    check(reference, [pipeline.submit(prompt, GREEDY).result(60) for prompt in reference.prompts])
+    check(reference, [pipeline.submit(prompt, GREEDY).result(LONGEST_WAIT_S) for prompt in reference.prompts])
 
 
 def test_a_model_that_moves_goes_on_beyond_the_border(reference: Reference, open_pipeline: OpenPipeline) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from steering import LONGEST_WAIT_S
 from tiny_models import TINY, VOCAB, build_tiny
 
 from core.execution.stage import Stage
@@ -85,7 +86,7 @@ def test_no_step_takes_more_than_was_set_aside(
     params = SamplingParams(max_tokens=4, ignore_eos=True, detokenize=False, temperature=0.5, top_p=0.9)
     prompts = [[3 + (7 * i + j) % (VOCAB - 3) for j in range(70)] for i in range(32)]
     for handle in [pipeline.submit(prompt, replace(params, seed=i)) for i, prompt in enumerate(prompts)]:
-        handle.result(60)
+        handle.result(LONGEST_WAIT_S)
     assert largest == 128
     for stage in pipeline.engine.plan.placement.stages:
         assert 0 < peaks[stage.first_layer] <= stage.workspace_bytes

@@ -129,7 +129,7 @@ def test_an_engine_that_was_freed_can_still_be_looked_at(
     """A swap may free the engine between the moment it is asked for and the moment it is read."""
     tiers = {"memory__host_bytes": 1 << 20, "memory__disk_path": tmp_path / "kv", "memory__disk_min_free_bytes": 0}
     pipeline = open_tight(open_pipeline, llama, [64, 640], memory__disk_bytes=1 << 24, **tiers)
-    pipeline.submit(list(range(3, 63)), GREEDY).result(60)
+    pipeline.submit(list(range(3, 63)), GREEDY).result(LONGEST_WAIT_S)
     engine, service = pipeline.engine, pipeline.state()
     before = pipeline_view(engine, service)
     assert isinstance(before, PipelineView)
@@ -170,7 +170,7 @@ def test_polling_never_fails_while_models_come_and_go(llama: Path, open_pipeline
     thread.start()
     try:
         for _ in range(3):
-            pipeline.submit([5, 6, 7], GREEDY).result(60)
+            pipeline.submit([5, 6, 7], GREEDY).result(LONGEST_WAIT_S)
             pipeline.unload()
             pipeline.load()
     finally:
