@@ -37,13 +37,13 @@ class Poller:
         *,
         prometheus_url: str | None = None,
         sources: Sequence[Source] = SOURCES,
-        interval_s: float = INTERVAL_S,
+        interval_s: float | None = None,
     ) -> None:
         self._gateway = gateway
         self._publish = publish
         self._prometheus_url = prometheus_url
         self._sources = sources
-        self._interval_s = interval_s
+        self._interval_s = INTERVAL_S if interval_s is None else interval_s
         self._stopped = threading.Event()
         self._due_s: dict[str, float] = {}
         self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
@@ -71,7 +71,8 @@ class Poller:
             if not self._stopped.is_set():
                 self._publish(snapshot, difference(last, snapshot))
             last = snapshot
-            self._stopped.wait(max(0.1, self._interval_s - (time.monotonic() - begun_s)))
+            rest_s = self._interval_s - (time.monotonic() - begun_s)
+            self._stopped.wait(max(self._interval_s / 10, rest_s))
 
     def _look(self, last: Snapshot) -> Snapshot:
         snapshot: Snapshot = {**last, "time": round(time.time(), 2), "trouble": None}
