@@ -353,7 +353,11 @@ class DashboardSettings(Section):
         64, "Pages that may watch at a time; further ones are answered 429.", flag="dashboard-viewers", ge=1, le=4096
     )
     session_hours: float = _setting(
-        12.0, "Hours after which a browser that was not used has to sign in again.", flag="session-hours", gt=0.0, le=720.0
+        12.0,
+        "Hours after which a browser that was not used has to sign in again.",
+        flag="session-hours",
+        gt=0.0,
+        le=720.0,
     )
     origins: tuple[str, ...] = _setting(
         (),

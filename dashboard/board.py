@@ -55,9 +55,7 @@ class Dashboard:
         self.blueprint = create_blueprint(gateway, self.gate, max_body_bytes=max_body_bytes, version=version)
 
 
-def create_blueprint(
-    gateway: ApiGateway, gate: Gate, *, max_body_bytes: int, version: str | None = None
-) -> Blueprint:
+def create_blueprint(gateway: ApiGateway, gate: Gate, *, max_body_bytes: int, version: str | None = None) -> Blueprint:
     """The page, its files, sessions and calls. Whoever serves it authorizes by each route's policy, and asks
     `gate.signed_in` where that wants a session."""
     blueprint = Blueprint("dashboard", __name__, template_folder="templates")

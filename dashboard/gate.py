@@ -35,7 +35,8 @@ class Gate:
         host = urlsplit(f"//{environ.get('HTTP_HOST', '')}").hostname or ""
         if self._local and not is_loopback(host) and host not in self._hosts:
             raise PermissionDeniedError(
-                f"The dashboard is not at {host!r}; dashboard.origins (VRM_DASHBOARD_ORIGINS) lists its other addresses.",
+                f"The dashboard is not at {host!r}; dashboard.origins (VRM_DASHBOARD_ORIGINS) lists its other "
+                "addresses.",
                 code="wrong_host",
             )
 
@@ -76,8 +77,8 @@ class Gate:
         foreign = not ours if origin is not None else needed
         if foreign or fetched_by not in (None, "same-origin", "none"):
             raise PermissionDeniedError(
-                f"This came from {origin or 'an unknown page'}, not from the dashboard. Behind a proxy, list its address "
-                "in dashboard.origins (VRM_DASHBOARD_ORIGINS).",
+                f"This came from {origin or 'an unknown page'}, not from the dashboard. Behind a proxy, list its "
+                "address in dashboard.origins (VRM_DASHBOARD_ORIGINS).",
                 code="wrong_origin",
             )
 

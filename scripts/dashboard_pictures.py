@@ -1,7 +1,7 @@
 """Takes the pictures of the dashboard in docs/pictures: `python scripts/dashboard_pictures.py`.
 
-Starts a server with the demo model on two parts of the processor, keeps it busy, and looks at it with Chromium, which has
-to be installed, as has playwright.
+Starts a server with the demo model on two parts of the processor, keeps it busy, and looks at it with Chromium, which
+has to be installed, as has playwright.
 """
 
 from __future__ import annotations
@@ -122,7 +122,9 @@ def busy(url: str) -> Iterator[None]:
         turn = 0
         while not done.is_set():
             turn += 1
-            prompt = f"{number}-{turn}: " + "once upon a time there was a card with little memory, and " * (5 + turn % 5)
+            prompt = f"{number}-{turn}: " + "once upon a time there was a card with little memory, and " * (
+                5 + turn % 5
+            )
             body = json.dumps({"prompt": prompt, "max_tokens": 40 + 30 * (turn % 5), "ignore_eos": True}).encode()
             headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
             with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/completions", body, headers)) as answer:

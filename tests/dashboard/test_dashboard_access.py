@@ -277,7 +277,9 @@ def test_read_only_refuses_changes_and_lets_look_and_chat(make_board: Callable[.
     assert told["read_only"] is True
 
 
-@pytest.mark.parametrize("path", ["/dashboard", "/dashboard/static/js/main.js", "/dashboard/session", "/dashboard/static/x"])
+@pytest.mark.parametrize(
+    "path", ["/dashboard", "/dashboard/static/js/main.js", "/dashboard/session", "/dashboard/static/x"]
+)
 def test_pages_load_nothing_from_elsewhere_and_run_no_text(board: Board, path: str) -> None:
     headers = board.app.test_client().get(path).headers
     if path != "/dashboard/session":  # which is refused before it comes to the dashboard
@@ -316,7 +318,9 @@ def test_files_are_asked_for_again_and_not_sent_again(board: Board) -> None:
 def test_scripts_make_no_html_from_text_and_name_no_other_host() -> None:
     for file in STATIC.rglob("*.js"):
         text = file.read_text(encoding="utf-8")
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text), file
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text), (
+            file
+        )
         hosts = set(re.findall(r"https?://[\w.-]+", text)) - {"http://www.w3.org"}
         assert not hosts, f"{file}: {hosts}"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from boards import TOKEN, Board
-from flask import Flask, Response, g, request
+from flask import Flask, Response, g, jsonify, request
 from front_doors import front_door
 from steering import LONGEST_WAIT_S, until
 
@@ -36,7 +36,7 @@ class App:
 
         @self.app.get("/state")
         def state() -> Response:
-            return Response('{"query": "%s"}' % request.query_string.decode(), 200, mimetype="application/json")
+            return jsonify({"query": request.query_string.decode()})
 
         @self.app.post("/echo/<name>")
         def echo(name: str) -> Response:
@@ -161,7 +161,7 @@ def test_what_is_no_address_is_told_so(url: str) -> None:
 def test_a_server_that_is_not_there_is_told_so() -> None:
     with reached("http") as (_, gateway):
         pass
-    with pytest.raises(UnavailableError, match="no answer from http://127.0.0.1"):
+    with pytest.raises(UnavailableError, match=r"no answer from http://127\.0\.0\.1"):
         gateway.call(ApiCall("GET", "/state"))
 
 

@@ -57,9 +57,7 @@ def without(headers: dict[str, str], name: str) -> dict[str, str]:
     return {key: value for key, value in headers.items() if key != name}
 
 
-def test_a_viewer_gets_the_whole_and_then_what_changes(
-    watched: tuple[int, Board], gateway: ScriptedGateway
-) -> None:
+def test_a_viewer_gets_the_whole_and_then_what_changes(watched: tuple[int, Board], gateway: ScriptedGateway) -> None:
     viewer = Viewer(Browser(watched[0]))
     whole = viewer.next("snapshot")
     assert whole["state"]["queue"] == {"running": 0}
@@ -175,7 +173,22 @@ def test_a_viewer_is_its_own_session_s(watched: tuple[int, Board]) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    ["4", "42[\"x\",1]", "40/admin,", "2", "5", "6", "b4AAAA", "40{\"a\":1}", "x", "", "3\x1e40\x1e40", "451-[\"x\"]", "d=3", "99"],
+    [
+        "4",
+        '42["x",1]',
+        "40/admin,",
+        "2",
+        "5",
+        "6",
+        "b4AAAA",
+        '40{"a":1}',
+        "x",
+        "",
+        "3\x1e40\x1e40",
+        '451-["x"]',
+        "d=3",
+        "99",
+    ],
 )
 def test_viewers_say_only_that_they_are_there(watched: tuple[int, Board], body: str) -> None:
     viewer = Viewer(Browser(watched[0]))
@@ -192,7 +205,15 @@ def test_a_viewer_begins_with_get(watched: tuple[int, Board], method: str) -> No
     assert browser.send(method, Viewer.path, body="40")[0] == 400
 
 
-@pytest.mark.parametrize("path", ["/socket.io/", "/socket.io/?EIO=3&transport=polling", "/socket.io/?EIO=4&transport=websocket", "/socket.io/?EIO=4&transport=polling&j=x"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/socket.io/",
+        "/socket.io/?EIO=3&transport=polling",
+        "/socket.io/?EIO=4&transport=websocket",
+        "/socket.io/?EIO=4&transport=polling&j=x",
+    ],
+)
 def test_other_versions_and_transports_are_refused(watched: tuple[int, Board], path: str) -> None:
     browser = Browser(watched[0])
     headers = {**browser.own, "Connection": "Upgrade", "Upgrade": "websocket"} if "websocket" in path else None
@@ -226,9 +247,7 @@ def test_viewers_are_few(make_board: Callable[..., Board], gateway: ScriptedGate
         assert second.next("snapshot")
 
 
-def test_a_viewer_that_does_not_fetch_is_dropped(
-    watched: tuple[int, Board], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_viewer_that_does_not_fetch_is_dropped(watched: tuple[int, Board], monkeypatch: pytest.MonkeyPatch) -> None:
     port, board = watched
     monkeypatch.setattr(live, "MAX_UNREAD", 3)
     lazy, keen = Viewer(Browser(port)), Viewer(Browser(port))

@@ -184,7 +184,12 @@ def prometheus() -> Iterator[str]:
 
 def alert(name: str, severity: str, state: str = "firing") -> dict[str, Any]:
     labels = {"alertname": name, "severity": severity, "gpu": "cuda:0"}
-    return {"labels": labels, "annotations": {"summary": f"{name}!"}, "state": state, "activeAt": "2026-01-01T00:00:00Z"}
+    return {
+        "labels": labels,
+        "annotations": {"summary": f"{name}!"},
+        "state": state,
+        "activeAt": "2026-01-01T00:00:00Z",
+    }
 
 
 def test_alerts_that_fire_are_shown_worst_first(prometheus: str, heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,9 @@ def dashboard(
 ) -> int:
     """Show what a running server does, and change it, in a browser."""
     if not web:
-        raise ConfigError("vramancer dashboard (the state of a server in the terminal) is not in this version; --web is.")
+        raise ConfigError(
+            "vramancer dashboard (the state of a server in the terminal) is not in this version; --web is."
+        )
     return serve_web(settings, url)
 
 

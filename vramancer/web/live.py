@@ -84,12 +84,12 @@ class LiveMount:
                 body = await asyncio.wait_for(self._body(receive), self._body_timeout_s)
                 if body is not None:
                     await self._live.answer(scope, environ, body, send)
-                return
             except asyncio.TimeoutError:
                 refusal = RequestTimeoutError("The body did not come in time.")
             except VRAMancerError as error:
                 refusal = error
-        await _refuse(refusal, send)
+        if refusal is not None:
+            await _refuse(refusal, send)
 
     async def _body(self, receive: Receive) -> bytes | None:
         """The whole body; None if the client has left. Raises `PayloadTooLargeError`."""

@@ -308,9 +308,7 @@ def test_dark_and_light(open_page: Open, demo: Demo) -> None:
     assert page.evaluate(ground) == dark, "as the system says"
 
 
-def test_read_only_says_why_nothing_can_be_changed(
-    open_page: Open, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_read_only_says_why_nothing_can_be_changed(open_page: Open, tmp_path_factory: pytest.TempPathFactory) -> None:
     demo = Demo(tmp_path_factory.mktemp("read-only"), "--read-only")
     try:
         demo.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from typing import Any
@@ -62,7 +63,7 @@ HOSTILE = [
     "`<svg onload=alert(1)>`",
     "# <a href='javascript:alert(1)'>x</a>",
     "> <style>*{display:none}</style>",
-    "<https://evil.example/\" onmouseover=\"alert(1)>",
+    '<https://evil.example/" onmouseover="alert(1)>',
 ]
 
 
@@ -81,7 +82,10 @@ def test_what_a_model_writes_never_becomes_html(page: Watched, text: str) -> Non
     ("text", "html"),
     [
         ("plain", "<p>plain</p>"),
-        ("**bold** and *slanted* and `code`", "<p><strong>bold</strong> and <em>slanted</em> and <code>code</code></p>"),
+        (
+            "**bold** and *slanted* and `code`",
+            "<p><strong>bold</strong> and <em>slanted</em> and <code>code</code></p>",
+        ),
         ("a * b * c, snake_case_name", "<p>a * b * c, snake_case_name</p>"),
         ("- one\n- two", "<ul><li>one</li><li>two</li></ul>"),
         ("3. three\n4. four", '<ol start="3"><li>three</li><li>four</li></ol>'),
@@ -120,7 +124,7 @@ def values(rng: random.Random, depth: int = 0) -> Any:
 def test_the_page_s_patches_are_the_server_s(page: Watched) -> None:
     rng = random.Random(1)
     states = [{"a": values(rng), "b": values(rng), "c": values(rng)} for _ in range(60)]
-    patches = [difference(old, new) for old, new in zip(states, states[1:], strict=False)]
+    patches = [difference(old, new) for old, new in itertools.pairwise(states)]
     reached = module(
         page, "store.js", "a[1].reduce((all, patch) => [...all, JSON.parse(JSON.stringify(m.patched("
         "JSON.parse(JSON.stringify(all.at(-1))), patch)))], [a[0]])", [states[0], patches],
@@ -134,7 +138,8 @@ def test_news_that_miss_something_are_not_taken(page: Watched) -> None:
     snapshot = {"number": 4, "state": {"time": 1.0, "x": 1}, "history": []}
     told = module(
         page, "store.js",
-        "[m.hear('patch', {number: 1, patch: []}), m.hear('snapshot', a), m.hear('patch', {number: 5, patch: [[['x'], 2]]}),"
+        "[m.hear('patch', {number: 1, patch: []}), m.hear('snapshot', a),"
+        " m.hear('patch', {number: 5, patch: [[['x'], 2]]}),"
         " m.store.state.x, m.hear('patch', {number: 7, patch: []})]",
         snapshot,
     )  # fmt: skip
@@ -164,12 +169,15 @@ def test_only_what_has_changed_is_drawn_again(page: Watched) -> None:
         page, "vdom.js",
         """(() => {
           const root = document.createElement('ul');
-          const draw = (keys, note) => m.render(root, note ? m.h('p', null, 'note') : null, keys.map((key) => m.h('li', { key }, key)));
+          const draw = (keys, note) => m.render(
+            root, note ? m.h('p', null, 'note') : null, keys.map((key) => m.h('li', { key }, key)));
           const names = () => [...root.querySelectorAll('li')].map((each) => each.textContent).join('');
           draw(['a', 'b', 'c'], false);
           const b = root.querySelectorAll('li')[1];
           const steps = [];
-          for (const [keys, note] of [[['c', 'b', 'd'], true], [['b'], false], [['x', 'b', 'y'], true], [[], false], [['b'], true]]) {
+          const turns = [
+            [['c', 'b', 'd'], true], [['b'], false], [['x', 'b', 'y'], true], [[], false], [['b'], true]];
+          for (const [keys, note] of turns) {
             draw(keys, note);
             steps.push([names(), root.querySelectorAll('p').length, root.contains(b)]);
           }
