@@ -32,7 +32,7 @@ class Gate:
 
     def check_host(self, environ: Environ) -> None:
         """Raise `PermissionDeniedError` for a name that is none of this server."""
-        host = urlsplit(f"//{environ.get('HTTP_HOST', '')}").hostname or ""
+        host = _hostname(environ.get("HTTP_HOST", ""))
         if self._local and not is_loopback(host) and host not in self._hosts:
             raise PermissionDeniedError(
                 f"The dashboard is not at {host!r}; dashboard.origins (VRM_DASHBOARD_ORIGINS) lists its other "
@@ -110,6 +110,13 @@ def session_name(environ: Environ) -> str | None:
 def is_secure(environ: Environ) -> bool:
     """Whether the browser came by https, here or at a proxy in front: then its page's origin says so."""
     return environ.get("wsgi.url_scheme") == "https" or str(environ.get("HTTP_ORIGIN", "")).startswith("https://")
+
+
+def _hostname(host: str) -> str:
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _normal(origin: str) -> str | None:

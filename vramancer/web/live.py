@@ -66,11 +66,15 @@ class LiveMount:
     async def __call__(self, scope: dict[str, Any], environ: WSGIEnvironment, receive: Receive, send: Send) -> None:
         connection: GuardedProtocol = scope["extensions"]["vramancer"]["connection"]
         work = asyncio.ensure_future(self._answer(scope, environ, receive, send))
-        connection.on_lost = work.cancel
+
+        def leave() -> None:
+            work.cancel()
+
+        connection.on_lost = leave
         try:
             await asyncio.wait([work])
         finally:
-            if connection.on_lost == work.cancel:  # the connection's next request may have come meanwhile
+            if connection.on_lost is leave:  # the connection's next request may have come meanwhile
                 connection.on_lost = None
             work.cancel()  # does nothing to what is done
         if not work.cancelled() and (error := work.exception()) is not None:

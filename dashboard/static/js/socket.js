@@ -88,14 +88,14 @@ export class LiveSocket {
   }
 
   async ask(method, body) {
-    this.abort = new AbortController();
-    const abort = this.abort;
+    const abort = new AbortController();
+    if (method === "GET") this.abort = abort;
     const clock = setTimeout(() => abort.abort(), SILENCE_MS);
     const query = new URLSearchParams({ EIO: "4", transport: "polling" });
     if (this.sid) query.set("sid", this.sid);
     try {
       const response = await fetch(`${this.path}?${query}`, {
-        method, body, headers: this.headers(), signal: abort.signal, cache: "no-store",
+        method, body, headers: this.headers(), signal: abort.signal, cache: "no-store", keepalive: body === "1",
       });
       const text = await response.text();
       if (!response.ok) throw refusal(response, text);

@@ -20,7 +20,7 @@ export function view() {
     h("header", { class: "page-head" }, h("h1", null, "Memory"), h("p", { class: "dim" }, kvLine(memory))),
     panel("Devices", { id: "memory-devices", note: "Weights, own KV, what is lent and what is free" },
       devices.length
-        ? h("div", { class: found.length ? "lease-frame lending" : "lease-frame", ref: watchSize },
+        ? h("div", { class: found.length ? "lease-frame has-leases" : "lease-frame", ref: watchSize },
           h("ul", { class: "devices" }, devices.map((device) => deviceBar(device, memory.kv_blocks, pipeline))),
           found.length ? arrows(found, local.tops, local.height) : null)
         : empty("No device in use", "Load a model to see what holds what."),

@@ -119,8 +119,10 @@ function outlookSoon() {
   clearTimeout(planned);
   changed();
   const layers = local.layers;
-  if (layers && !locked()) {
-    planned = setTimeout(() => ask(request(layers, store.state.gpu.devices)), 350);
+  const { gpu, pipeline } = store.state;
+  const sum = (counts) => counts.reduce((all, count) => all + count, 0);
+  if (layers && sum(layers) === sum(layersOf(gpu.devices, pipeline.stages)) && !locked()) {
+    planned = setTimeout(() => ask(request(layers, gpu.devices)), 350);
   }
 }
 
