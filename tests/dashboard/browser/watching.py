@@ -30,9 +30,9 @@ class Watched:
         expect.set_options(timeout=LONGEST_WAIT_S * 1000)
         return expect(self.page.locator(target) if isinstance(target, str) else target)
 
-    def sign_in(self) -> None:
+    def sign_in(self, token: str = TOKEN) -> None:
         self.page.goto(f"{self.url}/dashboard")
-        self.page.get_by_label("API token").fill(TOKEN)
+        self.page.get_by_label("API token").fill(token)
         self.page.get_by_role("button", name="Sign in").click()
         self.expect(".connection.live").to_be_attached()
 
