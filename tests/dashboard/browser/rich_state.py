@@ -82,7 +82,8 @@ def answers() -> dict[str, Any]:
             "used_bytes": device["limit_bytes"] - device["free_bytes"], "used_by_purpose": {},
             "reading": {
                 "utilization": 0.87 - 0.2 * index, "temperature_c": 71 - 3 * index, "power_w": 301.0 - 60 * index,
-                "power_limit_w": 350.0, "pcie_generation": 4, "pcie_width": 16 >> index, "throttling": ["power"][index:],
+                "power_limit_w": 350.0, "pcie_generation": 4, "pcie_width": 16 >> index,
+                "throttling": ["power"][index:],
                 "other_bytes": 0,
             },
         }
@@ -152,7 +153,8 @@ def answers() -> dict[str, Any]:
         "/api/system": {
             "hostname": "workshop", "platform": "Linux", "python": "3.12", "read_only": False,
             "cpu": {"count": 16, "physical_count": 8, "utilization_percent": 12.0, "load_average": [1.2, 1.1, 0.9]},
-            "memory": {"total_bytes": 64 * GIB, "available_bytes": 40 * GIB, "used_bytes": 24 * GIB, "used_percent": 37.5},
+            "memory": {"total_bytes": 64 * GIB, "available_bytes": 40 * GIB, "used_bytes": 24 * GIB,
+                       "used_percent": 37.5},
             "disk": {"path": "/home", "total_bytes": 900 * GIB, "free_bytes": GIB // 5, "used_percent": 99.9},
             "process": {"pid": 4242, "resident_bytes": 6 * GIB, "threads": 40, "uptime_s": 93600.0},
         },
