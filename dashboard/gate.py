@@ -134,6 +134,5 @@ def _normal(origin: str) -> str | None:
 
 def _same(origin: str, host: str) -> bool:
     """Whether a page of `origin` is one of the server that is addressed as `host`, over TLS or not."""
-    scheme = urlsplit(origin).scheme
     normal = _normal(origin)
-    return normal is not None and normal == _normal(f"{scheme}://{host}")
+    return normal is not None and normal == _normal(f"{normal.partition(':')[0]}://{host}")

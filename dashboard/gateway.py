@@ -216,6 +216,8 @@ class HttpGateway:
         try:
             while piece := response.read1(_PIECE_BYTES):
                 yield piece
+            if response.length:  # announced, and not sent
+                raise http.client.IncompleteRead(b"", response.length)
         except (OSError, http.client.HTTPException) as error:
             raise self._silent(error) from error
         finally:

@@ -34,20 +34,25 @@ class ScriptedGateway:
         self.asked: list[str] = []
         self.error: Exception | None = None
         self._lock = threading.Lock()
+        self._blocked = threading.Event()
         self._open = threading.Event()
         self._open.set()
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Nothing is answered meanwhile."""
+        """Nothing is answered meanwhile. It begins once somebody waits for an answer."""
+        self._blocked.clear()
         self._open.clear()
         try:
+            assert self._blocked.wait(LONGEST_WAIT_S)
             yield
         finally:
             self._open.set()
 
     def call(self, call: ApiCall) -> ApiAnswer:
-        self._open.wait(LONGEST_WAIT_S)
+        if not self._open.is_set():
+            self._blocked.set()
+        self._open.wait(2 * LONGEST_WAIT_S)
         with self._lock:
             self.asked.append(call.path)
         if self.error is not None:

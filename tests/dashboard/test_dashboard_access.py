@@ -281,7 +281,8 @@ def test_read_only_refuses_changes_and_lets_look_and_chat(make_board: Callable[.
     "path", ["/dashboard", "/dashboard/static/js/main.js", "/dashboard/session", "/dashboard/static/x"]
 )
 def test_pages_load_nothing_from_elsewhere_and_run_no_text(board: Board, path: str) -> None:
-    headers = board.app.test_client().get(path).headers
+    with board.app.test_client().get(path) as response:
+        headers = response.headers
     if path != "/dashboard/session":  # which is refused before it comes to the dashboard
         for name, value in SECURITY_HEADERS.items():
             assert headers[name] == value
@@ -306,11 +307,13 @@ def test_pages_hold_no_secret_and_no_inline_code(board: Board) -> None:
 
 def test_files_are_asked_for_again_and_not_sent_again(board: Board) -> None:
     client = board.app.test_client()
-    first = client.get("/dashboard/static/js/main.js")
+    with client.get("/dashboard/static/js/main.js") as first:
+        assert first.status_code == 200
     assert first.mimetype == "text/javascript"
     assert first.headers["Cache-Control"] == "no-cache"
-    again = client.get("/dashboard/static/js/main.js", headers={"If-None-Match": first.headers["ETag"]})
-    assert again.status_code == 304
+    asked = {"If-None-Match": first.headers["ETag"]}
+    with client.get("/dashboard/static/js/main.js", headers=asked) as again:
+        assert again.status_code == 304
     for path in ("../board.py", "%2e%2e/board.py", "js", "js/none.js", "..%2fboard.py"):
         assert client.get(f"/dashboard/static/{path}").status_code in (401, 404), path
 

@@ -22,7 +22,8 @@ QUICK_S = 0.02
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """News come often."""
+    """News come often, and more of them may wait for a viewer than would otherwise."""
+    monkeypatch.setattr(live, "MAX_UNREAD", 10_000)
     monkeypatch.setattr(poller, "INTERVAL_S", QUICK_S)
 
 
@@ -258,8 +259,11 @@ def test_a_viewer_that_does_not_fetch_is_dropped(watched: tuple[int, Board], mon
     assert keen.next("patch")
 
 
-def test_a_viewer_that_never_reads_is_dropped(watched: tuple[int, Board], gateway: ScriptedGateway) -> None:
+def test_a_viewer_that_never_reads_is_dropped(
+    watched: tuple[int, Board], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its answer lies in the kernel; it does not ask again, so what there is for it piles up."""
+    monkeypatch.setattr(live, "MAX_UNREAD", 3)
     port, board = watched
     viewer = Viewer(Browser(port))
     with waiting_for_news(viewer):

@@ -44,7 +44,7 @@ export function lineChart({ label, series, now, text, fill = false, least = 0 })
   const top = ceiling(Math.max(least, ...shown, 0));
   return h("figure", { class: "chart" },
     h("div", { class: "chart-body" },
-      h("div", { class: "chart-scale", "aria-hidden": "true" }, h("span", null, text(top)), h("span", null, text(top / 2)), h("span", null, text(0))),
+      h("div", { class: "chart-scale", "aria-hidden": "true" }, h("span", null, text(top)), h("span", null, text(top / 2)), h("span", null, "0")),
       h("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", "aria-label": summary(label, series, text) },
         [0, 0.5, 1].map((share) => h("line", { key: `line${share}`, class: "grid", x1: 0, x2: WIDTH, y1: HEIGHT * share, y2: HEIGHT * share })),
         series.map((one) => pieces(one.points, now, top).map((piece, index) => [

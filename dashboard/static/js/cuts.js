@@ -33,7 +33,7 @@ export function strip(devices, layers, onChange) {
     h("div", { class: "strip-names", "aria-hidden": "true" }, devices.map((device, index) => layers[index]
       ? h("span", { key: device.name, style: { "flex-grow": String(layers[index]) } }, device.name) : null)),
     h("div", { class: "strip-track" },
-      h("div", { class: "strip-cells", "aria-hidden": "true" }, Array.from({ length: total }, (_, layer) =>
+      h("div", { class: total > 12 ? "strip-cells many" : "strip-cells", "aria-hidden": "true" }, Array.from({ length: total }, (_, layer) =>
         h("i", { key: layer, class: `layer stage-${owner(layer) % 6}`, title: `layer ${layer} on ${devices[owner(layer)]?.name}` }, total <= 48 ? String(layer) : ""))),
       bounds.slice(0, -1).map((bound, index) => handle(devices, layers, index, bound, total, bounds, onChange))));
 }

@@ -26,7 +26,8 @@ LAYERS = ((0, 18), (19, 31), (32, 39))
 def _stage(index: int) -> dict[str, Any]:
     device = DEVICES[index]
     return {
-        "index": index, "device": device["name"], "layers": list(LAYERS[index]), "weight_bytes": device["weights_bytes"],
+        "index": index, "device": device["name"], "layers": list(LAYERS[index]),
+        "weight_bytes": device["weights_bytes"],
         "streamed_layers": [38, 39] if index == 2 else [], "streamed_bytes": GIB if index == 2 else 0,
         "stream_slot_bytes": 0, "stream_wait_seconds": 1.2, "kv_bytes": device["own_kv_bytes"],
         "workspace_bytes": device["other_bytes"], "limit_bytes": device["limit_bytes"], "attention": "triton",

@@ -12,7 +12,8 @@ export const title = "Chat";
 
 const all = load();
 const local = {
-  current: all[0] || create(), draft: "", running: null, editing: null, edit: "", list: false, atEnd: true, log: null,
+  current: all[0] || create(), draft: "", running: null, editing: null, edit: "",
+  list: all.length > 0 && matchMedia("(min-width: 80rem)").matches, atEnd: true, log: null,
   settings: { temperature: "", max_tokens: "" },
 };
 

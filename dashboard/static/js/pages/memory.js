@@ -66,8 +66,9 @@ function lending(devices, found) {
       ? h("ul", { class: "plain" }, found.map((flow) => h("li", { key: flow.key },
         h("b", null, flow.lender), " lends ", h("b", null, flow.borrower), ` ${bytes(flow.bytes)}: ${plural(flow.blocks, "block")} in ${plural(flow.leases, "lease")}, ${[...flow.states].join(", ")}`)))
       : h("p", { class: "dim" }, "No device borrows at the moment."),
-    h("div", { class: "actions" }, devices.filter((device) => device.lent_bytes > 0).map((device) => button(`Take back from ${device.name}`, () => reclaim(device.name), { kind: "small", reason })),
-      devices.map((device) => button(`Let ${device.name} lend again`, () => lend(device.name), { reason, kind: "small quiet", title: "For a device that took everything back" }))));
+    h("div", { class: "actions" }, devices.filter((device) => device.lent_bytes > 0).map((device) => button(`Take back from ${device.name}`, () => reclaim(device.name), { kind: "small", reason }))),
+    h("details", { class: "dim" }, h("summary", null, "Have a device lend again that took everything back"),
+      h("div", { class: "actions" }, devices.map((device) => button(`Let ${device.name} lend again`, () => lend(device.name), { kind: "small", reason })))));
 }
 
 async function reclaim(device) {

@@ -5,7 +5,7 @@ import { store } from "../store.js";
 import { lineChart, meter, legend } from "../charts.js";
 import { deviceBar } from "../devices.js";
 import { badge, empty, icon, panel } from "../ui.js";
-import { count, duration, latency, percent, plural, tokens, whole } from "../format.js";
+import { count, duration, latency, percent, plural, TIERS, tokens, whole } from "../format.js";
 
 export const title = "Overview";
 
@@ -91,16 +91,16 @@ export function troubles() {
   const firing = (told?.firing || []).map((alert, index) => ({ key: `alert-${alert.name}-${index}`, kind: alert.severity === "critical" ? "error" : "warn",
     name: alert.name, text: alert.summary || Object.entries(alert.labels).map(([label, value]) => `${label} ${value}`).join(", ") }));
   if (told?.trouble) firing.push({ key: "prometheus", kind: "warn", name: "Prometheus", text: told.trouble });
-  const notes = (pipeline?.notes || []).map((text, index) => ({ key: `note-${index}`, kind: "note", name: "Placement", text }));
+  const notes = (pipeline?.notes || []).map((text, index) => ({ key: `note-${index}`, kind: "info", name: "Placement", text }));
   const tiers = Object.entries(memory?.tier_troubles || {}).filter(() => !checks.some((check) => check.key === "check-tiers"))
-    .map(([name, text]) => ({ key: `tier-${name}`, kind: "warn", name, text }));
+    .map(([name, text]) => ({ key: `tier-${name}`, kind: "warn", name: `${TIERS[name] || name} is not used`, text }));
   return [...checks, ...firing, ...tiers, ...notes];
 }
 
 function alerts() {
   const found = troubles();
   return h("div", { class: "alerts", "aria-live": "polite" }, found.length
-    ? h("ul", null, found.map((one) => h("li", { key: one.key, class: `alert ${one.kind}` }, icon(one.kind === "note" ? "overview" : "warn"), h("b", null, one.name), h("span", null, one.text))))
+    ? h("ul", null, found.map((one) => h("li", { key: one.key, class: `alert ${one.kind}` }, icon(one.kind === "info" ? "overview" : "warn"), h("b", null, one.name), h("span", null, one.text))))
     : null);
 }
 
@@ -110,10 +110,10 @@ export function tasks() {
   const rows = [...told.running, ...told.recent.slice(0, 8)];
   return panel("Background work", { id: "tasks", note: "Loading, moving and unloading" },
     rows.length ? h("div", { class: "table-wrap" }, h("table", null,
-      h("thead", null, h("tr", null, ["What", "State", "Took", "Error"].map((name) => h("th", { scope: "col" }, name)))),
+      h("thead", null, h("tr", null, h("th", { scope: "col" }, "What"), h("th", { scope: "col" }, "State"), h("th", { scope: "col", class: "number" }, "Took"))),
       h("tbody", null, rows.map((task) => h("tr", { key: task.id },
-        h("td", null, h("b", null, task.kind), " ", h("span", { class: "dim" }, task.detail || "")),
+        h("td", null, h("b", null, task.kind), " ", h("span", { class: "dim" }, task.detail || ""), task.error ? h("p", { class: "trouble small" }, task.error) : null),
         h("td", null, badge({ completed: "ok", failed: "error" }[task.status] || "run", task.status)),
-        h("td", { class: "number" }, duration(task.seconds)), h("td", null, task.error || ""))))))
+        h("td", { class: "number" }, duration(task.seconds)))))))
       : empty("Nothing in the background", "Loads and moves appear here while they run."));
 }

@@ -31,9 +31,9 @@ export function view() {
           h("th", { scope: "col", class: "number" }, "Prompt"), h("th", { scope: "col", class: "number" }, "Generated"), h("th", { scope: "col" }, h("span", { class: "hidden" }, "Actions")))),
         h("tbody", null, shown.map((request) => h("tr", { key: request.id },
           h("td", { class: "mono clip", title: request.id }, request.id),
-          h("td", null, badge(request.state === "running" ? "run" : "wait", request.state)),
-          h("td", { class: "number" }, duration(request.age_seconds)),
-          h("td", { class: "number" }, whole(request.prompt_tokens)), h("td", { class: "number" }, whole(request.generated_tokens)),
+          h("td", { "data-label": "State" }, badge(request.state === "running" ? "run" : "wait", request.state)),
+          h("td", { class: "number", "data-label": "Age" }, duration(request.age_seconds)),
+          h("td", { class: "number", "data-label": "Prompt" }, whole(request.prompt_tokens)), h("td", { class: "number", "data-label": "Generated" }, whole(request.generated_tokens)),
           h("td", { class: "number" }, button(ending.has(request.id) ? "Ending…" : "Cancel", () => end(request.id),
             { kind: "small", reason: ending.has(request.id) ? "It ends with its next step." : locked(), "aria-label": `Cancel request ${request.id}` })))))))
       : empty("Nothing runs", "Requests appear here from the moment they come in until their answer ends.")),
