@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 from core.config_names import ABSENT_SETTINGS, AbsentSetting, absence, nearest
 from core.config_schema import (
     ApiSettings,
+    DashboardSettings,
     DeviceSettings,
     LoggingSettings,
     MemorySettings,
@@ -34,6 +35,7 @@ from core.errors import ConfigError
 
 __all__ = [
     "ApiSettings",
+    "DashboardSettings",
     "DeviceSettings",
     "LoggingSettings",
     "MemorySettings",

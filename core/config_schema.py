@@ -345,7 +345,44 @@ class MonitoringSettings(Section):
     """How the server watches its devices."""
 
     interval_s: float = _setting(
-        2.0, "Seconds between two readings of the devices (memory, utilisation, temperature).", ge=0.1, le=3600.0
+        2.0,
+        "Seconds between two readings of the devices (memory, utilisation, temperature).",
+        ge=0.1,
+        le=3600.0,
+        flag="monitoring-interval-s",
+    )
+
+
+class DashboardSettings(Section):
+    """The dashboard for browsers: at /dashboard of the API, or alone by `vramancer dashboard --web`."""
+
+    enabled: bool = _setting(True, "Serve the dashboard at /dashboard of the API.", flag="dashboard")
+    host: str = _setting(
+        "127.0.0.1", "Address that a dashboard listens on that is served alone.", flag="dashboard-host", min_length=1
+    )
+    port: int = _setting(5050, "Port of a dashboard that is served alone.", flag="dashboard-port", ge=0, le=65535)
+    max_viewers: int = _setting(
+        64, "Pages that may watch at a time; further ones are answered 429.", flag="dashboard-viewers", ge=1, le=4096
+    )
+    session_hours: float = _setting(
+        12.0,
+        "Hours after which a browser that was not used has to sign in again.",
+        flag="session-hours",
+        gt=0.0,
+        le=720.0,
+    )
+    origins: tuple[str, ...] = _setting(
+        (),
+        "Addresses under which browsers reach the dashboard behind a proxy that passes another Host on, such as "
+        "https://gpu.example.",
+        flag="dashboard-origins",
+    )
+    prometheus_url: str | None = _setting(
+        None,
+        "Prometheus whose firing alerts the dashboard shows, such as http://127.0.0.1:9090; the server asks it. Not "
+        "set: none.",
+        env="VRM_PROMETHEUS_URL",
+        pattern=r"^https?://[^\s/]+",
     )
 
 
@@ -395,6 +432,7 @@ class Settings(BaseModel):
     api: ApiSettings = Field(default_factory=ApiSettings)
     security: SecuritySettings = Field(default_factory=SecuritySettings)
     monitoring: MonitoringSettings = Field(default_factory=MonitoringSettings)
+    dashboard: DashboardSettings = Field(default_factory=DashboardSettings)
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
     runtime: RuntimeSettings = Field(default_factory=RuntimeSettings)
 

@@ -14,6 +14,7 @@ from core.api.admission import admission_of
 from core.security.admission import Admission
 from vramancer.web.limits import Limits
 from vramancer.web.listener import bind_socket
+from vramancer.web.live import Live
 from vramancer.web.server import FrontDoor
 
 LIMITS = {
@@ -29,13 +30,16 @@ LIMITS = {
 
 @contextmanager
 def front_door(
-    app: Any, admit: Callable[[Any], Admission] = lambda environ: Admission(granted=True, waits=True), **limits: Any
+    app: Any,
+    admit: Callable[[Any], Admission] = lambda environ: Admission(granted=True, waits=True),
+    live: Live | None = None,
+    **limits: Any,
 ) -> Iterator[tuple[int, FrontDoor]]:
     """A WSGI application on a free loopback port, and its front door. Everything has ended afterwards."""
     ready = threading.Event()
     with bind_socket("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
-        door = FrontDoor(app, admit, Limits(**{**LIMITS, **limits}), ready.set)
+        door = FrontDoor(app, admit, Limits(**{**LIMITS, **limits}), ready.set, live)
         thread = threading.Thread(target=door.run_until_stopped, args=(listener,), name="front door")
         thread.start()
         try:

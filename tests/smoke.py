@@ -45,10 +45,15 @@ def get(url: str, token: str, body: dict[str, Any] | None = None) -> str:
 
 
 def check(url: str, token: str) -> bool:
-    """Whether probes, a question and the metrics give what they should."""
+    """Whether probes, the dashboard, a question and the metrics give what they should."""
     for probe in ("/live", "/ready", "/health"):
         get(url + probe, token)
         print(f"ok    {probe}")
+    page = get(f"{url}/dashboard", token)
+    files = {*re.findall(r"/dashboard/static/[^\"]+", page), "/dashboard/static/js/pages/chat.js"}
+    for file in files:
+        get(url + file, token)
+    print(f"ok    /dashboard and {len(files)} of its files")
     body = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
     answer = json.loads(get(f"{url}/v1/chat/completions", token, body))["choices"][0]["message"]["content"]
     print(f"{'ok' if ANSWER in answer else 'WRONG':<5} {QUESTION} {answer}")

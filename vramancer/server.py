@@ -17,6 +17,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from core.config import Settings
 from core.devices import format_bytes
 from core.logs import configure_logging, get_logger
+from core.security.access import nobody
+from dashboard import AppGateway, Dashboard
 from vramancer import __version__
 from vramancer.banner import Reached, banner
 from vramancer.web.leave import leave
@@ -84,12 +86,32 @@ def _serve_loaded(pipeline: InferencePipeline, listener: socket.socket, token: s
     from core.api import create_app
     from core.api.admission import admission_of
 
-    app = create_app(pipeline, token=token, version=__version__)
+    board, gateway = _dashboard(pipeline, token)
+    more, signed_in = ([board.blueprint], board.gate.signed_in) if board is not None else ([], nobody)
+    app = create_app(pipeline, token=token, version=__version__, more=more, signed_in=signed_in)
+    gateway.bind(app.wsgi_app)
     text = banner(pipeline, reached)
     engine = pipeline.settings.engine
     limits = Limits.of(pipeline.settings.api, engine.max_queue + engine.max_batch_size + MORE_THAN_THE_ENGINE)
     listen(listener, limits.max_connections)
-    FrontDoor(app, admission_of(app), limits, on_ready=lambda: typer.echo(text)).run_until_stopped(listener)
+    live = board.live if board is not None else None
+    door = FrontDoor(app, admission_of(app), limits, on_ready=lambda: typer.echo(text), live=live)
+    door.run_until_stopped(listener)
+
+
+def _dashboard(pipeline: InferencePipeline, token: str) -> tuple[Dashboard | None, AppGateway]:
+    """The dashboard, unless it is off, and what has to be bound to the application that it is part of."""
+    settings, gateway = pipeline.settings, AppGateway(token)
+    if not settings.dashboard.enabled:
+        return None, gateway
+    board = Dashboard(
+        gateway,
+        settings.dashboard,
+        bound_to=settings.api.host,
+        max_body_bytes=settings.api.max_body_bytes,
+        version=__version__,
+    )
+    return board, gateway
 
 
 @contextmanager

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from flask import Flask
+from flask import Blueprint, Flask
 from flask_cors import CORS
 
 from core.api import front, management, memory, monitoring, native, tokens
 from core.api.context import EXTENSION, REQUEST_ID_HEADER, ApiContext, LiveRequests, check_policies, register_hooks
 from core.api.errors import register_error_handlers
 from core.api.openai import batch, chat, completions, models
-from core.security.access import TOKEN_HEADERS, CallerLimits
+from core.security.access import TOKEN_HEADERS, CallerLimits, SignedIn, nobody
 from core.security.token import resolve_token
 
 if TYPE_CHECKING:
@@ -44,12 +45,21 @@ CORS_HEADERS = (
 )
 
 
-def create_app(pipeline: InferencePipeline, *, token: str | None = None, version: str | None = None) -> Flask:
+def create_app(
+    pipeline: InferencePipeline,
+    *,
+    token: str | None = None,
+    version: str | None = None,
+    more: Sequence[Blueprint] = (),
+    signed_in: SignedIn = nobody,
+) -> Flask:
     """The application that serves `pipeline`.
 
     Args:
         token: what clients have to send; None takes it from the settings, or the generated one from its file.
         version: of the program, for those who ask what this is; None says none.
+        more: routes beside the API's, such as the dashboard's.
+        signed_in: who has a session, for those of them that ask for one.
 
     Raises:
         ConfigError: there is no usable token.
@@ -63,12 +73,12 @@ def create_app(pipeline: InferencePipeline, *, token: str | None = None, version
     app.config["MAX_CONTENT_LENGTH"] = settings.api.max_body_bytes + 1
     security = settings.security
     limits = None if security.disable_rate_limit else CallerLimits(security.requests_per_minute)
-    app.extensions[EXTENSION] = ApiContext(pipeline, token, LiveRequests(), limits, version)
+    app.extensions[EXTENSION] = ApiContext(pipeline, token, LiveRequests(), limits, version, signed_in)
     app.url_map.strict_slashes = False
     app.url_map.redirect_defaults = False  # an alias answers itself
     register_error_handlers(app)
     register_hooks(app)
-    for blueprint in BLUEPRINTS:
+    for blueprint in (*BLUEPRINTS, *more):
         app.register_blueprint(blueprint)
     _add_aliases(app)
     check_policies(app)

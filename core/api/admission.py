@@ -30,7 +30,14 @@ def admission_of(app: Flask) -> Callable[[WSGIEnvironment], Admission]:
             return REFUSED
         declared = policy_of(app.view_functions[endpoint])
         try:
-            authorize(declared, method, given_tokens(environ), context.token, read_only=read_only)
+            authorize(
+                declared,
+                method,
+                given_tokens(environ),
+                context.token,
+                read_only=read_only,
+                signed_in=lambda: context.signed_in(environ),
+            )
         except VRAMancerError:
             return REFUSED
         if declared is None:

@@ -14,8 +14,8 @@ from flask import Flask, Response, current_app, g, request
 
 from core.errors import AuthenticationError, ModelNotFoundError
 from core.logs import get_logger
-from core.security.access import CallerLimits, Principal, authorize, given_tokens, policy_of
-from core.security.admission import REFUSAL_KEY
+from core.security.access import CallerLimits, Principal, SignedIn, authorize, given_tokens, nobody, policy_of
+from core.security.admission import QUIET_KEY, REFUSAL_KEY
 
 if TYPE_CHECKING:
     from core.engine.submission import LoadedModel
@@ -70,6 +70,7 @@ class ApiContext:
     live: LiveRequests
     limits: CallerLimits | None = None
     version: str | None = None
+    signed_in: SignedIn = nobody
 
 
 def api_context() -> ApiContext:
@@ -115,7 +116,14 @@ def _authorize() -> None:
     declared = policy_of(current_app.view_functions[request.endpoint]) if request.endpoint is not None else None
     read_only = context.pipeline.settings.security.read_only
     try:
-        g.principal = authorize(declared, request.method, given, context.token, read_only=read_only)
+        g.principal = authorize(
+            declared,
+            request.method,
+            given,
+            context.token,
+            read_only=read_only,
+            signed_in=lambda: context.signed_in(request.environ),
+        )
     except AuthenticationError:
         _limit(context.limits, None, has_token=any(given))
         raise
@@ -157,11 +165,12 @@ def _finish(response: Response) -> Response:
     path = _canonical_rule()
     method = request.method if request.method in METHODS else "other"
     started_s, status, request_id = g.started_s, response.status_code, g.request_id
+    quiet = path in QUIET_RULES or QUIET_KEY in request.environ
 
     def observe() -> None:
         seconds = time.perf_counter() - started_s
         metrics.observe_http(path, method, status, seconds, request_id)
-        write = log.debug if path in QUIET_RULES else log.info
+        write = log.debug if quiet else log.info
         write("request answered", method=method, path=path, status=status, seconds=round(seconds, 6))
 
     if response.is_streamed:

@@ -117,6 +117,7 @@ def system_status() -> Response:
         "hostname": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
+        "read_only": context.pipeline.settings.security.read_only,
         "cpu": {
             "count": os.cpu_count(),
             "physical_count": psutil.cpu_count(logical=False),

@@ -1,9 +1,9 @@
 """Who calls, and what a route asks of its caller. A route's policy is declared beside it, with `policy`.
 
 Public routes need no token: liveness and readiness for orchestrators, `/health`, which then names checks without
-details, and `/`, which says what this is. Read-only mode (`VRM_READ_ONLY`) refuses routes that alter shared state;
-generating is allowed, and so is everything that only reads. What no route answers needs a token, and counts as a
-change unless it only reads.
+details, `/`, which says what this is, and the dashboard's page, which asks for the token, with its files. Read-only
+mode (`VRM_READ_ONLY`) refuses routes that alter shared state; generating is allowed, and so is everything that only
+reads. What no route answers needs a token, and counts as a change unless it only reads.
 
 `CallerLimits` says how often: a key so many requests a minute; an address without one as many, but few wrong tokens.
 """
@@ -30,6 +30,8 @@ Role = Literal["viewer", "user", "operator", "admin"]
 """Each may do what those before it may: a viewer reads; a user also infers and cancels its own requests; an operator
 also loads and places models and moves memory; an admin also gives out keys. Declared; the one token is the admin's."""
 
+Environ = Mapping[str, Any]
+"""The head of a request, as a WSGI environment."""
 Route = TypeVar("Route", bound=Callable[..., Any])
 _ATTRIBUTE = "route_policy"
 _TOKEN_KEYS = tuple(f"HTTP_{name.upper().replace('-', '_')}" for name in TOKEN_HEADERS)
@@ -37,12 +39,14 @@ _TOKEN_KEYS = tuple(f"HTTP_{name.upper().replace('-', '_')}" for name in TOKEN_H
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What a route asks: the least `role` of its caller, None if it is public; whether it alters shared state; and
-    whether its answer `waits` for the engine, or for other work that may take long."""
+    """What a route asks: the least `role` of its caller, None if it is public; whether it alters shared state; whether
+    its answer `waits` for the engine, or for other work that may take long; and whether a `session` of a browser opens
+    it, and nothing else: the token does not, and a session opens no other route."""
 
     role: Role | None
     mutates: bool = False
     waits: bool = False
+    session: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +60,22 @@ class Principal:
 ADMIN = Principal(DEFAULT_OWNER, "admin")
 """Whoever has the token."""
 
+SignedIn = Callable[[Environ], Principal | None]
+"""Tells who sends a request, by the session that its head names."""
+
+
+def nobody(environ: Environ) -> Principal | None:
+    """There are no sessions."""
+    return None
+
 
 def policy(
-    role: Role | None = None, *, public: bool = False, mutates: bool = False, waits: bool = False
+    role: Role | None = None,
+    *,
+    public: bool = False,
+    mutates: bool = False,
+    waits: bool = False,
+    session: bool = False,
 ) -> Callable[[Route], Route]:
     """Declare a route's policy: `@policy("viewer")`, or `@policy(public=True)`. Raises `ValueError` for neither or
     both."""
@@ -66,7 +83,7 @@ def policy(
         raise ValueError("A route is either public or for a role.")
 
     def declare(route: Route) -> Route:
-        setattr(route, _ATTRIBUTE, Policy(role, mutates, waits))
+        setattr(route, _ATTRIBUTE, Policy(role, mutates, waits, session))
         return route
 
     return declare
@@ -78,23 +95,41 @@ def policy_of(route: Callable[..., Any]) -> Policy | None:
 
 
 def authorize(
-    declared: Policy | None, method: str, given: tuple[str | None, ...], expected: str, *, read_only: bool
+    declared: Policy | None,
+    method: str,
+    given: tuple[str | None, ...],
+    expected: str,
+    *,
+    read_only: bool,
+    signed_in: Callable[[], Principal | None] = lambda: None,
 ) -> Principal | None:
     """The caller, None without the right token; `declared` is None where no route matches.
 
-    A CORS preflight cannot carry a token, so OPTIONS is public.
-    Raises `AuthenticationError` where a token is needed, `PermissionDeniedError` for a change in read-only mode.
+    A CORS preflight cannot carry a token, so OPTIONS is public. `signed_in` tells who has a session, where that is what
+    the route asks for.
+    Raises `AuthenticationError` where a token or a session is needed, `PermissionDeniedError` for a change in read-only
+    mode, and what `signed_in` raises.
     """
     principal: Principal | None = None
     try:
-        check_token(given, expected)
-        principal = ADMIN
+        if declared is not None and declared.session:
+            principal = _with_session(method, signed_in)
+        else:
+            check_token(given, expected)
+            principal = ADMIN
     except AuthenticationError:
         if method != "OPTIONS" and (declared is None or declared.role is not None):
             raise
     mutates = method not in READING_METHODS if declared is None else declared.mutates and method != "OPTIONS"
     if read_only and mutates:
         raise PermissionDeniedError("The server is in read-only mode; this request would change its state.")
+    return principal
+
+
+def _with_session(method: str, signed_in: Callable[[], Principal | None]) -> Principal:
+    principal = signed_in() if method != "OPTIONS" else None
+    if principal is None:
+        raise AuthenticationError("Sign in to the dashboard first.", code="not_signed_in")
     return principal
 
 
@@ -112,7 +147,7 @@ def check_token(given: tuple[str | None, ...], expected: str) -> None:
     )
 
 
-def given_tokens(environ: Mapping[str, Any]) -> tuple[str | None, ...]:
+def given_tokens(environ: Environ) -> tuple[str | None, ...]:
     """Whatever the head of a request, as a WSGI environment, gives as a token; the headers are `TOKEN_HEADERS`."""
     return (*map(environ.get, _TOKEN_KEYS), bearer_token(environ.get("HTTP_AUTHORIZATION")))
 

@@ -14,6 +14,7 @@ from vramancer.cli.parsing import Commands, SettingsCommand
 from vramancer.cli.plan import plan
 from vramancer.cli.serve import serve
 from vramancer.cli.status import status
+from vramancer.cli.web_dashboard import dashboard
 
 app = typer.Typer(
     cls=Commands,
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve, run, plan, doctor, status):
+for command in (serve, run, plan, doctor, status, dashboard):
     app.command(cls=SettingsCommand)(command)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(bench)
 

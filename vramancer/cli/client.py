@@ -39,6 +39,11 @@ class ApiClient:
         client._token = read_token(settings, generated=is_loopback(host) or host == at)
         return client
 
+    @property
+    def token(self) -> str | None:
+        """What is sent to the server, if there is one."""
+        return self._token
+
     def get(self, path: str, *, timeout_s: float | None = None) -> Any:
         """The JSON that GET `path` answers. `timeout_s` bounds each wait, for the connection and for the answer; None:
         ten seconds for the connection alone."""

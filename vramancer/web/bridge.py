@@ -20,6 +20,7 @@ from core.security.admission import DISCONNECTED_KEY, REFUSAL_KEY, STOPPING_KEY,
 from vramancer.web.answer import REST, Answer, ClientGoneError
 from vramancer.web.environ import wsgi_environ
 from vramancer.web.limits import Limits
+from vramancer.web.live import Live, LiveMount
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
@@ -43,9 +44,16 @@ Send = Callable[[dict[str, Any]], Any]
 
 
 class Bridge:
-    """The ASGI application. `admit` looks at a request's head; it raises nothing and is quick."""
+    """The ASGI application. `admit` looks at a request's head; it raises nothing and is quick. `live` answers what is
+    below its path, in the event loop."""
 
-    def __init__(self, app: WSGIApplication, admit: Callable[[WSGIEnvironment], Admission], limits: Limits) -> None:
+    def __init__(
+        self,
+        app: WSGIApplication,
+        admit: Callable[[WSGIEnvironment], Admission],
+        limits: Limits,
+        live: Live | None = None,
+    ) -> None:
         self._app = app
         self._admit = admit
         self._limits = limits
@@ -54,14 +62,20 @@ class Bridge:
         self._num_slow = 0
         self._body_bytes = 0
         self._draining: asyncio.Event = asyncio.Event()
+        self._live = LiveMount(live, limits.body_timeout_s) if live is not None else None
         self.num_open = 0
 
     def drain(self) -> None:
-        """Refuse from now on what is not public. Loop thread only."""
+        """Refuse from now on what is not public; who watches is let go. Loop thread only."""
         self._draining.set()
+        if self._live is not None:
+            self._live.close(_stopping())
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         environ = wsgi_environ(scope)
+        if self._live is not None and self._live.answers(scope["path"]):
+            await self._live(scope, environ, receive, send)
+            return
         admission = self._admit(environ)
         connection: GuardedProtocol = scope["extensions"]["vramancer"]["connection"]
         held = 0
@@ -192,9 +206,11 @@ class Bridge:
             answer.fail(json.dumps(FAILED.to_openai()).encode())
 
     def close(self) -> None:
-        """No more requests. Threads end with what they do."""
+        """No more requests. Threads end with what they do, those that look at the server for viewers before this."""
         self._quick.shutdown(wait=False, cancel_futures=True)
         self._slow.shutdown(wait=False, cancel_futures=True)
+        if self._live is not None:
+            self._live.end()
 
 
 async def _deliver(answer: Answer, send: Send, connection: GuardedProtocol) -> None:

@@ -21,6 +21,7 @@ import uvicorn
 from core.logs import get_logger
 from vramancer.web.bridge import Bridge
 from vramancer.web.limits import Limits
+from vramancer.web.live import Live
 from vramancer.web.protocol import Config
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ each busy thread would add them to the engine's step."""
 
 
 class FrontDoor(uvicorn.Server):
-    """Answers requests to `app` until it is stopped, then lets running ones finish."""
+    """Answers requests to `app` until it is stopped, then lets running ones finish. `live` is what pages watch."""
 
     def __init__(
         self,
@@ -47,8 +48,9 @@ class FrontDoor(uvicorn.Server):
         admit: Callable[[WSGIEnvironment], Admission],
         limits: Limits,
         on_ready: Callable[[], None] = lambda: None,
+        live: Live | None = None,
     ) -> None:
-        self._bridge = Bridge(app, admit, limits)
+        self._bridge = Bridge(app, admit, limits, live)
         super().__init__(Config(self._bridge, limits))
         self._limits = limits
         self._on_ready = on_ready
