@@ -1,0 +1,1 @@
+"""The Grafana board, and the code that it is generated from."""
