@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote, urlsplit
 
 from core.errors import ConfigError, UnavailableError, VRAMancerError
-from core.security.admission import DISCONNECTED_KEY, QUIET_KEY
+from core.security.admission import DISCONNECTED_KEY
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
@@ -141,8 +141,6 @@ class AppGateway:
             "wsgi.run_once": False,
             DISCONNECTED_KEY: call.gone,
         }
-        if call.quiet:
-            environ[QUIET_KEY] = True
         return environ
 
 

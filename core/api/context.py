@@ -15,7 +15,7 @@ from flask import Flask, Response, current_app, g, request
 from core.errors import AuthenticationError, ModelNotFoundError
 from core.logs import get_logger
 from core.security.access import CallerLimits, Principal, SignedIn, authorize, given_tokens, nobody, policy_of
-from core.security.admission import QUIET_KEY, REFUSAL_KEY
+from core.security.admission import REFUSAL_KEY
 
 if TYPE_CHECKING:
     from core.engine.submission import LoadedModel
@@ -28,6 +28,18 @@ REQUEST_ID_HEADER = "X-Request-ID"
 UNMATCHED = "unmatched"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 QUIET_RULES = frozenset({"/live", "/ready", "/health", "/metrics"})  # asked every few seconds by machines
+WATCHED_RULES = frozenset(
+    {
+        "/api/pipeline/status",
+        "/api/queue/status",
+        "/api/batcher/stats",
+        "/api/gpu",
+        "/api/system",
+        "/api/nodes",
+        "/api/memory",
+        "/api/tasks",
+    }
+)  # asked every second by dashboards
 
 _SANE_ID = re.compile(r"[!-~]{1,128}")
 
@@ -165,12 +177,12 @@ def _finish(response: Response) -> Response:
     path = _canonical_rule()
     method = request.method if request.method in METHODS else "other"
     started_s, status, request_id = g.started_s, response.status_code, g.request_id
-    quiet = path in QUIET_RULES or QUIET_KEY in request.environ
 
     def observe() -> None:
         seconds = time.perf_counter() - started_s
         metrics.observe_http(path, method, status, seconds, request_id)
-        write = log.debug if quiet else log.info
+        usual = path in QUIET_RULES or (path in WATCHED_RULES and status < 400)
+        write = log.debug if usual else log.info
         write("request answered", method=method, path=path, status=status, seconds=round(seconds, 6))
 
     if response.is_streamed:

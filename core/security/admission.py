@@ -11,8 +11,6 @@ STOPPING_KEY = "vramancer.stopping"
 """Whether the server finishes what it has begun, and takes nothing new."""
 DISCONNECTED_KEY = "vramancer.disconnected"
 """A function that says whether the client has left."""
-QUIET_KEY = "vramancer.quiet"
-"""There where this process asks itself, again and again, so that its log does not fill with that."""
 
 
 @dataclass(frozen=True, slots=True)

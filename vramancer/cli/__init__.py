@@ -10,6 +10,7 @@ from vramancer import __version__
 from vramancer.cli.bench import bench
 from vramancer.cli.chat import run
 from vramancer.cli.doctor import doctor
+from vramancer.cli.live import dashboard
 from vramancer.cli.parsing import Commands, SettingsCommand
 from vramancer.cli.plan import plan
 from vramancer.cli.serve import serve
