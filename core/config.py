@@ -28,6 +28,7 @@ from core.config_schema import (
     RuntimeSettings,
     Section,
     Settings,
+    TracingSettings,
     field_kinds,
 )
 from core.errors import ConfigError
@@ -40,6 +41,7 @@ __all__ = [
     "RuntimeSettings",
     "SettingInfo",
     "Settings",
+    "TracingSettings",
     "find_config_file",
     "iter_settings",
     "load_settings",

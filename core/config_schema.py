@@ -349,6 +349,25 @@ class MonitoringSettings(Section):
     )
 
 
+class TracingSettings(Section):
+    """OpenTelemetry traces of requests and background work."""
+
+    enabled: bool = _setting(
+        False,
+        "Send traces over OTLP (HTTP). Needs pip install 'vramancer[tracing]'. The variables of OpenTelemetry hold, such "
+        "as OTEL_EXPORTER_OTLP_ENDPOINT (http://localhost:4318 if it is not set).",
+        flag="tracing",
+        env="VRM_TRACING",
+    )
+    sample_ratio: float = _setting(
+        1.0,
+        "Share of requests that are traced (0 to 1), where the caller's traceparent header does not say whether to.",
+        flag="tracing-sample-ratio",
+        ge=0.0,
+        le=1.0,
+    )
+
+
 class LoggingSettings(Section):
     """What is logged, and how."""
 
@@ -395,6 +414,7 @@ class Settings(BaseModel):
     api: ApiSettings = Field(default_factory=ApiSettings)
     security: SecuritySettings = Field(default_factory=SecuritySettings)
     monitoring: MonitoringSettings = Field(default_factory=MonitoringSettings)
+    tracing: TracingSettings = Field(default_factory=TracingSettings)
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
     runtime: RuntimeSettings = Field(default_factory=RuntimeSettings)
 
