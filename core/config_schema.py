@@ -354,8 +354,8 @@ class TracingSettings(Section):
 
     enabled: bool = _setting(
         False,
-        "Send traces over OTLP (HTTP). Needs pip install 'vramancer[tracing]'. The variables of OpenTelemetry hold, such "
-        "as OTEL_EXPORTER_OTLP_ENDPOINT (http://localhost:4318 if it is not set).",
+        "Send traces of requests over OTLP and HTTP; needs pip install 'vramancer[tracing]'. OpenTelemetry's own "
+        "variables hold, such as OTEL_EXPORTER_OTLP_ENDPOINT, which is http://localhost:4318 if it is not set.",
         flag="tracing",
         env="VRM_TRACING",
     )

@@ -195,9 +195,7 @@ def _describe(
     return span.context
 
 
-def _started(
-    prefix: str, submit: Callable[[str, Sink, str, ServerSpan | None], list[RequestHandle]]
-) -> Generation:
+def _started(prefix: str, submit: Callable[[str, Sink, str, ServerSpan | None], list[RequestHandle]]) -> Generation:
     """`submit` is given the generation's id, its sink, its owner and the request's span."""
     context = api_context()
     generation_id = f"{prefix}-{uuid.uuid4().hex}"

@@ -88,9 +88,7 @@ class ModelRunner:
         with _FaultsOf(self.stages[-1]):
             result = self.stages[-1].results(step)
         if self._names:
-            result.stage_s = {
-                name: stage.seconds(step) for name, stage in zip(self._names, self.stages, strict=True)
-            }
+            result.stage_s = {name: stage.seconds(step) for name, stage in zip(self._names, self.stages, strict=True)}
         return result
 
     def submit(self, output: SchedulerOutput, done: StepDone) -> None:

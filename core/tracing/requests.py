@@ -37,7 +37,9 @@ def phases(request: FinishedRequest) -> Iterator[_Phase]:
         if began_s is None:
             break
         times.append(began_s)
-    for name, began_s, ended_s in zip(("queue", "prefill", "decode"), times, [*times[1:], request.ended_s], strict=False):
+    for name, began_s, ended_s in zip(
+        ("queue", "prefill", "decode"), times, [*times[1:], request.ended_s], strict=False
+    ):
         yield _Phase(name, began_s, ended_s)
 
 

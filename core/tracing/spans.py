@@ -51,8 +51,6 @@ def below_caller(caller: Caller | None) -> Context:
     return _parent(caller.trace_id, caller.span_id, flags, caller.state, is_remote=True)
 
 
-def _parent(
-    trace_id: str, span_id: str, flags: int, state: tuple[tuple[str, str], ...], *, is_remote: bool
-) -> Context:
+def _parent(trace_id: str, span_id: str, flags: int, state: tuple[tuple[str, str], ...], *, is_remote: bool) -> Context:
     ids = SpanContext(int(trace_id, 16), int(span_id, 16), is_remote, TraceFlags(flags), TraceState(list(state)))
     return set_span_in_context(NonRecordingSpan(ids), Context())

@@ -193,7 +193,7 @@ def test_the_callers_trace_goes_on(service: Service, collector: Collector) -> No
 def test_a_caller_who_does_not_record_is_not_recorded(service: Service, collector: Collector) -> None:
     unsampled = {"traceparent": f"00-{TRACE}-{CALLER}-00"}
     service.complete(3, unsampled)
-    assert service.ask("POST", "/api/models/load", {"model": "/nowhere"}, **unsampled)[0] == 400
+    assert service.ask("POST", "/api/models/load", {"model": "/nowhere"}, **unsampled)[0] == 404
     service.complete(3)
     service.end()
     assert len(collector.named("queue")) == len(collector.named(ROUTE)) == 1
