@@ -37,10 +37,8 @@ def phases(request: FinishedRequest) -> Iterator[_Phase]:
         if began_s is None:
             break
         times.append(began_s)
-    for name, began_s, ended_s in zip(
-        ("queue", "prefill", "decode"), times, [*times[1:], request.ended_s], strict=False
-    ):
-        yield _Phase(name, began_s, ended_s)
+    ends = [*times[1:], request.ended_s]
+    yield from map(_Phase, ("queue", "prefill", "decode"), times, ends)
 
 
 class RequestSpans:

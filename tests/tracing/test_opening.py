@@ -55,9 +55,12 @@ def test_off_nothing_is_noted(llama: Path, open_pipeline: Callable[..., Inferenc
     assert open_tracing(TracingSettings()) is None and pipeline.tracing is None
     results: list[Any] = []
     execute = pipeline.engine.runner.execute
-    pipeline.engine.batcher._runner = cast(
-        Any, Fake(execute=lambda output: results.append(execute(output)) or results[-1])
-    )
+
+    def noting(output: Any) -> Any:
+        results.append(execute(output))
+        return results[-1]
+
+    pipeline.engine.batcher._runner = cast(Any, Fake(execute=noting))
     pipeline.submit([5, 6], SamplingParams(max_tokens=3)).result(60)
     assert results and all(result.stage_s == {} for result in results)
     assert all(stage.times is None for stage in pipeline.engine.stages)
@@ -66,7 +69,7 @@ def test_off_nothing_is_noted(llama: Path, open_pipeline: Callable[..., Inferenc
 def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     """As where the package is not installed."""
     for name in list(sys.modules):
-        if name.startswith("core.tracing.") or name == package or name.startswith(f"{package}."):
+        if name.startswith(("core.tracing.", f"{package}.")) or name == package:
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, cast(Any, None))
 
