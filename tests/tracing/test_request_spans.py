@@ -251,3 +251,27 @@ def test_stages_at_the_same_time(collector: Collector, open_service: Open) -> No
         assert sorted(stages) == [f"stage {stage}" for stage in STAGES]
         assert {span.attributes["vramancer.stage.steps"] for span in stages.values()} == {9}
         assert all(span.attributes["vramancer.stage.busy_seconds"] > 0 for span in stages.values())
+
+
+def test_a_model_that_moves_in_the_middle(
+    service: Service, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request goes on in another engine, and so do its notes."""
+    gate = hold_after(service, monkeypatch, 4)
+    client = threading.Thread(target=service.complete, args=(50,))
+    client.start()
+    until(lambda: service.pipeline.engine.batcher.stats.running, "it runs")
+    place = {"devices": "cpu=64MiB,cpu=64MiB", "layers": "1,3"}
+    mover = threading.Thread(target=service.ask, args=("POST", "/api/pipeline/place", place))
+    mover.start()
+    until(lambda: service.pipeline.loading, "it is being moved")
+    gate.set()
+    client.join(LONGEST_WAIT_S)
+    mover.join(LONGEST_WAIT_S)
+    assert [stage.num_layers for stage in service.pipeline.engine.plan.placement.stages] == [1, 3]
+    _, phases = tree(collector)
+    decode = phases["decode"]
+    assert decode.attributes["gen_ai.usage.output_tokens"] == 50
+    stages = collector.children(decode)
+    assert sorted(stages) == [f"stage {stage}" for stage in STAGES]
+    assert {span.attributes["vramancer.stage.steps"] for span in stages.values()} == {49}
