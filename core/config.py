@@ -29,6 +29,7 @@ from core.config_schema import (
     RuntimeSettings,
     Section,
     Settings,
+    TracingSettings,
     field_kinds,
 )
 from core.errors import ConfigError
@@ -42,6 +43,7 @@ __all__ = [
     "RuntimeSettings",
     "SettingInfo",
     "Settings",
+    "TracingSettings",
     "find_config_file",
     "iter_settings",
     "load_settings",

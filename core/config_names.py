@@ -57,7 +57,6 @@ _SWITCH = frozenset({"0", "false", "off"})
 
 ABSENT_SETTINGS = (
     AbsentSetting("backend.allow_stub", "VRM_BACKEND_ALLOW_STUB", "answers of a stub where no backend is", _SWITCH),
-    AbsentSetting("tracing.enabled", "VRM_TRACING", "OpenTelemetry tracing", _SWITCH),
     AbsentSetting("sqlite.path", "VRM_SQLITE_PATH", "keeping state in an SQLite file", _SWITCH),
     AbsentSetting("cluster.master", "VRM_CLUSTER_MASTER", "address of the cluster's master"),
     AbsentSetting("cluster.port", "VRM_CLUSTER_PORT", "port on which a master accepts workers", frozenset({"5040"})),

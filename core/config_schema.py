@@ -386,6 +386,25 @@ class DashboardSettings(Section):
     )
 
 
+class TracingSettings(Section):
+    """OpenTelemetry traces of requests and background work."""
+
+    enabled: bool = _setting(
+        False,
+        "Send traces of requests over OTLP and HTTP; needs pip install 'vramancer[tracing]'. OpenTelemetry's own "
+        "variables hold, such as OTEL_EXPORTER_OTLP_ENDPOINT, which is http://localhost:4318 if it is not set.",
+        flag="tracing",
+        env="VRM_TRACING",
+    )
+    sample_ratio: float = _setting(
+        1.0,
+        "Share of requests that are traced (0 to 1), where the caller's traceparent header does not say whether to.",
+        flag="tracing-sample-ratio",
+        ge=0.0,
+        le=1.0,
+    )
+
+
 class LoggingSettings(Section):
     """What is logged, and how."""
 
@@ -433,6 +452,7 @@ class Settings(BaseModel):
     security: SecuritySettings = Field(default_factory=SecuritySettings)
     monitoring: MonitoringSettings = Field(default_factory=MonitoringSettings)
     dashboard: DashboardSettings = Field(default_factory=DashboardSettings)
+    tracing: TracingSettings = Field(default_factory=TracingSettings)
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
     runtime: RuntimeSettings = Field(default_factory=RuntimeSettings)
 

@@ -11,6 +11,7 @@ import torch
 from core.batching.intake import Load
 from core.batching.output import RequestHandle, Sink
 from core.batching.sequence import RawAnswer, RawOutput, RawPositions, Request
+from core.batching.traced import Traced
 from core.config import Settings
 from core.defaults import DEFAULT_OWNER, DEMO_NAME
 from core.devices import Device, open_main_memory, parse_link
@@ -22,7 +23,8 @@ from core.engine.submission import LoadedModel, make_raw_request, make_request
 from core.errors import ConflictError, EngineMovedError, ModelChangedError, ModelNotLoadedError
 from core.logs import get_logger
 from core.metrics import MetricsRegistry
-from core.request import SamplingParams
+from core.request import SamplingParams, TraceContext
+from core.tracing import open_tracing
 from core.transfer import TransferManager
 from core.views.metrics import engine_metrics
 from core.views.state import ServiceState
@@ -36,12 +38,16 @@ class InferencePipeline:
     def __init__(self, settings: Settings, *, on_progress: ProgressCall | None = None) -> None:
         self.settings = settings
         self.metrics = MetricsRegistry()
+        self.tracing = open_tracing(settings.tracing)
+        if self.tracing is not None:
+            self.metrics.tasks.watch = self.tracing.task
         link = settings.devices.sim_link
         self.main_memory = open_main_memory(settings.devices)
         self.transfer = TransferManager(
             self.metrics, sim_link=parse_link(link) if link else None, host=self.main_memory.budget
         )
-        self._keeper = EngineKeeper(settings, self.transfer, self.main_memory, self.metrics, on_progress)
+        observers = (self.tracing.requests,) if self.tracing is not None else ()
+        self._keeper = EngineKeeper(settings, self.transfer, self.main_memory, self.metrics, on_progress, observers)
         self.monitor = GPUMonitor(self._devices, settings.monitoring.interval_s)
         self.metrics.set_engine_source(lambda: engine_metrics(self._keeper.engine, self.monitor.readings))
 
@@ -178,18 +184,20 @@ class InferencePipeline:
         sink: Sink | None = None,
         model: LoadedModel | None = None,
         owner: str = DEFAULT_OWNER,
+        trace: TraceContext | None = None,
     ) -> list[RequestHandle]:
         """Start several requests, all or none. With `sink`, their outputs arrive there as `(index, message)`.
 
         Token ids mean nothing to another model: with `model`, raises `ModelChangedError` if that is no longer served.
+        `trace` is the span that they are made in, if a trace is recorded.
         """
         base = request_id or f"req-{uuid.uuid4().hex}"
         ids = [f"{base}-{index}" for index in range(len(requests))]
-        return self._submit(requests, ids, priority, owner, sink, model)
+        return self._submit(requests, ids, priority, owner, sink, model, trace)
 
     def _submit(
         self, requests: Sequence[tuple[Sequence[int], SamplingParams]], ids: Sequence[str], priority: int, owner: str,
-        sink: Sink | None = None, model: LoadedModel | None = None,
+        sink: Sink | None = None, model: LoadedModel | None = None, trace: TraceContext | None = None,
     ) -> list[RequestHandle]:  # fmt: skip
         seed = self.settings.runtime.default_seed
 
@@ -203,11 +211,12 @@ class InferencePipeline:
                 for (tokens, params), name in zip(requests, ids, strict=True)
             ]
 
-        return self._start(make, sink, model)
+        return self._start(make, sink, model, trace)
 
     def _start(
-        self, make: Callable[[ModelEngine], list[Request]], sink: Sink | None, model: LoadedModel | None
-    ) -> list[RequestHandle]:
+        self, make: Callable[[ModelEngine], list[Request]], sink: Sink | None, model: LoadedModel | None,
+        trace: TraceContext | None,
+    ) -> list[RequestHandle]:  # fmt: skip
         """Submit what `make` makes for the engine that serves, also if that changes right now."""
         while True:
             engine = self.engine
@@ -215,8 +224,12 @@ class InferencePipeline:
                 raise ModelChangedError(f"{model.name} has just been replaced by {engine.model.name}; try again.")
             if self._keeper.closing:
                 self._keeper.refuse_when_closing()
+            made = make(engine)
+            if trace is not None:
+                for request in made:
+                    request.traced = Traced(trace)
             try:
-                return engine.batcher.submit(make(engine), sink=sink)
+                return engine.batcher.submit(made, sink=sink)
             except EngineMovedError:
                 if self._keeper.engine is engine:
                     raise
@@ -243,6 +256,7 @@ class InferencePipeline:
         sink: Sink | None = None,
         model: LoadedModel | None = None,
         owner: str = DEFAULT_OWNER,
+        trace: TraceContext | None = None,
     ) -> RequestHandle:
         """Start one forward pass over the tokens, in pieces between the steps of other requests. Once the handle has
         its last output, `raw` has the numbers, unless the request was aborted. The rest is as for `submit_many`."""
@@ -251,7 +265,7 @@ class InferencePipeline:
         def make(engine: ModelEngine) -> list[Request]:
             return [make_raw_request(engine.model, token_ids, raw, request_id=name, owner=owner)]
 
-        return self._start(make, sink, model)[0]
+        return self._start(make, sink, model, trace)[0]
 
     def infer(
         self, token_ids: Sequence[int], *, output: RawOutput = "logits", positions: RawPositions = "last"
@@ -298,3 +312,5 @@ class InferencePipeline:
         self._keeper.close(drain_s)
         self.monitor.close()
         self.transfer.close()
+        if self.tracing is not None:
+            self.tracing.close()

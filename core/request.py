@@ -12,6 +12,7 @@ from typing import Literal
 from core.errors import InvalidRequestError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+Phase = Literal["prefill", "decode"]
 
 MAX_N = 128
 MAX_LOGPROBS = 20
@@ -215,10 +216,34 @@ class GenerationResult:
 
 
 @dataclass(frozen=True, slots=True)
+class TraceContext:
+    """The span in which a request was made, of a trace that is recorded (W3C Trace Context): ids in hexadecimal, and
+    what vendors keep in `state`. `epoch_ns` is the Unix time at which `time.monotonic()` was 0, by the clock as it was
+    when the trace began here: with it, all times of a trace are on one clock."""
+
+    trace_id: str
+    span_id: str
+    state: str = ""
+    epoch_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StageWork:
+    """What a stage did for a request in one of its phases: the steps that the request was part of, and how long the
+    stage computed in them, for this request and whoever else was in them."""
+
+    phase: Phase
+    stage: str
+    steps: int
+    busy_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class FinishedRequest:
     """A request that has ended, for whoever counts or records it. Times are `time.monotonic()` seconds: when it was
     submitted, when its first token was first part of a step, when its first answer token came (None: it never did),
-    and its end. `reason` is its finish reason: stop, length, abort or error."""
+    and its end. `reason` is its finish reason: stop, length, abort or error. `trace` is where it belongs in a trace
+    that is recorded; `work` is noted for those alone."""
 
     request_id: str
     reason: str
@@ -228,3 +253,7 @@ class FinishedRequest:
     started_s: float | None
     first_token_s: float | None
     ended_s: float
+    cached_tokens: int = 0
+    preemptions: int = 0
+    trace: TraceContext | None = None
+    work: tuple[StageWork, ...] = ()

@@ -20,6 +20,7 @@ from core.security.admission import REFUSAL_KEY
 if TYPE_CHECKING:
     from core.engine.submission import LoadedModel
     from core.inference_pipeline import InferencePipeline
+    from core.tracing.server import ServerSpan
 
 log = get_logger(__name__)
 
@@ -90,6 +91,12 @@ def api_context() -> ApiContext:
     return cast(ApiContext, current_app.extensions[EXTENSION])
 
 
+def current_span() -> ServerSpan | None:
+    """The current request's, if its trace is recorded."""
+    span: ServerSpan | None = g.get("span")
+    return span
+
+
 def served_model(name: str | None) -> LoadedModel:
     """The loaded model, if `name` is one of its names or None.
 
@@ -98,6 +105,9 @@ def served_model(name: str | None) -> LoadedModel:
         ModelNotFoundError: another model is asked for.
     """
     model = api_context().pipeline.model
+    span = current_span()
+    if span is not None:
+        span.set(gen_ai__request__model=name or model.name)
     if name is not None and not model.knows(name):
         raise ModelNotFoundError(f"The model '{name}' is not served here; '{model.name}' is.", param="model")
     return model
@@ -106,6 +116,7 @@ def served_model(name: str | None) -> LoadedModel:
 def register_hooks(app: Flask) -> None:
     app.before_request(_identify)
     app.before_request(_authorize)
+    app.before_request(_trace)
     app.after_request(_finish)
 
 
@@ -154,6 +165,35 @@ def _limit(limits: CallerLimits | None, principal: Principal | None, *, has_toke
         limits.check_key(principal.owner)
 
 
+def _trace() -> None:
+    """Begin the span of a request that waits for the engine, or changes something: what only looks has none. Nor has a
+    caller who may not."""
+    tracing = api_context().pipeline.tracing
+    if tracing is None or request.endpoint is None or request.method == "OPTIONS":
+        return
+    declared = policy_of(current_app.view_functions[request.endpoint])
+    if declared is None or not (declared.waits or declared.mutates):
+        return
+    path = _canonical_rule()
+    attributes: dict[str, str | int] = {
+        "http.request.method": request.method,
+        "http.route": path,
+        "url.path": request.path,
+        "url.scheme": request.scheme,
+        "client.address": request.remote_addr or "",
+        "network.protocol.version": request.environ.get("SERVER_PROTOCOL", "").removeprefix("HTTP/"),
+        "user_agent.original": request.user_agent.string,
+        "vramancer.http.request_id": g.request_id,
+    }
+    headers = request.headers
+    g.span = tracing.serve(
+        f"{request.method} {path}", attributes, headers.get("traceparent"), headers.get("tracestate")
+    )
+    if g.span is not None:
+        where = g.span.context
+        structlog.contextvars.bind_contextvars(trace_id=where.trace_id, span_id=where.span_id)
+
+
 def check_policies(app: Flask) -> None:
     """Raise `RuntimeError` for a route that does not say who may call it."""
     for rule in app.url_map.iter_rules():
@@ -176,14 +216,17 @@ def _finish(response: Response) -> Response:
     metrics = api_context().pipeline.metrics
     path = _canonical_rule()
     method = request.method if request.method in METHODS else "other"
-    started_s, status, request_id = g.started_s, response.status_code, g.request_id
+    started_s, status, request_id, span = g.started_s, response.status_code, g.request_id, current_span()
 
     def observe() -> None:
         seconds = time.perf_counter() - started_s
-        metrics.observe_http(path, method, status, seconds, request_id)
+        trace_id = span.context.trace_id if span is not None else ""
+        metrics.observe_http(path, method, status, seconds, request_id, trace_id)
         usual = path in QUIET_RULES or (path in WATCHED_RULES and status < 400)
         write = log.debug if usual else log.info
         write("request answered", method=method, path=path, status=status, seconds=round(seconds, 6))
+        if span is not None:
+            span.end(status)
 
     if response.is_streamed:
         response.call_on_close(observe)  # a stream's latency ends with its last event

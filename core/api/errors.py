@@ -9,6 +9,7 @@ from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from core.api.body import json_response
+from core.api.context import current_span
 from core.errors import (
     AuthenticationError,
     ChatTemplateError,
@@ -45,6 +46,7 @@ def unexpected_error_body() -> dict[str, Any]:
 
 
 def _answer_error(error: VRAMancerError) -> Response:
+    _tell_trace(error)
     response = json_response(error.to_openai(), error.status)
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
@@ -55,6 +57,12 @@ def _answer_error(error: VRAMancerError) -> Response:
     else:
         _log_refusal(error, error.status)
     return response
+
+
+def _tell_trace(error: Exception) -> None:
+    span = current_span()
+    if span is not None:
+        span.fail(error)
 
 
 def _log_refusal(error: VRAMancerError, status: int, **more: str) -> None:
@@ -101,6 +109,7 @@ def _answer_disconnected(_: ClientDisconnectedError) -> Response:
 def _answer_unexpected(error: Exception) -> Response:
     """A bug, or no memory. Registered for Exception, as the last resort of every request."""
     log.error("request failed unexpectedly", error=repr(error), exc_info=error)
+    _tell_trace(error)
     if isinstance(error, MemoryError):
         return _answer_error(UnavailableError("The server has too little memory for this request."))
     return json_response(unexpected_error_body(), 500)

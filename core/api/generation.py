@@ -14,21 +14,24 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from flask import Response, g, request
 
 from core.api.body import to_json
-from core.api.context import api_context
+from core.api.context import api_context, current_span
 from core.api.errors import ClientDisconnectedError, unexpected_error_body
 from core.batching.output import Gathered, RequestHandle, Sink
 from core.batching.sequence import RawAnswer
 from core.engine.submission import LoadedModel
 from core.errors import InvalidRequestError, VRAMancerError
 from core.logs import get_logger
-from core.request import GenerationResult, RequestOutput, SamplingParams, SequenceDelta
+from core.request import GenerationResult, RequestOutput, SamplingParams, SequenceDelta, TraceContext
 from core.security.access import Principal
 from core.security.admission import DISCONNECTED_KEY
+
+if TYPE_CHECKING:
+    from core.tracing.server import ServerSpan
 
 log = get_logger(__name__)
 
@@ -37,6 +40,12 @@ LEAST_LOGPROB = -9999.0  # what OpenAI writes for a probability of 0, since JSON
 DONE = "data: [DONE]\n\n"
 KEEP_ALIVE = ": keep-alive\n\n"
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+OPERATIONS = {
+    "chatcmpl": "chat", "cmpl": "text_completion", "batch": "text_completion", "gen": "text_completion",
+    "infer": "infer",
+}  # fmt: skip
+"""What OpenTelemetry calls them, by the prefix of their ids."""
 
 EngineRequest = tuple[Sequence[int], SamplingParams]
 
@@ -52,12 +61,14 @@ class Generation:
         *,
         client_gone: Callable[[], bool],
         on_close: Callable[[], None],
+        span: ServerSpan | None = None,
     ) -> None:
         self.id = generation_id
         self._handles = handles
         self._sink = sink
         self._client_gone = client_gone
         self._on_close = on_close
+        self._span = span
         self._open = set(range(len(handles)))
 
     def outputs(self) -> Iterator[tuple[int, RequestOutput] | None]:
@@ -110,10 +121,19 @@ class Generation:
                 index, message = event
                 if isinstance(message, VRAMancerError) or message.finished:
                     self._open.discard(index)
+                if self._span is not None:
+                    self._span.saw(index, message)
             yield event
+
+    def failed(self, error: Exception) -> None:
+        """Its answer could not be made, though the status was sent."""
+        if self._span is not None:
+            self._span.fail(error)
 
     def close(self) -> None:
         """Abort what is unfinished. Safe to call twice."""
+        if self._open and self._span is not None:
+            self._span.gave_up()
         for index in sorted(self._open):
             self._handles[index].abort()
         self._open.clear()
@@ -136,13 +156,15 @@ def start_generation(
         VRAMancerError: whatever the pipeline refuses the requests for.
     """
     pipeline = api_context().pipeline
-    try:
-        return _started(
-            prefix,
-            lambda generation_id, sink, owner: pipeline.submit_many(
-                requests, priority=priority or 0, request_id=generation_id, sink=sink, model=model, owner=owner
-            ),
+
+    def submit(generation_id: str, sink: Sink, owner: str, span: ServerSpan | None) -> list[RequestHandle]:
+        trace = _describe(span, prefix, generation_id, model, [params for _, params in requests])
+        return pipeline.submit_many(
+            requests, priority=priority or 0, request_id=generation_id, sink=sink, model=model, owner=owner, trace=trace
         )
+
+    try:
+        return _started(prefix, submit)
     except InvalidRequestError as error:
         error.param = (names or {}).get(error.param or "", error.param)
         raise
@@ -151,22 +173,37 @@ def start_generation(
 def start_inference(token_ids: Sequence[int], raw: RawAnswer, model: LoadedModel) -> Generation:
     """The same for numbers of a prompt, which come into `raw`."""
     pipeline = api_context().pipeline
-    return _started(
-        "infer",
-        lambda generation_id, sink, owner: [
-            pipeline.submit_raw(token_ids, raw, request_id=generation_id, sink=sink, model=model, owner=owner)
-        ],
-    )
+
+    def submit(generation_id: str, sink: Sink, owner: str, span: ServerSpan | None) -> list[RequestHandle]:
+        trace = _describe(span, "infer", generation_id, model, [SamplingParams()])
+        return [
+            pipeline.submit_raw(
+                token_ids, raw, request_id=generation_id, sink=sink, model=model, owner=owner, trace=trace
+            )
+        ]
+
+    return _started("infer", submit)
 
 
-def _started(prefix: str, submit: Callable[[str, Sink, str], list[RequestHandle]]) -> Generation:
-    """`submit` is given the generation's id, its sink and its owner."""
+def _describe(
+    span: ServerSpan | None, prefix: str, generation_id: str, model: LoadedModel, params: Sequence[SamplingParams]
+) -> TraceContext | None:
+    """Put what is asked into the request's span. Returns where the engine's spans belong, if they are recorded."""
+    if span is None:
+        return None
+    span.generation(OPERATIONS[prefix], generation_id, model.name, params)
+    return span.context
+
+
+def _started(prefix: str, submit: Callable[[str, Sink, str, ServerSpan | None], list[RequestHandle]]) -> Generation:
+    """`submit` is given the generation's id, its sink, its owner and the request's span."""
     context = api_context()
     generation_id = f"{prefix}-{uuid.uuid4().hex}"
     request_id: str = g.request_id
     caller: Principal = g.principal  # no route that generates is public
     sink: Sink = queue.SimpleQueue()
-    handles = submit(generation_id, sink, caller.owner)
+    span = current_span()
+    handles = submit(generation_id, sink, caller.owner, span)
     context.live.add(request_id, generation_id)
     return Generation(
         generation_id,
@@ -174,6 +211,7 @@ def _started(prefix: str, submit: Callable[[str, Sink, str], list[RequestHandle]
         sink,
         client_gone=request.environ.get(DISCONNECTED_KEY, _never),
         on_close=lambda: context.live.discard(request_id, generation_id),
+        span=span,
     )
 
 
@@ -318,6 +356,7 @@ def stream_events(generation: Generation, renderer: ChunkRenderer, *, keepalive_
         yield _event(error.to_openai())
     except Exception as error:  # a bug: the status is already sent, so the error map cannot answer it
         log.error("stream failed unexpectedly", error=repr(error), exc_info=error)
+        generation.failed(error)
         yield _event(unexpected_error_body())
     finally:
         generation.close()

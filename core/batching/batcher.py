@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from core.batching.cohorts import CohortPolicy
 from core.batching.intake import Abort, Call, CircuitBreaker, Intake, Load
 from core.batching.output import Detokenizer, RequestHandle, Sink
-from core.batching.publisher import Answers, EngineMetrics, Publisher
+from core.batching.publisher import Answers, EngineMetrics, Publisher, RequestObserver
 from core.batching.scheduler import Scheduler
 from core.batching.sequence import Request
 from core.batching.stats import BatcherStats, StatsKeeper
@@ -130,9 +130,9 @@ class ContinuousBatcher:
     def start(self) -> None:
         self._thread.start()
 
-    def report_to(self, metrics: EngineMetrics) -> None:
-        """From now on tell `metrics` of tokens and finished requests."""
-        self._publisher.metrics = metrics
+    def report_to(self, metrics: EngineMetrics, others: tuple[RequestObserver, ...] = ()) -> None:
+        """From now on tell `metrics` of tokens and finished requests, and `others` of finished requests."""
+        self._publisher.metrics, self._publisher.observers = metrics, (metrics, *others)
 
     def submit(self, requests: list[Request], *, sink: Sink | None = None) -> list[RequestHandle]:
         """Queue requests, all or none. Raises `InvalidRequestError` for more than there is ever room for,

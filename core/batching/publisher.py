@@ -20,14 +20,18 @@ Answers: TypeAlias = "dict[str, list[SequenceDelta]]"
 """What a step adds to requests, by their ids."""
 
 
-class EngineMetrics(Protocol):
-    """Events that the engine reports, on its own thread: they have to be quick."""
-
-    def observe_first_token(self, seconds: float, prompt_tokens: int, request_id: str) -> None: ...
-
-    def observe_tokens(self, count: int, seconds: float | None) -> None: ...
+class RequestObserver(Protocol):
+    """Told of each request that ends, on the engine thread: it has to be quick, and raises nothing."""
 
     def observe_finished(self, request: FinishedRequest) -> None: ...
+
+
+class EngineMetrics(RequestObserver, Protocol):
+    """Told of tokens, too. `trace_id` is empty where no trace is recorded."""
+
+    def observe_first_token(self, seconds: float, prompt_tokens: int, request_id: str, trace_id: str) -> None: ...
+
+    def observe_tokens(self, count: int, seconds: float | None) -> None: ...
 
 
 class Publisher:
@@ -37,6 +41,7 @@ class Publisher:
 
     def __init__(self, scheduler: Scheduler, detokenizer: Detokenizer, on_end: Callable[[str], None]) -> None:
         self.metrics: EngineMetrics | None = None
+        self.observers: tuple[RequestObserver, ...] = ()
         self._scheduler = scheduler
         self._detokenizer = detokenizer
         self._on_end = on_end
@@ -112,7 +117,8 @@ class Publisher:
             return
         if before_s is None:
             waited_s, prompt_tokens = now_s - request.submitted_s, len(request.prompt_token_ids)
-            self.metrics.observe_first_token(waited_s, prompt_tokens, request.request_id)
+            trace_id = request.traced.context.trace_id if request.traced is not None else ""
+            self.metrics.observe_first_token(waited_s, prompt_tokens, request.request_id, trace_id)
         self.metrics.observe_tokens(count, now_s - before_s if before_s is not None else None)
 
     def abort(self, request_id: str) -> bool:
@@ -165,19 +171,25 @@ class Publisher:
         request = writer.request
         del self._writers[request.request_id]
         self._on_end(request.request_id)
-        if self.metrics is not None:
-            self.metrics.observe_finished(
-                FinishedRequest(
-                    request.request_id,
-                    reason,
-                    prompt_tokens=len(request.prompt_token_ids),
-                    output_tokens=sum(len(sequence.output_token_ids) for sequence in request.sequences),
-                    submitted_s=request.submitted_s,
-                    started_s=request.started_s,
-                    first_token_s=writer.first_token_s,
-                    ended_s=time.monotonic(),
-                )
-            )
+        if not self.observers:
+            return
+        traced = request.traced
+        finished = FinishedRequest(
+            request.request_id,
+            reason,
+            prompt_tokens=len(request.prompt_token_ids),
+            output_tokens=sum(len(sequence.output_token_ids) for sequence in request.sequences),
+            submitted_s=request.submitted_s,
+            started_s=request.started_s,
+            first_token_s=writer.first_token_s,
+            ended_s=time.monotonic(),
+            cached_tokens=request.num_cached_tokens,
+            preemptions=sum(sequence.num_preemptions for sequence in request.sequences),
+            trace=traced.context if traced is not None else None,
+            work=traced.work() if traced is not None else (),
+        )
+        for observer in self.observers:
+            observer.observe_finished(finished)
 
 
 def _as_failure(what: str, error: Exception) -> VRAMancerError:

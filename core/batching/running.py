@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from core.batching.sequence import Sequence
 from core.batching.step import PrefillMeter
+from core.execution.records import StepRecord
 
 FIRST_STEPS = 16
 """A sequence that has just begun is expected to go on for as many steps."""
@@ -32,3 +35,12 @@ class RunningSequences(list[Sequence]):
             return 0
         produced = len(sequence.output_token_ids)
         return max(0, min(sequence.request.max_tokens - produced, max(FIRST_STEPS, produced)))
+
+    def credit(self, record: StepRecord, stage_s: Mapping[str, float]) -> None:
+        """A step has taken each stage so long: noted, once each, with the requests that were part of it and are
+        traced. Before its tokens are appended."""
+        members = set(record.seq_ids.tolist())
+        traced = {id(s.request): s.request for s in self if s.request.traced is not None and s.seq_id in members}
+        for request in traced.values():
+            assert request.traced is not None
+            request.traced.add("decode" if request.answering else "prefill", stage_s)

@@ -279,6 +279,8 @@ class Scheduler:
         self.kv.step_done(output.step)
         self._running.meter.ended(output)
         self._token_cap = None if self._token_cap is None else _relaxed(self._token_cap, self.limits)
+        if result.stage_s:
+            self._running.credit(output.record, result.stage_s)
         running = {sequence.seq_id: sequence for sequence in self._running}
         updates, rope = [], self.limits.rope
         for item in output.sequences:

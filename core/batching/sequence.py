@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from core.batching.traced import Traced
 from core.defaults import DEFAULT_OWNER
 from core.errors import VRAMancerError
 from core.kv_cache.block_table import PrefixChain
@@ -133,7 +134,8 @@ class RawAnswer:
 @dataclass(eq=False, slots=True)
 class Request:
     """One prompt of `owner` with its parameters. `arrival` is a running number given by the batcher. With `raw` nothing
-    is sampled. `submitted_s` is when it came, `started_s` when it was first part of a step (`time.monotonic()`)."""
+    is sampled. `submitted_s` is when it came, `started_s` when it was first part of a step (`time.monotonic()`).
+    `traced` is there if its trace is recorded."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -150,6 +152,7 @@ class Request:
     num_cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprob | None] | None = None
     raw: RawAnswer | None = None
+    traced: Traced | None = None
 
     @property
     def reads_prefix(self) -> bool:
@@ -171,6 +174,11 @@ class Request:
     @property
     def finished(self) -> bool:
         return all(sequence.finished for sequence in self.sequences)
+
+    @property
+    def answering(self) -> bool:
+        """Whether it has a token of its answer."""
+        return any(sequence.output_token_ids for sequence in self.sequences)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from core.execution.attention.warm_up import warm_up_attention
 from core.execution.known_sequences import KnownSequences
 from core.execution.model_runner import ModelRunner
 from core.execution.stage import KVSetup, Stage
+from core.execution.step_times import StepTimes
 from core.execution.threads import CpuThreads
 from core.kv_cache.block_table import RopeBorder
 from core.kv_cache.manager import KVCacheManager
@@ -113,6 +114,8 @@ class EngineBuilder:
         plan, device = self.plan.placement.stages[index], self.device_of(index)
         budget, timer = self.budgets[device.name], stage_timer(self.plan, plan)
         stage = self._make_stage(self.plan.architecture, self.slice_of(index), device, budget, timer)
+        if self._settings.tracing.enabled:
+            stage.times = StepTimes()
         self.stages[index] = stage
         streamed = None
         if plan.streamed_layers:
@@ -173,7 +176,8 @@ class EngineBuilder:
         memory = open_kv(plan, settings, stages, self.budgets, salt, self._blocks, running)
         try:
             torch_threads = 1 if products_are_native(backends, plan, settings) else self._threads.together
-            runner = ModelRunner(stages, self._transfer, self._threads, torch_threads)
+            timed = settings.tracing.enabled
+            runner = ModelRunner(stages, self._transfer, self._threads, torch_threads, timed)
             batcher = ContinuousBatcher(
                 runner,
                 Scheduler(memory.kv, _limits(engine, memory.kv, model.max_model_len, plan.architecture.rope), running),

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from core.batching.publisher import RequestObserver
 from core.config import Settings
 from core.devices import HOST, Device, MainMemory, open_devices
 from core.engine.builder import EngineBuilder, check_memory
@@ -46,7 +47,7 @@ class EngineKeeper:
 
     def __init__(
         self, settings: Settings, transfer: TransferManager, main_memory: MainMemory, metrics: MetricsRegistry,
-        on_progress: ProgressCall | None,
+        on_progress: ProgressCall | None, observers: tuple[RequestObserver, ...] = (),
     ) -> None:  # fmt: skip
         self.engine: ModelEngine | None = None
         self.leaving: ModelEngine | None = None
@@ -54,6 +55,7 @@ class EngineKeeper:
         self._transfer = transfer
         self._main_memory = main_memory
         self._metrics = metrics
+        self._observers = observers
         self._on_progress = on_progress
         self._drain_s = settings.api.drain_timeout_s
         self._cpu_threads = settings.devices.cpu_threads or torch.get_num_threads()
@@ -304,7 +306,7 @@ class EngineKeeper:
         """To the first token, so that readiness means that the model works."""
         engine.batcher.intake.call_within(lambda: torch.set_num_threads(engine.torch_threads(self._cpu_threads)))
         self._warm_up(engine)
-        engine.batcher.report_to(self._metrics)
+        engine.batcher.report_to(self._metrics, self._observers)
         engine.batcher.on_lost = self._device_lost
 
     def _warm_up(self, engine: ModelEngine) -> None:

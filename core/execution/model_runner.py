@@ -49,14 +49,15 @@ class ModelRunner:
     """Drives the stages of one loaded model.
 
     The engine thread runs a step by itself with `execute`, or puts several in flight with `submit`; then every stage
-    has a thread of its own. `cpu_threads` is told which of the two it is.
+    has a thread of its own. `cpu_threads` is told which of the two it is. `timed`: results say what stages took.
     """
 
     def __init__(
         self, stages: Sequence[StageHandle], transfer: TransferManager, cpu_threads: CpuThreads | None = None,
-        torch_threads: int | None = None,
+        torch_threads: int | None = None, timed: bool = False,
     ) -> None:  # fmt: skip
         self.stages = tuple(stages)
+        self._names = tuple(f"{index}:{_devices_of(stage)}" for index, stage in enumerate(stages)) if timed else ()
         self._transfer = transfer
         self._cpu_threads = cpu_threads
         self._torch_threads = torch_threads
@@ -81,8 +82,14 @@ class ModelRunner:
                 for behind in self.stages[index + 1 :]:
                     behind.skip(output.step)
                 raise
+        return self._results(output.step)
+
+    def _results(self, step: int) -> StepOutput:
         with _FaultsOf(self.stages[-1]):
-            return self.stages[-1].results(output.step)
+            result = self.stages[-1].results(step)
+        if self._names:
+            result.stage_s = {name: stage.seconds(step) for name, stage in zip(self._names, self.stages, strict=True)}
+        return result
 
     def submit(self, output: SchedulerOutput, done: StepDone) -> None:
         """One step, in the stages' own threads. `done(output, result or error)` is called from the last of them."""
@@ -156,5 +163,8 @@ class ModelRunner:
 
     def _finish(self, flight: _Flight) -> None:
         """In flight this has a thread of its own: the last stage goes on with the next step meanwhile."""
-        with _FaultsOf(self.stages[-1]):
-            flight.result = self.stages[-1].results(flight.step)
+        flight.result = self._results(flight.step)
+
+
+def _devices_of(stage: StageHandle) -> str:
+    return "+".join(device.name for device in stage.devices)

@@ -151,6 +151,7 @@ class StepOutput(msgspec.Struct):
         failed: sequences whose own numbers went wrong while the rest of the step is sound, and how.
         prompt_logprobs: of the prompt tokens that follow the tokens of a row that asked for them.
         raw: fp32 `[R, vocab]` or `[R, hidden_size]`, for a step with `StepRecord.raw`.
+        stage_s: seconds that each stage computed, by its name. The runner's, where somebody wants to know.
     """
 
     step: int
@@ -158,6 +159,7 @@ class StepOutput(msgspec.Struct):
     failed: dict[int, str] = {}
     prompt_logprobs: dict[int, list[TokenLogprob]] = {}
     raw: npt.NDArray[np.float32] | None = None
+    stage_s: dict[str, float] = {}
 
 
 class StageReport(msgspec.Struct, frozen=True):

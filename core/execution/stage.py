@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ from core.execution.results import ResultMaker
 from core.execution.rotary import TokenRope, rope_lengths, token_ropes
 from core.execution.site_attention import BackendOf, SiteAttention
 from core.execution.step_buffers import InputBatch, PageDirectory, StepBuffers
+from core.execution.step_times import StepTimes
 from core.kv_cache.block_table import RopeBorder
 from core.kv_cache.page_ops import StagePart
 from core.kv_cache.paged_kv_cache import PagedKVCache
@@ -84,7 +86,10 @@ class Stage:
         self.clock = Clock()  # what layers that stream in keep time by
         self.make_sites: Callable[..., SiteAttention] = SiteAttention
         self.busy_s = 0.0  # of forward passes that are over
-        self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self.times: StepTimes | None = None  # of single steps, where somebody wants to know
+        self._step = 0
+        self._timed: deque[tuple[int, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._reading = threading.Lock()
         self._budget = budget
         self._timer = timer
         self._known = known if known is not None else KnownSequences()
@@ -237,6 +242,7 @@ class Stage:
             self.settle()  # loads that were begun still read their slots
             raise
         work = Batch(batch.num_tokens, batch.num_kv_tokens, 0 if batch.logit_rows is None else len(batch.logit_rows))
+        self._step = step
         self._computed[step] = (packed, self.timed(batch, hidden, work, packed.raw == "hidden_states"))
 
     def hand_on(self, step: int, inlet: Any) -> None:
@@ -348,14 +354,28 @@ class Stage:
         self.predicted_s += self.predicted(work)
         ended = self._mark()
         if begun is None or ended is None:
-            self.busy_s += time.perf_counter() - started_s
+            self._took(self._step, time.perf_counter() - started_s)
         else:
-            self._timed.append((begun, ended))
-            while self._timed and self._timed[0][1].query():  # type: ignore[no-untyped-call]
-                begun, ended = self._timed.popleft()
-                self.busy_s += begun.elapsed_time(ended) / 1e3
+            self._timed.append((self._step, begun, ended))
+            self._read_clock()
         self.forwards += 1
         self.last_used_s = time.monotonic()
+
+    def _read_clock(self) -> None:
+        """Account for what a GPU has done."""
+        with self._reading:
+            while self._timed and self._timed[0][2].query():  # type: ignore[no-untyped-call]
+                step, begun, ended = self._timed.popleft()
+                self._took(step, begun.elapsed_time(ended) / 1e3)
+
+    def _took(self, step: int, seconds: float) -> None:
+        self.busy_s += seconds
+        if self.times is not None:
+            self.times.add(step, seconds)
+
+    def seconds(self, step: int) -> float:
+        self._read_clock()
+        return self.times.take(step) if self.times is not None else 0.0
 
     def report(self) -> StageReport:
         stream_wait_s = self.stream.wait_s if self.stream is not None else 0.0

@@ -8,6 +8,7 @@
     hand_on(step, inlet)                send what was computed to the following stage's inlet
     results(step)                       of the last stage: sampled tokens, or what else was wanted
     skip(step)                          instead of `run`: the step has failed before; pages are moved all the same
+    seconds(step)                       how long it computed, once the step's results are there
 
 A stage says where hidden states arrive and where they leave it, not what it is made of: it may be several devices that
 share its layers, or on another machine.
@@ -65,6 +66,9 @@ class StageHandle(Protocol):
 
     def skip(self, step: int) -> None:
         """Raises `PageMoveError` if pages could not be moved."""
+
+    def seconds(self, step: int) -> float:
+        """0 where that is not known, or was asked before."""
 
     def report(self) -> StageReport: ...
 

@@ -48,8 +48,8 @@ TOKEN_COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20
 FINISH_REASONS = ("stop", "length", "abort", "error")
 BANDWIDTH_WINDOW = 64  # transfers that the bandwidth gauge is taken over
 BITS_PER_GIGABIT = 1e9
-MAX_EXEMPLAR_CHARACTERS = 100
-"""OpenMetrics allows 128 for names and values together."""
+MAX_EXEMPLAR_CHARACTERS = 128
+"""Of names and values together, by OpenMetrics."""
 
 LATELY_S = 300.0
 """What people mean by now, for percentiles."""
@@ -61,7 +61,8 @@ class MetricsRegistry:
     """The metrics of one pipeline, in `registry` or one of their own. Every method may be called from any thread, but
     for `observe_first_token`, `observe_tokens` and `observe_finished`, which are the engine thread's.
 
-    Histograms of whole requests have exemplars with the request's id, for those that ask for OpenMetrics.
+    Histograms of whole requests have exemplars with the request's id, and its trace's if that is recorded, for those
+    that ask for OpenMetrics.
     """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
@@ -142,9 +143,9 @@ class MetricsRegistry:
 
     # -- requests, told by the engine thread ------------------------------------------------------------------------
 
-    def observe_first_token(self, seconds: float, prompt_tokens: int, request_id: str) -> None:
+    def observe_first_token(self, seconds: float, prompt_tokens: int, request_id: str, trace_id: str = "") -> None:
         """A request's first token came `seconds` after its submission."""
-        self._first_token.observe(seconds, _exemplar(request_id))
+        self._first_token.observe(seconds, _exemplar(request_id, trace_id))
         self._first_tokens.add(seconds)
         self._prompt_tokens.inc(prompt_tokens)
 
@@ -174,7 +175,8 @@ class MetricsRegistry:
             if request.first_token_s is not None:
                 self._decode.observe(request.ended_s - request.first_token_s)
         seconds = request.ended_s - request.submitted_s
-        self._infer_latency.observe(seconds, _exemplar(request.request_id))
+        trace_id = request.trace.trace_id if request.trace is not None else ""
+        self._infer_latency.observe(seconds, _exemplar(request.request_id, trace_id))
         self._requests.add(seconds)
 
     def latency(self) -> dict[str, Percentiles]:
@@ -197,9 +199,11 @@ class MetricsRegistry:
         if spent_s > 0:
             self._bandwidth.labels(method).set(moved_bytes * 8 / spent_s / BITS_PER_GIGABIT)
 
-    def observe_http(self, path: str, method: str, status: int, seconds: float, request_id: str = "") -> None:
+    def observe_http(
+        self, path: str, method: str, status: int, seconds: float, request_id: str = "", trace_id: str = ""
+    ) -> None:
         """One HTTP request was answered. `path` is the URL rule, so that the label has few values."""
-        self._api_latency.labels(path, method, str(status)).observe(seconds, _exemplar(request_id))
+        self._api_latency.labels(path, method, str(status)).observe(seconds, _exemplar(request_id, trace_id))
 
     def count_environment_hit(self) -> None:
         """A client asked about the machine."""
@@ -225,8 +229,13 @@ class MetricsRegistry:
         self._engine.source = source
 
 
-def _exemplar(request_id: str) -> dict[str, str] | None:
-    return {"request_id": request_id[:MAX_EXEMPLAR_CHARACTERS]} if request_id else None
+def _exemplar(request_id: str, trace_id: str = "") -> dict[str, str] | None:
+    """`trace_id` is empty where no trace is recorded."""
+    if not request_id:
+        return None
+    labels = {"request_id": request_id} | ({"trace_id": trace_id} if trace_id else {})
+    over = sum(len(name) + len(value) for name, value in labels.items()) - MAX_EXEMPLAR_CHARACTERS
+    return labels | {"request_id": request_id[: len(request_id) - over]} if over > 0 else labels
 
 
 class Window:

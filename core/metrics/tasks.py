@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Literal
@@ -51,9 +51,10 @@ class Task:
 
 
 class TaskLog(Collector):
-    """Thread-safe. `clock` gives seconds, never going back."""
+    """Thread-safe. `clock` gives seconds, never going back. `watch` is what else is put around each task's work."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.watch: Callable[[Task], AbstractContextManager[object]] = nullcontext
         self._clock = clock
         self._lock = threading.Lock()
         self._ids = count(1)
@@ -76,7 +77,8 @@ class TaskLog(Collector):
         error: str | None = "it was given up"
         status: Status = "failed"
         try:
-            yield
+            with self.watch(task):
+                yield
             status, error = "completed", None
         except Exception as failure:
             error = str(failure) or type(failure).__name__

@@ -236,7 +236,7 @@ _ABSENT: list[Fact] = [
         ),
     ),
     _fact(
-        "Tracing is not in this version. Use the metrics.",
+        "Set VRM_TRACING=1. Traces of requests then go to an OpenTelemetry collector.",
         "Does VRAMancer support OpenTelemetry?",
         topics=("VRM_TRACING", "tracing"),
     ),

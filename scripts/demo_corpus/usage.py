@@ -255,13 +255,18 @@ _WATCHING: list[Fact] = [
         tasks=("turn on production mode", "make the server strict"),
     ),
     _fact(
-        "A web dashboard, Grafana and a Docker image are not in this version. vramancer dashboard shows the server in "
-        "the terminal.",
+        "Open http://127.0.0.1:5000/dashboard in a browser and sign in with the API token.",
+        "Is there a web dashboard?",
+        "How do I watch the server in a browser?",
+        topics=("the web dashboard",),
+        tasks=("open the web dashboard", "see the server in a browser"),
+    ),
+    _fact(
+        "Set VRM_API_TOKEN and run: docker compose up -d\nThe API is on port 5030, Grafana on port 3000.",
         "Is there a Docker image?",
         "Does VRAMancer have Grafana?",
-        "Is there a web dashboard?",
         "Where is Grafana?",
-        topics=("the web dashboard", "docker compose"),
+        topics=("docker compose", "the Docker stack"),
         tasks=("use Docker", "run VRAMancer with Docker", "open Grafana"),
     ),
 ]

@@ -154,6 +154,7 @@ class FakePipeline:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.metrics = MetricsRegistry()
+        self.tracing = None
         self.monitor = SimpleNamespace(readings={})
         self.fake_model: LoadedModel | None = fake_model()
         self.reply = "Hello"
@@ -184,7 +185,7 @@ class FakePipeline:
 
     def submit_many(
         self, requests: Any, *, priority: int = 0, request_id: str = "r", sink: Any = None, model: Any = None,
-        owner: str = "nobody",
+        owner: str = "nobody", trace: Any = None,
     ) -> list[RequestHandle]:  # fmt: skip
         if self.refusal is not None:
             raise self.refusal
@@ -258,8 +259,9 @@ class FakePipeline:
         return bool(matching)
 
     def submit_raw(
-        self, token_ids: Sequence[int], raw: RawAnswer, *, request_id: str, sink: Any, model: Any, owner: str
-    ) -> RequestHandle:
+        self, token_ids: Sequence[int], raw: RawAnswer, *, request_id: str, sink: Any, model: Any, owner: str,
+        trace: Any = None,
+    ) -> RequestHandle:  # fmt: skip
         if self.refusal is not None:
             raise self.refusal
         self.owners.append(owner)

@@ -433,7 +433,7 @@ class Metrics:
         self.tokens = 0
         self.ends: list[FinishedRequest] = []
 
-    def observe_first_token(self, seconds: float, prompt_tokens: int, request_id: str) -> None:
+    def observe_first_token(self, seconds: float, prompt_tokens: int, request_id: str, trace_id: str) -> None:
         self.first.append(seconds)
 
     def observe_tokens(self, count: int, seconds: float | None) -> None:
@@ -457,6 +457,7 @@ class Desk:
         self.ended: list[str] = []
         self.publisher = Publisher(self.scheduler, Words(), self.ended.append)
         self.metrics = self.publisher.metrics = Metrics()
+        self.publisher.observers = (self.metrics,)
 
     def open(self, request: Request) -> RequestHandle:
         handle = RequestHandle(request.request_id, request.params, lambda request_id: None)

