@@ -4,8 +4,8 @@
     python scripts/try_image.py [--backend cpu] [--no-build] [--compose "docker compose"]
 
 Needs a container engine and Compose 2.24 or newer. All happens in a Compose project of its own, on free ports of this
-machine, and its containers and volumes are removed at the end; the image stays. Prints what it saw. The exit status is 0 if
-the answer came, the container was shut in as the file says, and it ended as it should.
+machine, and its containers and volumes are removed at the end; the image stays. Prints what it saw. The exit status is
+0 if the answer came, the container was shut in as the file says, and it ended as it should.
 """
 
 from __future__ import annotations

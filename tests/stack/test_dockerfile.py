@@ -56,8 +56,11 @@ def test_each_backend_takes_torch_from_the_index_that_the_documents_name() -> No
     indexes = dict(re.findall(r"(\w+)\) index=(\S+) ;;", install))
     assert set(indexes) == set(BACKENDS)
     documented = {
-        match for name in ("start", "troubleshooting")
-        for match in re.findall(r"https://download\.pytorch\.org/whl/[\w.]+", (REPOSITORY / f"docs/{name}.md").read_text())
+        match
+        for name in ("start", "troubleshooting")
+        for match in re.findall(
+            r"https://download\.pytorch\.org/whl/[\w.]+", (REPOSITORY / f"docs/{name}.md").read_text()
+        )
     }  # fmt: skip
     assert set(indexes.values()) <= documented
 

@@ -15,7 +15,6 @@ from vramancer.cli.parsing import Commands, SettingsCommand
 from vramancer.cli.plan import plan
 from vramancer.cli.serve import serve
 from vramancer.cli.status import status
-from vramancer.cli.web_dashboard import dashboard
 
 app = typer.Typer(
     cls=Commands,

@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 import socket
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from core.config import Settings
 from core.errors import ConfigError
-from vramancer.cli.options import settings_command
-
-
-@settings_command("api", "dashboard", "security", "logging")
-def dashboard(
-    settings: Settings,
-    url: Annotated[
-        str | None, typer.Option("--url", help="The server to show. Not set: the one at --host and --port.")
-    ] = None,
-    web: Annotated[bool, typer.Option("--web", help="Serve the dashboard for browsers.")] = False,
-) -> int:
-    """Show what a running server does, and change it, in a browser."""
-    if not web:
-        raise ConfigError(
-            "vramancer dashboard (the state of a server in the terminal) is not in this version; --web is."
-        )
-    return serve_web(settings, url)
 
 
 def serve_web(settings: Settings, url: str | None) -> int:

@@ -12,22 +12,34 @@ from core.config import Settings
 from core.errors import AuthenticationError, ConfigError, UnavailableError
 from vramancer.cli.options import settings_command
 
+_INTERVAL_S = 1.0
 
-@settings_command("api")
+
+@settings_command("api", "dashboard", "security", "logging")
 def dashboard(
     settings: Settings,
     url: Annotated[
         str | None, typer.Option("--url", help="The server to watch. Not set: the one at --host and --port.")
     ] = None,
     interval_s: Annotated[
-        float, typer.Option("--interval", min=0.2, max=3600.0, help="Seconds from one look to the next.")
-    ] = 1.0,
+        float,
+        typer.Option("--interval", min=0.2, max=3600.0, help="Seconds from one look to the next, in the terminal."),
+    ] = _INTERVAL_S,
+    web: Annotated[
+        bool, typer.Option("--web", help="Serve it for browsers instead, at --dashboard-host and --dashboard-port.")
+    ] = False,
 ) -> int:
     """Watch a running server: speed, latency, memory of every device, stages, requests.
 
     1 to 4 turn to the pages, ? shows all keys, q leaves.
     """
-    return _in_the_terminal(settings, url, interval_s)
+    if not web:
+        return _in_the_terminal(settings, url, interval_s)
+    if interval_s != _INTERVAL_S:
+        raise ConfigError("--interval is for the dashboard in the terminal; for browsers (--web) it is a second.")
+    from vramancer.cli.web_dashboard import serve_web
+
+    return serve_web(settings, url)
 
 
 def _in_the_terminal(settings: Settings, url: str | None, interval_s: float) -> int:
