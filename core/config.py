@@ -19,18 +19,15 @@ from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from core.config_fields import Section, field_kinds
 from core.config_names import ABSENT_SETTINGS, AbsentSetting, absence, nearest
-from core.config_schema import (
+from core.config_schema import DeviceSettings, MemorySettings, Settings
+from core.config_service import (
     ApiSettings,
     DashboardSettings,
-    DeviceSettings,
     LoggingSettings,
-    MemorySettings,
     RuntimeSettings,
-    Section,
-    Settings,
     TracingSettings,
-    field_kinds,
 )
 from core.errors import ConfigError
 

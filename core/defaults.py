@@ -1,5 +1,5 @@
-"""Names and values that hold where nothing else is said. Settings have theirs in `core/config_schema.py`, sampling
-parameters in `core.request.SamplingParams`."""
+"""Names and values that hold where nothing else is said. Settings have theirs in `core/config_schema.py` and
+`core/config_service.py`, sampling parameters in `core.request.SamplingParams`."""
 
 from __future__ import annotations
 

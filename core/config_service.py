@@ -1,0 +1,170 @@
+"""Settings of the service around the engine: where it listens, who may use it, how it is watched, what it logs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import SecretStr
+
+from core.config_fields import KIB, MIB, Section, setting
+
+
+class ApiSettings(Section):
+    """Where and how the HTTP API listens."""
+
+    host: str = setting("127.0.0.1", "Address to listen on; 0.0.0.0 is every interface.", min_length=1, common=True)
+    port: int = setting(5000, "Port of the API.", ge=0, le=65535, common=True)
+    metrics_port: int = setting(
+        9108,
+        "Port of a second listener for Prometheus metrics; 0 is none. Not set: 9108, or the next free one.",
+        env="VRM_METRICS_PORT",
+        ge=0,
+        le=65535,
+        common=True,
+    )
+    token: SecretStr | None = setting(
+        None, "Token that clients send. Not set: one is generated and kept in token_file.", flag=""
+    )
+    token_file: Path | None = setting(
+        None, "File that keeps the generated token. Not set: api-token in runtime.state_dir."
+    )
+    max_body_bytes: int = setting(10 * MIB, "Largest request body, in bytes.", ge=KIB, le=1024 * MIB)
+    max_batch_prompts: int = setting(256, "Most prompts in one batch request.", ge=1, le=65536)
+    threads: int | None = setting(
+        None,
+        "Requests that may be under way at a time; each takes a thread. Not set: as many as run and wait in the "
+        "engine, and some more.",
+        ge=2,
+        le=16384,
+    )
+    max_connections: int = setting(
+        4096, "Open connections; beyond, the one that has been idle longest is closed.", ge=16, le=1 << 20
+    )
+    header_timeout_s: float = setting(10.0, "Seconds for a request's head to come in.", gt=0.0, le=3600.0)
+    body_timeout_s: float = setting(120.0, "Seconds for a request's body to come in.", gt=0.0, le=86400.0)
+    write_timeout_s: float = setting(
+        30.0,
+        "Seconds for a client to take some of what is waiting for it, before it counts as gone.",
+        gt=0.0,
+        le=86400.0,
+    )
+    keepalive_comment_s: float = setting(
+        15.0, "Seconds of silence in a stream after which a comment line keeps it open.", gt=0.0, le=3600.0
+    )
+    cors_origins: tuple[str, ...] = setting((), "Web origins whose pages may call the API.")
+    drain_timeout_s: float = setting(
+        30.0, "Seconds that running requests are given to finish at shutdown.", ge=0.0, le=86400.0
+    )
+
+
+class SecuritySettings(Section):
+    """How strict the server is."""
+
+    production: bool = setting(
+        False, "Strict mode: refuses to start on a weak setting.", env="VRM_PRODUCTION", common=True
+    )
+    read_only: bool = setting(False, "Refuse every request that would change something.", env="VRM_READ_ONLY")
+    requests_per_minute: int = setting(
+        30_000, "Requests that one key may send in a minute; further ones are answered 429.", ge=1, le=10**9
+    )
+    disable_rate_limit: bool = setting(
+        False, "No rate limiting, of keys or of wrong tokens.", env="VRM_DISABLE_RATE_LIMIT"
+    )
+
+
+class MonitoringSettings(Section):
+    """How the server watches its devices."""
+
+    interval_s: float = setting(
+        2.0,
+        "Seconds between two readings of the devices (memory, utilisation, temperature).",
+        ge=0.1,
+        le=3600.0,
+        flag="monitoring-interval-s",
+    )
+
+
+class DashboardSettings(Section):
+    """The dashboard for browsers: at /dashboard of the API, or alone by `vramancer dashboard --web`."""
+
+    enabled: bool = setting(True, "Serve the dashboard at /dashboard of the API.", flag="dashboard")
+    host: str = setting(
+        "127.0.0.1", "Address that a dashboard listens on that is served alone.", flag="dashboard-host", min_length=1
+    )
+    port: int = setting(5050, "Port of a dashboard that is served alone.", flag="dashboard-port", ge=0, le=65535)
+    max_viewers: int = setting(
+        64, "Pages that may watch at a time; further ones are answered 429.", flag="dashboard-viewers", ge=1, le=4096
+    )
+    session_hours: float = setting(
+        12.0,
+        "Hours after which a browser that was not used has to sign in again.",
+        flag="session-hours",
+        gt=0.0,
+        le=720.0,
+    )
+    origins: tuple[str, ...] = setting(
+        (),
+        "Addresses under which browsers reach the dashboard behind a proxy that passes another Host on, such as "
+        "https://gpu.example.",
+        flag="dashboard-origins",
+    )
+    prometheus_url: str | None = setting(
+        None,
+        "Prometheus whose firing alerts the dashboard shows, such as http://127.0.0.1:9090; the server asks it. Not "
+        "set: none.",
+        env="VRM_PROMETHEUS_URL",
+        pattern=r"^https?://[^\s/]+",
+    )
+
+
+class TracingSettings(Section):
+    """OpenTelemetry traces of requests and background work."""
+
+    enabled: bool = setting(
+        False,
+        "Send traces of requests over OTLP and HTTP; needs pip install 'vramancer[tracing]'. OpenTelemetry's own "
+        "variables hold, such as OTEL_EXPORTER_OTLP_ENDPOINT, which is http://localhost:4318 if it is not set.",
+        flag="tracing",
+        env="VRM_TRACING",
+    )
+    sample_ratio: float = setting(
+        1.0,
+        "Share of requests that are traced (0 to 1), where the caller's traceparent header does not say whether to.",
+        flag="tracing-sample-ratio",
+        ge=0.0,
+        le=1.0,
+    )
+
+
+class LoggingSettings(Section):
+    """What is logged, and how."""
+
+    level: Literal["debug", "info", "warning", "error"] = setting(
+        "info", "Least severe level logged.", flag="log-level", common=True
+    )
+    json_output: bool = setting(False, "One JSON object per log line.", flag="log-json", env="VRM_LOG_JSON")
+
+
+class RuntimeSettings(Section):
+    """Test modes and where files are kept."""
+
+    minimal_test: bool = setting(
+        False,
+        "Test mode: the demo model on two logical CPU devices, where nothing else is asked for.",
+        env="VRM_MINIMAL_TEST",
+    )
+    test_mode: bool = setting(False, "Test conveniences: requests that give no seed get seed 0.", env="VRM_TEST_MODE")
+    default_seed: int | None = setting(
+        None, "Seed of requests that give none. Not set: a different one each time.", ge=0, le=2**63 - 1
+    )
+    cache_dir: Path = setting(
+        lambda: Path("~/.cache/vramancer").expanduser(),
+        "Directory for what can be made again: compiled kernels, measurements.",
+        shown_default="~/.cache/vramancer",
+    )
+    state_dir: Path = setting(
+        lambda: Path("~/.local/state/vramancer").expanduser(),
+        "Directory for what must be kept: the generated token.",
+        shown_default="~/.local/state/vramancer",
+    )
