@@ -14,7 +14,9 @@ from core.config import SettingInfo, iter_settings, load_settings
 from core.errors import ConfigError, VRAMancerError
 from vramancer.cli.parsing import HELP_ALL, details, parameter_name
 
-Section = Literal["model", "devices", "engine", "lending", "memory", "api", "security", "logging", "runtime"]
+Section = Literal[
+    "model", "devices", "engine", "lending", "memory", "api", "security", "monitoring", "tracing", "logging", "runtime"
+]
 _CONFIG = "config"
 _MODEL = "model_argument"
 
