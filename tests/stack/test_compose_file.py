@@ -9,8 +9,7 @@ import pytest
 import yaml
 from stack_files import BACKENDS, COMPOSE_FILES, REPOSITORY, compose, dockerfile, services
 
-from core.config import iter_settings, load_settings
-from core.config import ApiSettings
+from core.config import ApiSettings, iter_settings, load_settings
 from core.errors import ConfigError
 from core.security.token import check_bind, resolve_token
 

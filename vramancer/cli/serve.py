@@ -7,6 +7,7 @@ from vramancer.cli.options import settings_command
 
 
 @settings_command(
+<<<<<<< HEAD
     "model",
     "devices",
     "engine",
@@ -19,6 +20,11 @@ from vramancer.cli.options import settings_command
     "runtime",
     model_argument=True,
 )
+=======
+    "model", "devices", "engine", "lending", "memory", "api", "security", "monitoring", "tracing", "logging", "runtime",
+    model_argument=True,
+)  # fmt: skip
+>>>>>>> trace
 def serve(settings: Settings) -> int:
     """Serve a model over the OpenAI-compatible API. Ctrl-C lets running requests finish; a second one exits at once."""
     from vramancer.server import serve as run_server
