@@ -1,5 +1,7 @@
-"""What a setting is: its type, bounds, default, description, flag and environment variable. Sections are groups of them,
-frozen; text (environment, flags) is read as what a field's type says."""
+"""What a setting is: its type, bounds, default, description, flag and environment variable.
+
+Sections are frozen groups of them; text (environment, flags) is read as what a field's type says.
+"""
 
 from __future__ import annotations
 

@@ -15,12 +15,9 @@ from core.errors import ConfigError, VRAMancerError
 from vramancer.cli.parsing import HELP_ALL, details, parameter_name
 
 Section = Literal[
-<<<<<<< HEAD
-    "model", "devices", "engine", "lending", "memory", "api", "security", "dashboard", "logging", "runtime"
-=======
-    "model", "devices", "engine", "lending", "memory", "api", "security", "monitoring", "tracing", "logging", "runtime"
->>>>>>> trace
-]
+    "model", "devices", "engine", "lending", "memory", "api", "security", "monitoring", "dashboard", "tracing", "logging",
+    "runtime",
+]  # fmt: skip
 _CONFIG = "config"
 _MODEL = "model_argument"
 

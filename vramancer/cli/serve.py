@@ -7,24 +7,9 @@ from vramancer.cli.options import settings_command
 
 
 @settings_command(
-<<<<<<< HEAD
-    "model",
-    "devices",
-    "engine",
-    "lending",
-    "memory",
-    "api",
-    "security",
-    "dashboard",
-    "logging",
-    "runtime",
-    model_argument=True,
-)
-=======
-    "model", "devices", "engine", "lending", "memory", "api", "security", "monitoring", "tracing", "logging", "runtime",
-    model_argument=True,
+    "model", "devices", "engine", "lending", "memory", "api", "security", "monitoring", "dashboard", "tracing", "logging",
+    "runtime", model_argument=True,
 )  # fmt: skip
->>>>>>> trace
 def serve(settings: Settings) -> int:
     """Serve a model over the OpenAI-compatible API. Ctrl-C lets running requests finish; a second one exits at once."""
     from vramancer.server import serve as run_server
