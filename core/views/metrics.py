@@ -114,12 +114,12 @@ def _reading_metrics(readings: Readings) -> Iterator[Metric]:
 
 
 def _model_metrics(engine: ModelEngine | None, stats: BatcherStats) -> Iterator[Metric]:
-    """A prediction is there where speeds were measured and something runs."""
+    """A prediction is there where speeds were measured; it is 0 while nothing runs, as what is measured is."""
     loaded = [([engine.model.name, engine.model.dtype], 1)] if engine is not None else []
     yield _family(_GAUGE, "model_info", "The model that is served, always 1.", ("name", "dtype"), loaded)
     predicted: list[tuple[Sequence[str], float]] = []
-    if engine is not None and engine.plan.prediction is not None and stats.running:
-        predicted = [((), engine.predicted_tok_s(stats.running))]
+    if engine is not None and engine.plan.prediction is not None:
+        predicted = [((), engine.predicted_tok_s(stats.running) if stats.running else 0.0)]
     help_text = "Tokens per second that the cost model expects of as many sequences as run."
     yield _family(_GAUGE, "throughput_predicted_tok_s", help_text, (), predicted)
     is_open = [((), float(engine.batcher.breaker.state != "closed"))] if engine is not None else []

@@ -15,7 +15,8 @@ COUNTERS = (
 )  # fmt: skip
 GAUGES = (
     "gpu_memory_used_bytes", "gpu_memory_total_bytes", "gpu_utilization_ratio", "gpu_temperature_celsius",
-    "gpu_power_watts", "gpu_pcie_generation", "gpu_pcie_width", "gpu_throttled", "gpu_other_memory_bytes",
+    "gpu_power_watts", "gpu_power_limit_watts", "gpu_pcie_generation", "gpu_pcie_width", "gpu_throttled",
+    "gpu_other_memory_bytes",
     "gpu_transfer_bandwidth_gbps", "device_info", "model_info", "batcher_batch_size", "batcher_queue_depth",
     "batcher_throughput_tok_s", "throughput_predicted_tok_s", "requests_running", "requests_waiting",
     "paged_kv_used_pages", "paged_kv_free_pages", "paged_kv_borrowed_pages", "kv_cache_usage_ratio",
