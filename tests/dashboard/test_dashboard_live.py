@@ -259,9 +259,7 @@ def test_a_viewer_that_does_not_fetch_is_dropped(watched: tuple[int, Board], mon
     assert keen.next("patch")
 
 
-def test_a_viewer_that_never_reads_is_dropped(
-    watched: tuple[int, Board], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_viewer_that_never_reads_is_dropped(watched: tuple[int, Board], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its answer lies in the kernel; it does not ask again, so what there is for it piles up."""
     monkeypatch.setattr(live, "MAX_UNREAD", 3)
     port, board = watched
