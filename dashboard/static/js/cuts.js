@@ -24,10 +24,12 @@ export function moveCut(layers, index, at) {
   return layers.map((count, position) => (position === index ? first : position === index + 1 ? both - first : count));
 }
 
-export function strip(devices, layers, onChange) {
-  const total = layers.reduce((sum, count) => sum + count, 0);
-  let sum = 0;
-  const bounds = layers.map((count) => (sum += count));
+const sumOf = (layers) => layers.reduce((sum, count) => sum + count, 0);
+
+// `change(make)` sets what `make` makes of the layers as they are by then: keys may come faster than frames.
+export function strip(devices, layers, change) {
+  const total = sumOf(layers);
+  const bounds = layers.map((_, index) => sumOf(layers.slice(0, index + 1)));
   const owner = (layer) => bounds.findIndex((bound) => layer < bound);
   return h("div", { class: "strip" },
     h("div", { class: "strip-names", "aria-hidden": "true" }, devices.map((device, index) => layers[index]
@@ -35,25 +37,26 @@ export function strip(devices, layers, onChange) {
     h("div", { class: "strip-track" },
       h("div", { class: total > 12 ? "strip-cells many" : "strip-cells", "aria-hidden": "true" }, Array.from({ length: total }, (_, layer) =>
         h("i", { key: layer, class: `layer stage-${owner(layer) % 6}`, title: `layer ${layer} on ${devices[owner(layer)]?.name}` }, total <= 48 ? String(layer) : ""))),
-      bounds.slice(0, -1).map((bound, index) => handle(devices, layers, index, bound, total, bounds, onChange))));
+      bounds.slice(0, -1).map((_, index) => handle(devices, layers, bounds, index, change))));
 }
 
-function handle(devices, layers, index, bound, total, bounds, onChange) {
-  const low = index ? bounds[index - 1] : 0;
-  const high = bounds[index + 1];
-  const set = (at) => { if (at !== bound) onChange(moveCut(layers, index, at)); };
+const STEPS = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageDown: -4, PageUp: 4, Home: -Infinity, End: Infinity };
+
+function handle(devices, layers, bounds, index, change) {
+  const bound = bounds[index];
+  const total = bounds[bounds.length - 1];
   const stacked = bounds.slice(0, index).filter((other) => other === bound).length;
   return h("div", {
     key: `cut${index}`, class: "cut", role: "slider", tabindex: 0,
     "aria-label": `Cut between ${devices[index].name} and ${devices[index + 1].name}`,
-    "aria-valuemin": low, "aria-valuemax": high, "aria-valuenow": bound,
+    "aria-valuemin": index ? bounds[index - 1] : 0, "aria-valuemax": bounds[index + 1], "aria-valuenow": bound,
     "aria-valuetext": `${layers[index]} layers on ${devices[index].name}, ${layers[index + 1]} on ${devices[index + 1].name}`,
     style: { left: `${(100 * bound) / total}%`, "--stack": String(stacked) },
     onkeydown: (event) => {
-      const to = { ArrowLeft: bound - 1, ArrowDown: bound - 1, ArrowRight: bound + 1, ArrowUp: bound + 1, PageDown: bound - 4, PageUp: bound + 4, Home: low, End: high }[event.key];
-      if (to === undefined) return;
+      const step = STEPS[event.key];
+      if (step === undefined) return;
       event.preventDefault();
-      set(Math.min(high, Math.max(low, to)));
+      change((now) => moveCut(now, index, Math.min(total, Math.max(0, sumOf(now.slice(0, index + 1)) + step))));
     },
     onpointerdown: (event) => {
       event.preventDefault();
@@ -64,7 +67,8 @@ function handle(devices, layers, index, bound, total, bounds, onChange) {
     onpointermove: (event) => {
       if (!event.currentTarget.dataset.held) return;
       const track = event.currentTarget.parentElement.getBoundingClientRect();
-      set(Math.min(high, Math.max(low, Math.round((total * (event.clientX - track.left)) / track.width))));
+      const at = Math.round((total * (event.clientX - track.left)) / track.width);
+      if (at !== bound) change((now) => moveCut(now, index, Math.min(total, Math.max(0, at))));
     },
     onpointerup: (event) => { delete event.currentTarget.dataset.held; },
     onpointercancel: (event) => { delete event.currentTarget.dataset.held; },

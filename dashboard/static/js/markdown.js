@@ -139,7 +139,7 @@ function draw(block, copy) {
       return h(block.ordered ? "ol" : "ul", block.ordered ? { start: block.start } : null,
         block.items.map((item) => h("li", null, item.length === 1 && item[0].kind === "paragraph" ? inline(item[0].text) : item.map((inner) => draw(inner, copy)))));
     case "table":
-      return h("div", { class: "table-wrap" }, h("table", null,
+      return h("div", { class: "table-wrap", tabindex: 0, role: "group", "aria-label": "Table" }, h("table", null,
         h("thead", null, h("tr", null, block.head.map((cell) => h("th", null, inline(cell))))),
         h("tbody", null, block.rows.map((row) => h("tr", null, row.map((cell) => h("td", null, inline(cell))))))));
     default:

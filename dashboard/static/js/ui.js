@@ -69,6 +69,11 @@ export function locked() {
   return null;
 }
 
+// What is wider than the screen is scrolled, also by keys.
+export function wide(label, ...children) {
+  return h("div", { class: "table-wrap", tabindex: 0, role: "group", "aria-label": label }, children);
+}
+
 export function field(label, control, help) {
   return h("label", { class: "field" }, h("span", null, label), control, help ? h("small", null, help) : null);
 }
@@ -122,4 +127,24 @@ export function confirm(title, text, action, kind = "danger") {
       button("Cancel", () => end(false)), button(action, () => end(true), { kind })));
     dialog.showModal();
   });
+}
+
+// Over plain http browsers have no clipboard but the old one.
+export async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    const area = document.createElement("textarea");
+    area.value = text;
+    area.className = "hidden";
+    document.body.append(area);
+    area.select();
+    const done = document.execCommand("copy");
+    area.remove();
+    if (!done) {
+      notify("The browser does not let the page copy.", "error");
+      return;
+    }
+  }
+  notify("Copied.");
 }

@@ -5,7 +5,7 @@ import { changed, store } from "../store.js";
 import { answer, speed } from "../answerer.js";
 import { create, download, load, save, titleOf, toMarkdown } from "../conversations.js";
 import { markdown } from "../markdown.js";
-import { button, confirm, empty, field, notify } from "../ui.js";
+import { button, confirm, copy, empty, field, notify } from "../ui.js";
 import { latency, tokens, whole } from "../format.js";
 
 export const title = "Chat";
@@ -53,8 +53,6 @@ function greeting(model) {
     model ? h("div", { class: "suggestions" }, ["What is the capital of France?", "Tell me a short story.", "What does VRAMancer do?"].map((text) => h("button", { key: text, type: "button", class: "button", onclick: () => send(text) }, text)))
       : h("a", { class: "button primary", href: "#/models" }, "Load a model"));
 }
-
-const copy = (text) => navigator.clipboard.writeText(text).then(() => notify("Copied."), () => notify("The browser does not let the page copy.", "error"));
 
 function messageView(message, index) {
   const mine = message.role === "user";

@@ -3,7 +3,7 @@
 import { h } from "../vdom.js";
 import { store } from "../store.js";
 import { meter } from "../charts.js";
-import { badge, empty, panel } from "../ui.js";
+import { badge, empty, panel, wide } from "../ui.js";
 import { bytes, digits, duration, percent, rate, whole } from "../format.js";
 
 export const title = "Cluster";
@@ -38,7 +38,7 @@ function nodeView(node, pipeline) {
 
 function transfers(found) {
   return panel("Transfers", { id: "transfers", note: "Since the start" }, found.length
-    ? h("div", { class: "table-wrap" }, h("table", null,
+    ? wide("Transfers", h("table", null,
       h("thead", null, h("tr", null, h("th", { scope: "col" }, "From"), h("th", { scope: "col" }, "To"), h("th", { scope: "col" }, "Way"),
         ["Copies", "Bytes", "Rate"].map((name) => h("th", { scope: "col", class: "number" }, name)))),
       h("tbody", null, found.map((link) => h("tr", { key: `${link.method}-${link.src}-${link.dst}` },

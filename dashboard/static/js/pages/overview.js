@@ -4,7 +4,7 @@ import { h } from "../vdom.js";
 import { store } from "../store.js";
 import { lineChart, meter, legend } from "../charts.js";
 import { deviceBar } from "../devices.js";
-import { badge, empty, icon, panel } from "../ui.js";
+import { badge, empty, icon, panel, wide } from "../ui.js";
 import { count, duration, latency, percent, plural, TIERS, tokens, whole } from "../format.js";
 
 export const title = "Overview";
@@ -78,7 +78,7 @@ function latencies(batcher, now, column) {
   return panel("Latency", { id: "latency", note: `${name}, seconds from request to answer` },
     told[key]?.count ? lineChart({ label: name, now, series, text: (value) => latency(value) }) : empty("Nothing measured yet", "Percentiles appear with the first requests."),
     legend(names.map((each, index) => ({ name: each, kind: COLORS[index] }))),
-    h("div", { class: "table-wrap" }, h("table", { class: "numbers" },
+    wide("Latency percentiles", h("table", { class: "numbers" },
       h("thead", null, h("tr", null, h("th", { scope: "col" }, ""), names.map((each) => h("th", { scope: "col" }, each)))),
       h("tbody", null, [...KINDS, ["request", "Whole request"]].map(([kind, label]) => h("tr", { key: kind },
         h("th", { scope: "row" }, label), names.map((each) => h("td", null, latency(told[kind]?.[each]))))))))); 
@@ -109,7 +109,7 @@ export function tasks() {
   if (!told) return null;
   const rows = [...told.running, ...told.recent.slice(0, 8)];
   return panel("Background work", { id: "tasks", note: "Loading, moving and unloading" },
-    rows.length ? h("div", { class: "table-wrap" }, h("table", null,
+    rows.length ? wide("Background work", h("table", null,
       h("thead", null, h("tr", null, h("th", { scope: "col" }, "What"), h("th", { scope: "col" }, "State"), h("th", { scope: "col", class: "number" }, "Took"))),
       h("tbody", null, rows.map((task) => h("tr", { key: task.id },
         h("td", null, h("b", null, task.kind), " ", h("span", { class: "dim" }, task.detail || ""), task.error ? h("p", { class: "trouble small" }, task.error) : null),

@@ -5,7 +5,7 @@ import { changed, store } from "../store.js";
 import { call } from "../api.js";
 import { deviceList, layersOf, strip } from "../cuts.js";
 import { meter } from "../charts.js";
-import { badge, button, confirm, empty, field, locked, notify, panel, skeleton } from "../ui.js";
+import { badge, button, confirm, empty, field, locked, notify, panel, skeleton, wide } from "../ui.js";
 import { bytes, duration, latency, percent, tokens, whole } from "../format.js";
 
 export const title = "Pipeline";
@@ -65,11 +65,12 @@ function prediction(told, batcher) {
 
 function place(devices, stages) {
   const present = layersOf(devices, stages);
-  const layers = local.layers?.length === devices.length ? local.layers : present;
+  const now = () => (local.layers?.length === devices.length ? local.layers : present);
+  const layers = now();
   const total = present.reduce((sum, count) => sum + count, 0);
   const list = deviceList(devices);
   const reason = local.moving ? "The model is being moved." : locked();
-  const setLayers = (next) => { local.layers = next; outlookSoon(); };
+  const setLayers = (make) => { local.layers = make(now()); outlookSoon(); };
   const asked = request(layers, devices);
   const isOther = local.layers && local.layers.join() !== present.join();
   const sum = layers.reduce((all, count) => all + count, 0);
@@ -80,7 +81,7 @@ function place(devices, stages) {
     h("form", { class: "form", onsubmit: (event) => { event.preventDefault(); apply(asked); } },
       devices.length > 1 ? h("fieldset", { class: "layer-fields" }, h("legend", null, "Layers on each device"), devices.map((device, index) =>
         h("label", { key: device.name, class: "field" }, h("span", null, device.name),
-          h("input", { type: "number", min: 0, max: total, value: String(layers[index]), oninput: (event) => setLayers(layers.map((count, at) => (at === index ? Number(event.target.value) || 0 : count))) })))) : null,
+          h("input", { type: "number", min: 0, max: total, value: String(layers[index]), oninput: (event) => setLayers((each) => each.map((count, at) => (at === index ? Number(event.target.value) || 0 : count))) })))) : null,
       field("Devices", h("input", { name: "devices", value: local.devices ?? list ?? "", autocomplete: "off", spellcheck: "false", placeholder: "cuda:0=24GiB,cuda:1=16GiB",
         oninput: (event) => { local.devices = event.target.value; local.layers = null; outlookSoon(); } }), "Other devices or limits; the layers are then split by the strategy"),
       field("Strategy", h("select", { name: "placement", value: local.placement, onchange: (event) => { local.placement = event.target.value; local.layers = null; outlookSoon(); } },
@@ -147,7 +148,7 @@ function outlook(total) {
   const { plan } = local;
   const before = store.state.pipeline.prediction?.tokens_per_second || {};
   return h("div", { class: "outlook", "aria-live": "polite" }, h("h3", null, "What it would bring"),
-    h("div", { class: "table-wrap" }, h("table", null,
+    wide("What it would bring", h("table", null,
       h("thead", null, h("tr", null, h("th", { scope: "col" }, "Device"), h("th", { scope: "col" }, "Layers"), ["Weights", "There already", "To read"].map((name) => h("th", { scope: "col", class: "number" }, name)), h("th", { scope: "col" }, "Read"))),
       h("tbody", null, plan.stages.map((stage) => h("tr", { key: stage.device }, h("td", null, h("b", null, stage.device)),
         h("td", null, `${stage.layers[0]}–${stage.layers[1]} (${stage.layers[1] - stage.layers[0] + 1} of ${total})`), h("td", { class: "number" }, bytes(stage.weight_bytes)), h("td", { class: "number" }, bytes(stage.kept_bytes)), h("td", { class: "number" }, bytes(stage.read_bytes)),

@@ -4,7 +4,7 @@ import { h } from "../vdom.js";
 import { changed, store } from "../store.js";
 import { call } from "../api.js";
 import { meter } from "../charts.js";
-import { attempt, badge, button, confirm, empty, locked, panel } from "../ui.js";
+import { attempt, badge, button, confirm, empty, locked, panel, wide } from "../ui.js";
 import { duration, whole } from "../format.js";
 import { tasks } from "./overview.js";
 
@@ -26,7 +26,7 @@ export function view() {
       h("div", { class: "gauge" }, h("h3", null, "Circuit breaker"), h("p", null, badge(queue.circuit_breaker.state === "closed" ? "ok" : "error", queue.circuit_breaker.state)),
         h("p", { class: "dim" }, queue.circuit_breaker.last_error || "no failed steps in a row")))) : null,
     panel("Unfinished requests", { id: "unfinished", note: "Oldest first" }, shown.length
-      ? h("div", { class: "table-wrap" }, h("table", { class: "requests" },
+      ? wide("Unfinished requests", h("table", { class: "requests" },
         h("thead", null, h("tr", null, h("th", { scope: "col" }, "Request"), h("th", { scope: "col" }, "State"), h("th", { scope: "col", class: "number" }, "Age"),
           h("th", { scope: "col", class: "number" }, "Prompt"), h("th", { scope: "col", class: "number" }, "Generated"), h("th", { scope: "col" }, h("span", { class: "hidden" }, "Actions")))),
         h("tbody", null, shown.map((request) => h("tr", { key: request.id },
