@@ -102,7 +102,8 @@ class LiveMount:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
-            body += message["body"]
+            piece: bytes = message["body"]
+            body += piece
             if len(body) > self._live.max_body_bytes:
                 raise PayloadTooLargeError(f"A body may have {self._live.max_body_bytes} bytes here.")
             if not message["more_body"]:
