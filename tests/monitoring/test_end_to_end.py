@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
+import subprocess
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 import pytest
 from alert_harness import Prometheus, Webhook, alertmanager, prometheus, until, webhook
 from e2e.conftest import TOKEN, Server, free_port, start_server, stop_server
-from known_metrics import COMING, FAMILIES
+from known_metrics import COMING, FAMILIES, VLLM
 from monitoring_files import as_grafana_asks, board, metric_names, panels, program
 
 OF_CARDS = (
@@ -116,6 +118,25 @@ def test_only_what_belongs_to_features_to_come_is_not_there(watched: Watched) ->
     coming = {f"vramancer_{each}" for each in COMING}
     assert {base(name) for name in named - shown} == {base(name) for name in named} & coming
     assert {base(name) for name in shown if name.startswith("vramancer_")} >= {f"vramancer_{name}" for name in FAMILIES}
+
+
+GIVEN_NAMES = {
+    f"vramancer_{name} metric names should not contain abbreviated units"
+    for name in ("batcher_throughput_tok_s", "lending_pool_capacity_gb", "throughput_predicted_tok_s")
+}
+"""What promtool would call otherwise, and users know by these names. vLLM's names have a colon, all of them."""
+
+
+def test_promtool_finds_fault_with_given_names_alone(watched: Watched) -> None:
+    with urllib.request.urlopen(f"http://{watched.instances[1]}/metrics", timeout=60) as answer:
+        exposed = answer.read()
+    checked = subprocess.run(["promtool", "check", "metrics"], input=exposed, capture_output=True, check=False)
+    said = (checked.stdout + checked.stderr).decode().splitlines()
+    colons = {
+        line for line in said if line.startswith("vllm:") and line.endswith("metric names should not contain ':'")
+    }
+    assert set(said) - colons == GIVEN_NAMES
+    assert len(colons) == len(VLLM)
 
 
 def shown_names(instance: str) -> set[str]:
