@@ -158,9 +158,7 @@ def test_the_images_volumes_are_kept() -> None:
 
 @needs_monitoring
 def test_prometheus_asks_the_server_and_alertmanager_where_they_are() -> None:
-    mounts = dict(
-        reversed(mount.removesuffix(":ro").rsplit(":", 1)) for mount in services()["prometheus"]["volumes"]
-    )
+    mounts = dict(reversed(mount.removesuffix(":ro").rsplit(":", 1)) for mount in services()["prometheus"]["volumes"])
     folder = REPOSITORY / mounts["/etc/prometheus/targets"]
     targets = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))[0]["targets"] for path in folder.iterdir()}
     assert targets == {
