@@ -51,9 +51,10 @@ class Stack:
             f'      - "127.0.0.1:{self.api_port}:{API_PORT}"\n      - "127.0.0.1:{self.metrics_port}:{METRICS_PORT}"\n'
         )
         files = ["--file", str(ROOT / "docker-compose.yml"), "--file", str(override)]
-        self._command = [*compose, "--project-name", PROJECT, "--project-directory", str(ROOT), *files]
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("VRM_")}
-        self._environment = {**inherited, "VRM_API_TOKEN": token, "VRAMANCER_BACKEND": backend, "VRM_MODEL_NAME": ""}
+        places = ["--project-name", PROJECT, "--project-directory", str(ROOT), "--env-file", os.devnull]
+        self._command = [*compose, *places, *files]
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("VRM_", "VRAMANCER_"))}
+        self._environment = {**inherited, "VRM_API_TOKEN": token, "VRAMANCER_BACKEND": backend}
 
     def call(self, *arguments: str, quiet: bool = False) -> subprocess.CompletedProcess[str]:
         """Runs `docker compose …`. With `quiet` what it prints is caught."""

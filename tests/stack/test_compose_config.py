@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from stack_files import BACKENDS, COMPOSE_FILES, REPOSITORY
+from try_image import PROJECT, Stack
 
 from core.config import iter_settings
 
@@ -128,3 +129,18 @@ def test_settings_can_be_added_beside_the_file(folder: Path) -> None:
     service = made(folder)["services"]["vramancer"]
     assert service["environment"]["VRM_LEND_RATIO"] == "0.5"
     assert service["image"] == "vramancer:cuda" and service["read_only"] is True
+
+
+def test_an_image_is_tried_apart_from_a_stack_that_runs(tmp_path: Path) -> None:
+    assert COMPOSE is not None
+    stack = Stack(COMPOSE, tmp_path, "cpu", TOKEN)
+    done = stack.call("config", quiet=True)
+    assert done.returncode == 0, done.stderr
+    made = yaml.safe_load(done.stdout)
+    ports = made["services"]["vramancer"]["ports"]
+    assert [(port["host_ip"], port["target"], int(port["published"])) for port in ports] == [
+        ("127.0.0.1", 5030, stack.api_port),
+        ("127.0.0.1", 9108, stack.metrics_port),
+    ]
+    assert made["services"]["vramancer"]["image"] == "vramancer:cpu"
+    assert {volume["name"].removesuffix(f"_{name}") for name, volume in made["volumes"].items()} == {PROJECT}
