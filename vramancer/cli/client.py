@@ -6,7 +6,7 @@ import http.client
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from core.config import Settings
@@ -15,6 +15,7 @@ from core.security.token import is_loopback
 from vramancer.web.listener import WILDCARDS
 
 _CONNECT_TIMEOUT_S = 10.0
+Client = TypeVar("Client", bound="ApiClient")
 _ERRORS: dict[int, type[VRAMancerError]] = {401: AuthenticationError, 404: NotFoundError}
 
 
@@ -30,7 +31,7 @@ class ApiClient:
         self._token = token
 
     @classmethod
-    def for_settings(cls, settings: Settings, url: str | None) -> ApiClient:
+    def for_settings(cls: type[Client], settings: Settings, url: str | None) -> Client:
         """The server at `url`, or the one that these settings would start; with the token that it would use. One that
         was generated on this machine is not sent to another one."""
         at = urlsplit(local_url(settings)).hostname

@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import msgspec
 
@@ -104,7 +104,7 @@ class _BoundedSocket:
     def sendall(self, data: bytes) -> None:
         self.in_time().sendall(data)
 
-    def makefile(self, mode: str) -> io.BufferedReader:
+    def makefile(self, mode: Literal["rb"]) -> io.BufferedReader:
         return io.BufferedReader(_Incoming(self, self._socket.makefile(mode, buffering=0)))
 
     def close(self) -> None:

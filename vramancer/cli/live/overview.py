@@ -140,8 +140,7 @@ def _number(value: float | None, unit: str) -> str:
 
 
 def _legend(seen: Seen, canvas: Canvas) -> list[Text]:
-    lines = flow(key_to_bars(seen, canvas), canvas.width)
-    return [Text(line, "dim") for line in lines.plain.splitlines()]
+    return list(flow(key_to_bars(seen, canvas), canvas.width).split("\n"))
 
 
 def _tiers(tiers: Sequence[Tier], canvas: Canvas) -> list[Text]:
