@@ -69,7 +69,6 @@ ABSENT_FLAGS = {
     "--cluster-worker": "work for a master on another machine",
 }
 ABSENT_COMMANDS = {
-    "dashboard": "the state of a server in the terminal, kept up to date",
     "keys": "API keys with roles of their own",
     "cluster": "the machines that serve a model together",
 }

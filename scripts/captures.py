@@ -40,12 +40,16 @@ from core.profiling.diagnosis import (  # noqa: E402
     what_limits,
 )
 from core.profiling.noise import Noise  # noqa: E402
+from scripts.live_example import seen_after  # noqa: E402
 from vramancer.banner import Reached, banner  # noqa: E402
 from vramancer.cli.chat.answerer import Message, Piece, Sampling  # noqa: E402
 from vramancer.cli.chat.conversation import Conversation  # noqa: E402
 from vramancer.cli.chat.screen import Screen  # noqa: E402
 from vramancer.cli.chat.talk import talk  # noqa: E402
 from vramancer.cli.doctor import print_diagnosis  # noqa: E402
+from vramancer.cli.live.canvas import Canvas  # noqa: E402
+from vramancer.cli.live.controls import Controls  # noqa: E402
+from vramancer.cli.live.frame import frame  # noqa: E402
 from vramancer.cli.picture import Facts, picture  # noqa: E402
 from vramancer.cli.plan_view import print_plan  # noqa: E402
 
@@ -169,6 +173,21 @@ def status_capture(width: int) -> str:
     terminal = Terminal(width)
     console = terminal.console()
     console.print(picture(example_facts(), console))
+    return terminal.text
+
+
+DASHBOARD_ROWS = {80: 24, 120: 40}
+WATCHED_S = 400
+"""How long somebody has watched."""
+
+
+def dashboard_capture(width: int) -> str:
+    """The first page of the dashboard."""
+    rows = DASHBOARD_ROWS[width]
+    terminal = Terminal(width, rows + 1)
+    console = terminal.console()
+    for line in frame(seen_after(example_facts(), WATCHED_S), Controls(), Canvas(console, width), rows, 1.0, WATCHED_S):
+        console.print(line, no_wrap=True)
     return terminal.text
 
 
@@ -328,7 +347,7 @@ def _card(
 def captures() -> dict[str, str]:
     """Name of each file, and its text."""
     drawn = {"status": status_capture, "run": run_capture, "plan": plan_capture, "doctor": doctor_capture}
-    drawn["banner"] = banner_capture
+    drawn |= {"banner": banner_capture, "dashboard": dashboard_capture}
     return {f"{name}-{width}.txt": draw(width) for name, draw in drawn.items() for width in WIDTHS}
 
 

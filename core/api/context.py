@@ -28,6 +28,18 @@ REQUEST_ID_HEADER = "X-Request-ID"
 UNMATCHED = "unmatched"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 QUIET_RULES = frozenset({"/live", "/ready", "/health", "/metrics"})  # asked every few seconds by machines
+WATCHED_RULES = frozenset(
+    {
+        "/api/pipeline/status",
+        "/api/queue/status",
+        "/api/batcher/stats",
+        "/api/gpu",
+        "/api/system",
+        "/api/nodes",
+        "/api/memory",
+        "/api/tasks",
+    }
+)  # asked every second by dashboards
 
 _SANE_ID = re.compile(r"[!-~]{1,128}")
 
@@ -161,7 +173,8 @@ def _finish(response: Response) -> Response:
     def observe() -> None:
         seconds = time.perf_counter() - started_s
         metrics.observe_http(path, method, status, seconds)
-        write = log.debug if path in QUIET_RULES else log.info
+        usual = path in QUIET_RULES or (path in WATCHED_RULES and status < 400)
+        write = log.debug if usual else log.info
         write("request answered", method=method, path=path, status=status, seconds=round(seconds, 6))
 
     if response.is_streamed:

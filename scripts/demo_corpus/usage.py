@@ -227,14 +227,20 @@ _WATCHING: list[Fact] = [
     ),
     _fact(
         "Run: vramancer status --watch\nIt shows the model, the memory of every device, requests and tiers.",
-        "Is there a dashboard?",
         "What does vramancer status do?",
         "What is the server doing?",
         topics=("vramancer status", "the status command"),
         tasks=("see the state of the server", "watch my GPUs", "see the memory of my GPUs", "check the server"),
     ),
     _fact(
-        "The commands are serve, run, plan, doctor, status and bench.",
+        "Run: vramancer dashboard\nIt shows the server live in the terminal: speed, devices, requests and tiers.",
+        "Is there a dashboard?",
+        "What does vramancer dashboard do?",
+        topics=("vramancer dashboard", "the dashboard command", "the terminal dashboard"),
+        tasks=("open the dashboard", "watch the server live"),
+    ),
+    _fact(
+        "The commands are serve, run, plan, doctor, status, dashboard and bench.",
         "What commands are there?",
         "List the VRAMancer commands.",
         "Which subcommands does vramancer have?",
@@ -249,14 +255,14 @@ _WATCHING: list[Fact] = [
         tasks=("turn on production mode", "make the server strict"),
     ),
     _fact(
-        "A dashboard of its own, Grafana and a Docker image are not in this version. vramancer status draws the server "
-        "in the terminal.",
+        "A web dashboard, Grafana and a Docker image are not in this version. vramancer dashboard shows the server in "
+        "the terminal.",
         "Is there a Docker image?",
         "Does VRAMancer have Grafana?",
         "Is there a web dashboard?",
         "Where is Grafana?",
-        topics=("vramancer dashboard", "docker compose"),
-        tasks=("use Docker", "run VRAMancer with Docker", "open Grafana", "open the dashboard"),
+        topics=("the web dashboard", "docker compose"),
+        tasks=("use Docker", "run VRAMancer with Docker", "open Grafana"),
     ),
 ]
 

@@ -194,3 +194,22 @@ def test_a_clients_names_cannot_write_log_lines(client: ApiClient, lines: Any) -
     line = refusal(lines())
     assert line["reason"].isprintable()
     assert len(line["reason"]) < 400
+
+
+@pytest.mark.parametrize(("path", "logged"), [("/api/pipeline/status", False), ("/live", False), ("/api/models", True)])
+def test_what_dashboards_ask_every_second_is_logged_for_debugging_alone(
+    client: ApiClient, lines: Callable[[], list[Any]], path: str, logged: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    client.get(path)
+    levels = [
+        record.levelno
+        for record in caplog.records
+        if isinstance(record.msg, dict) and record.msg["event"] == "request answered"
+    ]
+    assert levels == [logging.INFO if logged else logging.DEBUG]
+
+
+def test_what_dashboards_are_refused_is_logged(client: ApiClient, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        client.get("/api/memory?blocks=many")
+    assert [record for record in caplog.records if isinstance(record.msg, dict) and record.msg.get("status") == 400]

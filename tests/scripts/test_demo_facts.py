@@ -157,7 +157,7 @@ def test_names_and_versions_hold() -> None:
     assert re.findall(r'model="(.*?)"', answered("use it from Python")) == [DEMO_NAME]
 
 
-@pytest.mark.parametrize("topic", ["VTP", "the cluster", "tracing", "vramancer dashboard", "tool calling", "tier L4"])
+@pytest.mark.parametrize("topic", ["VTP", "the cluster", "tracing", "the web dashboard", "tool calling", "tier L4"])
 def test_what_is_not_there_is_said_to_be_absent(topic: str) -> None:
     assert ABSENT in answered(topic)
 

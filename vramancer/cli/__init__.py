@@ -10,6 +10,7 @@ from vramancer import __version__
 from vramancer.cli.bench import bench
 from vramancer.cli.chat import run
 from vramancer.cli.doctor import doctor
+from vramancer.cli.live import dashboard
 from vramancer.cli.parsing import Commands, SettingsCommand
 from vramancer.cli.plan import plan
 from vramancer.cli.serve import serve
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve, run, plan, doctor, status):
+for command in (serve, run, plan, doctor, status, dashboard):
     app.command(cls=SettingsCommand)(command)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(bench)
 

@@ -6,7 +6,7 @@ import http.client
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from core.config import Settings
@@ -15,6 +15,7 @@ from core.security.token import is_loopback
 from vramancer.web.listener import WILDCARDS
 
 _CONNECT_TIMEOUT_S = 10.0
+Client = TypeVar("Client", bound="ApiClient")
 _ERRORS: dict[int, type[VRAMancerError]] = {401: AuthenticationError, 404: NotFoundError}
 
 
@@ -30,7 +31,7 @@ class ApiClient:
         self._token = token
 
     @classmethod
-    def for_settings(cls, settings: Settings, url: str | None) -> ApiClient:
+    def for_settings(cls: type[Client], settings: Settings, url: str | None) -> Client:
         """The server at `url`, or the one that these settings would start; with the token that it would use. One that
         was generated on this machine is not sent to another one."""
         at = urlsplit(local_url(settings)).hostname
@@ -75,26 +76,39 @@ class ApiClient:
     def _request(
         self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None = None
     ) -> Iterator[http.client.HTTPResponse]:
+        connection = self._connection(timeout_s or _CONNECT_TIMEOUT_S)
+        try:
+            connection.connect()
+            connection.sock.settimeout(timeout_s)  # None: an answer takes as long as it takes
+            yield self._exchange(connection, method, path, body)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unanswered(error) from error
+        finally:
+            connection.close()
+
+    def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
+        """One that is not connected yet."""
         secure = self._parts.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        connection = kind(self._parts.hostname or "", self._parts.port, timeout=timeout_s or _CONNECT_TIMEOUT_S)
+        return kind(self._parts.hostname or "", self._parts.port, timeout=timeout_s)
+
+    def _exchange(
+        self, connection: http.client.HTTPConnection, method: str, path: str, body: Mapping[str, Any] | None
+    ) -> http.client.HTTPResponse:
+        """Send a request and read the head of its answer; one of an error is raised."""
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
         payload = None
         if body is not None:
             payload, headers["Content-Type"] = json.dumps(body), "application/json"
-        try:
-            connection.connect()
-            connection.sock.settimeout(timeout_s)  # None: an answer takes as long as it takes
-            connection.request(method, self._parts.path.rstrip("/") + path, payload, headers)
-            response = connection.getresponse()
-            if response.status >= 400:
-                kind_of_error = _ERRORS.get(response.status, VRAMancerError)
-                raise kind_of_error(f"{self.url}: {_error_message(response)}")
-            yield response
-        except (OSError, http.client.HTTPException) as error:
-            raise UnavailableError(f"no answer from {self.url}: {str(error) or type(error).__name__}.") from error
-        finally:
-            connection.close()
+        connection.request(method, self._parts.path.rstrip("/") + path, payload, headers)
+        response = connection.getresponse()
+        if response.status >= 400:
+            kind_of_error = _ERRORS.get(response.status, VRAMancerError)
+            raise kind_of_error(f"{self.url}: {_error_message(response)}")
+        return response
+
+    def _unanswered(self, error: Exception) -> UnavailableError:
+        return UnavailableError(f"no answer from {self.url}: {str(error) or type(error).__name__}.")
 
 
 def local_url(settings: Settings) -> str:

@@ -21,7 +21,7 @@ _BESIDE_BAR = 22
 _TIER_BAR = (6, 24)
 """Cells of a tier's bar on narrow and on wide consoles."""
 _WIDE = 100
-_TIERS = {"L3": "main memory", "L4": "other node", "L5": "disk", "L6": "remote"}
+TIERS = {"L3": "main memory", "L4": "other node", "L5": "disk", "L6": "remote"}
 _MOST_REQUESTS = 8
 _MOST_LEASES = 8
 
@@ -137,7 +137,7 @@ class _Drawing:
                 used, capacity = tier["used_bytes"], tier["capacity_bytes"]
                 part = Part("used", used, "kv_cached")
                 table.add_row(
-                    self._text(_TIERS.get(tier["tier"], tier["tier"])),
+                    self._text(TIERS.get(tier["tier"], tier["tier"])),
                     bar([part, Part("free", max(0, capacity - used), "free")], capacity, cells, self._glyphs),
                     f"{size(used)} of {size(capacity)} GiB",
                     f"{tier['blocks']} blocks",
@@ -146,7 +146,7 @@ class _Drawing:
                 )
             yield table
         for name, trouble in memory["tier_troubles"].items():
-            yield self._text(f"{_TIERS.get(name, name)} is not used: {trouble}", "yellow")
+            yield self._text(f"{TIERS.get(name, name)} is not used: {trouble}", "yellow")
 
     def leases(self, leases: Sequence[Json]) -> Iterable[RenderableType]:
         """Who lends how much to whom."""
