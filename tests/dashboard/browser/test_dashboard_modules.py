@@ -73,7 +73,7 @@ def test_what_a_model_writes_never_becomes_html(page: Watched, text: str) -> Non
     for tag in ("<script", "<img", "<iframe", "<svg", "<style", "<b>"):
         assert tag not in html.lower()
     names = module(page, "markdown.js", NAMES, text)
-    assert set(names) <= {"class", "href", "rel", "target", "tabindex", "type", "start"}
+    assert set(names) <= {"class", "href", "rel", "target", "tabindex", "type", "start", "role", "aria-label"}
     links = module(
         page, "markdown.js", DRAWN.replace("root.innerHTML", "[...root.querySelectorAll('a')].map((a) => a.href)"), text
     )

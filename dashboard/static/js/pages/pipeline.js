@@ -71,14 +71,14 @@ function place(devices, stages) {
   const list = deviceList(devices);
   const reason = local.moving ? "The model is being moved." : locked();
   const setLayers = (make) => { local.layers = make(now()); outlookSoon(); };
-  const asked = request(layers, devices);
+  const wanted = request(layers, devices);
   const isOther = local.layers && local.layers.join() !== present.join();
   const sum = layers.reduce((all, count) => all + count, 0);
   return panel("Place it anew", { id: "place", note: "Requests go on while the model moves" },
     devices.length > 1 && sum === total
       ? h("div", { class: "cut-area" }, h("p", { class: "dim" }, "Drag a cut, or choose it and use the arrow keys. What it would bring appears below."), strip(devices, layers, setLayers))
       : h("p", { class: "dim" }, devices.length > 1 ? `The layers have to add up to ${total}; they are ${sum}.` : "One device holds all layers. Name more devices to split the model."),
-    h("form", { class: "form", onsubmit: (event) => { event.preventDefault(); apply(asked); } },
+    h("form", { class: "form", onsubmit: (event) => { event.preventDefault(); apply(wanted); } },
       devices.length > 1 ? h("fieldset", { class: "layer-fields" }, h("legend", null, "Layers on each device"), devices.map((device, index) =>
         h("label", { key: device.name, class: "field" }, h("span", null, device.name),
           h("input", { type: "number", min: 0, max: total, value: String(layers[index]), oninput: (event) => setLayers((each) => each.map((count, at) => (at === index ? Number(event.target.value) || 0 : count))) })))) : null,
@@ -90,7 +90,7 @@ function place(devices, stages) {
         [["", "As it is"], ["throughput", "Throughput of all streams"], ["latency", "Latency of a stream"]].map(([value, text]) => h("option", { key: value, value }, text)))),
       outlook(total),
       h("div", { class: "actions" },
-        button("Try it", () => ask(asked), { reason: reason || (asked ? null : "Name the devices first.") }),
+        button("Try it", () => ask(wanted), { reason: reason || (wanted ? null : "Name the devices first.") }),
         h("button", { type: "submit", class: "button primary", disabled: Boolean(reason || !local.plan || local.asking), title: reason || (local.plan ? "" : "Try it first.") }, "Move the model"),
         isOther || local.devices !== null || local.placement || local.objective ? button("Reset", reset, { kind: "quiet" }) : null)));
 }
@@ -115,8 +115,7 @@ let planned = null;
 
 function outlookSoon() {
   turn += 1;
-  local.plan = null;
-  local.error = "";
+  Object.assign(local, { plan: null, error: "", asking: false });
   clearTimeout(planned);
   changed();
   const layers = local.layers;
@@ -127,17 +126,19 @@ function outlookSoon() {
   }
 }
 
+let asked = Promise.resolve();
+
+// The server tries one placement at a time: the last one that is wanted waits for the one before.
 async function ask(body) {
   const mine = ++turn;
   Object.assign(local, { asking: true, error: "" });
   changed();
-  try {
-    const plan = await call("POST", "/api/pipeline/place", { ...body, dry_run: true });
-    if (mine === turn) Object.assign(local, { plan, error: "" });
-  } catch (error) {
-    if (mine === turn) Object.assign(local, { plan: null, error: error.message });
-  }
-  if (mine === turn) local.asking = false;
+  await asked;
+  if (mine !== turn) return;
+  asked = call("POST", "/api/pipeline/place", { ...body, dry_run: true }).then(
+    (plan) => { if (mine === turn) Object.assign(local, { plan, error: "", asking: false }); },
+    (error) => { if (mine === turn) Object.assign(local, { plan: null, error: error.message, asking: false }); });
+  await asked;
   changed();
 }
 
