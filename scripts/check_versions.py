@@ -41,6 +41,10 @@ def direct_dependencies(text: str, extras: tuple[str, ...] = ("test",)) -> list[
     project = tomllib.loads(text)["project"]
     lines = [*project["dependencies"], *(line for name in extras for line in project["optional-dependencies"][name])]
     found = [Requirement(line) for line in lines]
+    own = [each for each in found if canonicalize_name(each.name) == project.get("name")]  # vramancer[another extra]
+    found = [each for each in found if each not in own]
+    for each in own:
+        found += [Requirement(line) for extra in each.extras for line in project["optional-dependencies"][extra]]
     return [each for each in found if each.marker is None or each.marker.evaluate()]
 
 

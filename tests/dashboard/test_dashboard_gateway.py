@@ -148,7 +148,7 @@ def test_the_log_does_not_fill_with_looks(board: Board, caplog: pytest.LogCaptur
     with caplog.at_level("INFO"):
         assert look(gateway, "/api/queue/status")["running"] == 0
         assert "request answered" not in caplog.text
-        gateway.call(ApiCall("GET", "/api/queue/status")).close()
+        gateway.call(ApiCall("GET", "/v1/models")).close()
         assert "request answered" in caplog.text
 
 

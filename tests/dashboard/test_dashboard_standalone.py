@@ -103,7 +103,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ([], "--web"),
+        (["--web", "--interval", "3"], "--interval"),
         (["--web"], "VRM_API_TOKEN"),
         (["--web", "--url", "http://gpu.example:5000"], "VRM_API_TOKEN"),
         (["--web", "--url", "ftp://x"], "--url"),

@@ -221,7 +221,7 @@ class Nodes(msgspec.Struct, frozen=True):
 class Task(msgspec.Struct, frozen=True):
     """Work in the background: loading, placing, recovering. `seconds` are those since it began, or that it took."""
 
-    id: str
+    id: int | str
     kind: str
     detail: str | None = None
     resource: str | None = None
