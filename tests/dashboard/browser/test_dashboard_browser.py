@@ -126,7 +126,7 @@ def test_the_model_is_cut_anew_by_dragging_and_by_typing(watched: Watched, demo:
     watched.expect(cut).to_have_attribute("aria-valuenow", str(target))
     assert layers(demo)[0] == [0, before - 1], "nothing happens before it is confirmed"
     move(watched)
-    assert layers(demo) == [[0, target - 1], [target, 5]]
+    until(lambda: layers(demo) == [[0, target - 1], [target, 5]], "the layers have moved")
 
     cut.focus()
     page.keyboard.press("Home")
@@ -142,7 +142,7 @@ def test_the_model_is_cut_anew_by_dragging_and_by_typing(watched: Watched, demo:
     watched.expect(page.get_by_text(f"have to add up to 6; they are {typed + 6 - target}.")).to_be_visible()
     fields.get_by_label("cpu#1").fill(str(6 - typed))
     move(watched)
-    assert layers(demo) == [[0, typed - 1], [typed, 5]]
+    until(lambda: layers(demo) == [[0, typed - 1], [typed, 5]], "they have moved again")
 
 
 def test_what_does_not_fit_is_said_in_the_server_s_words(watched: Watched) -> None:
