@@ -132,6 +132,10 @@ class Viewer:
         if b"2" in body.split(b"\x1e"):
             ask(self._port, "POST", self._path, self._own, "3")
 
+    def leave(self) -> None:
+        """The page is closed."""
+        ask(self._port, "POST", self._path, self._own, "1")
+
 
 def sign_in(server: Server) -> dict[str, str]:
     """What a page sends with its requests."""
@@ -150,13 +154,16 @@ def watched(server: Server, *, viewers: int, scrape_s: float | None) -> Iterator
     if scrape_s is not None:
         watchers.add(lambda: scrape(server), scrape_s)
     own = sign_in(server) if viewers else {}
-    for _ in range(viewers):
-        watchers.add(Viewer(server, own).fetch, 0.0)
+    pages = [Viewer(server, own) for _ in range(viewers)]
+    for page in pages:
+        watchers.add(page.fetch, 0.0)
     try:
         yield
         watchers.check()
     finally:
         watchers.stopped.set()
+        for page in pages:
+            page.leave()
         for thread in watchers.threads:
             thread.join(30)
 
