@@ -15,6 +15,7 @@ import json
 import os
 import secrets
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -110,6 +111,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--no-build", action="store_true", help="take the image that is there")
     parser.add_argument("--compose", default="docker compose", help="how Compose is called here")
     chosen = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C does
     token = secrets.token_urlsafe(24)
     with tempfile.TemporaryDirectory() as folder:
         stack = Stack(shlex.split(chosen.compose), Path(folder), chosen.backend, token)
