@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,13 +30,29 @@ class StreamedCompletion:
     text: str
 
 
+def completion_body(model: str, prompt: list[int], max_tokens: int) -> bytes:
+    """A streamed completion of exactly so many tokens."""
+    return json.dumps(
+        {
+            "model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
+            "stream": True, "stream_options": {"include_usage": True},
+        }
+    ).encode()  # fmt: skip
+
+
+def request_head(host: str, port: int, token: str, body: bytes, headers: Mapping[str, str] | None = None) -> bytes:
+    """Of a POST to `/v1/completions`, over a connection that ends with the answer."""
+    lines = [
+        "POST /v1/completions HTTP/1.1", f"Host: {host}:{port}", f"Authorization: Bearer {token}",
+        "Content-Type: application/json", f"Content-Length: {len(body)}", "Connection: close",
+        *(f"{name}: {value}" for name, value in (headers or {}).items()),
+    ]  # fmt: skip
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
 async def _request(host: str, port: int, token: str, body: bytes, start_s: float, arrival: Arrival) -> None:
     reader, writer = await asyncio.open_connection(host, port)
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nAuthorization: Bearer {token}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    )
-    writer.write(head.encode() + body)
+    writer.write(request_head(host, port, token, body) + body)
     await writer.drain()
     while piece := await reader.read(65536):
         arrival.pieces.append((time.perf_counter() - start_s, piece))
@@ -91,15 +108,7 @@ def run_streams(
     host: str, port: int, token: str, model: str, prompts: list[list[int]], max_tokens: int
 ) -> tuple[float, list[StreamedCompletion]]:
     """Send every prompt at once, each over its own connection; returns the wall time and the answers."""
-    bodies = [
-        json.dumps(
-            {
-                "model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
-                "stream": True, "stream_options": {"include_usage": True},
-            }
-        ).encode()
-        for prompt in prompts
-    ]  # fmt: skip
+    bodies = [completion_body(model, prompt, max_tokens) for prompt in prompts]
     arrivals = [Arrival() for _ in prompts]
 
     async def all_requests() -> float:

@@ -24,6 +24,7 @@ from core.config_names import ABSENT_SETTINGS, AbsentSetting, absence, nearest
 from core.config_schema import DeviceSettings, MemorySettings, Settings
 from core.config_service import (
     ApiSettings,
+    ClusterSettings,
     DashboardSettings,
     LoggingSettings,
     RuntimeSettings,
@@ -33,6 +34,7 @@ from core.errors import ConfigError
 
 __all__ = [
     "ApiSettings",
+    "ClusterSettings",
     "DashboardSettings",
     "DeviceSettings",
     "LoggingSettings",

@@ -58,19 +58,9 @@ _SWITCH = frozenset({"0", "false", "off"})
 ABSENT_SETTINGS = (
     AbsentSetting("backend.allow_stub", "VRM_BACKEND_ALLOW_STUB", "answers of a stub where no backend is", _SWITCH),
     AbsentSetting("sqlite.path", "VRM_SQLITE_PATH", "keeping state in an SQLite file", _SWITCH),
-    AbsentSetting("cluster.master", "VRM_CLUSTER_MASTER", "address of the cluster's master"),
-    AbsentSetting("cluster.port", "VRM_CLUSTER_PORT", "port on which a master accepts workers", frozenset({"5040"})),
-    AbsentSetting("cluster.token", "VRM_CLUSTER_TOKEN", "secret that the nodes of a cluster share"),
 )
 
-ABSENT_FLAGS = {
-    "--cluster-master": "accept workers on other machines",
-    "--cluster-worker": "work for a master on another machine",
-}
-ABSENT_COMMANDS = {
-    "keys": "API keys with roles of their own",
-    "cluster": "the machines that serve a model together",
-}
+ABSENT_COMMANDS = {"keys": "API keys with roles of their own"}
 
 
 def absence(name: str, purpose: str) -> str:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from core.config_fields import MIB, Section, setting
 from core.config_service import (
     ApiSettings,
+    ClusterSettings,
     DashboardSettings,
     LoggingSettings,
     MonitoringSettings,
@@ -230,6 +231,7 @@ class Settings(BaseModel):
     memory: MemorySettings = Field(default_factory=MemorySettings)
     api: ApiSettings = Field(default_factory=ApiSettings)
     security: SecuritySettings = Field(default_factory=SecuritySettings)
+    cluster: ClusterSettings = Field(default_factory=ClusterSettings)
     monitoring: MonitoringSettings = Field(default_factory=MonitoringSettings)
     dashboard: DashboardSettings = Field(default_factory=DashboardSettings)
     tracing: TracingSettings = Field(default_factory=TracingSettings)

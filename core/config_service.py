@@ -73,6 +73,64 @@ class SecuritySettings(Section):
     )
 
 
+class ClusterSettings(Section):
+    """Several machines that serve one model: a master, which has the API, and workers."""
+
+    accept: bool = setting(
+        False, "Accept workers on other machines, which prove that they know the cluster's token.",
+        flag="cluster-master", common=True,
+    )  # fmt: skip
+    auto_place: bool = setting(
+        False, "Move the model onto machines that join, at a quiet moment, where that makes it faster.",
+        flag="auto-place", common=True,
+    )  # fmt: skip
+    master: str | None = setting(
+        None,
+        "The master that a worker joins, host:port. Not set: it is looked for on the network.",
+        env="VRM_CLUSTER_MASTER",
+        flag="master",
+        common=True,
+        pattern=r"^(\[[0-9A-Fa-f:.%]+\]|[^\s:]+):[0-9]{1,5}$",
+    )
+    port: int = setting(
+        5040, "Port on which a master accepts workers (TCP), and is found (UDP).", env="VRM_CLUSTER_PORT",
+        flag="cluster-port", ge=0, le=65535,
+    )  # fmt: skip
+    worker_port: int = setting(
+        5041, "Port on which a worker takes what other workers send; 0 is any. Not set: 5041, or the next free one.",
+        flag="cluster-worker-port", ge=0, le=65535,
+    )  # fmt: skip
+    interface: str | None = setting(
+        None,
+        "Network interface for the cluster, such as eth0, or an address of this machine. Not set: the one that other "
+        "networks are reached by.",
+        flag="cluster-interface",
+        min_length=1,
+    )
+    name: str | None = setting(
+        None, "What this machine is called in the cluster. Not set: its host name.", flag="cluster-name",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]{0,62}$",
+    )  # fmt: skip
+    token: SecretStr | None = setting(
+        None, "The secret that the nodes of a cluster share. Not set: a master makes one and keeps it in token_file.",
+        env="VRM_CLUSTER_TOKEN", flag="",
+    )  # fmt: skip
+    token_file: Path | None = setting(
+        None, "File that keeps the generated secret. Not set: cluster-token in runtime.state_dir.",
+        flag="cluster-token-file",
+    )  # fmt: skip
+    silence_s: float = setting(
+        1.5, "Seconds after which a node that says nothing counts as gone.", flag="cluster-silence-s", ge=0.5, le=3600.0
+    )
+    wait_s: float = setting(
+        120.0,
+        "Seconds that running requests wait for a node where the others cannot hold the model.",
+        flag="cluster-wait-s",
+        ge=0.0,
+        le=86400.0,
+    )
+
+
 class MonitoringSettings(Section):
     """How the server watches its devices."""
 

@@ -14,3 +14,5 @@ COMPLETION_MAX_TOKENS = 16
 
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Sampling parameters whose default a model's `generation_config.json` may set."""
+MIN_CLUSTER_TOKEN_LENGTH = 16
+"""Whoever records a handshake may try tokens at home."""

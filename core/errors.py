@@ -29,6 +29,10 @@
     │   ├── PageMoveError               500  code=step_failed
     │   ├── RecordError                 500  code=step_failed
     │   └── DeviceLostError             500  code=device_lost
+    ├── NetworkError                    500  (between nodes; never an answer by itself)
+    │   ├── ProtocolError               500  what arrived is not VTP, or not as announced
+    │   ├── ClusterRefusedError         500  the other node does not want this one
+    │   └── LinkLostError               500  the other node does not answer any more
     └── UnavailableError                503  service_unavailable (Retry-After)
         ├── EngineDeadError             503  code=engine_dead
         ├── EngineMovedError            503  code=engine_moved
@@ -230,6 +234,10 @@ class DeviceError(VRAMancerError):
     code = "device_error"
 
 
+class MissingNodeError(DeviceError):
+    """A device of another machine was asked for, and that machine has not joined."""
+
+
 class OutOfDeviceMemoryError(DeviceError):
     """An allocation would exceed a device's budget."""
 
@@ -260,6 +268,26 @@ class DeviceLostError(StepFailedError):
     def __init__(self, message: str, *, device: str) -> None:
         super().__init__(message)
         self.device = device
+
+
+class NetworkError(VRAMancerError):
+    """Something between two nodes went wrong."""
+
+
+class ProtocolError(NetworkError):
+    """Bytes that arrived are not what the protocol allows there."""
+
+
+class ClusterRefusedError(NetworkError):
+    """Two nodes do not go together; the message says in one line why."""
+
+
+class LinkLostError(NetworkError):
+    """The other end of a link has gone, or has been silent for too long. `node` is its id, as far as it is known."""
+
+    def __init__(self, message: str, *, node: str = "") -> None:
+        super().__init__(message)
+        self.node = node
 
 
 class UnavailableError(VRAMancerError):

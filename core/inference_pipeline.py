@@ -12,6 +12,7 @@ from core.batching.intake import Load
 from core.batching.output import RequestHandle, Sink
 from core.batching.sequence import RawAnswer, RawOutput, RawPositions, Request
 from core.batching.traced import Traced
+from core.cluster.master import Master
 from core.config import Settings
 from core.defaults import DEFAULT_OWNER, DEMO_NAME
 from core.devices import Device, open_main_memory, parse_link
@@ -20,7 +21,7 @@ from core.engine.keeper import EngineKeeper
 from core.engine.model_engine import ModelEngine, ProgressCall
 from core.engine.relocation import Relocation
 from core.engine.submission import LoadedModel, make_raw_request, make_request
-from core.errors import ConflictError, EngineMovedError, ModelChangedError, ModelNotLoadedError
+from core.errors import ConflictError, EngineMovedError, ModelChangedError, ModelNotLoadedError, UnavailableError
 from core.logs import get_logger
 from core.metrics import MetricsRegistry
 from core.request import SamplingParams, TraceContext
@@ -31,13 +32,20 @@ from core.views.state import ServiceState
 
 logger = get_logger(__name__)
 
+MISSING_RETRY_S = 10.0
+"""After which clients may ask again whose model waits for a device."""
+
 
 class InferencePipeline:
-    """Thread-safe. `on_progress(done_bytes, total_bytes)` is told of weights as they are read."""
+    """Thread-safe. `on_progress(done_bytes, total_bytes)` is told of weights as they are read. `cluster` has devices of
+    other machines, which are used too."""
 
-    def __init__(self, settings: Settings, *, on_progress: ProgressCall | None = None) -> None:
+    def __init__(
+        self, settings: Settings, *, on_progress: ProgressCall | None = None, cluster: Master | None = None
+    ) -> None:
         self.settings = settings
         self.metrics = MetricsRegistry()
+        self.cluster = cluster
         self.tracing = open_tracing(settings.tracing)
         if self.tracing is not None:
             self.metrics.tasks.watch = self.tracing.task
@@ -47,13 +55,15 @@ class InferencePipeline:
             self.metrics, sim_link=parse_link(link) if link else None, host=self.main_memory.budget
         )
         observers = (self.tracing.requests,) if self.tracing is not None else ()
-        self._keeper = EngineKeeper(settings, self.transfer, self.main_memory, self.metrics, on_progress, observers)
+        self._keeper = EngineKeeper(
+            settings, self.transfer, self.main_memory, self.metrics, on_progress, observers, cluster
+        )
         self.monitor = GPUMonitor(self._devices, settings.monitoring.interval_s)
         self.metrics.set_engine_source(lambda: engine_metrics(self._keeper.engine, self.monitor.readings))
 
     def _devices(self) -> Sequence[Device]:
         engine = self._keeper.engine
-        return engine.plan.devices if engine is not None else ()
+        return [device for device in engine.plan.devices if device.is_here] if engine is not None else ()
 
     # -- the model --------------------------------------------------------------------------------------------------
 
@@ -95,7 +105,10 @@ class InferencePipeline:
         with self._keeper.exclusive(), self.metrics.tasks.run("load", settings.model.name or DEMO_NAME):
             self._keeper.swap(settings)
             self.monitor.start()
-            return self.model
+            loaded = self.model
+        if self._keeper.growth is not None:
+            self._keeper.growth.look_soon()
+        return loaded
 
     def _load_settings(
         self, model: str | None, num_gpus: int | None, dtype: str | None, devices: str | None, max_model_len: int | None
@@ -224,6 +237,8 @@ class InferencePipeline:
                 raise ModelChangedError(f"{model.name} has just been replaced by {engine.model.name}; try again.")
             if self._keeper.closing:
                 self._keeper.refuse_when_closing()
+            if self._keeper.recovery.missing is not None:
+                raise UnavailableError(self._keeper.recovery.missing, retry_after_s=MISSING_RETRY_S)
             made = make(engine)
             if trace is not None:
                 for request in made:
@@ -291,6 +306,8 @@ class InferencePipeline:
             return False, "a model is being loaded" if self.loading else "no model is loaded"
         if not engine.batcher.alive:
             return False, "the engine has stopped"
+        if self._keeper.recovery.missing is not None:
+            return False, self._keeper.recovery.missing
         if not engine.produced_token:
             return False, "no token has been produced yet"
         return True, "ready"
@@ -299,7 +316,8 @@ class InferencePipeline:
         """What views show of the service beside its engine."""
         return ServiceState(
             self.loading, self._keeper.closing, *self.ready(), settings=self.settings, transfers=self.transfer.stats(),
-            latency=self.metrics.latency(), readings=self.monitor.readings,
+            latency=self.metrics.latency, readings=self.monitor.readings, cluster=self.cluster,
+            offer=self._keeper.growth.offer if self._keeper.growth is not None else None,
         )  # fmt: skip
 
     @property

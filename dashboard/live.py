@@ -77,7 +77,7 @@ class LiveHub:
         )
         self._server.on("connect", self._connected)
         self._server.on("disconnect", self._left)
-        self._fetching: set[str] = set()
+        self._fetching: dict[str, object] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._publishing = asyncio.Lock()
         self._poller: Poller | None = None
@@ -126,14 +126,27 @@ class LiveHub:
         async def receive() -> dict[str, Any]:
             return messages.pop() if messages else {"type": "http.disconnect"}
 
+        this = object()
+
+        def fetched() -> None:
+            if viewer is not None and self._fetching.get(viewer) is this:
+                del self._fetching[viewer]
+
         if viewer is not None and fetches:
-            self._fetching.add(viewer)
+            self._fetching[viewer] = this
         try:
             plain = {**scope, _SESSION: session.key if session is not None else "", "headers": _plain(scope)}
-            await self._server.handle_request(plain, receive, _guarded(send))
+            # the next one may come as soon as the answer is read, before `send` is back
+            await self._server.handle_request(plain, receive, _guarded(send, fetched))
         finally:
-            if viewer is not None and fetches:
-                self._fetching.discard(viewer)
+            fetched()
+            self._forget_closed(viewer)
+
+    def _forget_closed(self, viewer: str | None) -> None:
+        """A page that has said goodbye makes room for another one at once; the engine would keep it for a while."""
+        sockets = self._server.eio.sockets
+        if viewer in sockets and sockets[viewer].closed:
+            del sockets[viewer]
 
     def _check_said(self, text: str, viewer: str | None) -> None:
         """The engine trusts what a viewer says more than it should: only what one has to say comes to it."""
@@ -257,9 +270,10 @@ def _plain(scope: Scope) -> list[tuple[bytes, bytes]]:
     return [*body_free, (b"content-length", b"%d" % MAX_BODY_BYTES)]
 
 
-def _guarded(send: Send) -> Send:
+def _guarded(send: Send, begun: Callable[[], None]) -> Send:
     async def send_guarded(message: dict[str, Any]) -> None:
         if message["type"] == "http.response.start":
+            begun()
             safe = [(b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff")]
             message = {**message, "headers": [*message["headers"], *safe]}
         await send(message)

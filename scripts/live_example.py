@@ -39,13 +39,16 @@ def answers(facts: Facts, at_s: float) -> dict[str, Any]:
         "latency": LATENCY,
     }  # fmt: skip
     devices = [{"name": name, "reading": reading} for name, reading in READINGS.items()]
-    node = {"id": "1", "hostname": "rig", "roles": ["api", "engine"], "devices": devices}
+    node = {
+        "id": "1", "hostname": "rig", "roles": ["api", "engine"], "status": "joined", "address": None, "link": None,
+        "devices": devices, "layers": {},
+    }  # fmt: skip
     return {
         "/api/pipeline/status": pipeline,
         "/api/queue/status": facts.queue,
         "/api/batcher/stats": batcher,
         "/api/gpu": {"devices": devices},
-        "/api/nodes": {"nodes": [node], "discovery": {"status": "disabled"}},
+        "/api/nodes": {"nodes": [node], "discovery": {"status": "disabled"}, "left_out": [], "offer": None},
         "/api/system": {"hostname": "rig", "process": {"uptime_s": UPTIME_S + at_s}},
         "/api/tasks": TASKS,
     }

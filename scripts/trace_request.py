@@ -85,6 +85,7 @@ def trace_request(devices: str, max_tokens: int, cache_dir: Path | None) -> dict
     from core.inference_pipeline import InferencePipeline
 
     overrides: dict[str, Any] = {"devices.devices": devices, "devices.placement": "vram", "logging.level": "warning"}
+    overrides["monitoring.interval_s"] = 3600.0  # readings of the devices are no part of a request
     if cache_dir is not None:
         overrides["runtime.cache_dir"] = cache_dir
     with tempfile.TemporaryDirectory() as empty:  # no settings of whoever runs it

@@ -4,6 +4,8 @@
     python scripts/train_demo_model.py               trains for 100 minutes and writes core/models/demo
     python scripts/train_demo_model.py --fast        the same in 60, on a processor that multiplies bf16
     python scripts/train_demo_model.py --resume      goes on after Ctrl-C, a kill or a reboot
+    python scripts/train_demo_model.py --fast --minutes 25 --start core/models/demo --seed 8
+                                                     teaches a trained one what has changed in the text
     python scripts/train_demo_model.py --evaluate    asks what training never showed, and writes ANSWERS.md
 
 The result is a tokenizer, a model and their settings in the layout of a Hugging Face checkpoint. The model is stored in
@@ -34,6 +36,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ".training/demo/checkpoint.pt"
 REPORT_EVERY = 20
+STARTED = 0.7
+"""Where in the schedule a training begins that starts with trained weights: the rate falls, the mix leans to what is
+hard."""
 
 
 class Training:
@@ -57,6 +62,14 @@ class Training:
         return cls(State(limits.seed, limits.tokens), build_tokenizer(limits.seed), limits)
 
     @classmethod
+    def start(cls, limits: argparse.Namespace) -> Training:
+        """One that keeps the tokenizer and the weights in `limits.start`."""
+        tokenizer = Tokenizer.from_file(str(limits.start / "tokenizer.json"))
+        training = cls(State(limits.seed, limits.tokens, began=STARTED), wrap(tokenizer), limits)
+        training.model.load_state_dict(LlamaForCausalLM.from_pretrained(limits.start).state_dict())
+        return training
+
+    @classmethod
     def go_on(cls, limits: argparse.Namespace) -> Training:
         """The one that was interrupted; its seed and tokens per step are the checkpoint's."""
         state, content = read_checkpoint(limits.checkpoint)
@@ -70,7 +83,8 @@ class Training:
     def progress(self) -> float:
         """The share of training that is over, 0 to 1."""
         by_time = self.state.elapsed_s / (60 * self.limits.minutes)
-        return min(1.0, max(by_time, self.state.step / self.limits.steps if self.limits.steps else 0.0))
+        over = max(by_time, self.state.step / self.limits.steps if self.limits.steps else 0.0)
+        return min(1.0, self.state.began + (1 - self.state.began) * over)
 
     def interrupt(self, *_: object) -> None:
         """Stop after the step that is under way."""
@@ -121,7 +135,8 @@ def train(limits: argparse.Namespace) -> None:
     """Begin or go on; write the model at the end, or the checkpoint when interrupted."""
     torch.manual_seed(limits.seed)
     torch.set_num_threads(limits.threads)
-    training = Training.go_on(limits) if limits.resume else Training.begin(limits)
+    begin = Training.go_on if limits.resume else Training.start if limits.start else Training.begin
+    training = begin(limits)
     parameters = sum(parameter.numel() for parameter in training.model.parameters())
     print(f"{parameters / 1e6:.2f} M parameters, {len(training.tokenizer)} tokens", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -161,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=7, help="seed of text and weights (default %(default)s)")
     parser.add_argument("--save-every", type=float, default=4.0, help="minutes between checkpoints (%(default)s)")
     parser.add_argument("--checkpoint", type=Path, default=ROOT / KEPT, help="file to keep for --resume")
+    parser.add_argument("--start", type=Path, default=None, help="folder of a trained model to start with")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     parser.add_argument("--evaluate", action="store_true", help="measure the model in --out instead of training one")
     return parser
@@ -174,6 +190,10 @@ def main() -> None:
         parser.error("--minutes must be above 0, --steps and --tokens at least 1")
     if limits.evaluate:
         evaluate(limits)
+    elif limits.resume and limits.start:
+        parser.error("--start is for a new training, --resume for one that was interrupted; give one of them")
+    elif limits.start and not (limits.start / "model.safetensors").is_file():
+        parser.error(f"there is no model in {limits.start}")
     elif limits.resume and not limits.checkpoint.is_file():
         parser.error(f"there is no checkpoint at {limits.checkpoint}; leave out --resume to begin")
     elif not limits.resume and limits.checkpoint.exists():

@@ -11,11 +11,12 @@ from core.devices import format_bytes
 from vramancer import __version__
 
 if TYPE_CHECKING:
+    from core.cluster.opening import OpenMaster
     from core.engine.model_engine import ModelEngine
     from core.inference_pipeline import InferencePipeline
 
 WIDTH = 80
-_LABEL = 11
+_LABEL = 13
 """Columns before a row's text."""
 
 
@@ -28,6 +29,7 @@ class Reached:
         metrics_port: where the metrics listener does; 0: there is none.
         token_file: the file that keeps the token; None: it is in the settings.
         new_token: the token, if it was generated just now. It is shown, this once.
+        cluster: where workers are taken in, if they are.
     """
 
     host: str
@@ -35,6 +37,7 @@ class Reached:
     metrics_port: int
     token_file: Path | None = None
     new_token: str | None = None
+    cluster: OpenMaster | None = None
 
     def url(self, port: int) -> str:
         return f"http://[{self.host}]:{port}" if ":" in self.host else f"http://{self.host}:{port}"
@@ -45,10 +48,12 @@ def banner(pipeline: InferencePipeline, reached: Reached) -> str:
     engine, model = pipeline.engine, pipeline.model
     rows = [
         ("API", f"{reached.url(reached.port)}/v1"),
+        *([("dashboard", f"{reached.url(reached.port)}/dashboard")] if pipeline.settings.dashboard.enabled else []),
         ("model", f"{', '.join((model.name, *model.aliases))} ({model.dtype}, up to {model.max_model_len} tokens)"),
         *_device_rows(engine),
         ("token", _token(reached)),
         ("metrics", _metrics(reached, pipeline.settings.api.metrics_port)),
+        *([("cluster", cluster_text(reached.cluster))] if reached.cluster is not None else []),
         ("stop", "Ctrl-C; requests under way may finish, a second Ctrl-C ends them"),
     ]
     lines = [f"VRAMancer {__version__} is ready"]
@@ -58,7 +63,32 @@ def banner(pipeline: InferencePipeline, reached: Reached) -> str:
             text, WIDTH, initial_indent=indent, subsequent_indent=" " * _LABEL,
             break_long_words=False, break_on_hyphens=False,
         )  # fmt: skip
-    return "\n".join([*lines, *_example(reached)])
+    return "\n".join([*lines, *_example(reached), *(cluster_lines(reached.cluster) if reached.cluster else [])])
+
+
+def cluster_lines(cluster: OpenMaster) -> list[str]:
+    """What to type on another machine. The token is shown once, when it has just been made."""
+    host, port = cluster.master.address
+    token = cluster.token
+    if token.created:
+        value, more = token.value, f" (the token is new, shown only now, and kept in {token.path})"
+    elif token.path is not None:
+        value, more = "...", f" (the token is in {token.path})"
+    else:
+        value, more = "...", " (the token is the one in VRM_CLUSTER_TOKEN or cluster.token)"
+    found = "" if cluster.master.is_found else f"VRM_CLUSTER_MASTER={host}:{port} "
+    return [
+        f"  {'add one':{_LABEL - 3}} on another machine{more}:",
+        f"    VRM_CLUSTER_TOKEN={value} {found}python -m vramancer.main --cluster-worker",
+    ]
+
+
+def cluster_text(cluster: OpenMaster) -> str:
+    """Where workers are taken in, and how many there are."""
+    host, port = cluster.master.address
+    found = "found by mDNS and broadcast" if cluster.master.is_found else "not found by themselves"
+    joined = len(cluster.master.nodes)
+    return f"workers are accepted at {host}:{port}, {found}; {joined} {'has' if joined == 1 else 'have'} joined"
 
 
 def _device_rows(engine: ModelEngine) -> list[tuple[str, str]]:

@@ -1,4 +1,5 @@
-"""Entry point: `python -m vramancer.main --api [flags]` is `vramancer serve [flags]`."""
+"""Entry point: `python -m vramancer.main --api [flags]` is `vramancer serve [flags]`, and with `--cluster-worker` it is
+`vramancer cluster join [flags]`."""
 
 from __future__ import annotations
 
@@ -16,11 +17,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def as_command(arguments: list[str]) -> list[str]:
-    """`--api` says "serve": it may stand anywhere among the flags."""
-    if "--api" not in arguments:
-        return arguments
-    rest = [argument for argument in arguments if argument != "--api"]
-    return rest if rest[:1] == ["serve"] else ["serve", *rest]
+    """`--api` says "serve", and `--cluster-worker` "cluster join": they may stand anywhere among the flags."""
+    for word, command in (("--api", ["serve"]), ("--cluster-worker", ["cluster", "join"])):
+        if word in arguments:
+            rest = [argument for argument in arguments if argument != word]
+            return rest if rest[: len(command)] == command else [*command, *rest]
+    return arguments
 
 
 if __name__ == "__main__":

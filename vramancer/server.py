@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -16,11 +18,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from core.config import Settings
 from core.devices import format_bytes
+from core.errors import InsufficientMemoryError, MissingNodeError, NetworkError, VRAMancerError
 from core.logs import configure_logging, get_logger
 from core.security.access import nobody
 from dashboard import AppGateway, Dashboard
 from vramancer import __version__
-from vramancer.banner import Reached, banner
+from vramancer.banner import Reached, banner, cluster_lines, cluster_text
 from vramancer.web.leave import leave
 from vramancer.web.limits import Limits
 from vramancer.web.listener import bind_socket, listen
@@ -28,6 +31,7 @@ from vramancer.web.metrics import MetricsServer
 from vramancer.web.server import INTERRUPTED, FrontDoor
 
 if TYPE_CHECKING:
+    from core.cluster.opening import OpenMaster
     from core.inference_pipeline import InferencePipeline
 
 logger = get_logger(__name__)
@@ -38,39 +42,79 @@ MORE_THAN_THE_ENGINE = 16
 """Requests that may be under way beside those that run and wait in the engine: they tokenize, load, move."""
 
 
+_LOOK_S = 0.5
+
+
 def serve(settings: Settings) -> int:
     """Load the model, then listen, until Ctrl-C or SIGTERM. Returns the exit status.
 
     Raises:
         VRAMancerError: the server cannot start; nothing is left running.
     """
+    from core.cluster.opening import open_master
     from core.inference_pipeline import InferencePipeline
     from core.security.token import check_bind, resolve_token
 
     configure_logging(settings.logging)
     check_bind(settings)
-    token, created, token_file = resolve_token(settings)
-    with bind_socket(settings.api.host, settings.api.port) as listener, loading_bar() as bar:
-        pipeline = InferencePipeline(settings, on_progress=bar.report)
-        metrics = _metrics_server(pipeline, listener)
-        try:
-            if settings.api.metrics_port:
-                metrics.start()
-            with _interruptible():
-                pipeline.load()
+    token, cluster = resolve_token(settings), open_master(settings, version=__version__)
+    master = cluster.master if cluster is not None else None
+    try:
+        with bind_socket(settings.api.host, settings.api.port) as listener, loading_bar() as bar:
+            pipeline = InferencePipeline(settings, on_progress=bar.report, cluster=master)
+            metrics = _metrics_server(pipeline, listener)
+            try:
+                if settings.api.metrics_port:
+                    metrics.start()
+                with _interruptible():
+                    cluster = _load(pipeline, cluster, bar)
+                    host, port = listener.getsockname()[:2]
+                    new = token.value if token.created else None
+                    reached = Reached(host, port, metrics.port, token.path, new, cluster)
+                    _serve_loaded(pipeline, listener, token.value, reached)
+            except KeyboardInterrupt:
                 bar.finish()
-                host, port = listener.getsockname()[:2]
-                reached = Reached(host, port, metrics.port, token_file, token if created else None)
-                _serve_loaded(pipeline, listener, token, reached)
-        except KeyboardInterrupt:
-            bar.finish()
-            typer.echo("stopped before the server was ready", err=True)
-            return leave(INTERRUPTED)
-        finally:
-            pipeline.shutdown()
-            metrics.stop()
+                typer.echo("stopped before the server was ready", err=True)
+                return leave(INTERRUPTED)
+            finally:
+                pipeline.shutdown()
+                metrics.stop()
+    finally:
+        if master is not None:
+            master.close()
     logger.info("stopped")
     return leave(0)
+
+
+def _load(pipeline: InferencePipeline, cluster: OpenMaster | None, bar: LoadingBar) -> OpenMaster | None:
+    """Load the model. Where it takes machines that have not joined yet, wait for them. A token that was shown meanwhile
+    is new no more."""
+    came = threading.Event()
+    if cluster is not None:
+        cluster.master.on_change.append(lambda change, node: came.set())
+    while True:
+        came.clear()
+        try:
+            pipeline.load()
+        except (MissingNodeError, InsufficientMemoryError, NetworkError) as error:
+            if cluster is None or not _may_come(pipeline.settings, error):
+                raise
+            lines = [f"waiting for machines: {error.message}", f"  {cluster_text(cluster)}", *cluster_lines(cluster)]
+            typer.echo("\n".join(lines))
+            cluster = replace(cluster, token=cluster.token._replace(created=False))
+        else:
+            bar.finish()
+            return cluster
+        while not came.wait(_LOOK_S):
+            pass  # Ctrl-C ends it
+
+
+def _may_come(settings: Settings, error: VRAMancerError) -> bool:
+    """Whether machines that join can cure it: more memory is used where devices of others may be."""
+    from core.cluster.choice import divide
+
+    _, there = divide(settings.devices.devices)
+    return there is None or bool(there) or not isinstance(error, InsufficientMemoryError)
 
 
 def _metrics_server(pipeline: InferencePipeline, listener: socket.socket) -> MetricsServer:

@@ -67,7 +67,7 @@ def create_app(
     """
     settings = pipeline.settings
     if token is None:
-        token, _, _ = resolve_token(settings)
+        token = resolve_token(settings).value
     app = Flask(__name__, static_folder=None)
     # One more than is accepted: Werkzeug cuts a chunked body off there, and `read_request` then knows it is too long.
     app.config["MAX_CONTENT_LENGTH"] = settings.api.max_body_bytes + 1

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 from core.api.body import MAX_COUNT, MAX_NAME_LENGTH, Integer, RequestModel, json_response, read_request
 from core.api.context import api_context
 from core.api.openai.models import model_card
+from core.cluster.choice import divide
 from core.devices import parse_devices
 from core.errors import DeviceError, InvalidRequestError, NotFoundError
 from core.placement.engine import parse_layers
@@ -34,7 +35,9 @@ class LoadRequest(RequestModel):
 
 def _device_list(text: str) -> str:
     try:
-        parse_devices(text)
+        here, _ = divide(text)  # others are looked for once it is known which there are
+        if here:
+            parse_devices(here)
     except DeviceError as error:
         raise InvalidRequestError(error.message, param="devices") from error
     return text

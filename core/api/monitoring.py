@@ -6,12 +6,16 @@ import os
 import platform
 import socket
 import time
-import uuid
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import psutil
 from flask import Blueprint, Response, g, request
+from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics.exposition import ALLOWUTF8
 
 from core.api.body import json_response
 from core.api.context import api_context
@@ -20,11 +24,14 @@ from core.security.access import policy
 from core.security.admission import STOPPING_KEY
 from core.views.devices import device_views
 from core.views.health import health as health_of
+from core.views.nodes import nodes_view
 from core.views.render import render
 from core.views.state import ServiceState
 from core.views.status import batcher_view, pipeline_view, queue_view
 
 blueprint = Blueprint("monitoring", __name__)
+
+OPENMETRICS = "application/openmetrics-text"
 
 
 def _now() -> tuple[ModelEngine | None, ServiceState]:
@@ -36,8 +43,9 @@ def _now() -> tuple[ModelEngine | None, ServiceState]:
 @blueprint.get("/live")
 @policy(public=True)
 def live() -> Response:
-    """The process answers."""
-    return json_response({"status": "alive"})
+    """The process answers. Of a cluster's master it is told where workers are taken in."""
+    cluster = api_context().pipeline.cluster
+    return json_response({"status": "alive"} | ({"cluster_port": cluster.address[1]} if cluster is not None else {}))
 
 
 @blueprint.get("/ready")
@@ -65,8 +73,20 @@ def health() -> Response:
 @blueprint.get("/metrics")
 @policy("viewer")
 def metrics() -> Response:
-    encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+    encode, content_type = _encoder(request.headers.get("Accept", ""))
     return Response(encode(api_context().pipeline.metrics.registry), content_type=content_type)
+
+
+def _encoder(accept: str) -> tuple[Callable[[CollectorRegistry], bytes], str]:
+    """What writes metrics as a scraper asks for it, and that form's media type.
+
+    Our names need no escaping, and OpenMetrics allows the colon of `vllm:...`. The library would write it as `_` (as of
+    0.26), and look at every character of every name to find out.
+    """
+    encode, content_type = choose_encoder(accept)
+    if content_type.startswith(OPENMETRICS) and not content_type.endswith(("escaping=dots", "escaping=values")):
+        encode = partial(cast("Callable[..., bytes]", encode), escaping=ALLOWUTF8)
+    return encode, content_type
 
 
 @blueprint.get("/api/pipeline/status")
@@ -149,17 +169,9 @@ def system_status() -> Response:
 @blueprint.get("/api/nodes")
 @policy("viewer")
 def nodes() -> Response:
-    """This node, alone: discovery of others is off."""
-    context = api_context()
-    context.pipeline.metrics.count_environment_hit()
-    hostname = socket.gethostname()
-    node = {
-        "id": str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{uuid.getnode():012x}.{hostname}")),
-        "hostname": hostname,
-        "roles": ["api", "engine"],
-        "devices": render(device_views(*_now())),
-    }
-    return json_response({"nodes": [node], "discovery": {"status": "disabled"}})
+    """This machine, and those that have joined it."""
+    api_context().pipeline.metrics.count_environment_hit()
+    return json_response(render(nodes_view(*_now())))
 
 
 def _existing(path: Path) -> Path:

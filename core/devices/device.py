@@ -76,6 +76,8 @@ class Device:
         torch_device: where its tensors live: "cpu", "cuda:0", "mps".
         memory_limit_bytes: what may be allocated on it.
         speed: given for emulated devices only.
+        node: the worker that has it, empty for a device of this machine. What is said of such a device's tensors holds
+            there.
     """
 
     name: str
@@ -84,6 +86,12 @@ class Device:
     torch_device: str
     memory_limit_bytes: int
     speed: DeviceSpeed | None = None
+    node: str = ""
+
+    @property
+    def is_here(self) -> bool:
+        """Of this machine."""
+        return not self.node
 
     @property
     def is_gpu(self) -> bool:
@@ -247,4 +255,4 @@ class MainMemory:
 
 
 def _in_main_memory(devices: Sequence[Device]) -> int:
-    return sum(device.memory_limit_bytes for device in devices if device.computes_on_cpu)
+    return sum(device.memory_limit_bytes for device in devices if device.is_here and device.computes_on_cpu)

@@ -78,12 +78,13 @@ def _parse_entry(entry: str) -> DeviceSpec:
     if bool(at) != (kind == "sim"):
         raise _refuse(entry, "sim needs a speed" if kind == "sim" else "only sim takes a speed")
     name = f"{kind}:{int(ordinal or 0)}" if kind in GPU_KINDS else kind
-    limit_bytes = _parse_size(entry, size.strip()) if equals else None
+    limit_bytes = parse_size(entry, size.strip()) if equals else None
     device_speed = _parse_speed(entry, speed.strip()) if at else None
     return DeviceSpec(name, cast(DeviceKind, kind), int(ordinal or 0), limit_bytes, device_speed)
 
 
-def _parse_size(entry: str, text: str) -> int:
+def parse_size(entry: str, text: str) -> int:
+    """Bytes of a size such as "24GiB" in an entry of a list of devices. Raises `DeviceError`."""
     matched = _SIZE.fullmatch(text)
     if matched is None:
         raise _refuse(entry, f"{text!r} is not a size; write a number and one of {', '.join(_SIZE_UNITS)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from core.batching.batcher import ContinuousBatcher
@@ -12,6 +12,7 @@ from core.batching.intake import CircuitBreaker
 from core.batching.running import RunningSequences
 from core.batching.scheduler import Scheduler
 from core.batching.step import SchedulerLimits
+from core.cluster.placed_stage import RemoteStages, StageOrder, connect_stages
 from core.config import Settings
 from core.config_schema import EngineSettings
 from core.costs import SLOTS
@@ -20,7 +21,8 @@ from core.devices.probe import free_bytes_of
 from core.emulation import EmulatedStage, GuestTime
 from core.engine.kv_memory import check_promises, open_kv
 from core.engine.model_engine import ModelEngine, describe, products_are_native
-from core.engine.model_plan import ModelPlan, cohort_policy, stage_timer
+from core.engine.model_plan import ModelPlan, cohort_policy, lends, stage_timer
+from core.engine.stages import EngineStage
 from core.errors import InsufficientMemoryError
 from core.execution.attention.select import AttentionBackends, LinearAdapter
 from core.execution.attention.warm_up import warm_up_attention
@@ -49,10 +51,12 @@ def check_memory(plan: ModelPlan, present: Mapping[str, int] | None = None) -> N
     needed: dict[str, int] = defaultdict(int)
     for stage, local_tokens in zip(plan.placement.stages, plan.pooled.local_tokens, strict=True):
         device = plan.devices[stage.device_index]
+        if not device.is_here:
+            continue  # the node that has it looks for itself
         kv_bytes = stage.kv_bytes_per_token * local_tokens
         needed[device.torch_device] += stage.weight_bytes + kv_bytes + stage.workspace_bytes
         needed[device.torch_device] -= (present or {}).get(device.name, 0)
-    devices = plan.devices
+    devices = tuple(device for device in plan.devices if device.is_here)
     if plan.host is not None:
         devices = (*devices, plan.host)
         needed[plan.host.torch_device] += plan.placement.streamed_bytes
@@ -72,14 +76,16 @@ def check_memory(plan: ModelPlan, present: Mapping[str, int] | None = None) -> N
 
 class EngineBuilder:
     """`load`, or `load_stage` each stage, in any order, then `finish`; on failure `free`. `tokenizer` is read if not
-    given; `stages` are those that have been loaded, by number."""
+    given; `stages` are those that have been loaded, by number; `nodes` loads those of other machines."""
 
     def __init__(
         self, plan: ModelPlan, settings: Settings, *, transfer: TransferManager, main_memory: MainMemory,
         cpu_threads: int, on_read: Callable[[int], None], tokenizer: Tokenizer | None = None,
+        nodes: RemoteStages | None = None,
     ) -> None:  # fmt: skip
         self.plan = plan
         self._settings = settings
+        self._nodes = nodes
         self._transfer = transfer
         self._main_memory = main_memory
         self._on_read = on_read
@@ -93,14 +99,14 @@ class EngineBuilder:
         self._host = main_memory.open(plan.devices)
         self.budgets = {device.name: DeviceBudget(device) for device in plan.devices} | {HOST: self._host}
         used = [plan.devices[stage.device_index] for stage in plan.placement.stages]
-        self._threads = CpuThreads(cpu_threads, sum(device.computes_on_cpu for device in used))
+        self._threads = CpuThreads(cpu_threads, _on_cpu(used, ""))
         self.backends = AttentionBackends(settings, partial(getattr, self._threads, "current"))
         self._blocks = StepBlocks()
         known = KnownSequences()  # what this process knows of sequences is shared
         self._make_stage: Callable[..., Stage] = partial(Stage, known=known)
         if any(device.is_emulated for device in plan.devices):  # all keep to what those take of each other's time
             self._make_stage = partial(EmulatedStage, known=known, guests=GuestTime())
-        self.stages: dict[int, Stage] = {}
+        self.stages: dict[int, EngineStage] = {}
 
     def slice_of(self, index: int) -> StageSlice:
         stage = self.plan.placement.stages[index]
@@ -112,6 +118,10 @@ class EngineBuilder:
     def load_stage(self, index: int, parts: SharedParts | None = None) -> None:
         """Read a stage's weights, but for `parts`."""
         plan, device = self.plan.placement.stages[index], self.device_of(index)
+        if not device.is_here:
+            assert self._nodes is not None
+            self.stages[index] = self._nodes.load(self._order(index), self.budgets[device.name])
+            return
         budget, timer = self.budgets[device.name], stage_timer(self.plan, plan)
         stage = self._make_stage(self.plan.architecture, self.slice_of(index), device, budget, timer)
         if self._settings.tracing.enabled:
@@ -123,6 +133,22 @@ class EngineBuilder:
             streamed = StreamedLayers(*sizes, self._host, self._transfer)
         resident = plan.weight_bytes - SLOTS * plan.slot_bytes
         stage.load(self.plan.resolved.path, resident, self._on_read, self.adapter_of(index), streamed, parts)
+
+    def _order(self, index: int) -> StageOrder:
+        """A stage on another machine, and what is around it here."""
+        plan, device, placed = self.plan, self.device_of(index), self.plan.placement.stages
+        before = self.device_of(index - 1) if index else None
+        fed_here = before is not None and before.is_here
+        entrance = before if before is not None and fed_here and before.computes_on_cpu else self._host.device
+        used = [plan.devices[stage.device_index] for stage in placed]
+        costs, profile = None, None
+        if device.is_emulated:
+            costs, profile = plan.costs, plan.problem.devices[device.index].profile
+        return StageOrder(
+            device, placed[index], entrance, fed_here,
+            tells_here=index + 1 == len(placed) or self.device_of(index + 1).is_here,
+            together=_on_cpu(used, device.node), costs=costs, profile=profile,
+        )  # fmt: skip
 
     def load(self) -> ModelEngine:
         """All stages, then `finish`. On failure everything allocated so far is freed.
@@ -163,12 +189,14 @@ class EngineBuilder:
         for stage, placed, tokens in zip(stages, plan.placement.stages, plan.pooled.local_tokens, strict=True):
             self.budgets[stage.device.name].reserve("workspace", placed.workspace_bytes)
             stage.allocate_kv(tokens // size, setup)
-            names.append(self.backends(stage.device).name)
-        lenders = plan.devices if settings.lending.enabled else ()
-        warm_up_attention([(stage.device, stage.attention_kinds()) for stage in stages], lenders, self.backends)
+            names.append(self.backends(stage.device).name if isinstance(stage, Stage) else stage.attention)
+        lenders = plan.devices if lends(plan, settings) else ()
+        here = [stage for stage in stages if isinstance(stage, Stage)]
+        warm_up_attention([(stage.device, stage.attention_kinds()) for stage in here], lenders, self.backends)
+        connect_stages(stages)
         return self._assemble(stages, tuple(names))
 
-    def _assemble(self, stages: list[Stage], backends: tuple[str, ...]) -> ModelEngine:
+    def _assemble(self, stages: list[EngineStage], backends: tuple[str, ...]) -> ModelEngine:
         plan, settings = self.plan, self._settings
         engine, model = settings.engine, describe(plan, settings, self._tokenizer)
         salt = f"{model.path}:{plan.resolved.revision or weights_digest(model.path)}:{model.dtype}".encode()
@@ -202,6 +230,11 @@ class EngineBuilder:
             stage.free()
         self.stages.clear()
         self._main_memory.close(self._host)
+
+
+def _on_cpu(devices: Sequence[Device], node: str) -> int:
+    """How many of the devices compute on the processor of a node (empty: of this machine)."""
+    return sum(device.computes_on_cpu for device in devices if device.node == node)
 
 
 def _limits(engine: EngineSettings, kv: KVCacheManager, max_model_len: int, rope: RopeBorder | None) -> SchedulerLimits:

@@ -12,17 +12,22 @@ from dataclasses import replace
 import torch
 
 from core.batching.publisher import RequestObserver
+from core.cluster.choice import choose, divide
+from core.cluster.master import Master
+from core.cluster.measuring import ClusterProfiler
+from core.cluster.placed_stage import RemoteStages
 from core.config import Settings
 from core.devices import HOST, Device, MainMemory, open_devices
 from core.engine.builder import EngineBuilder, check_memory
+from core.engine.growth import Growth
 from core.engine.model_engine import ModelEngine, ProgressCall
-from core.engine.model_plan import ModelPlan, host_for, measure_with, plan_model, promised_bytes
+from core.engine.model_plan import Measures, ModelPlan, host_for, measure_with, plan_model, promised_bytes
+from core.engine.recovery import Recovery
 from core.engine.relocation import Relocation, Relocator
 from core.engine.submission import make_request
 from core.errors import (
     CheckpointError,
     ConflictError,
-    DeviceLostError,
     EngineDeadError,
     InsufficientMemoryError,
     ModelChangedError,
@@ -34,7 +39,7 @@ from core.logs import get_logger
 from core.metrics import MetricsRegistry
 from core.models.checkpoint import Checkpoint
 from core.models.fit import checked_notes
-from core.models.resolve import resolve_model
+from core.models.resolve import ResolvedModel, resolve_model
 from core.models.tokenizer import Tokenizer
 from core.request import SamplingParams
 from core.transfer import TransferManager
@@ -47,7 +52,7 @@ class EngineKeeper:
 
     def __init__(
         self, settings: Settings, transfer: TransferManager, main_memory: MainMemory, metrics: MetricsRegistry,
-        on_progress: ProgressCall | None, observers: tuple[RequestObserver, ...] = (),
+        on_progress: ProgressCall | None, observers: tuple[RequestObserver, ...] = (), cluster: Master | None = None,
     ) -> None:  # fmt: skip
         self.engine: ModelEngine | None = None
         self.leaving: ModelEngine | None = None
@@ -56,10 +61,15 @@ class EngineKeeper:
         self._main_memory = main_memory
         self._metrics = metrics
         self._observers = observers
+        self._cluster = cluster
         self._on_progress = on_progress
         self._drain_s = settings.api.drain_timeout_s
         self._cpu_threads = settings.devices.cpu_threads or torch.get_num_threads()
         self._lock = threading.Lock()
+        self.recovery = Recovery(self, self._move_off, cluster)
+        self.growth: Growth | None = None
+        if cluster is not None:
+            self.growth = Growth(self, cluster, metrics.tasks, acts=settings.cluster.auto_place)
 
     @property
     def busy(self) -> bool:
@@ -101,7 +111,7 @@ class EngineKeeper:
         total = Checkpoint(resolved.path).total_bytes
         notes = checked_notes(resolved.path, settings.model.dtype)
         old = self.engine
-        measure = measure_with(settings, self._transfer)
+        measure = self._measure(resolved, settings)
 
         def planned(old: ModelEngine | None, *, beside: bool) -> ModelPlan:
             devices = self._devices(settings, old, beside=beside)
@@ -172,7 +182,7 @@ class EngineKeeper:
         """Devices with the limits a load may use. Given limits count what the old engine holds; free memory as it is
         measured does not.
         """
-        devices = open_devices(settings.devices, set_aside_bytes=promised_bytes(settings))
+        devices = self._open(settings)
         if old is None:
             return devices
         explicit = settings.devices.devices is not None
@@ -183,6 +193,22 @@ class EngineKeeper:
             full = devices[limits.index(0)].name
             raise InsufficientMemoryError(f"{full} has nothing left beside {old.model.name}.", lacking_bytes={full: 1})
         return tuple(replace(device, memory_limit_bytes=limit) for device, limit in zip(devices, limits, strict=True))
+
+    def _open(self, settings: Settings) -> tuple[Device, ...]:
+        """This machine's devices, and those of the cluster's nodes."""
+        aside = promised_bytes(settings)
+        if self._cluster is None:
+            return open_devices(settings.devices, set_aside_bytes=aside)
+        here, there = divide(settings.devices.devices)
+        local: tuple[Device, ...] = ()
+        if here != "":
+            local = open_devices(settings.devices.model_copy(update={"devices": here}), set_aside_bytes=aside)
+        others = choose(self._cluster.devices(len(local)), there)
+        return tuple(replace(device, index=index) for index, device in enumerate((*local, *others)))
+
+    def _measure(self, resolved: ResolvedModel, settings: Settings) -> Measures:
+        here = measure_with(settings, self._transfer)
+        return here if self._cluster is None else ClusterProfiler(here, self._cluster, resolved, settings)
 
     def _start(self, plan: ModelPlan, settings: Settings, total_bytes: int) -> ModelEngine:
         """Load the weights, then generate one token, so that readiness means that the model works. Not used before
@@ -229,9 +255,12 @@ class EngineKeeper:
     def _builder(
         self, plan: ModelPlan, settings: Settings, on_read: Callable[[int], None], tokenizer: Tokenizer | None = None
     ) -> EngineBuilder:
+        nodes = None
+        if self._cluster is not None:
+            nodes = RemoteStages(self._cluster, plan.resolved, plan.architecture, settings)
         return EngineBuilder(
             plan, settings, transfer=self._transfer, main_memory=self._main_memory, cpu_threads=self._cpu_threads,
-            on_read=on_read, tokenizer=tokenizer,
+            on_read=on_read, tokenizer=tokenizer, nodes=nodes,
         )  # fmt: skip
 
     def outlook(self, engine: ModelEngine, settings: Settings) -> Relocation:
@@ -246,7 +275,8 @@ class EngineKeeper:
         self, engine: ModelEngine, settings: Settings, devices: Sequence[Device], lost: frozenset[str] = frozenset()
     ) -> Relocator:
         host = host_for(settings, devices, self._main_memory, engine.budgets[HOST])
-        plan = plan_model(engine.plan.resolved, devices, settings, measure_with(settings, self._transfer), host)
+        resolved = engine.plan.resolved
+        plan = plan_model(resolved, devices, settings, self._measure(resolved, settings), host)
         for note in plan.notes:
             logger.warning("plan", note=note)
 
@@ -270,44 +300,18 @@ class EngineKeeper:
         self._metrics.observe_migration(moved.moved_layers, unasked=bool(relocator.lost))
         return moved
 
-    def _device_lost(self, error: DeviceLostError) -> bool:
-        """A device of the engine does not answer. True: what runs there will be moved to the others."""
-        engine = self.engine
-        if self.closing or engine is None:
-            return False
-        others = tuple(device for device in engine.plan.devices if device.name != error.device)
-        if not others:
-            return False
-        logger.error("a device is lost; moving to the others", device=error.device, reason=error.message)
-        threading.Thread(target=self._leave, args=(engine, others, error), name="vrm-relocation", daemon=True).start()
-        return True
-
-    def _leave(self, engine: ModelEngine, devices: tuple[Device, ...], error: DeviceLostError) -> None:
-        if self.closing:
-            return
-        with self.exclusive(wait=True):
-            if self.engine is not engine:
-                return
-            placed = engine.settings.devices.model_copy(update={"layers": None})
-            settings = engine.settings.model_copy(update={"devices": placed})
-            try:
-                numbered = tuple(replace(device, index=index) for index, device in enumerate(devices))
-                with self._metrics.tasks.run(
-                    "recovery", f"{engine.model.name}, without {error.device}", priority="high"
-                ):
-                    self._relocate(self._relocator(engine, settings, numbered, frozenset({error.device})))
-            except Exception as failure:
-                logger.error("the model could not be moved off a lost device", exc_info=failure)
-                if self.engine is engine:
-                    engine.batcher.on_lost = lambda error: False
-                    engine.batcher.resume()
+    def _move_off(
+        self, engine: ModelEngine, settings: Settings, devices: tuple[Device, ...], lost: frozenset[str], what_for: str
+    ) -> None:
+        with self._metrics.tasks.run("recovery", f"{engine.model.name}, {what_for}", priority="high", asked=False):
+            self._relocate(self._relocator(engine, settings, devices, lost))
 
     def _bring_up(self, engine: ModelEngine) -> None:
         """To the first token, so that readiness means that the model works."""
         engine.batcher.intake.call_within(lambda: torch.set_num_threads(engine.torch_threads(self._cpu_threads)))
         self._warm_up(engine)
         engine.batcher.report_to(self._metrics, self._observers)
-        engine.batcher.on_lost = self._device_lost
+        engine.batcher.on_lost = self.recovery.device_lost
 
     def _warm_up(self, engine: ModelEngine) -> None:
         params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
@@ -318,6 +322,9 @@ class EngineKeeper:
     def close(self, drain_s: float) -> None:
         """Let what runs end within `drain_s`, then free everything. Safe to call twice."""
         self.closing = True
+        self.recovery.close()
+        if self.growth is not None:
+            self.growth.close()
         with self._lock:
             self.serve_with(None, EngineDeadError("The server is shutting down."), drain_s)
             gc.unfreeze()

@@ -16,7 +16,7 @@ from core.costs.profile import DATASHEET_LINK
 from core.devices import HOST, Device, DeviceBudget, parse_link
 from core.devices.probe import free_bytes_of
 from core.engine.model_plan import ModelPlan
-from core.execution.stage import Stage
+from core.engine.stages import EngineStage
 from core.kv_cache.manager import KVCacheManager
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.kv_cache.stage_pages import StagePages
@@ -68,8 +68,8 @@ class KVMemory:
 
 
 def open_kv(
-    plan: ModelPlan, settings: Settings, stages: Sequence[Stage], budgets: Mapping[str, DeviceBudget], salt: bytes,
-    blocks: StepBlocks, running: RunningSequences,
+    plan: ModelPlan, settings: Settings, stages: Sequence[EngineStage], budgets: Mapping[str, DeviceBudget],
+    salt: bytes, blocks: StepBlocks, running: RunningSequences,
 ) -> KVMemory:  # fmt: skip
     """The blocks of a model whose stages have allocated their local pages, and find in `blocks` what tiers keep.
     `budgets` has main memory's too; `running` is the list that the scheduler will keep."""
@@ -105,7 +105,7 @@ def open_kv(
 
 
 def _open_overflow(
-    plan: ModelPlan, settings: Settings, stages: Sequence[Stage], budgets: Mapping[str, DeviceBudget],
+    plan: ModelPlan, settings: Settings, stages: Sequence[EngineStage], budgets: Mapping[str, DeviceBudget],
     kv: KVCacheManager,
 ) -> KVOverflow:  # fmt: skip
     watch = DeviceWatch(plan.devices, stages, budgets)
@@ -139,6 +139,8 @@ def _open_tiers(
     wanted = asked.host_bytes is not None or asked.disk_path is not None or asked.remote_url is not None
     if not settings.engine.enable_prefix_caching or not (has_cards or wanted):
         return None
+    if not all(plan.devices[stage.device_index].is_here for stage in plan.placement.stages):
+        return None  # pages of workers do not come here yet
     shapes = [(shape.num_kv_heads, shape.key_dim, shape.value_dim) for shape in architecture.kv_shapes]
     layout = BlockLayout.of(shapes, kv.block_size, str(architecture.dtype).removeprefix("torch."))
     pin = any(device.is_gpu for device in plan.devices)
@@ -152,7 +154,7 @@ _HOST_BYTES_S = 40e9
 """At which main memory is read where it lends to a GPU: two channels of DDR4."""
 
 
-def site_speeds(plan: ModelPlan, stages: Sequence[Stage]) -> Callable[[int, str], SiteSpeeds]:
+def site_speeds(plan: ModelPlan, stages: Sequence[EngineStage]) -> Callable[[int, str], SiteSpeeds]:
     """What is known of a stage and a device that lends to it: links and bandwidths as they were measured. Main memory
     is taken to be behind the slowest link that was."""
     links = plan.problem.links
@@ -239,7 +241,7 @@ def _lenders(plan: ModelPlan, settings: Settings, budgets: Mapping[str, DeviceBu
 class Regions:
     """Allocates regions on the devices that lend them."""
 
-    def __init__(self, stages: Sequence[Stage], budgets: Mapping[str, DeviceBudget]) -> None:
+    def __init__(self, stages: Sequence[EngineStage], budgets: Mapping[str, DeviceBudget]) -> None:
         self._stages = stages
         self._budgets = budgets
 
@@ -258,7 +260,7 @@ class Regions:
 
     def _cache(self, stage: int) -> PagedKVCache:
         kv = self._stages[stage].kv
-        assert kv is not None
+        assert isinstance(kv, PagedKVCache)  # stages on workers do not borrow
         return kv
 
 
@@ -271,7 +273,9 @@ for them: what is lent there goes back bit by bit, until they no longer take it.
 class DeviceWatch:
     """What the devices are used for now. Made when the stages have been loaded."""
 
-    def __init__(self, devices: Sequence[Device], stages: Sequence[Stage], budgets: Mapping[str, DeviceBudget]) -> None:
+    def __init__(
+        self, devices: Sequence[Device], stages: Sequence[EngineStage], budgets: Mapping[str, DeviceBudget]
+    ) -> None:
         self._stages = {stage.device.name: stage for stage in stages}
         self._budgets = budgets
         self._started_s = time.monotonic()

@@ -11,11 +11,11 @@ from core.config import Settings
 from core.devices import HOST, DeviceBudget, MainMemory
 from core.engine.kv_memory import KVMemory
 from core.engine.model_plan import ModelPlan
+from core.engine.stages import EngineStage
 from core.engine.submission import LoadedModel
 from core.errors import VRAMancerError
 from core.execution.model_runner import ModelRunner
 from core.execution.native import do_all_products
-from core.execution.stage import Stage
 from core.kv_cache.manager import KVCacheManager
 from core.logs import get_logger
 from core.models.generation import eos_of, read_generation
@@ -38,7 +38,7 @@ class ModelEngine:
     plan: ModelPlan
     settings: Settings
     budgets: dict[str, DeviceBudget]
-    stages: list[Stage]
+    stages: list[EngineStage]
     transfer: TransferManager
     main_memory: MainMemory
     runner: ModelRunner
@@ -112,9 +112,11 @@ class ModelEngine:
 
 
 def products_are_native(backends: Sequence[str], plan: ModelPlan, settings: Settings) -> bool:
-    """Whether torch has no larger products to compute."""
+    """Whether torch has no larger products to compute here."""
     instructions = settings.engine.cpu_instructions
-    return all(name == "native" for name in backends) and do_all_products(plan.architecture.dtype, instructions)
+    placed = zip(backends, plan.placement.stages, strict=True)
+    here = [name for name, stage in placed if plan.devices[stage.device_index].is_here]
+    return all(name == "native" for name in here) and do_all_products(plan.architecture.dtype, instructions)
 
 
 def describe(plan: ModelPlan, settings: Settings, tokenizer: Tokenizer) -> LoadedModel:

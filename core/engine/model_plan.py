@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -12,6 +13,7 @@ from core.config import Settings
 from core.costs import (
     DeviceProfile,
     LayerCosts,
+    LinkProfile,
     LinkTopology,
     ModelBytes,
     PlacementDevice,
@@ -113,24 +115,26 @@ def _workspace(architecture: Architecture, weights: ModelBytes, settings: Settin
 
 
 def plan_model(
-    resolved: ResolvedModel, devices: Sequence[Device], settings: Settings, measure: LayerProfiler,
+    resolved: ResolvedModel, devices: Sequence[Device], settings: Settings, measure: Measures,
     host: Device | None = None,
 ) -> ModelPlan:  # fmt: skip
     """Read the config, count the parts on `meta` and place them. Allocates nothing that outlives the call.
 
-    `measure` is asked where the plan depends on speeds: with more than one device, unless another placement and the
-    number of cohorts are set. The speed of emulated devices is known anyway. `host` is main memory for layers that do
-    not fit on the devices; None refuses such models.
+    `measure` is asked where the plan depends on speeds: with more than one device, or where machines may join, unless
+    another placement and the number of cohorts are set. The speed of emulated devices is known anyway. `host` is main
+    memory for layers that do not fit on the devices; None refuses such models.
     Raises `UnsupportedModelError`, `CheckpointError`, `InsufficientMemoryError`, `ContextLengthError`,
     `InvalidRequestError` for a strategy or layers that do not exist.
     """
+    settings, host = _over_nodes(settings, devices, host)
     architecture, notes = served_architecture(resolved.path, settings.model.dtype, devices)
     weights = measure_bytes(architecture, planned_packing(devices, settings, architecture.dtype))
     max_model_len = served_length(resolved.name, architecture.max_position, settings)
     placed = settings.devices
     by_hand = settings.engine.cohorts is not None and placed.placement != "profiled"
     is_emulated = all(device.speed is not None for device in devices)
-    is_measured = is_emulated or (len(devices) > 1 and not by_hand)
+    several = len(devices) > 1 or settings.cluster.accept  # what a machine that joins is good for is told beside this
+    is_measured = is_emulated or (several and not by_hand)
     # Where nothing is measured, speeds decide nothing.
     assumed = tuple(DeviceProfile(device.name, 1e11, ((1, 1e13),), source="assumed") for device in devices)
     profiles = measure.devices(devices, architecture) if is_measured else assumed
@@ -169,6 +173,29 @@ def plan_model(
         resolved, architecture, weights, request, placement, tuple(devices), max_model_len, prediction, pooled,
         host if placement.streamed_bytes else None, notes,
     )  # fmt: skip
+
+
+class Measures(Protocol):
+    """What tells speeds; `LayerProfiler` those of this machine."""
+
+    def devices(self, devices: Sequence[Device], architecture: Architecture) -> tuple[DeviceProfile, ...]: ...
+
+    def links(self, devices: Sequence[Device]) -> LinkTopology: ...
+
+    def host_links(self, devices: Sequence[Device]) -> dict[tuple[str, str], LinkProfile]: ...
+
+
+def _over_nodes(settings: Settings, devices: Sequence[Device], host: Device | None) -> tuple[Settings, Device | None]:
+    """With devices of other machines, nothing is lent and no layers stream in yet."""
+    if all(device.is_here for device in devices):
+        return settings, host
+    lending = settings.lending.model_copy(update={"enabled": False})
+    return settings.model_copy(update={"lending": lending}), None
+
+
+def lends(plan: ModelPlan, settings: Settings) -> bool:
+    """Whether devices lend each other memory; not yet where some are of other machines."""
+    return settings.lending.enabled and all(device.is_here for device in plan.devices)
 
 
 def measure_with(settings: Settings, transfer: TransferManager) -> LayerProfiler:

@@ -127,7 +127,9 @@ class Relocator:
         )
 
     def _donors(self, device: str) -> list[Stage]:
-        return [stage for stage in self.old.stages if stage.device.name == device and device not in self.lost]
+        """Stages whose weights can be shared: of this machine."""
+        here = [stage for stage in self.old.stages if isinstance(stage, Stage)]
+        return [stage for stage in here if stage.device.name == device and device not in self.lost]
 
     def _free_beside(self, device: str) -> int:
         limit = next(each.memory_limit_bytes for each in self.plan.devices if each.name == device)
@@ -233,7 +235,8 @@ class Relocator:
         try:
             for index in range(len(self.old.plan.placement.stages)):
                 device = again.device_of(index).name
-                donors = [stage for stage in failed.stages.values() if stage.device.name == device and stage.is_loaded]
+                here = [stage for stage in failed.stages.values() if isinstance(stage, Stage)]
+                donors = [stage for stage in here if stage.device.name == device and stage.is_loaded]
                 parts = [stage.share(again.slice_of(index), again.adapter_of(index)) for stage in donors]
                 for stage in failed.stages.values():
                     if stage.device.name == device:

@@ -92,7 +92,8 @@ class ModelRunner:
         return result
 
     def submit(self, output: SchedulerOutput, done: StepDone) -> None:
-        """One step, in the stages' own threads. `done(output, result or error)` is called from the last of them."""
+        """One step, in the stages' own threads. `done(output, result or error)` is called from the last of them, or
+        from this one if a stage cannot be told of the step."""
         self._overlap(True)
         if self._line is None:
             self._line = StationLine(self._stations())
@@ -102,7 +103,11 @@ class ModelRunner:
             assert result is not None
             done(output, result)
 
-        self._begin(output)
+        try:
+            self._begin(output)
+        except Exception as error:  # noqa: BLE001  as if the step had failed later: whoever waits hears of it in one way
+            done(output, error)
+            return
         self._line.submit(_Flight(output.step), finish)
 
     def close(self) -> None:

@@ -20,12 +20,13 @@ from typing import Literal
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from core.errors import VRAMancerError
 from core.metrics.names import NAMESPACE
 from core.metrics.recent import percentiles
 
 Priority = Literal["low", "normal", "high"]
 Resource = Literal["devices", "memory", "disk"]
-Status = Literal["running", "completed", "failed"]
+Status = Literal["running", "completed", "refused", "failed"]
 
 RESOURCES: tuple[Resource, ...] = ("devices", "memory", "disk")
 BUCKETS_S = (0.01, 0.1, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0)
@@ -37,7 +38,7 @@ KEPT_DURATIONS = 256
 @dataclass(frozen=True, slots=True)
 class Task:
     """One piece of work. `kind` says what is done, `detail` with what; `resource` is what it occupies. `started_at` is
-    Unix time; `seconds` is how long it has taken so far, or took; `error` why it failed."""
+    Unix time; `seconds` is how long it has taken so far, or took; `error` why it was refused or failed."""
 
     id: int
     kind: str
@@ -66,9 +67,16 @@ class TaskLog(Collector):
 
     @contextmanager
     def run(
-        self, kind: str, detail: str = "", *, priority: Priority = "normal", resource: Resource = "devices"
+        self,
+        kind: str,
+        detail: str = "",
+        *,
+        priority: Priority = "normal",
+        resource: Resource = "devices",
+        asked: bool = True,
     ) -> Iterator[None]:
-        """Around the work. Whatever it raises makes it a failed task."""
+        """Around the work. What it raises makes it a failed task, or a refused one if a client `asked` for the work and
+        the error is about what was asked: nobody has to be woken for a name with a typing error."""
         began_s = self._clock()
         with self._lock:
             task = Task(next(self._ids), kind, detail, priority, resource, "running", time.time(), 0.0)
@@ -82,6 +90,8 @@ class TaskLog(Collector):
             status, error = "completed", None
         except Exception as failure:
             error = str(failure) or type(failure).__name__
+            if asked and isinstance(failure, VRAMancerError) and failure.status < 500:
+                status = "refused"
             raise
         finally:
             seconds = self._clock() - began_s
@@ -114,6 +124,8 @@ class TaskLog(Collector):
         yield CounterMetricFamily(f"{NAMESPACE}_tasks_submitted", "Background tasks begun.", value=submitted)
         help_text = "Background tasks that did what they were to do."
         yield CounterMetricFamily(f"{NAMESPACE}_tasks_completed", help_text, value=ended.get("completed", 0))
+        help_text = "Background tasks that were not done because of what was asked for, such as an unknown model."
+        yield CounterMetricFamily(f"{NAMESPACE}_tasks_refused", help_text, value=ended.get("refused", 0))
         help_text = "Background tasks that failed."
         yield CounterMetricFamily(f"{NAMESPACE}_tasks_failed", help_text, value=ended.get("failed", 0))
         yield GaugeMetricFamily(f"{NAMESPACE}_tasks_running", "Background tasks under way.", value=len(running))

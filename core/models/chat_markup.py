@@ -20,10 +20,12 @@ from typing import Any
 
 import tokenizers
 
-from core.errors import ChatTemplateError
+from core.errors import ChatTemplateError, CheckpointError
 
 FIRST_STAND_IN = 0xF0000
 """They are characters for private use, which Unicode gives no meaning."""
+MAX_NESTED = 100
+"""Control tokens of which each begins with the one before."""
 
 _QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _METHODS = "r?split|startswith|endswith|replace|[lr]?strip|r?find|r?index|count|r?partition|removeprefix|removesuffix"
@@ -160,22 +162,22 @@ def _is_control(token: tokenizers.AddedToken, template: str) -> bool:
 
 
 def _finder(words: set[str]) -> re.Pattern[str]:
-    """Finds any of the words, the longest that fits."""
-    try:
-        return re.compile(_any_of(words) or "(?!)")
-    except RecursionError:  # words upon words that begin with each other, which no tokenizer has for a reason
-        return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))))
+    """Finds any of the words, the longest that fits. Raises `CheckpointError` for words upon words that begin with each
+    other, which no tokenizer has for a reason, and which would take gigabytes."""
+    return re.compile(_any_of(words) or "(?!)")
 
 
-def _any_of(words: set[str]) -> str:
+def _any_of(words: set[str], depth: int = 0) -> str:
     """A regular expression for any of the words, the longest that fits, that reads no character twice."""
+    if depth > MAX_NESTED:
+        raise CheckpointError(f"The tokenizer has more than {MAX_NESTED} control tokens that begin with each other.")
     groups: dict[str, list[str]] = {}
     for word in words - {""}:
         groups.setdefault(word[0], []).append(word)
     branches = []
     for _, group in sorted(groups.items()):
         common = os.path.commonprefix(group)  # noqa: RUF071  of characters, not of paths
-        branches.append(re.escape(common) + _any_of({word[len(common) :] for word in group}))
+        branches.append(re.escape(common) + _any_of({word[len(common) :] for word in group}, depth + 1))
     if not branches:
         return ""
     if len(branches) == 1 and "" not in words:

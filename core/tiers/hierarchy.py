@@ -41,6 +41,8 @@ from core.tiers.writer import Writer
 
 Clock = Callable[[], float]
 
+PROMOTE_S = 30.0
+"""That whoever brings a block up by hand waits for it; a slow store goes on afterwards."""
 _MOST_AHEAD = 256
 """Blocks that are written down ahead of their leaving, at most a quarter of all: a burst of that many loses nothing."""
 
@@ -239,12 +241,15 @@ class HierarchicalMemory:
                 lower.index.requeue(block)
 
     def promote(self, block: bytes) -> bool:
-        """Bring a block to host RAM, by itself; False if it is there, nowhere, or there is no room."""
+        """Bring a block to host RAM, by itself, and wait for it, or `PROMOTE_S`; False if it is there already, nowhere,
+        damaged, or there is no room."""
         if block in self._host.index:
             return False
         loading = self.load([block])
-        loading.release()
-        return bool(loading.blocks)
+        try:
+            return bool(loading.slots() if loading.wait(PROMOTE_S) else loading.blocks)
+        finally:
+            loading.release()
 
     def demote(self, block: bytes) -> bool:
         """Send a block of host RAM, with all that continues it there, to the tier below; False if it is not there, in

@@ -78,6 +78,10 @@ class Loading:
         """Whether every block has arrived or failed to."""
         return self._finished.is_set()
 
+    def wait(self, timeout_s: float) -> bool:
+        """Until `done`, or so long; whether it is."""
+        return self._finished.wait(timeout_s)
+
     def slots(self) -> list[HostSlot]:
         """The leading blocks that are there, in order. Before `done` this grows, so a caller may start with the head;
         a block that was damaged or had vanished ends it for good."""

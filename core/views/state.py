@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from core.cluster.master import Master
 from core.config import Settings
 from core.devices.readings import DeviceReading
+from core.engine.growth import Offer
 from core.metrics import Percentiles
 from core.transfer.manager import Link, TransferStats
 
@@ -16,7 +18,8 @@ class ServiceState:
     """The service at one moment. Made by `InferencePipeline.state`.
 
     `ready` says whether requests would be answered, `reason` why not; `transfers` are totals since the start,
-    `latency` is of late, `readings` are the last ones of devices.
+    `latency` computes what is of late, `readings` are the last ones of devices. `cluster` has the nodes, `offer` says
+    what they would be good for.
     """
 
     loading: bool
@@ -25,5 +28,7 @@ class ServiceState:
     reason: str
     settings: Settings
     transfers: Mapping[Link, TransferStats]
-    latency: Mapping[str, Percentiles] = field(default_factory=dict)
+    latency: Callable[[], Mapping[str, Percentiles]] = dict
     readings: Mapping[str, DeviceReading] = field(default_factory=dict)
+    cluster: Master | None = None
+    offer: Offer | None = None

@@ -247,7 +247,7 @@ def batcher_view(engine: ModelEngine | None, service: ServiceState) -> BatcherVi
         prefix_hit_rate=round(hits, 4),
         kv_blocks={"total": stats.blocks_total, "free": stats.blocks_free, "cached": stats.blocks_cached},
         max_batch_size=service.settings.engine.max_batch_size,
-        latency=service.latency,
+        latency=service.latency(),
     )
 
 

@@ -192,17 +192,15 @@ _SERVING: list[Fact] = [
     ),
 ]
 
-_ABSENT: list[Fact] = [
+_CLUSTER: list[Fact] = [
     _fact(
-        "VTP is VRAMancer's transport for tensors between machines. It is not in this version, which uses the devices "
-        "of one machine.",
-        "How will machines exchange tensors?",
+        "VTP is VRAMancer's transport for tensors between machines. A cluster's master and its workers use it.",
+        "How do machines exchange tensors?",
         "What is VTP for?",
         "Is there VTP?",
         "Which protocol connects machines?",
         "How do tensors travel between machines?",
         "Does this version have VTP?",
-        "When does VTP come?",
         "I read about VTP in the documentation.",
         "Is VTP ready?",
         "Can I use VTP?",
@@ -212,7 +210,7 @@ _ABSENT: list[Fact] = [
         tasks=("turn on VTP", "use VTP"),
     ),
     _fact(
-        "Several machines are not in this version: VRAMancer uses the devices of one machine.",
+        "Start vramancer serve --cluster-master on one machine. It prints what to type on the other one.",
         "Does VRAMancer support clusters?",
         "Can I use more than one computer?",
         "I have two computers.",
@@ -222,18 +220,46 @@ _ABSENT: list[Fact] = [
         "Can my laptop and my desktop work together?",
         "Is it possible to use GPUs of another computer?",
         "Can I use the GPU of a second computer?",
-        "What does --cluster-worker do?",
         "What does --cluster-master do?",
         "Is there a cluster mode?",
-        topics=("the cluster", "a worker", "a cluster master", "VRM_CLUSTER_MASTER"),
+        "How many machines can serve one model?",
+        "My second PC has a GPU too.",
+        topics=("the cluster", "a cluster master", "--cluster-master", "several machines"),
         tasks=(
             "use two machines",
             "add a second machine",
             "connect another computer",
-            "start a worker",
-            "join a cluster",
+            "start a cluster",
+            "make a cluster",
             "split a model over two computers",
+            "serve a model from several machines",
         ),
+    ),
+    _fact(
+        "A worker computes layers for a master on another machine. Start one with python -m vramancer.main "
+        "--cluster-worker.",
+        "What does --cluster-worker do?",
+        "How does a worker find its master?",
+        topics=("a worker", "--cluster-worker", "a cluster worker"),
+        tasks=("start a worker", "join a cluster", "join a master"),
+    ),
+    _fact(
+        "VRM_CLUSTER_MASTER is the master's host and port, for a worker that does not find it by itself.",
+        topics=("VRM_CLUSTER_MASTER",),
+        tasks=("tell a worker where its master is",),
+    ),
+    _fact(
+        "Streams go on with the same tokens: the layers move to the other machines.",
+        "What happens when a machine goes away?",
+        "What if a worker dies?",
+        "What if I pull the network cable?",
+        "Do streams survive the loss of a machine?",
+    ),
+    _fact(
+        "vramancer cluster status shows the machines and what each of them holds.",
+        "Which machines are in my cluster?",
+        topics=("vramancer cluster", "vramancer cluster status"),
+        tasks=("see my machines", "list the machines of the cluster"),
     ),
     _fact(
         "Set VRM_TRACING=1. Traces of requests then go to an OpenTelemetry collector.",
@@ -255,4 +281,4 @@ _WORDS: list[Fact] = [
     ),
 ]
 
-ENGINE: list[Fact] = _MEMORY + _SERVING + _ABSENT + _WORDS
+ENGINE: list[Fact] = _MEMORY + _SERVING + _CLUSTER + _WORDS

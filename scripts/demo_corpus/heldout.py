@@ -92,7 +92,7 @@ _USING = [
     ),
     _case("using", "Which cards may I put together?", some=("different sizes", "work together")),
     _case("using", "Could you describe lending in a few words?", every=("borrows memory",)),
-    _case("using", "What is this VTP that I read about?", every=("between machines", "not in this version")),
+    _case("using", "What is this VTP that I read about?", every=("between machines",)),
     _case("using", "What are all six of the memory tiers?", every=("L1", "L2", "L3", "L4", "L5", "L6")),
     _case("using", "What is overlap supposed to do?", every=("at the same time",)),
     _case("using", "Why would I want a prefix cache?", some=("not computed again", "keeps the KV of prompts")),
@@ -104,7 +104,7 @@ _USING = [
     _case("using", "Could you show me some Python code that asks the server?", every=("base_url", "OpenAI")),
     _case("using", "Please give me a curl command for a chat.", every=("curl", "/v1/chat/completions")),
     _case("using", "How do I get out of the chat in the terminal?", every=("/bye",)),
-    _case("using", "Can I spread a model over two computers?", every=("not in this version",)),
+    _case("using", "Can I spread a model over two computers?", every=("--cluster-master",)),
 ]
 _SUMS = [
     _case("sums", "What is 39 + 26?", result=65),

@@ -240,7 +240,7 @@ _WATCHING: list[Fact] = [
         tasks=("open the dashboard", "watch the server live"),
     ),
     _fact(
-        "The commands are serve, run, plan, doctor, status, dashboard and bench.",
+        "The commands are serve, run, plan, doctor, status, dashboard, cluster and bench.",
         "What commands are there?",
         "List the VRAMancer commands.",
         "Which subcommands does vramancer have?",

@@ -18,6 +18,7 @@ class State:
         step: steps that are over.
         elapsed_s: seconds that they took, interruptions left out.
         average: running mean of the loss, in nats per learnt token.
+        began: where in the schedule it began, 0 to 1; above 0 with weights that were trained before.
     """
 
     seed: int
@@ -25,6 +26,7 @@ class State:
     step: int = 0
     elapsed_s: float = 0.0
     average: float = 0.0
+    began: float = 0.0
 
 
 def write_checkpoint(

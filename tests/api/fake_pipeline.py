@@ -155,6 +155,7 @@ class FakePipeline:
         self.settings = settings
         self.metrics = MetricsRegistry()
         self.tracing = None
+        self.cluster = None
         self.monitor = SimpleNamespace(readings={})
         self.fake_model: LoadedModel | None = fake_model()
         self.reply = "Hello"
@@ -310,5 +311,5 @@ class FakePipeline:
         ready, reason = self.ready()
         return ServiceState(
             loading=False, closing=False, ready=ready, reason=reason, settings=self.settings, transfers={},
-            latency=self.metrics.latency(), readings=self.monitor.readings,
+            latency=self.metrics.latency, readings=self.monitor.readings,
         )  # fmt: skip

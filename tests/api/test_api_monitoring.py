@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from api_client import ApiClient
 from fake_pipeline import FakePipeline
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from core.devices.readings import DeviceReading
 
@@ -80,7 +81,10 @@ def test_system_counts_bytes(client: ApiClient) -> None:
 
 def test_nodes_is_this_node_alone(client: ApiClient) -> None:
     first, second = client.get("/api/nodes").get_json(), client.get("/api/nodes").get_json()
-    assert first["discovery"] == {"status": "disabled"}
+    assert first["discovery"] == {"status": "disabled", "address": None, "port": None}
+    assert (first["left_out"], first["offer"]) == ([], None)
+    assert len(first["nodes"]) == 1
+    assert first["nodes"][0]["roles"] == ["api", "engine"]
     assert first["nodes"][0]["id"] == second["nodes"][0]["id"]
     assert first["nodes"][0]["devices"][0]["name"] == "cpu:0"
 
@@ -117,7 +121,7 @@ def test_moving_memory_is_a_task(client: ApiClient, pipeline: FakePipeline) -> N
     assert client.post("/api/memory/blocks/00/promote").status_code == 404
     (task,) = pipeline.metrics.tasks.recent()
     assert (task.kind, task.detail, task.priority, task.resource, task.status) == (
-        "promote", "00", "low", "memory", "failed"
+        "promote", "00", "low", "memory", "refused"
     )  # fmt: skip
 
 
@@ -153,3 +157,24 @@ def test_metrics_speak_openmetrics_too(client: ApiClient) -> None:
     response = client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
     assert response.mimetype == "application/openmetrics-text"
     assert response.text.endswith("# EOF\n")
+
+
+@pytest.mark.parametrize("escaping", ["", "; escaping=underscores", "; escaping=allow-utf-8"])
+def test_names_with_a_colon_keep_it_in_openmetrics(client: ApiClient, pipeline: FakePipeline, escaping: str) -> None:
+    """Boards made for vLLM ask for them by these names."""
+    pipeline.metrics.set_model("tiny")
+    response = client.get("/metrics", headers={"Accept": f"application/openmetrics-text; version=1.0.0{escaping}"})
+    families = {family.name: family for family in text_string_to_metric_families(response.text)}
+    assert families["vllm:prompt_tokens"].samples[0].name == "vllm:prompt_tokens_total"
+    names = {sample.name for family in families.values() for sample in family.samples}
+    assert not [name for name in names if name.startswith("vllm_")]
+
+
+@pytest.mark.parametrize(
+    ("escaping", "name"), [("dots", "vramancer__infer__total"), ("values", "U__vramancer__infer__total")]
+)
+def test_a_scraper_may_ask_for_another_way_of_escaping(client: ApiClient, escaping: str, name: str) -> None:
+    accept = f"application/openmetrics-text; version=1.0.0; escaping={escaping}"
+    response = client.get("/metrics", headers={"Accept": accept})
+    assert response.headers["Content-Type"].endswith(f"escaping={escaping}")
+    assert f"\n{name} 0.0" in response.text

@@ -82,6 +82,11 @@ class TerminalProgram:
         """How the terminal treats what is typed; the program's end must find it as it was."""
         return termios.tcgetattr(self._slave)
 
+    def takes_keys(self) -> bool:
+        """Whether each key reaches the program: until then the terminal makes lines, and signals, of what is typed."""
+        self.look()
+        return not termios.tcgetattr(self._slave)[3] & termios.ICANON
+
     def hang_up(self) -> None:
         """As when the connection to a remote terminal breaks."""
         for descriptor in ("_slave", "_master"):

@@ -44,10 +44,15 @@ def test_it_says_where_what_and_how_to_stop(tmp_path: Path) -> None:
     said = rows(text)
     assert text.startswith(f"VRAMancer {__version__} is ready\n")
     assert said["API"] == "http://127.0.0.1:5000/v1"
+    assert said["dashboard"] == "http://127.0.0.1:5000/dashboard"
     assert said["model"] == "vramancer-demo, demo (float32, up to 2048 tokens)"
     assert said["metrics"] == "http://127.0.0.1:9108/metrics"
     assert said["stop"].startswith("Ctrl-C")
     assert "\x1b" not in text
+
+
+def test_a_dashboard_that_is_left_out_is_not_named() -> None:
+    assert "dashboard" not in banner(pipeline(*TWO_CARDS, dashboard__enabled=False), Reached("127.0.0.1", 5000, 0))
 
 
 def test_it_says_the_split_over_the_devices() -> None:

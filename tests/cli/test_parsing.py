@@ -9,11 +9,12 @@ import pytest
 from typer.testing import CliRunner
 
 from core.config import iter_settings
-from core.config_names import ABSENT_COMMANDS, ABSENT_FLAGS
+from core.config_names import ABSENT_COMMANDS
 from vramancer.cli import app
 from vramancer.cli.parsing import details, short
 
-COMMANDS = ("serve", "run", "plan", "doctor", "status")
+COMMANDS = ("serve", "run", "plan", "doctor", "status", "cluster join", "cluster status")
+OF_WORKERS = ("cluster.master", "cluster.worker_port")
 
 
 def invoke(*arguments: str) -> Any:
@@ -27,14 +28,14 @@ def shown_flags(text: str) -> set[str]:
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("flag", ["--help", "--help-all", "-h"])
 def test_help_fits_into_80_columns(command: str, flag: str) -> None:
-    result = invoke(command, flag)
+    result = invoke(*command.split(), flag)
     assert result.exit_code == 0
     assert max(map(len, result.output.splitlines())) <= 80
     assert "\x1b" not in result.output
 
 
 def test_help_shows_the_common_settings_alone_and_help_all_every_one() -> None:
-    infos = [info for info in iter_settings() if info.flag]
+    infos = [info for info in iter_settings() if info.flag and info.key not in OF_WORKERS]
     common = {info.flag for info in infos if info.common}
     assert 10 <= len(common) <= 16, "a dozen or so"
     few, every = invoke("serve", "--help").output, invoke("serve", "--help-all").output
@@ -89,7 +90,8 @@ def test_a_flag_that_help_leaves_out_is_accepted(monkeypatch: pytest.MonkeyPatch
 
 def test_the_program_lists_its_commands_in_whole_sentences() -> None:
     text = invoke("--help").output
-    assert all(re.search(rf"^  {name} ", text, re.MULTILINE) for name in (*COMMANDS, "bench"))
+    names = {*(name.split()[0] for name in COMMANDS), "bench"}
+    assert all(re.search(rf"^  {name} ", text, re.MULTILINE) for name in names)
     assert "..." not in text.partition("Commands:")[2]
     assert max(map(len, text.splitlines())) <= 80
 
@@ -140,14 +142,6 @@ def test_commands_that_are_not_in_this_version(name: str) -> None:
     assert result.exit_code == 2
     assert f"vramancer {name} ({ABSENT_COMMANDS[name]}) is not in this version." in " ".join(result.output.split())
     assert name not in {command.name for command in app.registered_commands}
-
-
-@pytest.mark.parametrize("flag", ABSENT_FLAGS)
-@pytest.mark.parametrize("before", [(), ("serve",)])
-def test_flags_that_are_not_in_this_version(flag: str, before: tuple[str, ...]) -> None:
-    result = invoke(*before, flag)
-    assert result.exit_code == 2
-    assert f"{flag} ({ABSENT_FLAGS[flag]}) is not in this version." in " ".join(result.output.split())
 
 
 def test_a_flag_without_its_value_is_not_called_unknown() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from core.config import iter_settings, load_settings
-from core.config_names import ABSENT_COMMANDS, ABSENT_FLAGS, ABSENT_SETTINGS, nearest
+from core.config_names import ABSENT_COMMANDS, ABSENT_SETTINGS, nearest
 from core.errors import ConfigError
 
 FLAGS = [info.flag for info in iter_settings() if info.flag]
@@ -50,7 +50,6 @@ def test_what_is_absent_is_no_setting() -> None:
     infos = list(iter_settings())
     assert not {setting.env for setting in ABSENT_SETTINGS} & {info.env for info in infos}
     assert not {setting.key for setting in ABSENT_SETTINGS} & {info.key for info in infos}
-    assert not set(ABSENT_FLAGS) & {info.flag for info in infos}
     assert len({setting.key for setting in ABSENT_SETTINGS}) == len(ABSENT_SETTINGS)
 
 
@@ -66,9 +65,6 @@ def test_every_promised_variable_is_known_by_name(environ: dict[str, str], varia
     [
         ("VRM_BACKEND_ALLOW_STUB", "1", "stub"),
         ("VRM_SQLITE_PATH", "/var/lib/vrm.db", "SQLite"),
-        ("VRM_CLUSTER_MASTER", "10.0.0.2:5040", "cluster's master"),
-        ("VRM_CLUSTER_PORT", "5041", "workers"),
-        ("VRM_CLUSTER_TOKEN", "s3cret-of-ours", "secret"),
     ],
 )
 def test_setting_what_is_absent_says_so(environ: dict[str, str], variable: str, text: str, said: str) -> None:
@@ -82,8 +78,6 @@ def test_setting_what_is_absent_says_so(environ: dict[str, str], variable: str, 
     [
         ("VRM_BACKEND_ALLOW_STUB", "0"),
         ("VRM_SQLITE_PATH", "off"),
-        ("VRM_CLUSTER_PORT", "5040"),
-        ("VRM_CLUSTER_MASTER", ""),
     ],
 )
 def test_what_is_absent_may_be_off(environ: dict[str, str], variable: str, text: str) -> None:
@@ -92,7 +86,7 @@ def test_what_is_absent_may_be_off(environ: dict[str, str], variable: str, text:
 
 def test_the_same_in_yaml(environ: dict[str, str], tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text("cluster: {port: 5040, master: null}\nbackend: {allow_stub: off}\nsqlite:\n")
+    path.write_text("backend: {allow_stub: off}\nsqlite:\n")
     assert load_settings(path, environ) == load_settings(environ=environ)
     path.write_text("backend: {allow_stub: true}\n")
     assert refusal(path, **environ).startswith(f"{path}: backend.allow_stub (answers of a stub where no backend is) is")
@@ -190,5 +184,5 @@ def test_keys_that_mean_nothing_near_list_their_section_alone(environ: dict[str,
 
 
 def test_every_absent_name_says_what_it_is_for() -> None:
-    for purpose in [*ABSENT_FLAGS.values(), *ABSENT_COMMANDS.values(), *(each.purpose for each in ABSENT_SETTINGS)]:
+    for purpose in [*ABSENT_COMMANDS.values(), *(each.purpose for each in ABSENT_SETTINGS)]:
         assert len(purpose.split()) >= 2

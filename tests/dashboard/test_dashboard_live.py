@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -95,6 +96,19 @@ def test_watching_begins_and_ends_the_looking(watched: tuple[int, Board], gatewa
     time.sleep(5 * QUICK_S)
     assert len(gateway.asked) == asked
     assert Viewer(browser).next("snapshot")["state"]["queue"] == {"running": 0}, "and begins again"
+
+
+def test_a_page_that_is_closed_makes_room_for_another(
+    make_board: Callable[..., Board], gateway: ScriptedGateway
+) -> None:
+    board = make_board(gateway, dashboard__max_viewers=2)
+    with served(board) as (port, _):
+        for _ in range(3):
+            viewers = [Viewer(Browser(port)) for _ in range(2)]
+            for viewer in viewers:
+                viewer.next("snapshot")
+                assert viewer.say("1")[0] == 200
+                assert viewer.browser.send("GET", viewer.own_path)[0] == 400, "it has gone"
 
 
 def test_a_crowd_costs_the_api_what_one_costs(watched: tuple[int, Board], gateway: ScriptedGateway) -> None:
@@ -285,9 +299,32 @@ def test_who_leaves_is_gone_at_once(watched: tuple[int, Board], gateway: Scripte
 def test_one_waits_for_news_once(watched: tuple[int, Board], gateway: ScriptedGateway) -> None:
     port, board = watched
     viewer = Viewer(Browser(port))
-    board.dashboard.live._fetching.add(viewer.sid)
+    board.dashboard.live._fetching[viewer.sid] = object()
     status, _, body = viewer.browser.send("GET", viewer.own_path)
     assert (status, "waits for news already" in json.loads(body)["error"]["message"]) == (400, True)
+
+
+def test_who_has_its_answer_may_ask_again_at_once(watched: tuple[int, Board], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its last request is not over yet, because sending is not."""
+    port, board = watched
+    viewer, hub = Viewer(Browser(port)), board.dashboard.live
+    again: list[tuple[int, bytes]] = []
+    answer = hub.answer
+
+    async def lingering(scope: Any, environ: Any, body: bytes, send: Any) -> None:
+        async def slow(message: dict[str, Any]) -> None:
+            await send(message)
+            if not again and message["type"] == "http.response.body":
+                again.append((0, b""))
+                status, _, said = await asyncio.to_thread(viewer.browser.send, "GET", viewer.own_path)
+                again.append((status, said))
+
+        await answer(scope, environ, body, slow)
+
+    monkeypatch.setattr(hub, "answer", lingering)
+    with waiting_for_news(viewer):
+        until(lambda: len(again) == 2, "the second answer")
+    assert again[1][0] == 200, again
 
 
 def test_signing_out_ends_watching(watched: tuple[int, Board]) -> None:
@@ -299,7 +336,10 @@ def test_signing_out_ends_watching(watched: tuple[int, Board]) -> None:
     assert viewer.browser.send("GET", viewer.own_path)[0] == 401
 
 
-def test_a_server_that_stops_lets_viewers_go(make_board: Callable[..., Board], gateway: ScriptedGateway) -> None:
+def test_a_server_that_stops_lets_viewers_go(
+    make_board: Callable[..., Board], gateway: ScriptedGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(poller, "INTERVAL_S", LONGEST_WAIT_S)  # after the first look a viewer's request lies there
     board = make_board(gateway)
     with served(board) as (port, door):
         viewer = Viewer(Browser(port))
@@ -315,7 +355,7 @@ def test_a_server_that_stops_lets_viewers_go(make_board: Callable[..., Board], g
 
         thread = threading.Thread(target=watch)
         thread.start()
-        time.sleep(3 * QUICK_S)
+        until(lambda: viewer.sid in board.dashboard.live._fetching, "its request")
         door.stop()
         thread.join(LONGEST_WAIT_S)
         assert not thread.is_alive()

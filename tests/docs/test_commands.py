@@ -11,7 +11,7 @@ import pytest
 import typer
 from doc_pages import REPOSITORY, blocks, inline_code, pages, shell_lines
 
-from core.config_names import ABSENT_COMMANDS, ABSENT_FLAGS
+from core.config_names import ABSENT_COMMANDS
 from vramancer.cli import app
 from vramancer.cli.parsing import WRONG_USAGE
 from vramancer.main import as_command
@@ -23,6 +23,7 @@ PRINTING = {"--help", "--help-all", "--version"}
 """Flags at which the program prints and ends."""
 OTHER_FLAGS = {"--index-url", "--gpus"}
 """Flags of pip and docker that stand in running text."""
+MEANING_A_COMMAND = {"--api", "--cluster-worker"}
 OTHER_PROGRAMS = ("benchmarks", "core/models/demo")
 """Pages whose flags are those of programs beside `vramancer`."""
 
@@ -61,7 +62,10 @@ def parse(arguments: list[str]) -> None:
     command_name, command, rest = PROGRAM.resolve_command(group, [*group._protected_args, *group.args])
     if command_name == "bench":
         return  # its arguments are the benchmark's own
-    command.make_context(command_name, rest, parent=group)
+    context = command.make_context(command_name, rest, parent=group)
+    if command_name == "cluster":
+        name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        command.make_context(name, rest, parent=context)
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -76,7 +80,15 @@ def test_command_lines_are_taken(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["serve", "--modle", "a"], ["serv"], ["plan", "--gpu"], ["--api", "--prot", "1"]]
+    "arguments",
+    [
+        ["serve", "--modle", "a"],
+        ["serv"],
+        ["plan", "--gpu"],
+        ["--api", "--prot", "1"],
+        ["cluster", "joim"],
+        ["--cluster-worker", "--port", "1"],
+    ],
 )
 def test_a_wrong_command_line_is_found(arguments: list[str]) -> None:
     with pytest.raises(WRONG_USAGE):
@@ -96,11 +108,12 @@ def test_command_lines_are_found_in_text() -> None:
 
 @pytest.mark.parametrize("name", [name for name in PAGES if not name.startswith(OTHER_PROGRAMS)])
 def test_flags_that_are_named_exist(name: str) -> None:
-    parameters = [parameter for command in PROGRAM.commands.values() for parameter in command.params]
+    commands = [*PROGRAM.commands.values(), *PROGRAM.commands["cluster"].commands.values()]
+    parameters = [parameter for command in commands for parameter in command.params]
     known = {flag for parameter in parameters for flag in (*parameter.opts, *parameter.secondary_opts)}
     code = inline_code(PAGES[name].read_text(encoding="utf-8"))
     named = {match[1] for text in code for match in re.finditer(r"^(--[a-z][\w-]*)", text)}
-    assert named <= known | PRINTING | set(ABSENT_FLAGS) | OTHER_FLAGS
+    assert named <= known | PRINTING | OTHER_FLAGS | MEANING_A_COMMAND
 
 
 @pytest.mark.parametrize("name", PAGES)

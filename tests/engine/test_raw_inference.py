@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from steering import LONGEST_WAIT_S, arriving_together, until, with_each_step
+from steering import LONGEST_WAIT_S, arriving_together, between_steps, until, with_each_step
 from tiny_models import build_tiny
 
 from core.batching.sequence import RawAnswer
@@ -105,13 +105,12 @@ def test_what_is_computed_again_changes_nothing(
             times[0] += 1
             scheduler.start_over()
 
-    stream = pipeline.submit([5, 6, 7], replace(GREEDY, max_tokens=60))
     answer = RawAnswer(output, "all")  # type: ignore[arg-type]
-    raw = pipeline.submit_raw(PROMPT, answer)
-    while not raw.finished and times[0] < 3:
-        pipeline.engine.batcher.call(preempt).result(LONGEST_WAIT_S)
-    raw.result(LONGEST_WAIT_S)
-    stream.result(LONGEST_WAIT_S)
+    with between_steps(pipeline, preempt):
+        stream = pipeline.submit([5, 6, 7], replace(GREEDY, max_tokens=60))
+        raw = pipeline.submit_raw(PROMPT, answer)
+        raw.result(LONGEST_WAIT_S)
+        stream.result(LONGEST_WAIT_S)
     assert times[0] == 3
     wanted = logits if output == "logits" else hidden
     torch.testing.assert_close(torch.from_numpy(answer.values()), wanted, atol=2e-4, rtol=1e-3)

@@ -35,9 +35,12 @@ class Reference:
 
 @pytest.fixture(scope="module", params=sorted(TINY))
 def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return make_reference(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def make_reference(name: str, path: Path) -> Reference:
     """A tiny checkpoint, prompts, and what transformers' own `generate()` makes of them, one at a time."""
-    path = tmp_path_factory.mktemp(request.param)
-    model = build_tiny(request.param, path)
+    model = build_tiny(name, path)
     prompts, tokens, logprobs = [], [], []
     for length in LENGTHS:
         generator = torch.Generator().manual_seed(length)

@@ -8,6 +8,7 @@ from itertools import count
 import pytest
 from prometheus_client import CollectorRegistry
 
+from core.errors import ModelNotFoundError, OutOfDeviceMemoryError
 from core.metrics import TaskLog
 
 
@@ -62,6 +63,19 @@ def test_a_task_that_failed_says_why(log: TaskLog) -> None:
     assert (task.status, task.error) == ("failed", "no room")
     assert (value(log, "tasks_completed_total"), value(log, "tasks_failed_total")) == (0, 1)
     assert value(log, "task_duration_seconds_count", priority="high", status="failed") == 1
+
+
+def test_what_was_asked_for_wrongly_is_refused_and_is_no_failure(log: TaskLog) -> None:
+    for asked, error in ((True, ModelNotFoundError("no such model")), (True, OutOfDeviceMemoryError("full"))):
+        with pytest.raises(type(error)), log.run("load", "x", asked=asked):
+            raise error
+    with pytest.raises(ModelNotFoundError), log.run("recovery", "x", asked=False):
+        raise ModelNotFoundError("gone")
+    assert [(task.status, task.error) for task in log.recent()] == [
+        ("failed", "gone"), ("failed", "full"), ("refused", "no such model")
+    ]  # fmt: skip
+    assert (value(log, "tasks_refused_total"), value(log, "tasks_failed_total")) == (1, 2)
+    assert value(log, "task_duration_seconds_count", priority="normal", status="refused") == 1
 
 
 def test_a_task_that_was_interrupted_has_failed(log: TaskLog) -> None:

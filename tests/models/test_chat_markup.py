@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from core.errors import ChatTemplateError
+from core.errors import ChatTemplateError, CheckpointError
 from core.models import chat_markup, chat_template
 from core.models.tokenizer import Tokenizer
 
@@ -444,7 +444,20 @@ def test_text_full_of_markup_is_no_trouble(text):
     assert control(tokenizer, ids) == ["<|start|>", "<|end|>", "<|start|>"]
 
 
-@pytest.mark.parametrize("words", [["<" + "x" * 100_000 + ">"], ["a" * number for number in range(1, 3000)]])
-def test_control_tokens_may_be_as_long_and_as_many_as_they_like(words):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["<" + "x" * 100_000 + ">"],
+        [f"<|audio_{number}|>" for number in range(60_000)],
+        ["a" * number for number in range(1, chat_markup.MAX_NESTED)],
+    ],
+)
+def test_control_tokens_may_be_long_and_many(words):
     found = chat_markup._finder({*words, "<s>"})
     assert found.findall(f"{words[-1]} <s>") == [words[-1], "<s>"]
+
+
+def test_control_tokens_that_begin_with_each_other_without_end_are_refused():
+    """A pattern of 3,000 took 4 GB."""
+    with pytest.raises(CheckpointError, match="more than 100 control tokens that begin with each other"):
+        make(special=["a" * number for number in range(1, 3000)])

@@ -9,7 +9,8 @@ COUNTERS = (
     "memory_promotions_total", "memory_demotions_total", "memory_evictions_total", "memory_dropped_writes_total",
     "memory_tier_hits_total", "memory_tier_misses_total", "lending_borrows_total", "lending_reclaims_total",
     "lending_bytes_lent_total", "stage_busy_seconds_total", "stage_predicted_seconds_total", "stage_forwards_total",
-    "tasks_submitted_total", "tasks_completed_total", "tasks_failed_total", "env_endpoint_hits_total",
+    "tasks_submitted_total", "tasks_completed_total", "tasks_refused_total", "tasks_failed_total",
+    "env_endpoint_hits_total",
     "orch_placements_total", "orch_migrations_total", "orch_rebalance_total", "orch_hierarchy_moves_total",
     "process_cpu_seconds_total",
 )  # fmt: skip

@@ -116,6 +116,26 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     assert not (tmp_path / "broken" / "kept" / "checkpoint.pt").exists(), "it has ended"
 
 
+def test_a_trained_model_is_taught_further(
+    program: Callable[..., None], tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(1)
+    network.save(network.build_model(tokenizer), tokenizer, tmp_path / "first")
+    first = weights(tmp_path / "first")
+    program("--steps", "3", "--start", str(tmp_path / "first"), out="second")
+    second = weights(tmp_path / "second")
+    moved = max((second[name] - first[name]).abs().max().item() for name in first)
+    assert 0 < moved < 0.1, "it went on from these weights"
+    assert (tmp_path / "second" / "tokenizer.json").read_text() == (tmp_path / "first" / "tokenizer.json").read_text()
+    seen = [float(line.split(", ")[1].split()[0]) for line in capsys.readouterr().out.splitlines() if "step" in line]
+    assert seen[0] > 70 and seen[-1] == 100, "late in the schedule"
+    for wrong, said in (("none", "there is no model"), ("first", "--start is for a new training")):
+        flags = ["--start", str(tmp_path / wrong), *(["--resume"] if wrong == "first" else [])]
+        with pytest.raises(SystemExit):
+            program(*flags, out="third")
+        assert said in capsys.readouterr().err
+
+
 def test_a_checkpoint_is_not_overwritten_and_has_to_be_there(
     program: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

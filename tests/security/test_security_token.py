@@ -15,7 +15,7 @@ import pytest
 from core.config import Settings, load_settings
 from core.errors import AuthenticationError, ConfigError, PermissionDeniedError
 from core.security.access import ADMIN, Policy, Principal, authorize, bearer_token, check_token, policy, policy_of
-from core.security.token import check_bind, is_loopback, resolve_token
+from core.security.token import check_bind, is_loopback, resolve_cluster_token, resolve_token
 
 MakeSettings = Callable[..., Settings]
 
@@ -205,3 +205,31 @@ def test_authorize(declared: Policy | None, method: str, read_only: bool) -> Non
             ask("right")
     else:
         assert ask("right") == ADMIN
+
+
+def test_a_cluster_token_is_made_by_a_master_and_found_by_its_workers(
+    make_settings: MakeSettings, tmp_path: Path
+) -> None:
+    path = tmp_path / ".local/state/vramancer/cluster-token"
+    with pytest.raises(ConfigError, match="no cluster token: set VRM_CLUSTER_TOKEN"):
+        resolve_cluster_token(make_settings(), create=False)
+    assert not path.exists()
+    made = resolve_cluster_token(make_settings(), create=True)
+    assert (made.created, made.path, len(made.value) >= 43) == (True, path, True)
+    if sys.platform != "win32":
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert resolve_cluster_token(make_settings(), create=False) == (made.value, False, path)
+    assert resolve_cluster_token(make_settings(), create=True) == (made.value, False, path)
+    assert resolve_token(make_settings()).value != made.value
+
+
+def test_a_cluster_token_is_long(make_settings: MakeSettings, tmp_path: Path) -> None:
+    good, short = "c" * 16, "c" * 15
+    assert resolve_cluster_token(make_settings(VRM_CLUSTER_TOKEN=good), create=False) == (good, False, None)
+    with pytest.raises(ConfigError, match=r"cluster.token \(VRM_CLUSTER_TOKEN\): .* 16 characters, got 15"):
+        resolve_cluster_token(make_settings(VRM_CLUSTER_TOKEN=short), create=False)
+    kept = tmp_path / "kept"
+    kept.write_text(short)
+    kept.chmod(0o600)
+    with pytest.raises(ConfigError, match=r"kept: .* 16 characters"):
+        resolve_cluster_token(make_settings(VRM_CLUSTER_TOKEN_FILE=str(kept)), create=True)

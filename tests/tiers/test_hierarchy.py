@@ -457,6 +457,21 @@ def test_promote_and_demote_by_call() -> None:
         assert not memory.promote(block(2)) and not memory.promote(block(9)) and not memory.demote(block(9))
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_promotion_is_over_when_it_has_been_answered(fails: bool) -> None:
+    slow = SlowTier()
+    with open_memory(slots=1, below=[slow], rules=GREEDY) as memory:
+        slow.gate.set()
+        save_chain(memory, 2)
+        slow.fails = fails
+        opening = threading.Timer(0.1, slow.read_gate.set)
+        opening.start()
+        assert memory.promote(block(1)) is not fails, "one that cannot be read has not come up"
+        assert slow.reads == 1
+        assert (memory.find([block(1)]) == [Tier.L3]) is not fails
+        opening.join()
+
+
 def test_without_a_tier_below_nothing_is_demoted() -> None:
     with open_memory(slots=1) as memory:
         save(memory, 1, 0)

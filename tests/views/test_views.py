@@ -205,3 +205,17 @@ def test_polling_asks_the_cost_model_once_for_each_number_of_streams(
     assert asked == [1]
     (known,) = [rate for streams, rate in view.prediction.tokens_per_second.items() if streams == 1]
     assert shown == [known] * 3
+
+
+def test_percentiles_are_computed_where_they_are_shown_alone(
+    open_pipeline: OpenPipeline, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They sort thousands of numbers, in time that the engine would have."""
+    pipeline, asked = open_pipeline(llama), []
+    latency = pipeline.metrics.latency
+    monkeypatch.setattr(pipeline.metrics, "latency", lambda: asked.append(1) or latency())
+    for view in (pipeline_view, queue_view, device_views, health):
+        view(pipeline.current_engine, pipeline.state())  # type: ignore[operator]
+    assert not asked
+    assert set(batcher_view(pipeline.current_engine, pipeline.state()).latency) == set(latency())
+    assert asked

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,8 +15,8 @@ from core.errors import ConfigError, VRAMancerError
 from vramancer.cli.parsing import HELP_ALL, details, parameter_name
 
 Section = Literal[
-    "model", "devices", "engine", "lending", "memory", "api", "security", "monitoring", "dashboard", "tracing",
-    "logging", "runtime",
+    "model", "devices", "engine", "lending", "memory", "api", "security", "cluster", "monitoring", "dashboard",
+    "tracing", "logging", "runtime",
 ]  # fmt: skip
 _CONFIG = "config"
 _MODEL = "model_argument"
@@ -26,8 +26,10 @@ def settings_command(
     *sections: Section,
     model_argument: bool = False,
     model_from: Callable[[dict[str, Any]], str | None] | None = None,
+    without: Collection[str] = (),
 ) -> Callable[..., Callable[..., None]]:
-    """Turn `command(settings, ...)` into one that takes a flag for every setting of `sections`.
+    """Turn `command(settings, ...)` into one that takes a flag for every setting of `sections`, but for the keys
+    in `without`.
 
     With `model_argument` it takes a MODEL; `model_from` finds one among arguments that the command has of its own.
     The command's further parameters stay typer's; what it returns is the exit status (None: 0). Our own errors end
@@ -35,7 +37,11 @@ def settings_command(
     """
 
     def decorate(command: Callable[..., int | None]) -> Callable[..., None]:
-        infos = [info for info in iter_settings() if info.key.split(".")[0] in sections and info.flag]
+        infos = [
+            info
+            for info in iter_settings()
+            if info.key.split(".")[0] in sections and info.flag and info.key not in without
+        ]
 
         def run(**arguments: Any) -> None:
             arguments.pop(HELP_ALL)

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from core.config import SettingInfo, iter_settings
-from core.config_names import ABSENT_COMMANDS, ABSENT_FLAGS, absence, nearest
+from core.config_names import ABSENT_COMMANDS, absence, nearest
 
 WRONG_USAGE: type[Exception] = typer.BadParameter.__mro__[1]
 """What typer raises for arguments that it cannot read; it exports only kinds of it."""
@@ -128,14 +128,11 @@ def _explained(error: Exception, flags: list[str], *, any_command: bool = False)
     flag, message = getattr(error, "option_name", None), getattr(error, "message", None)
     if flag is None or flag in flags or not isinstance(message, str):
         return error
-    if flag in ABSENT_FLAGS:
-        text = f"{absence(flag, ABSENT_FLAGS[flag])}."
-    else:
-        keys = {"--" + info.key.replace(".", "-").replace("_", "-"): info.flag for info in iter_settings()}
-        meant = keys.get(flag) if keys.get(flag) in flags else None
-        meant = meant or nearest(flag, (name for name in flags if name.startswith("--")), prefix="--")
-        text = f"No such option: {flag}." + (f" Did you mean {meant}?" if meant else "")
-        if any_command and any(info.flag == flag for info in iter_settings()):
-            text = f"{flag} comes after a command, as in: vramancer serve {flag} ..."
+    keys = {"--" + info.key.replace(".", "-").replace("_", "-"): info.flag for info in iter_settings()}
+    meant = keys.get(flag) if keys.get(flag) in flags else None
+    meant = meant or nearest(flag, (name for name in flags if name.startswith("--")), prefix="--")
+    text = f"No such option: {flag}." + (f" Did you mean {meant}?" if meant else "")
+    if any_command and any(info.flag == flag for info in iter_settings()):
+        text = f"{flag} comes after a command, as in: vramancer serve {flag} ..."
     vars(error).update(message=text, possibilities=None)
     return error

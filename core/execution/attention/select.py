@@ -101,6 +101,7 @@ def planned_gathering(
     tiles = [
         backend.tile_bytes
         for device in devices
+        if device.is_here
         for backend in (select_attention(device, settings, 1)[0],)
         if isinstance(backend, TorchPagedAttention)
     ]
@@ -129,7 +130,7 @@ def check_heads(devices: Sequence[Device], used: Container[str], architecture: A
         for shape in architecture.kv_shapes
     }  # fmt: skip
     for device in devices:
-        has_kernel = device.name in used and device.kind in ("cuda", "rocm")
+        has_kernel = device.is_here and device.name in used and device.kind in ("cuda", "rocm")
         triton = open_triton(device.torch_device) if has_kernel else None
         if triton is None:
             continue

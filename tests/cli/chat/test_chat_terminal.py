@@ -35,6 +35,7 @@ def test_a_session(program: TerminalProgram, tmp_path: Path) -> None:
     program.type('two"""\r')
     until(lambda: program.shows("4 tokens"), "an answer")
     assert "\nHead\n\nwith bold words and a long line that does not fit into its\nwidth\n4 tokens, " in program.text
+    until(program.takes_keys, "the next question")
     program.type("half a question\x03")
     until(lambda: program.shows("Ctrl-C again, or Ctrl-D, leaves"), "the question whether to leave")
     assert program.process.poll() is None
@@ -63,6 +64,7 @@ def test_ctrl_c_stops_an_answer_that_hangs(program: TerminalProgram, server: Any
         until(lambda: program.shows(", stopped"), "the stop")
     finally:
         over.set()
+    until(program.takes_keys, "the next question")
     program.type("\x04")
     until(lambda: program.shows("So far\n2 tokens") and program.process.poll() is not None, "the end")
     assert program.process.wait() == 0

@@ -75,6 +75,12 @@ class Shown:
     def type(self, keys: str) -> None:
         self.keys.send_text(keys)
 
+    def hang_up(self) -> None:
+        """Nobody types any more. In the screen's own thread, which may close its keyboard at the same time."""
+        loop = self.screen._app.loop
+        assert loop is not None
+        loop.call_soon_threadsafe(self.keys.close)
+
     def until(self, text: str) -> None:
         until(lambda: text in self.text or self.error, f"{text!r} on the screen:\n{self.text}")
         assert self.error is None, self.error

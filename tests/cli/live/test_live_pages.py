@@ -143,6 +143,18 @@ def test_many_devices_and_requests_leave_room_for_each_other(example: Seen) -> N
     assert "cuda:15 " in drawn(many, 120, 60)
 
 
+def test_requests_that_the_server_does_not_name_are_counted(example: Seen) -> None:
+    queue = msgspec.structs.replace(example.look.queue, unfinished=9)
+    unnamed = 9 - len(queue.requests)
+    assert f"and {unnamed} more, which came later\n" in drawn(changed(example, queue=queue), 120, 60)
+    assert "came later" not in drawn(example, 120, 60)
+    many = msgspec.structs.replace(queue, requests=queue.requests * 5, unfinished=30)
+    shown = drawn(changed(example, queue=many), 120, 40)
+    (said,) = [line for line in shown.splitlines() if line.endswith("more requests: 3")]
+    listed = sum(any(request.id in line for request in queue.requests) for line in shown.splitlines())
+    assert said == f"and {30 - listed} more requests: 3"
+
+
 def test_several_nodes_are_named(example: Seen) -> None:
     node = example.look.nodes.nodes[0]  # type: ignore[union-attr]
     other = msgspec.structs.replace(node, hostname="attic", roles=("worker",))

@@ -210,7 +210,7 @@ def test_an_error_of_the_watcher_gives_the_terminal_back(filled: Any) -> None:
 
 def test_a_terminal_that_nobody_types_at_any_more(filled: Any) -> None:
     with watching(filled) as shown:
-        shown.keys.close()
+        shown.hang_up()
         until(lambda: shown.status is not None or shown.error is not None, "the end")
     assert (shown.status, shown.error) == (0, None)
     assert given_back(shown.written)

@@ -141,7 +141,7 @@ def test_without_a_terminal_the_other_command_is_named(server: Any) -> None:
 
 
 @pytest.mark.usefixtures("environment")
-@pytest.mark.parametrize("interval", ["0", "0.1", "often", "3601"])
+@pytest.mark.parametrize("interval", ["0", "0.1", "often", "3601", "nan"])
 def test_an_interval_has_bounds(interval: str) -> None:
     result = CliRunner().invoke(app, ["dashboard", "--interval", interval])
     assert result.exit_code == 2

@@ -76,6 +76,16 @@ def _task(kind: str, detail: str, status: str, seconds: float, error: str | None
     }  # fmt: skip
 
 
+def _node(
+    name: str, roles: list[str], link: dict[str, float] | None, devices: list[Any], layers: dict[str, list[int]]
+) -> dict[str, Any]:
+    return {
+        "id": name, "hostname": name, "roles": roles, "status": "leaving" if link else "joined",
+        "address": "10.0.0.7", "link": link, "processor": "AMD Ryzen 7 5800X", "system": "Linux x86_64",
+        "devices": devices, "layers": layers,
+    }  # fmt: skip
+
+
 def answers() -> dict[str, Any]:
     gpu = [
         {
@@ -160,8 +170,13 @@ def answers() -> dict[str, Any]:
             "process": {"pid": 4242, "resident_bytes": 6 * GIB, "threads": 40, "uptime_s": 93600.0},
         },
         "/api/nodes": {
-            "nodes": [{"id": "n", "hostname": "workshop", "roles": ["api", "engine"], "devices": gpu}],
-            "discovery": {"status": "disabled"},
+            "nodes": [
+                _node("workshop", ["api", "engine", "master"], None, gpu, {gpu[0]["name"]: [0, 19]}),
+                _node("attic", ["worker"], {"latency_s": 0.000142, "bytes_per_second": 1.17e8}, [], {}),
+            ],
+            "left_out": [{"name": "cellar", "address": "10.0.0.9", "reason": "it has VRAMancer 0.0.9, not 0.1.0"}],
+            "discovery": {"status": "advertised", "address": "10.0.0.7", "port": 5040},
+            "offer": {"tokens_per_second": {"1": 41.5, "16": 310.0}, "now": {"1": 40.0, "16": 204.0}, "devices": None},
         },
         "/api/models": {
             "object": "list", "loaded": "Qwen/Qwen3-14B",

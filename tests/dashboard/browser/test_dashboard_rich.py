@@ -100,6 +100,18 @@ def test_stages_show_how_busy_they_were_lately(watched: Watched) -> None:
     watched.expect(watched.page.get_by_role("slider")).to_have_count(2)
 
 
+def test_machines_and_the_way_to_them(watched: Watched) -> None:
+    watched.go("Cluster")
+    watched.expect(".page-head").to_contain_text("2 nodes, workers are taken in at 10.0.0.7:5040, found by themselves")
+    nodes = watched.page.locator("[aria-labelledby=nodes] .node")
+    watched.expect(nodes).to_have_count(2)
+    watched.expect(nodes.nth(0)).to_contain_text("layers 0–19")
+    watched.expect(nodes.nth(1)).to_contain_text("142 µs")
+    watched.expect(nodes.nth(1).locator(".badge")).to_have_text("Leaving")
+    watched.expect("[aria-labelledby=nodes] .offer").to_contain_text("310 tokens/s of 16 streams, not 204")
+    watched.expect("[aria-labelledby=left-out]").to_contain_text("it has VRAMancer 0.0.9, not 0.1.0")
+
+
 def test_nothing_is_wider_than_the_screen(watched: Watched) -> None:
     for name in ("Overview", "Memory", "Pipeline", "Requests", "Cluster", "Models", "Chat"):
         watched.go(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Annotated
 
@@ -33,6 +34,8 @@ def dashboard(
 
     1 to 4 turn to the pages, ? shows all keys, q leaves.
     """
+    if math.isnan(interval_s):
+        raise ConfigError("--interval is a number of seconds from 0.2 to 3600.")
     if not web:
         return _in_the_terminal(settings, url, interval_s)
     if interval_s != _INTERVAL_S:

@@ -36,13 +36,15 @@ def overview(seen: Seen, canvas: Canvas, rows: int) -> list[Text]:
         Block(_tiers(look.pipeline.memory.tiers, canvas), yields=4, least=2, more=_more("more tiers: 4")),
         Block(_tasks(seen, canvas), yields=5, least=2, more=_more("more tasks: 3")),
         Block(_nodes(seen, canvas), yields=6, least=0),
-        Block(requests, yields=8, least=min(len(requests), 3), more=_more("more requests: 3", len(requests))),
+        Block(requests, yields=8, least=min(len(requests), 3), more=_more("more requests: 3", _unnamed(seen))),
     ]
     return stacked(blocks, rows)
 
 
-def _more(what: str, known: int = 0) -> Callable[[int], Text]:
-    return lambda missing: Text(f"and {missing} {what}", "dim")
+def _more(what: str, unlisted: int = 0) -> Callable[[int], Text]:
+    """How many lines are cut; one of them stood for those that are `unlisted`."""
+    beyond = max(0, unlisted - 1)
+    return lambda missing: Text(f"and {missing + beyond} {what}", "dim")
 
 
 def _speed(seen: Seen, canvas: Canvas) -> list[Text]:
@@ -167,7 +169,7 @@ def _tasks(seen: Seen, canvas: Canvas) -> list[Text]:
     tasks = seen.look.tasks
     if tasks is None:
         return []
-    shown = [*tasks.running, *(task for task in tasks.recent if task.status == "failed")]
+    shown = [*tasks.running, *(task for task in tasks.recent if task.status in ("refused", "failed"))]
     lines = task_lines(shown, canvas)
     return [Text("Tasks", TITLE), *lines] if lines else []
 
@@ -186,4 +188,12 @@ def _requests(seen: Seen, canvas: Canvas) -> list[Text]:
     queue = seen.look.queue
     if not queue.requests:
         return [Text.assemble(("Requests", TITLE), "  none")] if not queue.unfinished else []
-    return canvas.columns(request_columns(queue.requests, canvas, "Requests"))
+    lines = canvas.columns(request_columns(queue.requests, canvas, "Requests"))
+    unnamed = _unnamed(seen)
+    return [*lines, Text(f"and {unnamed} more, which came later", "dim")] if unnamed else lines
+
+
+def _unnamed(seen: Seen) -> int:
+    """Requests of which the server tells only that they are there: those beyond the oldest ones."""
+    queue = seen.look.queue
+    return max(0, queue.unfinished - len(queue.requests))

@@ -129,7 +129,7 @@ def task_lines(tasks: Sequence[Task], canvas: Canvas) -> list[Text]:
     """A line each: what, how long, and why it failed."""
     lines = []
     for task in tasks:
-        style = {"running": "green", "failed": "red"}.get(task.status, "dim")
+        style = {"running": "green", "refused": "yellow", "failed": "red"}.get(task.status, "dim")
         what = canvas.text(f"{task.kind} {task.detail or ''}")
         items = [what, canvas.text(f"{task.status} {_took(task)}", style)]
         if task.error:

@@ -11,25 +11,46 @@ export const title = "Cluster";
 export function view() {
   const { nodes, system, pipeline } = store.state;
   const found = nodes?.nodes || [];
-  const discovery = nodes?.discovery?.status;
   return [
     h("header", { class: "page-head" }, h("h1", null, "Cluster"),
-      h("p", { class: "dim" }, nodes ? `${found.length} ${found.length === 1 ? "node" : "nodes"}, discovery ${discovery}` : "")),
+      h("p", { class: "dim" }, nodes ? `${found.length} ${found.length === 1 ? "node" : "nodes"}, ${taken(nodes.discovery)}` : "")),
     panel("Nodes", { id: "nodes" }, found.length
-      ? h("ul", { class: "nodes" }, found.map((node) => nodeView(node, pipeline)))
-      : empty("No node", "The server tells of none.")),
+      ? h("ul", { class: "nodes" }, found.map(nodeView))
+      : empty("No node", "The server tells of none."),
+      nodes?.offer ? h("p", { class: "offer" }, offered(nodes.offer)) : null),
+    nodes?.left_out?.length ? leftOut(nodes.left_out) : null,
     transfers(pipeline?.transfers || []),
     system ? machine(system) : null,
   ];
 }
 
-function nodeView(node, pipeline) {
-  const stages = pipeline?.stages || [];
+// Whether machines may join, and where.
+function taken(discovery) {
+  if (!discovery || discovery.status === "disabled") return "no others are taken in (--cluster-master)";
+  const how = discovery.status === "advertised" ? "found by themselves" : "told where it is";
+  return `workers are taken in at ${discovery.address}:${discovery.port}, ${how}`;
+}
+
+function offered(offer) {
+  const streams = Math.max(...Object.keys(offer.tokens_per_second).map(Number));
+  return `All nodes together would make ${digits(offer.tokens_per_second[streams])} tokens/s of ${streams} streams, not ${digits(offer.now[streams])}. Pipeline, Move the model: every device.`;
+}
+
+function leftOut(found) {
+  return panel("Left out", { id: "left-out", note: "Machines that were refused" }, h("ul", { class: "nodes" }, found.map((each, index) =>
+    h("li", { key: `${index}-${each.address}`, class: "node" }, h("div", { class: "node-head" }, h("h3", null, each.name), h("span", { class: "tag" }, each.address)), h("p", { class: "dim" }, each.reason)))));
+}
+
+function nodeView(node) {
+  const { link } = node;
   return h("li", { key: node.id, class: "node" },
-    h("div", { class: "node-head" }, h("h3", null, node.hostname), node.roles.map((role) => h("span", { key: role, class: "tag" }, role))),
+    h("div", { class: "node-head" }, h("h3", null, node.hostname), node.roles.map((role) => h("span", { key: role, class: "tag" }, role)),
+      node.status === "leaving" ? badge("warn", "Leaving") : null),
+    h("p", { class: "dim small" }, [node.address, node.processor, node.system, link ? `${whole(link.latency_s * 1e6)} µs, ${rate(link.bytes_per_second)}` : null].filter(Boolean).join(" · ")),
     node.devices.length
       ? h("ul", { class: "chips" }, node.devices.map((device) => {
-        const layers = stages.filter((stage) => stage.device === device.name).map((stage) => `layers ${stage.layers[0]}–${stage.layers[1]}`).join(", ");
+        const held = node.layers?.[device.name];
+        const layers = held ? `layers ${held[0]}–${held[1]}` : "";
         return h("li", { key: device.name, class: "chip" }, h("b", null, device.name), h("span", { class: "dim" }, layers || "no layers"),
           meter(device.used_bytes / device.limit_bytes, `${device.name} memory in use`), h("span", { class: "dim small" }, `${bytes(device.used_bytes)} of ${bytes(device.limit_bytes)}`));
       }))

@@ -113,7 +113,7 @@ export function tasks() {
       h("thead", null, h("tr", null, h("th", { scope: "col" }, "What"), h("th", { scope: "col" }, "State"), h("th", { scope: "col", class: "number" }, "Took"))),
       h("tbody", null, rows.map((task) => h("tr", { key: task.id },
         h("td", null, h("b", null, task.kind), " ", h("span", { class: "dim" }, task.detail || ""), task.error ? h("p", { class: "trouble small" }, task.error) : null),
-        h("td", null, badge({ completed: "ok", failed: "error" }[task.status] || "run", task.status)),
+        h("td", null, badge({ completed: "ok", refused: "warn", failed: "error" }[task.status] || "run", task.status)),
         h("td", { class: "number" }, duration(task.seconds)))))))
       : empty("Nothing in the background", "Loads and moves appear here while they run."));
 }

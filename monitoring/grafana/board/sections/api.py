@@ -34,13 +34,14 @@ SECTION = Section(
         ),
         lines(
             "Task life cycle",
-            "Background tasks (loading, placing, moving memory) submitted, completed and failed, per minute.",
+            "Background tasks (loading, placing, moving memory) submitted, completed, refused (for what was asked) and "
+            "failed, per minute.",
             *(
                 Query(f"60 * {rate(f'tasks_{what}_total')}", f"{what} {{{{instance}}}}")
-                for what in ("submitted", "completed", "failed")
+                for what in ("submitted", "completed", "refused", "failed")
             ),
             unit="opm",
-            colors={"^submitted": "blue", "^completed": "green", "^failed": "red"},
+            colors={"^submitted": "blue", "^completed": "green", "^refused": "yellow", "^failed": "red"},
         ),
         lines(
             "Questions about the machine",

@@ -1,0 +1,225 @@
+"""What master and workers ask each other over a control link: calls and their answers, as msgpack.
+
+A call is one of the structs of `Call`; each says which struct answers it. Nothing in them is a path to be opened but
+`ModelRef.path`, which a worker takes only where the checkpoint there has the digest that the master names.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, TypeAlias
+
+import msgspec
+
+from core.costs import DeviceProfile, LayerCosts
+from core.devices.device import DeviceKind
+
+Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024)]
+Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
+Bytes: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
+Digest: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+NodeId: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+FileName: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}$")]
+Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0.0)]
+
+MAX_CHUNK_BYTES = 1 << 20
+"""Of a file at once: a sign of life has to come between two, also on a slow network."""
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of either side."""
+
+
+class Nothing(Message, frozen=True):
+    """The answer to what only has to be done."""
+
+
+NodeName: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]{0,62}$")]
+DeviceName: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9.:#_-]{0,63}$")]
+"""Both stand in specifications of devices, and on people's screens."""
+
+
+class DeviceInfo(Message, frozen=True):
+    """A device of a node. `name` is the node's own for it; `bandwidth_bytes_s` and `flops` are an emulated card's."""
+
+    name: DeviceName
+    kind: DeviceKind
+    limit_bytes: Bytes
+    bandwidth_bytes_s: float | None = None
+    flops: float | None = None
+
+
+class NodeInfo(Message, frozen=True):
+    """What a worker is. `port` is where it listens for other nodes; `processor` and `system` are for people."""
+
+    name: NodeName
+    version: Text
+    python: Text
+    torch: Text
+    system: Text
+    processor: Text
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    devices: Annotated[tuple[DeviceInfo, ...], msgspec.Meta(max_length=64)]
+
+
+class FileRef(Message, frozen=True):
+    """A file of a checkpoint: its name, without a directory, and its size."""
+
+    name: FileName
+    nbytes: Bytes
+
+
+class ModelRef(Message, frozen=True):
+    """A checkpoint, as its digest tells it from others. `path` is where the master has it."""
+
+    name: Text
+    path: Text
+    revision: Text | None
+    digest: Digest
+    dtype: Name
+    files: Annotated[tuple[FileRef, ...], msgspec.Meta(max_length=4096)]
+
+
+class Welcome(Message, frozen=True, tag=True):
+    """The master's first call. `number` is the worker's in headers, `epoch` that of the cluster now."""
+
+    number: Number
+    version: Text
+    epoch: Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
+    answer: ClassVar[type[NodeInfo]] = NodeInfo
+
+
+class Refuse(Message, frozen=True, tag=True):
+    """The master does not take the worker, and this is why. The worker ends."""
+
+    reason: Text
+    answer: ClassVar[type[Nothing]] = Nothing
+
+
+class Profiles(Message, frozen=True):
+    """In the order of the devices that were asked for."""
+
+    profiles: tuple[DeviceProfile, ...]
+
+
+class Measure(Message, frozen=True, tag=True):
+    """How fast devices of the node run layers of a model. `engine` are the settings it would be served with."""
+
+    model: ModelRef
+    devices: Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)]
+    engine: dict[str, Any]
+    answer: ClassVar[type[Profiles]] = Profiles
+
+
+class Reached(Message, frozen=True):
+    """The time of a small message one way, and the rate of a large one."""
+
+    latency_s: Seconds
+    bandwidth_bytes_s: Seconds
+
+
+class Reach(Message, frozen=True, tag=True):
+    """Have a link to another node, and measure it."""
+
+    node: NodeId
+    host: Text
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    answer: ClassVar[type[Reached]] = Reached
+
+
+class Loaded(Message, frozen=True):
+    """What the weights take on the device."""
+
+    weight_bytes: Bytes
+
+
+class Load(Message, frozen=True, tag=True):
+    """Read layers `first .. last - 1` of `layers` onto a device. `stage` is the stage's number on all links, unique as
+    long as the master lives. `costs` and `profile` predict how long it computes, where that is known; `together` is how
+    many stages of the engine compute on the node's processor."""
+
+    stage: Number
+    model: ModelRef
+    device: Name
+    first: Number
+    last: Number
+    layers: Number
+    weight_bytes: Bytes
+    workspace_bytes: Bytes
+    together: Number
+    engine: dict[str, Any]
+    costs: LayerCosts | None = None
+    profile: DeviceProfile | None = None
+    answer: ClassVar[type[Loaded]] = Loaded
+
+
+class Allocated(Message, frozen=True):
+    """Bytes of a page of all the stage's layers, and the attention that the device has."""
+
+    page_bytes: Bytes
+    attention: Name
+
+
+class Allocate(Message, frozen=True, tag=True):
+    """Give a loaded stage its pages. A block table has up to `table_width` entries."""
+
+    stage: Number
+    pages: Bytes
+    block_size: Annotated[int, msgspec.Meta(ge=1, le=1024)]
+    table_width: Bytes
+    answer: ClassVar[type[Allocated]] = Allocated
+
+
+class Connect(Message, frozen=True, tag=True):
+    """Where a stage's results go: to stage `next` on `node`, of which `Reach` has made a link, or, with `node` None, to
+    the master; `feeds`: as hidden states for a stage there. The stage's device is `called` so in the cluster."""
+
+    stage: Number
+    called: Name
+    takes_hidden: bool
+    node: NodeId | None
+    next: Number
+    feeds: bool
+    answer: ClassVar[type[Nothing]] = Nothing
+
+
+class Release(Message, frozen=True, tag=True):
+    """Free stages; those that are not there are none of the master's any more."""
+
+    stages: Annotated[tuple[Number, ...], msgspec.Meta(max_length=1024)]
+    answer: ClassVar[type[Nothing]] = Nothing
+
+
+class Epoch(Message, frozen=True, tag=True):
+    """Steps of before have failed: frames that still travel for them are dropped from now on."""
+
+    epoch: Annotated[int, msgspec.Meta(ge=1, le=0xFFFFFFFF)]
+    answer: ClassVar[type[Nothing]] = Nothing
+
+
+class Chunk(Message, frozen=True):
+    """Some of a file."""
+
+    data: Annotated[bytes, msgspec.Meta(max_length=MAX_CHUNK_BYTES)]
+
+
+class ReadFile(Message, frozen=True, tag=True):
+    """Bytes of a file of the checkpoint with this digest."""
+
+    digest: Digest
+    name: FileName
+    offset: Bytes
+    nbytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_CHUNK_BYTES)]
+    answer: ClassVar[type[Chunk]] = Chunk
+
+
+class Leave(Message, frozen=True, tag=True):
+    """The worker is to be stopped: once its layers are elsewhere, the master lets it go."""
+
+    answer: ClassVar[type[Nothing]] = Nothing
+
+
+Ask: TypeAlias = ReadFile | Leave
+"""What a worker may ask of its master."""
+Call: TypeAlias = Welcome | Refuse | Measure | Reach | Load | Allocate | Connect | Release | Epoch
+"""What a master asks of a worker."""

@@ -1,0 +1,191 @@
+"""A worker as its master sees it: its links, its devices, and the stages that it computes."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, TypeVar, cast
+
+import msgspec
+
+from core.cluster.calls import CALL_S, CallEnd
+from core.cluster.checkpoints import read_chunk
+from core.cluster.messages import (
+    Ask,
+    Chunk,
+    DeviceInfo,
+    FileRef,
+    Leave,
+    NodeInfo,
+    Nothing,
+    Reach,
+    ReadFile,
+    Refuse,
+    Welcome,
+)
+from core.cluster.remote_stage import MasterEnd, RemoteStage
+from core.devices import Device
+from core.devices.device import DeviceSpeed
+from core.errors import ClusterRefusedError, NetworkError, NotFoundError
+from core.logs import get_logger
+from core.network.echo import LinkSpeed
+from core.network.link import Link
+from core.network.watch import HEARTBEAT_S
+
+logger = get_logger(__name__)
+
+A_co = TypeVar("A_co", covariant=True)
+
+
+class Asked(Protocol[A_co]):
+    """A call, which names what answers it."""
+
+    @property
+    def answer(self) -> type[A_co]: ...
+
+
+class SharedCheckpoints:
+    """What workers may fetch: checkpoints that this master has told them of, by digest. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[str, tuple[Path, tuple[FileRef, ...]]] = {}
+
+    def add(self, digest: str, path: Path, files: tuple[FileRef, ...]) -> None:
+        with self._lock:
+            self._known[digest] = path, files
+
+    def read(self, asked: ReadFile) -> Chunk:
+        """Raises `NotFoundError`."""
+        with self._lock:
+            known = self._known.get(asked.digest)
+        if known is None:
+            raise NotFoundError(f"no checkpoint with the digest {asked.digest} is served here.")
+        return read_chunk(*known, asked)
+
+
+class Node:
+    """Made of the two connections of a worker that has proved that it knows the token; `join` makes its acquaintance.
+
+    `on_lost` hears of its end, and `on_leave` that it wants to go, in any thread. `remotes` are its stages by number.
+    """
+
+    def __init__(
+        self, node: str, number: int, address: str, control: socket.socket, data: socket.socket,
+        checkpoints: SharedCheckpoints, on_lost: Callable[[Node, NetworkError], None],
+        on_leave: Callable[[Node], None], epoch: int,
+    ) -> None:  # fmt: skip
+        self.id, self.number, self.address = node, number, address
+        self.remotes: dict[int, RemoteStage] = {}
+        self.lost: NetworkError | None = None
+        self.leaving = False
+        self.speed = LinkSpeed(0.0, 0.0)
+        self.reached: dict[str, LinkSpeed] = {}
+        """Measured links to other workers, by their id."""
+        self.devices: dict[str, DeviceInfo] = {}
+        """By the device's name in the cluster."""
+        self.name = address
+        self._info: NodeInfo | None = None
+        self._on_lost, self._on_leave = on_lost, on_leave
+        self._checkpoints = checkpoints
+        self._calls = CallEnd(Ask, self._serve, self._control_lost, address)
+        self._end = _DataEnd(self.remotes, self._data_lost)
+        self.control = Link(control, 0, number, self._calls, name=address, heartbeat_s=HEARTBEAT_S)
+        self.data = Link(data, 0, number, self._end, name=address)
+        self.data.epoch = epoch
+        self._calls.attach(self.control)
+        self._end.echo.attach(self.data)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it has said what it is."""
+        return self._info is not None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its links are: known here before anybody hears of their end."""
+        return self.control.error is None and self.data.error is None
+
+    @property
+    def info(self) -> NodeInfo:
+        assert self._info is not None
+        return self._info
+
+    def join(self, version: str) -> None:
+        """Raises `ClusterRefusedError` if it does not fit, and what links raise."""
+        self.data.start()
+        self.control.start()
+        self._info = info = self.call(Welcome(self.number, version, self.data.epoch))
+        if info.version != version:
+            reason = f"it has VRAMancer {info.version}, and the master {version}: all nodes need the same"
+            self.call(Refuse(reason))
+            raise ClusterRefusedError(reason)
+        self.speed = self._end.echo.measure()
+
+    def adopt_name(self, name: str) -> None:
+        """What it is called in the cluster, where two machines may have the same name."""
+        self.name = self.control.name = self.data.name = name
+        self.devices = {f"{name}/{device.name}": device for device in self.info.devices}
+
+    def logical_devices(self, first_index: int) -> list[Device]:
+        """Its devices, as placement sees them."""
+        found = []
+        for index, (name, info) in enumerate(self.devices.items(), first_index):
+            speed = None
+            if info.bandwidth_bytes_s is not None and info.flops is not None:
+                speed = DeviceSpeed(info.bandwidth_bytes_s, info.flops)
+            found.append(Device(name, index, info.kind, "cpu", info.limit_bytes, speed, self.name))
+        return found
+
+    def call(self, request: Asked[A_co], timeout_s: float | None = CALL_S) -> A_co:
+        """Ask the node. Raises what it raised, and `LinkLostError`."""
+        return self._calls.call(cast(msgspec.Struct, request), request.answer, timeout_s)
+
+    def reach(self, other: Node) -> LinkSpeed:
+        """Have it connect to another worker, and measure that link once."""
+        if other.id not in self.reached:
+            found = self.call(Reach(other.id, other.address, other.info.port))
+            self.reached[other.id] = LinkSpeed(found.latency_s, found.bandwidth_bytes_s)
+        return self.reached[other.id]
+
+    def close(self, reason: str = "") -> None:
+        """Not in one of its links' threads."""
+        self.control.close(reason)
+        self.data.close(reason)
+        self._calls.close()
+
+    def _serve(self, asked: msgspec.Struct) -> msgspec.Struct:
+        if isinstance(asked, ReadFile):
+            return self._checkpoints.read(asked)
+        assert isinstance(asked, Leave)
+        if not self.leaving:
+            self.leaving = True
+            self._on_leave(self)
+        return Nothing()
+
+    def _control_lost(self, error: NetworkError) -> None:
+        self.data.abort(error.message, goodbye=self.control.has_left)
+        self._lose(error)
+
+    def _data_lost(self, error: NetworkError) -> None:
+        self.control.abort(error.message)
+        self._lose(error)
+
+    def _lose(self, error: NetworkError) -> None:
+        if self.lost is None:
+            self.lost = error
+            self._on_lost(self, error)
+
+
+class _DataEnd(MasterEnd):
+    """Tells of the link's end, after the stages have heard of it."""
+
+    def __init__(self, stages: dict[int, RemoteStage], on_lost: Callable[[NetworkError], None]) -> None:
+        super().__init__(stages)
+        self._on_lost = on_lost
+
+    def lost(self, error: NetworkError) -> None:
+        super().lost(error)
+        self._on_lost(error)

@@ -1,0 +1,183 @@
+"""A stage on a worker as the engine has it: loaded, given pages, connected and freed by calls, driven as a
+`RemoteStage`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from core.cluster.checkpoints import model_ref
+from core.cluster.master import Master
+from core.cluster.messages import Allocate, Connect, Load, ModelRef, Release
+from core.cluster.node import Node
+from core.cluster.remote_stage import RemoteStage
+from core.config import Settings
+from core.costs import DeviceProfile, LayerCosts, StagePlan
+from core.devices import Device, DeviceBudget
+from core.errors import VRAMancerError
+from core.execution.stage import KVSetup
+from core.kv_cache.paged_kv_cache import PagedKVCache
+from core.logs import get_logger
+from core.models.architecture import Architecture
+from core.models.resolve import ResolvedModel
+from core.models.stage_model import StageSlice
+
+logger = get_logger(__name__)
+
+WEIGHTS = "weights"
+
+
+@dataclass(frozen=True, slots=True)
+class RemotePages:
+    """What the master has to know of a stage's pages. `layer_bytes` is what a page takes, by layer."""
+
+    num_pages: int
+    page_bytes: int
+    layer_bytes: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class StageOrder:
+    """A stage to be loaded on a node. `entrance` is where hidden states leave for it; the rest as in `RemoteStage`.
+    `costs` and `profile` are given for emulated devices."""
+
+    device: Device
+    placed: StagePlan
+    entrance: Device
+    fed_here: bool
+    tells_here: bool
+    together: int
+    costs: LayerCosts | None
+    profile: DeviceProfile | None
+
+
+class PlacedRemoteStage(RemoteStage):
+    """See the module. What it takes is on the master's ledger `budget` as it is on the node's."""
+
+    stream = None
+    times = None
+    is_loaded = True
+    busy_s = predicted_s = 0.0
+
+    def __init__(
+        self, node: Node, number: int, order: StageOrder, part: StageSlice, architecture: Architecture,
+        budget: DeviceBudget, master: Master,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            node.data, number, order.device, order.entrance, master.encoder, fed_here=order.fed_here,
+            tells_here=order.tells_here,
+        )  # fmt: skip
+        self.node, self.part, self.device = node, part, order.device
+        self.kv: RemotePages | None = None
+        self.attention = ""
+        self.weight_bytes = 0
+        self._budget = budget
+        self._architecture = architecture
+        self._freed = False
+
+    @property
+    def forwards(self) -> int:
+        return self._forwards
+
+    @property
+    def last_used_s(self) -> float:
+        """Nothing here depends on it: a node's memory is not lent."""
+        return time.monotonic()
+
+    def read_weights(self, load: Load) -> None:
+        """Raises what loading raises there."""
+        self._budget.reserve(WEIGHTS, load.weight_bytes)
+        self.weight_bytes = load.weight_bytes
+        self.node.remotes[self.number] = self
+        if self.node.lost is not None:  # before it could be told
+            self.lose(self.node.lost)
+        loaded = self.node.call(load, timeout_s=None)
+        further = loaded.weight_bytes - load.weight_bytes
+        if further > 0:
+            self._budget.reserve(WEIGHTS, further)
+            self.weight_bytes = loaded.weight_bytes
+
+    def allocate_kv(self, num_pages: int, setup: KVSetup) -> None:
+        """Raises `OutOfDeviceMemoryError`."""
+        shapes, element = self._architecture.kv_shapes, self._architecture.dtype.itemsize
+        layers = range(self.part.first, self.part.last)
+        layer_bytes = {layer: shapes[layer].bytes_per_token(element) * setup.block_size for layer in layers}
+        self._budget.reserve(PagedKVCache.PURPOSE, num_pages * sum(layer_bytes.values()))
+        there = self.node.call(Allocate(self.number, num_pages, setup.block_size, setup.table_width), timeout_s=None)
+        self.kv = RemotePages(num_pages, there.page_bytes, layer_bytes)
+        self.attention = there.attention
+
+    def connect(self, following: PlacedRemoteStage | None, *, is_last: bool) -> None:
+        """Say where its results go: to `following` on another node, else to the master."""
+        node, number = None, 0
+        if following is not None:
+            self.node.reach(following.node)
+            node, number = following.node.id, following.number
+        feeds = following is None and not is_last
+        self.node.call(Connect(self.number, self.device.name, self.part.first > 0, node, number, feeds))
+
+    def free(self) -> None:
+        """Nothing of it is in flight any more. Safe to call twice."""
+        if self._freed:
+            return
+        self._freed = True
+        if self.node.lost is None:
+            try:
+                self.node.call(Release((self.number,)))
+            except VRAMancerError as error:
+                logger.warning("a stage could not be freed", device=self.device.name, reason=error.message)
+        self.node.remotes.pop(self.number, None)
+        for purpose in (WEIGHTS, PagedKVCache.PURPOSE):
+            self._budget.release(purpose)
+        self.kv = None
+
+
+class RemoteStages:
+    """Loads stages of one model on the nodes of a master."""
+
+    def __init__(self, master: Master, resolved: ResolvedModel, architecture: Architecture, settings: Settings) -> None:
+        self._master = master
+        self._architecture = architecture
+        self._engine = settings.engine.model_dump(mode="json")
+        self._resolved = resolved
+        self._ref: ModelRef | None = None
+
+    @property
+    def model(self) -> ModelRef:
+        """What nodes are told of the model; they may fetch its files from now on."""
+        if self._ref is None:
+            resolved, dtype = self._resolved, str(self._architecture.dtype).removeprefix("torch.")
+            self._ref = model_ref(resolved.name, resolved.path, resolved.revision, dtype)
+            self._master.checkpoints.add(self._ref.digest, resolved.path, self._ref.files)
+        return self._ref
+
+    @property
+    def engine(self) -> dict[str, object]:
+        """The engine's settings, as nodes are told them."""
+        return self._engine
+
+    def load(self, order: StageOrder, budget: DeviceBudget) -> PlacedRemoteStage:
+        """Raises what loading raises; nothing is kept then."""
+        node, layers, placed = self._master.node_of(order.device), self._architecture.num_layers, order.placed
+        part = StageSlice(placed.first_layer, placed.last_layer, layers)
+        stage = PlacedRemoteStage(node, self._master.new_stage(), order, part, self._architecture, budget, self._master)
+        request = Load(
+            stage.number, self.model, node.devices[order.device.name].name, part.first, part.last, layers,
+            placed.weight_bytes, placed.workspace_bytes, order.together, self._engine, order.costs, order.profile,
+        )  # fmt: skip
+        try:
+            stage.read_weights(request)
+        except BaseException:
+            stage.free()
+            raise
+        return stage
+
+
+def connect_stages(stages: Sequence[object]) -> None:
+    """Tell the stages on nodes where their results go, once all have their pages."""
+    for index, stage in enumerate(stages):
+        if isinstance(stage, PlacedRemoteStage):
+            following = stages[index + 1] if index + 1 < len(stages) else None
+            remote = following if isinstance(following, PlacedRemoteStage) else None
+            stage.connect(remote, is_last=following is None)

@@ -1,0 +1,128 @@
+"""What crosses a link between the master and a stage, and between stages: frames from values, and values from frames.
+
+::
+
+    STEP     master -> stage       the record, and the stage's part of it
+    HIDDEN   stage -> next         what it computed, `[1, T, hidden_size]`
+    PASS     stage -> next         instead: the step moves pages and computes nothing
+    SKIP     stage -> next         instead: how the step failed
+    RESULTS  last stage -> master  what it sampled
+    FAILED   last stage -> master  instead: how the step failed, wherever it did
+
+Where the next stage is in the master's process, HIDDEN, PASS and FAILED go there. `layer` of a header is the number of
+the stage that the frame is for, or, on the way to the master, from.
+"""
+
+from __future__ import annotations
+
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from core.cluster.failures import Failure, encode_failure
+from core.cluster.tensors import buffer_for, payload_of
+from core.devices import Device
+from core.errors import ProtocolError, RecordError
+from core.execution.codec import decode, encode
+from core.execution.records import StepOutput, StepRecord
+from core.kv_cache.page_ops import StagePart
+from core.network.echo import Echo
+from core.network.frames import Header, Opcode
+from core.network.link import Link
+
+_LENGTH = struct.Struct("<I")
+
+
+def send_step(link: Link, stage: int, record: bytes, step: int, part: StagePart) -> None:
+    """`record` is encoded: it is the same for all stages."""
+    parts = [_LENGTH.pack(len(record)), record, encode(part)]
+    link.send(Opcode.STEP, parts, step=step, layer=stage)
+
+
+def read_step(payload: memoryview) -> tuple[StepRecord, StagePart]:
+    """Raises `ProtocolError`."""
+    if len(payload) < _LENGTH.size:
+        raise ProtocolError("STEP without a record")
+    (length,) = _LENGTH.unpack(payload[: _LENGTH.size])
+    record, part = payload[_LENGTH.size :][:length], payload[_LENGTH.size + length :]
+    try:
+        return decode(bytes(record), StepRecord), decode(bytes(part), StagePart)
+    except RecordError as error:
+        raise ProtocolError(error.message) from error
+
+
+def read_results(payload: memoryview) -> StepOutput:
+    """Raises `ProtocolError`."""
+    try:
+        return decode(bytes(payload), StepOutput)
+    except RecordError as error:
+        raise ProtocolError(error.message) from error
+
+
+def send_results(link: Link, stage: int, output: StepOutput) -> None:
+    link.send(Opcode.RESULTS, [encode(output)], step=output.step, layer=stage)
+
+
+def send_failure(link: Link, opcode: Opcode, stage: int, step: int, failure: Failure) -> None:
+    """`FAILED` to the master, or `SKIP` to the next stage."""
+    link.send(opcode, [encode_failure(failure)], step=step, layer=stage)
+
+
+T = TypeVar("T")
+
+
+class StageEnd(ABC, Generic[T]):
+    """One end of a link whose frames are for stages, by their number: which frames are taken, and where tensors go.
+    `echo` answers measurements, and makes them."""
+
+    def __init__(self, stages: Mapping[int, T], takes: frozenset[Opcode]) -> None:
+        self.stages = stages
+        self.echo = Echo()
+        self._takes = takes
+        self._tensors: dict[int, torch.Tensor] = {}
+
+    def buffer_for(self, header: Header) -> memoryview | None:
+        """See `LinkHandler`."""
+        if self.echo.takes(header):
+            return None
+        if header.opcode not in self._takes:
+            raise ProtocolError(f"{header.opcode.name} is not taken here")
+        if header.layer not in self.stages:
+            raise ProtocolError(f"{header.opcode.name} of stage {header.layer}, which is not there")
+        if header.opcode is not Opcode.HIDDEN:
+            return None
+        self._tensors[header.sequence], buffer = buffer_for(header)
+        return buffer
+
+    def received(self, header: Header, payload: memoryview) -> bool:
+        """See `LinkHandler`."""
+        if self.echo.takes(header):
+            self.echo.take(header, payload)
+        else:
+            self.take(self.stages[header.layer], header, payload)
+        return True
+
+    @abstractmethod
+    def take(self, stage: T, header: Header, payload: memoryview) -> None:
+        """A frame for a stage that is here."""
+
+    def tensor(self, header: Header) -> torch.Tensor:
+        """The hidden states that have come."""
+        return self._tensors.pop(header.sequence)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteInlet:
+    """Where hidden states leave for a stage on another node; they have to be on `device`, in main memory."""
+
+    link: Link
+    stage: int
+    device: Device
+
+    def put(self, step: int, hidden: torch.Tensor) -> None:
+        data, dtype, shape = payload_of(hidden)
+        self.link.send(Opcode.HIDDEN, [data], step=step, layer=self.stage, dtype=dtype, shape=shape)

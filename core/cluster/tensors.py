@@ -1,0 +1,24 @@
+"""Tensors as payloads, without a copy where they are in main memory."""
+
+from __future__ import annotations
+
+import torch
+
+from core.errors import ProtocolError
+from core.network.frames import DTYPES, Header
+
+_NAMES = {getattr(torch, name): name for name in DTYPES if name != "bytes"}
+
+
+def payload_of(tensor: torch.Tensor) -> tuple[memoryview, str, tuple[int, ...]]:
+    """Bytes, dtype and shape of a tensor in main memory. The bytes are the tensor's own if it is contiguous."""
+    data = tensor.detach().contiguous()
+    return data.reshape(-1).view(torch.uint8).numpy().data, _NAMES[data.dtype], tuple(data.shape)
+
+
+def buffer_for(header: Header) -> tuple[torch.Tensor, memoryview]:
+    """An empty tensor for what a header announces, and its bytes. Raises `ProtocolError` for what is none."""
+    if header.dtype == "bytes":
+        raise ProtocolError(f"{header.opcode.name} is a tensor, not bytes")
+    tensor = torch.empty(header.shape, dtype=getattr(torch, header.dtype))
+    return tensor, tensor.reshape(-1).view(torch.uint8).numpy().data

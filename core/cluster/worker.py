@@ -1,0 +1,390 @@
+"""A worker: joins a master, computes the stages that it is told to, and looks for a master again when that one goes."""
+
+from __future__ import annotations
+
+import errno
+import platform
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+
+import msgspec
+import torch
+
+from core.cluster.calls import CallEnd
+from core.cluster.hosted_stage import NodeEnd
+from core.cluster.hosting import StageHost, device_info
+from core.cluster.messages import (
+    Allocate,
+    Call,
+    Chunk,
+    Connect,
+    Epoch,
+    Leave,
+    Load,
+    Measure,
+    NodeInfo,
+    Nothing,
+    Reach,
+    Reached,
+    ReadFile,
+    Refuse,
+    Release,
+    Welcome,
+)
+from core.config import Settings
+from core.devices import Device
+from core.errors import ClusterRefusedError, ConfigError, LinkLostError, NetworkError, NotFoundError
+from core.logs import get_logger
+from core.network.discovery import cluster_port_of, masters
+from core.network.greeting import GREETING_S, greet
+from core.network.handshake import Hello, LinkKind
+from core.network.link import Link
+from core.network.listener import Listener
+from core.network.watch import HEARTBEAT_S, Watch
+from core.profiling.profile_store import cpu_name
+from core.transfer import TransferManager
+
+logger = get_logger(__name__)
+
+LOOK_S = 10.0
+"""That one search for a master takes; searches follow each other until one is found."""
+OTHER_PORTS = 100
+"""So many above the usual one are tried for other nodes, where nobody chose one."""
+_AGAIN_S = 1.0
+"""Before the next try to reach a master."""
+
+
+class Worker:
+    """`run` until `stop` or `leave`. `key` is made of the cluster's token; `version` is the program's. `bound_to` is
+    the address of the interface that is used; None: whichever leads to the master. Other nodes come to that one."""
+
+    def __init__(
+        self, settings: Settings, devices: Sequence[Device], key: bytes, *, version: str, name: str,
+        bound_to: str | None = None,
+    ) -> None:  # fmt: skip
+        self.name = name
+        self.node = uuid.uuid4().hex
+        self._settings, self._cluster, self._devices = settings, settings.cluster, tuple(devices)
+        self._key, self._version = key, version
+        self._transfer = TransferManager()
+        self._stopped = threading.Event()
+        self._watch = Watch(settings.cluster.silence_s)
+        self._session: Session | None = None
+        self._bound_to = bound_to
+        self._listener: Listener | None = None
+
+    @property
+    def port(self) -> int:
+        """Where it listens for other nodes, once it has found a master."""
+        assert self._listener is not None
+        return self._listener.port
+
+    @property
+    def has_joined(self) -> bool:
+        """Whether it has a master now."""
+        return self._session is not None
+
+    def run(self) -> None:
+        """Join, work, and join again, until `stop`. Raises `ClusterRefusedError` if the master will not have this
+        node, and `ConfigError` if it cannot listen for others."""
+        told = False
+        while not self._stopped.is_set():
+            try:
+                session = self._join()
+            except (NetworkError, OSError) as error:
+                if isinstance(error, ClusterRefusedError):
+                    raise
+                if not told and not self._stopped.is_set():
+                    logger.info("no master yet; it is looked for until it is there", reason=str(error))
+                    told = True
+                self._stopped.wait(_AGAIN_S)
+                continue
+            told = False
+            session.ended.wait()
+            self._session = None
+            session.close()
+            if session.refused is not None:
+                raise ClusterRefusedError(f"The master does not take this node: {session.refused}")
+            if not self._stopped.is_set():
+                logger.warning("the master is lost; looking for it", reason=session.reason)
+                self._stopped.wait(_AGAIN_S)
+
+    def stop(self) -> None:
+        """Any thread; `run` ends soon."""
+        self._stopped.set()
+        session = self._session
+        if session is not None:
+            session.leave("the worker has been stopped")
+
+    def leave(self) -> None:
+        """`run` ends once the master has moved elsewhere what is computed here. Any thread, which waits for the
+        master's word that it has heard."""
+        self._stopped.set()
+        session = self._session
+        if session is not None:
+            session.ask_to_leave()
+
+    def close(self) -> None:
+        """After `run`."""
+        if self._listener is not None:
+            self._listener.close()
+        self._watch.close()
+        self._transfer.close()
+
+    def _join(self) -> Session:
+        refused: ClusterRefusedError | None = None
+        reason = "none has been found on the network"
+        for host, port in self._places():
+            if self._stopped.is_set():
+                break
+            try:
+                session = Session(self, host, port)
+            except ClusterRefusedError as error:
+                logger.warning("a master refuses this node", host=host, port=port, reason=error.message)
+                refused, reason = error, error.message
+            except (OSError, NetworkError) as error:
+                reason = error.message if isinstance(error, NetworkError) else error.strerror or str(error)
+                reason = f"{host}:{port} is not one: {reason}"
+                logger.debug("a master cannot be reached", reason=reason)
+            else:
+                self._session = session  # before the master knows it, and others through the master
+                session.start()
+                if self._stopped.is_set():
+                    session.leave("the worker has been stopped")
+                return session
+        if refused is not None and self._cluster.master is not None:
+            raise refused
+        raise LinkLostError(reason)
+
+    def _places(self) -> Iterator[tuple[str, int]]:
+        given = self._cluster.master
+        if given is None:
+            hosts = [self._bound_to] if self._bound_to is not None else None
+            found = masters(self._cluster.port, LOOK_S, hosts, self._stopped)
+            try:
+                for each in found:
+                    yield each.host, each.port
+            finally:
+                found.close()  # type: ignore[attr-defined]
+            return
+        host, _, port = given.rpartition(":")
+        yield host.strip("[]"), int(port)
+        behind = cluster_port_of(host.strip("[]"), int(port))
+        if behind is not None:
+            yield host.strip("[]"), behind
+
+    # -- other workers ----------------------------------------------------------------------------------------------
+
+    def listen(self, address: str) -> None:
+        """Where they come to from now on. Raises `ConfigError` if no port can be had there."""
+        if self._listener is not None:
+            if self._listener.host == address:
+                return
+            self._listener.close()
+            self._listener = None
+        first = self._cluster.worker_port
+        others = 0 if not first or "worker_port" in self._cluster.model_fields_set else OTHER_PORTS
+        for port in range(first, first + others + 1):
+            try:
+                self._listener = Listener(address, port, self._key, self.node, self._welcomed, self._admit)
+            except OSError as error:
+                if port < first + others and error.errno == errno.EADDRINUSE:
+                    continue
+                raise ConfigError(
+                    f"cluster.worker_port: {address}:{port} cannot be listened on: {error.strerror or error}."
+                ) from error
+            self._listener.start()
+            return
+
+    async def _admit(self, hello: Hello, address: str) -> None:
+        if hello.kind != "data" or self._session is None:
+            raise ClusterRefusedError("this node is a worker: it takes what other workers compute, nothing else")
+
+    def _welcomed(self, sock: socket.socket, hello: Hello, address: str) -> None:
+        session = self._session
+        if session is None:
+            sock.close()
+        else:
+            session.take(sock, hello.node)
+
+    # -- for sessions -----------------------------------------------------------------------------------------------
+
+    def connect(self, host: str, port: int, kind: LinkKind) -> socket.socket:
+        """A greeted connection. Raises `OSError`, `NetworkError`."""
+        source = (self._bound_to, 0) if self._bound_to is not None else None
+        sock = socket.create_connection((host, port), timeout=GREETING_S, source_address=source)
+        try:
+            greet(sock, self._key, self.node, kind)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def host(self, link_to: Callable[[str | None], Link], ask: Callable[[ReadFile], Chunk]) -> StageHost:
+        """A new one, for one master."""
+        return StageHost(self._settings, self._devices, self._transfer, link_to, ask)
+
+    def watch(self, link: Link) -> None:
+        """End it when the other end is silent."""
+        self._watch.add(link)
+
+    def info(self) -> NodeInfo:
+        """What the master is told of this node."""
+        return NodeInfo(
+            name=self.name,
+            version=self._version,
+            python=platform.python_version(),
+            torch=str(torch.__version__),
+            system=f"{platform.system()} {platform.machine()}",
+            processor=cpu_name(),
+            port=self.port,
+            devices=tuple(device_info(device) for device in self._devices),
+        )
+
+
+class Session:
+    """With one master, from `start` to its end: the links and the stages. `ended` is set once the master's control link
+    has gone, and `reason` says why."""
+
+    def __init__(self, worker: Worker, host: str, port: int) -> None:
+        """Raises `OSError`, `NetworkError`, `ConfigError`."""
+        self.ended = threading.Event()
+        self.reason = ""
+        self.refused: str | None = None
+        self._worker = worker
+        self._lock = threading.Lock()
+        self._number = 0
+        self._epoch = 0
+        self._out: dict[str, tuple[Link, NodeEnd]] = {}
+        self._in: list[Link] = []
+        self._calls = CallEnd(Call, self._serve, self._lost, "master")
+        self._host = worker.host(self._link_to, self._ask)
+        control = worker.connect(host, port, "control")
+        try:
+            worker.listen(control.getsockname()[0])
+            data = worker.connect(host, port, "data")
+        except BaseException:
+            control.close()
+            raise
+        end = NodeEnd(self._host.hosted, self._data_lost)
+        self._control = Link(control, 0, 0, self._calls, name="master", heartbeat_s=HEARTBEAT_S)
+        self._data = Link(data, 0, 0, end, name="master's data")
+        self._calls.attach(self._control)
+        end.echo.attach(self._data)
+
+    def start(self) -> None:
+        """Listen to the master."""
+        self._data.start()
+        self._control.start()
+        self._worker.watch(self._control)
+
+    def take(self, sock: socket.socket, node: str) -> None:
+        """Another worker has connected. Does not wait."""
+        end = NodeEnd(self._host.hosted, _note_lost)
+        link = Link(sock, self._number, 0, end, name=f"node {node[:8]}")
+        link.epoch = self._epoch
+        end.echo.attach(link)
+        with self._lock:
+            self._in.append(link)
+        link.start()
+
+    def leave(self, reason: str) -> None:
+        """Say goodbye to the master. Any thread."""
+        self._control.close(reason)
+
+    def ask_to_leave(self) -> None:
+        """The master ends it when nothing of it is needed. Any thread."""
+        try:
+            self._calls.call(Leave(), Nothing)
+        except NetworkError as error:
+            logger.debug("the master does not hear that this node leaves", reason=error.message)
+            self.leave("the worker has been stopped")
+
+    def close(self) -> None:
+        """Once it has ended: free the stages, close the links."""
+        with self._lock:
+            links = [*self._in, *(link for link, _ in self._out.values())]
+        for link in (self._control, self._data, *links):
+            link.close(self.reason)
+        self._calls.close()
+        self._host.close()
+
+    def _lost(self, error: NetworkError) -> None:
+        self.reason = error.message
+        self._data.abort(error.message, goodbye=self._control.has_left)
+        self.ended.set()
+
+    def _data_lost(self, error: NetworkError) -> None:
+        """Both links or none."""
+        self._control.abort(error.message)
+
+    def _link_to(self, node: str | None) -> Link:
+        if node is None:
+            return self._data
+        with self._lock:
+            if node not in self._out:
+                raise NotFoundError(f"there is no link to node {node}")
+            return self._out[node][0]
+
+    def _ask(self, asked: ReadFile) -> Chunk:
+        return self._calls.call(asked, Chunk)
+
+    # -- calls, one after the other ---------------------------------------------------------------------------------
+
+    def _serve(self, request: msgspec.Struct) -> msgspec.Struct:
+        if isinstance(request, Welcome):
+            self._number = request.number
+            self._set_epoch(request.epoch)
+            logger.info("joined", number=request.number, master_version=request.version)
+            return self._worker.info()
+        if isinstance(request, Refuse):
+            self.refused = request.reason
+            return Nothing()
+        if isinstance(request, Measure):
+            return self._host.measure(request)
+        if isinstance(request, Reach):
+            return self._reach(request)
+        if isinstance(request, Load):
+            return self._host.load(request)
+        if isinstance(request, Allocate):
+            return self._host.allocate(request)
+        if isinstance(request, Connect):
+            self._host.connect(request)
+        elif isinstance(request, Release):
+            self._host.release(request)
+        elif isinstance(request, Epoch):
+            self._set_epoch(request.epoch)
+        return Nothing()
+
+    def _reach(self, asked: Reach) -> Reached:
+        with self._lock:
+            link, end = self._out.get(asked.node, (None, None))
+        if link is None or end is None or link.error is not None:
+            end = NodeEnd(self._host.hosted, _note_lost)
+            try:
+                sock = self._worker.connect(asked.host, asked.port, "data")
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise LinkLostError(f"{asked.host}:{asked.port} cannot be reached: {reason}") from error
+            link = Link(sock, self._number, 0, end, name=f"node {asked.node[:8]}")
+            link.epoch = self._epoch
+            end.echo.attach(link)
+            link.start()
+            with self._lock:
+                self._out[asked.node] = (link, end)
+        speed = end.echo.measure()
+        return Reached(speed.latency_s, speed.bandwidth_bytes_s)
+
+    def _set_epoch(self, epoch: int) -> None:
+        with self._lock:
+            self._epoch = epoch
+            links = [self._data, *self._in, *(link for link, _ in self._out.values())]
+        for link in links:
+            link.epoch = epoch
+
+
+def _note_lost(error: NetworkError) -> None:
+    """Steps that it carried fail at the master, which hears of the node's end from the node."""
+    logger.info("a link to another node has ended", reason=error.message)

@@ -1,0 +1,243 @@
+"""The frames of VTP: 64 bytes of header, then the payload. `docs/vtp.md` has the tables for other implementations.
+
+::
+
+    offset  size  field
+    0       4     magic, "VTP" and the version as a byte
+    4       1     opcode
+    5       1     flags
+    6       2     reserved, 0
+    8       4     epoch: what the membership was when it was sent
+    12      2     source node
+    14      2     destination node
+    16      8     step, request or call
+    24      2     layer or stage
+    26      1     dtype of the payload, 0: bytes
+    27      1     dimensions, 0 to 4
+    28      16    shape, four numbers, 0 beyond the dimensions
+    44      4     number of the frame on its link
+    48      8     bytes of the payload
+    56      4     checksum of the payload, 0 if `Flag.CHECKED` is not set: see `Flag.TRAILED`
+    60      4     checksum of the 60 bytes before
+
+Integers are unsigned and little-endian. A checksum is the low half of XXH3-64. Everything in a header is checked before
+anything is allocated for what it announces.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import xxhash
+
+from core.errors import ProtocolError
+
+VERSION = 1
+MAGIC = b"VTP" + bytes((VERSION,))
+HEADER_BYTES = 64
+MAX_DIMENSIONS = 4
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+_FIELDS = struct.Struct("<4sBBHIHHQHBB4IIQI")
+_CHECKSUM = struct.Struct("<I")
+
+
+class Opcode(enum.IntEnum):
+    """What a frame is. Below 16: the link's own business, which no epoch and no credit holds back."""
+
+    HELLO = 1
+    CHALLENGE = 2
+    PROOF = 3
+    WELCOME = 4
+    REFUSED = 5
+    HEARTBEAT = 8
+    CREDIT = 9
+    BYE = 10
+    CALL = 16
+    ANSWER = 17
+    STEP = 20
+    HIDDEN = 21
+    RESULTS = 22
+    SKIP = 23
+    FAILED = 24
+    PASS = 25
+    KV_PAGES = 28
+    KV_WANTED = 29
+    WEIGHTS = 32
+    WEIGHTS_WANTED = 33
+    QUERY = 36
+    PARTIAL = 37
+    ECHO = 40
+    ECHOED = 41
+
+
+KIB, MIB = 1 << 10, 1 << 20
+MAX_PAYLOAD_BYTES: dict[Opcode, int] = {
+    Opcode.HELLO: KIB,
+    Opcode.CHALLENGE: KIB,
+    Opcode.PROOF: KIB,
+    Opcode.WELCOME: 4 * KIB,
+    Opcode.REFUSED: KIB,
+    Opcode.HEARTBEAT: 4 * KIB,
+    Opcode.CREDIT: 0,
+    Opcode.BYE: KIB,
+    Opcode.CALL: 16 * MIB,
+    Opcode.ANSWER: 16 * MIB,
+    Opcode.STEP: 64 * MIB,
+    Opcode.HIDDEN: 1024 * MIB,
+    Opcode.RESULTS: 1024 * MIB,
+    Opcode.SKIP: 64 * KIB,
+    Opcode.FAILED: 64 * KIB,
+    Opcode.PASS: 0,
+    Opcode.KV_PAGES: 256 * MIB,
+    Opcode.KV_WANTED: MIB,
+    Opcode.WEIGHTS: 16 * MIB,
+    Opcode.WEIGHTS_WANTED: MIB,
+    Opcode.QUERY: 256 * MIB,
+    Opcode.PARTIAL: 256 * MIB,
+    Opcode.ECHO: 64 * MIB,
+    Opcode.ECHOED: 64 * MIB,
+}
+"""Of each opcode. A weight's tensor is sent in several frames."""
+
+
+class Flag(enum.IntFlag):
+    """Bits of a header's flags."""
+
+    CHECKED = 1
+    """The header has the payload's checksum."""
+    TRAILED = 2
+    """The payload's checksum follows it, in four bytes: a large one is summed while it travels."""
+    LAST = 4
+    """The last frame of several that belong together."""
+
+
+_FLAGS = int(Flag.CHECKED | Flag.TRAILED | Flag.LAST)
+_BOTH = int(Flag.CHECKED | Flag.TRAILED)
+TRAILER_BYTES = 4
+PIECE_BYTES = 256 << 10
+"""Of a payload that is summed while it travels: small enough to be still in the processor's cache when it is sent."""
+
+DTYPES: dict[str, tuple[int, int]] = {
+    "bytes": (0, 1),
+    "uint8": (1, 1),
+    "int8": (2, 1),
+    "int32": (3, 4),
+    "int64": (4, 8),
+    "float32": (5, 4),
+    "float16": (6, 2),
+    "bfloat16": (7, 2),
+    "float8_e4m3fn": (8, 1),
+    "float64": (9, 8),
+}
+"""Code and bytes of an element, by torch's name."""
+_DTYPE_OF = {code: name for name, (code, _) in DTYPES.items()}
+
+
+class Header(NamedTuple):
+    """One frame's header; see the module. `nbytes` is the payload's size."""
+
+    opcode: Opcode
+    flags: int = 0
+    epoch: int = 0
+    source: int = 0
+    destination: int = 0
+    step: int = 0
+    layer: int = 0
+    dtype: str = "bytes"
+    shape: tuple[int, ...] = ()
+    sequence: int = 0
+    nbytes: int = 0
+    checksum: int = 0
+
+
+def checksum(parts: Sequence[Buffer]) -> int:
+    """Of bytes that follow each other."""
+    if len(parts) == 1:
+        return xxhash.xxh3_64_intdigest(parts[0]) & 0xFFFFFFFF
+    state = xxhash.xxh3_64()
+    for part in parts:
+        state.update(part)
+    return state.intdigest() & 0xFFFFFFFF
+
+
+class Sum:
+    """The checksum of bytes that come piece by piece."""
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_64()
+
+    def add(self, piece: Buffer) -> None:
+        self._state.update(piece)
+
+    def trailer(self) -> bytes:
+        """What follows a payload."""
+        return _CHECKSUM.pack(self._state.intdigest() & 0xFFFFFFFF)
+
+
+def write_header(header: Header) -> bytes:
+    """Its 64 bytes. The caller keeps to the bounds."""
+    shape = (*header.shape, 0, 0, 0, 0)[:MAX_DIMENSIONS]
+    fields = _FIELDS.pack(
+        MAGIC, header.opcode, header.flags, 0, header.epoch, header.source, header.destination, header.step,
+        header.layer, DTYPES[header.dtype][0], len(header.shape), *shape, header.sequence, header.nbytes,
+        header.checksum,
+    )  # fmt: skip
+    return fields + _CHECKSUM.pack(checksum((fields,)))
+
+
+def read_header(data: Buffer) -> Header:
+    """The header in 64 bytes. Raises `ProtocolError` with what is wrong, before anything else is believed."""
+    if len(data) != HEADER_BYTES:
+        raise ProtocolError(f"a header has {len(data)} bytes instead of {HEADER_BYTES}")
+    fields = bytes(data[:60])
+    if fields[:3] != MAGIC[:3]:
+        raise ProtocolError("this is not VTP")
+    if fields[3] != VERSION:
+        raise ProtocolError(f"VTP of version {fields[3]}; this program speaks version {VERSION}")
+    if _CHECKSUM.unpack(data[60:])[0] != checksum((fields,)):
+        raise ProtocolError("a header's checksum is wrong")
+    (_, code, flags, reserved, epoch, source, destination, step, layer, dtype_code, dimensions, *shape, sequence,
+     nbytes, payload_checksum) = _FIELDS.unpack(fields)  # fmt: skip
+    try:
+        opcode = Opcode(code)
+    except ValueError:
+        raise ProtocolError(f"no opcode is {code}") from None
+    if flags & ~_FLAGS or reserved or flags & _BOTH == _BOTH:
+        raise ProtocolError(f"{opcode.name}: bits are set that mean nothing (flags {flags:#x}, reserved {reserved})")
+    dtype = _DTYPE_OF.get(dtype_code)
+    if dtype is None or dimensions > MAX_DIMENSIONS or any(shape[dimensions:]):
+        raise ProtocolError(f"{opcode.name}: dtype {dtype_code} with {dimensions} dimensions {shape}")
+    header = Header(
+        opcode, flags, epoch, source, destination, step, layer, dtype, tuple(shape[:dimensions]), sequence, nbytes,
+        payload_checksum,
+    )  # fmt: skip
+    _check_size(header)
+    return header
+
+
+def _check_size(header: Header) -> None:
+    check_bound(header.opcode, header.nbytes)
+    if header.dtype == "bytes":
+        if header.shape:
+            raise ProtocolError(f"{header.opcode.name}: bytes have no shape")
+    elif math.prod(header.shape) * DTYPES[header.dtype][1] != header.nbytes:
+        raise ProtocolError(f"{header.opcode.name}: {header.nbytes} bytes are not {header.dtype} {list(header.shape)}")
+
+
+def check_bound(opcode: Opcode, nbytes: int) -> None:
+    """Raises `ProtocolError` if no frame may be so large."""
+    limit = MAX_PAYLOAD_BYTES[opcode]
+    if nbytes > limit:
+        raise ProtocolError(f"{opcode.name} of {nbytes} bytes; up to {limit} are allowed")
+
+
+def check_payload(header: Header, payload: Buffer) -> None:
+    """Raises `ProtocolError` if the payload is not what was sent."""
+    if header.flags & Flag.CHECKED and checksum((payload,)) != header.checksum:
+        raise ProtocolError(f"{header.opcode.name}: the payload's checksum is wrong")
