@@ -40,11 +40,16 @@ class Recovery:
         self._keeper = keeper
         self._relocate = relocate
         self._cluster = cluster
-        self.missing: str | None = None
+        self._missing: str | None = None
+        self._stranded: ModelEngine | None = None
         self._lost: frozenset[str] = frozenset()
         self._timer: threading.Timer | None = None
         if cluster is not None:
             cluster.on_change.append(self._nodes_changed)
+
+    @property
+    def missing(self) -> str | None:
+        return self._missing if self._stranded is self._keeper.engine else None
 
     def close(self) -> None:
         """The server shuts down."""
@@ -162,27 +167,30 @@ class Recovery:
                 continue
             self._found()
             return
-        if self._keeper.engine is not engine:
-            return
-        if self._cluster is not None and (failure is None or isinstance(failure, InsufficientMemoryError)):
-            self._wait(engine, lost)
-            return
-        logger.error("the model could not be moved off a lost device", exc_info=failure)
-        self._give_up(engine)
+        if self._keeper.engine is engine:
+            self._wait(engine, lost, failure)
 
-    def _wait(self, engine: ModelEngine, lost: frozenset[str]) -> None:
-        """Nothing that is left can hold the model."""
-        self._lost = lost
-        if self.missing is None and self._cluster is not None:
+    def _wait(self, engine: ModelEngine, lost: frozenset[str], failure: Exception | None) -> None:
+        """Nothing that is left can hold the model. Without other machines nothing can come."""
+        no_room = failure is None or isinstance(failure, InsufficientMemoryError)
+        if no_room or isinstance(failure, DeviceLostError):
+            logger.error("requests wait for devices", model=engine.model.name, lost=sorted(lost))
+        else:
+            logger.error("the model could not be moved off a lost device", lost=sorted(lost), exc_info=failure)
+        waits = self.missing is not None
+        reason = "does not fit" if no_room else "cannot run"
+        then = "it goes on when that is back" if self._cluster is not None else "load it again"
+        self._lost, self._stranded = lost, engine
+        self._missing = f"{engine.model.name} {reason} without {', '.join(sorted(lost))}; {then}."
+        if self._cluster is None:
+            self._give_up(engine)
+        elif not waits:
             self._timer = threading.Timer(self._cluster.wait_s, self._waited, [engine])
             self._timer.name, self._timer.daemon = "vrm-recovery", True
             self._timer.start()
-        names = ", ".join(sorted(lost))
-        self.missing = f"{engine.model.name} does not fit without {names}; it goes on when that is back."
-        logger.error("requests wait for devices", model=engine.model.name, lost=sorted(lost))
 
     def _found(self) -> None:
-        self.missing, self._lost = None, frozenset()
+        self._missing, self._stranded, self._lost = None, None, frozenset()
         if self._timer is not None:
             self._timer.cancel()
 

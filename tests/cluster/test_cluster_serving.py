@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from cluster.machines import WorkerProcess, WorkerThread, joined, open_worker, worker_settings
@@ -184,6 +185,24 @@ def test_where_nothing_can_hold_the_model_requests_wait_for_the_node(
     assert list(handle.result().completions[0].token_ids) == expected
     until(lambda: pipeline.ready()[0], "service again")
     assert tokens(pipeline) == alone
+
+
+def test_they_wait_as_well_if_the_node_goes_while_the_model_is_moved_to_it(
+    master: Master, add_worker: Callable[..., WorkerThread], serve: Callable[..., InferencePipeline],
+    alone: list[list[int]], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A step may fail before the node is known to be gone: the node is tried once more, and fails again."""
+    add_worker("desk")
+    pipeline = serve(devices__devices="desk/cpu")
+    gone = Mock(side_effect=DeviceLostError("no answer", device="desk/cpu"))
+    monkeypatch.setattr(pipeline._keeper.recovery, "_relocate", gone)
+    monkeypatch.setattr(pipeline.engine.stages[0], "results", gone)
+    handle = pipeline.submit(PROMPT, GREEDY)
+    until(lambda: "cannot run without desk/cpu" in pipeline.ready()[1], "it waits")
+    assert [node.name for node in master.nodes] == ["desk"]
+    monkeypatch.undo()
+    add_worker("attic")
+    assert list(handle.result().completions[0].token_ids) == alone[0]
 
 
 def test_they_do_not_wait_for_ever(

@@ -18,7 +18,7 @@ from core.batching.output import RequestHandle
 from core.engine import relocation
 from core.engine.builder import EngineBuilder
 from core.engine.model_engine import ModelEngine
-from core.errors import ConflictError, ContextLengthError, DeviceLostError
+from core.errors import ConflictError, ContextLengthError, DeviceLostError, UnavailableError
 from core.inference_pipeline import InferencePipeline
 from core.request import GenerationResult, SamplingParams
 
@@ -266,6 +266,26 @@ def test_a_device_that_is_lost_is_left(
     same(results(submit(pipeline, 12)), expected)
     assert pipeline.engine is not engine
     assert stage.device.name not in [each.device.name for each in pipeline.engine.stages]
+
+
+def test_a_model_that_cannot_leave_a_lost_device_says_so_until_one_is_loaded(
+    llama: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = open_on(open_pipeline, llama, place=2)
+    stage = pipeline.engine.stages[1]
+    gone = DeviceLostError("no answer", device=stage.device.name)
+    monkeypatch.setattr(stage, "forward", Mock(side_effect=gone))
+    monkeypatch.setattr(pipeline._keeper.recovery, "_relocate", Mock(side_effect=RuntimeError("a broken file")))
+    (handle,) = submit(pipeline, 1)
+    with pytest.raises(DeviceLostError):
+        handle.result(LONGEST_WAIT_S)
+    told = f"cannot run without {gone.device}; load it again"
+    assert told in pipeline.ready()[1]
+    with pytest.raises(UnavailableError, match=told):
+        submit(pipeline, 1)
+    pipeline.load()
+    assert pipeline.ready() == (True, "ready")
+    assert results(submit(pipeline, 1))
 
 
 @pytest.mark.parametrize("lost", [0, 1])
