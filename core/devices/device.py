@@ -226,6 +226,11 @@ class MainMemory:
         self._lock = threading.Lock()
         self._allowed: dict[DeviceBudget, int] = {}
 
+    @property
+    def limit_bytes(self) -> int:
+        """All of it."""
+        return self.budget.device.memory_limit_bytes
+
     def open(self, devices: Sequence[Device]) -> DeviceBudget:
         """The part of the ledger for an engine on `devices`. `close` it once it holds nothing."""
         part = DeviceBudget(self.budget.device, within=self.budget)

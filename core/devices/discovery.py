@@ -19,26 +19,32 @@ NOMINAL = 1.08
 """By which factor a card may be sold with more memory than its driver reports: with error correction, a fifteenth."""
 
 
-def open_devices(settings: DeviceSettings, *, allocate: bool = True, set_aside_bytes: int = 0) -> tuple[Device, ...]:
+def open_devices(
+    settings: DeviceSettings, *, allocate: bool = True, set_aside_bytes: int = 0, main_bytes: int | None = None
+) -> tuple[Device, ...]:
     """The devices to use on this machine, with their limits; the choice is logged with its reason.
 
     Args:
         allocate: False only plans, so emulated devices may be larger than this machine's memory.
         set_aside_bytes: main memory that a CPU device without a given limit leaves to others.
+        main_bytes: main memory that such a device and these others have together; None: what is free now.
 
     Raises:
         DeviceError: the specification is wrong, or asks for more than the machine has.
     """
     machine = probe_machine()
-    devices, reason = choose_devices(settings, machine, allocate=allocate, set_aside_bytes=set_aside_bytes)
+    devices, reason = choose_devices(
+        settings, machine, allocate=allocate, set_aside_bytes=set_aside_bytes, main_bytes=main_bytes
+    )
     for device in devices:
         logger.info("device", name=device.name, limit=format_bytes(device.memory_limit_bytes), reason=reason)
     return devices
 
 
 def choose_devices(
-    settings: DeviceSettings, machine: Machine, *, allocate: bool = True, set_aside_bytes: int = 0
-) -> tuple[tuple[Device, ...], str]:
+    settings: DeviceSettings, machine: Machine, *, allocate: bool = True, set_aside_bytes: int = 0,
+    main_bytes: int | None = None,
+) -> tuple[tuple[Device, ...], str]:  # fmt: skip
     """The devices to use, and why. Pure; raises `DeviceError` as `open_devices` does."""
     if settings.devices is not None:
         specs: Sequence[DeviceSpec] = parse_devices(settings.devices)
@@ -57,7 +63,9 @@ def choose_devices(
         names = ", ".join(spec.name for spec in specs)
         raise DeviceError(f"num_gpus is {count}, but there are {len(specs)}: {names}.", param="num_gpus")
     specs, notes = _within_limits(specs[:count], machine, allocate=allocate)
-    devices = tuple(_open(index, spec, machine, settings, set_aside_bytes) for index, spec in enumerate(specs))
+    devices = tuple(
+        _open(index, spec, machine, settings, set_aside_bytes, main_bytes) for index, spec in enumerate(specs)
+    )
     return devices, "; ".join([reason, *notes])
 
 
@@ -126,11 +134,15 @@ def _within_limits(
     return [replace(spec, limit_bytes=granted.get(spec.name, spec.limit_bytes)) for spec in specs], notes
 
 
-def _open(index: int, spec: DeviceSpec, machine: Machine, settings: DeviceSettings, set_aside_bytes: int) -> Device:
+def _open(
+    index: int, spec: DeviceSpec, machine: Machine, settings: DeviceSettings, set_aside_bytes: int,
+    main_bytes: int | None,
+) -> Device:  # fmt: skip
     physical = machine.find(spec.physical_name) or machine.cpu
     limit = spec.limit_bytes
     if limit is None:
         limit = int(physical.free_bytes * settings.memory_fraction)
         if physical is machine.cpu:
+            limit = limit if main_bytes is None else min(limit, main_bytes)
             limit = max(0, limit - set_aside_bytes)
     return Device(spec.name, index, spec.kind, physical.torch_device, limit, spec.speed)

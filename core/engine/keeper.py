@@ -196,13 +196,14 @@ class EngineKeeper:
 
     def _open(self, settings: Settings) -> tuple[Device, ...]:
         """This machine's devices, and those of the cluster's nodes."""
-        aside = promised_bytes(settings)
+        aside, main = promised_bytes(settings), self._main_memory.limit_bytes
         if self._cluster is None:
-            return open_devices(settings.devices, set_aside_bytes=aside)
+            return open_devices(settings.devices, set_aside_bytes=aside, main_bytes=main)
         here, there = divide(settings.devices.devices)
         local: tuple[Device, ...] = ()
         if here != "":
-            local = open_devices(settings.devices.model_copy(update={"devices": here}), set_aside_bytes=aside)
+            named = settings.devices.model_copy(update={"devices": here})
+            local = open_devices(named, set_aside_bytes=aside, main_bytes=main)
         others = choose(self._cluster.devices(len(local)), there)
         return tuple(replace(device, index=index) for index, device in enumerate((*local, *others)))
 

@@ -86,3 +86,13 @@ def test_an_automatic_cpu_device_leaves_what_is_promised_to_others(spec: str | N
     machine = Machine(gpus=(card,) if spec and "cuda" in spec else (), cpu=cpu)
     devices, _ = choose_devices(DeviceSettings(devices=spec, memory_fraction=0.9), machine, set_aside_bytes=200)
     assert [device.memory_limit_bytes for device in devices] == limits
+
+
+def test_it_has_what_was_free_when_the_ledger_was_made() -> None:
+    """Memory that has become free since then is nobody's: the ledger would lack what was promised."""
+    machine = Machine(gpus=(), cpu=PhysicalDevice("cpu", "cpu", "cpu", "CPU", 2000, 1000))
+    for main_bytes, limit in ((850, 650), (950, 700), (100, 0)):
+        (device,), _ = choose_devices(
+            DeviceSettings(memory_fraction=0.9), machine, set_aside_bytes=200, main_bytes=main_bytes
+        )
+        assert device.memory_limit_bytes == limit

@@ -11,7 +11,8 @@ from steering import LONGEST_WAIT_S
 from streamed_models import ENGINE, build_deep, half_of_it
 from tiny_models import build_tiny
 
-from core.devices import HOST
+from core.config import DeviceSettings
+from core.devices import HOST, MainMemory, discovery
 from core.errors import OutOfDeviceMemoryError
 from core.inference_pipeline import InferencePipeline
 from core.lending import Urgency
@@ -82,6 +83,22 @@ def test_more_than_there_is_is_refused_before_anything_is_loaded(tiny: Path, set
     assert "in use: devices 64 MiB" in caught.value.message
     assert pipeline.main_memory.budget.used_by_purpose() == {}
     pipeline.shutdown()
+
+
+@pytest.mark.parametrize("devices", [None, "cpu"])
+def test_memory_that_becomes_free_before_the_load_does_not_count(
+    tiny: Path, open_pipeline: OpenPipeline, monkeypatch: pytest.MonkeyPatch, devices: str | None
+) -> None:
+    """A device without a limit takes what the ledger had, not what there is a moment later."""
+    main = discovery.open_main_memory
+
+    def before(settings: DeviceSettings) -> MainMemory:
+        return MainMemory(main(settings).limit_bytes // 2)
+
+    monkeypatch.setattr("core.inference_pipeline.open_main_memory", before)
+    pipeline = open_pipeline(tiny, devices__devices=devices, memory__host_bytes=1 << 20, engine__kv_cache_tokens=256)
+    (device,) = pipeline.engine.plan.devices
+    assert device.memory_limit_bytes == pipeline.main_memory.limit_bytes - (1 << 20)
 
 
 def test_swaps_leave_the_ledger_as_the_first_load_did(
