@@ -371,7 +371,11 @@ class ContinuousBatcher:
 
     def _failed(self, output: SchedulerOutput, error: Exception) -> None:
         """Sequences of a failed step are tried again; those that have failed too often are told why."""
-        logger.error("step failed", step=output.step, sequences=output.record.num_sequences, exc_info=error)
+        lost = isinstance(error, DeviceLostError)  # where the code was then says nothing
+        logger.error(
+            "step failed", step=output.step, sequences=output.record.num_sequences, reason=str(error) or repr(error),
+            exc_info=None if lost else error,
+        )  # fmt: skip
         no_memory = isinstance(error, OutOfDeviceMemoryError)
         if isinstance(error, DeviceLostError) and not self._parked and self.on_lost(error):
             self._parked = True

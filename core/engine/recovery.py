@@ -162,12 +162,14 @@ class Recovery:
                 self._relocate(
                     engine, settings, _numbered(devices), lost, f"without {device}" if device else "on other devices"
                 )
+            except EngineDeadError:
+                raise
             except Exception as error:  # noqa: BLE001  whatever it was, requests must not wait for ever
                 failure = error
                 continue
             self._found()
             return
-        if self._keeper.engine is engine:
+        if self._keeper.engine is engine and not self._keeper.closing:
             self._wait(engine, lost, failure)
 
     def _wait(self, engine: ModelEngine, lost: frozenset[str], failure: Exception | None) -> None:
