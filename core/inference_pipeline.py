@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from prometheus_client.core import Metric
 
 from core.batching.intake import Load
 from core.batching.output import RequestHandle, Sink
@@ -17,6 +19,7 @@ from core.config import Settings
 from core.defaults import DEFAULT_OWNER, DEMO_NAME
 from core.devices import Device, open_main_memory, parse_link
 from core.devices.monitor import GPUMonitor
+from core.devices.readings import DeviceReading
 from core.engine.keeper import EngineKeeper
 from core.engine.model_engine import ModelEngine, ProgressCall
 from core.engine.relocation import Relocation
@@ -28,6 +31,7 @@ from core.request import SamplingParams, TraceContext
 from core.tracing import open_tracing
 from core.transfer import TransferManager
 from core.views.metrics import engine_metrics
+from core.views.network_metrics import TRANSPORT, network_metrics
 from core.views.state import ServiceState
 
 logger = get_logger(__name__)
@@ -59,11 +63,23 @@ class InferencePipeline:
             settings, self.transfer, self.main_memory, self.metrics, on_progress, observers, cluster
         )
         self.monitor = GPUMonitor(self._devices, settings.monitoring.interval_s)
-        self.metrics.set_engine_source(lambda: engine_metrics(self._keeper.engine, self.monitor.readings))
+        self.metrics.set_engine_source(self._metrics_now)
+        if cluster is not None:
+            cluster.observe = partial(self.metrics.observe_fastpath, TRANSPORT)
 
     def _devices(self) -> Sequence[Device]:
         engine = self._keeper.engine
         return [device for device in engine.plan.devices if device.is_here] if engine is not None else ()
+
+    def _readings(self) -> Mapping[str, DeviceReading]:
+        """Of this machine's devices and of its nodes'."""
+        if self.cluster is None:
+            return self.monitor.readings
+        return {**self.monitor.readings, **self.cluster.readings()}
+
+    def _metrics_now(self) -> Iterator[Metric]:
+        yield from engine_metrics(self._keeper.engine, self._readings())
+        yield from network_metrics(self.cluster)
 
     # -- the model --------------------------------------------------------------------------------------------------
 
@@ -316,7 +332,7 @@ class InferencePipeline:
         """What views show of the service beside its engine."""
         return ServiceState(
             self.loading, self._keeper.closing, *self.ready(), settings=self.settings, transfers=self.transfer.stats(),
-            latency=self.metrics.latency, readings=self.monitor.readings, cluster=self.cluster,
+            latency=self.metrics.latency, readings=self._readings(), cluster=self.cluster,
             offer=self._keeper.growth.offer if self._keeper.growth is not None else None,
         )  # fmt: skip
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from core import errors
+from core.cluster.messages import Report
 from core.devices.exhaustion import is_out_of_memory
 from core.errors import (
     DeviceLostError,
@@ -69,14 +70,16 @@ def raised_by(fault: Fault, node: str) -> VRAMancerError:
 class CallEnd:
     """One end of a control link: a `LinkHandler`. `serve` answers what the other end asks, one call after the other, in
     a thread of its own; what it raises is told. `calls` is the union of structs that may be asked here. `on_lost` hears
-    of the link's end."""
+    of the link's end, `on_report` of the other end's reports, in the link's thread; without it, none may come."""
 
     def __init__(
-        self, calls: Any, serve: Callable[[Any], msgspec.Struct], on_lost: Callable[[NetworkError], None], name: str
-    ) -> None:
+        self, calls: Any, serve: Callable[[Any], msgspec.Struct], on_lost: Callable[[NetworkError], None], name: str,
+        on_report: Callable[[Report], None] | None = None,
+    ) -> None:  # fmt: skip
         self._decoder = msgspec.msgpack.Decoder(calls) if calls is not None else None
         self._serve = serve
         self._on_lost = on_lost
+        self._on_report = on_report
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"vrm-calls-{name}")
         self._lock = threading.Lock()
         self._waiting: dict[int, Future[bytes]] = {}
@@ -119,7 +122,8 @@ class CallEnd:
 
     def buffer_for(self, header: Header) -> memoryview | None:
         """See `LinkHandler`."""
-        if header.opcode not in (Opcode.CALL, Opcode.ANSWER):
+        reports = header.opcode is Opcode.REPORT and self._on_report is not None
+        if not reports and header.opcode not in (Opcode.CALL, Opcode.ANSWER):
             raise ProtocolError(f"{header.opcode.name} is not taken here")
         return None
 
@@ -130,6 +134,9 @@ class CallEnd:
             if future is not None:  # else nobody waits any more
                 _resolve(future, bytes(payload), self._link.name if self._link is not None else "")
             return True
+        if header.opcode is Opcode.REPORT:
+            self._reported(payload)
+            return True
         if self._decoder is None:
             raise ProtocolError("nothing may be asked here")
         try:
@@ -138,6 +145,13 @@ class CallEnd:
             raise ProtocolError(f"a call cannot be read: {error}") from error
         self._pool.submit(self._answer, header.step, request)
         return True
+
+    def _reported(self, payload: memoryview) -> None:
+        assert self._on_report is not None
+        try:
+            self._on_report(msgspec.msgpack.decode(payload, type=Report))
+        except msgspec.MsgspecError as error:
+            raise ProtocolError(f"a report cannot be read: {error}") from error
 
     def lost(self, error: NetworkError) -> None:
         with self._lock:

@@ -21,6 +21,7 @@ from core.cluster.messages import (
     ModelRef,
     Profiles,
     Release,
+    StageUse,
 )
 from core.cluster.stage_wire import RemoteInlet
 from core.config import Settings
@@ -156,6 +157,11 @@ class StageHost:
         """Free all stages: there is no master any more."""
         for number in list(self._placed):
             self._free(number)
+
+    def uses(self) -> tuple[StageUse, ...]:
+        """What the stages have done so far. Any thread."""
+        reports = [(number, placed.stage.report()) for number, placed in list(self._placed.items())]
+        return tuple(StageUse(number, each.forwards, each.busy_s, each.predicted_s) for number, each in reports)
 
     def used_by_purpose(self) -> dict[str, dict[str, int]]:
         """Bytes by device and purpose."""

@@ -16,10 +16,12 @@ from core.cluster.node import Node, SharedCheckpoints
 from core.cluster.remote_stage import RecordEncoder
 from core.config import ClusterSettings
 from core.devices import Device
+from core.devices.readings import DeviceReading
 from core.errors import ClusterRefusedError, NetworkError, VRAMancerError
 from core.logs import get_logger
 from core.network.handshake import Hello
 from core.network.listener import Listener
+from core.network.traffic import LinkStats
 from core.network.watch import Watch
 
 if TYPE_CHECKING:
@@ -82,6 +84,9 @@ class Master:
         self._advertiser: Advertiser | None = None
         self._closing = threading.Event()
         self._changes = 0
+        self._past = LinkStats()
+        self.observe: Callable[[str, float], None] = lambda operation, seconds: None
+        """Hears how long operations on links take, in their threads."""
 
     @property
     def is_found(self) -> bool:
@@ -143,6 +148,22 @@ class Master:
         """The last ones that were refused."""
         with self._lock:
             return tuple(self._left_out)
+
+    def _observe(self, operation: str, seconds: float) -> None:
+        self.observe(operation, seconds)
+
+    def traffic(self) -> LinkStats:
+        """What this machine and its nodes have sent each other, those that have gone included."""
+        total = LinkStats()
+        with self._lock:
+            total.add(self._past)
+            for node in self._nodes.values():
+                total.add(node.traffic())
+        return total
+
+    def readings(self) -> dict[str, DeviceReading]:
+        """What the nodes' devices said last, by their names in the cluster."""
+        return {name: each for node in self.nodes for name, each in node.readings.items()}
 
     def devices(self, first_index: int) -> tuple[Device, ...]:
         """All devices of all nodes, but for those that want to go."""
@@ -225,7 +246,7 @@ class Master:
             number, epoch = next(self._numbers), self._epoch
         node = Node(
             name, number, address, sockets["control"], sockets["data"], self.checkpoints, self._lose, self._leaves,
-            epoch,
+            epoch, self._observe,
         )  # fmt: skip
         try:
             self._watch.add(node.control)
@@ -242,6 +263,8 @@ class Master:
             before = self._nodes.get(name)
             taken = node.lost is None and not self._closing.is_set()
             if taken:
+                if before is not None:
+                    self._past.add(before.traffic())
                 self._nodes[name] = node
                 self._left_out = [each for each in self._left_out if each.name != node.info.name]
             now = self._epoch
@@ -296,6 +319,7 @@ class Master:
             known = self._nodes.get(node.id) is node
             if known:
                 del self._nodes[node.id]
+                self._past.add(node.traffic())
             thread = threading.Thread(target=self._part, args=(node, error, known), name="vrm-parting", daemon=True)
             self._threads = [*(thread for thread in self._threads if thread.is_alive()), thread]
         thread.start()

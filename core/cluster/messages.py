@@ -12,6 +12,7 @@ import msgspec
 
 from core.costs import DeviceProfile, LayerCosts
 from core.devices.device import DeviceKind
+from core.devices.readings import DeviceReading
 
 Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024)]
 Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
@@ -217,6 +218,23 @@ class Leave(Message, frozen=True, tag=True):
     """The worker is to be stopped: once its layers are elsewhere, the master lets it go."""
 
     answer: ClassVar[type[Nothing]] = Nothing
+
+
+class StageUse(Message, frozen=True):
+    """What a stage has done since it was loaded."""
+
+    stage: Number
+    forwards: Annotated[int, msgspec.Meta(ge=0)]
+    busy_s: Seconds
+    predicted_s: Seconds
+
+
+class Report(Message, frozen=True):
+    """How a worker is. No call: it is sent once in a while, and nothing answers it. `readings` have the names that the
+    devices have there."""
+
+    readings: Annotated[tuple[DeviceReading, ...], msgspec.Meta(max_length=64)] = ()
+    stages: Annotated[tuple[StageUse, ...], msgspec.Meta(max_length=1024)] = ()
 
 
 Ask: TypeAlias = ReadFile | Leave

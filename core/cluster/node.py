@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, TypeVar, cast
 
@@ -23,15 +24,20 @@ from core.cluster.messages import (
     Reach,
     ReadFile,
     Refuse,
+    Report,
+    StageUse,
     Welcome,
 )
 from core.cluster.remote_stage import MasterEnd, RemoteStage
 from core.devices import Device
 from core.devices.device import DeviceSpeed
+from core.devices.readings import DeviceReading
 from core.errors import ClusterRefusedError, NetworkError, NotFoundError
 from core.logs import get_logger
 from core.network.echo import LinkSpeed
+from core.network.interfaces import Interface
 from core.network.link import Link
+from core.network.traffic import LinkStats
 from core.network.watch import HEARTBEAT_S
 
 logger = get_logger(__name__)
@@ -75,7 +81,7 @@ class Node:
     def __init__(
         self, node: str, number: int, address: str, control: socket.socket, data: socket.socket,
         checkpoints: SharedCheckpoints, on_lost: Callable[[Node, NetworkError], None],
-        on_leave: Callable[[Node], None], epoch: int,
+        on_leave: Callable[[Node], None], epoch: int, observe: Callable[[str, float], None] | None = None,
     ) -> None:  # fmt: skip
         self.id, self.number, self.address = node, number, address
         self.remotes: dict[int, RemoteStage] = {}
@@ -86,14 +92,19 @@ class Node:
         """Measured links to other workers, by their id."""
         self.devices: dict[str, DeviceInfo] = {}
         """By the device's name in the cluster."""
+        self.readings: Mapping[str, DeviceReading] = {}
+        """What its devices said last, by their names in the cluster; replaced as a whole."""
+        self.uses: Mapping[int, StageUse] = {}
+        """What its stages have done, by number; replaced as a whole."""
         self.name = address
         self._info: NodeInfo | None = None
         self._on_lost, self._on_leave = on_lost, on_leave
         self._checkpoints = checkpoints
-        self._calls = CallEnd(Ask, self._serve, self._control_lost, address)
+        self._calls = CallEnd(Ask, self._serve, self._control_lost, address, self._reported)
         self._end = _DataEnd(self.remotes, self._data_lost)
-        self.control = Link(control, 0, number, self._calls, name=address, heartbeat_s=HEARTBEAT_S)
-        self.data = Link(data, 0, number, self._end, name=address)
+        self.control = Link(control, 0, number, self._calls, name=address, heartbeat_s=HEARTBEAT_S, observe=observe)
+        self.data = Link(data, 0, number, self._end, name=address, observe=observe)
+        self.interface = Interface.of(control.getsockname()[0])
         self.data.epoch = epoch
         self._calls.attach(self.control)
         self._end.echo.attach(self.data)
@@ -124,6 +135,12 @@ class Node:
             raise ClusterRefusedError(reason)
         self.speed = self._end.echo.measure()
 
+    @property
+    def latency_s(self) -> float:
+        """Half of what the last sign of life took there and back; before there was one, what was measured at first."""
+        round_trip_s = self.control.round_trip_s
+        return self.speed.latency_s if round_trip_s is None else round_trip_s / 2
+
     def adopt_name(self, name: str) -> None:
         """What it is called in the cluster, where two machines may have the same name."""
         self.name = self.control.name = self.data.name = name
@@ -138,6 +155,13 @@ class Node:
                 speed = DeviceSpeed(info.bandwidth_bytes_s, info.flops)
             found.append(Device(name, index, info.kind, "cpu", info.limit_bytes, speed, self.name))
         return found
+
+    def traffic(self) -> LinkStats:
+        """What has gone over its links."""
+        total = LinkStats()
+        for link in (self.control, self.data):
+            total.add(link.stats)
+        return total
 
     def call(self, request: Asked[A_co], timeout_s: float | None = CALL_S) -> A_co:
         """Ask the node. Raises what it raised, and `LinkLostError`."""
@@ -164,6 +188,15 @@ class Node:
             self.leaving = True
             self._on_leave(self)
         return Nothing()
+
+    def _reported(self, report: Report) -> None:
+        """In the link's thread."""
+        known = {device.name for device in self.devices.values()}
+        self.readings = {
+            f"{self.name}/{each.device}": replace(each, device=f"{self.name}/{each.device}")
+            for each in report.readings if each.device in known
+        }  # fmt: skip
+        self.uses = {use.stage: use for use in report.stages}
 
     def _control_lost(self, error: NetworkError) -> None:
         self.data.abort(error.message, goodbye=self.control.has_left)

@@ -58,7 +58,6 @@ class PlacedRemoteStage(RemoteStage):
     stream = None
     times = None
     is_loaded = True
-    busy_s = predicted_s = 0.0
 
     def __init__(
         self, node: Node, number: int, order: StageOrder, part: StageSlice, architecture: Architecture,
@@ -79,6 +78,18 @@ class PlacedRemoteStage(RemoteStage):
     @property
     def forwards(self) -> int:
         return self._forwards
+
+    @property
+    def busy_s(self) -> float:
+        """As the node has said last."""
+        use = self.node.uses.get(self.number)
+        return use.busy_s if use is not None else 0.0
+
+    @property
+    def predicted_s(self) -> float:
+        """As the node has said last; 0 where the device's speed is not known."""
+        use = self.node.uses.get(self.number)
+        return use.predicted_s if use is not None else 0.0
 
     @property
     def last_used_s(self) -> float:

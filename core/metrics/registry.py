@@ -11,12 +11,13 @@ batcher: `observe_first_token`                  time_to_first_token_seconds prom
 batcher: `observe_tokens`                       generation_tokens_total inter_token_latency_seconds
 transfer manager: `observe_transfer`            gpu_transfer_ops_total gpu_transfer_bandwidth_gbps
                                                 transfer_bytes_total transfer_seconds_total
+links to other machines: `observe_fastpath`     fastpath_latency_seconds
 API: `observe_http`                             api_latency_seconds
 API: `count_environment_hit`                    env_endpoint_hits_total
 engine keeper: `observe_placement`              orch_placements_total
 engine keeper: `observe_migration`              orch_migrations_total orch_rebalance_total
 whoever works in the background: `tasks.run`    tasks_* task_duration_*
-pipeline: the source of `set_engine_source`     what `core.views.metrics` makes of an engine and of the devices
+pipeline: the source of `set_engine_source`     what `core.views` makes of an engine, of the devices, of the network
 all of these                                    vllm:* (`core.metrics.foreign`)
 prometheus_client                               process_*
 =============================================== =====================================================================
@@ -44,6 +45,7 @@ from core.request import FinishedRequest
 
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0)
 TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+HOP_BUCKETS_S = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 TOKEN_COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
 FINISH_REASONS = ("stop", "length", "abort", "error")
 BANDWIDTH_WINDOW = 64  # transfers that the bandwidth gauge is taken over
@@ -119,6 +121,9 @@ class MetricsRegistry:
         )
         self._recent: dict[str, deque[tuple[int, float]]] = {}
         self._recent_lock = threading.Lock()
+        self._fastpath = self._histogram(
+            "fastpath_latency_seconds", "Operations on links to other machines.", "method", "op", buckets=HOP_BUCKETS_S
+        )
         help_text = "From request to the end of the answer, streams included."
         self._api_latency = self._histogram("api_latency_seconds", help_text, "path", "method", "status")
         self._environment_hits = counter(
@@ -198,6 +203,11 @@ class MetricsRegistry:
             spent_s = sum(duration for _, duration in recent)
         if spent_s > 0:
             self._bandwidth.labels(method).set(moved_bytes * 8 / spent_s / BITS_PER_GIGABIT)
+
+    def observe_fastpath(self, method: str, op: str, seconds: float) -> None:
+        """An operation on a link to another machine, over a transport: a heartbeat there and back (`round_trip`), or
+        handing a tensor to the network (`send`)."""
+        self._fastpath.labels(method, op).observe(seconds)
 
     def observe_http(
         self, path: str, method: str, status: int, seconds: float, request_id: str = "", trace_id: str = ""

@@ -74,6 +74,7 @@ class Opcode(enum.IntEnum):
     PARTIAL = 37
     ECHO = 40
     ECHOED = 41
+    REPORT = 44
 
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -102,6 +103,7 @@ MAX_PAYLOAD_BYTES: dict[Opcode, int] = {
     Opcode.PARTIAL: 256 * MIB,
     Opcode.ECHO: 64 * MIB,
     Opcode.ECHOED: 64 * MIB,
+    Opcode.REPORT: 64 * KIB,
 }
 """Of each opcode. A weight's tensor is sent in several frames."""
 

@@ -3,13 +3,49 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import dataclass
+from pathlib import Path
 
 from core.errors import ConfigError
 from core.network.discovery import addresses
 
 LOOPBACK = "127.0.0.1"
+_SYSFS = Path("/sys/class/net")
+_KINDS = {"772": "loopback", "32": "infiniband"}
+"""By the number of a link layer's type, from Linux's `if_arp.h`."""
 _ELSEWHERE = ("192.0.2.1", 9)
 """An address for documentation, which is on no network: what leads there is what leads anywhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """A network interface. `kind`: loopback, ethernet, wifi, thunderbolt (USB4 too), infiniband, virtual (bridges,
+    tunnels, containers' ends), or unknown where the system does not say."""
+
+    name: str
+    kind: str
+
+    @classmethod
+    def of(cls, address: str) -> Interface:
+        """The one that has an address of this machine."""
+        name, _ = addresses().get(address, ("", None))
+        return cls(name or address, kind_of(name))
+
+
+def kind_of(name: str, folder: Path = _SYSFS) -> str:
+    """See `Interface`. `folder` is where Linux describes interfaces."""
+    about = folder / name
+    if not name or not about.is_dir():
+        return "unknown"
+    number = (about / "type").read_text().strip() if (about / "type").is_file() else ""
+    driver = about / "device" / "driver"
+    if number in _KINDS:
+        return _KINDS[number]
+    if (about / "wireless").is_dir() or (about / "phy80211").exists():
+        return "wifi"
+    if driver.exists() and "thunderbolt" in driver.resolve().name:
+        return "thunderbolt"
+    return "ethernet" if (about / "device").exists() else "virtual"
 
 
 def cluster_address(chosen: str | None) -> str:

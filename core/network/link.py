@@ -16,8 +16,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -32,13 +31,13 @@ from core.network.frames import (
     Flag,
     Header,
     Opcode,
-    Sum,
     check_bound,
-    check_payload,
     checksum,
     read_header,
     write_header,
 )
+from core.network.sockets import receive_all, receive_payload, send_all, send_summed
+from core.network.traffic import LinkStats
 
 logger = structlog.get_logger(__name__)
 
@@ -48,6 +47,9 @@ _LEAST_COST = 1 << 10
 _TELL_CREDIT_AT = WINDOW_BYTES // 8
 _GOODBYE_S = 1.0
 _OWN_BUSINESS = frozenset({Opcode.HEARTBEAT, Opcode.CREDIT, Opcode.BYE})
+_SIGNS = frozenset({Opcode.HEARTBEAT, Opcode.REPORT})
+_ASKS, _ANSWERS = 0, 1
+"""A heartbeat's `layer`. One that asks has the sender's clock as its step; one that answers has the same step."""
 _FREE = _OWN_BUSINESS | {Opcode.ANSWER, Opcode.RESULTS, Opcode.FAILED, Opcode.PARTIAL, Opcode.ECHOED}
 """Needs no credit: whoever asked has room for the answer."""
 
@@ -71,27 +73,18 @@ class LinkHandler(Protocol):
         """Once, from whichever thread noticed."""
 
 
-@dataclass(slots=True)
-class LinkStats:
-    """Since the link began; payload bytes alone. `stale` are frames of another epoch, which are dropped."""
-
-    sent_frames: int = 0
-    sent_bytes: int = 0
-    received_frames: int = 0
-    received_bytes: int = 0
-    stale: int = 0
-
-
 class Link:
     """One connection after the handshake; `start` begins to read. `own` and `peer` are the nodes' numbers.
 
     With `heartbeat_s` the other end hears of this one so often, whatever else there is to say. `heard_s` is when the
-    other end was heard of, by `time.monotonic()`.
+    other end was heard of, by `time.monotonic()`; `round_trip_s` what the last heartbeat took there and back, threads
+    that had to wake included. `observe` hears of each of these as "round_trip", and of how long a tensor took to be
+    sent, what it waited for credit included, as "send".
     """
 
     def __init__(
         self, sock: socket.socket, own: int, peer: int, handler: LinkHandler, *, name: str,
-        heartbeat_s: float | None = None,
+        heartbeat_s: float | None = None, observe: Callable[[str, float], None] | None = None,
     ) -> None:  # fmt: skip
         sock.settimeout(None)
         with contextlib.suppress(OSError):  # not every kind of socket has it
@@ -107,7 +100,10 @@ class Link:
         self._credit = WINDOW_BYTES
         self._released = 0
         self._heartbeat_s = heartbeat_s
+        self._observe = observe
+        self._asked_ns = self._to_answer_ns = 0
         self.heard_s = time.monotonic()
+        self.round_trip_s: float | None = None
         self._changed = threading.Condition()
         self._error: NetworkError | None = None
         self.has_left = False
@@ -139,6 +135,7 @@ class Link:
         parts = [memoryview(part).cast("B") for part in payload if len(part)]
         nbytes = sum(map(len, parts))
         check_bound(opcode, nbytes)
+        began_s = time.perf_counter()
         if opcode not in _FREE:
             self._take_credit(cost(nbytes))
         large = nbytes > PIECE_BYTES
@@ -151,13 +148,22 @@ class Link:
                 )  # fmt: skip
                 self._sequence = (self._sequence + 1) & 0xFFFFFFFF
                 if large:
-                    _send_summed(self._socket, write_header(header), parts)
+                    send_summed(self._socket, write_header(header), parts)
                 else:
-                    _send_all(self._socket, [write_header(header), *parts])
-                self.stats.sent_frames += 1
-                self.stats.sent_bytes += nbytes
+                    send_all(self._socket, [write_header(header), *parts])
+                self._count_sent(opcode, nbytes, tensor=dtype != "bytes")
         except OSError as error:
             raise self._lose(LinkLostError(f"{self.name}: {error.strerror or error}", node=self.name)) from error
+        if self._observe is not None and dtype != "bytes":
+            self._observe("send", time.perf_counter() - began_s)
+
+    def _count_sent(self, opcode: Opcode, nbytes: int, *, tensor: bool) -> None:
+        stats = self.stats
+        stats.sent_frames += 1
+        stats.sent_bytes += nbytes
+        stats.sent_tensors += tensor
+        stats.sent_tensor_bytes += nbytes if tensor else 0
+        stats.sent_signs += opcode in _SIGNS
 
     def release(self, header: Header) -> None:
         """A payload is done with: the other end may send as much again."""
@@ -169,17 +175,29 @@ class Link:
                 self._changed.notify_all()
 
     def _tell_credit(self) -> None:
+        """And give signs of life, and answer the other end's."""
+        beat_s = time.monotonic() + (self._heartbeat_s or 0.0)
         while True:
             with self._changed:
-                to_tell = self._changed.wait_for(
-                    lambda: self._released >= _TELL_CREDIT_AT or self._error is not None, self._heartbeat_s
-                )
+                left_s = max(0.0, beat_s - time.monotonic()) if self._heartbeat_s is not None else None
+                self._changed.wait_for(self._has_to_tell, left_s)
                 if self._error is not None:
                     return
-                told = self._released if to_tell else 0
+                told = self._released if self._released >= _TELL_CREDIT_AT else 0
                 self._released -= told
+                answered_ns, self._to_answer_ns = self._to_answer_ns, 0
             with contextlib.suppress(LinkLostError):  # the handler hears of it
-                self.send(Opcode.CREDIT if to_tell else Opcode.HEARTBEAT, step=told)
+                if told:
+                    self.send(Opcode.CREDIT, step=told)
+                if answered_ns:
+                    self.send(Opcode.HEARTBEAT, step=answered_ns, layer=_ANSWERS)
+                if self._heartbeat_s is not None and time.monotonic() >= beat_s:
+                    beat_s = time.monotonic() + self._heartbeat_s
+                    self._asked_ns = time.monotonic_ns()
+                    self.send(Opcode.HEARTBEAT, step=self._asked_ns, layer=_ASKS)
+
+    def _has_to_tell(self) -> bool:
+        return self._released >= _TELL_CREDIT_AT or self._to_answer_ns > 0 or self._error is not None
 
     def _take_credit(self, wanted: int) -> None:
         with self._changed:
@@ -195,7 +213,7 @@ class Link:
         expected = 0
         try:
             while True:
-                _receive_all(self._socket, head)
+                receive_all(self._socket, head)
                 header = read_header(head)
                 if header.sequence != expected:
                     raise ProtocolError(f"frame {header.sequence} instead of {expected}")
@@ -226,29 +244,45 @@ class Link:
             if buffer is None:
                 buffer = np.empty(header.nbytes, dtype=np.uint8).data
             payload = buffer[: header.nbytes]
-            _receive_payload(self._socket, header, payload)
-            self.stats.received_frames += 1
-            self.stats.received_bytes += header.nbytes
+            receive_payload(self._socket, header, payload)
+            stats = self.stats
+            stats.received_frames += 1
+            stats.received_bytes += header.nbytes
+            stats.received_tensors += header.dtype != "bytes"
+            stats.received_signs += header.opcode in _SIGNS
             if self._handler.received(header, payload):
                 self.release(header)
 
     def _own_business(self, header: Header) -> None:
         payload = memoryview(bytearray(header.nbytes))
-        _receive_payload(self._socket, header, payload)
+        receive_payload(self._socket, header, payload)
         if header.opcode is Opcode.CREDIT:
             with self._changed:
                 self._credit += header.step
                 if self._credit > WINDOW_BYTES:
                     raise ProtocolError("more credit than there is")
                 self._changed.notify_all()
+        elif header.opcode is Opcode.HEARTBEAT:
+            self._sign_of_life(header)
         elif header.opcode is Opcode.BYE:
             raise LinkLostError(f"{self.name}: {bytes(payload).decode(errors='replace') or 'it left'}", node=self.name)
+
+    def _sign_of_life(self, header: Header) -> None:
+        self.stats.received_signs += 1
+        if header.layer == _ASKS:
+            with self._changed:
+                self._to_answer_ns = header.step
+                self._changed.notify_all()
+        elif header.step == self._asked_ns:
+            self.round_trip_s = (time.monotonic_ns() - self._asked_ns) / 1e9
+            if self._observe is not None:
+                self._observe("round_trip", self.round_trip_s)
 
     def _skip(self, nbytes: int) -> None:
         scratch = memoryview(bytearray(min(nbytes, 1 << 16)))
         while nbytes:
             part = scratch[: min(nbytes, len(scratch))]
-            _receive_all(self._socket, part)
+            receive_all(self._socket, part)
             nbytes -= len(part)
 
     # -- the end ----------------------------------------------------------------------------------------------------
@@ -307,60 +341,3 @@ class Link:
             self._handler.lost(error)
         assert self._error is not None
         return self._error
-
-
-def _send_all(sock: socket.socket, parts: list[Buffer]) -> None:
-    """All bytes of all parts, in as few calls as the kernel needs."""
-    if not hasattr(sock, "sendmsg"):  # Windows
-        for part in parts:
-            sock.sendall(part)
-        return
-    views = [memoryview(part) for part in parts]
-    while views:
-        sent = sock.sendmsg(views)
-        while views and sent >= len(views[0]):
-            sent -= len(views.pop(0))
-        if sent:
-            views[0] = views[0][sent:]
-
-
-def _send_summed(sock: socket.socket, head: bytes, parts: list[memoryview]) -> None:
-    """A large payload piece by piece, its checksum behind it: the other end reads a piece while the next is summed."""
-    total = Sum()
-    first: list[Buffer] = [head]
-    for part in parts:
-        for offset in range(0, len(part), PIECE_BYTES):
-            piece = part[offset : offset + PIECE_BYTES]
-            total.add(piece)
-            _send_all(sock, [*first, piece])
-            first = []
-    _send_all(sock, [total.trailer()])
-
-
-def _receive_payload(sock: socket.socket, header: Header, payload: memoryview) -> None:
-    """All of it, checked. Raises `ProtocolError` if it is not what was sent, and what `_receive_all` does."""
-    if not header.flags & Flag.TRAILED:
-        _receive_all(sock, payload)
-        check_payload(header, payload)
-        return
-    total = Sum()
-    for offset in range(0, len(payload), PIECE_BYTES):
-        piece = payload[offset : offset + PIECE_BYTES]
-        _receive_all(sock, piece)
-        total.add(piece)
-    trailer = memoryview(bytearray(TRAILER_BYTES))
-    _receive_all(sock, trailer)
-    if trailer != total.trailer():
-        raise ProtocolError(f"{header.opcode.name}: the payload's checksum is wrong")
-
-
-def _receive_all(sock: socket.socket, view: memoryview) -> None:
-    """Fill the view. Raises `LinkLostError` if the other end closes before."""
-    while view:
-        received = sock.recv_into(view, 0, _WAIT_ALL)
-        if not received:
-            raise LinkLostError("the other end has closed the connection")
-        view = view[received:]
-
-
-_WAIT_ALL = getattr(socket, "MSG_WAITALL", 0)

@@ -22,10 +22,13 @@ from core.views.state import ServiceState
 
 @dataclass(frozen=True, slots=True)
 class LinkView:
-    """The master's link to a node, as it was measured when that joined: half of there and back, and bytes a second."""
+    """The master's link to a node: half of what the last heartbeat took there and back, and bytes a second, as they
+    were measured when the node joined. `interface` is the one that leads there, `kind` what that is."""
 
     latency_s: float
     bytes_per_second: float
+    interface: str
+    kind: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,7 @@ def _other(node: Node, known: Mapping[str, DeviceView], layers: Mapping[str, tup
     """`known` are devices that the model was given, with what is on them."""
     info = node.info
     devices = tuple(
-        known.get(name) or DeviceView(name, -1, each.kind, each.limit_bytes, 0, {}, 0, None)
+        known.get(name) or DeviceView(name, -1, each.kind, each.limit_bytes, 0, {}, 0, node.readings.get(name))
         for name, each in node.devices.items()
     )
     return NodeView(
@@ -121,7 +124,7 @@ def _other(node: Node, known: Mapping[str, DeviceView], layers: Mapping[str, tup
         roles=("worker",),
         status="leaving" if node.leaving else "joined",
         address=node.address,
-        link=LinkView(node.speed.latency_s, node.speed.bandwidth_bytes_s),
+        link=LinkView(node.latency_s, node.speed.bandwidth_bytes_s, node.interface.name, node.interface.kind),
         version=info.version,
         python=info.python,
         torch=info.torch,

@@ -17,7 +17,7 @@ def node(name: str, **given: Any) -> dict[str, Any]:
     device = {"name": f"{name}/cpu", "used_bytes": GIB, "limit_bytes": 4 * GIB}
     plain = {
         "hostname": name, "address": "10.0.0.8", "status": "joined", "devices": [device], "layers": {},
-        "link": {"latency_s": 0.00015, "bytes_per_second": 1.25e8},
+        "link": {"latency_s": 0.00015, "bytes_per_second": 1.25e8, "interface": "eth0", "kind": "ethernet"},
     }  # fmt: skip
     return plain | given
 
@@ -53,7 +53,8 @@ def test_a_line_for_each_device(server: Any) -> None:
         "150",
         "us,",
         "1.00",
-        "Gbit/s",
+        "Gbit/s,",
+        "ethernet",
         "attic/cpu",
         *["1", "GiB", "of", "4", "GiB", "none"],
     ] in lines

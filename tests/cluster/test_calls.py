@@ -14,7 +14,8 @@ from steering import LONGEST_WAIT_S, until
 
 from core import errors
 from core.cluster.calls import CallEnd, fault_of, raised_by
-from core.cluster.messages import Call, Chunk, Epoch, Nothing, ReadFile, Refuse
+from core.cluster.messages import Call, Chunk, Epoch, Nothing, ReadFile, Refuse, Report, StageUse
+from core.devices.readings import DeviceReading
 from core.errors import (
     DeviceLostError,
     InsufficientMemoryError,
@@ -35,7 +36,10 @@ class Ends:
     def __init__(self, serve: Callable[[Any], msgspec.Struct]) -> None:
         sockets = socket.socketpair()
         self.lost: list[NetworkError] = []
-        self.near = CallEnd(ReadFile, lambda asked: Chunk(asked.name.encode()), self.lost.append, "near")
+        self.reports: list[Report] = []
+        self.near = CallEnd(
+            ReadFile, lambda asked: Chunk(asked.name.encode()), self.lost.append, "near", self.reports.append
+        )
         self.far = CallEnd(Call, serve, lambda error: None, "far")
         self.links = [
             Link(sockets[0], 1, 2, self.near, name="desk"), Link(sockets[1], 2, 1, self.far, name="master")
@@ -177,3 +181,24 @@ def test_answers_that_cannot_be_read(open_ends: Callable[..., Ends]) -> None:
     ends = open_ends(lambda request: Chunk(b"what"))
     with pytest.raises(ProtocolError, match="an answer cannot be read"):
         ends.near.call(Epoch(1), Nothing)
+
+
+def test_reports_are_taken_where_somebody_hears_them(open_ends: Callable[..., Ends]) -> None:
+    ends, report = open_ends(), Report((DeviceReading("cpu", used_bytes=5),), (StageUse(3, 7, 0.5, 0.25),))
+    ends.links[1].send(Opcode.REPORT, [msgspec.msgpack.encode(report)])
+    until(lambda: ends.reports, "the report")
+    assert ends.reports == [report]
+    with pytest.raises(ProtocolError, match="REPORT is not taken here"):
+        ends.far.buffer_for(Header(Opcode.REPORT))
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b"", b"\xc1", msgspec.msgpack.encode({"readings": 1}), msgspec.msgpack.encode({"stages": [{"stage": -1}]}),
+     msgspec.msgpack.encode({"more": []}), msgspec.msgpack.encode(Report((DeviceReading("cpu"),) * 65))],
+)  # fmt: skip
+def test_what_is_no_report_ends_the_link(open_ends: Callable[..., Ends], payload: bytes) -> None:
+    ends = open_ends()
+    ends.links[1].send(Opcode.REPORT, [payload])
+    until(lambda: ends.lost, "the end")
+    assert "a report cannot be read" in ends.lost[0].message

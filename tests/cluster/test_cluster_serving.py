@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from cluster.machines import WorkerProcess, WorkerThread, joined, open_worker, worker_settings
+from cluster.machines import WorkerProcess, WorkerThread, joined
 from plain_settings import CACHE_DIR, make_settings
 from steering import until
 
@@ -20,44 +19,6 @@ from core.request import SamplingParams
 PROMPT = [5, 17, 3, 90, 42, 8, 8, 61, 7]
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 SEEDED = SamplingParams(max_tokens=24, temperature=0.8, seed=11, ignore_eos=True)
-
-
-@pytest.fixture
-def add_worker(master: Master) -> Iterator[Callable[..., WorkerThread]]:
-    workers: list[WorkerThread] = []
-
-    def add(name: str, devices: str = "cpu=64MiB", **given: Any) -> WorkerThread:
-        before = len(master.nodes)
-        workers.append(WorkerThread(open_worker(master, worker_settings(CACHE_DIR, devices), name, **given)))
-        if not given:
-            joined(master, before + 1)
-        return workers[-1]
-
-    yield add
-    for worker in workers:
-        worker.close()
-
-
-@pytest.fixture
-def serve(master: Master, tiny_llama: Path) -> Iterator[Callable[..., InferencePipeline]]:
-    opened: list[InferencePipeline] = []
-
-    def start(**overrides: Any) -> InferencePipeline:
-        defaults = {
-            "model__name": str(tiny_llama), "devices__placement": "balanced", "devices__profile_seconds": 0.02,
-            "runtime__cache_dir": CACHE_DIR, "engine__kv_cache_tokens": 2048,
-        }  # fmt: skip
-        pipeline = InferencePipeline(make_settings(**{**defaults, **overrides}), cluster=master)
-        opened.append(pipeline)
-        pipeline.load()
-        return pipeline
-
-    yield start
-    for pipeline in opened:
-        engine = pipeline.current_engine
-        if engine is not None and engine.batcher.alive:
-            engine.check_invariants()
-        pipeline.shutdown()
 
 
 def tokens(pipeline: InferencePipeline) -> list[list[int]]:
@@ -106,6 +67,19 @@ def test_a_model_over_machines_says_the_same(
     assert homes(pipeline) == expected
     assert tokens(pipeline) == alone
     assert pipeline.infer(PROMPT).shape[0] == 1
+
+
+@pytest.mark.parametrize("layers", ["1,3", "2,2", "3,1", "1,1,2", "1,2,1", "2,1,1"])
+def test_every_cut_says_the_same(
+    add_worker: Callable[..., WorkerThread], serve: Callable[..., InferencePipeline], alone: list[list[int]],
+    layers: str,
+) -> None:  # fmt: skip
+    add_worker("desk")
+    add_worker("attic")
+    devices = ["desk/cpu", "cpu=64MiB", "attic/cpu"][: layers.count(",") + 1]
+    pipeline = serve(devices__devices=",".join(devices), devices__layers=layers)
+    assert [stage.num_layers for stage in pipeline.engine.plan.placement.stages] == [int(n) for n in layers.split(",")]
+    assert tokens(pipeline) == alone
 
 
 def test_parts_of_one_worker_are_devices_of_their_own(

@@ -10,7 +10,8 @@ COUNTERS = (
     "memory_tier_hits_total", "memory_tier_misses_total", "lending_borrows_total", "lending_reclaims_total",
     "lending_bytes_lent_total", "stage_busy_seconds_total", "stage_predicted_seconds_total", "stage_forwards_total",
     "tasks_submitted_total", "tasks_completed_total", "tasks_refused_total", "tasks_failed_total",
-    "env_endpoint_hits_total",
+    "env_endpoint_hits_total", "fastpath_bytes_total", "vtp_tensors_sent_total", "vtp_tensors_recv_total",
+    "vtp_bytes_sent_total", "telemetry_packets_total",
     "orch_placements_total", "orch_migrations_total", "orch_rebalance_total", "orch_hierarchy_moves_total",
     "process_cpu_seconds_total",
 )  # fmt: skip
@@ -24,21 +25,17 @@ GAUGES = (
     "stage_busy_ratio", "memory_tier_blocks", "memory_tier_used_bytes", "memory_tier_capacity_bytes",
     "lending_active_leases", "lending_pool_capacity_gb", "tasks_running", "tasks_resource_running",
     "task_duration_percentile", "circuit_breaker_open", "process_resident_memory_bytes", "process_virtual_memory_bytes",
-    "process_start_time_seconds", "process_open_fds", "process_max_fds",
+    "fastpath_interface_latency_seconds", "process_start_time_seconds", "process_open_fds", "process_max_fds",
 )  # fmt: skip
 HISTOGRAMS = (
     "infer_latency_seconds", "time_to_first_token_seconds", "inter_token_latency_seconds", "request_queue_seconds",
     "request_prefill_seconds", "request_decode_seconds", "request_prompt_tokens", "request_generation_tokens",
-    "api_latency_seconds", "task_duration_seconds",
+    "api_latency_seconds", "task_duration_seconds", "fastpath_latency_seconds",
 )  # fmt: skip
 GAUGE_HISTOGRAMS = ("block_hotness",)
 
-COMING_COUNTERS = (
-    "fastpath_bytes_total", "vtp_tensors_sent_total", "vtp_tensors_recv_total", "vtp_bytes_sent_total",
-    "vtp_kv_cache_ops_total", "vtp_gpudirect_ops_total", "ha_journal_rotations_total", "telemetry_packets_total",
-)  # fmt: skip
-COMING_GAUGES = ("fastpath_interface_latency_seconds", "ha_journal_size_bytes")
-COMING_HISTOGRAMS = ("fastpath_latency_seconds",)
+COMING_COUNTERS = ("vtp_kv_cache_ops_total", "vtp_gpudirect_ops_total", "ha_journal_rotations_total")
+COMING_GAUGES = ("ha_journal_size_bytes",)
 """What belongs to features that are not there yet: no server shows these."""
 
 VLLM = (
@@ -51,12 +48,12 @@ VLLM = (
 )  # fmt: skip
 
 FAMILIES = (*COUNTERS, *GAUGES, *HISTOGRAMS, *GAUGE_HISTOGRAMS)
-COMING = (*COMING_COUNTERS, *COMING_GAUGES, *COMING_HISTOGRAMS)
+COMING = (*COMING_COUNTERS, *COMING_GAUGES)
 
 
 def samples() -> set[str]:
     """Every name that a query may have, with its prefix: of a histogram those of its parts."""
     found = {*COUNTERS, *GAUGES, *COMING_COUNTERS, *COMING_GAUGES}
-    found |= {f"{name}_{part}" for name in (*HISTOGRAMS, *COMING_HISTOGRAMS) for part in ("bucket", "count", "sum")}
+    found |= {f"{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "count", "sum")}
     found |= {f"{name}_{part}" for name in GAUGE_HISTOGRAMS for part in ("bucket", "gcount", "gsum")}
     return {f"vramancer_{name}" for name in found}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from core.errors import ConfigError
 from core.network import interfaces
-from core.network.interfaces import cluster_address
+from core.network.interfaces import Interface, cluster_address, kind_of
 
 KNOWN = {
     "127.0.0.1": ("lo", None),
@@ -66,3 +67,32 @@ def test_a_machine_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     outward(monkeypatch, None)
     monkeypatch.setattr(interfaces, "addresses", lambda: {"127.0.0.1": ("lo", None)})
     assert cluster_address(None) == "127.0.0.1"
+
+
+def described(folder: Path, name: str, number: str = "1", *, driver: str | None = None, wireless: bool = False) -> None:
+    """As Linux would."""
+    about = folder / name
+    (about / "wireless" if wireless else about).mkdir(parents=True)
+    (about / "type").write_text(f"{number}\n")
+    if driver is not None:
+        (folder / "drivers" / driver).mkdir(parents=True, exist_ok=True)
+        (about / "device").mkdir()
+        (about / "device" / "driver").symlink_to(folder / "drivers" / driver)
+
+
+def test_what_kind_of_interface_it_is(tmp_path: Path) -> None:
+    described(tmp_path, "lo", "772")
+    described(tmp_path, "enp5s0", driver="igc")
+    described(tmp_path, "wlan0", driver="iwlwifi", wireless=True)
+    described(tmp_path, "thunderbolt0", driver="thunderbolt-net")
+    described(tmp_path, "ib0", "32", driver="mlx5_core")
+    described(tmp_path, "docker0")
+    names = ("lo", "enp5s0", "wlan0", "thunderbolt0", "ib0", "docker0", "en0", "")
+    assert [kind_of(name, tmp_path) for name in names] == [
+        "loopback", "ethernet", "wifi", "thunderbolt", "infiniband", "virtual", "unknown", "unknown",
+    ]  # fmt: skip
+
+
+def test_the_interface_of_an_address() -> None:
+    assert Interface.of("10.0.0.7").name == "eth0"
+    assert Interface.of("10.9.9.9") == Interface("10.9.9.9", "unknown")

@@ -15,6 +15,8 @@ from core.errors import LinkLostError, NetworkError, ProtocolError
 from core.network import link as link_module
 from core.network.frames import PIECE_BYTES, Flag, Header, Opcode, Sum, write_header
 from core.network.link import WINDOW_BYTES, Link, cost
+from core.network.sockets import send_all
+from core.network.traffic import LinkStats
 
 
 class Recorder:
@@ -240,7 +242,7 @@ def test_systems_without_sendmsg(pair: Pair, monkeypatch: pytest.MonkeyPatch) ->
         def sendall(self, data: bytes) -> None:
             sent.append(bytes(data))
 
-    link_module._send_all(Plain(), [b"head", memoryview(b"body")])  # type: ignore[arg-type]
+    send_all(Plain(), [b"head", memoryview(b"body")])  # type: ignore[arg-type]
     assert sent == [b"head", b"body"]
 
 
@@ -283,3 +285,39 @@ def test_an_end_that_two_threads_close_says_goodbye_once(pair: Pair, monkeypatch
     assert not failed
     until(lambda: bool(pair.there.errors), "it is heard")
     assert "this is the reason" in pair.there.errors[0].message
+
+
+def test_signs_of_life_measure_the_way_there_and_back() -> None:
+    heard: list[tuple[str, float]] = []
+    sockets = socket.socketpair()
+    near = Link(
+        sockets[0], 1, 2, Recorder(), name="near", heartbeat_s=0.02,
+        observe=lambda operation, seconds: heard.append((operation, seconds)),
+    )  # fmt: skip
+    far = Link(sockets[1], 2, 1, Recorder(), name="far")  # which has nothing to say by itself
+    near.start()
+    far.start()
+    try:
+        until(lambda: len(heard) > 2, "answers")
+        assert {operation for operation, _ in heard} == {"round_trip"}
+        assert all(0 < seconds < LONGEST_WAIT_S for _, seconds in heard)
+        assert near.round_trip_s is not None and far.round_trip_s is None
+        assert near.stats.sent_signs > 2 and near.stats.received_signs > 2
+        near.send(Opcode.SKIP)
+        near.send(Opcode.HIDDEN, [bytes(8)], dtype="bfloat16", shape=(4,))
+        assert len([operation for operation, _ in heard if operation == "send"]) == 1, "of the tensor alone"
+        until(lambda: far.stats.received_frames == 2, "both frames")
+    finally:
+        near.close()
+        far.close()
+    total = LinkStats()
+    for link in (near, far):
+        total.add(link.stats)
+    assert (total.sent_tensors, total.sent_tensor_bytes, total.received_tensors) == (1, 8, 1)
+
+
+def test_an_answer_to_what_was_never_asked_says_nothing(pair: Pair) -> None:
+    pair.near.send(Opcode.HEARTBEAT, step=1, layer=1)
+    pair.near.send(Opcode.SKIP)
+    until(lambda: pair.there.frames, "the frame behind it")
+    assert pair.far.round_trip_s is None

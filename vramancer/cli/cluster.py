@@ -134,11 +134,12 @@ def nodes_table(found: dict[str, Any], console: Console) -> Table:
     return table
 
 
-def link_text(link: dict[str, float] | None) -> str:
+def link_text(link: dict[str, Any] | None) -> str:
     """How far away a node is, and how wide the way."""
     if link is None:
         return "this machine"
-    return f"{link['latency_s'] * 1e6:.0f} us, {link['bytes_per_second'] * 8 / 1e9:.2f} Gbit/s"
+    over = "" if link["kind"] == "unknown" else f", {link['kind']}"
+    return f"{link['latency_s'] * 1e6:.0f} us, {link['bytes_per_second'] * 8 / 1e9:.2f} Gbit/s{over}"
 
 
 def _device(device: dict[str, Any], layers: dict[str, list[int]]) -> tuple[str, str, str]:

@@ -76,6 +76,9 @@ def _task(kind: str, detail: str, status: str, seconds: float, error: str | None
     }  # fmt: skip
 
 
+_LINK = {"latency_s": 0.000142, "bytes_per_second": 1.17e8, "interface": "eth0", "kind": "ethernet"}
+
+
 def _node(
     name: str, roles: list[str], link: dict[str, float] | None, devices: list[Any], layers: dict[str, list[int]]
 ) -> dict[str, Any]:
@@ -172,7 +175,7 @@ def answers() -> dict[str, Any]:
         "/api/nodes": {
             "nodes": [
                 _node("workshop", ["api", "engine", "master"], None, gpu, {gpu[0]["name"]: [0, 19]}),
-                _node("attic", ["worker"], {"latency_s": 0.000142, "bytes_per_second": 1.17e8}, [], {}),
+                _node("attic", ["worker"], _LINK, [], {}),
             ],
             "left_out": [{"name": "cellar", "address": "10.0.0.9", "reason": "it has VRAMancer 0.0.9, not 0.1.0"}],
             "discovery": {"status": "advertised", "address": "10.0.0.7", "port": 5040},

@@ -1,0 +1,218 @@
+"""The time that a worker spends with one master: the links to it and to other workers, and the stages here."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from core.cluster.calls import CallEnd
+from core.cluster.hosted_stage import NodeEnd
+from core.cluster.hosting import StageHost
+from core.cluster.messages import (
+    Allocate,
+    Call,
+    Chunk,
+    Connect,
+    Epoch,
+    Leave,
+    Load,
+    Measure,
+    NodeInfo,
+    Nothing,
+    Reach,
+    Reached,
+    ReadFile,
+    Refuse,
+    Release,
+    Report,
+    StageUse,
+    Welcome,
+)
+from core.errors import LinkLostError, NetworkError, NotFoundError
+from core.logs import get_logger
+from core.network.frames import Opcode
+from core.network.handshake import LinkKind
+from core.network.link import Link
+from core.network.watch import HEARTBEAT_S
+
+logger = get_logger(__name__)
+
+REPORT_S = 1.0
+"""Between two reports on how this node is."""
+
+
+class Home(Protocol):
+    """What a session needs of the worker."""
+
+    def listen(self, address: str) -> None: ...
+
+    def connect(self, host: str, port: int, kind: LinkKind) -> socket.socket: ...
+
+    def host(self, link_to: Callable[[str | None], Link], ask: Callable[[ReadFile], Chunk]) -> StageHost: ...
+
+    def watch(self, link: Link) -> None: ...
+
+    def report(self, uses: tuple[StageUse, ...]) -> Report: ...
+
+    def info(self) -> NodeInfo: ...
+
+
+class Session:
+    """With one master, from `start` to its end: the links and the stages. `ended` is set once the master's control link
+    has gone, and `reason` says why."""
+
+    def __init__(self, worker: Home, host: str, port: int) -> None:
+        """Raises `OSError`, `NetworkError`, `ConfigError`."""
+        self.ended = threading.Event()
+        self.reason = ""
+        self.refused: str | None = None
+        self._worker = worker
+        self._lock = threading.Lock()
+        self._number = 0
+        self._epoch = 0
+        self._out: dict[str, tuple[Link, NodeEnd]] = {}
+        self._in: list[Link] = []
+        self._calls = CallEnd(Call, self._serve, self._lost, "master")
+        self._host = worker.host(self._link_to, self._ask)
+        control = worker.connect(host, port, "control")
+        try:
+            worker.listen(control.getsockname()[0])
+            data = worker.connect(host, port, "data")
+        except BaseException:
+            control.close()
+            raise
+        end = NodeEnd(self._host.hosted, self._data_lost)
+        self._control = Link(control, 0, 0, self._calls, name="master", heartbeat_s=HEARTBEAT_S)
+        self._data = Link(data, 0, 0, end, name="master's data")
+        self._calls.attach(self._control)
+        end.echo.attach(self._data)
+        self._reporting = threading.Thread(target=self._report, name="vrm-report", daemon=True)
+
+    def start(self) -> None:
+        """Listen to the master."""
+        self._data.start()
+        self._control.start()
+        self._worker.watch(self._control)
+        self._reporting.start()
+
+    def take(self, sock: socket.socket, node: str) -> None:
+        """Another worker has connected. Does not wait."""
+        end = NodeEnd(self._host.hosted, _note_lost)
+        link = Link(sock, self._number, 0, end, name=f"node {node[:8]}")
+        link.epoch = self._epoch
+        end.echo.attach(link)
+        with self._lock:
+            self._in.append(link)
+        link.start()
+
+    def leave(self, reason: str) -> None:
+        """Say goodbye to the master. Any thread."""
+        self._control.close(reason)
+
+    def ask_to_leave(self) -> None:
+        """The master ends it when nothing of it is needed. Any thread."""
+        try:
+            self._calls.call(Leave(), Nothing)
+        except NetworkError as error:
+            logger.debug("the master does not hear that this node leaves", reason=error.message)
+            self.leave("the worker has been stopped")
+
+    def close(self) -> None:
+        """Once it has ended: free the stages, close the links."""
+        with self._lock:
+            links = [*self._in, *(link for link, _ in self._out.values())]
+        for link in (self._control, self._data, *links):
+            link.close(self.reason)
+        self._reporting.join()
+        self._calls.close()
+        self._host.close()
+
+    def _report(self) -> None:
+        """Until the session ends."""
+        while not self.ended.wait(REPORT_S):
+            with contextlib.suppress(LinkLostError):  # then it ends
+                report = self._worker.report(self._host.uses())
+                self._control.send(Opcode.REPORT, [msgspec.msgpack.encode(report)])
+
+    def _lost(self, error: NetworkError) -> None:
+        self.reason = error.message
+        self._data.abort(error.message, goodbye=self._control.has_left)
+        self.ended.set()
+
+    def _data_lost(self, error: NetworkError) -> None:
+        """Both links or none."""
+        self._control.abort(error.message)
+
+    def _link_to(self, node: str | None) -> Link:
+        if node is None:
+            return self._data
+        with self._lock:
+            if node not in self._out:
+                raise NotFoundError(f"there is no link to node {node}")
+            return self._out[node][0]
+
+    def _ask(self, asked: ReadFile) -> Chunk:
+        return self._calls.call(asked, Chunk)
+
+    # -- calls, one after the other ---------------------------------------------------------------------------------
+
+    def _serve(self, request: msgspec.Struct) -> msgspec.Struct:
+        if isinstance(request, Welcome):
+            self._number = request.number
+            self._set_epoch(request.epoch)
+            logger.info("joined", number=request.number, master_version=request.version)
+            return self._worker.info()
+        if isinstance(request, Refuse):
+            self.refused = request.reason
+            return Nothing()
+        if isinstance(request, Measure):
+            return self._host.measure(request)
+        if isinstance(request, Reach):
+            return self._reach(request)
+        if isinstance(request, Load):
+            return self._host.load(request)
+        if isinstance(request, Allocate):
+            return self._host.allocate(request)
+        if isinstance(request, Connect):
+            self._host.connect(request)
+        elif isinstance(request, Release):
+            self._host.release(request)
+        elif isinstance(request, Epoch):
+            self._set_epoch(request.epoch)
+        return Nothing()
+
+    def _reach(self, asked: Reach) -> Reached:
+        with self._lock:
+            link, end = self._out.get(asked.node, (None, None))
+        if link is None or end is None or link.error is not None:
+            end = NodeEnd(self._host.hosted, _note_lost)
+            try:
+                sock = self._worker.connect(asked.host, asked.port, "data")
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise LinkLostError(f"{asked.host}:{asked.port} cannot be reached: {reason}") from error
+            link = Link(sock, self._number, 0, end, name=f"node {asked.node[:8]}")
+            link.epoch = self._epoch
+            end.echo.attach(link)
+            link.start()
+            with self._lock:
+                self._out[asked.node] = (link, end)
+        speed = end.echo.measure()
+        return Reached(speed.latency_s, speed.bandwidth_bytes_s)
+
+    def _set_epoch(self, epoch: int) -> None:
+        with self._lock:
+            self._epoch = epoch
+            links = [self._data, *self._in, *(link for link, _ in self._out.values())]
+        for link in links:
+            link.epoch = epoch
+
+
+def _note_lost(error: NetworkError) -> None:
+    """Steps that it carried fail at the master, which hears of the node's end from the node."""
+    logger.info("a link to another node has ended", reason=error.message)

@@ -1,0 +1,62 @@
+"""What Prometheus reads of the links to other machines at a scrape."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from core.cluster.master import Master
+from core.metrics import NAMESPACE
+from core.network.traffic import LinkStats
+
+TRANSPORT = "tcp"
+"""Of every link so far."""
+
+_TENSORS = (
+    ("vtp_tensors_sent", "Tensors sent to other machines.", "sent_tensors"),
+    ("vtp_tensors_recv", "Tensors received from other machines.", "received_tensors"),
+    ("vtp_bytes_sent", "Bytes of tensors sent to other machines.", "sent_tensor_bytes"),
+)
+"""Name, help text, field."""
+_DIRECTIONS = (
+    ("fastpath_bytes", "Payload bytes between machines.", ("sent_bytes", "received_bytes")),
+    ("telemetry_packets", "Heartbeats and reports between machines.", ("sent_signs", "received_signs")),
+)
+"""Name, help text, fields of what was sent and what was received."""
+
+
+def network_metrics(cluster: Master | None) -> Iterator[Metric]:
+    """Since the server started, nodes that have gone included. No samples where no machines may join."""
+    stats = cluster.traffic() if cluster is not None else None
+    for name, help_text, fields in _DIRECTIONS:
+        labels = ["direction"] if name == "telemetry_packets" else ["method", "direction"]
+        family = CounterMetricFamily(f"{NAMESPACE}_{name}", help_text, labels=labels)
+        for direction, field in zip(("sent", "received"), fields, strict=True):
+            _add(family, [direction] if len(labels) == 1 else [TRANSPORT, direction], stats, field)
+        yield family
+    for name, help_text, field in _TENSORS:
+        family = CounterMetricFamily(f"{NAMESPACE}_{name}", help_text, labels=["tier"])
+        _add(family, [TRANSPORT], stats, field)
+        yield family
+    yield _interfaces(cluster)
+
+
+def _add(family: CounterMetricFamily, labels: list[str], stats: LinkStats | None, field: str) -> None:
+    if stats is not None:
+        family.add_metric(labels, getattr(stats, field))
+
+
+def _interfaces(cluster: Master | None) -> Metric:
+    """Nodes that are reached by the same interface count together."""
+    help_text = "Latency to the machines behind a network interface, one way: the median of their last heartbeats."
+    family = GaugeMetricFamily(
+        f"{NAMESPACE}_fastpath_interface_latency_seconds", help_text, labels=["interface", "kind"]
+    )
+    behind: dict[tuple[str, str], list[float]] = {}
+    for node in cluster.nodes if cluster is not None else ():
+        behind.setdefault((node.interface.name, node.interface.kind), []).append(node.latency_s)
+    for labels, latencies in behind.items():
+        family.add_metric(labels, statistics.median(latencies))
+    return family
