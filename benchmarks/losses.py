@@ -1,10 +1,12 @@
 """Nodes that are lost while streams run: whether a token changes, and how long streams stand still.
 
-    python -m benchmarks.losses [--losses 100] [--streams 16]
+    python -m benchmarks.losses [--losses 100] [--streams 16] [--cost-pairs 20]
 
 A master and two workers, each a process, serve one small model between them. Streams run, half of them greedy, half
 seeded; then one worker is lost in one of five ways, the model moves to what is left, and streams go on. Afterwards the
 worker comes back and the model with it. Each stream's tokens are compared with those of a run that nothing disturbed.
+Then streams run with signs of life and reports between the machines and without, in turn: what being able to notice
+costs while nothing is lost.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine_info, usable_cores
 from benchmarks.models import default_workdir, resolve_model
+from benchmarks.pairs import interval
 from benchmarks.relay import Relay
 from benchmarks.report import print_machine
 from benchmarks.stats import percentile
@@ -37,7 +41,10 @@ from core.cluster.worker import Worker
 from core.config import ClusterSettings, Settings
 from core.devices import open_devices
 from core.inference_pipeline import InferencePipeline
+from core.network.frames import Opcode
 from core.network.handshake import derive_key
+from core.network.link import Link
+from core.network.watch import SILENCE_S
 from core.request import SamplingParams
 
 HOST, VERSION, TOKEN = "127.0.0.1", "0", "only for this measurement"
@@ -45,6 +52,7 @@ PLACED = "cpu=1GiB,desk/cpu,attic/cpu"
 PROMPT_TOKENS = 24
 KINDS = ("killed", "link down", "black hole", "device error", "stopped")
 PATIENCE_S = 120.0
+LONGEST_SILENCE_S, COST_TOKENS = 60.0, 3900
 
 
 @dataclass
@@ -71,6 +79,8 @@ def run_worker(given: dict[str, str]) -> None:
 
     broken = threading.Event()
     signal.signal(signal.SIGUSR1, lambda *_: broken.set())
+    quiet = keep_quiet()
+    signal.signal(signal.SIGUSR2, lambda *_: quiet.clear() if quiet.is_set() else quiet.set())
     original = Stage.run
 
     def run(self: Stage, step: int) -> None:
@@ -81,7 +91,7 @@ def run_worker(given: dict[str, str]) -> None:
         original(self, step)
 
     Stage.run = run  # type: ignore[method-assign]
-    cluster = ClusterSettings(master=given["master"], worker_port=0)
+    cluster = ClusterSettings(master=given["master"], worker_port=0, silence_s=float(given["silence"]))
     settings = worker_settings(Path(given["cache"])).model_copy(update={"cluster": cluster})
     worker = Worker(settings, open_devices(settings.devices), derive_key(TOKEN), version=VERSION, name=given["name"])
 
@@ -94,11 +104,25 @@ def run_worker(given: dict[str, str]) -> None:
     worker.close()
 
 
+def keep_quiet() -> threading.Event:
+    """While it is set, no link of this process sends a sign of life or a report."""
+    quiet, original = threading.Event(), Link.send
+
+    def send(self: Link, opcode: Opcode, *given: Any, **further: Any) -> None:
+        if not quiet.is_set() or opcode not in (Opcode.HEARTBEAT, Opcode.REPORT):
+            original(self, opcode, *given, **further)
+
+    Link.send = send  # type: ignore[method-assign]
+    return quiet
+
+
 class WorkerProcess:
     """A worker, perhaps behind a relay."""
 
-    def __init__(self, name: str, address: tuple[str, int], cache: Path) -> None:
-        given = {"name": name, "master": f"{address[0]}:{address[1]}", "cache": str(cache)}
+    def __init__(self, name: str, address: tuple[str, int], cache: Path, silence_s: float) -> None:
+        given = {
+            "name": name, "master": f"{address[0]}:{address[1]}", "cache": str(cache), "silence": str(silence_s)
+        }  # fmt: skip
         command = [sys.executable, "-m", "benchmarks.losses", "--worker", json.dumps(given)]
         self.process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdin=subprocess.PIPE)
 
@@ -113,13 +137,14 @@ class WorkerProcess:
 class Bed:
     """Master, pipeline, and two workers, of which `desk` is the one that gets lost."""
 
-    def __init__(self, model: Path, cache: Path) -> None:
-        self._cache = cache
-        self.master = Master(ClusterSettings(port=0), derive_key(TOKEN), version=VERSION, host=HOST, name="master")
+    def __init__(self, model: Path, cache: Path, silence_s: float = SILENCE_S) -> None:
+        self._cache, self._silence_s = cache, silence_s
+        settled = ClusterSettings(port=0, silence_s=silence_s)
+        self.master = Master(settled, derive_key(TOKEN), version=VERSION, host=HOST, name="master")
         self.master.start()
         self.relay = Relay(self.master.address)
-        self.attic = WorkerProcess("attic", self.master.address, cache)
-        self.desk = WorkerProcess("desk", self.relay.address, cache)
+        self.attic = WorkerProcess("attic", self.master.address, cache, silence_s)
+        self.desk = WorkerProcess("desk", self.relay.address, cache, silence_s)
         settings = Settings.model_validate(
             {
                 "model": {"name": str(model)},
@@ -158,7 +183,7 @@ class Bed:
         self.desk.close()
         self.relay.restore()
         self.wait(lambda: not self.master.has("desk"), "the old worker's end")
-        self.desk = WorkerProcess("desk", self.relay.address, self._cache)
+        self.desk = WorkerProcess("desk", self.relay.address, self._cache, self._silence_s)
         self.wait(lambda: self.master.has("desk"), "the worker's return")
         self.pipeline.place(devices=PLACED)
 
@@ -184,9 +209,11 @@ class Streams:
         self.times_s: list[list[float]] = [[] for _ in range(count)]
         self.errors: list[str] = []
         self._threads = []
+        self._handles = []
         for number in range(count):
             prompt = [3 + (number * 131 + at * 17) % 1000 for at in range(PROMPT_TOKENS)]
             handle = pipeline.submit(prompt, params_of(number, tokens))
+            self._handles.append(handle)
             thread = threading.Thread(target=self._read, args=(number, handle))
             thread.start()
             self._threads.append(thread)
@@ -199,6 +226,11 @@ class Streams:
                     self.times_s[number].extend([time.monotonic()] * len(delta.token_ids))
         except Exception as error:  # noqa: BLE001  reported in the table
             self.errors.append(repr(error))
+
+    def abort(self) -> None:
+        for handle in self._handles:
+            handle.abort()
+        self.join()
 
     def join(self) -> None:
         for thread in self._threads:
@@ -235,6 +267,36 @@ def one_loss(bed: Bed, kind: str, expected: list[list[int]], tokens: int, dice: 
     loss.changed = sum(a != b for a, b in zip(streams.tokens, expected, strict=True))
     bed.mend()
     return loss
+
+
+def cost(options: argparse.Namespace, console: Console) -> None:
+    """Of noticing: each moment with signs of life is compared with those before and after it without."""
+    quiet = keep_quiet()
+    bed = Bed(resolve_model(options.model, default_workdir()), options.cache_dir, silence_s=LONGEST_SILENCE_S)
+    rates: list[float] = []
+    try:
+        streams = Streams(bed.pipeline, options.streams, COST_TOKENS)
+        bed.wait(lambda: min(map(len, streams.tokens)) > 0, "streams that run")
+        for moment in range(2 * options.cost_pairs + 1):
+            if moment:
+                for process in (bed.desk.process, bed.attic.process):
+                    process.send_signal(signal.SIGUSR2)
+            (quiet.clear if moment % 2 else quiet.set)()
+            before, began_s = bed.pipeline.engine.batcher.stats.total_tokens, time.monotonic()
+            time.sleep(options.moment_s)
+            rates.append((bed.pipeline.engine.batcher.stats.total_tokens - before) / (time.monotonic() - began_s))
+            if not bed.pipeline.engine.batcher.stats.running:
+                raise RuntimeError("the streams have ended")
+        streams.abort()
+    finally:
+        bed.close()
+    shares = [2 * rates[at] / (rates[at - 1] + rates[at + 1]) for at in range(1, len(rates), 2)]
+    low, high = interval(shares)
+    console.print(
+        f"With signs of life and reports {statistics.median(shares):.1%} of the pace without (95 % of the median: "
+        f"{low:.1%} to {high:.1%}), {len(shares)} moments of {options.moment_s:g} s, "
+        f"{statistics.median(rates):.1f} tok/s"
+    )
 
 
 def table_of(losses: list[Loss], streams: int) -> Table:
@@ -287,6 +349,8 @@ def measure(options: argparse.Namespace, console: Console) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.losses", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--losses", type=int, default=100, help="in all (default: %(default)s)")
+    parser.add_argument("--cost-pairs", type=int, default=20, help="moments with signs of life (default: %(default)s)")
+    parser.add_argument("--moment-s", type=float, default=2.5, help="seconds of each (default: %(default)s)")
     parser.add_argument("--streams", type=int, default=16, help="at a time (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=300, help="of each stream (default: %(default)s)")
     parser.add_argument("--model", default="small", help="size of the random model (default: %(default)s)")
@@ -301,7 +365,10 @@ def main() -> int:
         return 0
     console = Console()
     print_machine(console, machine_info(), usable_cores())
-    measure(options, console)
+    if options.losses:
+        measure(options, console)
+    if options.cost_pairs:
+        cost(options, console)
     return 0
 
 

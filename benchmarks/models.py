@@ -2,7 +2,7 @@
 
 Two sizes: ``443m`` (442 million parameters) and ``small`` (25 million), both bf16, grouped-query attention, untied
 embeddings; for emulated devices ``stages``, a narrow one with much KV per token, ``streaming``, one with little, and
-``lending``, the small one with a longer context.
+``lending``, the small one with a longer context; for networks ``wide``, a thin one with a 14B model's hidden size.
 What the model says is noise; what it costs is what a trained model of its shape costs.
 """
 
@@ -43,11 +43,12 @@ class Shape:
     kv_heads: int
     vocab: int
     context: int = 4096
+    head: int | None = None
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.hidden // self.heads
+        return self.head or self.hidden // self.heads
 
 
 SHAPES = {
@@ -55,6 +56,7 @@ SHAPES = {
     "443m": Shape(hidden=1280, intermediate=3200, layers=22, heads=20, kv_heads=5, vocab=32000),
     "stages": Shape(hidden=128, intermediate=352, layers=48, heads=2, kv_heads=2, vocab=2048),
     "streaming": Shape(hidden=256, intermediate=768, layers=24, heads=4, kv_heads=1, vocab=2048),
+    "wide": Shape(hidden=5120, intermediate=256, layers=8, heads=4, kv_heads=2, vocab=2048, head=64),
     "small": Shape(hidden=512, intermediate=1408, layers=6, heads=8, kv_heads=2, vocab=8192),
 }
 
@@ -101,16 +103,16 @@ def random_weights(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, tor
     def normal(rows: int, columns: int, std: float) -> torch.Tensor:
         return torch.randn(rows, columns, generator=generator).mul_(std).to(dtype)
 
-    kv_width = shape.kv_heads * shape.head_dim
+    width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     into, residual = 1 / math.sqrt(shape.hidden), 1 / math.sqrt(2 * shape.layers)
     weights = {"model.embed_tokens.weight": normal(shape.vocab, shape.hidden, 1.0)}
     for layer in range(shape.layers):
         prefix = f"model.layers.{layer}."
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
-        weights[attention + "q_proj.weight"] = normal(shape.hidden, shape.hidden, into)
+        weights[attention + "q_proj.weight"] = normal(width, shape.hidden, into)
         weights[attention + "k_proj.weight"] = normal(kv_width, shape.hidden, into)
         weights[attention + "v_proj.weight"] = normal(kv_width, shape.hidden, into)
-        weights[attention + "o_proj.weight"] = normal(shape.hidden, shape.hidden, into * residual)
+        weights[attention + "o_proj.weight"] = normal(shape.hidden, width, into * residual)
         weights[mlp + "gate_proj.weight"] = normal(shape.intermediate, shape.hidden, into)
         weights[mlp + "up_proj.weight"] = normal(shape.intermediate, shape.hidden, into)
         weights[mlp + "down_proj.weight"] = normal(
