@@ -21,6 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -37,6 +38,7 @@ from core.cluster.messages import Ask, Call, Connect, Epoch, Leave, Nothing, Rea
 from core.cluster.remote_stage import MasterEnd
 from core.cluster.stage_wire import read_results, read_step
 from core.config import LoggingSettings
+from core.decoding import UNREADABLE
 from core.devices.readings import DeviceReading
 from core.errors import NetworkError
 from core.execution.codec import encode
@@ -166,8 +168,9 @@ def decoders() -> dict[str, Callable[[bytes], Any]]:
         "results": lambda data: read_results(memoryview(data)),
         "failures": lambda data: decode_failure(memoryview(data)),
     }
-    for kind in (Hello, Challenge, Proof, Refused):
-        found[kind.__name__] = lambda data, kind=kind: decode_message(data, kind)
+    greetings: tuple[Any, ...] = (Hello, Challenge, Proof, Refused)
+    for kind in greetings:
+        found[kind.__name__] = partial(decode_message, kind=kind)
     for name, kinds in {"calls": Call, "questions": Ask, "reports": Report, "faults": Fault}.items():
         decoder = msgspec.msgpack.Decoder(kinds)
         found[name] = decoder.decode
@@ -238,7 +241,7 @@ def over_handshakes(said: bytes) -> None:
         greet(ours, KEY, NODE, "control", timeout_s=PATIENCE_S)
 
 
-REFUSALS = (NetworkError, msgspec.MsgspecError)
+REFUSALS = (NetworkError, *UNREADABLE)
 
 
 class Run:

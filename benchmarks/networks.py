@@ -272,6 +272,10 @@ class Streams:
         for output in handle:
             self.times_s[number].extend(time.monotonic() for delta in output.deltas for _ in delta.token_ids)
 
+    def have_begun(self) -> bool:
+        """Whether each has a token."""
+        return all(self.times_s)
+
     def rate(self, since_s: float, until_s: float) -> float:
         """Tokens per second."""
         count = sum(since_s <= moment < until_s for times in self.times_s for moment in times)
@@ -316,7 +320,7 @@ def growing(options: argparse.Namespace, console: Console) -> None:
                 prompts = random_prompts(GROWING_STREAMS, context, SHAPES["stages"].vocab, 3)
                 streams = Streams(pipeline, prompts, GROWING_TOKENS)
                 try:
-                    wait(lambda streams=streams: all(streams.times_s), "first tokens")
+                    wait(streams.have_begun, "first tokens")
                     began_s = time.monotonic()
                     time.sleep(options.seconds)
                     ended_s = time.monotonic()

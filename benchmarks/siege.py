@@ -285,7 +285,7 @@ def insider(port: int, count: int) -> str:
             continue
         with sock:
             try:
-                greet(sock, key, secrets.token_hex(16), kind)  # type: ignore[arg-type]
+                greet(sock, key, secrets.token_hex(16), kind)
                 sock.sendall(dice.randbytes(4096))
                 ends[f"welcome, then {end_of(sock)}"] += 1
             except Exception as error:  # noqa: BLE001  counted

@@ -12,6 +12,7 @@ import msgspec
 
 from core import errors
 from core.cluster.messages import Report
+from core.decoding import UNREADABLE
 from core.devices.exhaustion import is_out_of_memory
 from core.errors import (
     DeviceLostError,
@@ -111,7 +112,7 @@ class CallEnd:
                 self._waiting.pop(number, None)
         try:
             return msgspec.msgpack.decode(data, type=answer)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise ProtocolError(f"{self._link.name}: an answer cannot be read: {error}") from error
 
     def close(self) -> None:
@@ -141,7 +142,7 @@ class CallEnd:
             raise ProtocolError("nothing may be asked here")
         try:
             request = self._decoder.decode(payload)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise ProtocolError(f"a call cannot be read: {error}") from error
         self._pool.submit(self._answer, header.step, request)
         return True
@@ -150,7 +151,7 @@ class CallEnd:
         assert self._on_report is not None
         try:
             self._on_report(msgspec.msgpack.decode(payload, type=Report))
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise ProtocolError(f"a report cannot be read: {error}") from error
 
     def lost(self, error: NetworkError) -> None:
@@ -183,7 +184,7 @@ def _resolve(future: Future[bytes], data: bytes, node: str) -> None:
         return
     try:
         fault = msgspec.msgpack.decode(data[1:], type=Fault)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         future.set_exception(ProtocolError(f"{node}: a fault cannot be read: {error}"))
         return
     future.set_exception(raised_by(fault, node))

@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from core.decoding import UNREADABLE
 from core.devices.exhaustion import is_out_of_memory
 from core.errors import DeviceLostError, OutOfDeviceMemoryError, PageMoveError, ProtocolError, StepFailedError
 
@@ -52,5 +53,5 @@ def decode_failure(data: memoryview) -> Failure:
     """Raises `ProtocolError`."""
     try:
         return msgspec.msgpack.decode(data, type=Failure)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise ProtocolError(f"a failure cannot be read: {error}") from error

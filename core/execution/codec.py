@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
+from core.decoding import UNREADABLE
 from core.errors import RecordError
 from core.execution.records import StepOutput, StepRecord
 from core.kv_cache.page_ops import StagePart
@@ -40,7 +41,7 @@ def decode(data: bytes, kind: type[Record]) -> Record:
         raise RecordError(f"a record is of version {data[0] if data else None}, this program reads version {VERSION}")
     try:
         record = msgspec.msgpack.decode(data[1:], type=kind, ext_hook=_read_array, dec_hook=_accept_array)
-    except (msgspec.MsgspecError, ValueError) as error:
+    except (*UNREADABLE, ValueError) as error:
         raise RecordError(f"a {kind.__name__} cannot be read: {error}") from error
     if isinstance(record, StepRecord):
         _check_step(record)

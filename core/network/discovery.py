@@ -22,6 +22,8 @@ import psutil
 import structlog
 from zeroconf import IPVersion, ServiceBrowser, ServiceInfo, ServiceListener, Zeroconf
 
+from core.decoding import UNREADABLE
+
 SERVICE = "_vramancer._tcp.local."
 ASKED_EVERY_S = 0.5
 _QUESTION = b"VTP\1 where is the master?\n"
@@ -208,7 +210,7 @@ def _note(sock: socket.socket, found: queue.SimpleQueue[Found]) -> None:
         data, (host, _) = sock.recvfrom(_MAX_ANSWER_BYTES)
         try:
             answer = msgspec.msgpack.decode(data, type=_Answer)
-        except msgspec.MsgspecError:
+        except UNREADABLE:
             logger.debug("an answer to a broadcast cannot be read", address=host)
             return
         found.put(Found(host, answer.port, "broadcast"))
@@ -220,7 +222,7 @@ def cluster_port_of(host: str, port: int) -> int | None:
         with contextlib.closing(http.client.HTTPConnection(host, port, timeout=_API_TIMEOUT_S)) as connection:
             connection.request("GET", "/live")
             answer = msgspec.json.decode(connection.getresponse().read(_MAX_ANSWER_BYTES), type=_Live)
-    except (OSError, http.client.HTTPException, msgspec.MsgspecError) as error:
+    except (OSError, http.client.HTTPException, *UNREADABLE) as error:
         logger.debug("no API answers there", host=host, port=port, reason=str(error) or type(error).__name__)
         return None
     return answer.cluster_port

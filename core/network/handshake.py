@@ -22,6 +22,7 @@ from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
+from core.decoding import UNREADABLE
 from core.defaults import MIN_CLUSTER_TOKEN_LENGTH
 from core.errors import ClusterRefusedError, ProtocolError
 
@@ -83,7 +84,7 @@ def decode_message(data: bytes | bytearray | memoryview, kind: type[Message]) ->
     """Raises `ProtocolError` for anything else."""
     try:
         return msgspec.msgpack.decode(data, type=kind)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise ProtocolError(f"a {kind.__name__} cannot be read: {error}") from error
 
 

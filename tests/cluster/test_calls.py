@@ -159,7 +159,8 @@ def test_whoever_waits_hears_of_the_end(open_ends: Callable[..., Ends]) -> None:
 
 @pytest.mark.parametrize(
     "payload",
-    [b"", b"\xc1", msgspec.msgpack.encode({"type": "Open", "path": "/"}), msgspec.msgpack.encode({"type": "Epoch"}),
+    [b"", b"\xc1", b"\x81\xa4typ\xe2", msgspec.msgpack.encode({"type": "Open", "path": "/"}),
+     msgspec.msgpack.encode({"type": "Epoch"}),
      msgspec.msgpack.encode({"type": "Epoch", "epoch": -1}), msgspec.msgpack.encode(["Epoch", 1])],
 )  # fmt: skip
 def test_what_is_no_call_ends_the_link(open_ends: Callable[..., Ends], payload: bytes) -> None:
@@ -194,7 +195,8 @@ def test_reports_are_taken_where_somebody_hears_them(open_ends: Callable[..., En
 
 @pytest.mark.parametrize(
     "payload",
-    [b"", b"\xc1", msgspec.msgpack.encode({"readings": 1}), msgspec.msgpack.encode({"stages": [{"stage": -1}]}),
+    [b"", b"\xc1", b"\x81\xa4typ\xe2", msgspec.msgpack.encode({"readings": 1}),
+     msgspec.msgpack.encode({"stages": [{"stage": -1}]}),
      msgspec.msgpack.encode({"more": []}), msgspec.msgpack.encode(Report((DeviceReading("cpu"),) * 65))],
 )  # fmt: skip
 def test_what_is_no_report_ends_the_link(open_ends: Callable[..., Ends], payload: bytes) -> None:

@@ -103,7 +103,7 @@ def test_answers_that_cannot_be_read_are_left() -> None:
     number = free_port()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("", number))
-        said = [b"nonsense", msgspec.msgpack.encode({"port": 0, "node": NODE})]
+        said = [b"nonsense", b"\x82\xa4por\xe2", msgspec.msgpack.encode({"port": 0, "node": NODE})]
         said += [msgspec.msgpack.encode({"port": number, "node": NODE})]
 
         def answer() -> None:

@@ -171,6 +171,7 @@ def test_a_proof_sent_back_to_whoever_made_it_is_none() -> None:
         frame(Opcode.HELLO, b"no message"),
         frame(Opcode.HELLO, encode_message(Hello("control", WORKER, bytes(8)))),
         frame(Opcode.HELLO, encode_message(Hello("control", "../../etc", bytes(32)))),
+        frame(Opcode.HELLO, b"\x83\xa4ki\x9ed"),  # no UTF-8
         frame(Opcode.HEARTBEAT, b""),
     ],
 )
@@ -222,5 +223,10 @@ def test_a_short_token_is_none() -> None:
 
 
 def test_messages_are_what_they_should_be() -> None:
-    with pytest.raises(ProtocolError, match="a Proof cannot be read"):
-        decode_message(encode_message(Challenge(MASTER, new_nonce())), Proof)
+    for wrong in (
+        encode_message(Challenge(MASTER, new_nonce())),
+        b"\x81\xa3m\xe2c\x00",
+        b"\x81\xa3mac" + b"\x91" * 100_000,
+    ):
+        with pytest.raises(ProtocolError, match="a Proof cannot be read"):
+            decode_message(wrong, Proof)
