@@ -116,7 +116,7 @@ def look(machine: Machine, port: int) -> tuple[str, float]:
     """How a master was found from there, and after how many seconds."""
     command = machine.command(sys.executable, "-c", LOOK, str(port))
     said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    how, seconds = said.split()
+    how, seconds = said.splitlines()[-1].split()
     return how, float(seconds)
 
 

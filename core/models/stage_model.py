@@ -9,6 +9,7 @@ anything that `forward` does to embeddings (granite multiplies them, gpt2 and op
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ from core.models.architecture import Architecture
 from core.models.checkpoint import Checkpoint, is_finite
 
 logger = get_logger(__name__)
+
+BUILDING = threading.RLock()
+"""Held while a model is made: transformers changes torch's default dtype meanwhile, for every thread."""
 
 # Modules beside the layers, by the names that architectures give them.
 BEFORE_LAYERS = {
@@ -186,23 +190,24 @@ def build_stage(
 ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
     """The causal model of one stage on `device` from tensors by name, cut, in eval mode; and transformers' report.
     Tensors of a wrong shape are an error unless they `may_mismatch`; then the report has them."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        model, info = stage_class(architecture, part).from_pretrained(
-            None,
-            config=architecture.config,
-            state_dict=tensors,
-            dtype=architecture.dtype,
-            device_map=None if device.type == "cpu" else {"": device},
-            attn_implementation=attention,
-            generation_config=GenerationConfig(),
-            output_loading_info=True,
-            ignore_mismatched_sizes=may_mismatch,
-        )
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    with BUILDING:
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        try:
+            model, info = stage_class(architecture, part).from_pretrained(
+                None,
+                config=architecture.config,
+                state_dict=tensors,
+                dtype=architecture.dtype,
+                device_map=None if device.type == "cpu" else {"": device},
+                attn_implementation=attention,
+                generation_config=GenerationConfig(),
+                output_loading_info=True,
+                ignore_mismatched_sizes=may_mismatch,
+            )
+        finally:
+            transformers_logging.set_verbosity(verbosity)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.eval(), info
@@ -226,7 +231,7 @@ def load_layers(
 def blank_model(architecture: Architecture) -> Any:
     """The whole model on `meta`. Raises `CheckpointError` for a config that its class cannot build a model of."""
     try:
-        with torch.device("meta"):
+        with BUILDING, torch.device("meta"):
             return architecture.model_class._from_config(architecture.config, dtype=architecture.dtype)
     except Exception as error:  # whatever the class makes of numbers and names that nobody has checked
         logger.warning("no model can be built of a config", model=architecture.model_type, error=repr(error))

@@ -13,7 +13,15 @@ from core.execution.attention.interface import ATTENTION_NAME, AttentionBackend,
 from core.execution.attention.metadata import AttentionMetadata
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.models.architecture import Architecture
-from core.models.stage_model import PassThrough, StageSlice, build_stage, find_decoder, measure_bytes, stage_class
+from core.models.stage_model import (
+    BUILDING,
+    PassThrough,
+    StageSlice,
+    build_stage,
+    find_decoder,
+    measure_bytes,
+    stage_class,
+)
 from core.profiling import measure
 from core.profiling.measure import Adapter, fill, random_tile, synchronize
 
@@ -145,7 +153,7 @@ def _largest(architecture: Architecture) -> tuple[int, int]:
 
 def _random_stage(architecture: Architecture, part: StageSlice, device: torch.device) -> Any:
     """A stage's model as `load_stage` makes it, with random weights in place of a checkpoint's."""
-    with torch.device("meta"):
+    with BUILDING, torch.device("meta"):
         blank = stage_class(architecture, part)._from_config(architecture.config, dtype=architecture.dtype)
     tile = random_tile(architecture.dtype, device)
     weights = {

@@ -28,7 +28,7 @@ from core.execution.rotary import token_ropes
 from core.execution.sampler import Sampler, SamplingRow
 from core.logs import get_logger
 from core.models.architecture import Architecture
-from core.models.stage_model import PassThrough, find_decoder
+from core.models.stage_model import BUILDING, PassThrough, find_decoder
 from core.request import SamplingParams
 
 logger = get_logger(__name__)
@@ -151,7 +151,7 @@ def _blank(architecture: Architecture, experts: Experts | None) -> Any:
     config = copy.deepcopy(architecture.config)
     text = config.get_text_config()
     text.pad_token_id = None  # some look for it among the tokens
-    with torch.device("meta"):
+    with BUILDING, torch.device("meta"):
         model = architecture.model_class._from_config(
             config, dtype=architecture.dtype, attn_implementation=ATTENTION_NAME
         )
