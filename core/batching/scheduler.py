@@ -250,7 +250,7 @@ class Scheduler:
             self.kv.close(sequence.seq_id)
             sequence.start_over()
             return False
-        if sequence.num_preemptions == 0 and sequence.index == 0:
+        if request.started_s is None and sequence.index == 0:
             request.num_cached_tokens = min(cached, sequence.num_prompt_tokens)
             self.kv.prefix.queried_tokens += sequence.num_prompt_tokens
             self.kv.prefix.hit_tokens += request.num_cached_tokens

@@ -14,14 +14,18 @@ from core.cluster.messages import (
     Allocate,
     Allocated,
     Connect,
+    CopyPages,
     DeviceInfo,
     Load,
     Loaded,
     Measure,
     ModelRef,
+    PageBytes,
     Profiles,
+    ReadPages,
     Release,
     StageUse,
+    WritePages,
 )
 from core.cluster.stage_wire import RemoteInlet
 from core.config import Settings
@@ -33,6 +37,8 @@ from core.execution.attention.select import AttentionBackends
 from core.execution.attention.warm_up import warm_up_attention
 from core.execution.stage import KVSetup, Stage
 from core.execution.threads import CpuThreads
+from core.kv_cache.page_ops import LOCAL
+from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.models.architecture import DTYPES, Architecture, read_architecture
 from core.models.stage_model import StageSlice
 from core.network.link import Link
@@ -147,6 +153,38 @@ class StageHost:
         self.hosted[asked.stage] = HostedStage(
             placed.stage, outlet, takes_hidden=asked.takes_hidden, called=asked.called
         )
+
+    def read_pages(self, asked: ReadPages) -> PageBytes:
+        """Raises `InvalidRequestError` for pages or layers that are not there."""
+        kv = self._kv(asked.stage, asked.layers, asked.pages)
+        with torch.inference_mode():
+            return PageBytes(bytes(kv.pack(LOCAL, asked.pages, asked.layers).cpu().numpy().data))
+
+    def write_pages(self, asked: WritePages) -> None:
+        """Raises `InvalidRequestError` for pages or layers that are not there, or other bytes than theirs."""
+        kv = self._kv(asked.stage, asked.layers, asked.pages)
+        if len(asked.data) != len(asked.pages) * sum(kv.layer_bytes[layer] for layer in asked.layers):
+            raise InvalidRequestError(f"{len(asked.data)} bytes are not those of {len(asked.pages)} pages")
+        data = torch.frombuffer(bytearray(asked.data), dtype=torch.uint8).view(len(asked.pages), -1)
+        with torch.inference_mode():
+            kv.unpack(LOCAL, asked.pages, data.to(kv.region(LOCAL).device.torch_device), asked.layers)
+
+    def copy_pages(self, asked: CopyPages) -> None:
+        """Raises `InvalidRequestError` for pages or layers that are not there."""
+        source = self._kv(asked.stage, asked.layers, asked.pages)
+        target = self._kv(asked.to, asked.layers, asked.others)
+        if len(asked.pages) != len(asked.others):
+            raise InvalidRequestError(f"{len(asked.pages)} pages cannot be copied to {len(asked.others)}")
+        with torch.inference_mode():
+            packed = source.pack(LOCAL, asked.pages, asked.layers)
+            where = source.region(LOCAL).device, target.region(LOCAL).device
+            target.unpack(LOCAL, asked.others, self._transfer.send(packed, *where), asked.layers)
+
+    def _kv(self, number: int, layers: Sequence[int], pages: Sequence[int]) -> PagedKVCache:
+        kv = self._stage(number).stage.kv
+        if kv is None or not set(layers) <= set(kv.layer_bytes) or max(pages) >= kv.num_pages:
+            raise InvalidRequestError(f"stage {number} has no such layers or pages")
+        return kv
 
     def release(self, asked: Release) -> None:
         """Nothing of these stages is in flight any more."""

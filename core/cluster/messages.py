@@ -23,6 +23,10 @@ NodeId: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 FileName: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}$")]
 Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0.0)]
 
+Layers: TypeAlias = Annotated[tuple[Number, ...], msgspec.Meta(min_length=1, max_length=4096)]
+PageNumbers: TypeAlias = Annotated[tuple[Bytes, ...], msgspec.Meta(min_length=1, max_length=1 << 20)]
+MAX_PAGE_BYTES = 15 << 20
+"""Of a message, which has other fields beside."""
 MAX_CHUNK_BYTES = 1 << 20
 """Of a file at once: a sign of life has to come between two, also on a slow network."""
 
@@ -198,6 +202,42 @@ class Epoch(Message, frozen=True, tag=True):
     answer: ClassVar[type[Nothing]] = Nothing
 
 
+class PageBytes(Message, frozen=True):
+    """Of pages, one after the other: for each layer in order the K page, then the V page."""
+
+    data: Annotated[bytes, msgspec.Meta(max_length=MAX_PAGE_BYTES)]
+
+
+class ReadPages(Message, frozen=True, tag=True):
+    """KV of some of a stage's layers, while the stage is at rest."""
+
+    stage: Number
+    layers: Layers
+    pages: PageNumbers
+    answer: ClassVar[type[PageBytes]] = PageBytes
+
+
+class WritePages(Message, frozen=True, tag=True):
+    """KV for some of a stage's layers, while the stage is at rest."""
+
+    stage: Number
+    layers: Layers
+    pages: PageNumbers
+    data: Annotated[bytes, msgspec.Meta(max_length=MAX_PAGE_BYTES)]
+    answer: ClassVar[type[Nothing]] = Nothing
+
+
+class CopyPages(Message, frozen=True, tag=True):
+    """KV of layers that two stages of the node have, from `stage` to stage `to`, while both are at rest."""
+
+    stage: Number
+    to: Number
+    layers: Layers
+    pages: PageNumbers
+    others: PageNumbers
+    answer: ClassVar[type[Nothing]] = Nothing
+
+
 class Chunk(Message, frozen=True):
     """Some of a file."""
 
@@ -239,5 +279,18 @@ class Report(Message, frozen=True):
 
 Ask: TypeAlias = ReadFile | Leave
 """What a worker may ask of its master."""
-Call: TypeAlias = Welcome | Refuse | Measure | Reach | Load | Allocate | Connect | Release | Epoch
+Call: TypeAlias = (
+    Welcome
+    | Refuse
+    | Measure
+    | Reach
+    | Load
+    | Allocate
+    | Connect
+    | ReadPages
+    | WritePages
+    | CopyPages
+    | Release
+    | Epoch
+)
 """What a master asks of a worker."""

@@ -7,9 +7,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from core.cluster.checkpoints import model_ref
 from core.cluster.master import Master
-from core.cluster.messages import Allocate, Connect, Load, ModelRef, Release
+from core.cluster.messages import Allocate, Connect, CopyPages, Load, ModelRef, ReadPages, Release, WritePages
 from core.cluster.node import Node
 from core.cluster.remote_stage import RemoteStage
 from core.config import Settings
@@ -127,6 +129,22 @@ class PlacedRemoteStage(RemoteStage):
             node, number = following.node.id, following.number
         feeds = following is None and not is_last
         self.node.call(Connect(self.number, self.device.name, self.part.first > 0, node, number, feeds))
+
+    def copy_pages(
+        self, pages: Sequence[int], to: PlacedRemoteStage, others: Sequence[int], layers: Sequence[int]
+    ) -> None:
+        """KV of layers that a stage beside this one has too. Both are at rest. Raises what calls raise."""
+        self.node.call(CopyPages(self.number, to.number, tuple(layers), tuple(pages), tuple(others)), timeout_s=None)
+
+    def read_pages(self, pages: Sequence[int], layers: Sequence[int]) -> torch.Tensor:
+        """The bytes of some layers, uint8 `[n, bytes]` in main memory; it is at rest. Raises what calls raise."""
+        found = self.node.call(ReadPages(self.number, tuple(layers), tuple(pages)), timeout_s=None)
+        return torch.frombuffer(bytearray(found.data), dtype=torch.uint8).view(len(pages), -1)
+
+    def write_pages(self, pages: Sequence[int], data: torch.Tensor, layers: Sequence[int]) -> None:
+        """What `read_pages` gives, of another stage perhaps. Raises what calls raise."""
+        raw = bytes(data.cpu().contiguous().numpy().data)
+        self.node.call(WritePages(self.number, tuple(layers), tuple(pages), raw), timeout_s=None)
 
     def free(self) -> None:
         """Nothing of it is in flight any more. Safe to call twice."""

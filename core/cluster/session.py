@@ -18,6 +18,7 @@ from core.cluster.messages import (
     Call,
     Chunk,
     Connect,
+    CopyPages,
     Epoch,
     Leave,
     Load,
@@ -27,11 +28,13 @@ from core.cluster.messages import (
     Reach,
     Reached,
     ReadFile,
+    ReadPages,
     Refuse,
     Release,
     Report,
     StageUse,
     Welcome,
+    WritePages,
 )
 from core.errors import LinkLostError, NetworkError, NotFoundError
 from core.logs import get_logger
@@ -180,6 +183,12 @@ class Session:
             return self._host.allocate(request)
         if isinstance(request, Connect):
             self._host.connect(request)
+        elif isinstance(request, ReadPages):
+            return self._host.read_pages(request)
+        elif isinstance(request, WritePages):
+            self._host.write_pages(request)
+        elif isinstance(request, CopyPages):
+            self._host.copy_pages(request)
         elif isinstance(request, Release):
             self._host.release(request)
         elif isinstance(request, Epoch):

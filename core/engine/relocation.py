@@ -6,9 +6,10 @@
     weights that fit beside   |============|         |
     the rest, if any          |            |====     |        old KV given up first
     pages, one token produced |            |    ==   |
-    requests taken over       |            |      =  |        their KV computed again, prompts and answers alike
+    requests taken over       |            |      =  |        with the KV of their full blocks
 
-Stages that stay on their device share the weights they have. Where everything fits beside the old engine, its requests
+Stages that stay on their device share the weights they have. Where the old engine had to make room, or has lost a
+device, KV is computed again, prompts and answers alike. Where everything fits beside the old engine, its requests
 are parked for as long as it takes to hand them over; otherwise while what lacks room is read. If anything fails, the
 old engine goes on: as it is, or, if it had to make room, loaded anew with all its requests. Tiers that outlast the
 process are the new engine's once the old one has ended.
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field, replace
 
 from core.devices import HOST
 from core.engine.builder import EngineBuilder, check_memory
+from core.engine.carrying import Carrier
 from core.engine.model_engine import ModelEngine
 from core.engine.model_plan import ModelPlan
 from core.errors import ConflictError, ModelNotLoadedError
@@ -56,6 +58,7 @@ class Relocation:
         estimated_seconds: to read what has to be read, at the rate of the last load, and to compute again what requests
             have; `estimated_pause_seconds` of it while no request goes on.
         seconds, pause_seconds: what it took; None for a dry run.
+        carried_kv_tokens: whose KV did not have to be computed again; None for a dry run.
     """
 
     dry_run: bool
@@ -71,6 +74,7 @@ class Relocation:
     estimated_pause_seconds: float
     seconds: float | None = None
     pause_seconds: float | None = None
+    carried_kv_tokens: int | None = None
 
 
 @dataclass(slots=True)
@@ -170,16 +174,20 @@ class Relocator:
             self.old.batcher.resume()
             _discard(engine, builder)
             raise
+        beside = engine is not None
         if engine is None:
             engine = self._finish_alone(builder)
-        self._hand_over(engine)
+        carried = self._hand_over(engine, carry=beside and not self.lost)
         ended_s = time.perf_counter()
         self.old.close()
         builder.previous_gone()
         engine.open_lasting()
         pause_s = ended_s - parked_s
         logger.info("the model has moved", pause_s=round(pause_s, 3), stages=[s.device for s in outlook.stages])
-        return replace(outlook, dry_run=False, seconds=round(ended_s - began_s, 3), pause_seconds=round(pause_s, 3))
+        return replace(
+            outlook, dry_run=False, seconds=round(ended_s - began_s, 3), pause_seconds=round(pause_s, 3),
+            carried_kv_tokens=carried,
+        )  # fmt: skip
 
     def _load_beside(self, builder: EngineBuilder) -> None:
         """The weights that fit beside what the old engine has. Shared ones count once."""
@@ -252,15 +260,23 @@ class Relocator:
             )
             self.old.batcher.stop(reason=reason)
             raise reason from error
-        self._hand_over(restored)
+        self._hand_over(restored, carry=False)
         restored.open_lasting()
 
-    def _hand_over(self, engine: ModelEngine) -> None:
-        """Requests go on in another engine, which is the same model to its clients."""
+    def _hand_over(self, engine: ModelEngine, *, carry: bool) -> int:
+        """Requests go on in another engine, which is the same model to its clients; with what KV the old one still has,
+        if that is to be taken along. Returns the tokens that it was."""
         model = self.old.model
         engine.model = replace(engine.model, created=model.created)
         self.switch(engine)
-        engine.batcher.call(lambda: engine.batcher.adopt(self.old.batcher)).result()
+        carrier = Carrier(self.old, engine, self._recompute_s() or None) if carry else None
+
+        def take_over() -> int:
+            carried = carrier.run() if carrier is not None else 0
+            engine.batcher.adopt(self.old.batcher)
+            return carried
+
+        return engine.batcher.call(take_over).result()
 
 
 def _home(plan: ModelPlan, layer: int) -> str:

@@ -221,6 +221,19 @@ class KVCacheManager:
         self.pages.house(block, self._cold_blocks)
         return block
 
+    def take_in(self, count: int) -> list[int]:
+        """Blocks for content that comes from elsewhere: up to `count`, as many as are free without anything being
+        moved. `give_in` them afterwards."""
+        room = min([count, self.pool.num_free, *(pages.free_local for _, pages in self.pages.mapped)])
+        return [self._allocate() for _ in range(room)]
+
+    def give_in(self, blocks: Sequence[int], known: Sequence[tuple[bytes, bytes | None]]) -> None:
+        """What was taken in has content now, `known` by its hash and that of the block before; or has none, where
+        nothing is known of it. Nobody uses it yet: the first will be forgotten last."""
+        for block, (digest, parent) in zip(blocks, known, strict=False):
+            self.pool.register(block, digest, parent)
+        self.pages.drop(self.pool.release(reversed(blocks)))
+
     def _evicted(self, block: int, digest: bytes) -> None:
         """The pool is about to forget a cached block."""
         if self.tiers is not None:

@@ -92,19 +92,20 @@ class PageMap:
     def copy(self, source: int, target: int) -> None:
         """Before `target` is written, it gets a copy of `source`."""
         for index in range(len(self.stages)):
-            self._ops[index].append(PageCopy(self._ref(index, source), self._ref(index, target)))
+            self._ops[index].append(PageCopy(self.ref(index, source), self.ref(index, target)))
 
     def save(self, block: int, block_hash: bytes) -> None:
         """Copy a block to a tier below."""
         for index in range(len(self.stages)):
-            self._ops[index].append(PageSave(self._ref(index, block), block_hash))
+            self._ops[index].append(PageSave(self.ref(index, block), block_hash))
 
     def load(self, block_hash: bytes, block: int) -> None:
         """Fill a block from a tier below."""
         for index in range(len(self.stages)):
-            self._ops[index].append(PageLoad(block_hash, self._ref(index, block)))
+            self._ops[index].append(PageLoad(block_hash, self.ref(index, block)))
 
-    def _ref(self, index: int, block: int) -> PageRef:
+    def ref(self, index: int, block: int) -> PageRef:
+        """Where stage number `index` has a block that holds content."""
         pages = self.stages[index]
         if pages is None:
             return LOCAL, block

@@ -134,12 +134,14 @@ class PagedKVCache:
             for tensor in pages:
                 tensor.index_copy_(0, target, tensor.index_select(0, source))
 
-    def pack(self, region_id: int, pages: Sequence[int]) -> torch.Tensor:
-        """The pages' bytes, uint8 `[n, page_bytes]`, on the region's device."""
+    def pack(self, region_id: int, pages: Sequence[int], layers: Sequence[int] = ()) -> torch.Tensor:
+        """The pages' bytes, uint8 `[n, page_bytes]`, on the region's device; with `layers`, of those layers alone."""
         region = self._regions[region_id]
         index = torch.tensor(pages, device=region.device.torch_device)
         parts = [
-            tensor.index_select(0, index).view(len(pages), -1) for layer in region.layers.values() for tensor in layer
+            tensor.index_select(0, index).view(len(pages), -1)
+            for layer in layers or region.layers
+            for tensor in region.layers[layer]
         ]
         return torch.cat(parts, dim=1).view(torch.uint8)
 
