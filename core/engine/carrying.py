@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,8 @@ logger = get_logger(__name__)
 
 CHUNK_BYTES = 4 << 20
 """That crosses a network in one message: signs of life come between two."""
+AT_ONCE = 3
+"""Messages on their way at the same time: one is packed, one travels, one is unpacked."""
 GROUP_BYTES = 64 << 20
 """That is packed at once on a device."""
 
@@ -69,11 +72,12 @@ class Way:
         return isinstance(self.source, Stage) and isinstance(self.target, Stage)
 
 
-def contents(kv: KVCacheManager) -> list[Content]:
-    """Full blocks of a manager that is at rest: those of its sequences, then what is cached, last used first."""
+def contents(kv: KVCacheManager, *, cached: bool) -> list[Content]:
+    """Full blocks of a manager that is at rest: those of its sequences, then, if wanted, what is `cached` beside, last
+    used first."""
     pool, found = kv.pool, dict[bytes, Content]()
     used = [block for seq_id in kv.sequences() for block in kv.table(seq_id).blocks]
-    for block in [*used, *reversed(pool.cached_blocks())]:
+    for block in [*used, *(reversed(pool.cached_blocks()) if cached else ())]:
         digest = pool.hash_of(block)
         if digest is not None:
             found.setdefault(digest, Content(block, digest, pool.parent_of(digest)))
@@ -105,7 +109,8 @@ class Carrier:
         kv = self._new.kv
         if self._old.kv.block_size != kv.block_size or not kv.pool.enable_prefix_caching:
             return 0
-        wanted = contents(self._old.kv)
+        crosses = any(not (way.is_here or way.stays_on_a_node) for way in self._ways)
+        wanted = contents(self._old.kv, cached=not crosses)  # requests wait for no more than they need
         if not wanted or not self._is_quicker(len(wanted)):
             return 0
         taken = kv.take_in(len(wanted))
@@ -141,12 +146,20 @@ class Carrier:
             (region, page), (to_region, to_page) = source.ref(way.at, content.block), target.ref(way.to, block)
             pairs.setdefault((region, to_region), []).append((page, to_page))
         at_once = max(1, (GROUP_BYTES if way.is_here else CHUNK_BYTES) // way.page_bytes)
+        groups: list[tuple[int, int, list[int], list[int]]] = []
         for (region, to_region), found in pairs.items():
             for first in range(0, len(found), at_once):
-                pages, others = zip(*found[first : first + at_once], strict=True)
-                self._copy(way, region, pages, to_region, others)
+                part = found[first : first + at_once]
+                groups.append((region, to_region, [page for page, _ in part], [other for _, other in part]))
+        if way.is_here:
+            for group in groups:
+                self._copy(way, *group)
+            return
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="vrm-carrying") as pool:
+            for future in [pool.submit(self._copy, way, *group) for group in groups]:
+                future.result()
 
-    def _copy(self, way: Way, region: int, pages: Sequence[int], to_region: int, others: Sequence[int]) -> None:
+    def _copy(self, way: Way, region: int, to_region: int, pages: Sequence[int], others: Sequence[int]) -> None:
         source, target, layers = way.source, way.target, way.layers
         if way.stays_on_a_node:
             assert isinstance(source, PlacedRemoteStage) and isinstance(target, PlacedRemoteStage)
