@@ -27,6 +27,9 @@ from core.network.link import Link
 class Outlet(Protocol):
     """Where a step goes on from here."""
 
+    @property
+    def link(self) -> Link: ...
+
     def done(self, stage: StageHandle, step: int, computed: bool) -> None:
         """It is over here; `computed`: not only its pages were moved."""
 
@@ -38,6 +41,7 @@ class ToNextStage:
 
     def __init__(self, inlet: RemoteInlet) -> None:
         self._inlet = inlet
+        self.link = inlet.link
 
     def done(self, stage: StageHandle, step: int, computed: bool) -> None:
         _hand_on(stage, step, self._inlet, computed)
@@ -50,17 +54,17 @@ class ToMaster:
     """The last stage's results, or what a stage in the master's own process is to compute on."""
 
     def __init__(self, link: Link, stage: int, inlet: RemoteInlet | None = None) -> None:
-        self._link, self._stage, self._inlet = link, stage, inlet
+        self.link, self._stage, self._inlet = link, stage, inlet
 
     def done(self, stage: StageHandle, step: int, computed: bool) -> None:
         if self._inlet is not None:
             _hand_on(stage, step, self._inlet, computed)
             return
         output: StepOutput = stage.results(step)
-        send_results(self._link, self._stage, output)
+        send_results(self.link, self._stage, output)
 
     def failed(self, step: int, failure: Failure) -> None:
-        send_failure(self._link, Opcode.FAILED, self._stage, step, failure)
+        send_failure(self.link, Opcode.FAILED, self._stage, step, failure)
 
 
 def _hand_on(stage: StageHandle, step: int, inlet: RemoteInlet, computed: bool) -> None:
@@ -82,6 +86,11 @@ class HostedStage:
         self._steps: deque[tuple[int, bool, Failure | None]] = deque()  # whether it computes; why it was not begun
         self._arrived: dict[int, torch.Tensor | Failure | None] = {}
         self._busy = False
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether what it computes cannot be sent on."""
+        return self._outlet.link.error is not None
 
     def tell(self, record: StepRecord, part: StagePart) -> None:
         """The master's word. A record that does not follow on those before is a step that fails."""

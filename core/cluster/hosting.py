@@ -201,6 +201,10 @@ class StageHost:
         reports = [(number, placed.stage.report()) for number, placed in list(self._placed.items())]
         return tuple(StageUse(number, each.forwards, each.busy_s, each.predicted_s) for number, each in reports)
 
+    def sends_over_lost_links(self) -> bool:
+        """Whether the results of some stage have nowhere to go."""
+        return any(stage.is_cut_off for stage in list(self.hosted.values()))
+
     def used_by_purpose(self) -> dict[str, dict[str, int]]:
         """Bytes by device and purpose."""
         return {name: ledger.used_by_purpose() for name, ledger in self._ledgers.items()}

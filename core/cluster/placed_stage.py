@@ -205,6 +205,9 @@ class RemoteStages:
 
 def connect_stages(stages: Sequence[object]) -> None:
     """Tell the stages on nodes where their results go, once all have their pages."""
+    placed = [stage for stage in stages if isinstance(stage, PlacedRemoteStage)]
+    for number, each in enumerate(placed):
+        each.precedes(placed[number + 1 :])
     for index, stage in enumerate(stages):
         if isinstance(stage, PlacedRemoteStage):
             following = stages[index + 1] if index + 1 < len(stages) else None

@@ -67,7 +67,8 @@ class RemoteStage:
         self._changed = threading.Condition()
         self._computing: dict[int, bool] = {}
         self._forwards = 0
-        self._lost: NetworkError | None = None
+        self._lost: DeviceLostError | None = None
+        self._behind: tuple[RemoteStage, ...] = ()
 
     @property
     def devices(self) -> Sequence[Device]:
@@ -152,10 +153,22 @@ class RemoteStage:
             self._came[header.step] = come
             self._changed.notify_all()
 
+    def precedes(self, behind: Sequence[RemoteStage]) -> None:
+        """What is computed there has been computed here before."""
+        self._behind = tuple(behind)
+
     def lose(self, error: NetworkError) -> None:
-        """The link has ended: whoever waits, or comes to, is told."""
+        """The link has ended: whoever waits, or comes to, is told; so is who waits for stages behind this one, which
+        get nothing from here any more."""
+        name = self._device.name
+        lost = DeviceLostError(f"{name}: {error.message}", device=name)
+        for stage in (self, *self._behind):
+            stage.expect_no_more(lost)
+
+    def expect_no_more(self, lost: DeviceLostError) -> None:
+        """Of steps that have not come by now."""
         with self._changed:
-            self._lost = error
+            self._lost = self._lost or lost
             self._changed.notify_all()
 
     def _next(self, step: int) -> StepOutput | torch.Tensor | None:
@@ -164,8 +177,7 @@ class RemoteStage:
             self._changed.wait_for(lambda: step in self._came or self._lost is not None)
             if step not in self._came:
                 assert self._lost is not None
-                name = self._device.name
-                raise DeviceLostError(f"{name}: {self._lost.message}", device=name) from self._lost
+                raise DeviceLostError(self._lost.message, device=self._lost.device) from self._lost
             what = self._came.pop(step)
         if isinstance(what, Failure):
             raise error_of(what)

@@ -47,6 +47,8 @@ logger = get_logger(__name__)
 
 REPORT_S = 1.0
 """Between two reports on how this node is."""
+UNHEARD_S = 3.0
+"""After which a master that has begun no new epoch has not noticed that a link between two workers is gone."""
 
 
 class Home(Protocol):
@@ -80,6 +82,8 @@ class Session:
         self._epoch = 0
         self._out: dict[str, tuple[Link, NodeEnd]] = {}
         self._in: list[Link] = []
+        self._timers: list[threading.Timer] = []
+        self._closed = False
         self._calls = CallEnd(Call, self._serve, self._lost, "master")
         self._host = worker.host(self._link_to, self._ask)
         control = worker.connect(host, port, "control")
@@ -106,7 +110,7 @@ class Session:
     def take(self, sock: socket.socket, node: str) -> None:
         """Another worker has connected. Does not wait."""
         end = NodeEnd(self._host.hosted, _note_lost)
-        link = Link(sock, self._number, 0, end, name=f"node {node[:8]}")
+        link = Link(sock, self._number, 0, end, name=f"node {node[:8]}", heartbeat_s=HEARTBEAT_S)
         link.epoch = self._epoch
         end.echo.attach(link)
         with self._lock:
@@ -129,6 +133,10 @@ class Session:
         """Once it has ended: free the stages, close the links."""
         with self._lock:
             links = [*self._in, *(link for link, _ in self._out.values())]
+            self._closed, timers = True, self._timers
+        for timer in timers:
+            timer.cancel()
+            timer.join()
         for link in (self._control, self._data, *links):
             link.close(self.reason)
         self._reporting.join()
@@ -150,6 +158,23 @@ class Session:
     def _data_lost(self, error: NetworkError) -> None:
         """Both links or none."""
         self._control.abort(error.message)
+
+    def _out_lost(self, error: NetworkError) -> None:
+        """A link to another worker has ended. Either that one is gone, and the master deals with it; or the way there
+        is, and steps that were on it will not arrive: then this node goes, so that the master hears of it."""
+        logger.info("a link to another node has ended", reason=error.message)
+        timer = threading.Timer(UNHEARD_S, self._give_up, (error, self._epoch))
+        timer.name, timer.daemon = "vrm-unheard", True
+        with self._lock:
+            if self._closed:
+                return
+            self._timers = [*(each for each in self._timers if each.is_alive()), timer]
+            timer.start()
+
+    def _give_up(self, error: NetworkError, epoch: int) -> None:
+        if not self.ended.is_set() and self._epoch == epoch and self._host.sends_over_lost_links():
+            logger.error("what is computed here does not get on", reason=error.message)
+            self._control.abort(f"it cannot reach another node: {error.message}", goodbye=True)
 
     def _link_to(self, node: str | None) -> Link:
         if node is None:
@@ -199,7 +224,7 @@ class Session:
         with self._lock:
             link, end = self._out.get(asked.node, (None, None))
         if link is None or end is None or link.error is not None:
-            end = NodeEnd(self._host.hosted, _note_lost)
+            end = NodeEnd(self._host.hosted, self._out_lost)
             try:
                 sock = self._worker.connect(asked.host, asked.port, "data")
             except OSError as error:
@@ -209,6 +234,7 @@ class Session:
             link.epoch = self._epoch
             end.echo.attach(link)
             link.start()
+            self._worker.watch(link)  # whose other end is silent only if it is gone: nothing is computed to read it
             with self._lock:
                 self._out[asked.node] = (link, end)
         speed = end.echo.measure()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
@@ -9,8 +11,10 @@ from unittest.mock import Mock
 import pytest
 from cluster.machines import WorkerProcess, WorkerThread, joined
 from plain_settings import CACHE_DIR, make_settings
-from steering import until
+from steering import LONGEST_WAIT_S, until
 
+from core.cluster import session
+from core.cluster.hosted_stage import HostedStage
 from core.cluster.master import Master
 from core.errors import DeviceError, DeviceLostError, UnavailableError
 from core.inference_pipeline import InferencePipeline
@@ -137,6 +141,51 @@ def test_a_worker_that_is_killed_changes_no_token(
         assert not master.nodes
     finally:
         worker.close()
+
+
+@pytest.mark.parametrize("cohorts", [1, 2])
+def test_a_step_that_was_lost_on_its_way_is_not_waited_for(
+    add_worker: Callable[..., WorkerThread], serve: Callable[..., InferencePipeline], alone: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch, cohorts: int,
+) -> None:  # fmt: skip
+    """The node that had it is gone, and the one behind it has never heard of it."""
+    workers = {f"{name}/cpu": add_worker(name) for name in ("desk", "attic")}
+    pipeline = serve(devices__devices="cpu=64MiB,desk/cpu,attic/cpu", devices__layers="1,2,1", engine__cohorts=cohorts)
+    middle = homes(pipeline)[1]
+    swallowed = threading.Event()
+    arrive = HostedStage.arrive
+
+    def swallow(self: HostedStage, step: int, what: object) -> None:
+        if self._called == middle and swallowed.is_set() is False and step > 8:
+            swallowed.set()
+        if not (swallowed.is_set() and self._called == middle):
+            arrive(self, step, what)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(HostedStage, "arrive", swallow)
+    handles = [pipeline.submit(PROMPT, params) for params in (GREEDY, SEEDED)]
+    assert swallowed.wait(LONGEST_WAIT_S)
+    workers[middle].close()
+    assert [list(handle.result().completions[0].token_ids) for handle in handles] == alone
+    assert middle not in homes(pipeline)
+
+
+def test_a_way_between_workers_that_is_gone_is_noticed(
+    add_worker: Callable[..., WorkerThread], serve: Callable[..., InferencePipeline], alone: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Both ends are well, and the master reaches both."""
+    monkeypatch.setattr(session, "UNHEARD_S", 0.2)
+    workers = {f"{name}/cpu": add_worker(name) for name in ("desk", "attic")}
+    pipeline = serve(devices__devices="desk/cpu,attic/cpu")
+    first, second = homes(pipeline)
+    begun = workers[first].worker._session
+    assert begun is not None
+    ((link, _),) = begun._out.values()
+    handles = [pipeline.submit(PROMPT, params) for params in (GREEDY, SEEDED)]
+    until(lambda: pipeline.engine.batcher.stats.total_tokens > 4, "they run")
+    link._socket.shutdown(socket.SHUT_RDWR)
+    assert [list(handle.result().completions[0].token_ids) for handle in handles] == alone
+    until(lambda: begun.ended.is_set() or homes(pipeline) != [first, second], "the node has gone, or the model")
 
 
 def test_where_nothing_can_hold_the_model_requests_wait_for_the_node(
