@@ -17,7 +17,7 @@ from core.cluster.remote_stage import RecordEncoder
 from core.config import ClusterSettings
 from core.devices import Device
 from core.devices.readings import DeviceReading
-from core.errors import ClusterRefusedError, NetworkError, VRAMancerError
+from core.errors import ClusterRefusedError, DeviceLostError, NetworkError, VRAMancerError
 from core.logs import get_logger
 from core.network.handshake import Hello
 from core.network.listener import Listener
@@ -79,7 +79,7 @@ class Master:
         self._stage_numbers = itertools.cycle(range(1, 0x10000))
         self._epoch = 0
         self._threads: list[threading.Thread] = []
-        self._listener = Listener(host, settings.port, key, self.node, self._welcomed, self._admit)
+        self._listener = Listener(host, settings.port, key, self.node, self._welcomed, self._admit, self._refused)
         self._watch = Watch(settings.silence_s)
         self._advertiser: Advertiser | None = None
         self._closing = threading.Event()
@@ -191,11 +191,14 @@ class Master:
         with self._lock:
             return next(self._stage_numbers)
 
-    def begin_epoch(self) -> None:
-        """What is still on its way between nodes belongs to steps that have failed."""
+    def begin_epoch(self, lost: DeviceLostError) -> None:
+        """What is still on its way between nodes belongs to steps that have failed because of what is `lost`: nodes
+        drop it, and nobody waits for it any more."""
         with self._lock:
             self._epoch += 1
             epoch, nodes = self._epoch, list(self._nodes.values())
+        for stage in [stage for node in nodes for stage in list(node.remotes.values())]:
+            stage.expect_no_more(lost)
         for node in nodes:
             self._tell_epoch(node, epoch)
 
@@ -237,6 +240,12 @@ class Master:
             self._threads.append(thread)
         thread.start()
 
+    def _refused(self, address: str, reason: str) -> None:
+        """In the listener's loop: before it has said its name."""
+        with self._lock:
+            others = [each for each in self._left_out if each.name != address]
+            self._left_out = [*others, LeftOut(address, address, reason)][-_MAX_LEFT_OUT:]
+
     def _drop_pending(self, name: str) -> None:
         for sock in self._pending.pop(name).sockets.values():
             sock.close()
@@ -266,7 +275,7 @@ class Master:
                 if before is not None:
                     self._past.add(before.traffic())
                 self._nodes[name] = node
-                self._left_out = [each for each in self._left_out if each.name != node.info.name]
+                self._left_out = [each for each in self._left_out if each.name not in (node.info.name, address)]
             now = self._epoch
         if not taken:
             node.close()

@@ -155,7 +155,8 @@ class Recovery:
     def _move(self, engine: ModelEngine, device: str, lost: frozenset[str]) -> None:
         settings = _anywhere(engine)
         if self._cluster is not None:
-            self._cluster.begin_epoch()
+            gone = device or ", ".join(sorted(lost))
+            self._cluster.begin_epoch(DeviceLostError(f"{gone} is lost", device=gone))
         failure: Exception | None = None
         for devices in self._choices(engine, lost):
             try:

@@ -28,6 +28,8 @@ logger = structlog.get_logger(__name__)
 
 Admit = Callable[[Hello, str], Awaitable[None]]
 """May refuse a caller that has proved itself, by `ClusterRefusedError`; the second is its address."""
+Refused = Callable[[str, str], None]
+"""Hears of a caller that was refused: its address, and why. Called in the loop: it must not wait."""
 Welcomed = Callable[[socket.socket, Hello, str], None]
 """Takes a connection whose handshake is over. Called in the loop: it must not wait."""
 
@@ -36,11 +38,12 @@ class Listener:
     """Listens from `start` to `close`. `port` 0 takes any that is free; `port` says which."""
 
     def __init__(
-        self, host: str, port: int, key: bytes, node: str, welcomed: Welcomed, admit: Admit | None = None
-    ) -> None:
+        self, host: str, port: int, key: bytes, node: str, welcomed: Welcomed, admit: Admit | None = None,
+        refused: Refused = lambda address, reason: None,
+    ) -> None:  # fmt: skip
         """Raises `OSError` if the address cannot be had."""
         self._key, self._node = key, node
-        self._welcomed, self._admit = welcomed, admit
+        self._welcomed, self._admit, self._refused = welcomed, admit, refused
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.create_server((host, port), family=family, backlog=_BACKLOG)
         self._socket.setblocking(False)
@@ -113,6 +116,7 @@ class Listener:
             hello = await answer(sock, self._key, self._node, admit)
         except ClusterRefusedError as error:
             logger.warning("a node was refused", address=address, reason=error.message)
+            self._refused(address, error.message)
             return False
         except NetworkError as error:
             logger.debug("a connection to the cluster's port came to nothing", address=address, reason=error.message)

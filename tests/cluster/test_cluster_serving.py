@@ -169,6 +169,34 @@ def test_a_step_that_was_lost_on_its_way_is_not_waited_for(
     assert middle not in homes(pipeline)
 
 
+def test_what_a_new_epoch_makes_stale_is_not_waited_for(
+    master: Master, add_worker: Callable[..., WorkerThread], serve: Callable[..., InferencePipeline],
+    alone: list[list[int]], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A device fails while steps are on their way behind it: their results are of the old epoch when they come."""
+    for name in ("desk", "attic"):
+        add_worker(name)
+    pipeline = serve(devices__devices="cpu=64MiB,desk/cpu,attic/cpu", devices__layers="1,2,1", engine__cohorts=2)
+    _, middle, last = homes(pipeline)
+    held, go_on = threading.Event(), threading.Event()
+    arrive = HostedStage.arrive
+
+    def hold(self: HostedStage, step: int, what: object) -> None:
+        if self._called == last and step > 8 and not go_on.is_set():
+            held.set()
+            assert go_on.wait(LONGEST_WAIT_S)
+        arrive(self, step, what)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(HostedStage, "arrive", hold)
+    handles = [pipeline.submit(PROMPT, params) for params in (GREEDY, SEEDED)]
+    assert held.wait(LONGEST_WAIT_S)
+    pipeline._keeper.recovery.device_lost(DeviceLostError("no answer", device=middle))
+    until(lambda: master._epoch == 1 and all(node.data.epoch == 1 for node in master.nodes), "all know")
+    go_on.set()
+    assert [list(handle.result().completions[0].token_ids) for handle in handles] == alone
+    assert homes(pipeline) != ["cpu", middle, last]
+
+
 def test_a_way_between_workers_that_is_gone_is_noticed(
     add_worker: Callable[..., WorkerThread], serve: Callable[..., InferencePipeline], alone: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,

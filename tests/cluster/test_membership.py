@@ -26,7 +26,7 @@ from steering import until
 from core.cluster.master import Master
 from core.cluster.messages import Load, ModelRef, Release
 from core.cluster.node import Node
-from core.errors import ClusterRefusedError, NotFoundError
+from core.errors import ClusterRefusedError, DeviceLostError, NotFoundError
 from core.network.greeting import greet
 from core.network.handshake import derive_key
 
@@ -89,6 +89,12 @@ def test_another_token_is_refused(master: Master) -> None:
     assert isinstance(made.error, ClusterRefusedError) and "another cluster token" in made.error.message
     made.close()
     assert not master.nodes
+    (left,) = master.left_out
+    assert (left.name, left.address) == (HOST, HOST) and "another cluster token" in left.reason
+    right = WorkerThread(open_worker(master, worker_settings(CACHE_DIR, DEVICES), "desk"))
+    joined(master, 1)
+    assert not master.left_out, "it has the right one now"
+    right.close()
 
 
 def test_half_a_worker_is_let_go(master: Master, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +170,7 @@ def test_calls_that_make_no_sense_are_refused(master: Master, worker: WorkerThre
 
 def test_a_new_epoch_is_told_to_all(master: Master, worker: WorkerThread) -> None:
     (node,) = master.nodes
-    master.begin_epoch()
+    master.begin_epoch(DeviceLostError("lost", device="desk/cpu"))
     assert node.data.epoch == 1
     assert node.call(Release(())) is not None
     again = WorkerThread(open_worker(master, worker_settings(CACHE_DIR, DEVICES), "attic"))
