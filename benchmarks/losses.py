@@ -137,7 +137,7 @@ class WorkerProcess:
 class Bed:
     """Master, pipeline, and two workers, of which `desk` is the one that gets lost."""
 
-    def __init__(self, model: Path, cache: Path, silence_s: float = SILENCE_S) -> None:
+    def __init__(self, model: Path, cache: Path, dtype: str, silence_s: float = SILENCE_S) -> None:
         self._cache, self._silence_s = cache, silence_s
         settled = ClusterSettings(port=0, silence_s=silence_s)
         self.master = Master(settled, derive_key(TOKEN), version=VERSION, host=HOST, name="master")
@@ -147,7 +147,7 @@ class Bed:
         self.desk = WorkerProcess("desk", self.relay.address, cache, silence_s)
         settings = Settings.model_validate(
             {
-                "model": {"name": str(model)},
+                "model": {"name": str(model), "dtype": dtype},
                 "devices": {"devices": PLACED, "placement": "balanced", "cpu_threads": 1, "profile_seconds": 0.1},
                 "engine": {"kv_cache_tokens": 16384},
                 "runtime": {"cache_dir": str(cache)},
@@ -272,7 +272,7 @@ def one_loss(bed: Bed, kind: str, expected: list[list[int]], tokens: int, dice: 
 def cost(options: argparse.Namespace, console: Console) -> None:
     """Of noticing: each moment with signs of life is compared with those before and after it without."""
     quiet = keep_quiet()
-    bed = Bed(resolve_model(options.model, default_workdir()), options.cache_dir, silence_s=LONGEST_SILENCE_S)
+    bed = Bed(resolve_model(options.model, default_workdir()), options.cache_dir, options.dtype, LONGEST_SILENCE_S)
     rates: list[float] = []
     try:
         streams = Streams(bed.pipeline, options.streams, COST_TOKENS)
@@ -328,7 +328,7 @@ def table_of(losses: list[Loss], streams: int) -> Table:
 
 
 def measure(options: argparse.Namespace, console: Console) -> None:
-    bed = Bed(resolve_model(options.model, default_workdir()), options.cache_dir)
+    bed = Bed(resolve_model(options.model, default_workdir()), options.cache_dir, options.dtype)
     losses: list[Loss] = []
     try:
         undisturbed = Streams(bed.pipeline, options.streams, options.tokens)
@@ -351,6 +351,10 @@ def main() -> int:
     parser.add_argument("--losses", type=int, default=100, help="in all (default: %(default)s)")
     parser.add_argument("--cost-pairs", type=int, default=20, help="moments with signs of life (default: %(default)s)")
     parser.add_argument("--moment-s", type=float, default=2.5, help="seconds of each (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", default="float32",
+        help="of the model; in bfloat16 a token may depend on what else is in the batch (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--streams", type=int, default=16, help="at a time (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=300, help="of each stream (default: %(default)s)")
     parser.add_argument("--model", default="small", help="size of the random model (default: %(default)s)")
