@@ -151,6 +151,7 @@ class EngineKeeper:
         writes down what it has; then those that outlast it are the new one's."""
         old = self.leaving = self.engine
         self.engine = engine
+        self.recovery.forget()
         self._metrics.set_model(engine.model.name if engine is not None else None)
         try:
             if old is not None:

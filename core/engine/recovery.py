@@ -40,16 +40,11 @@ class Recovery:
         self._keeper = keeper
         self._relocate = relocate
         self._cluster = cluster
-        self._missing: str | None = None
-        self._stranded: ModelEngine | None = None
+        self.missing: str | None = None
         self._lost: frozenset[str] = frozenset()
         self._timer: threading.Timer | None = None
         if cluster is not None:
             cluster.on_change.append(self._nodes_changed)
-
-    @property
-    def missing(self) -> str | None:
-        return self._missing if self._stranded is self._keeper.engine else None
 
     def close(self) -> None:
         """The server shuts down."""
@@ -168,7 +163,7 @@ class Recovery:
             except Exception as error:  # noqa: BLE001  whatever it was, requests must not wait for ever
                 failure = error
                 continue
-            self._found()
+            self.forget()
             return
         if self._keeper.engine is engine and not self._keeper.closing:
             self._wait(engine, lost, failure)
@@ -183,8 +178,8 @@ class Recovery:
         waits = self.missing is not None
         reason = "does not fit" if no_room else "cannot run"
         then = "it goes on when that is back" if self._cluster is not None else "load it again"
-        self._lost, self._stranded = lost, engine
-        self._missing = f"{engine.model.name} {reason} without {', '.join(sorted(lost))}; {then}."
+        self._lost = lost
+        self.missing = f"{engine.model.name} {reason} without {', '.join(sorted(lost))}; {then}."
         if self._cluster is None:
             self._give_up(engine)
         elif not waits:
@@ -192,8 +187,9 @@ class Recovery:
             self._timer.name, self._timer.daemon = "vrm-recovery", True
             self._timer.start()
 
-    def _found(self) -> None:
-        self._missing, self._stranded, self._lost = None, None, frozenset()
+    def forget(self) -> None:
+        """Another engine is served, or none: nothing is missing."""
+        self.missing, self._lost = None, frozenset()
         if self._timer is not None:
             self._timer.cancel()
 

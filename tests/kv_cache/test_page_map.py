@@ -198,7 +198,7 @@ class World:
             for seq_id, live in self.live.items():
                 blocks = self.kv.table(seq_id).blocks
                 for position in range(live.computed):
-                    ref = self.kv.pages._ref(index, blocks[position // BLOCK])
+                    ref = self.kv.pages.ref(index, blocks[position // BLOCK])
                     assert memory.page(ref)[position % BLOCK] == tuple(live.tokens[: position + 1])
 
 

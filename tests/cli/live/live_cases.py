@@ -6,7 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from prompt_toolkit.application import create_app_session
@@ -119,7 +119,8 @@ def dashboard_on(
         yield shown
     finally:
         if thread.is_alive():
-            shown.type("q" if shown.screen._controls.asking is None else "nq")
+            with suppress(OSError):  # it is ending by itself
+                shown.type("q" if shown.screen._controls.asking is None else "nq")
         thread.join(LONGEST_WAIT_S)
         assert not thread.is_alive()
 
