@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster.machines import WorkerThread, joined, open_worker, worker_settings
+from cluster.machines import WorkerThread
 from plain_settings import CACHE_DIR, make_settings
 from steering import until
 
@@ -20,21 +20,6 @@ PROMPT = [5, 17, 3, 90, 42, 8, 8, 61, 7]
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 LONG = SamplingParams(max_tokens=400, temperature=0.7, seed=3, ignore_eos=True)
 SLOW, QUICK = "sim=64MiB@0.02GB/s/0.1TFLOPS", "sim=64MiB@2GB/s/5TFLOPS"
-
-
-@pytest.fixture
-def add_worker(master: Master) -> Iterator[Callable[..., WorkerThread]]:
-    workers: list[WorkerThread] = []
-
-    def add(name: str, devices: str) -> WorkerThread:
-        before = len(master.nodes)
-        workers.append(WorkerThread(open_worker(master, worker_settings(CACHE_DIR, devices), name)))
-        joined(master, before + 1)
-        return workers[-1]
-
-    yield add
-    for worker in workers:
-        worker.close()
 
 
 @pytest.fixture
