@@ -1,10 +1,11 @@
 """VTP beside a bare TCP connection: large payloads one way, small ones there and back, to another process.
 
-    python -m benchmarks.vtp [--rounds 30]
+    python -m benchmarks.vtp [--rounds 30] [--megabits 1000]
 
-Both run over loopback, in turn, so that the machine's moods meet both. A large payload is over when the other process
-has all of it and has said so; it lands in memory that was there before, on both. What TCP does not do and VTP does:
-a header, checksums, credit, and a thread that reads.
+All run in turn, so that the machine's moods meet all. A large payload is over when the other process has all of it and
+has said so; it lands in memory that was there before. What TCP does not do and VTP does: a header, checksums, credit,
+and a thread that reads. Over loopback VTP runs twice, through the kernel and through memory that both processes see.
+With `--megabits` the other process is in a network namespace of its own behind a link of that rate (root).
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine_info, usable_cores
+from benchmarks.namespaces import Network, lacking
 from benchmarks.report import print_machine
 from core.errors import NetworkError
 from core.network.frames import KIB, MIB, Header, Opcode
 from core.network.link import Link
 
-HOST = "127.0.0.1"
+HOST, OTHER_HOST = "127.0.0.1", "127.0.0.2"
+"""Ends with different addresses do not look for shared memory."""
 LARGE, SMALL = (4 * MIB, 16 * MIB, 64 * MIB), (1 * KIB, 16 * KIB, 256 * KIB)
-_TIMES = {"large": 4, "small": 100}
+_TIMES = {"large": 12, "small": 100}
 _RESAMPLES = 2000
 _ACK = b"!"
 
@@ -133,12 +136,13 @@ def answer_bare(sock: socket.socket) -> None:
         sock.close()
 
 
-def other_process(port: int) -> None:
-    """Connects twice: the first connection becomes a link."""
-    first, second = (socket.create_connection((HOST, port)) for _ in range(2))
-    far = Far(first)
-    answer_bare(second)
-    far.ended.wait()
+def other_process(host: str, port: int, own_hosts: Sequence[str]) -> None:
+    """A connection from each of its addresses becomes a link, and one more stays bare."""
+    sources = [(own, 0) for own in own_hosts]
+    links = [Far(socket.create_connection((host, port), source_address=source)) for source in sources]
+    answer_bare(socket.create_connection((host, port), source_address=sources[0]))
+    for link in links:
+        link.ended.wait()
 
 
 def seconds(send: Callable[[memoryview], None], data: memoryview, times: int) -> float:
@@ -158,26 +162,29 @@ def interval(ratios: Sequence[float]) -> tuple[float, float]:
     return medians[int(0.025 * _RESAMPLES)], medians[int(0.975 * _RESAMPLES)]
 
 
-def measure(near: Near, bare: Bare, rounds: int) -> Table:
-    """Both in turn, the one that begins alternating."""
-    table = Table(title="VTP and bare TCP over loopback, to another process")
-    for name in ("payload", "", "VTP", "TCP", "ratio", "95 %"):
-        table.add_column(name, justify="left" if not name else "right")
+def measure(near: dict[str, Near], bare: Bare, title: str, rounds: int) -> Table:
+    """All in turn, the one that begins alternating."""
+    table = Table(title=title)
+    for name in ("payload", "", "way", "VTP", "TCP", "ratio", "95 %"):
+        table.add_column(name, justify="right" if name not in ("", "way") else "left")
     for kind, sizes in (("large", LARGE), ("small", SMALL)):
         for nbytes in sizes:
-            data, pairs = memoryview(bytearray(nbytes)), []
+            data, rows = memoryview(bytearray(nbytes)), []
+            ways = (
+                list(near) if kind == "large" else list(near)[:1]
+            )  # what is small goes through the kernel in any case
             for number in range(rounds):
-                ends = [("vtp", near), ("tcp", bare)]
+                ends: list[tuple[str, Near | Bare]] = [*((way, near[way]) for way in ways), ("bare", bare)]
                 if number % 2:
                     ends.reverse()
-                took = {name: seconds(getattr(end, kind), data, _TIMES[kind]) for name, end in ends}
-                pairs.append((took["vtp"], took["tcp"]))
-            table.add_row(*row(kind, nbytes, pairs))
+                rows.append({name: seconds(getattr(end, kind), data, _TIMES[kind]) for name, end in ends})
+            for way in ways:
+                table.add_row(*row(kind, nbytes, way, [(each[way], each["bare"]) for each in rows]))
     return table
 
 
-def row(kind: str, nbytes: int, pairs: Sequence[tuple[float, float]]) -> list[str]:
-    """Large ones as rates, VTP's share of TCP's; small ones as times, VTP's as multiples."""
+def row(kind: str, nbytes: int, way: str, pairs: Sequence[tuple[float, float]]) -> list[str]:
+    """Large ones as rates, in multiples of TCP's; small ones as times, in multiples of TCP's."""
     vtp, tcp = (statistics.median(each) for each in zip(*pairs, strict=True))
     size = f"{nbytes // MIB} MiB" if nbytes >= MIB else f"{nbytes // KIB} KiB"
     if kind == "large":
@@ -187,30 +194,51 @@ def row(kind: str, nbytes: int, pairs: Sequence[tuple[float, float]]) -> list[st
         ratios, what = [ours / theirs for ours, theirs in pairs], "there and back"
         shown = [f"{each * 1e6:.0f} us" for each in (vtp, tcp)]
     low, high = interval(ratios)
-    return [size, what, *shown, f"{statistics.median(ratios):.2f}", f"{low:.2f}-{high:.2f}"]
+    return [size, what, way, *shown, f"{statistics.median(ratios):.2f}", f"{low:.2f}-{high:.2f}"]
+
+
+def run(host: str, own_hosts: dict[str, str], before: Sequence[str], title: str, rounds: int) -> Table:
+    """`own_hosts`: the other process's addresses, by what the way from there is called. `before` starts it."""
+    with socket.create_server((host, 0)) as server:
+        port = server.getsockname()[1]
+        command = [*before, sys.executable, "-m", "benchmarks.vtp", "--other", host, str(port), *own_hosts.values()]
+        with subprocess.Popen(command, cwd=Path(__file__).parents[1]) as other:
+            near = {way: Near(server.accept()[0]) for way in own_hosts}
+            bare = Bare(server.accept()[0])
+            try:
+                return measure(near, bare, title, rounds)
+            finally:
+                bare.sock.close()
+                for link in near.values():
+                    link.link.close("measured")
+                other.wait()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.vtp", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30, help="of each size (default: %(default)s)")
-    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)  # of the process that started this one
+    parser.add_argument("--megabits", type=float, help="over a link of so many Mbit/s instead of loopback")
+    parser.add_argument("--other", nargs="+", help=argparse.SUPPRESS)  # the process that is started
     options = parser.parse_args()
-    if options.port is not None:
-        other_process(options.port)
+    if options.other:
+        host, port, *own_hosts = options.other
+        other_process(host, int(port), own_hosts)
         return 0
     console = Console()
     print_machine(console, machine_info(), usable_cores())
-    with socket.create_server((HOST, 0)) as server:
-        port = server.getsockname()[1]
-        command = [sys.executable, "-m", "benchmarks.vtp", "--port", str(port)]
-        with subprocess.Popen(command, cwd=Path(__file__).parents[1]) as other:
-            near, bare = Near(server.accept()[0]), Bare(server.accept()[0])
-            try:
-                console.print(measure(near, bare, options.rounds))
-            finally:
-                bare.sock.close()
-                near.link.close("measured")
-                other.wait()
+    if options.megabits is None:
+        title = "VTP and bare TCP over loopback, to another process"
+        ways = {"kernel": OTHER_HOST, "memory": HOST}
+        console.print(run(HOST, ways, (), title, options.rounds))
+    elif (reason := lacking()) is not None:
+        parser.error(f"no network namespaces: {reason}")
+    else:
+        with Network() as network:
+            machine = network.add()
+            machine.shape(options.megabits)
+            title = f"VTP and bare TCP over {options.megabits:g} Mbit/s"
+            ways = {"kernel": machine.address}
+            console.print(run(network.address, ways, machine.command(), title, options.rounds))
     return 0
 
 

@@ -44,6 +44,7 @@ MAX_DIMENSIONS = 4
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 _FIELDS = struct.Struct("<4sBBHIHHQHBB4IIQI")
+_WHOLE = struct.Struct(_FIELDS.format + "I")
 _CHECKSUM = struct.Struct("<I")
 
 
@@ -58,6 +59,8 @@ class Opcode(enum.IntEnum):
     HEARTBEAT = 8
     CREDIT = 9
     BYE = 10
+    SHARE = 11
+    SHARED = 12
     CALL = 16
     ANSWER = 17
     STEP = 20
@@ -77,6 +80,7 @@ class Opcode(enum.IntEnum):
     REPORT = 44
 
 
+_OPCODES = {int(opcode): opcode for opcode in Opcode}
 KIB, MIB = 1 << 10, 1 << 20
 MAX_PAYLOAD_BYTES: dict[Opcode, int] = {
     Opcode.HELLO: KIB,
@@ -87,6 +91,8 @@ MAX_PAYLOAD_BYTES: dict[Opcode, int] = {
     Opcode.HEARTBEAT: 4 * KIB,
     Opcode.CREDIT: 0,
     Opcode.BYE: KIB,
+    Opcode.SHARE: 64,
+    Opcode.SHARED: 0,
     Opcode.CALL: 16 * MIB,
     Opcode.ANSWER: 16 * MIB,
     Opcode.STEP: 64 * MIB,
@@ -117,13 +123,16 @@ class Flag(enum.IntFlag):
     """The payload's checksum follows it, in four bytes: a large one is summed while it travels."""
     LAST = 4
     """The last frame of several that belong together."""
+    SHARED = 8
+    """The payload is in memory that both ends see: `core/network/shared_memory.py`."""
 
 
-_FLAGS = int(Flag.CHECKED | Flag.TRAILED | Flag.LAST)
-_BOTH = int(Flag.CHECKED | Flag.TRAILED)
+_FLAGS = int(Flag.CHECKED | Flag.TRAILED | Flag.LAST | Flag.SHARED)
+_WAYS = frozenset((0, int(Flag.CHECKED), int(Flag.TRAILED), int(Flag.SHARED)))
+_WAY = int(Flag.CHECKED | Flag.TRAILED | Flag.SHARED)
 TRAILER_BYTES = 4
-PIECE_BYTES = 256 << 10
-"""Of a payload that is summed while it travels: small enough to be still in the processor's cache when it is sent."""
+SUMMED_AHEAD_BYTES = 256 << 10
+"""Up to which a payload's checksum is in its header. A larger one is summed while it travels."""
 
 DTYPES: dict[str, tuple[int, int]] = {
     "bytes": (0, 1),
@@ -197,20 +206,18 @@ def read_header(data: Buffer) -> Header:
     """The header in 64 bytes. Raises `ProtocolError` with what is wrong, before anything else is believed."""
     if len(data) != HEADER_BYTES:
         raise ProtocolError(f"a header has {len(data)} bytes instead of {HEADER_BYTES}")
-    fields = bytes(data[:60])
-    if fields[:3] != MAGIC[:3]:
-        raise ProtocolError("this is not VTP")
-    if fields[3] != VERSION:
-        raise ProtocolError(f"VTP of version {fields[3]}; this program speaks version {VERSION}")
-    if _CHECKSUM.unpack(data[60:])[0] != checksum((fields,)):
+    (magic, code, flags, reserved, epoch, source, destination, step, layer, dtype_code, dimensions, *shape, sequence,
+     nbytes, payload_checksum, own_checksum) = _WHOLE.unpack(data)  # fmt: skip
+    if magic != MAGIC:
+        if magic[:3] != MAGIC[:3]:
+            raise ProtocolError("this is not VTP")
+        raise ProtocolError(f"VTP of version {magic[3]}; this program speaks version {VERSION}")
+    if own_checksum != checksum((data[: _FIELDS.size],)):
         raise ProtocolError("a header's checksum is wrong")
-    (_, code, flags, reserved, epoch, source, destination, step, layer, dtype_code, dimensions, *shape, sequence,
-     nbytes, payload_checksum) = _FIELDS.unpack(fields)  # fmt: skip
-    try:
-        opcode = Opcode(code)
-    except ValueError:
-        raise ProtocolError(f"no opcode is {code}") from None
-    if flags & ~_FLAGS or reserved or flags & _BOTH == _BOTH:
+    opcode = _OPCODES.get(code)
+    if opcode is None:
+        raise ProtocolError(f"no opcode is {code}")
+    if flags & ~_FLAGS or reserved or flags & _WAY not in _WAYS:
         raise ProtocolError(f"{opcode.name}: bits are set that mean nothing (flags {flags:#x}, reserved {reserved})")
     dtype = _DTYPE_OF.get(dtype_code)
     if dtype is None or dimensions > MAX_DIMENSIONS or any(shape[dimensions:]):

@@ -25,7 +25,7 @@ import structlog
 from core.errors import LinkLostError, NetworkError, ProtocolError
 from core.network.frames import (
     HEADER_BYTES,
-    PIECE_BYTES,
+    SUMMED_AHEAD_BYTES,
     TRAILER_BYTES,
     Buffer,
     Flag,
@@ -36,6 +36,7 @@ from core.network.frames import (
     read_header,
     write_header,
 )
+from core.network.shared_memory import SharedMemory
 from core.network.sockets import receive_all, receive_payload, send_all, send_summed
 from core.network.traffic import LinkStats
 
@@ -46,8 +47,9 @@ WINDOW_BYTES = 64 << 20
 _LEAST_COST = 1 << 10
 _TELL_CREDIT_AT = WINDOW_BYTES // 8
 _GOODBYE_S = 1.0
-_OWN_BUSINESS = frozenset({Opcode.HEARTBEAT, Opcode.CREDIT, Opcode.BYE})
+_OWN_BUSINESS = frozenset({Opcode.HEARTBEAT, Opcode.CREDIT, Opcode.BYE, Opcode.SHARE, Opcode.SHARED})
 _SIGNS = frozenset({Opcode.HEARTBEAT, Opcode.REPORT})
+_CHECKED, _TRAILED, _IN_MEMORY = int(Flag.CHECKED), int(Flag.TRAILED), int(Flag.SHARED)  # an enum's `&` takes a while
 _ASKS, _ANSWERS = 0, 1
 """A heartbeat's `layer`. One that asks has the sender's clock as its step; one that answers has the same step."""
 _FREE = _OWN_BUSINESS | {Opcode.ANSWER, Opcode.RESULTS, Opcode.FAILED, Opcode.PARTIAL, Opcode.ECHOED}
@@ -55,8 +57,9 @@ _FREE = _OWN_BUSINESS | {Opcode.ANSWER, Opcode.RESULTS, Opcode.FAILED, Opcode.PA
 
 
 def cost(nbytes: int) -> int:
-    """What a payload takes of the window: its bytes, at least 1 KiB; one larger than the window takes all of it."""
-    return min(max(nbytes, _LEAST_COST), WINDOW_BYTES)
+    """What a payload takes of the window: its bytes, at least 1 KiB, and at most what comes back in any case while the
+    other end keeps to itself what is not worth telling yet."""
+    return min(max(nbytes, _LEAST_COST), WINDOW_BYTES - _TELL_CREDIT_AT)
 
 
 class LinkHandler(Protocol):
@@ -93,6 +96,7 @@ class Link:
         self.epoch = 0
         self.stats = LinkStats()
         self._socket = sock
+        self._memory = SharedMemory(sock)
         self._own, self._peer = own, peer
         self._handler = handler
         self._sending = threading.Lock()
@@ -101,7 +105,8 @@ class Link:
         self._released = 0
         self._heartbeat_s = heartbeat_s
         self._observe = observe
-        self._asked_ns = self._to_answer_ns = 0
+        self._asked_ns = 0
+        self._answers: dict[Opcode, tuple[int, int]] = {}
         self.heard_s = time.monotonic()
         self.round_trip_s: float | None = None
         self._changed = threading.Condition()
@@ -138,24 +143,43 @@ class Link:
         began_s = time.perf_counter()
         if opcode not in _FREE:
             self._take_credit(cost(nbytes))
-        large = nbytes > PIECE_BYTES
-        flags, summed = (flags | Flag.TRAILED, 0) if large else (flags | Flag.CHECKED, checksum(parts))
+        large = nbytes > SUMMED_AHEAD_BYTES
+        flags, summed = (int(flags), 0) if large else (flags | _CHECKED, checksum(parts))
         try:
             with self._sending:
-                header = Header(
-                    opcode, flags, self.epoch, self._own, self._peer, step, layer, dtype, shape, self._sequence,
-                    nbytes, summed,
-                )  # fmt: skip
-                self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+                if large and (offer := self._memory.offer(nbytes)) is not None:
+                    self._write_own(Opcode.SHARE, offer)
                 if large:
-                    send_summed(self._socket, write_header(header), parts)
-                else:
-                    send_all(self._socket, [write_header(header), *parts])
+                    flags |= _IN_MEMORY if self._memory.takes(nbytes) else _TRAILED
+                self._write(opcode, flags, step, layer, dtype, shape, nbytes, summed, parts)
                 self._count_sent(opcode, nbytes, tensor=dtype != "bytes")
         except OSError as error:
             raise self._lose(LinkLostError(f"{self.name}: {error.strerror or error}", node=self.name)) from error
         if self._observe is not None and dtype != "bytes":
             self._observe("send", time.perf_counter() - began_s)
+
+    def _write_own(self, opcode: Opcode, data: bytes) -> None:
+        """A frame of the link's own business, by whoever may send now."""
+        self._write(opcode, _CHECKED, 0, 0, "bytes", (), len(data), checksum((data,)), [memoryview(data)])
+
+    def _write(
+        self, opcode: Opcode, flags: int, step: int, layer: int, dtype: str, shape: tuple[int, ...], nbytes: int,
+        summed: int, parts: Sequence[memoryview],
+    ) -> None:  # fmt: skip
+        """A frame, by whoever may send now."""
+        head = write_header(
+            Header(
+                opcode, flags, self.epoch, self._own, self._peer, step, layer, dtype, shape, self._sequence, nbytes,
+                summed,
+            )
+        )  # fmt: skip
+        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+        if flags & _IN_MEMORY:
+            self._memory.send(self._socket, head, parts)
+        elif flags & _TRAILED:
+            send_summed(self._socket, head, parts)
+        else:
+            send_all(self._socket, [head, *parts])
 
     def _count_sent(self, opcode: Opcode, nbytes: int, *, tensor: bool) -> None:
         stats = self.stats
@@ -185,23 +209,24 @@ class Link:
                     return
                 told = self._released if self._released >= _TELL_CREDIT_AT else 0
                 self._released -= told
-                answered_ns, self._to_answer_ns = self._to_answer_ns, 0
+                answers, self._answers = self._answers, {}
             with contextlib.suppress(LinkLostError):  # the handler hears of it
                 if told:
                     self.send(Opcode.CREDIT, step=told)
-                if answered_ns:
-                    self.send(Opcode.HEARTBEAT, step=answered_ns, layer=_ANSWERS)
+                for opcode, (step, layer) in answers.items():
+                    self.send(opcode, step=step, layer=layer)
                 if self._heartbeat_s is not None and time.monotonic() >= beat_s:
                     beat_s = time.monotonic() + self._heartbeat_s
                     self._asked_ns = time.monotonic_ns()
                     self.send(Opcode.HEARTBEAT, step=self._asked_ns, layer=_ASKS)
 
     def _has_to_tell(self) -> bool:
-        return self._released >= _TELL_CREDIT_AT or self._to_answer_ns > 0 or self._error is not None
+        return self._released >= _TELL_CREDIT_AT or bool(self._answers) or self._error is not None
 
     def _take_credit(self, wanted: int) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._credit >= wanted or self._error is not None)
+            if self._credit < wanted:
+                self._changed.wait_for(lambda: self._credit >= wanted or self._error is not None)
             if self._error is not None:
                 raise self._error
             self._credit -= wanted
@@ -236,7 +261,7 @@ class Link:
         if header.opcode in _OWN_BUSINESS:
             self._own_business(header)
         elif header.epoch != self.epoch:
-            self._skip(header.nbytes + (TRAILER_BYTES if header.flags & Flag.TRAILED else 0))
+            self._skip(header)
             self.stats.stale += 1
             self.release(header)
         else:
@@ -244,7 +269,10 @@ class Link:
             if buffer is None:
                 buffer = np.empty(header.nbytes, dtype=np.uint8).data
             payload = buffer[: header.nbytes]
-            receive_payload(self._socket, header, payload)
+            if header.flags & _IN_MEMORY:
+                self._memory.receive(self._socket, header.nbytes, payload)
+            else:
+                receive_payload(self._socket, header, payload)
             stats = self.stats
             stats.received_frames += 1
             stats.received_bytes += header.nbytes
@@ -254,6 +282,8 @@ class Link:
                 self.release(header)
 
     def _own_business(self, header: Header) -> None:
+        if header.flags & _IN_MEMORY:
+            raise ProtocolError(f"{header.opcode.name} does not travel in shared memory")
         payload = memoryview(bytearray(header.nbytes))
         receive_payload(self._socket, header, payload)
         if header.opcode is Opcode.CREDIT:
@@ -264,21 +294,33 @@ class Link:
                 self._changed.notify_all()
         elif header.opcode is Opcode.HEARTBEAT:
             self._sign_of_life(header)
+        elif header.opcode is Opcode.SHARE:
+            self._answer(Opcode.SHARED, int(self._memory.open(bytes(payload))))
+        elif header.opcode is Opcode.SHARED:
+            self._memory.answered(header.step == 1)
         elif header.opcode is Opcode.BYE:
             raise LinkLostError(f"{self.name}: {bytes(payload).decode(errors='replace') or 'it left'}", node=self.name)
 
     def _sign_of_life(self, header: Header) -> None:
         self.stats.received_signs += 1
         if header.layer == _ASKS:
-            with self._changed:
-                self._to_answer_ns = header.step
-                self._changed.notify_all()
+            self._answer(Opcode.HEARTBEAT, header.step, _ANSWERS)
         elif header.step == self._asked_ns:
             self.round_trip_s = (time.monotonic_ns() - self._asked_ns) / 1e9
             if self._observe is not None:
                 self._observe("round_trip", self.round_trip_s)
 
-    def _skip(self, nbytes: int) -> None:
+    def _answer(self, opcode: Opcode, step: int, layer: int = 0) -> None:
+        """By the thread that may wait for room to write; of each kind, the last one."""
+        with self._changed:
+            self._answers[opcode] = step, layer
+            self._changed.notify_all()
+
+    def _skip(self, header: Header) -> None:
+        if header.flags & _IN_MEMORY:
+            self._memory.receive(self._socket, header.nbytes, None)
+            return
+        nbytes = header.nbytes + (TRAILER_BYTES if header.flags & _TRAILED else 0)
         scratch = memoryview(bytearray(min(nbytes, 1 << 16)))
         while nbytes:
             part = scratch[: min(nbytes, len(scratch))]
@@ -301,6 +343,7 @@ class Link:
                 thread.join()
         with self._sending:  # another thread may be saying goodbye
             self._socket.close()
+            self._memory.close()
 
     def abort(self, reason: str, *, goodbye: bool = False) -> None:
         """End without waiting for threads, in any thread; `close` it all the same. `goodbye`: tell the other end, which
@@ -315,13 +358,9 @@ class Link:
             if self._socket.fileno() < 0:
                 return
             text = reason.encode()[:1024]
-            header = Header(
-                Opcode.BYE, Flag.CHECKED, self.epoch, self._own, self._peer, sequence=self._sequence, nbytes=len(text),
-                checksum=checksum((text,)),
-            )  # fmt: skip
             self._socket.settimeout(_GOODBYE_S)
             with contextlib.suppress(OSError):
-                self._socket.sendall(write_header(header) + text)
+                self._write_own(Opcode.BYE, text)
         finally:
             self._sending.release()
 

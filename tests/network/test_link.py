@@ -13,7 +13,7 @@ from steering import LONGEST_WAIT_S, until
 
 from core.errors import LinkLostError, NetworkError, ProtocolError
 from core.network import link as link_module
-from core.network.frames import PIECE_BYTES, Flag, Header, Opcode, Sum, write_header
+from core.network.frames import MIB, SUMMED_AHEAD_BYTES, Flag, Header, Opcode, Sum, write_header
 from core.network.link import WINDOW_BYTES, Link, cost
 from core.network.sockets import send_all
 from core.network.traffic import LinkStats
@@ -85,7 +85,7 @@ def test_a_payload_goes_into_the_buffer_that_was_named(pair: Pair) -> None:
     assert bytes(buffer[:6]) == b"pages\0"
 
 
-@pytest.mark.parametrize("nbytes", [PIECE_BYTES, PIECE_BYTES + 1, 5 * PIECE_BYTES, 5 * PIECE_BYTES + 77])
+@pytest.mark.parametrize("nbytes", [SUMMED_AHEAD_BYTES, SUMMED_AHEAD_BYTES + 1, 5 * MIB, 5 * MIB + 77])
 def test_large_payloads_are_summed_while_they_travel(pair: Pair, nbytes: int) -> None:
     data = os.urandom(nbytes)
     pair.near.send(Opcode.WEIGHTS, [data[:1000], b"", memoryview(data)[1000:]], flags=Flag.LAST)
@@ -93,13 +93,22 @@ def test_large_payloads_are_summed_while_they_travel(pair: Pair, nbytes: int) ->
     until(lambda: len(pair.there.frames) == 2, "both frames")
     header, came = pair.there.frames[0]
     assert came == data
-    assert header.flags == Flag.LAST | (Flag.TRAILED if nbytes > PIECE_BYTES else Flag.CHECKED)
+    assert header.flags == Flag.LAST | (Flag.TRAILED if nbytes > SUMMED_AHEAD_BYTES else Flag.CHECKED)
 
 
-@pytest.mark.parametrize("at", [0, PIECE_BYTES, 2 * PIECE_BYTES - 1, 2 * PIECE_BYTES, 2 * PIECE_BYTES + 3])
+def test_a_payload_as_large_as_the_window_does_not_wait_for_credit_that_nobody_tells_of(pair: Pair) -> None:
+    """What is released is told of once enough of it has come together."""
+    for _ in range(3):
+        pair.near.send(Opcode.KV_PAGES, [bytes(1000)])
+    until(lambda: len(pair.there.frames) == 3, "the small ones")
+    pair.near.send(Opcode.HIDDEN, [bytes(WINDOW_BYTES + 1)])
+    until(lambda: len(pair.there.frames) == 4, "the large one")
+
+
+@pytest.mark.parametrize("at", [0, MIB, 2 * MIB - 1, 2 * MIB, 2 * MIB + 3])
 def test_damage_on_the_way_is_found(at: int) -> None:
     """In a large payload, and in what follows it."""
-    nbytes = 2 * PIECE_BYTES
+    nbytes = 2 * MIB
     payload, total = bytes(nbytes), Sum()
     total.add(payload)
     said = bytearray(
