@@ -50,6 +50,8 @@ class InferencePipeline:
         self.settings = settings
         self.metrics = MetricsRegistry()
         self.cluster = cluster
+        self.waiting_for: str | None = None
+        """What a model that is not loaded yet waits for; see `vramancer/late.py`."""
         self.tracing = open_tracing(settings.tracing)
         if self.tracing is not None:
             self.metrics.tasks.watch = self.tracing.task
@@ -89,6 +91,8 @@ class InferencePipeline:
         engine = self._keeper.engine
         if engine is None and self.loading:
             raise ModelNotLoadedError("A model is being loaded; try again in a moment.")
+        if engine is None and self.waiting_for is not None:
+            raise ModelNotLoadedError(f"No model is loaded yet: {self.waiting_for}", retry_after_s=MISSING_RETRY_S)
         if engine is None:
             raise ModelNotLoadedError("No model is loaded. Load one with POST /api/models/load.")
         return engine
@@ -319,7 +323,8 @@ class InferencePipeline:
         if self._keeper.closing:
             return False, "the server is shutting down"
         if engine is None:
-            return False, "a model is being loaded" if self.loading else "no model is loaded"
+            waits = f"waiting for machines: {self.waiting_for}" if self.waiting_for is not None else None
+            return False, "a model is being loaded" if self.loading else waits or "no model is loaded"
         if not engine.batcher.alive:
             return False, "the engine has stopped"
         if self._keeper.recovery.missing is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,13 @@ class Reached:
     new_token: str | None = None
     cluster: OpenMaster | None = None
 
+    def shown(self) -> Reached:
+        """The same once tokens that are new have been shown."""
+        cluster = self.cluster
+        if cluster is not None:
+            cluster = replace(cluster, token=cluster.token._replace(created=False))
+        return replace(self, new_token=None, cluster=cluster)
+
     def url(self, port: int) -> str:
         return f"http://[{self.host}]:{port}" if ":" in self.host else f"http://{self.host}:{port}"
 
@@ -56,14 +63,30 @@ def banner(pipeline: InferencePipeline, reached: Reached) -> str:
         *([("cluster", cluster_text(reached.cluster))] if reached.cluster is not None else []),
         ("stop", "Ctrl-C; requests under way may finish, a second Ctrl-C ends them"),
     ]
-    lines = [f"VRAMancer {__version__} is ready"]
+    more = [*_example(reached), *(cluster_lines(reached.cluster) if reached.cluster else [])]
+    return "\n".join([f"VRAMancer {__version__} is ready", *_laid_out(rows), *more])
+
+
+def waiting(reason: str, reached: Reached) -> str:
+    """What is said instead while the model waits for machines: `reason`. The rest follows once it is loaded."""
+    assert reached.cluster is not None
+    rows = [
+        ("API", f"{reached.url(reached.port)}/v1, which answers 503 until the model is there"),
+        ("token", _token(reached)),
+        ("cluster", cluster_text(reached.cluster)),
+        ("stop", "Ctrl-C"),
+    ]
+    return "\n".join([f"waiting for machines: {reason}", *_laid_out(rows), *cluster_lines(reached.cluster)])
+
+
+def _laid_out(rows: list[tuple[str, str]]) -> list[str]:
+    lines: list[str] = []
     for label, text in rows:
-        indent = f"  {label:{_LABEL - 3}} "
         lines += textwrap.wrap(
-            text, WIDTH, initial_indent=indent, subsequent_indent=" " * _LABEL,
+            text, WIDTH, initial_indent=f"  {label:{_LABEL - 3}} ", subsequent_indent=" " * _LABEL,
             break_long_words=False, break_on_hyphens=False,
         )  # fmt: skip
-    return "\n".join([*lines, *_example(reached), *(cluster_lines(reached.cluster) if reached.cluster else [])])
+    return lines
 
 
 def cluster_lines(cluster: OpenMaster) -> list[str]:

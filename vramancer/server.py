@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -18,12 +16,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from core.config import Settings
 from core.devices import format_bytes
-from core.errors import InsufficientMemoryError, MissingNodeError, NetworkError, VRAMancerError
+from core.errors import VRAMancerError
 from core.logs import configure_logging, get_logger
 from core.security.access import nobody
 from dashboard import AppGateway, Dashboard
 from vramancer import __version__
-from vramancer.banner import Reached, banner, cluster_lines, cluster_text
+from vramancer.banner import Reached, banner, waiting
+from vramancer.late import LateLoad, may_come
 from vramancer.web.leave import leave
 from vramancer.web.limits import Limits
 from vramancer.web.listener import bind_socket, listen
@@ -31,6 +30,7 @@ from vramancer.web.metrics import MetricsServer
 from vramancer.web.server import INTERRUPTED, FrontDoor
 
 if TYPE_CHECKING:
+    from core.cluster.master import Master
     from core.cluster.opening import OpenMaster
     from core.inference_pipeline import InferencePipeline
 
@@ -40,9 +40,6 @@ OTHER_METRICS_PORTS = 100
 """So many ports above the usual one are tried for metrics, where nobody chose one."""
 MORE_THAN_THE_ENGINE = 16
 """Requests that may be under way beside those that run and wait in the engine: they tokenize, load, move."""
-
-
-_LOOK_S = 0.5
 
 
 def serve(settings: Settings) -> int:
@@ -67,11 +64,15 @@ def serve(settings: Settings) -> int:
                 if settings.api.metrics_port:
                     metrics.start()
                 with _interruptible():
-                    cluster = _load(pipeline, cluster, bar)
+                    reason = _load(pipeline, cluster)
+                    bar.finish()
                     host, port = listener.getsockname()[:2]
                     new = token.value if token.created else None
                     reached = Reached(host, port, metrics.port, token.path, new, cluster)
-                    _serve_loaded(pipeline, listener, token.value, reached)
+                    if reason is None or master is None:
+                        _serve_loaded(pipeline, listener, token.value, reached)
+                    else:
+                        _serve_waiting(pipeline, listener, token.value, reached, master, reason)
             except KeyboardInterrupt:
                 bar.finish()
                 typer.echo("stopped before the server was ready", err=True)
@@ -86,35 +87,15 @@ def serve(settings: Settings) -> int:
     return leave(0)
 
 
-def _load(pipeline: InferencePipeline, cluster: OpenMaster | None, bar: LoadingBar) -> OpenMaster | None:
-    """Load the model. Where it takes machines that have not joined yet, wait for them. A token that was shown meanwhile
-    is new no more."""
-    came = threading.Event()
-    if cluster is not None:
-        cluster.master.on_change.append(lambda change, node: came.set())
-    while True:
-        came.clear()
-        try:
-            pipeline.load()
-        except (MissingNodeError, InsufficientMemoryError, NetworkError) as error:
-            if cluster is None or not _may_come(pipeline.settings, error):
-                raise
-            lines = [f"waiting for machines: {error.message}", f"  {cluster_text(cluster)}", *cluster_lines(cluster)]
-            typer.echo("\n".join(lines))
-            cluster = replace(cluster, token=cluster.token._replace(created=False))
-        else:
-            bar.finish()
-            return cluster
-        while not came.wait(_LOOK_S):
-            pass  # Ctrl-C ends it
-
-
-def _may_come(settings: Settings, error: VRAMancerError) -> bool:
-    """Whether machines that join can cure it: more memory is used where devices of others may be."""
-    from core.cluster.choice import divide
-
-    _, there = divide(settings.devices.devices)
-    return there is None or bool(there) or not isinstance(error, InsufficientMemoryError)
+def _load(pipeline: InferencePipeline, cluster: OpenMaster | None) -> str | None:
+    """Load the model. What it waits for, if it takes machines that have not joined yet."""
+    try:
+        pipeline.load()
+    except VRAMancerError as error:
+        if cluster is None or not may_come(pipeline.settings, error):
+            raise
+        return error.message
+    return None
 
 
 def _metrics_server(pipeline: InferencePipeline, listener: socket.socket) -> MetricsServer:
@@ -127,6 +108,35 @@ def _metrics_server(pipeline: InferencePipeline, listener: socket.socket) -> Met
 
 
 def _serve_loaded(pipeline: InferencePipeline, listener: socket.socket, token: str, reached: Reached) -> None:
+    text = banner(pipeline, reached)
+    _door(pipeline, listener, token, lambda: typer.echo(text)).run_until_stopped(listener)
+
+
+def _serve_waiting(
+    pipeline: InferencePipeline, listener: socket.socket, token: str, reached: Reached, master: Master, reason: str
+) -> None:
+    """Health and state are answered while the model waits for machines. Raises what it cannot be loaded for."""
+
+    def ready() -> None:
+        typer.echo(waiting(reason, reached))
+        late.start()
+
+    known = reached.shown()
+    door = _door(pipeline, listener, token, ready)
+    late = LateLoad(
+        pipeline, master, reason, on_loaded=lambda: typer.echo(banner(pipeline, known)), on_failed=door.stop
+    )
+    try:
+        door.run_until_stopped(listener)
+    finally:
+        pipeline.shutdown()
+        late.close()
+    if late.error is not None:
+        raise late.error
+
+
+def _door(pipeline: InferencePipeline, listener: socket.socket, token: str, on_ready: Callable[[], None]) -> FrontDoor:
+    """The whole application behind a listening socket."""
     from core.api import create_app
     from core.api.admission import admission_of
 
@@ -134,13 +144,11 @@ def _serve_loaded(pipeline: InferencePipeline, listener: socket.socket, token: s
     more, signed_in = ([board.blueprint], board.gate.signed_in) if board is not None else ([], nobody)
     app = create_app(pipeline, token=token, version=__version__, more=more, signed_in=signed_in)
     gateway.bind(app.wsgi_app)
-    text = banner(pipeline, reached)
     engine = pipeline.settings.engine
     limits = Limits.of(pipeline.settings.api, engine.max_queue + engine.max_batch_size + MORE_THAN_THE_ENGINE)
     listen(listener, limits.max_connections)
     live = board.live if board is not None else None
-    door = FrontDoor(app, admission_of(app), limits, on_ready=lambda: typer.echo(text), live=live)
-    door.run_until_stopped(listener)
+    return FrontDoor(app, admission_of(app), limits, on_ready=on_ready, live=live)
 
 
 def _dashboard(pipeline: InferencePipeline, token: str) -> tuple[Dashboard | None, AppGateway]:

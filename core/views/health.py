@@ -70,7 +70,7 @@ def _engine_check(engine: ModelEngine | None, service: ServiceState) -> Check:
     if service.closing:
         return _check(False, "the server is shutting down")
     if engine is None:
-        return _check(False, "a model is being loaded" if service.loading else "no engine: no model is loaded")
+        return _check(False, "a model is being loaded" if service.loading else f"no engine: {service.reason}")
     batcher = engine.batcher
     if not batcher.alive:
         return _check(False, f"the engine thread has ended: {batcher.error!r}")

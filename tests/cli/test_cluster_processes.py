@@ -58,13 +58,38 @@ def test_two_machines_serve_one_model_and_one_of_them_leaves(pair: Programs) -> 
 def test_a_model_that_needs_a_machine_waits_for_it(pair: Programs) -> None:
     master = pair.master("--devices", "attic/cpu#0")
     master.says("waiting for machines: attic/cpu#0 is not in the cluster")
+    url = master.says(r"API +(http://127\.0\.0\.1:\d+)/v1, which answers 503")[1]
+    at = master.says(r"workers are accepted at\s+(127\.0\.0\.1:\d+)")[1]
     token = master.says(r"VRM_CLUSTER_TOKEN=(\S+) ")[1]
-    # the port is in the log, since there is no banner yet
-    at = master.says(r"taking workers in .*address=(127\.0\.0\.1:\d+)")[1]
+    assert pair.ask(url, "/live")["status"] == "alive"
+    lacking = "attic/cpu#0 is not in the cluster"  # or it is tried once more just now
+    until(lambda: lacking in pair.ask(url, "/ready", status=503)["reason"], "the reason")
+    assert pair.ask(url, "/v1/models")["data"] == []
+    refused = pair.ask(url, "/v1/completions", {"model": "vramancer-demo", "prompt": "Once"}, status=503)["error"]
+    assert "attic/cpu#0 is not in the cluster" in refused["message"] and refused["code"] == "model_not_loaded"
     pair.worker(at, token)
-    url = master.says(r"API +(http://127\.0\.0\.1:\d+)/v1")[1]
+    master.says("is ready")
+    assert master.said.count(f"VRM_CLUSTER_TOKEN={token}") == 1, "a new token is shown once"
     assert pair.homes(url) == ["attic/cpu#0"]
     assert pair.answer(url)
+
+
+def test_a_server_that_waits_for_machines_stops_like_any_other(pair: Programs) -> None:
+    master = pair.master("--devices", "attic/cpu#0")
+    master.says("waiting for machines")
+    master.process.send_signal(signal.SIGTERM)
+    assert master.process.wait() == 0
+    assert "Traceback" not in master.said
+
+
+def test_a_server_that_waits_in_vain_says_what_is_wrong_and_ends(pair: Programs) -> None:
+    """A machine comes, and then it shows that the model cannot be loaded at all."""
+    master = pair.master("--devices", "attic/cpu#0", "--max-model-len", "1000000")
+    master.says("waiting for machines")
+    at = master.says(r"workers are accepted at\s+(127\.0\.0\.1:\d+)")[1]
+    pair.worker(at, pair.token)
+    assert master.process.wait() == 1
+    master.says("error: ")
 
 
 def test_a_wrong_token_is_said_and_ends_the_worker(pair: Programs) -> None:
