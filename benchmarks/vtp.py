@@ -1,15 +1,17 @@
 """VTP beside a bare TCP connection: large payloads one way, small ones there and back, to another process.
 
-    python -m benchmarks.vtp [--rounds 30]
+    python -m benchmarks.vtp [--rounds 30] [--tls]
 
-Both run over loopback, in turn, so that the machine's moods meet both. A large payload is over when the other process
-has all of it and has said so; it lands in memory that was there before, on both. What TCP does not do and VTP does:
-a header, checksums, credit, and a thread that reads.
+All run over loopback, in turn, so that the machine's moods meet all of them. A large payload is over when the other
+process has all of it and has said so; it lands in memory that was there before. What TCP does not do and VTP does: a
+header, checksums, credit, and a thread that reads. With `--tls` there is a third connection, VTP as a cluster with
+`cluster.tls` has it; both processes then encrypt and decrypt on the same machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import random
 import socket
 import statistics
@@ -26,7 +28,11 @@ from rich.table import Table
 from benchmarks.machine import machine_info, usable_cores
 from benchmarks.report import print_machine
 from core.errors import NetworkError
+from core.network.certificates import new_identity
+from core.network.connection import Connection
 from core.network.frames import KIB, MIB, Header, Opcode
+from core.network.greeting import answer, introduce
+from core.network.handshake import derive_key
 from core.network.link import Link
 
 HOST = "127.0.0.1"
@@ -34,12 +40,15 @@ LARGE, SMALL = (4 * MIB, 16 * MIB, 64 * MIB), (1 * KIB, 16 * KIB, 256 * KIB)
 _TIMES = {"large": 4, "small": 100}
 _RESAMPLES = 2000
 _ACK = b"!"
+_TOKEN, _NODE = "only for this measurement", "a" * 32
+
+Ends = dict[str, "Near | Bare"]
 
 
 class Far:
     """The other process's end of a link: takes payloads into one buffer, and answers."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: Connection) -> None:
         self._buffer = memoryview(bytearray(max(LARGE)))
         self.ended = threading.Event()
         self._link = Link(sock, 1, 0, self, name="far")
@@ -62,7 +71,7 @@ class Far:
 class Near:
     """This process's end: sends, and waits for the answer."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: Connection) -> None:
         self._buffer = memoryview(bytearray(max(LARGE)))
         self._answered = threading.Semaphore(0)
         self.link = Link(sock, 0, 1, self, name="near")
@@ -88,6 +97,9 @@ class Near:
         self.link.send(Opcode.ECHO, [data])
         self._answered.acquire()
 
+    def close(self) -> None:
+        self.link.close("measured")
+
 
 class Bare:
     """A TCP connection with nothing on it."""
@@ -108,6 +120,9 @@ class Bare:
     def small(self, data: memoryview) -> None:
         self.sock.sendall(self._say(True, len(data)) + data)
         read(self.sock, self._buffer[: len(data)])
+
+    def close(self) -> None:
+        self.sock.close()
 
 
 def read(sock: socket.socket, view: memoryview) -> None:
@@ -133,12 +148,26 @@ def answer_bare(sock: socket.socket) -> None:
         sock.close()
 
 
-def other_process(port: int) -> None:
-    """Connects twice: the first connection becomes a link."""
+def other_process(port: int, tls: bool) -> None:
+    """Connects twice: the first connection becomes a link. With TLS a third time, for another link."""
     first, second = (socket.create_connection((HOST, port)) for _ in range(2))
-    far = Far(first)
+    links = [Far(first)]
+    if tls:
+        third = socket.create_connection((HOST, port))
+        links.append(Far(introduce(third, derive_key(_TOKEN), _NODE, "data", new_identity())))
     answer_bare(second)
-    far.ended.wait()
+    for link in links:
+        link.ended.wait()
+
+
+def accept(server: socket.socket, tls: bool) -> Ends:
+    """This process's ends of what the other one connects."""
+    ends: Ends = {"VTP": Near(server.accept()[0]), "TCP": Bare(server.accept()[0])}
+    if tls:
+        sock = server.accept()[0]
+        sock.setblocking(False)
+        ends["TLS"] = Near(asyncio.run(answer(sock, derive_key(_TOKEN), _NODE, identity=new_identity()))[1])
+    return ends
 
 
 def seconds(send: Callable[[memoryview], None], data: memoryview, times: int) -> float:
@@ -158,58 +187,64 @@ def interval(ratios: Sequence[float]) -> tuple[float, float]:
     return medians[int(0.025 * _RESAMPLES)], medians[int(0.975 * _RESAMPLES)]
 
 
-def measure(near: Near, bare: Bare, rounds: int) -> Table:
-    """Both in turn, the one that begins alternating."""
+def measure(ends: Ends, rounds: int) -> Table:
+    """All in turn, another one beginning each time."""
     table = Table(title="VTP and bare TCP over loopback, to another process")
-    for name in ("payload", "", "VTP", "TCP", "ratio", "95 %"):
+    tls = "TLS" in ends
+    for name in ("payload", "", "VTP", *(["VTP+TLS"] if tls else []), "TCP", "VTP:TCP", "95 %"):
         table.add_column(name, justify="left" if not name else "right")
+    for name in ("TLS:VTP", "95 %") if tls else ():
+        table.add_column(name, justify="right")
     for kind, sizes in (("large", LARGE), ("small", SMALL)):
         for nbytes in sizes:
-            data, pairs = memoryview(bytearray(nbytes)), []
+            data = memoryview(bytearray(nbytes))
+            took: dict[str, list[float]] = {name: [] for name in ends}
             for number in range(rounds):
-                ends = [("vtp", near), ("tcp", bare)]
-                if number % 2:
-                    ends.reverse()
-                took = {name: seconds(getattr(end, kind), data, _TIMES[kind]) for name, end in ends}
-                pairs.append((took["vtp"], took["tcp"]))
-            table.add_row(*row(kind, nbytes, pairs))
+                names = list(ends)
+                for name in names[number % len(names) :] + names[: number % len(names)]:
+                    took[name].append(seconds(getattr(ends[name], kind), data, _TIMES[kind]))
+            table.add_row(*row(kind, nbytes, took))
     return table
 
 
-def row(kind: str, nbytes: int, pairs: Sequence[tuple[float, float]]) -> list[str]:
-    """Large ones as rates, VTP's share of TCP's; small ones as times, VTP's as multiples."""
-    vtp, tcp = (statistics.median(each) for each in zip(*pairs, strict=True))
+def row(kind: str, nbytes: int, took: dict[str, list[float]]) -> list[str]:
+    """Large ones as rates, VTP's share of TCP's and TLS's of VTP's; small ones as times, and multiples."""
     size = f"{nbytes // MIB} MiB" if nbytes >= MIB else f"{nbytes // KIB} KiB"
-    if kind == "large":
-        ratios, what = [theirs / ours for ours, theirs in pairs], "one way"
-        shown = [f"{nbytes / each / 1e9:.2f} GB/s" for each in (vtp, tcp)]
-    else:
-        ratios, what = [ours / theirs for ours, theirs in pairs], "there and back"
-        shown = [f"{each * 1e6:.0f} us" for each in (vtp, tcp)]
-    low, high = interval(ratios)
-    return [size, what, *shown, f"{statistics.median(ratios):.2f}", f"{low:.2f}-{high:.2f}"]
+    shown = [size, "one way" if kind == "large" else "there and back"]
+    for name in ("VTP", "TLS", "TCP"):
+        if name in took:
+            median_s = statistics.median(took[name])
+            shown.append(f"{nbytes / median_s / 1e9:.2f} GB/s" if kind == "large" else f"{median_s * 1e6:.0f} us")
+    for ours, theirs in (("VTP", "TCP"), ("TLS", "VTP")):
+        if ours in took:
+            pairs = zip(took[ours], took[theirs], strict=True)
+            ratios = [b / a if kind == "large" else a / b for a, b in pairs]
+            low, high = interval(ratios)
+            shown += [f"{statistics.median(ratios):.2f}", f"{low:.2f}-{high:.2f}"]
+    return shown
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.vtp", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30, help="of each size (default: %(default)s)")
+    parser.add_argument("--tls", action="store_true", help="VTP that is encrypted as well")
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)  # of the process that started this one
     options = parser.parse_args()
     if options.port is not None:
-        other_process(options.port)
+        other_process(options.port, options.tls)
         return 0
     console = Console()
     print_machine(console, machine_info(), usable_cores())
     with socket.create_server((HOST, 0)) as server:
         port = server.getsockname()[1]
-        command = [sys.executable, "-m", "benchmarks.vtp", "--port", str(port)]
+        command = [sys.executable, "-m", "benchmarks.vtp", "--port", str(port), *(["--tls"] if options.tls else [])]
         with subprocess.Popen(command, cwd=Path(__file__).parents[1]) as other:
-            near, bare = Near(server.accept()[0]), Bare(server.accept()[0])
+            ends = accept(server, options.tls)
             try:
-                console.print(measure(near, bare, options.rounds))
+                console.print(measure(ends, options.rounds))
             finally:
-                bare.sock.close()
-                near.link.close("measured")
+                for end in ends.values():
+                    end.close()
                 other.wait()
     return 0
 
