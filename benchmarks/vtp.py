@@ -1,16 +1,18 @@
 """VTP beside a bare TCP connection: large payloads one way, small ones there and back, to another process.
 
-    python -m benchmarks.vtp [--rounds 30] [--megabits 1000]
+    python -m benchmarks.vtp [--rounds 30] [--megabits 1000] [--tls]
 
 All run in turn, so that the machine's moods meet all. A large payload is over when the other process has all of it and
 has said so; it lands in memory that was there before. What TCP does not do and VTP does: a header, checksums, credit,
 and a thread that reads. Over loopback VTP runs twice, through the kernel and through memory that both processes see.
-With `--megabits` the other process is in a network namespace of its own behind a link of that rate (root).
+With `--megabits` the other process is in a network namespace of its own behind a link of that rate (root). With `--tls`
+VTP runs once more, as a cluster with `cluster.tls` has it; both processes then encrypt and decrypt on this machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import random
 import socket
 import statistics
@@ -28,7 +30,11 @@ from benchmarks.machine import machine_info, usable_cores
 from benchmarks.namespaces import Network, lacking
 from benchmarks.report import print_machine
 from core.errors import NetworkError
+from core.network.certificates import new_identity
+from core.network.connection import Connection
 from core.network.frames import KIB, MIB, Header, Opcode
+from core.network.greeting import answer, introduce
+from core.network.handshake import derive_key
 from core.network.link import Link
 
 HOST, OTHER_HOST = "127.0.0.1", "127.0.0.2"
@@ -37,12 +43,13 @@ LARGE, SMALL = (4 * MIB, 16 * MIB, 64 * MIB), (1 * KIB, 16 * KIB, 256 * KIB)
 _TIMES = {"large": 12, "small": 100}
 _RESAMPLES = 2000
 _ACK = b"!"
+_TOKEN, _NODE = "only for this measurement", "a" * 32
 
 
 class Far:
     """The other process's end of a link: takes payloads into one buffer, and answers."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: Connection) -> None:
         self._buffer = memoryview(bytearray(max(LARGE)))
         self.ended = threading.Event()
         self._link = Link(sock, 1, 0, self, name="far")
@@ -65,7 +72,7 @@ class Far:
 class Near:
     """This process's end: sends, and waits for the answer."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: Connection) -> None:
         self._buffer = memoryview(bytearray(max(LARGE)))
         self._answered = threading.Semaphore(0)
         self.link = Link(sock, 0, 1, self, name="near")
@@ -91,6 +98,9 @@ class Near:
         self.link.send(Opcode.ECHO, [data])
         self._answered.acquire()
 
+    def close(self) -> None:
+        self.link.close("measured")
+
 
 class Bare:
     """A TCP connection with nothing on it."""
@@ -111,6 +121,9 @@ class Bare:
     def small(self, data: memoryview) -> None:
         self.sock.sendall(self._say(True, len(data)) + data)
         read(self.sock, self._buffer[: len(data)])
+
+    def close(self) -> None:
+        self.sock.close()
 
 
 def read(sock: socket.socket, view: memoryview) -> None:
@@ -136,13 +149,25 @@ def answer_bare(sock: socket.socket) -> None:
         sock.close()
 
 
-def other_process(host: str, port: int, own_hosts: Sequence[str]) -> None:
-    """A connection from each of its addresses becomes a link, and one more stays bare."""
-    sources = [(own, 0) for own in own_hosts]
-    links = [Far(socket.create_connection((host, port), source_address=source)) for source in sources]
-    answer_bare(socket.create_connection((host, port), source_address=sources[0]))
+def other_process(host: str, port: int, ways: Sequence[str]) -> None:
+    """A connection for each way becomes a link, and one more stays bare."""
+    links = []
+    for way in ways:
+        own, _, tls = way.partition("+")
+        sock = socket.create_connection((host, port), source_address=(own, 0))
+        links.append(Far(introduce(sock, derive_key(_TOKEN), _NODE, "data", new_identity()) if tls else sock))
+    answer_bare(socket.create_connection((host, port), source_address=(ways[0].partition("+")[0], 0)))
     for link in links:
         link.ended.wait()
+
+
+def accept(server: socket.socket, way: str) -> Near:
+    """This process's end of what the other one connects."""
+    sock = server.accept()[0]
+    if "+" not in way:
+        return Near(sock)
+    sock.setblocking(False)
+    return Near(asyncio.run(answer(sock, derive_key(_TOKEN), _NODE, identity=new_identity()))[1])
 
 
 def seconds(send: Callable[[memoryview], None], data: memoryview, times: int) -> float:
@@ -170,9 +195,7 @@ def measure(near: dict[str, Near], bare: Bare, title: str, rounds: int) -> Table
     for kind, sizes in (("large", LARGE), ("small", SMALL)):
         for nbytes in sizes:
             data, rows = memoryview(bytearray(nbytes)), []
-            ways = (
-                list(near) if kind == "large" else list(near)[:1]
-            )  # what is small goes through the kernel in any case
+            ways = [way for way in near if way != "memory" or kind == "large"]  # what is small goes through the kernel
             for number in range(rounds):
                 ends: list[tuple[str, Near | Bare]] = [*((way, near[way]) for way in ways), ("bare", bare)]
                 if number % 2:
@@ -197,20 +220,21 @@ def row(kind: str, nbytes: int, way: str, pairs: Sequence[tuple[float, float]]) 
     return [size, what, way, *shown, f"{statistics.median(ratios):.2f}", f"{low:.2f}-{high:.2f}"]
 
 
-def run(host: str, own_hosts: dict[str, str], before: Sequence[str], title: str, rounds: int) -> Table:
-    """`own_hosts`: the other process's addresses, by what the way from there is called. `before` starts it."""
+def run(host: str, ways: dict[str, str], before: Sequence[str], title: str, rounds: int) -> Table:
+    """`ways`: the other process's addresses, "+tls" behind those that encrypt, by what they are called. `before` starts
+    the other process."""
     with socket.create_server((host, 0)) as server:
         port = server.getsockname()[1]
-        command = [*before, sys.executable, "-m", "benchmarks.vtp", "--other", host, str(port), *own_hosts.values()]
+        command = [*before, sys.executable, "-m", "benchmarks.vtp", "--other", host, str(port), *ways.values()]
         with subprocess.Popen(command, cwd=Path(__file__).parents[1]) as other:
-            near = {way: Near(server.accept()[0]) for way in own_hosts}
+            near = {name: accept(server, way) for name, way in ways.items()}
             bare = Bare(server.accept()[0])
             try:
                 return measure(near, bare, title, rounds)
             finally:
-                bare.sock.close()
-                for link in near.values():
-                    link.link.close("measured")
+                ends: list[Near | Bare] = [bare, *near.values()]
+                for end in ends:
+                    end.close()
                 other.wait()
 
 
@@ -218,18 +242,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.vtp", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30, help="of each size (default: %(default)s)")
     parser.add_argument("--megabits", type=float, help="over a link of so many Mbit/s instead of loopback")
+    parser.add_argument("--tls", action="store_true", help="encrypted as well")
     parser.add_argument("--other", nargs="+", help=argparse.SUPPRESS)  # the process that is started
     options = parser.parse_args()
     if options.other:
-        host, port, *own_hosts = options.other
-        other_process(host, int(port), own_hosts)
+        host, port, *ways = options.other
+        other_process(host, int(port), ways)
         return 0
     console = Console()
     print_machine(console, machine_info(), usable_cores())
     if options.megabits is None:
         title = "VTP and bare TCP over loopback, to another process"
-        ways = {"kernel": OTHER_HOST, "memory": HOST}
-        console.print(run(HOST, ways, (), title, options.rounds))
+        found = {"kernel": OTHER_HOST, "memory": HOST} | ({"TLS": f"{OTHER_HOST}+tls"} if options.tls else {})
+        console.print(run(HOST, found, (), title, options.rounds))
     elif (reason := lacking()) is not None:
         parser.error(f"no network namespaces: {reason}")
     else:
@@ -237,8 +262,8 @@ def main() -> int:
             machine = network.add()
             machine.shape(options.megabits)
             title = f"VTP and bare TCP over {options.megabits:g} Mbit/s"
-            ways = {"kernel": machine.address}
-            console.print(run(network.address, ways, machine.command(), title, options.rounds))
+            found = {"kernel": machine.address} | ({"TLS": f"{machine.address}+tls"} if options.tls else {})
+            console.print(run(network.address, found, machine.command(), title, options.rounds))
     return 0
 
 

@@ -119,6 +119,10 @@ class ClusterSettings(Section):
         None, "File that keeps the generated secret. Not set: cluster-token in runtime.state_dir.",
         flag="cluster-token-file",
     )  # fmt: skip
+    tls: bool = setting(
+        False, "Encrypt the connections between nodes (TLS 1.3), on all of them or none. Needs pip install "
+        "'vramancer[tls]'.", flag="cluster-tls",
+    )  # fmt: skip
     silence_s: float = setting(
         1.5, "Seconds after which a node that says nothing counts as gone.", flag="cluster-silence-s", ge=0.5, le=3600.0
     )

@@ -99,10 +99,11 @@ def cluster_lines(cluster: OpenMaster) -> list[str]:
         value, more = "...", f" (the token is in {token.path})"
     else:
         value, more = "...", " (the token is the one in VRM_CLUSTER_TOKEN or cluster.token)"
+    encrypted = "VRM_CLUSTER_TLS=1 " if cluster.master.tls else ""
     found = "" if cluster.master.is_found else f"VRM_CLUSTER_MASTER={host}:{port} "
     return [
         f"  {'add one':{_LABEL - 3}} on another machine{more}:",
-        f"    VRM_CLUSTER_TOKEN={value} {found}python -m vramancer.main --cluster-worker",
+        f"    VRM_CLUSTER_TOKEN={value} {encrypted}{found}python -m vramancer.main --cluster-worker",
     ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import socket
 import threading
 import time
 import uuid
@@ -19,6 +18,8 @@ from core.devices import Device
 from core.devices.readings import DeviceReading
 from core.errors import ClusterRefusedError, DeviceLostError, NetworkError, VRAMancerError
 from core.logs import get_logger
+from core.network.certificates import new_identity
+from core.network.connection import Connection
 from core.network.handshake import Hello
 from core.network.listener import Listener
 from core.network.traffic import LinkStats
@@ -48,7 +49,7 @@ class _Pending:
 
     address: str
     since_s: float
-    sockets: dict[str, socket.socket] = field(default_factory=dict)
+    sockets: dict[str, Connection] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class Master:
     in one that something waits for. `name` is this machine's in the cluster."""
 
     def __init__(self, settings: ClusterSettings, key: bytes, *, version: str, host: str, name: str) -> None:
-        """Raises `OSError` if the port cannot be had."""
+        """Raises `OSError` if the port cannot be had, `ConfigError` if what `settings.tls` needs is missing."""
         self.node, self.name, self.version = uuid.uuid4().hex, name, version
         self.checkpoints = SharedCheckpoints()
         self.encoder = RecordEncoder()
@@ -79,7 +80,10 @@ class Master:
         self._stage_numbers = itertools.cycle(range(1, 0x10000))
         self._epoch = 0
         self._threads: list[threading.Thread] = []
-        self._listener = Listener(host, settings.port, key, self.node, self._welcomed, self._admit, self._refused)
+        self._listener = Listener(
+            host, settings.port, key, self.node, self._welcomed, self._admit, self._refused,
+            new_identity() if settings.tls else None,
+        )  # fmt: skip
         self._watch = Watch(settings.silence_s)
         self._advertiser: Advertiser | None = None
         self._closing = threading.Event()
@@ -92,6 +96,11 @@ class Master:
     def is_found(self) -> bool:
         """Whether workers find it by themselves."""
         return self._advertiser is not None
+
+    @property
+    def tls(self) -> bool:
+        """Whether its connections are encrypted, and those between its workers."""
+        return self._settings.tls
 
     @property
     def wait_s(self) -> float:
@@ -111,7 +120,7 @@ class Master:
         host, port = self.address
         logger.info("taking workers in", address=f"{host}:{port}")
         try:
-            self._advertiser = Advertiser([host], port, self.node)
+            self._advertiser = Advertiser([host], port, self.node, tls=self.tls)
         except OSError as error:
             logger.warning("workers cannot find this master by themselves: give them its address", reason=str(error))
 
@@ -217,7 +226,7 @@ class Master:
         if len(self._nodes) >= MAX_NODES:
             raise ClusterRefusedError(f"the cluster has {MAX_NODES} nodes already")
 
-    def _welcomed(self, sock: socket.socket, hello: Hello, address: str) -> None:
+    def _welcomed(self, sock: Connection, hello: Hello, address: str) -> None:
         """In the listener's loop. A worker is complete with two connections."""
         now_s = time.monotonic()
         with self._lock:
@@ -250,7 +259,7 @@ class Master:
         for sock in self._pending.pop(name).sockets.values():
             sock.close()
 
-    def _join(self, name: str, address: str, sockets: dict[str, socket.socket]) -> None:
+    def _join(self, name: str, address: str, sockets: dict[str, Connection]) -> None:
         with self._lock:
             number, epoch = next(self._numbers), self._epoch
         node = Node(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -34,6 +33,7 @@ from core.devices.device import DeviceSpeed
 from core.devices.readings import DeviceReading
 from core.errors import ClusterRefusedError, NetworkError, NotFoundError
 from core.logs import get_logger
+from core.network.connection import Connection
 from core.network.echo import LinkSpeed
 from core.network.interfaces import Interface
 from core.network.link import Link
@@ -79,7 +79,7 @@ class Node:
     """
 
     def __init__(
-        self, node: str, number: int, address: str, control: socket.socket, data: socket.socket,
+        self, node: str, number: int, address: str, control: Connection, data: Connection,
         checkpoints: SharedCheckpoints, on_lost: Callable[[Node, NetworkError], None],
         on_leave: Callable[[Node], None], epoch: int, observe: Callable[[str, float], None] | None = None,
     ) -> None:  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 from collections.abc import Callable
 from typing import Protocol
@@ -38,6 +37,7 @@ from core.cluster.messages import (
 )
 from core.errors import LinkLostError, NetworkError, NotFoundError
 from core.logs import get_logger
+from core.network.connection import Connection
 from core.network.frames import Opcode
 from core.network.handshake import LinkKind
 from core.network.link import Link
@@ -56,7 +56,7 @@ class Home(Protocol):
 
     def listen(self, address: str) -> None: ...
 
-    def connect(self, host: str, port: int, kind: LinkKind) -> socket.socket: ...
+    def connect(self, host: str, port: int, kind: LinkKind) -> Connection: ...
 
     def host(self, link_to: Callable[[str | None], Link], ask: Callable[[ReadFile], Chunk]) -> StageHost: ...
 
@@ -107,7 +107,7 @@ class Session:
         self._worker.watch(self._control)
         self._reporting.start()
 
-    def take(self, sock: socket.socket, node: str) -> None:
+    def take(self, sock: Connection, node: str) -> None:
         """Another worker has connected. Does not wait."""
         end = NodeEnd(self._host.hosted, _note_lost)
         link = Link(sock, self._number, 0, end, name=f"node {node[:8]}", heartbeat_s=HEARTBEAT_S)

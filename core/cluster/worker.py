@@ -19,8 +19,10 @@ from core.devices import Device
 from core.devices.monitor import GPUMonitor
 from core.errors import ClusterRefusedError, ConfigError, LinkLostError, NetworkError
 from core.logs import get_logger
+from core.network.certificates import new_identity
+from core.network.connection import Connection
 from core.network.discovery import cluster_port_of, masters
-from core.network.greeting import GREETING_S, greet
+from core.network.greeting import GREETING_S, introduce
 from core.network.handshake import Hello, LinkKind
 from core.network.link import Link
 from core.network.listener import Listener
@@ -46,10 +48,12 @@ class Worker:
         self, settings: Settings, devices: Sequence[Device], key: bytes, *, version: str, name: str,
         bound_to: str | None = None,
     ) -> None:  # fmt: skip
+        """Raises `ConfigError` if what `cluster.tls` needs is missing."""
         self.name = name
         self.node = uuid.uuid4().hex
         self._settings, self._cluster, self._devices = settings, settings.cluster, tuple(devices)
         self._key, self._version = key, version
+        self._identity = new_identity() if settings.cluster.tls else None
         self._transfer = TransferManager()
         self._stopped = threading.Event()
         self._watch = Watch(settings.cluster.silence_s)
@@ -150,7 +154,9 @@ class Worker:
             found = masters(self._cluster.port, LOOK_S, hosts, self._stopped)
             try:
                 for each in found:
-                    logger.info("a master has been found", by=each.how, address=f"{each.host}:{each.port}")
+                    logger.info(
+                        "a master has been found", by=each.how, address=f"{each.host}:{each.port}", tls=each.tls
+                    )
                     yield each.host, each.port
             finally:
                 found.close()  # type: ignore[attr-defined]
@@ -174,7 +180,9 @@ class Worker:
         others = 0 if not first or "worker_port" in self._cluster.model_fields_set else OTHER_PORTS
         for port in range(first, first + others + 1):
             try:
-                self._listener = Listener(address, port, self._key, self.node, self._welcomed, self._admit)
+                self._listener = Listener(
+                    address, port, self._key, self.node, self._welcomed, self._admit, identity=self._identity
+                )
             except OSError as error:
                 if port < first + others and error.errno == errno.EADDRINUSE:
                     continue
@@ -188,7 +196,7 @@ class Worker:
         if hello.kind != "data" or self._session is None:
             raise ClusterRefusedError("this node is a worker: it takes what other workers compute, nothing else")
 
-    def _welcomed(self, sock: socket.socket, hello: Hello, address: str) -> None:
+    def _welcomed(self, sock: Connection, hello: Hello, address: str) -> None:
         session = self._session
         if session is None:
             sock.close()
@@ -197,16 +205,15 @@ class Worker:
 
     # -- for sessions -----------------------------------------------------------------------------------------------
 
-    def connect(self, host: str, port: int, kind: LinkKind) -> socket.socket:
+    def connect(self, host: str, port: int, kind: LinkKind) -> Connection:
         """A greeted connection. Raises `OSError`, `NetworkError`."""
         source = (self._bound_to, 0) if self._bound_to is not None else None
         sock = socket.create_connection((host, port), timeout=GREETING_S, source_address=source)
         try:
-            greet(sock, self._key, self.node, kind)
+            return introduce(sock, self._key, self.node, kind, self._identity)
         except BaseException:
             sock.close()
             raise
-        return sock
 
     def host(self, link_to: Callable[[str | None], Link], ask: Callable[[ReadFile], Chunk]) -> StageHost:
         """A new one, for one master."""

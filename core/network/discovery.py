@@ -1,7 +1,8 @@
 """How a worker finds its master: mDNS (`_vramancer._tcp`), and beside it a broadcast over UDP, for networks that let no
 multicast through. Both only find; whether a master is the right one is what the handshake tells.
 
-Nothing that is sent depends on the cluster's token.
+Nothing that is sent depends on the cluster's token. Whether the master encrypts is said too, for whoever reads the log:
+anybody can say so, and nothing is decided by it.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class Found(NamedTuple):
     host: str
     port: int
     how: How
+    tls: bool = False
+    """Whether its connections are encrypted, as it says."""
 
 
 class _Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,6 +54,7 @@ class _Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     node: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+    tls: bool = False
 
 
 class _Live(msgspec.Struct, frozen=True):
@@ -81,13 +85,13 @@ def _broadcast_of(address: str, netmask: str | None) -> str | None:
 class Advertiser:
     """Says where the master listens, until closed. `hosts` are its own addresses that workers may use."""
 
-    def __init__(self, hosts: list[str], port: int, node: str) -> None:
+    def __init__(self, hosts: list[str], port: int, node: str, *, tls: bool = False) -> None:
         """Raises `OSError` if the port cannot be listened on for broadcasts."""
-        self._answer = msgspec.msgpack.encode(_Answer(port, node))
+        self._answer = msgspec.msgpack.encode(_Answer(port, node, tls))
         self._zeroconf = Zeroconf(interfaces=hosts, ip_version=IPVersion.V4Only)
         self._service = ServiceInfo(
-            SERVICE, f"{node}.{SERVICE}", port=port, parsed_addresses=hosts, properties={"node": node},
-            server=f"vramancer-{node[:12]}.local.",
+            SERVICE, f"{node}.{SERVICE}", port=port, parsed_addresses=hosts,
+            properties={"node": node, "tls": str(int(tls))}, server=f"vramancer-{node[:12]}.local.",
         )  # fmt: skip
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         try:
@@ -135,7 +139,7 @@ class _Listener(ServiceListener):
         info = zc.get_service_info(type_, name, timeout=1000)
         if info is not None and info.port:
             for address in info.parsed_addresses(IPVersion.V4Only):
-                self._found.put(Found(address, info.port, "mdns"))
+                self._found.put(Found(address, info.port, "mdns", info.properties.get(b"tls") == b"1"))
 
     def update_service(self, zc: Zeroconf, type_: str, name: str) -> None:
         self.add_service(zc, type_, name)
@@ -213,7 +217,7 @@ def _note(sock: socket.socket, found: queue.SimpleQueue[Found]) -> None:
         except UNREADABLE:
             logger.debug("an answer to a broadcast cannot be read", address=host)
             return
-        found.put(Found(host, answer.port, "broadcast"))
+        found.put(Found(host, answer.port, "broadcast", answer.tls))
 
 
 def cluster_port_of(host: str, port: int) -> int | None:

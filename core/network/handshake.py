@@ -3,7 +3,7 @@
 ::
 
     caller                                            listener
-    HELLO   version, kind of link, own id, nonce  ->
+    HELLO   kind of link, own id, nonce, TLS?     ->
                                                   <-  CHALLENGE  own id, nonce
     PROOF   mac("caller", both messages)          ->
                                                   <-  WELCOME    mac("listener", both messages)
@@ -11,6 +11,11 @@
 The key of the macs is derived from the token by scrypt, so that guessing a token from a recorded handshake costs 16 MiB
 and tens of milliseconds a guess. A proof holds for the two nonces it was made of, so a recorded one proves nothing
 later. The caller proves first: whoever only connects learns nothing that depends on the token.
+
+Where the cluster encrypts (`cluster.tls`), all of this is said inside of TLS, and the macs also cover the certificate
+that the listener has shown, as each side knows it. Somebody in between, who shows each side a certificate of his own,
+can pass the messages on, and neither side takes the other's proof. What kind of connection it is, is up to each side's
+settings and never negotiated; HELLO says what the caller's are, so that a cluster of which one half encrypts says so.
 """
 
 from __future__ import annotations
@@ -36,11 +41,12 @@ NodeId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a caller says first. `kind` is what the link is for."""
+    """What a caller says first. `kind` is what the link is for, `tls` whether it encrypts."""
 
     kind: LinkKind
     node: NodeId
     nonce: Nonce
+    tls: bool = False
 
 
 class Challenge(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,13 +94,19 @@ def decode_message(data: bytes | bytearray | memoryview, kind: type[Message]) ->
         raise ProtocolError(f"a {kind.__name__} cannot be read: {error}") from error
 
 
-def prove(key: bytes, side: Literal["caller", "listener"], hello: bytes, challenge: bytes) -> Proof:
-    """That this side knows the key; of exactly these two messages."""
-    told = hashlib.sha256(hashlib.sha256(hello).digest() + hashlib.sha256(challenge).digest()).digest()
+def prove(
+    key: bytes, side: Literal["caller", "listener"], hello: bytes, challenge: bytes, binding: bytes = b""
+) -> Proof:
+    """That this side knows the key; of exactly these two messages, over exactly this connection. `binding` is what
+    identifies it where it is encrypted: 32 bytes, `TlsEnd.binding`."""
+    told = hashlib.sha256(hashlib.sha256(hello).digest() + hashlib.sha256(challenge).digest() + binding).digest()
     return Proof(hmac.new(key, side.encode() + b"\0" + told, hashlib.sha256).digest())
 
 
-def check_proof(proof: Proof, key: bytes, side: Literal["caller", "listener"], hello: bytes, challenge: bytes) -> None:
-    """Raises `ClusterRefusedError` if the other side does not know the key."""
-    if not hmac.compare_digest(proof.mac, prove(key, side, hello, challenge).mac):
-        raise ClusterRefusedError("the other side has another cluster token")
+def check_proof(
+    proof: Proof, key: bytes, side: Literal["caller", "listener"], hello: bytes, challenge: bytes, binding: bytes = b""
+) -> None:
+    """Raises `ClusterRefusedError` if the other side does not know the key, or is at the end of another connection."""
+    if not hmac.compare_digest(proof.mac, prove(key, side, hello, challenge, binding).mac):
+        between = ", or somebody is between the two" if binding else ""
+        raise ClusterRefusedError(f"the other side has another cluster token{between}")

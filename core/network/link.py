@@ -23,6 +23,7 @@ import numpy as np
 import structlog
 
 from core.errors import LinkLostError, NetworkError, ProtocolError
+from core.network.connection import Connection
 from core.network.frames import (
     HEADER_BYTES,
     SUMMED_AHEAD_BYTES,
@@ -86,7 +87,7 @@ class Link:
     """
 
     def __init__(
-        self, sock: socket.socket, own: int, peer: int, handler: LinkHandler, *, name: str,
+        self, sock: Connection, own: int, peer: int, handler: LinkHandler, *, name: str,
         heartbeat_s: float | None = None, observe: Callable[[str, float], None] | None = None,
     ) -> None:  # fmt: skip
         sock.settimeout(None)

@@ -16,6 +16,8 @@ from functools import partial
 import structlog
 
 from core.errors import ClusterRefusedError, NetworkError
+from core.network.certificates import Identity
+from core.network.connection import Connection
 from core.network.greeting import answer
 from core.network.handshake import Hello
 
@@ -30,7 +32,7 @@ Admit = Callable[[Hello, str], Awaitable[None]]
 """May refuse a caller that has proved itself, by `ClusterRefusedError`; the second is its address."""
 Refused = Callable[[str, str], None]
 """Hears of a caller that was refused: its address, and why. Called in the loop: it must not wait."""
-Welcomed = Callable[[socket.socket, Hello, str], None]
+Welcomed = Callable[[Connection, Hello, str], None]
 """Takes a connection whose handshake is over. Called in the loop: it must not wait."""
 
 
@@ -39,10 +41,10 @@ class Listener:
 
     def __init__(
         self, host: str, port: int, key: bytes, node: str, welcomed: Welcomed, admit: Admit | None = None,
-        refused: Refused = lambda address, reason: None,
+        refused: Refused = lambda address, reason: None, identity: Identity | None = None,
     ) -> None:  # fmt: skip
-        """Raises `OSError` if the address cannot be had."""
-        self._key, self._node = key, node
+        """With an `identity` all connections are encrypted. Raises `OSError` if the address cannot be had."""
+        self._key, self._node, self._identity = key, node, identity
         self._welcomed, self._admit, self._refused = welcomed, admit, refused
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.create_server((host, port), family=family, backlog=_BACKLOG)
@@ -113,7 +115,7 @@ class Listener:
                 await self._admit(hello, address)
 
         try:
-            hello = await answer(sock, self._key, self._node, admit)
+            hello, connection = await answer(sock, self._key, self._node, admit, identity=self._identity)
         except ClusterRefusedError as error:
             logger.warning("a node was refused", address=address, reason=error.message)
             self._refused(address, error.message)
@@ -121,5 +123,5 @@ class Listener:
         except NetworkError as error:
             logger.debug("a connection to the cluster's port came to nothing", address=address, reason=error.message)
             return False
-        self._welcomed(sock, hello, address)
+        self._welcomed(connection, hello, address)
         return True

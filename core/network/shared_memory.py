@@ -37,6 +37,7 @@ import numpy.typing as npt
 import structlog
 
 from core.errors import ProtocolError
+from core.network.connection import Connection
 from core.network.frames import MIB
 from core.network.sockets import receive_all, send_all
 
@@ -111,7 +112,7 @@ class _Outgoing:
         waiting = self._sent - int(self._region.copied[0])
         return 0 <= waiting <= RING_BYTES - nbytes
 
-    def send(self, sock: socket.socket, head: bytes, parts: Sequence[memoryview]) -> None:
+    def send(self, sock: Connection, head: bytes, parts: Sequence[memoryview]) -> None:
         """A payload that there is room for, and the header before it. Raises `OSError`."""
         if int(self._region.copied[0]) == self._sent:
             self._offset = 0  # memory that has been used, and is likely still in a cache
@@ -151,7 +152,7 @@ class _Incoming:
         self._copied = 0
         self._has_been_told = False
 
-    def receive(self, sock: socket.socket, nbytes: int, payload: memoryview | None) -> None:
+    def receive(self, sock: Connection, nbytes: int, payload: memoryview | None) -> None:
         """A payload, after its header; None: it is dropped. Raises what `receive_all` does, and `ProtocolError`."""
         told = memoryview(bytearray(_OFFSET.size))
         receive_all(sock, told)
@@ -171,7 +172,7 @@ class _Incoming:
             receive_all(sock, told[:1])
         self._has_been_told = False
 
-    def _wait_for_more(self, sock: socket.socket, scratch: memoryview, than: int, up_to: int) -> int:
+    def _wait_for_more(self, sock: Connection, scratch: memoryview, than: int, up_to: int) -> int:
         """How far a payload is there, more than it was. Looks for a moment, and is woken at the latest when all is."""
         deadline_s = time.perf_counter() + _PATIENCE_S
         while (there := min(int(self._region.put[0]), up_to)) <= than:
@@ -202,7 +203,7 @@ def _check(fd: int) -> None:
 class SharedMemory:
     """What a link needs of both directions' regions. One thread may send, and another one receive."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: Connection) -> None:
         self._possible = _may_be_on_this_host(sock)
         self._outgoing: _Outgoing | None = None
         self._incoming: _Incoming | None = None
@@ -241,12 +242,12 @@ class SharedMemory:
         outgoing = self._outgoing
         return nbytes >= LEAST_BYTES and outgoing is not None and outgoing.is_accepted and outgoing.has_room(nbytes)
 
-    def send(self, sock: socket.socket, head: bytes, parts: Sequence[memoryview]) -> None:
+    def send(self, sock: Connection, head: bytes, parts: Sequence[memoryview]) -> None:
         """A payload that is taken, and the header before it. Raises `OSError`."""
         assert self._outgoing is not None
         self._outgoing.send(sock, head, parts)
 
-    def receive(self, sock: socket.socket, nbytes: int, payload: memoryview | None) -> None:
+    def receive(self, sock: Connection, nbytes: int, payload: memoryview | None) -> None:
         """A payload, after its header; None: it is dropped. Raises what `receive_all` does, and `ProtocolError`."""
         if self._incoming is None:
             raise ProtocolError("a payload in memory that was not offered")
@@ -260,7 +261,7 @@ class SharedMemory:
         self._possible = False
 
 
-def _may_be_on_this_host(sock: socket.socket) -> bool:
+def _may_be_on_this_host(sock: Connection) -> bool:
     """Whether it is worth to offer; that the other end sees the memory is found out then."""
     if sys.platform != "linux" or not _ORDERED:
         return False

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Sequence
 
 from core.errors import LinkLostError, ProtocolError
+from core.network.connection import Connection
 from core.network.frames import MIB, TRAILER_BYTES, Buffer, Flag, Header, Sum, check_payload
 
 _PIECE_BYTES = MIB
@@ -13,7 +14,7 @@ _PIECE_BYTES = MIB
 _WAIT_ALL = getattr(socket, "MSG_WAITALL", 0)
 
 
-def send_all(sock: socket.socket, parts: list[Buffer]) -> None:
+def send_all(sock: Connection, parts: list[Buffer]) -> None:
     """All bytes of all parts, in as few calls as the kernel needs."""
     if not hasattr(sock, "sendmsg"):  # Windows
         for part in parts:
@@ -28,7 +29,7 @@ def send_all(sock: socket.socket, parts: list[Buffer]) -> None:
             views[0] = views[0][sent:]
 
 
-def send_summed(sock: socket.socket, head: bytes, parts: Sequence[memoryview]) -> None:
+def send_summed(sock: Connection, head: bytes, parts: Sequence[memoryview]) -> None:
     """A large payload piece by piece, its checksum behind it: the other end reads a piece while the next is summed."""
     total = Sum()
     first: list[Buffer] = [head]
@@ -41,7 +42,7 @@ def send_summed(sock: socket.socket, head: bytes, parts: Sequence[memoryview]) -
     send_all(sock, [total.trailer()])
 
 
-def receive_payload(sock: socket.socket, header: Header, payload: memoryview) -> None:
+def receive_payload(sock: Connection, header: Header, payload: memoryview) -> None:
     """All of it, checked. Raises `ProtocolError` if it is not what was sent, and what `receive_all` does."""
     if not header.flags & Flag.TRAILED:
         receive_all(sock, payload)
@@ -58,7 +59,7 @@ def receive_payload(sock: socket.socket, header: Header, payload: memoryview) ->
         raise ProtocolError(f"{header.opcode.name}: the payload's checksum is wrong")
 
 
-def receive_all(sock: socket.socket, view: memoryview) -> None:
+def receive_all(sock: Connection, view: memoryview) -> None:
     """Fill the view. Raises `LinkLostError` if the other end closes before."""
     while view:
         received = sock.recv_into(view, 0, _WAIT_ALL)

@@ -102,6 +102,19 @@ def test_a_wrong_token_is_said_and_ends_the_worker(pair: Programs) -> None:
     assert len(pair.ask(url, "/api/nodes")["nodes"]) == 1
 
 
+def test_a_cluster_that_encrypts_takes_in_who_does_too(pair: Programs) -> None:
+    pytest.importorskip("cryptography", reason="certificates are made by the extra tls")
+    master = pair.master("--devices", "cpu=1GiB", "--cluster-tls")
+    token = master.says(r"VRM_CLUSTER_TOKEN=(\S+) VRM_CLUSTER_TLS=1 .*python -m vramancer.main --cluster-worker")[1]
+    at = master.says(r"workers are accepted at\s+(127\.0\.0\.1:\d+)")[1]
+    plain = pair.worker(at, token)
+    assert plain.process.wait() == 1
+    plain.says(r"error: .*the listener encrypts its connections and the caller does not \(cluster\.tls")
+    assert "Traceback" not in plain.said
+    url = master.says(r"API +(http://127\.0\.0\.1:\d+)/v1")[1]
+    pair.worker(url.removeprefix("http://"), token, "--cluster-tls").says("joined")
+
+
 def test_two_ctrl_c_leave_at_once(pair: Programs) -> None:
     master = pair.master("--devices", "attic/cpu#0")
     at = master.says(r"taking workers in .*address=(127\.0\.0\.1:\d+)")[1]

@@ -39,9 +39,13 @@ def worker_settings(cache: Path, devices: str) -> Settings:
     )
 
 
-def open_worker(master: Master, settings: Settings, name: str, version: str = VERSION, token: str = TOKEN) -> Worker:
+def open_worker(
+    master: Master, settings: Settings, name: str, /, version: str = VERSION, token: str = TOKEN, **given: Any
+) -> Worker:
+    """Joins the master, and encrypts if that one does, unless the cluster's settings are `given` otherwise."""
     host, port = master.address
-    settings = settings.model_copy(update={"cluster": cluster_settings(master=f"{host}:{port}")})
+    found = cluster_settings(**{"master": f"{host}:{port}", "tls": master.tls, **given})
+    settings = settings.model_copy(update={"cluster": found})
     return Worker(settings, open_devices(settings.devices), derive_key(token), version=version, name=name)
 
 

@@ -89,7 +89,7 @@ def test_what_is_answered_and_what_is_not(port: int) -> None:
     assert ask(port, b"what else is there?", wait_s=0.5) == []
     assert ask(port, discovery._QUESTION + b"!", wait_s=0.5) == []
     (answer,) = ask(port, discovery._QUESTION)
-    assert msgspec.msgpack.decode(answer) == {"port": port, "node": NODE}
+    assert msgspec.msgpack.decode(answer) == {"port": port, "node": NODE, "tls": False}
 
 
 def test_a_flood_of_questions_is_not_answered_one_by_one(port: int) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import Any
 
 import pytest
+from network.door import KEY, LONGEST_S, MASTER, OTHER_KEY, WORKER, Door, left
 
 from core.errors import ClusterRefusedError, LinkLostError, NetworkError, ProtocolError
 from core.network.frames import HEADER_BYTES, Opcode, read_header
@@ -24,41 +24,7 @@ from core.network.handshake import (
     new_nonce,
     prove,
 )
-from core.network.listener import MAX_GREETING, Listener
-
-TOKEN = "a-token-of-a-cluster"
-KEY, OTHER_KEY = derive_key(TOKEN), derive_key(TOKEN + "!")
-MASTER, WORKER = "a" * 32, "b" * 32
-LONGEST_S = 60.0
-
-
-class Door:
-    """A listener, and whom it has welcomed."""
-
-    def __init__(self, admit: Callable[..., Any] | None = None) -> None:
-        self.welcomed: list[tuple[Hello, str]] = []
-        self._sockets: list[socket.socket] = []
-        self._changed = threading.Condition()
-        self.listener = Listener("127.0.0.1", 0, KEY, MASTER, self._take, admit)
-        self.listener.start()
-
-    def _take(self, sock: socket.socket, hello: Hello, address: str) -> None:
-        with self._changed:
-            self._sockets.append(sock)
-            self.welcomed.append((hello, address))
-            self._changed.notify_all()
-
-    def wait_for(self, count: int) -> None:
-        with self._changed:
-            assert self._changed.wait_for(lambda: len(self.welcomed) >= count, LONGEST_S)
-
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.listener.port), timeout=LONGEST_S)
-
-    def close(self) -> None:
-        self.listener.close()
-        for sock in self._sockets:
-            sock.close()
+from core.network.listener import MAX_GREETING
 
 
 @pytest.fixture
@@ -121,17 +87,6 @@ def exactly(sock: socket.socket, nbytes: int) -> bytes:
         assert part, data
         data += part
     return data
-
-
-def left(sock: socket.socket) -> bool:
-    """Read to the end, which is a reset where something was sent that nobody read."""
-    sock.settimeout(LONGEST_S)
-    try:
-        while sock.recv(1024):
-            pass
-    except ConnectionResetError:
-        pass
-    return True
 
 
 def test_a_recorded_handshake_proves_nothing(door: Door) -> None:
