@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.fleet_server import Call, Gaps, Server, Speeds
 from benchmarks.fleet_world import BLOCK_TOKENS, SLOW_FACTOR, Happening, Session
@@ -30,7 +31,8 @@ PATIENCE_S = 180.0
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """`routing`: "prefix", "sticky" (by session, as a plain balancer hashes a header) or "round robin"."""
+    """`routing`: "prefix" (and load), "load" alone, "sticky" (by session, as plain balancers hash a header) or "round
+    robin"."""
 
     routing: str
     replays: bool
@@ -41,8 +43,8 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("prefix", True), Variant("sticky", True), Variant("round robin", True), Variant("prefix", False),
-    Variant("round robin", False),
+    Variant("prefix", True), Variant("load", True), Variant("sticky", True), Variant("round robin", True),
+    Variant("prefix", False), Variant("round robin", False),
 )  # fmt: skip
 
 
@@ -83,7 +85,7 @@ class Simulation:
         self._away: set[str] = set()
         self._slow: dict[str, int] = {}
         self._rates, self._variant, self._objectives, self._seed = rates, variant, objectives, seed
-        self._events: list[tuple[float, int, str, object]] = []
+        self._events: list[tuple[float, int, str, Any]] = []
         self._order = 0
         self._calls: list[Call] = []
         self._homeless: list[Call] = []
@@ -112,16 +114,14 @@ class Simulation:
             if now > seconds + PATIENCE_S:
                 break
             if what == "server":
-                assert isinstance(subject, Server)
                 if subject.wake_s == now:
                     self._advance(subject, now, seconds)
             elif what == "ask":
-                assert isinstance(subject, tuple)
                 self._ask(*subject, now)
             elif what == "noticed":
                 self._noticed(now)
             else:
-                self._happen(what, str(subject), now)
+                self._happen(what, subject, now)
         return self._outcome(seconds, time.perf_counter() - began)
 
     def _at(self, at_s: float, what: str, subject: object) -> None:

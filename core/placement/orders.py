@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 _Matrix = NDArray[np.float64]
 _Order = tuple[int, ...]
 
-POWERS = (1, 4, 16, 64)
+POWERS = (1, 2, 4, 8, 16, 64)
 MOST_DEVICES = 16
 """In an order that is searched closely; more only where memory is so short that a plan needs them."""
 _MOST_SWAPPED = 10

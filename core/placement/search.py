@@ -41,6 +41,8 @@ from core.placement.programme import Cut, Found, Programme, Times, counted_state
 EXACT_MOVES = 1_024
 """8 devices that differ, 80 layers: a third of a second for the best round."""
 _BITS = 51
+_CLEARLY = 0.999
+_TIGHTER = (1.0, 0.96)
 
 
 def lacking_memory(text: str, needs: Mapping[str, tuple[int, int]]) -> InsufficientMemoryError:
@@ -128,11 +130,21 @@ class PlacementSearch:
         times = self._times(batch, kv_tokens, crowded=crowded and cohorts > 1)
         under = under_s / times.unit_s
         found = [programme.best_round(cohorts, under) for programme in self._programmes(times, kv_tokens)]
-        if self._states is None and (best := _least(found)) is not None:
-            # What is better has a shorter way, and nothing in it is so busy.
-            shortest = shortest_order(*times.up_to(best.value / cohorts).tables, self._orders)
-            found.append(self._in_order(shortest, times).best_round(cohorts, under))
+        if self._states is None:
+            self._shorten(found, times, cohorts, under)
         return _cuts(found)
+
+    def _shorten(self, found: list[Found | None], times: Times, cohorts: int, under: float) -> None:
+        """Add better plans for a round: what is better has a shorter way, and nothing in it is so busy."""
+        orders = list(self._orders)
+        while (best := _least(found)) is not None:
+            for share in _TIGHTER:
+                order = shortest_order(*times.up_to(share * best.value / cohorts).tables, orders)
+                found.append(self._in_order(order, times).best_round(cohorts, under))
+                orders.insert(0, order)
+            better = _least(found)
+            if better is None or not better.value < best.value * _CLEARLY:
+                return
 
     def _programmes(self, times: Times, kv_tokens: int) -> list[Programme]:
         """One over all sets and orders of devices; or one for each of some good orders."""

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.fleet_server import CHUNK, Call, Gaps, Server, Speeds
 from benchmarks.fleet_world import BLOCK_TOKENS, Session, Turn, make_fleet, model_8b, problem_of
-from core.costs.cost import Batch, best_cohorts, decode_tok_s
+from core.costs.cost import best_cohorts, decode_tok_s
 from core.placement.engine import stage_costs
 from core.placement.replicas import Replica, ReplicaRates, partition
 
@@ -127,8 +127,3 @@ def test_slow_machines_are_slow(replica: Replica) -> None:
     usual, slowed = Speeds(replica, (1,) * count), Speeds(replica, (3,) + (1,) * (count - 1))
     assert slowed.round_s(1, 4096) > 1.3 * usual.round_s(1, 4096)
     assert slowed.prefill_tok_s < usual.prefill_tok_s
-
-
-def test_batches_are_planned_with_the_same_shapes() -> None:
-    """What the simulation asks of the cost model: a chunk is computed for one sequence."""
-    assert Batch(CHUNK, CHUNK * 2048, 1).logit_rows == 1

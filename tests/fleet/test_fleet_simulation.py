@@ -45,6 +45,7 @@ def test_routing_by_prefix_and_load_finds_more_prefixes_and_meets_more_objective
     ours, theirs = outcomes["prefix, replay"], outcomes["round robin, replay"]
     assert ours.hit_rate > 1.5 * theirs.hit_rate
     assert ours.within > theirs.within
+    assert ours.hit_rate > outcomes["load, replay"].hit_rate
     assert outcomes["sticky, replay"].hit_rate > theirs.hit_rate
 
 

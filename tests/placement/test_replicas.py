@@ -133,3 +133,35 @@ def test_what_can_go_on_nowhere_waits_for_a_machine_that_comes_back() -> None:
     assert after == Partition((), ("a",))
     again = mend(nodes, after, fleet)
     assert [replica.nodes for replica in again.replicas] == [("a", "b")]
+
+
+def test_cards_that_hold_the_model_with_little_kv_serve_more_in_pairs() -> None:
+    nodes = [node(f"n{index}", "RTX 3090") for index in range(6)]
+    fleet = rates(gigabytes=25.0)
+    alone = fleet.replica(nodes[:1])
+    assert alone is not None and alone.streams < 8
+    found = partition(nodes, fleet)
+    check(found, nodes)
+    assert {len(replica.nodes) for replica in found.replicas} == {2}
+    assert found.tok_s > 6 * alone.tok_s
+
+
+def test_what_is_left_of_two_replicas_is_not_mixed() -> None:
+    """Their machines keep the layers that they have."""
+    nodes = [node(name, "RTX 3090") for name in "abcdxy"]
+    fleet = rates(gigabytes=40.0)
+    groups = [[nodes[0], nodes[2], nodes[4]], [nodes[1], nodes[3], nodes[5]]]
+    before = Partition(tuple(found for group in groups if (found := fleet.replica(group))), ())
+    after = mend(nodes[:4], before, fleet)
+    assert sorted(replica.nodes for replica in after.replicas) == [("a", "c"), ("b", "d")]
+
+
+def test_of_spare_machines_each_helps_one_that_has_layers() -> None:
+    nodes = [node(name, "RTX 3060") for name in "abcdef"]
+    fleet = rates()
+    pairs = [[nodes[0], nodes[2]], [nodes[1], nodes[3]]]
+    before = Partition(tuple(found for pair in pairs if (found := fleet.replica(pair))), ("e", "f"))
+    here = [nodes[0], nodes[1], nodes[4], nodes[5]]
+    after = mend(here, before, fleet)
+    check(after, here)
+    assert sorted(replica.nodes for replica in after.replicas) == [("a", "e"), ("b", "f")]
