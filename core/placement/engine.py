@@ -26,7 +26,8 @@ from itertools import accumulate, product
 from core.costs.cost import Batch, StageCost, best_cohorts, decode_tok_s
 from core.costs.plan import SLOTS, PlacementPlan, PlacementProblem, StagePlan
 from core.errors import InsufficientMemoryError, InvalidRequestError
-from core.placement.search import Cut, PlacementSearch, lacking_memory
+from core.placement.programme import Cut
+from core.placement.search import PlacementSearch, lacking_memory
 from core.placement.splitter import cuts_by_memory
 
 BY_HAND = "by hand"

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from core.costs.plan import LayerCosts, PlacementDevice, PlacementProblem
 from core.devices.device import format_bytes
 from core.errors import InsufficientMemoryError
-from core.placement.search import Cut, lacking_memory, largest
+from core.placement.programme import Cut
+from core.placement.search import lacking_memory, largest
 
 
 def cuts_by_memory(request: PlacementProblem) -> list[Cut]:

@@ -13,7 +13,8 @@ from core.costs import SLOTS, PlacementProblem
 from core.costs.cost import Batch
 from core.costs.profile import LinkProfile
 from core.devices.device import HOST
-from core.placement.search import Cut, PlacementSearch, _Times
+from core.placement.programme import Cut, Times
+from core.placement.search import PlacementSearch
 from core.placement.streamed_layers import streamed_bytes
 
 _EXACT = 2.0**50
@@ -47,14 +48,14 @@ class StreamingSearch(PlacementSearch):
             sums = _sums([size if size <= slot else 0 for size in costs.layer_bytes])
             spared = np.maximum(spared, sums[last] - sums[first] - SLOTS * slot)
         needed = inner + ends - spared
-        limits = (self._limits[members[0]] for members in self._states.kinds)
+        limits = (self._limits[members[0]] for members in self._kinds)
         return [(last > first) & (needed <= limit) for limit in limits]
 
-    def _times(self, batch: Batch, kv_tokens: int, *, crowded: bool) -> _Times:
+    def _times(self, batch: Batch, kv_tokens: int, *, crowded: bool) -> Times:
         times = super()._times(batch, kv_tokens, crowded=crowded)
         loads = [
             self._load_units(members[0], kv_tokens, stage, times.unit_s)
-            for members, stage in zip(self._states.kinds, times.stages, strict=True)
+            for members, stage in zip(self._kinds, times.stages, strict=True)
         ]
         # Sums have to stay exact: coarser units, where loading takes much longer than computing.
         longest = max(float(load.max()) for load in loads) * len(self._profiles)
@@ -62,7 +63,7 @@ class StreamingSearch(PlacementSearch):
         stages = tuple(
             np.rint(np.ldexp(np.maximum(stage, load), -shift)) for stage, load in zip(times.stages, loads, strict=True)
         )
-        return _Times(stages, np.rint(np.ldexp(times.hops, -shift)), math.ldexp(times.unit_s, shift))
+        return Times(stages, np.rint(np.ldexp(times.hops, -shift)), math.ldexp(times.unit_s, shift))
 
     def _load_units(
         self, device: int, kv_tokens: int, stage: NDArray[np.float64], unit_s: float

@@ -15,7 +15,8 @@ from core.devices.device import HOST
 from core.errors import InsufficientMemoryError
 from core.placement.engine import BY_HAND, assemble, cuts_by_hand, kv_room, place_profiled, plan_stage, predicted_tok_s
 from core.placement.pooled import place_pooled
-from core.placement.search import Cut, lacking_memory, largest
+from core.placement.programme import Cut
+from core.placement.search import lacking_memory, largest
 from core.placement.stream_search import StreamingSearch, streaming_cuts
 from core.placement.streamed_layers import choose_streamed, least_bytes
 

@@ -20,7 +20,7 @@ from core.errors import InsufficientMemoryError, InvalidRequestError
 from core.inference_pipeline import InferencePipeline
 from core.placement import engine as placement_engine
 from core.placement.engine import build_plan, register_strategy
-from core.placement.search import Cut
+from core.placement.programme import Cut
 from core.profiling.profiler import LayerProfiler
 from core.request import SamplingParams
 from core.views.render import render

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from core.costs import PlacementDevice, PlacementProblem
 from core.costs.cards import gpu_spec
-from core.costs.plan import LayerCosts, PlacementPlan
+from core.costs.plan import LayerCosts, Objective, PlacementPlan
 from core.costs.profile import DeviceProfile, LinkProfile, LinkTopology
 from core.errors import InsufficientMemoryError, InvalidRequestError
 from core.placement import engine
@@ -23,7 +23,7 @@ from core.placement.engine import (
     register_strategy,
     strategies,
 )
-from core.placement.search import Cut, Objective
+from core.placement.programme import Cut
 
 STAGED = LinkTopology(default=LinkProfile(11.6e9, 3e-5))
 

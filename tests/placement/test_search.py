@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.costs.cost import Batch, StageCost, pipeline_s
-from core.costs.plan import LayerCosts, PlacementDevice
+from core.costs.plan import LayerCosts, Objective, PlacementDevice
 from core.costs.profile import DeviceProfile, LinkProfile, LinkTopology, Sharing
-from core.placement.search import Cut, Objective, PlacementSearch
+from core.placement.programme import Cut
+from core.placement.search import PlacementSearch
 
 OBJECTIVES: tuple[Objective, ...] = ("latency", "throughput")
 
@@ -255,15 +256,13 @@ def test_devices_that_are_alike_are_filled_evenly_in_the_order_given() -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_too_many_devices_that_differ_stay_in_the_order_given(objective: Objective) -> None:
+def test_fourteen_devices_that_differ(objective: Objective) -> None:
     case = big_case(tuple((16 + index) << 30 for index in range(14)))
     for required in (frozenset[int](), frozenset({0, 1, 13})):
         found = case.search(required).best(case.batch, case.kv_tokens, objective)
         assert found is not None
         check_plan(case, found)
-        order = [cut.device for cut in found]
-        assert order == sorted(order)
-        assert required <= set(order)
+        assert required <= {cut.device for cut in found}
 
 
 def test_what_cannot_be_searched_is_refused() -> None:
