@@ -1,0 +1,197 @@
+"""Which family a model belongs to, and its parsers. A family's own file is imported when its first parser is made."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from core.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from core.parsers.calls import CallParser
+    from core.parsers.events import Event, OutputParser, ToolSchemas
+
+AUTO, NONE = "auto", "none"
+ToolParserName = Literal[
+    "auto", "none", "hermes", "qwen3_coder", "llama3_json", "mistral", "mistral_named", "harmony", "deepseek_v3",
+    "deepseek_v31", "deepseek_v32", "glm", "granite", "pythonic", "gemma", "function_gemma", "gemma4",
+]  # fmt: skip
+ReasoningParserName = Literal[
+    "auto", "none", "think", "harmony", "mistral", "granite", "seed_oss", "kimi", "cohere", "gemma4"
+]
+HARMONY = "harmony"
+
+_CLASSES = {
+    "hermes": "hermes:HermesParser",
+    "qwen3_coder": "qwen3_coder:Qwen3CoderParser",
+    "llama3_json": "llama3:Llama3Parser",
+    "mistral": "mistral:MistralParser",
+    "mistral_named": "mistral:MistralNamedParser",
+    "harmony": "harmony:HarmonyParser",
+    "deepseek_v3": "deepseek:DeepSeekV3Parser",
+    "deepseek_v31": "deepseek:DeepSeekV31Parser",
+    "deepseek_v32": "deepseek_v32:DeepSeekV32Parser",
+    "glm": "glm:GlmParser",
+    "granite": "granite:GraniteParser",
+    "pythonic": "pythonic:PythonicParser",
+    "gemma": "gemma:GemmaParser",
+    "function_gemma": "function_gemma:FunctionGemmaParser",
+    "gemma4": "function_gemma:Gemma4Parser",
+}
+TOOL_PARSERS = tuple(_CLASSES)
+REASONING_PARSERS = get_args(ReasoningParserName)[2:]
+
+_TOOL_SIGNS: tuple[tuple[str, str], ...] = (
+    ("harmony", r"<\|channel\|>.*<\|message\|>"),
+    ("deepseek_v32", "｜DSML｜|dsml_token"),
+    ("deepseek_v3", r"<｜tool▁sep｜>.*```json"),
+    ("deepseek_v31", "<｜tool▁sep｜>"),
+    ("mistral_named", r"\[TOOL_CALLS\].*\[ARGS\]"),
+    ("mistral", r"\[TOOL_CALLS\]"),
+    ("glm", "<arg_key>"),
+    ("qwen3_coder", "<function="),
+    ("function_gemma", "<start_function_call>"),
+    ("gemma4", r"<\|tool_call>"),
+    ("gemma", "```tool_code"),
+    ("granite", r"<\|tool_call\|>"),
+    ("hermes", "<tool_call>"),
+    ("pythonic", r"<\|tool_call_start\|>|func_name1\(|\[func\("),
+    ("llama3_json", r"<\|python_tag\|>|\"name\": function name|'\"parameters\": '|\\\"parameters\\\": "),
+    ("pythonic", r"<\|python_start\|>"),
+)  # fmt: skip
+"""What a template writes or explains, by the family that does; the first that is found counts."""
+_TOKEN_SIGNS = (
+    ("mistral", "[TOOL_CALLS]"), ("llama3_json", "<|python_tag|>"), ("pythonic", "<|python_start|>"),
+)  # fmt: skip
+"""Tokens that tell where a template says nothing of how calls are written."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFormat:
+    """How a model writes calls and thoughts, by the names of parsers; None: it does neither, or nobody knows how.
+    `control_tokens` are those of its special tokens that parsers have to see, by their texts."""
+
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
+    control_tokens: Mapping[str, int] = field(default_factory=dict)
+
+
+def recognise(
+    template: str,
+    special_tokens: Mapping[int, str],
+    added_tokens: Collection[str] = (),
+    *,
+    tool_parser: str = AUTO,
+    reasoning_parser: str = AUTO,
+) -> OutputFormat:
+    """The format of a model with this chat template and these tokens, where a setting does not name its parsers."""
+    known = {*added_tokens, *special_tokens.values()}
+    tools = _named(tool_parser, TOOL_PARSERS, "tool_parser") if tool_parser != AUTO else _tool_parser(template, known)
+    if reasoning_parser != AUTO:
+        reasoning = _named(reasoning_parser, REASONING_PARSERS, "reasoning_parser")
+    else:
+        reasoning = HARMONY if tools == HARMONY else _reasoning_parser(template, known)
+    wanted = {*_markup(tools), *_thought_markup(reasoning)}
+    tokens = {text: token_id for token_id, text in special_tokens.items() if text in wanted}
+    return OutputFormat(tools, reasoning, tokens)
+
+
+def _named(name: str, names: Collection[str], param: str) -> str | None:
+    if name == NONE:
+        return None
+    if name not in names:
+        raise InvalidRequestError(f"{param} must be one of {AUTO}, {NONE}, {', '.join(names)}.", param=param)
+    return name
+
+
+def _tool_parser(template: str, tokens: Collection[str]) -> str | None:
+    """The family of a template that takes tools."""
+    if not re.search(r"\btools\b", template):
+        return None
+    for name, sign in _TOOL_SIGNS:
+        if re.search(sign, template, re.DOTALL):
+            return name
+    return next((name for name, token in _TOKEN_SIGNS if token in tokens), None)
+
+
+def _reasoning_parser(template: str, tokens: Collection[str]) -> str | None:
+    from core.parsers.reasoning import TAGS
+
+    for name, tags in TAGS.items():
+        if tags.open.strip() in template or tags.close in template:
+            return name
+        if tags.open in tokens and tags.close in tokens:
+            return name
+    return None
+
+
+def _markup(tool_parser: str | None) -> tuple[str, ...]:
+    return parser_class(tool_parser).markup if tool_parser is not None else ()
+
+
+def _thought_markup(reasoning_parser: str | None) -> tuple[str, ...]:
+    if reasoning_parser is None:
+        return ()
+    if reasoning_parser == HARMONY:
+        return _markup(HARMONY)
+    from core.parsers.reasoning import TAGS
+
+    return TAGS[reasoning_parser].open, TAGS[reasoning_parser].close
+
+
+def parser_class(name: str) -> type[CallParser]:
+    """The class of a family's parser, with the shape of its calls."""
+    module, _, attribute = _CLASSES[name].partition(":")
+    found: Any = getattr(import_module(f"core.parsers.{module}"), attribute)
+    return found  # type: ignore[no-any-return]
+
+
+class AnswerParser:
+    """Reads one answer: its thoughts, if the model thinks, and then its calls, if there are tools."""
+
+    def __init__(
+        self, output_format: OutputFormat, tools: ToolSchemas, *, split_reasoning: bool, prompt_end: str
+    ) -> None:
+        """`tools` empty: no call is looked for. `prompt_end` is where the prompt ends, its last few tokens as text."""
+        hidden = output_format.control_tokens
+        tool_parser = output_format.tool_parser if tools else None
+        reasoning_parser = output_format.reasoning_parser if split_reasoning else None
+        self._thoughts: OutputParser | None = None
+        self._calls: OutputParser | None = None
+        if HARMONY in (tool_parser, reasoning_parser):
+            self._calls = parser_class(HARMONY)(tools, hidden)
+            return
+        if reasoning_parser is not None:
+            from core.parsers.reasoning import TAGS, ThinkParser, is_open_at_end
+
+            tags = TAGS[reasoning_parser]
+            own = hidden.keys() & {tags.open, tags.close}
+            self._thoughts = ThinkParser(tags, is_open=is_open_at_end(tags, prompt_end), hidden=own)
+        if tool_parser is not None:
+            found = parser_class(tool_parser)
+            self._calls = found(tools, hidden.keys() & set(found.markup))
+
+    def feed(self, text: str) -> list[Event]:
+        """What has become certain with this piece of text."""
+        return self._through_calls(self._thoughts.feed(text)) if self._thoughts is not None else self._fed(text)
+
+    def finish(self) -> list[Event]:
+        """The rest, once no more text comes."""
+        events = self._through_calls(self._thoughts.finish()) if self._thoughts is not None else []
+        return events + (self._calls.finish() if self._calls is not None else [])
+
+    def _through_calls(self, events: list[Event]) -> list[Event]:
+        from core.parsers.events import Text
+
+        found: list[Event] = []
+        for event in events:
+            found += self._fed(event.text) if isinstance(event, Text) else [event]
+        return found
+
+    def _fed(self, text: str) -> list[Event]:
+        from core.parsers.events import Text
+
+        return self._calls.feed(text) if self._calls is not None else [Text(text)]
