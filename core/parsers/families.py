@@ -12,7 +12,6 @@ from core.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from core.parsers.calls import CallParser
-    from core.parsers.events import Event, OutputParser, ToolSchemas
 
 AUTO, NONE = "auto", "none"
 ToolParserName = Literal[
@@ -72,11 +71,12 @@ _TOKEN_SIGNS = (
 @dataclass(frozen=True, slots=True)
 class OutputFormat:
     """How a model writes calls and thoughts, by the names of parsers; None: it does neither, or nobody knows how.
-    `control_tokens` are those of its special tokens that parsers have to see, by their texts."""
+    `call_tokens` and `thought_tokens` are those of its special tokens that parsers have to see, by their texts."""
 
     tool_parser: str | None = None
     reasoning_parser: str | None = None
-    control_tokens: Mapping[str, int] = field(default_factory=dict)
+    call_tokens: Mapping[str, int] = field(default_factory=dict)
+    thought_tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 def recognise(
@@ -94,9 +94,13 @@ def recognise(
         reasoning = _named(reasoning_parser, REASONING_PARSERS, "reasoning_parser")
     else:
         reasoning = HARMONY if tools == HARMONY else _reasoning_parser(template, known)
-    wanted = {*_markup(tools), *_thought_markup(reasoning)}
-    tokens = {text: token_id for token_id, text in special_tokens.items() if text in wanted}
-    return OutputFormat(tools, reasoning, tokens)
+    ids = {text: token_id for token_id, text in special_tokens.items()}
+    return OutputFormat(
+        tools,
+        reasoning,
+        {text: ids[text] for text in (parser_class(tools).markup if tools else ()) if text in ids},
+        {text: ids[text] for text in _thought_markup(reasoning) if text in ids},
+    )
 
 
 def _named(name: str, names: Collection[str], param: str) -> str | None:
@@ -128,15 +132,11 @@ def _reasoning_parser(template: str, tokens: Collection[str]) -> str | None:
     return None
 
 
-def _markup(tool_parser: str | None) -> tuple[str, ...]:
-    return parser_class(tool_parser).markup if tool_parser is not None else ()
-
-
 def _thought_markup(reasoning_parser: str | None) -> tuple[str, ...]:
     if reasoning_parser is None:
         return ()
     if reasoning_parser == HARMONY:
-        return _markup(HARMONY)
+        return parser_class(HARMONY).markup
     from core.parsers.reasoning import TAGS
 
     return TAGS[reasoning_parser].open, TAGS[reasoning_parser].close
@@ -147,51 +147,3 @@ def parser_class(name: str) -> type[CallParser]:
     module, _, attribute = _CLASSES[name].partition(":")
     found: Any = getattr(import_module(f"core.parsers.{module}"), attribute)
     return found  # type: ignore[no-any-return]
-
-
-class AnswerParser:
-    """Reads one answer: its thoughts, if the model thinks, and then its calls, if there are tools."""
-
-    def __init__(
-        self, output_format: OutputFormat, tools: ToolSchemas, *, split_reasoning: bool, prompt_end: str
-    ) -> None:
-        """`tools` empty: no call is looked for. `prompt_end` is where the prompt ends, its last few tokens as text."""
-        hidden = output_format.control_tokens
-        tool_parser = output_format.tool_parser if tools else None
-        reasoning_parser = output_format.reasoning_parser if split_reasoning else None
-        self._thoughts: OutputParser | None = None
-        self._calls: OutputParser | None = None
-        if HARMONY in (tool_parser, reasoning_parser):
-            self._calls = parser_class(HARMONY)(tools, hidden)
-            return
-        if reasoning_parser is not None:
-            from core.parsers.reasoning import TAGS, ThinkParser, is_open_at_end
-
-            tags = TAGS[reasoning_parser]
-            own = hidden.keys() & {tags.open, tags.close}
-            self._thoughts = ThinkParser(tags, is_open=is_open_at_end(tags, prompt_end), hidden=own)
-        if tool_parser is not None:
-            found = parser_class(tool_parser)
-            self._calls = found(tools, hidden.keys() & set(found.markup))
-
-    def feed(self, text: str) -> list[Event]:
-        """What has become certain with this piece of text."""
-        return self._through_calls(self._thoughts.feed(text)) if self._thoughts is not None else self._fed(text)
-
-    def finish(self) -> list[Event]:
-        """The rest, once no more text comes."""
-        events = self._through_calls(self._thoughts.finish()) if self._thoughts is not None else []
-        return events + (self._calls.finish() if self._calls is not None else [])
-
-    def _through_calls(self, events: list[Event]) -> list[Event]:
-        from core.parsers.events import Text
-
-        found: list[Event] = []
-        for event in events:
-            found += self._fed(event.text) if isinstance(event, Text) else [event]
-        return found
-
-    def _fed(self, text: str) -> list[Event]:
-        from core.parsers.events import Text
-
-        return self._calls.feed(text) if self._calls is not None else [Text(text)]
