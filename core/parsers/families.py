@@ -43,25 +43,29 @@ _CLASSES = {
 TOOL_PARSERS = tuple(_CLASSES)
 REASONING_PARSERS = get_args(ReasoningParserName)[2:]
 
-_TOOL_SIGNS: tuple[tuple[str, str], ...] = (
-    ("harmony", r"<\|channel\|>.*<\|message\|>"),
-    ("deepseek_v32", "｜DSML｜|dsml_token"),
-    ("deepseek_v3", r"<｜tool▁sep｜>.*```json"),
-    ("deepseek_v31", "<｜tool▁sep｜>"),
-    ("mistral_named", r"\[TOOL_CALLS\].*\[ARGS\]"),
-    ("mistral", r"\[TOOL_CALLS\]"),
-    ("glm", "<arg_key>"),
-    ("qwen3_coder", "<function="),
-    ("function_gemma", "<start_function_call>"),
-    ("gemma4", r"<\|tool_call>"),
-    ("gemma", "```tool_code"),
-    ("granite", r"<\|tool_call\|>"),
-    ("hermes", "<tool_call>"),
-    ("pythonic", r"<\|tool_call_start\|>|func_name1\(|\[func\("),
-    ("llama3_json", r"<\|python_tag\|>|\"name\": function name|'\"parameters\": '|\\\"parameters\\\": "),
-    ("pythonic", r"<\|python_start\|>"),
-)  # fmt: skip
-"""What a template writes or explains, by the family that does; the first that is found counts."""
+_TOOL_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("harmony", ("<|channel|>", "<|message|>")),
+    ("deepseek_v32", ("｜DSML｜",)),
+    ("deepseek_v3", ("<｜tool▁sep｜>", "```json")),
+    ("deepseek_v31", ("<｜tool▁sep｜>",)),
+    ("mistral_named", ("[TOOL_CALLS]", "[ARGS]")),
+    ("mistral", ("[TOOL_CALLS]",)),
+    ("glm", ("<arg_key>",)),
+    ("qwen3_coder", ("<function=",)),
+    ("function_gemma", ("<start_function_call>",)),
+    ("gemma4", ("<|tool_call>",)),
+    ("gemma", ("```tool_code",)),
+    ("granite", ("<|tool_call|>",)),
+    ("hermes", ("<tool_call>",)),
+    ("pythonic", ("<|tool_call_start|>",)),
+    ("pythonic", ("func_name1(",)),
+    ("llama3_json", ("<|python_tag|>",)),
+    ("llama3_json", ('"name": function name',)),
+    ("llama3_json", ("'\"parameters\": '",)),
+    ("llama3_json", ('\\"parameters\\": ',)),
+    ("pythonic", ("<|python_start|>",)),
+)
+"""What a template writes or explains, all of it, by the family that does; the first that is found counts."""
 _TOKEN_SIGNS = (
     ("mistral", "[TOOL_CALLS]"), ("llama3_json", "<|python_tag|>"), ("pythonic", "<|python_start|>"),
 )  # fmt: skip
@@ -99,7 +103,7 @@ def recognise(
         tools,
         reasoning,
         {text: ids[text] for text in (parser_class(tools).markup if tools else ()) if text in ids},
-        {text: ids[text] for text in _thought_markup(reasoning) if text in ids},
+        {text: token_id for text, token_id in ids.items() if any(text in mark for mark in _thought_markup(reasoning))},
     )
 
 
@@ -115,8 +119,8 @@ def _tool_parser(template: str, tokens: Collection[str]) -> str | None:
     """The family of a template that takes tools."""
     if not re.search(r"\btools\b", template):
         return None
-    for name, sign in _TOOL_SIGNS:
-        if re.search(sign, template, re.DOTALL):
+    for name, signs in _TOOL_SIGNS:
+        if all(sign in template for sign in signs):
             return name
     return next((name for name, token in _TOKEN_SIGNS if token in tokens), None)
 
