@@ -114,6 +114,21 @@ def test_a_setting_names_the_parsers(ask: Callable[..., openai.OpenAI]) -> None:
     assert (choice.message.content, choice.finish_reason) == ('Which city?I look.weather{"city": "Oslo"}', "stop")
 
 
+def test_each_load_may_name_the_parsers(open_pipeline: OpenPipeline, tmp_path: Path) -> None:
+    build_scripted(tmp_path, "[/INST]", CALLS, MISTRAL, special=MISTRAL_TOKENS)
+    pipeline = open_pipeline(tmp_path, model__tool_parser="glm")
+
+    def parsers() -> tuple[str | None, str | None]:
+        return pipeline.model.output_format.tool_parser, pipeline.model.output_format.reasoning_parser
+
+    assert parsers() == ("glm", "mistral"), "what is not named is recognised"
+    pipeline.load(tool_parser="hermes", reasoning_parser="think")
+    assert parsers() == ("hermes", "think")
+    build_scripted(tmp_path / "other", "[/INST]", CALLS, MISTRAL, special=MISTRAL_TOKENS)
+    pipeline.load(str(tmp_path / "other"))
+    assert parsers() == ("mistral", "mistral"), "of another model nobody has said anything"
+
+
 HARMONY_TOKENS = [
     "[/INST]",
     "<|start|>",
