@@ -22,6 +22,7 @@ from core.config_service import (
     SecuritySettings,
     TracingSettings,
 )
+from core.parsers.families import ReasoningParserName, ToolParserName
 
 
 class ModelSettings(Section):
@@ -48,6 +49,14 @@ class ModelSettings(Section):
         False,
         "Special tokens that chat messages spell out, such as <|im_end|>, are special tokens. Off: they are text, and "
         "only the chat template writes special tokens.",
+    )
+    tool_parser: ToolParserName = setting(
+        "auto",
+        "How the model writes tool calls; auto recognises it by its chat template and special tokens, none reads no "
+        "calls.",
+    )
+    reasoning_parser: ReasoningParserName = setting(
+        "auto", "How the model marks its thoughts; auto recognises it like tool_parser, none leaves them in the answer."
     )
 
 

@@ -27,6 +27,7 @@ from core.engine.submission import LoadedModel, make_raw_request, make_request
 from core.errors import ConflictError, EngineMovedError, ModelChangedError, ModelNotLoadedError, UnavailableError
 from core.logs import get_logger
 from core.metrics import MetricsRegistry
+from core.parsers.families import ReasoningParserName, ToolParserName
 from core.request import SamplingParams, TraceContext
 from core.tracing import open_tracing
 from core.transfer import TransferManager
@@ -113,6 +114,8 @@ class InferencePipeline:
         dtype: str | None = None,
         devices: str | None = None,
         max_model_len: int | None = None,
+        tool_parser: ToolParserName | None = None,
+        reasoning_parser: ReasoningParserName | None = None,
     ) -> LoadedModel:
         """Load a model and serve it in place of the present one, which goes on serving if anything fails.
 
@@ -121,7 +124,8 @@ class InferencePipeline:
         the server shuts down, and `ModelNotLoadedError` if the present model had to make room and cannot be loaded
         again either.
         """
-        settings = self._load_settings(model, num_gpus, dtype, devices, max_model_len)
+        parsers = {"tool_parser": tool_parser, "reasoning_parser": reasoning_parser}
+        settings = self._load_settings(model, num_gpus, dtype, devices, max_model_len, parsers)
         with self._keeper.exclusive(), self.metrics.tasks.run("load", settings.model.name or DEMO_NAME):
             self._keeper.swap(settings)
             self.monitor.start()
@@ -131,16 +135,19 @@ class InferencePipeline:
         return loaded
 
     def _load_settings(
-        self, model: str | None, num_gpus: int | None, dtype: str | None, devices: str | None, max_model_len: int | None
-    ) -> Settings:
+        self, model: str | None, num_gpus: int | None, dtype: str | None, devices: str | None,
+        max_model_len: int | None, parsers: Mapping[str, str | None],
+    ) -> Settings:  # fmt: skip
         base = self.settings
         changes: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
         if model is not None:
             changes |= {"name": model, "max_model_len": max_model_len}
             if model != (base.model.name or DEMO_NAME):
                 changes |= {"revision": None, "served_model_name": (), "chat_template": None}
+                changes |= dict.fromkeys(parsers, "auto")
         elif max_model_len is not None:
             changes["max_model_len"] = max_model_len
+        changes |= {key: value for key, value in parsers.items() if value is not None}
         placed = {key: value for key, value in (("num_gpus", num_gpus), ("devices", devices)) if value is not None}
         return base.model_copy(
             update={

@@ -29,7 +29,7 @@ class SamplingParams:
 
     `top_k` 0 and `top_p` 1 and `min_p` 0 mean off; `top_p` 0 leaves the likeliest token alone, `temperature` 0 is
     greedy. `max_tokens` None runs to the end of the context. `logprobs` is the number of alternatives reported beside
-    the sampled token (0: the token alone).
+    the sampled token (0: the token alone). `kept_special_tokens` are part of the text where others are skipped.
     """
 
     n: int = 1
@@ -50,6 +50,7 @@ class SamplingParams:
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    kept_special_tokens: tuple[int, ...] = ()
     detokenize: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None

@@ -13,6 +13,7 @@ from core.api.openai.models import model_card
 from core.cluster.choice import divide
 from core.devices import parse_devices
 from core.errors import DeviceError, InvalidRequestError, NotFoundError
+from core.parsers.families import ReasoningParserName, ToolParserName
 from core.placement.engine import parse_layers
 from core.security.access import policy
 from core.views.render import render
@@ -31,6 +32,8 @@ class LoadRequest(RequestModel):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = None
     devices: str | None = Field(None, min_length=1, max_length=4096)
     max_model_len: Integer | None = Field(None, ge=1, le=MAX_COUNT)
+    tool_parser: ToolParserName | None = None
+    reasoning_parser: ReasoningParserName | None = None
 
 
 def _device_list(text: str) -> str:

@@ -21,7 +21,7 @@ blueprint = Blueprint("tokens", __name__)
 class TokenizeRequest(TemplateFields):
     """Either `prompt` or `messages`."""
 
-    unsupported: ClassVar[Unsupported] = {"tools": ([],), "chat_template": NOTHING}
+    unsupported: ClassVar[Unsupported] = {"chat_template": NOTHING}
 
     model: ModelName | None = None
     prompt: str | None = None
@@ -43,7 +43,12 @@ def tokenize() -> Response:
     if (fields.prompt is None) == (fields.messages is None):
         raise InvalidRequestError("Give either prompt or messages.", param="prompt")
     if fields.messages is not None:
-        token_ids = encode_messages(fields.messages, model, fields)
+        tools = None
+        if fields.tools:
+            from core.api.openai.tools import read_functions
+
+            tools = read_functions(fields.tools)
+        token_ids = encode_messages(fields.messages, model, fields, tools)
     else:
         add = fields.add_special_tokens is not False
         token_ids = encode_text(fields.prompt or "", model, add_special_tokens=add, param="prompt")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -28,11 +28,14 @@ class TextStream(Protocol):
 
 
 class Detokenizer(Protocol):
-    """Opens one `TextStream` per sequence. `special_tokens` are texts by id."""
+    """Opens one `TextStream` per sequence, without special tokens but for those that are `kept`. `special_tokens` are
+    texts by id."""
 
     special_tokens: Mapping[int, str]
 
-    def stream(self, prompt_token_ids: list[int], *, skip_special_tokens: bool) -> TextStream: ...
+    def stream(
+        self, prompt_token_ids: list[int], *, skip_special_tokens: bool, kept: Collection[int] = ()
+    ) -> TextStream: ...
 
 
 class SequenceWriter:
@@ -42,7 +45,11 @@ class SequenceWriter:
         params = sequence.request.params
         self._sequence = sequence
         self._stream = (
-            detokenizer.stream(sequence.request.prompt_token_ids, skip_special_tokens=params.skip_special_tokens)
+            detokenizer.stream(
+                sequence.request.prompt_token_ids,
+                skip_special_tokens=params.skip_special_tokens,
+                kept=params.kept_special_tokens,
+            )
             if params.detokenize
             else None
         )
@@ -60,7 +67,8 @@ class SequenceWriter:
             return ""
         ended = self._ended_by(token_id)
         text = "" if ended else self._emit(self._stream.push(token_id))
-        if ended or self._sequence.request.params.skip_special_tokens:
+        params = self._sequence.request.params
+        if ended or (params.skip_special_tokens and token_id not in params.kept_special_tokens):
             text += self._emit(self._specials.get(token_id, ""), hidden=True)
         return text
 

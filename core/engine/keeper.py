@@ -251,6 +251,8 @@ class EngineKeeper:
             kv_tokens=plan.placement.kv_tokens,
             streamed_bytes=plan.placement.streamed_bytes,
             attention=engine.backends[0],
+            tool_parser=engine.model.output_format.tool_parser,
+            reasoning_parser=engine.model.output_format.reasoning_parser,
         )
         return engine
 

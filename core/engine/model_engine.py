@@ -20,6 +20,7 @@ from core.kv_cache.manager import KVCacheManager
 from core.logs import get_logger
 from core.models.generation import eos_of, read_generation
 from core.models.tokenizer import Tokenizer
+from core.parsers.families import recognise
 from core.placement.predict import predict_rate
 from core.tiers import open_lasting
 from core.transfer import TransferManager
@@ -137,4 +138,11 @@ def describe(plan: ModelPlan, settings: Settings, tokenizer: Tokenizer) -> Loade
         generation_defaults=dict(generation.defaults),
         tokenizer=tokenizer,
         source=settings.model.name or "",
+        output_format=recognise(
+            tokenizer.template_source,
+            tokenizer.special_tokens,
+            tokenizer.added_tokens,
+            tool_parser=settings.model.tool_parser,
+            reasoning_parser=settings.model.reasoning_parser,
+        ),
     )

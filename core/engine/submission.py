@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ from core.defaults import DEFAULT_OWNER
 from core.errors import ContextLengthError, InvalidRequestError
 from core.execution.sampler import derive_seed, fresh_seed
 from core.models.tokenizer import Tokenizer
+from core.parsers.families import OutputFormat
 from core.request import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """What clients may know of the model being served. `max_model_len` is the longest prompt plus answer: the context,
-    or all of the KV cache if that is smaller. `source` is what it was loaded by: a path or a hub id.
+    or all of the KV cache if that is smaller. `source` is what it was loaded by: a path or a hub id. `output_format` is
+    how it writes tool calls and thoughts.
     """
 
     name: str
@@ -34,6 +36,7 @@ class LoadedModel:
     generation_defaults: dict[str, Any]
     tokenizer: Tokenizer
     source: str = ""
+    output_format: OutputFormat = field(default_factory=OutputFormat)
 
     def knows(self, name: str) -> bool:
         """Whether clients may call the model by this name: its own, an alias, the last part of a hub id, or what it was

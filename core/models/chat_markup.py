@@ -78,8 +78,13 @@ class ChatMarkup:
         if isinstance(value, dict):
             return {self._mask_name(name): self.mask(item, name) for name, item in value.items()}
         if isinstance(value, list):
-            return [self.mask(item) for item in value]
+            return [self.mask(item, field) for item in value]
         return value
+
+    def mask_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The same for what else a template is given: words stay what they are, for it asks for them."""
+        words = {name: value for name, value in options.items() if not isinstance(value, str) or value.isidentifier()}
+        return {**self.mask(dict(options)), **words}
 
     def _mask_name(self, name: str) -> str:
         return name if name.isidentifier() else name.translate(self._stand_ins)

@@ -63,14 +63,14 @@ def by_name(templates: str | dict[str, str] | None) -> dict[str, str]:
     return {DEFAULT_TEMPLATE: templates} if templates is not None else {}
 
 
-def choose(templates: Mapping[str, str], messages: Sequence[Mapping[str, Any]]) -> str:
-    """Name of the template that a conversation takes: the one for tools if it has calls or results.
+def choose(templates: Mapping[str, str], messages: Sequence[Mapping[str, Any]], has_tools: bool = False) -> str:
+    """Name of the template that a conversation takes: the one for tools if it has tools, calls or results.
 
     Raises `ChatTemplateError` if there is none, or none is meant for this.
     """
     if not templates:
         raise ChatTemplateError("The model has no chat template; use /v1/completions instead.", param="messages")
-    uses_tools = any(message.get("role") == "tool" or message.get("tool_calls") for message in messages)
+    uses_tools = has_tools or any(message.get("role") == "tool" or message.get("tool_calls") for message in messages)
     for name in (TOOL_TEMPLATE, DEFAULT_TEMPLATE) if uses_tools else (DEFAULT_TEMPLATE,):
         if name in templates:
             return name
@@ -86,12 +86,40 @@ def choose(templates: Mapping[str, str], messages: Sequence[Mapping[str, Any]]) 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
     """What transformers makes of `template`, with `options` beside the messages. A content of null is given as null,
-    which many templates look for; to one that fails on it, or writes it out, it is given as empty text.
+    which many templates look for; to one that fails on it, or writes it out, it is given as empty text. Arguments of
+    calls are given as objects, and as JSON to one that fails on those.
 
     Raises:
         ChatTemplateError: the template refuses the messages, or takes more time, memory or room than it may.
         UnavailableError: all workers are busy, for long.
     """
+    try:
+        return _render_contents(template, messages, options)
+    except ChatTemplateError as refused:
+        as_text = [_with_argument_texts(message) for message in messages]
+        if as_text == list(messages):
+            raise
+        try:
+            return _render_contents(template, as_text, options)
+        except ChatTemplateError:
+            raise refused from None
+
+
+def _with_argument_texts(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy in which arguments of calls are JSON."""
+    if not message.get("tool_calls"):
+        return dict(message)
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function", {})
+        if isinstance(function.get("arguments"), dict):
+            function = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+        calls.append({**call, "function": function})
+    return {**message, "tool_calls": calls}
+
+
+def _render_contents(template: str, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
+    """The same with contents of null as the template takes them."""
     filled = [{**message, "content": ""} if message.get("content", "") is None else message for message in messages]
     if filled == list(messages):
         return _render(template, messages, options)

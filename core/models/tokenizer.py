@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import codecs
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,9 +25,11 @@ from core.errors import (
     ContextLengthError,
     InvalidRequestError,
     UnsupportedModelError,
+    UnsupportedParameterError,
 )
 from core.models import chat_template as templates
 from core.models.chat_markup import ChatMarkup
+from core.models.template_variables import check_kwargs, template_variables
 from core.models.text_bound import text_bound
 from core.models.token_pieces import TokenPieces
 
@@ -56,16 +58,19 @@ class Tokenizer:
         self.special_tokens: Mapping[int, str] = {
             token_id: token.content for token_id, token in added.items() if token.special
         }
+        self.added_tokens = frozenset(token.content for token in added.values())
         self._bound = text_bound(backend)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.eos_token_id: int | None = tokenizer.eos_token_id
         parameters = inspect.signature(tokenizer.apply_chat_template).parameters
         self._prefix = _prefix(backend)
         self._templates = templates.by_name(tokenizer.chat_template)
+        self.template_source = "\n".join(self._templates.values())
+        self.template_variables = frozenset().union(*map(template_variables, self._templates.values()))
         self._markup: dict[str, ChatMarkup] = {}
         if not markup_in_messages:
             self._markup = {name: ChatMarkup(backend, template) for name, template in self._templates.items()}
-        self._reserved_kwargs = frozenset(parameters) | {"messages", "conversations", "self"}
+        self._reserved_kwargs = {*parameters, "messages", "conversations", "self", *tokenizer.special_tokens_map}
         if self._templates:
             templates.warm_up()
 
@@ -150,12 +155,18 @@ class Tokenizer:
         """One token's own text; bytes that are no whole character appear as U+FFFD."""
         return self._pieces.token_bytes(token_id).decode("utf-8", errors="replace")
 
-    def stream(self, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool) -> TokenStream:
-        """Incremental decoder of what follows `prompt_token_ids`. For one thread."""
+    def stream(
+        self, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool, kept: Collection[int] = ()
+    ) -> TokenStream:
+        """Incremental decoder of what follows `prompt_token_ids`; special tokens that are `kept` are not skipped. For
+        one thread."""
         table = self._pieces.table
+        skipped: Collection[int] = self.special_tokens if skip_special_tokens else ()
+        if skipped and kept:
+            skipped = self.special_tokens.keys() - set(kept)
         if table is None:
-            return _WindowStream(self, prompt_token_ids, skip_special_tokens)
-        return _ByteStream(self, table, prompt_token_ids, skip_special_tokens)
+            return _WindowStream(self, prompt_token_ids, skipped)
+        return _ByteStream(self, table, prompt_token_ids, skipped)
 
     def encode_chat(
         self,
@@ -164,32 +175,40 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         context: int | None = None,
     ) -> list[int]:
-        """Token ids of a conversation under the model's chat template; `context` is as for `encode`.
+        """Token ids of a conversation under the model's chat template; `context` is as for `encode`, `tools` are
+        OpenAI's objects.
 
-        What the messages spell is text, also where it spells control tokens.
+        What the messages and the tools spell is text, also where it spells control tokens.
 
-        Raises `ChatTemplateError` if there is no template, or it refuses the messages or breaks its limits, and
-        `InvalidRequestError` for `chat_template_kwargs` that are not plain scalars or would replace what the server
-        sets.
+        Raises `ChatTemplateError` if there is no template, or it refuses the messages or breaks its limits,
+        `UnsupportedParameterError` for tools if it takes none, and `InvalidRequestError` for `chat_template_kwargs`
+        that are not plain scalars, that it does not look at, or that would replace what the server sets.
         """
         kwargs = dict(chat_template_kwargs or {})
-        self._check_kwargs(kwargs)
+        if kwargs:
+            check_kwargs(kwargs, self.template_variables, self._reserved_kwargs)
         if not messages or not all(isinstance(message, dict) for message in messages):
             raise ChatTemplateError("Messages are refused unless they are objects, one at least.", param="messages")
         if add_generation_prompt and continue_final_message:
             raise ChatTemplateError("A final message that is continued takes no generation prompt.", param="messages")
-        name = templates.choose(self._templates, messages)
+        name = templates.choose(self._templates, messages, bool(tools))
+        if tools and "tools" not in template_variables(self._templates[name]):
+            raise UnsupportedParameterError(
+                "The model's chat template has no place for tools; the setting model.chat_template can replace it.",
+                param="tools",
+            )
         options = {
             **self._hf.special_tokens_map, **kwargs, "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
-            "tools": [] if name == templates.TOOL_TEMPLATE else None,
+            "tools": list(tools) if tools else [] if name == templates.TOOL_TEMPLATE else None,
         }  # fmt: skip
         text = templates.render(self._templates[name], messages, options)
         markup = self._markup.get(name)
         try:
-            if markup is not None and (kwargs or _may_spell(markup, messages)):
+            if markup is not None and (kwargs or tools or _may_spell(markup, messages)):
                 self._check_length(text, context)
                 return self._encode_protected(markup, text, messages, kwargs, options)
             return self.encode(text, add_special_tokens=False, context=context)
@@ -206,27 +225,15 @@ class Tokenizer:
         options: dict[str, Any],
     ) -> list[int]:
         """Token ids of the rendered `text`, none of them a control token that a message spells."""
-        words = {name: value for name, value in kwargs.items() if not isinstance(value, str) or value.isidentifier()}
+        masked = {**options, **markup.mask_options(kwargs), "tools": markup.mask(options["tools"])}
         try:
-            masked = {**options, **markup.mask(kwargs), **words}
             shadow: str | None = templates.render(markup.template, markup.mask(messages), masked)
         except ChatTemplateError:
             shadow = None
-        named = markup.protect(text, shadow, [*messages, kwargs])
+        named = markup.protect(text, shadow, [*messages, kwargs, *(options["tools"] or ())])
         if named is None:
             return self.encode(text, add_special_tokens=False)
         return _encode(markup.backend(), named, add_special_tokens=False)
-
-    def _check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
-        for name, value in kwargs.items():
-            if name in self._reserved_kwargs:
-                raise InvalidRequestError(f"chat_template_kwargs may not set {name}.", param="chat_template_kwargs")
-            if value is not None and not isinstance(value, (bool, int, float, str)):
-                raise InvalidRequestError(
-                    f"chat_template_kwargs takes strings, numbers, booleans and null; {name} is a "
-                    f"{type(value).__name__}.",
-                    param="chat_template_kwargs",
-                )
 
 
 def _may_spell(markup: ChatMarkup, messages: list[dict[str, Any]]) -> bool:
@@ -309,10 +316,12 @@ class TokenStream(Protocol):
 class _ByteStream:
     """For vocabularies whose tokens are bytes, each for itself."""
 
-    def __init__(self, tokenizer: Tokenizer, table: dict[int, bytes], prompt: Sequence[int], skip: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, table: dict[int, bytes], prompt: Sequence[int], skipped: Collection[int]
+    ) -> None:
         self._table = table
         self._first_bytes = tokenizer.first_bytes
-        self._skipped = tokenizer.special_tokens if skip else {}
+        self._skipped = skipped
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         tail = b""
         for token_id in reversed(prompt):
@@ -347,10 +356,15 @@ class _WindowStream:
     prompt first, and ends with an error if a later token changes earlier text: clients can provoke that.)
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skip: bool) -> None:
-        self._decode = partial(tokenizer.decode, skip_special_tokens=skip)
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skipped: Collection[int]) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = skipped
         self._window, self._known = self._context(prompt)
         self._num_known_tokens = len(self._window)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        shown = [token_id for token_id in token_ids if token_id not in self._skipped]
+        return self._tokenizer.decode(shown, skip_special_tokens=False)
 
     def push(self, token_id: int) -> str:
         self._window.append(token_id)

@@ -61,6 +61,7 @@ class ByteTokenizer:
     vocab_size = VOCAB
     bos_token_id = BOS
     eos_token_id = EOS
+    template_variables = frozenset({"messages", "tools", "add_generation_prompt"})
 
     def encode(self, text: str, *, add_special_tokens: bool = True, context: int | None = None) -> list[int]:
         return ([BOS] if add_special_tokens and text else []) + list(text.encode())
@@ -85,6 +86,7 @@ class ByteTokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: dict[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
         context: int | None = None,
     ) -> list[int]:
         if any(message["role"] == "tool" for message in messages):
@@ -92,7 +94,9 @@ class ByteTokenizer:
         text = "".join(f"{message['role'][0]}:{message['content']}\n" for message in messages)
         return self.encode(text + ("a:" if add_generation_prompt else ""))
 
-    def stream(self, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> ByteStream:
+    def stream(
+        self, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool = True, kept: Sequence[int] = ()
+    ) -> ByteStream:
         return ByteStream(skip_special_tokens)
 
 

@@ -37,7 +37,7 @@ def test_text_parts_and_roles(client: ApiClient, pipeline: FakePipeline) -> None
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "x"},
         {"role": "assistant", "content": "c"},
     ]
-    body = {"messages": messages, "continue_final_message": True, "chat_template_kwargs": {"thinking": False}}
+    body = {"messages": messages, "continue_final_message": True}
     assert client.post(URL, body).status_code == 200
     assert bytes(pipeline.submitted[0][0][1:]) == b"s:Be brief.\nu:a\nb\na:c\n"
 
@@ -120,7 +120,7 @@ def test_template_that_fails(client: ApiClient) -> None:
     ("extra", "param"),
     [
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f"}}]}, "tool_choice"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"modalities": ["text", "audio"]}, "modalities"),
@@ -139,6 +139,7 @@ def test_known_parameters_that_would_be_ignored_are_refused(client: ApiClient, e
     "extra",
     [
         {"tools": [], "tool_choice": "none", "functions": None},
+        {"tool_choice": "auto", "parallel_tool_calls": True},
         {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"},
         {"functions": [{"name": "f"}], "function_call": "none"},
         {"top_logprobs": 0},

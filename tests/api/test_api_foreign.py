@@ -32,7 +32,7 @@ each_route = pytest.mark.parametrize("path", BODIES)
 WITHOUT_EFFECT: list[dict[str, Any]] = [
     {"user": "u", "safety_identifier": "s", "metadata": {"a": "b"}, "store": True},
     {"service_tier": "priority", "prompt_cache_key": "k", "prompt_cache_retention": "24h"},
-    {"reasoning_effort": "high", "verbosity": "low", "reasoning": {"effort": "low"}},
+    {"reasoning_effort": "none", "verbosity": "low", "reasoning": {"effort": "low"}},
     {"prediction": {"type": "content", "content": "a"}, "parallel_tool_calls": False},
     {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
 ]
@@ -49,8 +49,8 @@ def test_what_does_not_change_the_answer_is_accepted(
 
 
 NO_EFFECT = {
-    "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
-    "prompt_cache_retention", "reasoning_effort", "safety_identifier", "service_tier", "store", "user", "verbosity",
+    "metadata", "prediction", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user", "verbosity",
 }  # fmt: skip
 
 
@@ -269,9 +269,13 @@ def test_no_parameter_is_both_honoured_and_refused() -> None:
     assert set(unsupported.INSTEAD) <= set(unsupported.CHAT) | set(unsupported.COMPLETION)
 
 
-def test_tools_cannot_be_counted(client: ApiClient) -> None:
+def test_tools_are_counted(client: ApiClient, monkeypatch: pytest.MonkeyPatch, pipeline: FakePipeline) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(pipeline.model.tokenizer, "encode_chat", lambda *_, tools, **__: seen.append(tools) or [1, 2])
     body = {"messages": BODIES[CHAT]["messages"], "tools": [{"type": "function", "function": {"name": "f"}}]}
-    assert client.error("/tokenize", body, status=400)["param"] == "tools"
+    assert client.post("/tokenize", body).get_json()["count"] == 2
+    assert [tool["function"]["name"] for tool in seen[0]] == ["f"]
+    assert client.error("/tokenize", {**body, "tools": [3]}, status=400)["param"] == "tools[0]"
 
 
 # ---- usage in every chunk ----------------------------------------------------------------------------------------

@@ -175,7 +175,10 @@ def test_openai_models(client: ApiClient, pipeline: FakePipeline) -> None:
 
 
 def test_load_list_unload(client: ApiClient, pipeline: FakePipeline) -> None:
-    options = {"num_gpus": 2, "dtype": "float32", "devices": "cpu=1GiB", "max_model_len": 99}
+    options = {
+        "num_gpus": 2, "dtype": "float32", "devices": "cpu=1GiB", "max_model_len": 99, "tool_parser": "hermes",
+        "reasoning_parser": "none",
+    }  # fmt: skip
     assert client.post("/api/models/load", {"model": "other", **options}).get_json()["id"] == "other"
     assert pipeline.loads == [("other", options)]
     body = client.get("/api/models").get_json()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import pytest
@@ -414,7 +414,7 @@ class Words:
 
     special_tokens: Mapping[int, str] = {}
 
-    def stream(self, prompt_token_ids: list[int], *, skip_special_tokens: bool) -> Words:
+    def stream(self, prompt_token_ids: list[int], *, skip_special_tokens: bool, kept: Collection[int] = ()) -> Words:
         return self
 
     def push(self, token_id: int) -> str:

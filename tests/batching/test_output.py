@@ -118,6 +118,15 @@ def test_a_hidden_token_does_not_break_a_stop_string_of_the_text_that_is_shown()
     assert (completion.text, completion.stop_reason) == ("xa<|other|>bc", None)
 
 
+@pytest.mark.parametrize("stop", [(), ("zzz",), ("<|end|>",)])
+def test_a_kept_special_token_is_text_once(stop):
+    answer = [*ids("a"), OTHER, *ids("b"), END, *ids("c")]
+    completion, _ = run(answer, stop=stop, kept_special_tokens=(OTHER,))
+    assert completion.text == ("a<|other|>b" if "<|end|>" in stop else "a<|other|>bc")
+    completion, _ = run(answer, stop=("<|other|>b",), kept_special_tokens=(OTHER,))
+    assert (completion.text, completion.stop_reason) == ("a", "<|other|>b")
+
+
 def test_a_stop_token_keeps_its_id_as_the_reason():
     request = Request("r", [97], SamplingParams(stop=("<|end|>",), stop_token_ids=(END,)), 9)
     sequence = Sequence(request, 0, 0, [97])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from core.errors import ChatTemplateError, CheckpointError
+from core.errors import ChatTemplateError, CheckpointError, InvalidRequestError
 from core.models import chat_markup, chat_template
 from core.models.tokenizer import Tokenizer
 
@@ -198,6 +198,31 @@ def test_the_parts_of_a_call_and_its_result_are_text():
     assert len(control(tokenizer, tokenizer.encode_chat(as_text, add_generation_prompt=False))) == 10
 
 
+OFFERS = (
+    "{% for t in tools or [] %}<|system|>{{ t.function.name }}: {{ t.function.description }}"
+    "{% for name, p in t.function.parameters.properties.items() %}{% if 'null' in p.type %}<|tool|>{% endif %}"
+    "{% if p.enum %}<tool_call>{{ p.enum | join('|') }}</tool_call>{% endif %}{{ name }}{% endfor %}{{ t | tojson }}"
+    "<|end|>{% endfor %}" + CHATML
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("spelled", ["plain", "<|end|><|system|>", "</tool_call>", 'a"\\<tool_call>'])
+def test_tools_are_text(kind, spelled):
+    tokenizer = make(kind, OFFERS)
+    properties = {"a": {"type": ["string", "null"], "enum": [spelled, "b"]}, spelled: {"type": "string"}}
+    function = {"name": "f", "description": spelled, "parameters": {"type": "object", "properties": properties}}
+    tools = [{"type": "function", "function": function}]
+    ids = tokenizer.encode_chat([user(f"hello {spelled}")], tools=tools)
+    offer = ["<|system|>", "<|tool|>", "<tool_call>", "</tool_call>", "<|end|>"]
+    if kind == "words":  # which knows a token only between spaces
+        offer = [token for token in offer if token in control(tokenizer, ids)]
+    assert control(tokenizer, ids) == [*offer, "<|start|>", "<|end|>", "<|start|>"]
+    if kind == "byte_level":
+        text = rendered(tokenizer, [user(f"hello {spelled}")], tools=tools)
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
 @pytest.mark.parametrize(
     ("template", "message", "expected"),
     [
@@ -228,8 +253,8 @@ def test_options_of_the_template_are_text_as_well():
     kwargs = {"style": "<|end|><|system|>", "mode": "short"}
     ids = tokenizer.encode_chat([user("hello")], chat_template_kwargs=kwargs)
     assert control(tokenizer, ids) == ["<|user|>", "<|tool|>", "<|end|>"]
-    ids = tokenizer.encode_chat([user("hello")], chat_template_kwargs={"bos_token": "<|system|>"})
-    assert control(tokenizer, ids) == ["<|user|>", "<|end|>"]
+    with pytest.raises(InvalidRequestError, match="may not set bos_token"):
+        tokenizer.encode_chat([user("hello")], chat_template_kwargs={"bos_token": "<|system|>"})
 
 
 def test_a_final_message_is_continued_after_spelled_tokens():

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from core.errors import ChatTemplateError, CheckpointError
+from core.errors import ChatTemplateError, CheckpointError, InvalidRequestError, UnsupportedParameterError
+from core.models.template_variables import template_variables
 from core.models.tokenizer import Tokenizer
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2.0, None]}}}
@@ -74,6 +75,67 @@ def test_arguments_are_an_object_for_the_template() -> None:
         "{% for k, v in c.function.arguments | items %} {{ k }}={{ v | tojson }}{% endfor %}{% endfor %}{% endfor %}"
     )
     assert shown(characters(template), WITH_CALLS) == "add a=1 b=[2.0, null]"
+
+
+CONCATENATES = (
+    "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments }}{% endfor %}"
+    "{% endfor %}"
+)
+
+
+def test_arguments_are_json_for_a_template_that_cannot_take_an_object() -> None:
+    assert shown(characters(CONCATENATES), WITH_CALLS) == 'add{"a": 1, "b": [2.0, null]}'
+    assert shown(characters(CONCATENATES), [USER, {**WITH_CALLS[1], "content": "</s>"}]).startswith("add{")
+    with pytest.raises(ChatTemplateError, match="can only concatenate"):
+        characters("{{ messages[1].tool_calls[0].function.name + 3 }}").encode_chat(WITH_CALLS)
+
+
+# ---- tools and other variables -----------------------------------------------------------------------------------
+
+TOOL = {"type": "function", "function": {"name": "add", "description": "", "parameters": {}}}
+
+
+def test_a_template_is_given_the_tools() -> None:
+    template = "{% for t in tools or [] %}{{ t.function.name }}{% else %}none{% endfor %}"
+    assert shown(characters(template), [USER], tools=[TOOL, TOOL]) == "addadd"
+    assert shown(characters(template), [USER]) == shown(characters(template), [USER], tools=[]) == "none"
+    both = characters({"default": "D", "tool_use": "T{{ tools | length }}"})
+    assert (shown(both, [USER]), shown(both, [USER], tools=[TOOL])) == ("D", "T1")
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content }}", "{{ 'tools' }}", "{% set tools = [] %}{{ tools }}"])
+def test_tools_without_a_place_in_the_template_are_refused(template: str) -> None:
+    with pytest.raises(UnsupportedParameterError, match="no place for tools") as refused:
+        characters(template).encode_chat([USER], tools=[TOOL])
+    assert refused.value.param == "tools"
+
+
+@pytest.mark.parametrize(
+    ("template", "variables"),
+    [
+        ("{{ messages }}{{ bos_token }}", {"messages", "bos_token"}),
+        ("{% if enable_thinking is defined and enable_thinking %}x{% endif %}", {"enable_thinking"}),
+        ("{% set thinking = thinking | default(false) %}{{ thinking }}", {"thinking"}),
+        ("{% for m in messages %}{% generation %}{{ m.x }}{% endgeneration %}{% continue %}{% endfor %}", {"messages"}),
+        ("{{ raise_exception('x') }}{{ strftime_now('%d') }}{{ range(3) }}{{ namespace(a=1) }}", set()),
+        ("{% macro f(a) %}{{ a }}{{ b }}{% endmacro %}{{ f(c) }}", {"b", "c"}),
+        ("{% for", set()),
+        ("{{ " + "(" * 5000 + "a" + ")" * 5000 + " }}", set()),
+    ],
+)
+def test_the_variables_of_a_template(template: str, variables: set[str]) -> None:
+    assert template_variables(template) == variables
+
+
+def test_a_template_is_given_what_it_looks_at_alone() -> None:
+    tokenizer = characters("{{ messages[0].content }}{{ style }}{{ level }}")
+    assert shown(tokenizer, [USER], chat_template_kwargs={"style": "s", "level": 2}) == "w3s2"
+    with pytest.raises(
+        InvalidRequestError, match="does not look at other; of chat_template_kwargs it takes level, style"
+    ):
+        tokenizer.encode_chat([USER], chat_template_kwargs={"other": 1})
+    with pytest.raises(InvalidRequestError, match="takes nothing"):
+        characters("{{ messages[0].content }}").encode_chat([USER], chat_template_kwargs={"other": 1})
 
 
 # ---- several templates -------------------------------------------------------------------------------------------

@@ -428,6 +428,17 @@ def test_decoders_that_look_at_neighbours_stream_too():
     assert stream_text(tokenizer, [3] * 100, [1, 2])[0] == [" cat", "s"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_kept_special_tokens_are_text_and_others_are_not(kind):
+    tokenizer = LOADED[kind]
+    ids = tokenizer.encode("Hello</s> world<s> again</s>", add_special_tokens=False)
+    stream = tokenizer.stream([], skip_special_tokens=True, kept=(tokenizer.eos_token_id,))
+    text = "".join(map(stream.push, ids)) + stream.flush()
+    (begin,) = tokenizer.encode("<s>", add_special_tokens=False)
+    assert text == tokenizer.decode([token for token in ids if token != begin], skip_special_tokens=False)
+    assert (text.count("</s>"), text.count("<s>")) == (2, 0)
+
+
 # ---- chat --------------------------------------------------------------------------------------------------------
 
 MESSAGES = [{"role": "user", "content": "Hello"}]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from core.request import RequestOutput, SamplingParams, SequenceDelta, TokenLogp
 from core.security.access import policy
 
 if TYPE_CHECKING:
+    from core.api.openai.answers import AnswerReader
     from core.engine.submission import LoadedModel
     from core.models.tokenizer import Tokenizer
 
@@ -29,50 +30,77 @@ blueprint = Blueprint("openai_chat", __name__)
 def create_chat_completion() -> Response:
     fields = read_request(ChatRequest)
     model = served_model(fields.model)
-    params = _params(fields, model)
-    token_ids = encode_messages(fields.messages, model, fields)
+    tools, reader = _tools(fields, model)
+    params = _params(fields, model, reader)
+    token_ids = encode_messages(fields.messages, model, fields, tools)
+    if reader is not None:
+        reader.read_prompt(token_ids, _continued(fields))
     names = {"prompt": "messages", "max_tokens": fields.limit_name}
     generation = start_generation(
         [(token_ids, params)], model, prefix="chatcmpl", priority=fields.priority, names=names
     )
     if fields.stream:
         head = envelope(generation.id, "chat.completion.chunk", model, fields.model)
-        return stream_response(generation, ChatStream(fields, model, head))
+        return stream_response(generation, ChatStream(fields, model, head, reader))
     with closing(generation):
         (result,) = generation.gather()
     usage = Usage()
     usage.add_result(result)
     head = envelope(generation.id, "chat.completion", model, fields.model)
-    choices = [
-        choice(
-            completion.index,
-            {"message": {"role": "assistant", "content": completion.text, "refusal": None}},
-            _logprobs(fields, model, completion.logprobs),
-            completion.finish_reason,
-            completion.stop_reason,
-        )
-        for completion in result.completions
-    ]
+    choices = []
+    for completion in result.completions:
+        message: dict[str, Any] = {"role": "assistant", "content": completion.text, "refusal": None}
+        reason: str | None = completion.finish_reason
+        if reader is not None:
+            message, reason = reader.message(generation.id, completion)
+        logprobs = _logprobs(fields, model, completion.logprobs)
+        choices.append(choice(completion.index, {"message": message}, logprobs, reason, completion.stop_reason))
     return json_response({**head, "choices": choices, "usage": usage.to_openai()})
 
 
-def _params(fields: ChatRequest, model: LoadedModel) -> SamplingParams:
+def _tools(fields: ChatRequest, model: LoadedModel) -> tuple[list[dict[str, Any]] | None, AnswerReader | None]:
+    """Tools for the prompt, and what reads calls and thoughts in the answers: neither, for most requests."""
+    offer = None
+    if fields.tools or fields.tool_choice is not None:
+        from core.api.openai.tools import read_offer
+
+        offer = read_offer(fields.tools, fields.tool_choice, fields.parallel_tool_calls, model)
+    if offer is None and model.output_format.reasoning_parser is None:
+        return None, None
+    from core.api.openai.answers import AnswerReader
+
+    return offer.shown if offer is not None else None, AnswerReader(model, offer)
+
+
+def _continued(fields: ChatRequest) -> str | None:
+    """The text of the message that the answer goes on with."""
+    content = fields.messages[-1].content if fields.continue_final_message else None
+    return _text(content, "messages") if content else None
+
+
+def _params(fields: ChatRequest, model: LoadedModel, reader: AnswerReader | None) -> SamplingParams:
     if fields.top_logprobs and not fields.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
     fields.check_stream_options()
     names = {"logprobs": "top_logprobs", "max_tokens": fields.limit_name}
+    logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
+    kept = reader.kept_tokens if reader is not None else ()
     return sampling_params(
-        fields, model, names, max_tokens=fields.limit, logprobs=(fields.top_logprobs or 0) if fields.logprobs else None
-    )
+        fields, model, names, max_tokens=fields.limit, logprobs=logprobs, kept_special_tokens=kept
+    )  # fmt: skip
 
 
 class ChatStream(ChoiceStream):
-    """Chunks of a streamed chat completion: the role, text as it comes, then one chunk with the finish reason."""
+    """Chunks of a streamed chat completion: the role, text as it comes, then one chunk with the finish reason. A
+    `reader` finds calls and thoughts in the text."""
 
-    def __init__(self, fields: ChatRequest, model: LoadedModel, head: dict[str, Any]) -> None:
+    def __init__(
+        self, fields: ChatRequest, model: LoadedModel, head: dict[str, Any], reader: AnswerReader | None = None
+    ) -> None:
         super().__init__(head, **fields.usage_chunks)
         self._fields = fields
         self._model = model
+        self._read = reader.chunks(head["id"]) if reader is not None else None
         self._started = False
 
     def chunks(self, index: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
@@ -87,6 +115,10 @@ class ChatStream(ChoiceStream):
     def _delta_chunks(self, delta: SequenceDelta) -> Iterator[dict[str, Any]]:
         self._usage.add_delta(delta)
         logprobs = _logprobs(self._fields, self._model, delta.logprobs) if delta.logprobs else None
+        if self._read is not None:
+            for found in self._read.choices(delta, logprobs):
+                yield self._chunk(found)
+            return
         if delta.text or logprobs is not None:
             yield self._chunk(choice(delta.index, {"delta": {"content": delta.text}}, logprobs))
         if delta.finish_reason is not None:
@@ -113,7 +145,12 @@ def _entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any
     }
 
 
-def encode_messages(messages: Sequence[ChatMessage], model: LoadedModel, fields: TemplateFields) -> list[int]:
+def encode_messages(
+    messages: Sequence[ChatMessage],
+    model: LoadedModel,
+    fields: TemplateFields,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> list[int]:
     """Token ids of a conversation; the model's turn comes next unless the final message is to be continued.
 
     Raises:
@@ -126,11 +163,22 @@ def encode_messages(messages: Sequence[ChatMessage], model: LoadedModel, fields:
         raise InvalidRequestError(
             "continue_final_message and add_generation_prompt cannot both be true.", param="continue_final_message"
         )
+    given = template_messages(messages)
+    if model.output_format.tool_parser is not None and any(message.keys() & HISTORY for message in given):
+        from core.api.openai.history import fit_messages
+
+        given = fit_messages(given, model.output_format)
+    kwargs = fields.chat_template_kwargs
+    if fields.reasoning_effort is not None:
+        from core.api.openai.effort import effort_kwargs
+
+        kwargs = {**effort_kwargs(fields.reasoning_effort, model), **(kwargs or {})}
     token_ids = model.tokenizer.encode_chat(
-        template_messages(messages),
+        given,
         add_generation_prompt=generation_prompt,
         continue_final_message=continued,
-        chat_template_kwargs=fields.chat_template_kwargs,
+        chat_template_kwargs=kwargs,
+        tools=tools,
         context=model.max_model_len,
     )
     if not token_ids:
@@ -146,6 +194,7 @@ def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     return [_template_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
+HISTORY = {"tool_calls", "tool_call_id", "reasoning_content"}
 TEMPLATE_ROLES = {"developer": "system", "function": "tool"}
 
 

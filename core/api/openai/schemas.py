@@ -9,12 +9,11 @@ from pydantic import BeforeValidator
 
 from core.api.body import NOTHING, Integer, RequestModel, Unsupported, whole
 from core.api.openai import unsupported
+from core.api.openai.effort import Effort
 from core.api.sampling import SamplingFields
 from core.errors import InvalidRequestError
 
 Prompts = Annotated[Any, BeforeValidator(whole)]
-
-TOOL_CHOICES = {"tools": "tool_choice", "functions": "function_call"}
 
 
 class StreamOptions(RequestModel):
@@ -82,11 +81,13 @@ class BatchRequest(CompletionFields):
 
 
 class TemplateFields(RequestModel):
-    """How messages are put into the model's chat template."""
+    """How messages are put into the model's chat template. `core.api.openai.tools` looks into `tools`."""
 
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Effort | None = None
+    tools: list[Any] | None = None
 
 
 class ChatMessage(RequestModel):
@@ -110,9 +111,11 @@ class ChatRequest(OpenAIFields, TemplateFields):
     messages: list[ChatMessage]
     logprobs: bool | None = None
     top_logprobs: Integer | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
 
     @classmethod
     def refuse_unsupported(cls, body: Mapping[str, Any]) -> None:
-        """Tools that must not be called are none."""
-        unused = {tools for tools, choice in TOOL_CHOICES.items() if body.get(choice) == "none"}
+        """Functions that must not be called are none."""
+        unused = {"functions"} if body.get("function_call") == "none" else set()
         super().refuse_unsupported({name: value for name, value in body.items() if name not in unused})

@@ -142,8 +142,6 @@ COMPLETION: Unsupported = {
 }
 CHAT: Unsupported = {
     **BOTH,
-    "tools": ([],),
-    "tool_choice": ("none",),
     "functions": ([],),
     "function_call": ("none",),
     "audio": NOTHING,
@@ -152,7 +150,7 @@ CHAT: Unsupported = {
     "moderation": NOTHING,
     "add_special_tokens": NO,
     "include_reasoning": (True,),
-    "reasoning_format": ("none", "auto"),
+    "reasoning_format": ("auto", "deepseek"),
     "echo": NO,
     "chat_template": NOTHING,
     "chat_template_str": ("",),
@@ -167,7 +165,8 @@ CHAT: Unsupported = {
     "input_ids": NOTHING,
 }
 INSTEAD: Mapping[str, str] = {
-    "tools": 'tool_choice "none" for an answer without them',
+    "functions": "tools",
+    "function_call": "tool_choice",
     "n_predict": "max_tokens",
     "num_predict": "max_tokens",
     "max_new_tokens": "max_tokens",

@@ -15,6 +15,7 @@ export async function answer({ model, messages, settings, message, signal, told 
     if (event.error) throw new Error(event.error.message);
     const choice = event.choices?.[0];
     const now = performance.now();
+    if (choice?.delta?.reasoning_content) first ??= now;
     if (choice?.delta?.content) {
       first ??= now;
       message.content += choice.delta.content;

@@ -11,6 +11,7 @@ import pytest
 from cli.fake_server import events, serves
 
 from core.errors import UnavailableError
+from core.parsers.families import OutputFormat
 from core.request import RequestOutput, SamplingParams, SequenceDelta
 from vramancer.cli.chat.answerer import LocalAnswerer, Message, Piece, RemoteAnswerer, Sampling
 from vramancer.cli.client import ApiClient
@@ -29,7 +30,7 @@ class Asked:
         tokenizer = SimpleNamespace(encode_chat=lambda messages, add_generation_prompt, context: [len(messages)])
         self.model = SimpleNamespace(
             name="tiny", generation_defaults=defaults, tokenizer=tokenizer, max_model_len=64,
-            knows=lambda name: name in ("tiny", "org/tiny"),
+            knows=lambda name: name in ("tiny", "org/tiny"), output_format=OutputFormat(),
         )  # fmt: skip
         self.loads: list[str] = []
 
@@ -70,6 +71,32 @@ class Handle:
 
     def abort(self) -> None:
         self.aborted += 1
+
+
+def test_thoughts_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, asked = Asked(), []
+    pipeline.model.output_format = OutputFormat(None, "think", {}, {"<think>": 7, "</think>": 8})
+    pipeline.model.tokenizer.decode = lambda ids, skip_special_tokens: "<think>"
+
+    def submit(prompt: list[int], params: SamplingParams) -> Any:
+        asked.append(params)
+        yield RequestOutput("r", (SequenceDelta(0, "ab", (1,)), SequenceDelta(0, "c</th", (2,))), 1)
+        yield RequestOutput("r", (SequenceDelta(0, "ink>", (3,)),), 1)
+        yield RequestOutput("r", (SequenceDelta(0, "d <", (3,), finish_reason="stop"),), 1, finished=True)
+
+    class Outputs:
+        def __init__(self, *given: Any) -> None:
+            self._outputs = submit(*given)
+
+        def __iter__(self) -> Iterator[RequestOutput]:
+            return self._outputs
+
+        def abort(self) -> None: ...
+
+    monkeypatch.setattr(pipeline, "submit", Outputs)
+    pieces = list(LocalAnswerer(pipeline).answer(HI, {}))  # type: ignore[arg-type]
+    assert pieces == [Piece("", 2), Piece("", 3), Piece("d <", 4, "stop")]
+    assert sorted(asked[0].kept_special_tokens) == [7, 8]
 
 
 def test_a_pipelines_answer_comes_in_pieces_with_their_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,7 +13,11 @@ from core.errors import NotFoundError, UnavailableError
 from vramancer.cli.client import ApiClient
 
 if TYPE_CHECKING:
+    from core.engine.submission import LoadedModel
     from core.inference_pipeline import InferencePipeline
+
+PROMPT_END_TOKENS = 32
+"""As many hold any tag that a prompt may end with."""
 
 Message = dict[str, str]
 
@@ -65,19 +69,24 @@ class LocalAnswerer:
         return self._pipeline.model.name
 
     def answer(self, messages: list[Message], sampling: Sampling) -> Generator[Piece, None, None]:
+        from core.parsers.answers import tokens_to_keep
         from core.request import SamplingParams
 
         model = self._pipeline.model
         known = {field.name for field in dataclasses.fields(SamplingParams)}
         defaults = {name: value for name, value in model.generation_defaults.items() if name in known}
         prompt = model.tokenizer.encode_chat(messages, add_generation_prompt=True, context=model.max_model_len)
-        handle = self._pipeline.submit(prompt, SamplingParams(**{**defaults, **sampling}))
+        kept = tokens_to_keep(model.output_format, has_tools=False)
+        params = SamplingParams(**{"kept_special_tokens": kept, **defaults, **sampling})
+        read = _without_thoughts(model, prompt)
+        handle = self._pipeline.submit(prompt, params)
         tokens = 0
         try:
             for output in handle:
                 tokens += sum(len(delta.token_ids) for delta in output.deltas)
                 reason = next((delta.finish_reason for delta in output.deltas if delta.finish_reason), None)
-                yield Piece("".join(delta.text for delta in output.deltas), tokens, reason)
+                text = "".join(delta.text for delta in output.deltas)
+                yield Piece(read(text, reason is not None), tokens, reason)
         finally:
             handle.abort()
 
@@ -87,6 +96,24 @@ class LocalAnswerer:
     def switch(self, model: str) -> None:
         if not self.serves(model):
             self._pipeline.load(model)
+
+
+def _without_thoughts(model: LoadedModel, prompt: list[int]) -> Callable[[str, bool], str]:
+    """Takes the text of an answer in pieces, each with whether it is the last, and gives what is no thought of it, as
+    a server does."""
+    if model.output_format.reasoning_parser is None:
+        return lambda text, ended: text
+    from core.parsers.answers import AnswerParser
+    from core.parsers.events import Text
+
+    end = model.tokenizer.decode(prompt[-PROMPT_END_TOKENS:], skip_special_tokens=False)
+    parser = AnswerParser(model.output_format, {}, prompt_end=end)
+
+    def read(text: str, ended: bool) -> str:
+        events = [*parser.feed(text), *(parser.finish() if ended else ())]
+        return "".join(event.text for event in events if isinstance(event, Text))
+
+    return read
 
 
 class RemoteAnswerer:

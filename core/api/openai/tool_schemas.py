@@ -1,0 +1,118 @@
+"""Whether the parameters of a tool are a JSON schema. What is wrong is named by a JSON pointer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from core.errors import InvalidRequestError
+
+TYPES = frozenset({"string", "number", "integer", "boolean", "array", "object", "null"})
+MAX_REFERENCE = 1024
+_SCHEMA_KEYS = (
+    "items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames", "unevaluatedProperties",
+    "unevaluatedItems", "additionalItems",
+)  # fmt: skip
+_SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_TEXTS = ("title", "description", "pattern", "format", "$ref")
+
+
+def check_schema(schema: Any, param: str) -> None:
+    """Raise `InvalidRequestError`, about `param`, unless `schema` is one of an object. Keywords that are not known are
+    left alone, as JSON schema has it."""
+    _Checker(schema, param).check()
+
+
+class _Checker:
+    def __init__(self, schema: Any, param: str) -> None:
+        self._schema = schema
+        self._param = param
+
+    def check(self) -> None:
+        """The whole schema, level by level: JSON from a body is no deeper than the body may be."""
+        schema = self._schema
+        if not isinstance(schema, dict):
+            self._refuse("", "must be an object")
+        if schema.get("type", "object") != "object":
+            self._refuse("/type", "must be object, since arguments are one")
+        todo: list[tuple[Any, str]] = [(schema, "")]
+        while todo:
+            value, pointer = todo.pop()
+            if isinstance(value, bool):
+                continue
+            if not isinstance(value, dict):
+                self._refuse(pointer, "must be a schema: an object, true or false")
+            self._check_keywords(value, pointer)
+            todo += self._inner(value, pointer)
+
+    def _inner(self, schema: dict[str, Any], pointer: str) -> list[tuple[Any, str]]:
+        """The schemas within a schema, with their pointers."""
+        listed = isinstance(schema.get("items"), list)  # what `prefixItems` were called before
+        single = (key for key in _SCHEMA_KEYS if key in schema and not (key == "items" and listed))
+        found = [(schema[key], f"{pointer}/{key}") for key in single]
+        for key in _SCHEMA_MAPS:
+            inner = schema.get(key, {})
+            if not isinstance(inner, dict):
+                self._refuse(f"{pointer}/{key}", "must be an object of schemas")
+            found += [(item, f"{pointer}/{key}/{_escaped(name)}") for name, item in inner.items()]
+        for key in (*_SCHEMA_LISTS, "items"):
+            inner = schema.get(key)
+            if isinstance(inner, list) and inner:
+                found += [(item, f"{pointer}/{key}/{index}") for index, item in enumerate(inner)]
+            elif key in _SCHEMA_LISTS and key in schema:
+                self._refuse(f"{pointer}/{key}", "must be a list of schemas, one at least")
+        return found
+
+    def _check_keywords(self, schema: dict[str, Any], pointer: str) -> None:
+        kinds = schema.get("type", [])
+        kinds = kinds if isinstance(kinds, list) else [kinds]
+        if not all(isinstance(kind, str) and kind in TYPES for kind in kinds):
+            self._refuse(f"{pointer}/type", f"must be one or several of {', '.join(sorted(TYPES))}")
+        rules: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+            (_TEXTS, lambda value: isinstance(value, str), "must be a string"),
+            (_NUMBERS, _is_number, "must be a number"),
+            (_COUNTS, lambda value: _is_number(value) and value >= 0 and value == int(value), "must be 0 or more"),
+            (("enum",), lambda value: isinstance(value, list) and bool(value), "must be a list, with a value at least"),
+            (("required",), _are_names, "must be a list of names, none of them twice"),
+            (("uniqueItems",), lambda value: isinstance(value, bool), "must be true or false"),
+        )
+        for keys, holds, reason in rules:
+            for key in keys:
+                if key in schema and not holds(schema[key]):
+                    self._refuse(f"{pointer}/{key}", reason)
+        if "$ref" in schema:
+            self._check_reference(schema["$ref"], f"{pointer}/$ref")
+
+    def _check_reference(self, reference: str, pointer: str) -> None:
+        if not (reference == "#" or reference.startswith("#/")) or len(reference) > MAX_REFERENCE:
+            self._refuse(pointer, "must begin with #/, since this server looks nothing up elsewhere")
+        found: Any = self._schema
+        for part in reference.split("/")[1:]:
+            name = part.replace("~1", "/").replace("~0", "~")
+            if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+                found = found[int(name)]
+            elif isinstance(found, dict) and name in found:
+                found = found[name]
+            else:
+                self._refuse(pointer, "points to nothing")
+
+    def _refuse(self, pointer: str, reason: str) -> None:
+        where = f" at {pointer[:200]}" if pointer else ""
+        raise InvalidRequestError(f"{self._param} is no JSON schema of an object:{where} {reason}.", param=self._param)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _are_names(value: Any) -> bool:
+    return (
+        isinstance(value, list) and all(isinstance(name, str) for name in value) and len(set(value)) == len(value)
+    )  # fmt: skip
+
+
+def _escaped(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1")
