@@ -117,7 +117,8 @@ class Simulation:
                 if subject.wake_s == now:
                     self._advance(subject, now, seconds)
             elif what == "ask":
-                self._ask(*subject, now)
+                session, turn = subject
+                self._ask(session, turn, now)
             elif what == "noticed":
                 self._noticed(now)
             else:
