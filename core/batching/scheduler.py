@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable
 
 from core.batching.running import RunningSequences
 from core.batching.sequence import Request, Sequence, SequenceStatus, SequenceUpdate, ending_of
-from core.batching.step import SchedulerLimits, StepDraft, record_of, weight_of
+from core.batching.step import SchedulerLimits, StepDraft, record_of, relaxed, weight_of
 from core.batching.waiting import WaitingSequences
 from core.errors import StepFailedError
 from core.execution.records import ScheduledSequence, SchedulerOutput, StepOutput, StepRecord
@@ -256,7 +256,7 @@ class Scheduler:
             self.kv.prefix.hit_tokens += request.num_cached_tokens
         if request.started_s is None:
             request.started_s = time.monotonic()
-        sequence.status = SequenceStatus.RUNNING
+        sequence.status, sequence.interrupted = SequenceStatus.RUNNING, False
         self._running.append(sequence)
         return True
 
@@ -278,7 +278,7 @@ class Scheduler:
         """Advance the step's sequences; returns one update for each that gained a token or failed."""
         self.kv.step_done(output.step)
         self._running.meter.ended(output)
-        self._token_cap = None if self._token_cap is None else _relaxed(self._token_cap, self.limits)
+        self._token_cap = None if self._token_cap is None else relaxed(self._token_cap, self.limits)
         if result.stage_s:
             self._running.credit(output.record, result.stage_s)
         running = {sequence.seq_id: sequence for sequence in self._running}
@@ -405,6 +405,7 @@ class Scheduler:
         """Every sequence that is not finished is computed from its first token, by stages that know none. While nothing
         is in flight."""
         for sequence in list(self._running):
+            sequence.interrupted = True
             self._preempt(StepDraft(0, 0), sequence)
 
     def check_invariants(self) -> None:
@@ -414,9 +415,3 @@ class Scheduler:
             held = len(self.kv.table(sequence.seq_id)) * self.kv.block_size
             if held < sequence.num_computed_tokens:
                 raise AssertionError(f"sequence {sequence.seq_id} has KV for more tokens than its blocks hold")
-
-
-def _relaxed(cap: int, limits: SchedulerLimits) -> int | None:
-    """A step has succeeded: the next ones may be a little larger, up to what the limits allow."""
-    cap += max(1, cap // 16)
-    return cap if cap < limits.max_num_batched_tokens else None

@@ -38,7 +38,7 @@ class Sequence:
     it or will have it once the `in_flight` steps that the sequence is part of have come back; stages know the first
     `num_told_tokens`, 0 if they do not know the sequence. `chain` keeps the hashes of its blocks. `num_failures` counts
     steps that failed with it since it last came beyond `failed_at` tokens; one that `replays` is computed again once it
-    is part of no step. Set by the scheduler.
+    is part of no step. One that was `interrupted` ran when all KV was lost, or left behind. Set by the scheduler.
     """
 
     request: Request
@@ -55,6 +55,7 @@ class Sequence:
     num_failures: int = 0
     failed_at: int = 0
     replays: bool = False
+    interrupted: bool = False
     in_flight: int = 0
     last_step: int = 0
     num_preemptions: int = 0
@@ -95,6 +96,13 @@ class Sequence:
     def sort_key(self) -> tuple[int, int, int]:
         """Lower is served earlier: priority, then arrival, then index."""
         return (self.request.priority, self.request.arrival, self.index)
+
+    @property
+    def queue_key(self) -> tuple[int, ...]:
+        """In the queue: those that were interrupted come before others of their priority, the shortest context first.
+        Their clients wait in mid-stream, and the mean of their waits is least so."""
+        rank = (0, len(self.token_ids)) if self.interrupted else (1, 0)
+        return (self.request.priority, *rank, self.request.arrival, self.index)
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)

@@ -169,3 +169,9 @@ class PrefillMeter:
             token_s = min(token_s, old_s)
         self.token_s = token_s if old_s is None else old_s + 0.3 * (token_s - old_s)
         return self.token_s
+
+
+def relaxed(cap: int, limits: SchedulerLimits) -> int | None:
+    """A step has succeeded: the next ones may be a little larger, up to what the limits allow."""
+    cap += max(1, cap // 16)
+    return cap if cap < limits.max_num_batched_tokens else None

@@ -10,14 +10,14 @@ from core.kv_cache.manager import KVCacheManager
 
 
 class WaitingSequences:
-    """The queue, by priority and arrival; sequences whose prefix is on its way up from a tier below; and siblings that
+    """The queue, by `Sequence.queue_key`; sequences whose prefix is on its way up from a tier below; and siblings that
     wait for the prompt of the first of their request. Used by the engine thread alone, but for `on_loaded`.
     """
 
     def __init__(self, kv: KVCacheManager) -> None:
         self.on_loaded: Callable[[int], None] = self.loaded
         self._kv = kv
-        self._queue: list[tuple[tuple[int, int, int], Sequence]] = []
+        self._queue: list[tuple[tuple[int, ...], Sequence]] = []
         self._forking: list[Sequence] = []
         self._loading: dict[int, Sequence] = {}
 
@@ -50,7 +50,7 @@ class WaitingSequences:
 
     def push(self, sequence: Sequence) -> None:
         sequence.status = SequenceStatus.WAITING
-        heapq.heappush(self._queue, (sequence.sort_key, sequence))
+        heapq.heappush(self._queue, (sequence.queue_key, sequence))
 
     def pop(self) -> None:
         """The first one leaves the queue."""

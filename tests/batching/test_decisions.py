@@ -603,6 +603,37 @@ def test_another_publisher_goes_on_with_the_same_writers_in_their_order() -> Non
     assert all(isinstance(writer.handle.get(0), RequestOutput) for writer in writers)
 
 
+def test_after_a_loss_the_shortest_streams_go_on_first_and_before_those_that_have_not_begun() -> None:
+    desk, other = Desk(batch=3), Desk(batch=1)
+    for name, prompt, arrival in (("long", 30, 0), ("short", 5, 1), ("middle", 12, 2), ("waits", 2, 3)):
+        desk.open(make_request(name, prompt, arrival))
+    urgent = make_request("urgent", 40, 9, priority=-1)
+    desk.step()
+    desk.scheduler.start_over()
+    desk.open(urgent)
+    for writer in desk.publisher.release():
+        other.publisher.take(writer)
+        other.scheduler.adopt(writer.request)
+    assert [s.request.request_id for s in sorted(other.scheduler.waiting, key=lambda s: s.queue_key)] == [
+        "urgent", "short", "middle", "long", "waits",
+    ]  # fmt: skip
+    other.step()
+    assert not urgent.sequences[0].interrupted
+    assert other.scheduler.waiting.first is not None and other.scheduler.waiting.first.request.request_id == "short"
+
+
+def test_a_stream_that_goes_on_is_preempted_by_arrival_as_before() -> None:
+    scheduler = make_scheduler()
+    first, second = make_request("first", 20, 0), make_request("second", 4, 1)
+    for request in (first, second):
+        scheduler.add(request)
+    step(scheduler)
+    scheduler.start_over()
+    step(scheduler)
+    assert [s.interrupted for request in (first, second) for s in request.sequences] == [False, False]
+    assert second.sequences[0].queue_key > first.sequences[0].queue_key
+
+
 def test_prompt_logprobs_are_sent_with_the_first_output_alone() -> None:
     request = make_request("a", 2)
     request.prompt_logprobs = [None, TokenLogprob(3, -1.0, ())]
