@@ -37,8 +37,8 @@ def build_scripted(
     ids = [backend.token_to_id(text) for text in (begin, *script, END)]
     config = LlamaConfig(
         vocab_size=size, hidden_size=-(-size // 32) * 32, intermediate_size=8, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=None,
-        eos_token_id=ids[-1],
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=ids[-1],
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     with torch.no_grad():

@@ -8,13 +8,13 @@ It stands at the beginning of the answer, or between `<|python_start|>` and `<|p
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from core.parsers.calls import CallParser
 from core.parsers.json_scan import MAX_DEPTH
 from core.parsers.reader import Malformed, Steps
 from core.parsers.shapes import CallShape
+from core.parsers.values import written_json
 
 MARKS = {"<|python_start|>": "<|python_end|>", "<|tool_call_start|>": "<|tool_call_end|>"}
 WORDS: dict[str, Any] = {"True": True, "False": False, "None": None, "true": True, "false": False, "null": None}
@@ -74,7 +74,7 @@ class PythonicParser(CallParser):
             if not (yield from self._more(")")):
                 break
         try:
-            return name, json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+            return name, written_json(arguments)
         except ValueError:  # a number beyond all bounds
             raise Malformed from None
 
