@@ -10,7 +10,7 @@ from jinja2 import Environment, TemplateError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
-from core.errors import InvalidRequestError
+from core.errors import InvalidRequestError, UnsupportedParameterError
 
 _OF_RENDERER = frozenset({"raise_exception", "strftime_now"})
 """Functions that transformers gives every template."""
@@ -39,6 +39,14 @@ def template_variables(source: str) -> frozenset[str]:
     except (TemplateError, RecursionError):
         return frozenset()
     return frozenset(names) - _environment.globals.keys() - _OF_RENDERER
+
+
+def no_place_for_tools() -> UnsupportedParameterError:
+    """What there is to say of tools for a template that does not look at them."""
+    return UnsupportedParameterError(
+        "The model's chat template has no place for tools; the setting model.chat_template can replace it.",
+        param="tools",
+    )
 
 
 def check_kwargs(kwargs: Mapping[str, Any], variables: Collection[str], reserved: Collection[str]) -> None:

@@ -25,11 +25,10 @@ from core.errors import (
     ContextLengthError,
     InvalidRequestError,
     UnsupportedModelError,
-    UnsupportedParameterError,
 )
 from core.models import chat_template as templates
 from core.models.chat_markup import ChatMarkup
-from core.models.template_variables import check_kwargs, template_variables
+from core.models.template_variables import check_kwargs, no_place_for_tools, template_variables
 from core.models.text_bound import text_bound
 from core.models.token_pieces import TokenPieces
 
@@ -196,10 +195,7 @@ class Tokenizer:
             raise ChatTemplateError("A final message that is continued takes no generation prompt.", param="messages")
         name = templates.choose(self._templates, messages, bool(tools))
         if tools and "tools" not in template_variables(self._templates[name]):
-            raise UnsupportedParameterError(
-                "The model's chat template has no place for tools; the setting model.chat_template can replace it.",
-                param="tools",
-            )
+            raise no_place_for_tools()
         options = {
             **self._hf.special_tokens_map, **kwargs, "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,

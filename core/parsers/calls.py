@@ -10,6 +10,7 @@ from core.parsers.events import ToolSchemas
 from core.parsers.json_scan import JsonScanner
 from core.parsers.reader import MAX_NAME, Malformed, Markers, Steps, StreamParser
 from core.parsers.shapes import CallShape
+from core.parsers.values import written_json
 
 NAME_KEYS = ("name",)
 ARGUMENTS_KEYS = ("arguments", "parameters")
@@ -176,7 +177,7 @@ class CallParser(StreamParser):
             arguments = json.loads(arguments or "{}")
         if not isinstance(name, str) or not isinstance(arguments, dict):
             raise Malformed
-        return self._known(name), json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        return self._known(name), written_json(arguments)
 
     def _key(self) -> Steps[str]:
         """A key and its colon."""

@@ -15,6 +15,7 @@ from core.parsers.calls import CallParser
 from core.parsers.json_scan import MAX_DEPTH
 from core.parsers.reader import MAX_ATTEMPT, Malformed, Steps
 from core.parsers.shapes import CallShape
+from core.parsers.values import written_json
 
 WORDS: dict[str, Any] = {"true": True, "false": False, "null": None, "None": None}
 BARE_END = frozenset(",}]")
@@ -48,7 +49,7 @@ class FunctionGemmaParser(CallParser):
         if (yield from self._skip_space()) != "{":
             raise Malformed
         try:
-            return name, json.dumps((yield from self._object(0)), ensure_ascii=False, allow_nan=False)
+            return name, written_json((yield from self._object(0)))
         except ValueError:  # a number beyond all bounds
             raise Malformed from None
 

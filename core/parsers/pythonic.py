@@ -3,18 +3,18 @@
     [f(a=1, b="x"), g()]
 
 It stands at the beginning of the answer, or between `<|python_start|>` and `<|python_end|>` (Llama 4), or
-`<|tool_call_start|>` and `<|tool_call_end|>` (LFM2). A list is a call once it is whole.
+`<|tool_call_start|>` and `<|tool_call_end|>` (LFM2); between those it may be JSON. A list is a call once it is whole.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from core.parsers.calls import CallParser
 from core.parsers.json_scan import MAX_DEPTH
-from core.parsers.reader import Malformed, Steps
+from core.parsers.reader import Malformed, Markers, Steps
 from core.parsers.shapes import CallShape
+from core.parsers.values import written_json
 
 MARKS = {"<|python_start|>": "<|python_end|>", "<|tool_call_start|>": "<|tool_call_end|>"}
 WORDS: dict[str, Any] = {"True": True, "False": False, "None": None, "true": True, "false": False, "null": None}
@@ -29,6 +29,7 @@ class PythonicParser(CallParser):
     openings = tuple(MARKS)
     markup = (*MARKS, *MARKS.values())
     shape = CallShape(first="[", begin="", middle="(", end=")", arguments="python", between=", ", last="]")
+    _closing = Markers(MARKS.values())
 
     def _run(self) -> Steps[None]:
         yield from self._calls("")
@@ -39,9 +40,10 @@ class PythonicParser(CallParser):
         for name, arguments in calls or ():
             self._emit_start(name)
             self._emit_arguments(arguments)
-        if calls and marker:
-            yield from self._is_next(MARKS[marker])
-        return bool(calls)
+        if not marker or not (calls or (yield from self._json_calls(self._closing))):
+            return bool(calls)
+        yield from self._is_next(MARKS[marker])
+        return True
 
     def _list(self) -> Steps[list[PythonCall]]:
         yield from self._skip_space()
@@ -74,7 +76,7 @@ class PythonicParser(CallParser):
             if not (yield from self._more(")")):
                 break
         try:
-            return name, json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+            return name, written_json(arguments)
         except ValueError:  # a number beyond all bounds
             raise Malformed from None
 

@@ -69,5 +69,16 @@ def to_json(text: str, types: frozenset[str]) -> str:
     return written if fits or "string" not in types else json.dumps(text, ensure_ascii=False)
 
 
+def written_json(value: Any) -> str:
+    """A value as JSON. Raises ValueError for numbers that JSON does not have, and those too long for Python. Halves of
+    surrogate pairs, which JSON's escapes can spell and no text can hold, stay escaped."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, allow_nan=False)
+    return text
+
+
 def _refuse(word: str) -> Any:
     raise ValueError(word)

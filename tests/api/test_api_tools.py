@@ -11,7 +11,10 @@ import pytest
 from api_client import ApiClient
 from fake_pipeline import FakePipeline
 
+from core.api.openai.answers import AnswerReader
+from core.api.openai.tools import read_offer
 from core.parsers.families import OutputFormat
+from core.request import Completion
 
 URL = "/v1/chat/completions"
 USER = {"role": "user", "content": "a"}
@@ -109,6 +112,20 @@ def test_a_stream_makes_the_same_message(client: ApiClient, hermes: FakePipeline
         assert [json.loads(item["arguments"]) for item in functions] == [{"city": "Oslo"}, {}]
         ids |= {call["id"] for call in (*message["tool_calls"], *choice["message"]["tool_calls"])}
     assert len(ids) == 4 * n, "every call has an id of its own"
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_text_arguments_and_ids_do_not_depend_on_the_pieces(hermes: FakePipeline, size: int) -> None:
+    offer = read_offer([WEATHER, NOW], None, None, hermes.model)
+    reader = AnswerReader(hermes.model, offer)
+    whole, reason = reader.message("chatcmpl-1", Completion(0, TWO, finish_reason="stop"))
+    deltas = reader.begin("chatcmpl-1", 0)
+    pieces = [TWO[at : at + size] for at in range(0, len(TWO), size)]
+    found = [delta for piece in pieces for delta in deltas.feed(piece)] + list(deltas.finish())
+    chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in found]
+    streamed = joined(chunks)[0]
+    assert (streamed["content"], streamed["tool_calls"]) == (whole["content"], whole["tool_calls"])
+    assert deltas.finish_reason("stop") == reason == "tool_calls"
 
 
 def test_arguments_are_streamed_in_pieces(client: ApiClient, hermes: FakePipeline) -> None:

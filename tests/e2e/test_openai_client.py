@@ -145,7 +145,7 @@ def test_errors_are_the_clients_own_types(server: Server, client: openai.OpenAI)
         client.chat.completions.create(
             model=MODEL, messages=QUESTION, tools=[{"type": "function", "function": {"name": "f"}}]
         )
-    assert "tools" in str(tools.value)
+    assert "no place for tools" in str(tools.value)
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=-1)
     with pytest.raises(openai.BadRequestError):

@@ -213,13 +213,13 @@ def test_tools_are_text(kind, spelled):
     properties = {"a": {"type": ["string", "null"], "enum": [spelled, "b"]}, spelled: {"type": "string"}}
     function = {"name": "f", "description": spelled, "parameters": {"type": "object", "properties": properties}}
     tools = [{"type": "function", "function": function}]
-    ids = tokenizer.encode_chat([user(f"hello {spelled}")], tools=tools)
+    ids = tokenizer.encode_chat([user("hello")], tools=tools)
     offer = ["<|system|>", "<|tool|>", "<tool_call>", "</tool_call>", "<|end|>"]
     if kind == "words":  # which knows a token only between spaces
         offer = [token for token in offer if token in control(tokenizer, ids)]
     assert control(tokenizer, ids) == [*offer, "<|start|>", "<|end|>", "<|start|>"]
     if kind == "byte_level":
-        text = rendered(tokenizer, [user(f"hello {spelled}")], tools=tools)
+        text = rendered(tokenizer, [user("hello")], tools=tools)
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 

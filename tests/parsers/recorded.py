@@ -192,6 +192,12 @@ RECORDED: list[tuple[str, str, list[Event]]] = [
         [*call("weather", OSLO), Text("Done.")],
     ),
     case(
+        "pythonic",
+        f'<|tool_call_start|>[{{"name": "weather", "arguments": {PARIS}}}, {{"name": "weather", "arguments": {OSLO}}}]'
+        "<|tool_call_end|>Done.",
+        [*TWO, Text("Done.")],
+    ),
+    case(
         "gemma",
         'Sure.\n```tool_code\nprint(weather(city="Paris", days=2))\nweather(city="Oslo")\n```\n',
         [Text("Sure.\n"), *TWO],

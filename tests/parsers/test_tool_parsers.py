@@ -142,6 +142,22 @@ def test_line_breaks_within_strings_are_escaped() -> None:
     assert parse("hermes", [text]) == [CallStart("weather"), Arguments('{"city": "a\\n\\tb\\u0001"}')]
 
 
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        ("hermes", '<tool_call>{"name": "now", "arguments": {"a": "\\ud800"}}</tool_call>'),
+        ("hermes", '<tool_call>{"arguments": {"a": "\\ud800"}, "name": "now"}</tool_call>'),
+        ("function_gemma", '<start_function_call>call:now{a:"\\ud800"}<end_function_call>'),
+        ("qwen3_coder", '<function=now>\n<parameter=a>\n"\\ud800"\n</parameter>\n</function>'),
+    ],
+)
+def test_half_of_a_surrogate_pair_stays_escaped(family: str, text: str) -> None:
+    events = parse(family, [text])
+    assert calls_of(events) == [("now", {"a": "\ud800"})]
+    assert all(event.text.encode() for event in events if isinstance(event, Arguments))
+    assert parse("pythonic", ["[now(a='\\ud800')]"]) == [Text("[now(a='\\ud800')]")]
+
+
 def test_control_tokens_that_were_kept_for_the_parser_are_not_shown() -> None:
     text = "a[TOOL_CALLS]none[ARGS]b"
     assert parse("mistral", [text], ("[TOOL_CALLS]", "[ARGS]")) == [Text("anoneb")]
@@ -185,7 +201,22 @@ JSON_PIECES = [
     "\n",
     "{}",
 ]
-PYTHON_PIECES = ["weather(", "city=", "'", ")", "now()", "print(", "1e999", "\\u", "```", "call:", "{", "}"]
+PYTHON_PIECES = [
+    "'\\ud800'",
+    '"\\ud800"',
+    "weather(",
+    "city=",
+    "'",
+    ")",
+    "now()",
+    "print(",
+    "1e999",
+    "\\u",
+    "```",
+    "call:",
+    "{",
+    "}",
+]
 
 
 def pieces_of(family: str) -> list[str]:
@@ -213,6 +244,7 @@ def test_random_answers_raise_nothing_and_lose_nothing(family: str) -> None:
         assert parse(family, text) == events
         shown = "".join(event.name if isinstance(event, CallStart) else event.text for event in events)
         assert words_of(shown) == words_of(text), text
+        shown.encode()  # it is text
         if not any(isinstance(event, (CallStart, Reasoning)) for event in events) and family != "harmony":
             assert shown == text
 

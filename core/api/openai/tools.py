@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from core.api.body import to_json
 from core.api.openai.tool_schemas import check_schema
 from core.errors import InvalidRequestError, UnsupportedParameterError
+from core.models.template_variables import no_place_for_tools
 from core.parsers.families import TOOL_PARSERS
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def read_offer(
     names = _choice(tool_choice, [function["function"]["name"] for function in functions])
     if not functions or not names:
         return None
+    if "tools" not in model.tokenizer.template_variables:
+        raise no_place_for_tools()
     if model.output_format.tool_parser is None:
         raise UnsupportedParameterError(
             f"It is not known how {model.name} writes tool calls; the setting model.tool_parser can name it: "
