@@ -184,10 +184,13 @@ class EngineBuilder:
         check_promises(plan, settings, self._host)
         stages = [self.stages[index] for index in range(len(plan.placement.stages))]
         size, most = settings.engine.block_size, min(plan.max_model_len, plan.pooled.tokens)
-        setup = KVSetup(size, -(-most // size) + 1, self.backends, self._transfer, self._host.device, self._blocks)
+        placed = [self.slice_of(index) for index in range(len(stages)) if not self.device_of(index).is_here]
+        elsewhere = frozenset(layer for part in placed for layer in range(part.first, part.last))
+        width = -(-most // size) + 1
+        setup = KVSetup(size, width, self.backends, self._transfer, self._host.device, self._blocks, elsewhere)
         names = []
-        for stage, placed, tokens in zip(stages, plan.placement.stages, plan.pooled.local_tokens, strict=True):
-            self.budgets[stage.device.name].reserve("workspace", placed.workspace_bytes)
+        for stage, planned, tokens in zip(stages, plan.placement.stages, plan.pooled.local_tokens, strict=True):
+            self.budgets[stage.device.name].reserve("workspace", planned.workspace_bytes)
             stage.allocate_kv(tokens // size, setup)
             names.append(self.backends(stage.device).name if isinstance(stage, Stage) else stage.attention)
         lenders = plan.devices if lends(plan, settings) else ()
@@ -201,7 +204,8 @@ class EngineBuilder:
         engine, model = settings.engine, describe(plan, settings, self._tokenizer)
         salt = f"{model.path}:{plan.resolved.revision or weights_digest(model.path)}:{model.dtype}".encode()
         running = RunningSequences()
-        memory = open_kv(plan, settings, stages, self.budgets, salt, self._blocks, running)
+        cluster = self._nodes.master if self._nodes is not None else None
+        memory = open_kv(plan, settings, stages, self.budgets, salt, self._blocks, running, cluster)
         try:
             torch_threads = 1 if products_are_native(backends, plan, settings) else self._threads.together
             timed = settings.tracing.enabled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -133,9 +133,13 @@ class BlockStore(Protocol):
     """
 
     tier: Tier
-    medium: str
     stopped: str | None
-    capacity_bytes: int
+
+    @property
+    def medium(self) -> str: ...
+
+    @property
+    def capacity_bytes(self) -> int: ...
 
     @property
     def accepting(self) -> bool:
@@ -161,6 +165,9 @@ class BlockStore(Protocol):
 
     def drop(self, block: bytes) -> None:
         """Forget a block; unknown ones are ignored."""
+
+    def lose(self, blocks: Collection[bytes]) -> None:
+        """Blocks are gone without anybody's doing. From any thread."""
 
     def sync(self) -> None:
         """Make what was written survive the end of the process."""
