@@ -34,16 +34,26 @@ class BlockCalls:
 
     def put(self, memory: int, ref: BlockRef, data: memoryview) -> bool:
         """Have a memory keep a copy; whether it does."""
-        return self._ask(lambda link, number: send_pages(link, memory, number, ref, data), 0) is not None
+        kept = self._ask(lambda link, number: send_pages(link, memory, number, ref, data), 0) is not None
+        self._count(sent=1)
+        return kept
 
     def get(self, memory: int, ref: BlockRef, most_bytes: int) -> memoryview | None:
         """A block of at most so many bytes; None if it is not there."""
-        return self._ask(lambda link, number: send_wanted(link, memory, number, ref), most_bytes)
+        data = self._ask(lambda link, number: send_wanted(link, memory, number, ref), most_bytes)
+        self._count(received=data is not None)
+        return data
 
     def drop(self, memory: int, ref: BlockRef) -> None:
         """A block is wanted no more."""
         gone = BlockRef(ref.block, ref.slot, lets_go=True)
         self._ask(lambda link, number: send_wanted(link, memory, number, gone), 0)
+
+    def _count(self, *, sent: int = 0, received: int = 0) -> None:
+        assert self._link is not None
+        with self._lock:
+            self._link.stats.sent_blocks += sent
+            self._link.stats.received_blocks += received
 
     def _ask(self, send: Callable[[Link, int], None], most_bytes: int) -> memoryview | None:
         assert self._link is not None

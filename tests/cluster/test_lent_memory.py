@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cluster.machines import WorkerProcess, WorkerThread, joined
+from cluster.test_telemetry import scrape
 from plain_settings import CACHE_DIR, make_settings
 from steering import LONGEST_WAIT_S, until
 from tiny_models import VOCAB
@@ -23,6 +24,7 @@ from core.request import SamplingParams
 from core.tiers import HierarchicalMemory, Tier
 from core.views.health import health
 from core.views.memory import TierView, memory_view
+from core.views.nodes import nodes_view
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, detokenize=False)
 LENDS = 1 << 20
@@ -108,6 +110,12 @@ def test_what_main_memory_has_no_room_for_comes_back_from_another_machine(
     assert cached(pipeline, prompts(8)[0]) >= 44
     assert memory(pipeline).stats().moves["promotion", Tier.L4, Tier.L3] >= 11
     assert [answer(pipeline, prompt) for prompt in prompts(8)] == alone
+    assert [node.lends_bytes for node in nodes_view(pipeline.current_engine, pipeline.state()).nodes] == [0, LENDS]
+    scraped = scrape(pipeline)
+    sent, received = (scraped["vtp_kv_cache_ops_total", frozenset([way])] for way in ("sent", "received"))
+    assert sent >= lent.blocks and received >= 11
+    assert scraped["memory_promotions_total", frozenset(["L4", "L3"])] >= 11
+    assert scraped["memory_tier_capacity_bytes", frozenset(["L4"])] == LENDS
     session = worker.worker._session
     assert session is not None and session._host.blocks.lent_bytes == tier(pipeline).used_bytes > 0  # type: ignore[union-attr]
     assert worker.worker._main_memory.used_by_purpose()[LENT] == LENDS
