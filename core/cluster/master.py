@@ -309,7 +309,7 @@ class Master:
                 told_of = self._changes
                 self._tell("leaving", node)
                 told_s = time.monotonic()
-            if not node.remotes:
+            if not node.remotes and not node.kept:
                 node.close("nothing of it is in use")
                 return
             self._closing.wait(_LOOK_S)

@@ -86,6 +86,8 @@ class Node:
     ) -> None:  # fmt: skip
         self.id, self.number, self.address = node, number, address
         self.remotes: dict[int, RemoteStage] = {}
+        self.kept: set[int] = set()
+        """Memories there that an engine counts on: parts of its blocks."""
         self.lost: NetworkError | None = None
         self.leaving = False
         self.speed = LinkSpeed(0.0, 0.0)

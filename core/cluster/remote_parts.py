@@ -55,6 +55,7 @@ class PlacedParts:
             for each in stages:
                 number, node = master.new_stage(), each.stage.node
                 node.call(Keep(number, each.stage.number, num_slots), timeout_s=None)
+                node.kept.add(number)
                 self._parts.append(_Part(node, number, each.at))
         except BaseException:
             self.close()
@@ -107,9 +108,9 @@ class PlacedParts:
         """See `RemoteParts`."""
         parts, self._parts = self._parts, []
         for part in parts:
-            if part.node.lost is not None:
-                continue
-            try:
-                part.node.call(Release((part.memory,)))
-            except VRAMancerError as error:
-                logger.warning("parts of blocks could not be freed", node=part.node.name, reason=error.message)
+            if part.node.lost is None:
+                try:
+                    part.node.call(Release((part.memory,)))
+                except VRAMancerError as error:
+                    logger.warning("parts of blocks could not be freed", node=part.node.name, reason=error.message)
+            part.node.kept.discard(part.memory)

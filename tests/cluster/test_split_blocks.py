@@ -178,6 +178,39 @@ def test_a_model_that_moves_leaves_nothing_behind(
     assert [worker.worker._main_memory.used_by_purpose().get("kv_tiers", 0) for worker in workers] == [0, 0]
 
 
+def test_a_worker_that_leaves_gives_its_parts_to_the_disk_first(
+    add_worker: Callable[..., WorkerThread], serve: Callable[..., InferencePipeline], alone: list[list[int]],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    worker = add_worker("desk", keeps=KEEPS)
+    disk = {"memory__disk_path": tmp_path, "memory__disk_bytes": 1 << 24}
+    pipeline = serve(devices__devices="cpu=64MiB,desk/cpu", **SMALL, **disk)
+    assert [answer(pipeline, prompt) for prompt in prompts(4)] == alone
+    worker.worker.leave()
+    worker.join()
+    until(lambda: len(pipeline.engine.stages) == 1 and not pipeline.loading, "the model has moved")
+    assert cached(pipeline, prompts(4)[0]) >= 44
+    assert moves(pipeline)["promotion", Tier.L5, Tier.L3] >= 11
+    assert [answer(pipeline, prompt) for prompt in prompts(4)] == alone
+
+
+def test_a_node_is_not_let_go_while_parts_of_blocks_are_there(
+    master: Master, add_worker: Callable[..., WorkerThread], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.cluster.master._TOLD_EVERY_S", 0.0)
+    worker = add_worker("desk")
+    (node,) = master.nodes
+    node.kept.add(1)
+    told: list[str] = []
+    master.on_change.append(lambda change, node: told.append(change))
+    worker.worker.leave()
+    until(lambda: told.count("leaving") >= 3, "it has been looked at again and again")
+    assert node.lost is None
+    node.kept.discard(1)
+    worker.join()
+    until(lambda: node.lost is not None, "it has gone")
+
+
 @pytest.mark.parametrize("when", ["told", "done"])
 def test_a_worker_that_is_lost_while_blocks_come_back(
     master: Master, serve: Callable[..., InferencePipeline], alone: list[list[int]], when: str
