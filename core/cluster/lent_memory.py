@@ -1,5 +1,5 @@
 """L4: the main memory that workers offer, as one place for blocks of a model. Workers come and go; a block is with one
-of them, and goes with it."""
+of them, and goes with it. Blocks are whole, so they stay of use when the model moves: the next engine has them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from core.cluster.node import Node
 from core.errors import NetworkError, VRAMancerError
 from core.logs import get_logger
 from core.tiers.measure import measure_peer
+from core.tiers.peer import PeerBlock
 from core.tiers.records import TierSpeed
+from core.tiers.segments import Identity
 
 logger = get_logger(__name__)
 
@@ -66,26 +68,38 @@ class LentMemoryEvents:
 
 
 class LentMemory:
-    """A `Peer`. Workers that offer memory are used from `open` on, and when they join, until `close`. Thread-safe."""
+    """A `Peer`. Workers that offer memory are used from `open` on, and when they join, until `close`; they keep what
+    they have until `give_up`. `kept` is known of that. Thread-safe."""
 
     name = "other machines' memory"
 
-    def __init__(self, master: Master, block_nbytes: int) -> None:
+    def __init__(self, master: Master, identity: Identity) -> None:
+        self.identity = identity
+        self.kept: dict[bytes, PeerBlock] = {}
         self._master = master
-        self._block_nbytes = block_nbytes
+        self._block_nbytes = identity.block_nbytes
         self._events: LentMemoryEvents | None = None
         self._lock = threading.Lock()
         self._joining = threading.Lock()
         self._lenders: dict[str, _Lender] = {}
-        self._closed = False
         self._announced = False
+        master.on_change.append(self._changed)
 
     def open(self, events: LentMemoryEvents) -> None:
-        """Waits for what is measured. Not under anybody's lock: `events` are heard."""
-        self._events = events
-        self._master.on_change.append(self._changed)
+        """For an engine. Waits for what is measured. Not under anybody's lock: `events` are heard."""
+        with self._joining:
+            self._events, self._announced = events, False
+            with self._lock:
+                speeds = [each.speed for each in self._lenders.values() if not each.leaves]
+            if speeds:
+                self._announce(max(speeds, key=lambda speed: speed.read_bytes_s))
         for node in self._master.nodes:
             self._join(node)
+
+    def _announce(self, speed: TierSpeed) -> None:
+        if not self._announced and self._events is not None:
+            self._announced = True
+            self._events.found(speed)
 
     # -- machines ---------------------------------------------------------------------------------------------------
 
@@ -102,23 +116,25 @@ class LentMemory:
             self._lose(lender)
 
     def _lose(self, lender: _Lender) -> None:
-        assert self._events is not None
         with self._lock:
             if self._lenders.get(lender.node.id) is not lender:
                 return
             del self._lenders[lender.node.id]
+            for block in lender.blocks:
+                self.kept.pop(block, None)
+            events = self._events
         logger.info("lent memory is gone", node=lender.name, blocks=len(lender.blocks))
-        self._events.gone(tuple(lender.blocks))
+        if events is not None:
+            events.gone(tuple(lender.blocks))
 
     def _join(self, node: Node) -> None:
         """One after the other: measurements would slow each other down."""
-        assert self._events is not None
         with self._joining:
             before = self._lenders.get(node.id)
-            if self._closed or node.leaving or (before is not None and before.node is node):
-                return
-            if before is not None:  # it has joined anew before its loss was known
+            if before is not None and before.node is not node:  # it has joined anew before its loss was known
                 self._lose(before)
+            if self._events is None or node.leaving or (before is not None and before.node is node):
+                return
             if node.info.lends_bytes < self._block_nbytes + HEAD_BYTES:
                 return
             lender = _Lender(node, self._master.new_stage(), self._block_nbytes)
@@ -139,9 +155,7 @@ class LentMemory:
             if slow:
                 lender.close()
                 return
-            if not self._announced:
-                self._announced = True
-                self._events.found(lender.speed)
+            self._announce(lender.speed)
             with self._lock:
                 if node.lost is None:
                     self._lenders[node.id] = lender
@@ -206,17 +220,40 @@ class LentMemory:
         with self._lock:
             return next((each for each in self._lenders.values() if block in each.blocks), None)
 
-    def settle(self) -> None:
-        """Whoever joins from now on is not used, and whoever goes is not told of."""
-        with self._joining:
-            if self._changed in self._master.on_change:
-                self._master.on_change.remove(self._changed)
-            self._closed = True
-
     def close(self) -> None:
-        """Safe to call twice."""
-        self.settle()
+        """The engine has no use for it any more: whoever joins from now on is not used, and nobody is told of whoever
+        goes. Safe to call twice."""
+        with self._joining:
+            self._events = None
+
+    def give_up(self) -> None:
+        """Nothing is kept any more."""
+        self.close()
+        if self._changed in self._master.on_change:
+            self._master.on_change.remove(self._changed)
         with self._lock:
             lenders, self._lenders = list(self._lenders.values()), {}
+            self.kept.clear()
         for lender in lenders:
             lender.close()
+
+
+class LentMemories:
+    """What is lent to the model that is served, from one engine of it to the next. Used by one thread at a time."""
+
+    def __init__(self, master: Master) -> None:
+        self._master = master
+        self._now: LentMemory | None = None
+
+    def take(self, identity: Identity) -> LentMemory:
+        """For an engine, once no other has it: with what an engine of the same model has left there."""
+        if self._now is None or self._now.identity != identity:
+            self.give_up()
+            self._now = LentMemory(self._master, identity)
+        return self._now
+
+    def give_up(self) -> None:
+        """No model has any."""
+        if self._now is not None:
+            self._now.give_up()
+            self._now = None

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Sequence
 
-from core.cluster.lent_memory import LentMemory, LentMemoryEvents
+from core.cluster.lent_memory import LentMemories, LentMemory, LentMemoryEvents
 from core.cluster.master import Master
 from core.cluster.placed_stage import PlacedRemoteStage
 from core.cluster.remote_parts import PlacedParts, StageBytes, common_slots
@@ -21,8 +21,7 @@ from core.logs import get_logger
 from core.placement.engine import stage_costs
 from core.tiers import BlockLayout, HierarchicalMemory, Tier, open_memory, worth_restoring
 from core.tiers.kv_tiers import KVTiers, StepBlocks
-from core.tiers.lower_tier import LowerTier
-from core.tiers.opening import host_share, open_peer
+from core.tiers.opening import host_share, make_identity, open_lasting, open_peer
 from core.tiers.parts import BlockParts
 from core.tiers.records import TierSpeed
 
@@ -39,6 +38,7 @@ class BlockTiers:
     def __init__(self) -> None:
         self.tiers: KVTiers | None = None
         self.missing: dict[Tier, str] = {}
+        self._rule: RestoreRule | None = None
         self._lent: LentMemory | None = None
 
     def open(
@@ -79,29 +79,35 @@ class BlockTiers:
         if memory is None:
             parts.close()
             return
-        rule = RestoreRule(plan, settings, kv, memory, remote)
+        self._rule = RestoreRule(plan, settings, kv, memory, remote)
         if remote is not None:
             memory.limit_writes(remote.slowest_bytes_s * NETWORK_SHARE)
-        self.tiers = KVTiers(kv, memory, rule, blocks)
-        if cluster is not None:
-            self._borrow(cluster, asked, memory, rule)
+        self.tiers = KVTiers(kv, memory, self._rule, blocks)
 
-    def _borrow(self, cluster: Master, asked: MemorySettings, memory: HierarchicalMemory, rule: RestoreRule) -> None:
-        """Use what machines of the cluster offer, now and when they join."""
-        lent = self._lent = LentMemory(cluster, memory.layout.nbytes)
-        opened: list[LowerTier] = []
+    def open_lasting(self, settings: MemorySettings, salt: bytes, lent: LentMemories | None) -> None:
+        """Also use what outlasts the engine, once no other one has it: what machines of the cluster offer, now and when
+        they join, and what outlasts the process."""
+        if self.tiers is None:
+            if lent is not None:
+                lent.give_up()
+            return
+        if lent is not None:
+            self._borrow(lent, settings, salt)
+        open_lasting(self.tiers.memory, settings, salt)
+
+    def _borrow(self, lent: LentMemories, settings: MemorySettings, salt: bytes) -> None:
+        assert self.tiers is not None and self._rule is not None
+        memory = self.tiers.memory
+        place = self._lent = lent.take(make_identity(memory.layout, salt, settings))
 
         def found(speed: TierSpeed) -> None:
-            opened.append(open_peer(asked, memory.layout, lent, speed))
-            memory.add_below(opened)
+            memory.add_below([open_peer(settings, memory.layout, place, speed, place.kept)])
             memory.limit_writes(speed.write_bytes_s * NETWORK_SHARE)
 
         def gone(blocks: Collection[bytes]) -> None:
-            for lower in opened:
-                lower.store.lose(blocks)
             memory.forget(Tier.L4, blocks)
 
-        lent.open(LentMemoryEvents(found, gone, rule.is_worth))
+        place.open(LentMemoryEvents(found, gone, self._rule.is_worth))
 
     def troubles(self) -> dict[Tier, str]:
         """Tiers that were asked for and are missing, or take no blocks at the moment, and why."""
@@ -110,11 +116,9 @@ class BlockTiers:
     def close(self) -> None:
         """Safe to call twice."""
         if self._lent is not None:
-            self._lent.settle()
+            self._lent.close()
         if self.tiers is not None:
             self.tiers.close()
-        if self._lent is not None:
-            self._lent.close()
 
 
 def divided(plan: ModelPlan, block_size: int, stages: Sequence[EngineStage]) -> tuple[list[slice], list[StageBytes]]:

@@ -12,6 +12,7 @@ from core.batching.intake import CircuitBreaker
 from core.batching.running import RunningSequences
 from core.batching.scheduler import Scheduler
 from core.batching.step import SchedulerLimits
+from core.cluster.lent_memory import LentMemories
 from core.cluster.placed_stage import RemoteStages, StageOrder, connect_stages
 from core.config import Settings
 from core.config_schema import EngineSettings
@@ -76,14 +77,16 @@ def check_memory(plan: ModelPlan, present: Mapping[str, int] | None = None) -> N
 
 class EngineBuilder:
     """`load`, or `load_stage` each stage, in any order, then `finish`; on failure `free`. `tokenizer` is read if not
-    given; `stages` are those that have been loaded, by number; `nodes` loads those of other machines."""
+    given; `stages` are those that have been loaded, by number; `nodes` loads those of other machines, and `lent` is
+    memory there."""
 
     def __init__(
         self, plan: ModelPlan, settings: Settings, *, transfer: TransferManager, main_memory: MainMemory,
         cpu_threads: int, on_read: Callable[[int], None], tokenizer: Tokenizer | None = None,
-        nodes: RemoteStages | None = None,
+        nodes: RemoteStages | None = None, lent: LentMemories | None = None,
     ) -> None:  # fmt: skip
         self.plan = plan
+        self._lent = lent
         self._settings = settings
         self._nodes = nodes
         self._transfer = transfer
@@ -225,7 +228,7 @@ class EngineBuilder:
             raise
         return ModelEngine(
             model, plan, settings, self.budgets, stages, self._transfer, self._main_memory, runner, memory, batcher,
-            backends, load_s=time.perf_counter() - self._started_s,
+            backends, self._lent, load_s=time.perf_counter() - self._started_s,
         )  # fmt: skip
 
     def free(self) -> None:

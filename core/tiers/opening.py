@@ -16,7 +16,7 @@ from core.tiers.hotness import HeatModel
 from core.tiers.lower_tier import LowerTier
 from core.tiers.measure import measure_directory, measure_files, measure_host
 from core.tiers.parts import BlockParts
-from core.tiers.peer import Peer, PeerStore
+from core.tiers.peer import Peer, PeerBlock, PeerStore
 from core.tiers.policy import MemoryOptions
 from core.tiers.records import BlockLayout, Tier, TierSpeed
 from core.tiers.remote import RemoteFiles, check_url
@@ -110,10 +110,13 @@ def _tenth_of(free_bytes: int, what: str, most: int | None = None) -> int:
     return chosen
 
 
-def open_peer(settings: MemorySettings, layout: BlockLayout, peer: Peer, speed: TierSpeed) -> LowerTier:
-    """The tier made of other nodes' memory, which is as fast as `measure_peer` has found."""
+def open_peer(
+    settings: MemorySettings, layout: BlockLayout, peer: Peer, speed: TierSpeed,
+    kept: dict[bytes, PeerBlock] | None = None,
+) -> LowerTier:  # fmt: skip
+    """The tier made of other nodes' memory, which is as fast as `measure_peer` has found, with what is `kept` there."""
     compressor = Compressor(layout, settings.peer_codec, settings.kv_quantization, speed)
-    return LowerTier(PeerStore(peer, compressor, layout.nbytes), speed)
+    return LowerTier(PeerStore(peer, compressor, layout.nbytes, kept), speed)
 
 
 def _open_disk(settings: MemorySettings, layout: BlockLayout, salt: bytes) -> LowerTier:

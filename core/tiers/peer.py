@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from core.logs import get_logger
 from core.tiers.compress import Compressor
@@ -41,19 +40,30 @@ class Peer(Keeper, Protocol):
         """Whether a block of that size would be kept."""
 
     def close(self) -> None:
-        """Nothing is kept for this process any more."""
+        """This tier uses it no more."""
+
+
+class PeerBlock(NamedTuple):
+    """What is known of a block that a peer keeps: its lossless codec, and the checksum of what was put."""
+
+    parent: bytes
+    codec: str
+    checksum: int
 
 
 class PeerStore:
-    """The tier made of a peer."""
+    """The tier made of a peer, of which `kept` is known already: what is put there by another engine, perhaps. Whoever
+    gave it takes out what the peer has lost."""
 
     tier = Tier.L4
 
-    def __init__(self, peer: Peer, compressor: Compressor, block_nbytes: int) -> None:
+    def __init__(
+        self, peer: Peer, compressor: Compressor, block_nbytes: int, kept: dict[bytes, PeerBlock] | None = None
+    ) -> None:
         self._peer = peer
         self._compressor = compressor
         self._block_nbytes = block_nbytes
-        self._kept: dict[bytes, tuple[str, int]] = {}  # lossless codec and checksum of what was put
+        self._kept = kept if kept is not None else {}
         self.stopped: str | None = None
 
     @property
@@ -77,7 +87,7 @@ class PeerStore:
         return self._peer.used_bytes
 
     def known(self) -> list[tuple[bytes, bytes]]:
-        return []
+        return [(block, each.parent) for block, each in list(self._kept.items())]
 
     def has_room(self) -> bool:
         return self._peer.has_room(self._block_nbytes)
@@ -90,7 +100,7 @@ class PeerStore:
             self._lose(error)
             return False
         if kept:
-            self._kept[block] = (codec, checksum(block, data))
+            self._kept[block] = PeerBlock(parent, codec, checksum(block, data))
         return kept
 
     def read(self, block: bytes, into: memoryview) -> bool:
@@ -99,15 +109,16 @@ class PeerStore:
         except OSError as error:
             self._lose(error)
             return False
-        codec, expected = self._kept.get(block, ("none", -1))
-        if data is None:
+        kept = self._kept.get(block)
+        if data is None or kept is None:
+            self._kept.pop(block, None)
             logger.info("a peer has a block no more", peer=self._peer.name, block=block.hex())
             return False
-        if checksum(block, memoryview(data)) != expected:
+        if checksum(block, memoryview(data)) != kept.checksum:
             logger.warning("peer has no block of that content", peer=self._peer.name, block=block.hex())
             return False
         try:
-            self._compressor.decode(codec, memoryview(data), into)
+            self._compressor.decode(kept.codec, memoryview(data), into)
         except ValueError as error:
             logger.warning("damaged block is skipped", tier=self.tier.name, block=block.hex(), reason=str(error))
             return False
@@ -120,15 +131,10 @@ class PeerStore:
         except OSError as error:
             self._lose(error)
 
-    def lose(self, blocks: Collection[bytes]) -> None:
-        for block in blocks:
-            self._kept.pop(block, None)
-
     def sync(self) -> None:
         """Nothing to do: a peer's RAM is as lasting as the peer."""
 
     def close(self) -> None:
-        self._kept.clear()
         self._peer.close()
 
     def _lose(self, error: OSError) -> None:

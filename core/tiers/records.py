@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -165,9 +165,6 @@ class BlockStore(Protocol):
 
     def drop(self, block: bytes) -> None:
         """Forget a block; unknown ones are ignored."""
-
-    def lose(self, blocks: Collection[bytes]) -> None:
-        """Blocks are gone without anybody's doing. From any thread."""
 
     def sync(self) -> None:
         """Make what was written survive the end of the process."""

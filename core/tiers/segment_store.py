@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -337,9 +337,6 @@ class SegmentStore:
             self._stop(error)
 
     # -- ending -----------------------------------------------------------------------------------------------------
-
-    def lose(self, blocks: Collection[bytes]) -> None:
-        """Nothing goes by itself: what is damaged is found when it is read."""
 
     def sync(self) -> None:
         """Seal the open segment. A process that ends without this or `close` loses what is in it."""

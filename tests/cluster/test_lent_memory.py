@@ -11,7 +11,7 @@ from cluster.machines import WorkerProcess, WorkerThread, joined
 from cluster.test_telemetry import scrape
 from plain_settings import CACHE_DIR, make_settings
 from steering import LONGEST_WAIT_S, until
-from tiny_models import VOCAB
+from tiny_models import VOCAB, build_tiny
 
 from core.cluster import lent_memory
 from core.cluster.kept_blocks import LENT
@@ -228,17 +228,64 @@ def test_memory_from_which_reading_takes_longer_than_computing_is_left_alone(
     assert worker.worker._session is not None and not worker.worker._session._host.blocks.memories
 
 
-def test_two_models_of_a_move_share_what_is_offered(
+def test_a_model_that_moves_finds_what_it_has_on_other_machines(
     add_worker: Callable[..., WorkerThread], serve: Callable[..., InferencePipeline], alone: list[list[int]]
+) -> None:
+    worker = add_worker("attic", lends=LENDS)
+    add_worker("desk", keeps=64 << 10)
+    pipeline = serve(**SMALL)
+    fill(pipeline)
+    assert worker.worker._session is not None
+    kept = worker.worker._session._host.blocks
+    (number,) = kept.memories
+    for devices in ("cpu=64MiB,desk/cpu", "cpu=64MiB,cpu=64MiB"):
+        before = tier(pipeline)
+        pipeline.place(devices=devices)
+        after = tier(pipeline)
+        assert before is not None and after is not None and after.blocks >= before.blocks - 16 > 0
+        assert list(kept.memories) == [number]
+        assert cached(pipeline, prompts(8)[0]) >= 44
+        assert memory(pipeline).stats().moves["promotion", Tier.L4, Tier.L3] >= 11
+        assert fill(pipeline) == alone
+
+
+def test_blocks_on_another_machine_outlast_the_loss_of_one_that_computes(
+    master: Master, add_worker: Callable[..., WorkerThread], serve: Callable[..., InferencePipeline],
+    alone: list[list[int]],
+) -> None:  # fmt: skip
+    add_worker("attic", lends=LENDS)
+    desk = WorkerProcess(master, CACHE_DIR, "desk", "cpu=64MiB", keeps=64 << 10)
+    try:
+        joined(master, 2)
+        pipeline = serve(**{**SMALL, "devices__devices": "cpu=64MiB,desk/cpu"})
+        assert fill(pipeline) == alone
+        before = pipeline.engine
+        desk.process.kill()
+        until(lambda: pipeline.current_engine not in (None, before) and not pipeline.loading, "the model has moved")
+        lent = tier(pipeline)
+        assert lent is not None and lent.blocks > 40
+        assert cached(pipeline, prompts(8)[0]) >= 44
+        assert [answer(pipeline, prompt) for prompt in prompts(8)] == alone
+    finally:
+        desk.close()
+
+
+def test_another_model_begins_with_empty_memory_and_none_leaves_nothing(
+    add_worker: Callable[..., WorkerThread], serve: Callable[..., InferencePipeline], tmp_path: Path
 ) -> None:
     worker = add_worker("attic", lends=LENDS)
     pipeline = serve(**SMALL)
     fill(pipeline)
-    pipeline.place(devices="cpu=64MiB,cpu=64MiB")
+    build_tiny("qwen3", tmp_path)
+    pipeline.load(str(tmp_path))
     assert worker.worker._session is not None
-    assert len(worker.worker._session._host.blocks.memories) == 1
-    assert fill(pipeline) == alone
-    assert cached(pipeline, prompts(8)[0]) >= 44
+    kept = worker.worker._session._host.blocks
+    lent = tier(pipeline)
+    assert lent is not None and lent.blocks == 0 == kept.lent_bytes
+    fill(pipeline)
+    assert kept.lent_bytes > 0
+    pipeline.shutdown()
+    assert kept.lent_bytes == 0 and not kept.memories
 
 
 def test_an_offer_that_the_machine_does_not_have_is_refused() -> None:
