@@ -254,3 +254,27 @@ def test_a_worker_that_is_lost_while_blocks_come_back(
 def _block_bytes(pipeline: InferencePipeline) -> int:
     assert pipeline.engine.memory.tiers is not None
     return pipeline.engine.memory.tiers.memory.layout.nbytes
+
+
+@pytest.mark.parametrize("devices", ["cpu=64MiB,desk/cpu,attic/cpu", "desk/cpu,attic/cpu"])
+def test_many_requests_at_once_over_all_tiers(
+    add_worker: Callable[..., WorkerThread], serve: Callable[..., InferencePipeline], tmp_path: Path, devices: str
+) -> None:
+    """Steps overlap, blocks go up and down, slots change hands; every answer is that of a machine alone."""
+    shared, tails = prompts(3, 32), prompts(16, 20)
+    asked = [shared[number % 3] + tail for number, tail in enumerate(tails)] * 2
+    roomy = serve(devices__devices="cpu=64MiB")
+    expected = [answer(roomy, prompt) for prompt in asked]
+    add_worker("desk", keeps=40 << 10)
+    add_worker("attic", keeps=KEEPS, lends=64 << 10)
+    disk = {"memory__disk_path": tmp_path, "memory__disk_bytes": 1 << 24, "memory__write_back_bytes_s": None}
+    few = {**SMALL, "engine__kv_cache_tokens": 160, "engine__cohorts": 3}
+    pipeline = serve(devices__devices=devices, **few, **disk)
+    for first in range(0, len(asked), 8):
+        with arriving_together(pipeline):
+            handles = [pipeline.submit(prompt, GREEDY) for prompt in asked[first : first + 8]]
+        found = [list(handle.result(LONGEST_WAIT_S).completions[0].token_ids) for handle in handles]
+        assert found == expected[first : first + 8]
+    seen = moves(pipeline)
+    assert seen["promotion", Tier.L3, Tier.L1] > 0
+    assert sum(count for (kind, below, _), count in seen.items() if kind == "promotion" and below > Tier.L3) > 0
