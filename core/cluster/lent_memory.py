@@ -59,10 +59,11 @@ class _Lender:
 
 @dataclass(frozen=True, slots=True)
 class LentMemoryEvents:
-    """What becomes of it: `found` hears how fast the first worker is, before anything is put there; `gone` of blocks
-    that went with a worker. `worth` says of a worker's speed whether reading a block back would beat computing it."""
+    """What becomes of it: `found` hears how fast the first worker is, and the network to it (bytes per second), before
+    anything is put there; `gone` of blocks that went with a worker. `worth` says of a worker's speed whether reading a
+    block back would beat computing it."""
 
-    found: Callable[[TierSpeed], None]
+    found: Callable[[TierSpeed, float], None]
     gone: Callable[[Collection[bytes]], None]
     worth: Callable[[TierSpeed], bool]
 
@@ -90,16 +91,16 @@ class LentMemory:
         with self._joining:
             self._events, self._announced = events, False
             with self._lock:
-                speeds = [each.speed for each in self._lenders.values() if not each.leaves]
-            if speeds:
-                self._announce(max(speeds, key=lambda speed: speed.read_bytes_s))
+                there = [each for each in self._lenders.values() if not each.leaves]
+            if there:
+                self._announce(max(there, key=lambda each: each.speed.read_bytes_s))
         for node in self._master.nodes:
             self._join(node)
 
-    def _announce(self, speed: TierSpeed) -> None:
+    def _announce(self, lender: _Lender) -> None:
         if not self._announced and self._events is not None:
             self._announced = True
-            self._events.found(speed)
+            self._events.found(lender.speed, lender.node.speed.bandwidth_bytes_s)
 
     # -- machines ---------------------------------------------------------------------------------------------------
 
@@ -141,7 +142,9 @@ class LentMemory:
             try:
                 node.call(Lend(lender.memory))
                 speeds = [measure_peer(lender, self._block_nbytes) for _ in range(_TIMES)]
-                lender.speed = max(speeds, key=lambda speed: speed.read_bytes_s)
+                lender.speed = TierSpeed(
+                    max(speed.read_bytes_s for speed in speeds), max(speed.write_bytes_s for speed in speeds)
+                )
             except (VRAMancerError, OSError) as error:
                 logger.warning("memory of a node is not used", node=node.name, reason=str(error))
                 lender.close()
@@ -155,7 +158,7 @@ class LentMemory:
             if slow:
                 lender.close()
                 return
-            self._announce(lender.speed)
+            self._announce(lender)
             with self._lock:
                 if node.lost is None:
                     self._lenders[node.id] = lender

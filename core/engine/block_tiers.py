@@ -100,9 +100,9 @@ class BlockTiers:
         memory = self.tiers.memory
         place = self._lent = lent.take(make_identity(memory.layout, salt, settings))
 
-        def found(speed: TierSpeed) -> None:
+        def found(speed: TierSpeed, network_bytes_s: float) -> None:
             memory.add_below([open_peer(settings, memory.layout, place, speed, place.kept)])
-            memory.limit_writes(speed.write_bytes_s * NETWORK_SHARE)
+            memory.limit_writes(network_bytes_s * NETWORK_SHARE)
 
         def gone(blocks: Collection[bytes]) -> None:
             memory.forget(Tier.L4, blocks)
