@@ -31,14 +31,32 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from core.cluster.block_calls import BlockCalls
+from core.cluster.block_wire import ANSWER_BYTES, HEAD_BYTES, read_answer, read_pages, read_wanted
 from core.cluster.calls import CallEnd, Fault
 from core.cluster.failures import Failure, decode_failure, encode_failure
 from core.cluster.hosted_stage import NodeEnd
-from core.cluster.messages import Ask, Call, Connect, Epoch, Leave, Nothing, Reach, ReadFile, Refuse, Release, Report
+from core.cluster.kept_blocks import BlocksEnd, KeptBlocks
+from core.cluster.messages import (
+    Ask,
+    Call,
+    Connect,
+    Epoch,
+    Keep,
+    Leave,
+    Lend,
+    Nothing,
+    Reach,
+    ReadFile,
+    Refuse,
+    Release,
+    Report,
+)
 from core.cluster.remote_stage import MasterEnd
 from core.cluster.stage_wire import read_results, read_step
-from core.config import LoggingSettings
+from core.config import LoggingSettings, Settings
 from core.decoding import UNREADABLE
+from core.devices import DeviceBudget, host_device
 from core.devices.readings import DeviceReading
 from core.errors import NetworkError
 from core.execution.codec import encode
@@ -64,6 +82,7 @@ STAGE = 1
 LINKS_EACH = 40
 """So many inputs of decoders come on one connection: those take longer."""
 GROWTH_BYTES = 256 << 20
+LENDING = Settings.model_validate({"cluster": {"memory_bytes": 1024}})
 PATIENCE_S = 60.0
 _INTERESTING = (0, 1, 0x7F, 0x80, 0xFF)
 
@@ -92,7 +111,7 @@ def payloads() -> list[Payload]:
     """What frames have in use."""
     pack = msgspec.msgpack.encode
     calls = [Epoch(3), Release((1, 2)), Reach("b" * 32, "10.0.0.2", 5041), Connect(1, "desk/cpu", True, None, 0, False),
-             Refuse("no")]  # fmt: skip
+             Refuse("no"), Keep(2, 1, 64), Lend(3)]  # fmt: skip
     asked = [ReadFile("c" * 32, "model.safetensors", 0, 1 << 20), Leave()]
     part = encode(StagePart((PageCopy((0, 1), (0, 2)),), np.array([[1, 0, 2]], np.int32)))
     output = encode(StepOutput(step=1))
@@ -107,6 +126,9 @@ def payloads() -> list[Payload]:
         (Opcode.SKIP, encode_failure(Failure("pages", "broke", "cpu")), "bytes", ()),
         (Opcode.HIDDEN, bytes(64), "bfloat16", (1, 4, 8)),
         (Opcode.PASS, b"", "bytes", ()),
+        (Opcode.KV_PAGES, bytes(HEAD_BYTES + 64), "bytes", ()),
+        (Opcode.KV_WANTED, bytes(HEAD_BYTES), "bytes", ()),
+        (Opcode.KV_ANSWER, bytes(ANSWER_BYTES), "bytes", ()),
         (Opcode.HEARTBEAT, b"", "bytes", ()),
         (Opcode.CREDIT, b"", "bytes", ()),
         (Opcode.BYE, b"bye", "bytes", ()),
@@ -167,6 +189,9 @@ def decoders() -> dict[str, Callable[[bytes], Any]]:
         "steps": lambda data: read_step(memoryview(data)),
         "results": lambda data: read_results(memoryview(data)),
         "failures": lambda data: decode_failure(memoryview(data)),
+        "blocks": lambda data: read_pages(memoryview(data)),
+        "wanted blocks": lambda data: read_wanted(memoryview(data)),
+        "answers of blocks": lambda data: read_answer(memoryview(data)),
     }
     greetings: tuple[Any, ...] = (Hello, Challenge, Proof, Refused)
     for kind in greetings:
@@ -188,16 +213,22 @@ def over_links(stream: bytes, dice: random.Random) -> str | None:
         over.set()
 
     stage: Any = Deaf()
-    kind = dice.randrange(3)
+    kind = dice.randrange(5)
     handler: Any
     if kind == 0:
         handler = CallEnd(Call, lambda call: Nothing(), lost, "fuzz", lambda report: None)
+    elif kind == 3:
+        handler = BlockCalls(lost)
+    elif kind == 4:
+        kept = KeptBlocks(LENDING, DeviceBudget(host_device()), has_cards=False)
+        kept.lend(STAGE)
+        handler = BlocksEnd(kept.memories, lost)
     else:
         handler = MasterEnd({STAGE: stage}) if kind == 1 else NodeEnd({STAGE: stage}, lost)
         if kind == 1:
             handler.lost = lost
     link = Link(ours, 1, 2, handler, name="fuzz")
-    (handler if kind == 0 else handler.echo).attach(link)
+    (handler.echo if kind in (1, 2) else handler).attach(link)
     link.start()
     drain = threading.Thread(target=_drain, args=(theirs,))
     drain.start()

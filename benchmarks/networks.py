@@ -67,12 +67,17 @@ def wait(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.002)
 
 
-def run_worker(given: dict[str, str]) -> None:
+def run_worker(given: dict[str, Any]) -> None:
     """Until standard input ends. Prints a line when it begins to look for its master."""
+    keeps, lends = given.get("keeps"), given.get("lends", 0)
     settings = Settings.model_validate(
-        {"devices": {"devices": given["devices"], "cpu_threads": 1}, "runtime": {"cache_dir": given["cache"]}}
-    )
-    settings = settings.model_copy(update={"cluster": ClusterSettings(master=given["master"], worker_port=0)})
+        {
+            "devices": {"devices": given["devices"], "cpu_threads": 1}, "runtime": {"cache_dir": given["cache"]},
+            "memory": {"host_bytes": keeps}, "cluster": {
+                "master": given["master"], "worker_port": 0, "memory_bytes": lends,
+            },
+        }
+    )  # fmt: skip
     worker = Worker(settings, open_devices(settings.devices), derive_key(TOKEN), version=VERSION, name="desk")
 
     def end_with_input() -> None:
@@ -95,10 +100,10 @@ def started_master(network: Network) -> Iterator[Master]:
 
 
 @contextmanager
-def started_worker(machine: Machine, master: Master, devices: str, cache: Path) -> Iterator[None]:
-    """On another machine; it has joined."""
+def started_worker(machine: Machine, master: Master, devices: str, cache: Path, **offers: int) -> Iterator[None]:
+    """On another machine; it has joined. It `keeps` and `lends` so many bytes of main memory."""
     host, port = master.address
-    given = {"master": f"{host}:{port}", "devices": devices, "cache": str(cache)}
+    given = {"master": f"{host}:{port}", "devices": devices, "cache": str(cache), **offers}
     command = machine.command(sys.executable, "-m", "benchmarks.networks", "--worker", json.dumps(given))
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE) as process:
         try:

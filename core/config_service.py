@@ -111,6 +111,12 @@ class ClusterSettings(Section):
         None, "What this machine is called in the cluster. Not set: its host name.", flag="cluster-name",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]{0,62}$",
     )  # fmt: skip
+    memory_bytes: int = setting(
+        0,
+        "Bytes of a worker's main memory in which the master may keep blocks of KV (tier L4). They are as private as "
+        "the prompts they were computed from, and cross the network.",
+        flag="cluster-memory-bytes", ge=0,
+    )  # fmt: skip
     token: SecretStr | None = setting(
         None, "The secret that the nodes of a cluster share. Not set: a master makes one and keeps it in token_file.",
         env="VRM_CLUSTER_TOKEN", flag="",

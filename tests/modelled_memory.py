@@ -39,7 +39,7 @@ class FakeTiers:
             return
         self.saving.append(FakeSlot(digest))
         self.buffers[digest] = self.saving[-1].buffer
-        self.kv.pages.save(block, digest)
+        self.kv.pages.save(block, digest, 0)
 
     def reused(self, blocks: Sequence[int], digests: Sequence[bytes]) -> None:
         for block, digest in zip(blocks, digests, strict=True):
@@ -59,7 +59,9 @@ class FakeTiers:
             found.append(digest)
         return (found, None) if found else None
 
-    def loaded(self, loading: Any, digests: Sequence[bytes]) -> None:
+    def loaded(self, loading: Any, digests: Sequence[bytes], blocks: Sequence[int]) -> None:
+        for digest, block in zip(digests, blocks, strict=True):
+            self.kv.pages.load(digest, block, 0)
         self.restored += len(digests)
 
     def cancel(self, seq_id: int) -> None:

@@ -10,12 +10,14 @@ import torch
 
 from core.cluster.checkpoints import Ask, CheckpointStore
 from core.cluster.hosted_stage import HostedStage, Outlet, ToMaster, ToNextStage
+from core.cluster.kept_blocks import KeptBlocks, StageParts
 from core.cluster.messages import (
     Allocate,
     Allocated,
     Connect,
     CopyPages,
     DeviceInfo,
+    Keep,
     Load,
     Loaded,
     Measure,
@@ -43,7 +45,6 @@ from core.models.architecture import DTYPES, Architecture, read_architecture
 from core.models.stage_model import StageSlice
 from core.network.link import Link
 from core.profiling.profiler import LayerProfiler
-from core.tiers.kv_tiers import StepBlocks
 from core.transfer import TransferManager
 
 WORKSPACE = "workspace"
@@ -57,6 +58,7 @@ class _Placed:
     budget: DeviceBudget
     backends: AttentionBackends
     device: Device
+    parts: StageParts
 
 
 def device_info(device: Device) -> DeviceInfo:
@@ -74,9 +76,10 @@ class StageHost:
 
     def __init__(
         self, settings: Settings, devices: Sequence[Device], transfer: TransferManager,
-        link_to: Callable[[str | None], Link], ask: Ask,
+        link_to: Callable[[str | None], Link], ask: Ask, blocks: KeptBlocks,
     ) -> None:  # fmt: skip
         self.hosted: dict[int, HostedStage] = {}
+        self.blocks = blocks
         self._settings = settings
         self._devices = {device.name: device for device in devices}
         self._ledgers = {device.name: DeviceBudget(device) for device in devices}
@@ -118,7 +121,7 @@ class StageHost:
         except BaseException:
             _free(stage, budget)
             raise
-        self._placed[asked.stage] = _Placed(stage, budget, backends, device)
+        self._placed[asked.stage] = _Placed(stage, budget, backends, device, StageParts())
         return Loaded(stage.weight_bytes)
 
     def _make_stage(self, asked: Load, architecture: Architecture, device: Device, budget: DeviceBudget) -> Stage:
@@ -132,14 +135,23 @@ class StageHost:
 
     def allocate(self, asked: Allocate) -> Allocated:
         """Raises `OutOfDeviceMemoryError`."""
-        placed = self._stage(asked.stage)
+        placed, keeps_bytes = self._stage(asked.stage), self.blocks.keeps_bytes
+        before = frozenset(range(placed.stage.part.first))
         setup = KVSetup(
-            asked.block_size, asked.table_width, placed.backends, self._transfer, host_device(), StepBlocks()
+            asked.block_size, asked.table_width, placed.backends, self._transfer, host_device(), placed.parts, before
         )
         placed.stage.allocate_kv(asked.pages, setup)
         warm_up_attention([(placed.device, placed.stage.attention_kinds())], (), placed.backends)
         assert placed.stage.kv is not None
-        return Allocated(placed.stage.kv.page_bytes, placed.backends(placed.device).name)
+        return Allocated(placed.stage.kv.page_bytes, placed.backends(placed.device).name, keeps_bytes)
+
+    def keep(self, asked: Keep) -> None:
+        """Raises `OutOfDeviceMemoryError`, and `InvalidRequestError` for a stage without pages."""
+        placed = self._stage(asked.stage)
+        kv = placed.stage.kv
+        if kv is None:
+            raise InvalidRequestError(f"stage {asked.stage} has no pages yet")
+        self.blocks.keep(asked.memory, placed.parts, asked.slots, kv.page_bytes, pin=placed.device.is_gpu)
 
     def connect(self, asked: Connect) -> None:
         """From now on the stage computes what the master tells it."""
@@ -187,14 +199,16 @@ class StageHost:
         return kv
 
     def release(self, asked: Release) -> None:
-        """Nothing of these stages is in flight any more."""
-        for number in asked.stages:
+        """Nothing of these stages is in flight any more, and nothing of these memories is asked for."""
+        for number in asked.numbers:
             self._free(number)
+            self.blocks.release(number)
 
     def close(self) -> None:
-        """Free all stages: there is no master any more."""
+        """Free everything: there is no master any more."""
         for number in list(self._placed):
             self._free(number)
+        self.blocks.close()
 
     def uses(self) -> tuple[StageUse, ...]:
         """What the stages have done so far. Any thread."""

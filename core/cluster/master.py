@@ -32,8 +32,10 @@ logger = get_logger(__name__)
 
 MAX_NODES = 1024
 _MAX_PENDING = 64
+_CONNECTIONS = 3
+"""Of a worker."""
 _PENDING_S = 10.0
-"""Between the two connections of a worker."""
+"""Between the first of them and the last."""
 _MAX_LEFT_OUT = 32
 _TOLD_EVERY_S = 15.0
 """Whoever uses a node that wants to go, unless nodes have come or gone before."""
@@ -45,7 +47,7 @@ Change = Literal["joined", "leaving", "lost"]
 
 @dataclass(slots=True)
 class _Pending:
-    """A worker of which one connection has come."""
+    """A worker of which not all connections have come."""
 
     address: str
     since_s: float
@@ -227,7 +229,7 @@ class Master:
             raise ClusterRefusedError(f"the cluster has {MAX_NODES} nodes already")
 
     def _welcomed(self, sock: Connection, hello: Hello, address: str) -> None:
-        """In the listener's loop. A worker is complete with two connections."""
+        """In the listener's loop. A worker is complete with all its connections."""
         now_s = time.monotonic()
         with self._lock:
             for old in [name for name, each in self._pending.items() if now_s - each.since_s > _PENDING_S]:
@@ -239,7 +241,7 @@ class Master:
             if before is not None:
                 before.close()
             pending.sockets[hello.kind] = sock
-            if len(pending.sockets) < 2:
+            if len(pending.sockets) < _CONNECTIONS:
                 return
             del self._pending[hello.node]
             self._threads = [thread for thread in self._threads if thread.is_alive()]
@@ -263,8 +265,7 @@ class Master:
         with self._lock:
             number, epoch = next(self._numbers), self._epoch
         node = Node(
-            name, number, address, sockets["control"], sockets["data"], self.checkpoints, self._lose, self._leaves,
-            epoch, self._observe,
+            name, number, address, sockets, self.checkpoints, self._lose, self._leaves, epoch, self._observe,
         )  # fmt: skip
         try:
             self._watch.add(node.control)
@@ -317,7 +318,7 @@ class Master:
                 told_of = self._changes
                 self._tell("leaving", node)
                 told_s = time.monotonic()
-            if not node.remotes:
+            if not node.remotes and not node.kept:
                 node.close("nothing of it is in use")
                 return
             self._closing.wait(_LOOK_S)
@@ -325,7 +326,7 @@ class Master:
     def _tell(self, change: Change, node: Node) -> None:
         if change != "leaving":
             self._changes += 1
-        for hear in self.on_change:
+        for hear in tuple(self.on_change):
             try:
                 hear(change, node)
             except Exception as error:  # the others hear of it all the same

@@ -55,7 +55,8 @@ class DeviceInfo(Message, frozen=True):
 
 
 class NodeInfo(Message, frozen=True):
-    """What a worker is. `port` is where it listens for other nodes; `processor` and `system` are for people."""
+    """What a worker is. `port` is where it listens for other nodes; `processor` and `system` are for people;
+    `lends_bytes` are what the master may keep blocks of KV in."""
 
     name: NodeName
     version: Text
@@ -65,6 +66,7 @@ class NodeInfo(Message, frozen=True):
     processor: Text
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     devices: Annotated[tuple[DeviceInfo, ...], msgspec.Meta(max_length=64)]
+    lends_bytes: Bytes = 0
 
 
 class FileRef(Message, frozen=True):
@@ -159,10 +161,12 @@ class Load(Message, frozen=True, tag=True):
 
 
 class Allocated(Message, frozen=True):
-    """Bytes of a page of all the stage's layers, and the attention that the device has."""
+    """Bytes of a page of all the stage's layers, the attention that the device has, and the main memory that the node
+    has for what leaves its devices, of all stages that follow each other's `Allocate`."""
 
     page_bytes: Bytes
     attention: Name
+    keeps_bytes: Bytes
 
 
 class Allocate(Message, frozen=True, tag=True):
@@ -188,10 +192,27 @@ class Connect(Message, frozen=True, tag=True):
     answer: ClassVar[type[Nothing]] = Nothing
 
 
-class Release(Message, frozen=True, tag=True):
-    """Free stages; those that are not there are none of the master's any more."""
+class Keep(Message, frozen=True, tag=True):
+    """Have a stage keep its parts of blocks in `slots` slots of main memory: memory number `memory`, which outlives the
+    stage. Numbers of stages and memories are the same ones."""
 
-    stages: Annotated[tuple[Number, ...], msgspec.Meta(max_length=1024)]
+    memory: Number
+    stage: Number
+    slots: Bytes
+    answer: ClassVar[type[Nothing]] = Nothing
+
+
+class Lend(Message, frozen=True, tag=True):
+    """Keep whole blocks of the master's, as memory number `memory`."""
+
+    memory: Number
+    answer: ClassVar[type[Nothing]] = Nothing
+
+
+class Release(Message, frozen=True, tag=True):
+    """Free stages and memories; those that are not there are none of the master's any more."""
+
+    numbers: Annotated[tuple[Number, ...], msgspec.Meta(max_length=1024)]
     answer: ClassVar[type[Nothing]] = Nothing
 
 
@@ -287,6 +308,8 @@ Call: TypeAlias = (
     | Load
     | Allocate
     | Connect
+    | Keep
+    | Lend
     | ReadPages
     | WritePages
     | CopyPages

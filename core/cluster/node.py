@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar, cast
 
 import msgspec
 
+from core.cluster.block_calls import BlockCalls
 from core.cluster.calls import CALL_S, CallEnd
 from core.cluster.checkpoints import read_chunk
 from core.cluster.messages import (
@@ -73,18 +74,20 @@ class SharedCheckpoints:
 
 
 class Node:
-    """Made of the two connections of a worker that has proved that it knows the token; `join` makes its acquaintance.
+    """Made of the three connections of a worker that has proved that it knows the token; `join` makes its acquaintance.
 
     `on_lost` hears of its end, and `on_leave` that it wants to go, in any thread. `remotes` are its stages by number.
     """
 
     def __init__(
-        self, node: str, number: int, address: str, control: Connection, data: Connection,
+        self, node: str, number: int, address: str, sockets: Mapping[str, Connection],
         checkpoints: SharedCheckpoints, on_lost: Callable[[Node, NetworkError], None],
         on_leave: Callable[[Node], None], epoch: int, observe: Callable[[str, float], None] | None = None,
     ) -> None:  # fmt: skip
         self.id, self.number, self.address = node, number, address
         self.remotes: dict[int, RemoteStage] = {}
+        self.kept: set[int] = set()
+        """Memories there that an engine counts on: parts of its blocks."""
         self.lost: NetworkError | None = None
         self.leaving = False
         self.speed = LinkSpeed(0.0, 0.0)
@@ -101,13 +104,19 @@ class Node:
         self._on_lost, self._on_leave = on_lost, on_leave
         self._checkpoints = checkpoints
         self._calls = CallEnd(Ask, self._serve, self._control_lost, address, self._reported)
-        self._end = _DataEnd(self.remotes, self._data_lost)
-        self.control = Link(control, 0, number, self._calls, name=address, heartbeat_s=HEARTBEAT_S, observe=observe)
-        self.data = Link(data, 0, number, self._end, name=address, observe=observe)
-        self.interface = Interface.of(control.getsockname()[0])
+        self._end = _DataEnd(self.remotes, self._other_lost)
+        self.block_calls = BlockCalls(self._other_lost)
+        """What it keeps of KV; `Keep` and `Lend` say where."""
+        self.control = Link(
+            sockets["control"], 0, number, self._calls, name=address, heartbeat_s=HEARTBEAT_S, observe=observe
+        )
+        self.data = Link(sockets["data"], 0, number, self._end, name=address, observe=observe)
+        self._blocks = Link(sockets["blocks"], 0, number, self.block_calls, name=address)
+        self.interface = Interface.of(sockets["control"].getsockname()[0])
         self.data.epoch = epoch
         self._calls.attach(self.control)
         self._end.echo.attach(self.data)
+        self.block_calls.attach(self._blocks)
 
     @property
     def is_known(self) -> bool:
@@ -115,9 +124,13 @@ class Node:
         return self._info is not None
 
     @property
+    def _links(self) -> tuple[Link, ...]:
+        return self.control, self.data, self._blocks
+
+    @property
     def is_alive(self) -> bool:
         """Whether its links are: known here before anybody hears of their end."""
-        return self.control.error is None and self.data.error is None
+        return all(link.error is None for link in self._links)
 
     @property
     def info(self) -> NodeInfo:
@@ -126,8 +139,8 @@ class Node:
 
     def join(self, version: str) -> None:
         """Raises `ClusterRefusedError` if it does not fit, and what links raise."""
-        self.data.start()
-        self.control.start()
+        for link in self._links[::-1]:
+            link.start()
         self._info = info = self.call(Welcome(self.number, version, self.data.epoch))
         if info.version != version:
             reason = f"it has VRAMancer {info.version}, and the master {version}: all nodes need the same"
@@ -143,7 +156,9 @@ class Node:
 
     def adopt_name(self, name: str) -> None:
         """What it is called in the cluster, where two machines may have the same name."""
-        self.name = self.control.name = self.data.name = name
+        self.name = name
+        for link in self._links:
+            link.name = name
         self.devices = {f"{name}/{device.name}": device for device in self.info.devices}
 
     def logical_devices(self, first_index: int) -> list[Device]:
@@ -159,7 +174,7 @@ class Node:
     def traffic(self) -> LinkStats:
         """What has gone over its links."""
         total = LinkStats()
-        for link in (self.control, self.data):
+        for link in self._links:
             total.add(link.stats)
         return total
 
@@ -176,8 +191,8 @@ class Node:
 
     def close(self, reason: str = "") -> None:
         """Not in one of its links' threads."""
-        self.control.close(reason)
-        self.data.close(reason)
+        for link in self._links:
+            link.close(reason)
         self._calls.close()
 
     def _serve(self, asked: msgspec.Struct) -> msgspec.Struct:
@@ -199,10 +214,11 @@ class Node:
         self.uses = {use.stage: use for use in report.stages}
 
     def _control_lost(self, error: NetworkError) -> None:
-        self.data.abort(error.message, goodbye=self.control.has_left)
+        for link in self._links[1:]:
+            link.abort(error.message, goodbye=self.control.has_left)
         self._lose(error)
 
-    def _data_lost(self, error: NetworkError) -> None:
+    def _other_lost(self, error: NetworkError) -> None:
         self.control.abort(error.message)
         self._lose(error)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from core.config import Settings
-from core.errors import ConfigError
+from core.errors import ConfigError, OutOfDeviceMemoryError
 from core.network.handshake import derive_key
 from core.network.interfaces import cluster_address
 from core.security.token import Token, resolve_cluster_token
@@ -60,7 +60,7 @@ def open_worker(settings: Settings, *, version: str) -> Worker:
     """Not running yet. Close it after it has run.
 
     Raises:
-        ConfigError: the token or the interface cannot be had.
+        ConfigError: the token, the interface or the main memory that is offered cannot be had.
         DeviceError: the devices cannot.
     """
     from core.cluster.worker import Worker
@@ -69,7 +69,9 @@ def open_worker(settings: Settings, *, version: str) -> Worker:
     cluster = settings.cluster
     key = derive_key(resolve_cluster_token(settings, create=False).value)
     bound_to = cluster_address(cluster.interface) if cluster.interface is not None else None
-    return Worker(
-        settings, open_devices(settings.devices), key, version=version, name=own_name(settings),
-        bound_to=bound_to,
-    )  # fmt: skip
+    aside = cluster.memory_bytes + (settings.memory.host_bytes or 0)
+    devices = open_devices(settings.devices, set_aside_bytes=aside)
+    try:
+        return Worker(settings, devices, key, version=version, name=own_name(settings), bound_to=bound_to)
+    except OutOfDeviceMemoryError as error:
+        raise ConfigError(f"cluster.memory_bytes: {error.message}") from error

@@ -72,6 +72,8 @@ class PlacedRemoteStage(RemoteStage):
         self.node, self.part, self.device = node, part, order.device
         self.kv: RemotePages | None = None
         self.attention = ""
+        self.keeps_bytes = 0
+        """Main memory that its node has for what leaves the devices there."""
         self.weight_bytes = 0
         self._budget = budget
         self._architecture = architecture
@@ -119,7 +121,7 @@ class PlacedRemoteStage(RemoteStage):
         self._budget.reserve(PagedKVCache.PURPOSE, num_pages * sum(layer_bytes.values()))
         there = self.node.call(Allocate(self.number, num_pages, setup.block_size, setup.table_width), timeout_s=None)
         self.kv = RemotePages(num_pages, there.page_bytes, layer_bytes)
-        self.attention = there.attention
+        self.attention, self.keeps_bytes = there.attention, there.keeps_bytes
 
     def connect(self, following: PlacedRemoteStage | None, *, is_last: bool) -> None:
         """Say where its results go: to `following` on another node, else to the master."""
@@ -166,7 +168,7 @@ class RemoteStages:
     """Loads stages of one model on the nodes of a master."""
 
     def __init__(self, master: Master, resolved: ResolvedModel, architecture: Architecture, settings: Settings) -> None:
-        self._master = master
+        self.master = master
         self._architecture = architecture
         self._engine = settings.engine.model_dump(mode="json")
         self._resolved = resolved
@@ -178,7 +180,7 @@ class RemoteStages:
         if self._ref is None:
             resolved, dtype = self._resolved, str(self._architecture.dtype).removeprefix("torch.")
             self._ref = model_ref(resolved.name, resolved.path, resolved.revision, dtype)
-            self._master.checkpoints.add(self._ref.digest, resolved.path, self._ref.files)
+            self.master.checkpoints.add(self._ref.digest, resolved.path, self._ref.files)
         return self._ref
 
     @property
@@ -188,9 +190,9 @@ class RemoteStages:
 
     def load(self, order: StageOrder, budget: DeviceBudget) -> PlacedRemoteStage:
         """Raises what loading raises; nothing is kept then."""
-        node, layers, placed = self._master.node_of(order.device), self._architecture.num_layers, order.placed
+        node, layers, placed = self.master.node_of(order.device), self._architecture.num_layers, order.placed
         part = StageSlice(placed.first_layer, placed.last_layer, layers)
-        stage = PlacedRemoteStage(node, self._master.new_stage(), order, part, self._architecture, budget, self._master)
+        stage = PlacedRemoteStage(node, self.master.new_stage(), order, part, self._architecture, budget, self.master)
         request = Load(
             stage.number, self.model, node.devices[order.device.name].name, part.first, part.last, layers,
             placed.weight_bytes, placed.workspace_bytes, order.together, self._engine, order.costs, order.profile,

@@ -12,6 +12,7 @@ import msgspec
 from core.cluster.calls import CallEnd
 from core.cluster.hosted_stage import NodeEnd
 from core.cluster.hosting import StageHost
+from core.cluster.kept_blocks import BlocksEnd
 from core.cluster.messages import (
     Allocate,
     Call,
@@ -19,7 +20,9 @@ from core.cluster.messages import (
     Connect,
     CopyPages,
     Epoch,
+    Keep,
     Leave,
+    Lend,
     Load,
     Measure,
     NodeInfo,
@@ -86,23 +89,26 @@ class Session:
         self._closed = False
         self._calls = CallEnd(Call, self._serve, self._lost, "master")
         self._host = worker.host(self._link_to, self._ask)
-        control = worker.connect(host, port, "control")
-        try:
+        with contextlib.ExitStack() as opened:
+            control = opened.enter_context(contextlib.closing(worker.connect(host, port, "control")))
             worker.listen(control.getsockname()[0])
-            data = worker.connect(host, port, "data")
-        except BaseException:
-            control.close()
-            raise
-        end = NodeEnd(self._host.hosted, self._data_lost)
+            data = opened.enter_context(contextlib.closing(worker.connect(host, port, "data")))
+            blocks = opened.enter_context(contextlib.closing(worker.connect(host, port, "blocks")))
+            opened.pop_all()
+        end = NodeEnd(self._host.hosted, self._other_lost)
+        kept = BlocksEnd(self._host.blocks.memories, self._other_lost)
         self._control = Link(control, 0, 0, self._calls, name="master", heartbeat_s=HEARTBEAT_S)
         self._data = Link(data, 0, 0, end, name="master's data")
+        self._blocks = Link(blocks, 0, 0, kept, name="master's blocks")
         self._calls.attach(self._control)
         end.echo.attach(self._data)
+        kept.attach(self._blocks)
         self._reporting = threading.Thread(target=self._report, name="vrm-report", daemon=True)
 
     def start(self) -> None:
         """Listen to the master."""
         self._data.start()
+        self._blocks.start()
         self._control.start()
         self._worker.watch(self._control)
         self._reporting.start()
@@ -137,7 +143,7 @@ class Session:
         for timer in timers:
             timer.cancel()
             timer.join()
-        for link in (self._control, self._data, *links):
+        for link in (self._control, self._data, self._blocks, *links):
             link.close(self.reason)
         self._reporting.join()
         self._calls.close()
@@ -152,11 +158,12 @@ class Session:
 
     def _lost(self, error: NetworkError) -> None:
         self.reason = error.message
-        self._data.abort(error.message, goodbye=self._control.has_left)
+        for link in (self._data, self._blocks):
+            link.abort(error.message, goodbye=self._control.has_left)
         self.ended.set()
 
-    def _data_lost(self, error: NetworkError) -> None:
-        """Both links or none."""
+    def _other_lost(self, error: NetworkError) -> None:
+        """All links or none."""
         self._control.abort(error.message)
 
     def _out_lost(self, error: NetworkError) -> None:
@@ -208,6 +215,10 @@ class Session:
             return self._host.allocate(request)
         if isinstance(request, Connect):
             self._host.connect(request)
+        elif isinstance(request, Keep):
+            self._host.keep(request)
+        elif isinstance(request, Lend):
+            self._host.blocks.lend(request.memory)
         elif isinstance(request, ReadPages):
             return self._host.read_pages(request)
         elif isinstance(request, WritePages):

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from core.cluster.hosting import StageHost, device_info
+from core.cluster.kept_blocks import LENT, KeptBlocks
 from core.cluster.messages import Chunk, NodeInfo, ReadFile, Report, StageUse
 from core.cluster.session import REPORT_S, Session
 from core.config import Settings
-from core.devices import Device
+from core.devices import Device, open_main_memory
 from core.devices.monitor import GPUMonitor
 from core.errors import ClusterRefusedError, ConfigError, LinkLostError, NetworkError
 from core.logs import get_logger
@@ -55,6 +56,8 @@ class Worker:
         self._key, self._version = key, version
         self._identity = new_identity() if settings.cluster.tls else None
         self._transfer = TransferManager()
+        self._main_memory = open_main_memory(settings.devices).open(self._devices)
+        self._main_memory.reserve(LENT, settings.cluster.memory_bytes)
         self._stopped = threading.Event()
         self._watch = Watch(settings.cluster.silence_s)
         self._monitor = GPUMonitor(lambda: self._devices, REPORT_S)
@@ -217,7 +220,9 @@ class Worker:
 
     def host(self, link_to: Callable[[str | None], Link], ask: Callable[[ReadFile], Chunk]) -> StageHost:
         """A new one, for one master."""
-        return StageHost(self._settings, self._devices, self._transfer, link_to, ask)
+        has_cards = not all(device.is_main_memory for device in self._devices)
+        blocks = KeptBlocks(self._settings, self._main_memory, has_cards=has_cards)
+        return StageHost(self._settings, self._devices, self._transfer, link_to, ask, blocks)
 
     def watch(self, link: Link) -> None:
         """End it when the other end is silent."""
@@ -238,4 +243,5 @@ class Worker:
             processor=cpu_name(),
             port=self.port,
             devices=tuple(device_info(device) for device in self._devices),
+            lends_bytes=self._cluster.memory_bytes,
         )

@@ -12,6 +12,7 @@ from core.batching.intake import CircuitBreaker
 from core.batching.running import RunningSequences
 from core.batching.scheduler import Scheduler
 from core.batching.step import SchedulerLimits
+from core.cluster.lent_memory import LentMemories
 from core.cluster.placed_stage import RemoteStages, StageOrder, connect_stages
 from core.config import Settings
 from core.config_schema import EngineSettings
@@ -76,14 +77,16 @@ def check_memory(plan: ModelPlan, present: Mapping[str, int] | None = None) -> N
 
 class EngineBuilder:
     """`load`, or `load_stage` each stage, in any order, then `finish`; on failure `free`. `tokenizer` is read if not
-    given; `stages` are those that have been loaded, by number; `nodes` loads those of other machines."""
+    given; `stages` are those that have been loaded, by number; `nodes` loads those of other machines, and `lent` is
+    memory there."""
 
     def __init__(
         self, plan: ModelPlan, settings: Settings, *, transfer: TransferManager, main_memory: MainMemory,
         cpu_threads: int, on_read: Callable[[int], None], tokenizer: Tokenizer | None = None,
-        nodes: RemoteStages | None = None,
+        nodes: RemoteStages | None = None, lent: LentMemories | None = None,
     ) -> None:  # fmt: skip
         self.plan = plan
+        self._lent = lent
         self._settings = settings
         self._nodes = nodes
         self._transfer = transfer
@@ -184,10 +187,13 @@ class EngineBuilder:
         check_promises(plan, settings, self._host)
         stages = [self.stages[index] for index in range(len(plan.placement.stages))]
         size, most = settings.engine.block_size, min(plan.max_model_len, plan.pooled.tokens)
-        setup = KVSetup(size, -(-most // size) + 1, self.backends, self._transfer, self._host.device, self._blocks)
+        placed = [self.slice_of(index) for index in range(len(stages)) if not self.device_of(index).is_here]
+        elsewhere = frozenset(layer for part in placed for layer in range(part.first, part.last))
+        width = -(-most // size) + 1
+        setup = KVSetup(size, width, self.backends, self._transfer, self._host.device, self._blocks, elsewhere)
         names = []
-        for stage, placed, tokens in zip(stages, plan.placement.stages, plan.pooled.local_tokens, strict=True):
-            self.budgets[stage.device.name].reserve("workspace", placed.workspace_bytes)
+        for stage, planned, tokens in zip(stages, plan.placement.stages, plan.pooled.local_tokens, strict=True):
+            self.budgets[stage.device.name].reserve("workspace", planned.workspace_bytes)
             stage.allocate_kv(tokens // size, setup)
             names.append(self.backends(stage.device).name if isinstance(stage, Stage) else stage.attention)
         lenders = plan.devices if lends(plan, settings) else ()
@@ -201,7 +207,8 @@ class EngineBuilder:
         engine, model = settings.engine, describe(plan, settings, self._tokenizer)
         salt = f"{model.path}:{plan.resolved.revision or weights_digest(model.path)}:{model.dtype}".encode()
         running = RunningSequences()
-        memory = open_kv(plan, settings, stages, self.budgets, salt, self._blocks, running)
+        cluster = self._nodes.master if self._nodes is not None else None
+        memory = open_kv(plan, settings, stages, self.budgets, salt, self._blocks, running, cluster)
         try:
             torch_threads = 1 if products_are_native(backends, plan, settings) else self._threads.together
             timed = settings.tracing.enabled
@@ -221,7 +228,7 @@ class EngineBuilder:
             raise
         return ModelEngine(
             model, plan, settings, self.budgets, stages, self._transfer, self._main_memory, runner, memory, batcher,
-            backends, load_s=time.perf_counter() - self._started_s,
+            backends, self._lent, load_s=time.perf_counter() - self._started_s,
         )  # fmt: skip
 
     def free(self) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from core.batching.publisher import RequestObserver
 from core.cluster.choice import choose, divide
+from core.cluster.lent_memory import LentMemories
 from core.cluster.master import Master
 from core.cluster.measuring import ClusterProfiler
 from core.cluster.placed_stage import RemoteStages
@@ -62,6 +63,7 @@ class EngineKeeper:
         self._metrics = metrics
         self._observers = observers
         self._cluster = cluster
+        self._lent = LentMemories(cluster) if cluster is not None else None
         self._on_progress = on_progress
         self._drain_s = settings.api.drain_timeout_s
         self._cpu_threads = settings.devices.cpu_threads or torch.get_num_threads()
@@ -161,6 +163,8 @@ class EngineKeeper:
         if engine is not None:
             self._metrics.observe_placement(streams=engine.plan.placement.streamed_bytes > 0)
             engine.open_lasting()
+        elif self._lent is not None:
+            self._lent.give_up()
 
     def _replace(self, old: ModelEngine, plan: ModelPlan, settings: Settings, total: int) -> None:
         """Make room by closing the old engine; if the new one does not start, load the old model again."""
@@ -264,7 +268,7 @@ class EngineKeeper:
             nodes = RemoteStages(self._cluster, plan.resolved, plan.architecture, settings)
         return EngineBuilder(
             plan, settings, transfer=self._transfer, main_memory=self._main_memory, cpu_threads=self._cpu_threads,
-            on_read=on_read, tokenizer=tokenizer, nodes=nodes,
+            on_read=on_read, tokenizer=tokenizer, nodes=nodes, lent=self._lent,
         )  # fmt: skip
 
     def outlook(self, engine: ModelEngine, settings: Settings) -> Relocation:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from core.batching.running import RunningSequences
+from core.cluster.master import Master
 from core.config import Settings
-from core.costs import Batch
-from core.costs.cost import pipeline_s
 from core.costs.profile import DATASHEET_LINK
-from core.devices import HOST, Device, DeviceBudget, parse_link
+from core.devices import HOST, Device, DeviceBudget
 from core.devices.probe import free_bytes_of
+from core.engine.block_tiers import BlockTiers
 from core.engine.model_plan import ModelPlan
 from core.engine.stages import EngineStage
 from core.kv_cache.manager import KVCacheManager
@@ -23,9 +23,7 @@ from core.kv_cache.stage_pages import StagePages
 from core.lending import GPUBudget, SiteSpeeds, VRAMLendingPool
 from core.lending.homecoming import Homecoming
 from core.lending.overflow import DeviceUse, KVOverflow
-from core.placement.engine import stage_costs
 from core.streaming.stream import StreamManager
-from core.tiers import BlockLayout, HierarchicalMemory, Tier, open_memory, worth_restoring
 from core.tiers.host_tier import HostTier
 from core.tiers.kv_tiers import KVTiers, StepBlocks
 
@@ -50,29 +48,33 @@ def check_promises(plan: ModelPlan, settings: Settings, host: DeviceBudget) -> N
 
 @dataclass(slots=True)
 class KVMemory:
-    """Blocks and what is behind them. `overflow` is there if some stage has to borrow, `tiers` if blocks are kept below
+    """Blocks and what is behind them. `overflow` is there if some stage has to borrow, `below` has what is kept below
     the devices."""
 
     kv: KVCacheManager
     salt: bytes
     overflow: KVOverflow | None = None
-    tiers: KVTiers | None = None
+    below: BlockTiers = field(default_factory=BlockTiers)
+
+    @property
+    def tiers(self) -> KVTiers | None:
+        return self.below.tiers
 
     def close(self) -> None:
         """The engine has ended and the stages' pages are free."""
         if self.overflow is not None:
             self.overflow.close()
-        if self.tiers is not None:
-            self.tiers.close()
+        self.below.close()
         self.kv.disconnect()
 
 
 def open_kv(
     plan: ModelPlan, settings: Settings, stages: Sequence[EngineStage], budgets: Mapping[str, DeviceBudget],
-    salt: bytes, blocks: StepBlocks, running: RunningSequences,
+    salt: bytes, blocks: StepBlocks, running: RunningSequences, cluster: Master | None = None,
 ) -> KVMemory:  # fmt: skip
     """The blocks of a model whose stages have allocated their local pages, and find in `blocks` what tiers keep.
-    `budgets` has main memory's too; `running` is the list that the scheduler will keep."""
+    `budgets` has main memory's too; `running` is the list that the scheduler will keep; machines of the `cluster` may
+    have memory for blocks."""
     block_size = settings.engine.block_size
     num_blocks = plan.pooled.tokens // block_size
     mapped = [
@@ -80,12 +82,11 @@ def open_kv(
         else StagePages(num_blocks, stage.kv.num_pages, stage.device.name)
         for stage in stages
     ]  # fmt: skip
-    opened: list[KVTiers | KVOverflow] = []
+    below = BlockTiers()
 
     def tiers(kv: KVCacheManager) -> KVTiers | None:
-        made = _open_tiers(plan, settings, kv, budgets[HOST], blocks)
-        opened.extend([made] if made is not None else [])
-        return made
+        below.open(plan, settings, kv, budgets[HOST], blocks, stages, cluster)
+        return below.tiers
 
     def lender(kv: KVCacheManager) -> KVOverflow | None:
         return None if kv.pages.is_trivial else _open_overflow(plan, settings, stages, budgets, kv)
@@ -96,12 +97,10 @@ def open_kv(
             stages=mapped, running=running, tiers=tiers, lender=lender,
         )  # fmt: skip
     except BaseException:
-        for each in opened:
-            each.close()
+        below.close()
         raise
-    assert kv.tiers is None or isinstance(kv.tiers, KVTiers)
     assert kv.lender is None or isinstance(kv.lender, KVOverflow)
-    return KVMemory(kv, salt, kv.lender, kv.tiers)
+    return KVMemory(kv, salt, kv.lender, below)
 
 
 def _open_overflow(
@@ -129,27 +128,6 @@ def _open_overflow(
     )
 
 
-def _open_tiers(
-    plan: ModelPlan, settings: Settings, kv: KVCacheManager, host: DeviceBudget, blocks: StepBlocks
-) -> KVTiers | None:
-    """What is kept below the devices, without the places that outlast the process. Where the devices are main memory
-    themselves, only if it is asked for."""
-    asked, architecture = settings.memory, plan.architecture
-    has_cards = not all(device.is_main_memory for device in plan.devices)
-    wanted = asked.host_bytes is not None or asked.disk_path is not None or asked.remote_url is not None
-    if not settings.engine.enable_prefix_caching or not (has_cards or wanted):
-        return None
-    if not all(plan.devices[stage.device_index].is_here for stage in plan.placement.stages):
-        return None  # pages of workers do not come here yet
-    shapes = [(shape.num_kv_heads, shape.key_dim, shape.value_dim) for shape in architecture.kv_shapes]
-    layout = BlockLayout.of(shapes, kv.block_size, str(architecture.dtype).removeprefix("torch."))
-    pin = any(device.is_gpu for device in plan.devices)
-    memory = open_memory(asked, layout, host, pin=pin)
-    if memory is None:
-        return None
-    return KVTiers(kv, memory, RestoreRule(plan, settings, kv, memory), blocks)
-
-
 _HOST_BYTES_S = 40e9
 """At which main memory is read where it lends to a GPU: two channels of DDR4."""
 
@@ -171,52 +149,6 @@ def site_speeds(plan: ModelPlan, stages: Sequence[EngineStage]) -> Callable[[int
         return SiteSpeeds(out, home, rates[own], lender_bytes_s, layers, plan.problem.costs.hidden_bytes)
 
     return between
-
-
-_CHUNK_TOKENS = 256
-_UNMEASURED_TOKEN_S = 1e-3
-"""Seconds to compute a token of a prompt, until the first prompt has been measured."""
-
-
-class RestoreRule:
-    """How much of a prefix to restore: what saves time, by the measured speeds of tiers and links."""
-
-    def __init__(self, plan: ModelPlan, settings: Settings, kv: KVCacheManager, memory: HierarchicalMemory) -> None:
-        self._kv = kv
-        self._memory = memory
-        link = settings.devices.sim_link
-        emulated = parse_link(link) if link and any(device.is_emulated for device in plan.devices) else None
-        host = memory.stats().tiers[0].speed
-        measured = host.read_bytes_s if host is not None else float("inf")
-        self._link_bytes_s = emulated.bandwidth_bytes_s if emulated is not None else measured
-        self._link_latency_s = emulated.latency_s * plan.costs.num_layers if emulated is not None else 0.0
-        self._plan = plan
-
-    def __call__(self, known: int, tiers: Sequence[Tier]) -> int:
-        return worth_restoring(
-            tiers,
-            self._memory.layout.nbytes,
-            self._memory.speeds(),
-            link_bytes_s=self._link_bytes_s,
-            link_latency_s=self._link_latency_s,
-            block_recompute_s=self._blocks_s(known, len(tiers)),
-        )
-
-    def _blocks_s(self, known: int, count: int) -> list[float]:
-        """Predicted seconds to compute each of `count` blocks behind `known` ones. Attention grows evenly with the
-        context: both ends tell."""
-        size = self._kv.block_size
-        first_s, last_s = (self._token_s(number * size) * size for number in (known, known + count - 1))
-        return [first_s + (last_s - first_s) * i / max(1, count - 1) for i in range(count)]
-
-    def _token_s(self, context: int) -> float:
-        """Predicted seconds per token of a prompt behind `context` tokens."""
-        if not self._plan.is_measured:
-            return self._kv.running.prefill_token_s or _UNMEASURED_TOKEN_S
-        stages = stage_costs(self._plan.placement, self._plan.problem)
-        batch = Batch(_CHUNK_TOKENS, context + _CHUNK_TOKENS, 0)
-        compute, hops = pipeline_s(self._plan.costs, stages, self._plan.problem.links, batch)
-        return (sum(compute) + sum(hops)) / _CHUNK_TOKENS
 
 
 def _lenders(plan: ModelPlan, settings: Settings, budgets: Mapping[str, DeviceBudget]) -> list[GPUBudget]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from core.batching.batcher import ContinuousBatcher
+from core.cluster.lent_memory import LentMemories
 from core.config import Settings
 from core.devices import HOST, DeviceBudget, MainMemory
 from core.engine.kv_memory import KVMemory
@@ -22,7 +23,6 @@ from core.models.generation import eos_of, read_generation
 from core.models.tokenizer import Tokenizer
 from core.parsers.families import recognise
 from core.placement.predict import predict_rate
-from core.tiers import open_lasting
 from core.transfer import TransferManager
 
 logger = get_logger(__name__)
@@ -46,6 +46,7 @@ class ModelEngine:
     memory: KVMemory
     batcher: ContinuousBatcher
     backends: tuple[str, ...]
+    lent: LentMemories | None = None
     load_s: float = 0.0
     produced_token: bool = field(default=False)
     started_s: float = field(default_factory=time.monotonic)
@@ -85,10 +86,9 @@ class ModelEngine:
             budget.check_invariants()
 
     def open_lasting(self) -> None:
-        """Keep blocks from now on where they outlast the process, too. Call it, in any thread, once no other engine has
+        """Keep blocks from now on where they outlast the engine, too. Call it, in any thread, once no other engine has
         these places."""
-        if self.memory.tiers is not None:
-            open_lasting(self.memory.tiers.memory, self.settings.memory, self.memory.salt)
+        self.memory.below.open_lasting(self.settings.memory, self.memory.salt, self.lent)
 
     def close(self, *, drain_s: float = 0.0, reason: VRAMancerError | None = None) -> None:
         """Stop the batcher, keep what tiers can keep, and give all memory back. Requests that have not finished after

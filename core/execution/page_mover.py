@@ -33,15 +33,16 @@ WaitFor = Callable[[int], None]
 
 
 class BlockBuffers(Protocol):
-    """Main memory of the blocks that a step saves or loads: uint8 `[block_bytes]` by hash. The bytes of all layers,
-    page-first: for each layer in order the K page, then the V page. Raises `KeyError` for a block that is not there."""
+    """Main memory of the blocks that a step saves or loads, as far as it is here."""
 
-    def __getitem__(self, block_hash: bytes) -> torch.Tensor: ...
+    def place(self, op: PageSave | PageLoad) -> torch.Tensor:
+        """Uint8 `[bytes]`, of the layers that are kept here, page-first: for each in order the K page, then the V page.
+        Raises `KeyError` for a block that is not there."""
 
 
 class PageMover:
-    """Used by the thread that runs the stage. `offset` is where the stage's layers begin in a block's bytes, which
-    `buffers` has by the blocks' hashes."""
+    """Used by the thread that runs the stage. `offset` is where the stage's layers begin in what `buffers` has of a
+    block."""
 
     def __init__(
         self, kv: PagedKVCache, transfer: TransferManager, host: Device, offset: int, buffers: BlockBuffers
@@ -103,7 +104,7 @@ class PageMover:
             packed = self._kv.pack(region, [save.source[1] for save in part])
             arrived = self._transfer.send(packed, self._kv.region(region).device, self._host, staged)
             for save, row in zip(part, arrived, strict=True):
-                self._buffers[save.block_hash][self._offset : end].copy_(row)
+                self._buffers.place(save)[self._offset : end].copy_(row)
 
     def _pieces(self, ops: Sequence[Op], row_bytes: int) -> Iterator[tuple[Sequence[Op], torch.Tensor | None]]:
         """Operations that are done at once, and pinned memory for a row each: all of them and None without a GPU.
@@ -145,7 +146,7 @@ class PageMover:
             for region in regions:
                 mine = [load for load in loads if load.target[0] == region]
                 for part, staged in self._pieces(mine, at.stop - at.start):
-                    data = torch.stack([self._buffers[load.block_hash][at] for load in part], out=staged)
+                    data = torch.stack([self._buffers.place(load)[at] for load in part], out=staged)
                     arrived = self._transfer.send(data, self._host, self._kv.region(region).device)
                     self._kv.unpack(region, [load.target[1] for load in part], arrived, (layer,))
 

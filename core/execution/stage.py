@@ -50,8 +50,8 @@ DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 @dataclass(frozen=True, slots=True)
 class KVSetup:
     """What a stage needs to know of KV, beside its own layers. `backend_of` gives the attention of this and of other
-    devices; `host` is main memory; `buffers` are the blocks of tiers below; a block table has up to `table_width`
-    entries."""
+    devices; `host` is main memory; `buffers` are the blocks there, without the layers that are kept `elsewhere`; a
+    block table has up to `table_width` entries."""
 
     block_size: int
     table_width: int
@@ -59,6 +59,7 @@ class KVSetup:
     transfer: TransferManager
     host: Device
     buffers: BlockBuffers
+    elsewhere: frozenset[int] = frozenset()
 
 
 class Stage:
@@ -179,7 +180,8 @@ class Stage:
             shapes, num_pages, setup.block_size, self.architecture.dtype, self.device, self._budget, scratch=padded
         )
         element = self.kv.dtype.itemsize
-        before = sum(shape.bytes_per_token(element) for shape in self.architecture.kv_shapes[: self.part.first])
+        kept = [index for index in range(self.part.first) if index not in setup.elsewhere]
+        before = sum(self.architecture.kv_shapes[index].bytes_per_token(element) for index in kept)
         self._mover = PageMover(self.kv, setup.transfer, setup.host, before * setup.block_size, setup.buffers)
         self._sites = self.make_sites(self.device, self.kv, setup.backend_of, setup.transfer)
         self._transfer = setup.transfer

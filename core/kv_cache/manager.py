@@ -152,13 +152,13 @@ class KVCacheManager:
             return
         digests, loading = fetched
         room = self.ensure_free(len(digests)) and self.pages.can_write(len(digests), (), self._cold_blocks)
+        first = len(table)
         for digest in digests if room else ():
             block = self._allocate()
-            self.pages.load(digest, block)
             parent = table.chain.parent(len(table))
             table.blocks.append(block)
             self.pool.register(block, digest, parent)
-        self.tiers.loaded(loading, digests if room else ())
+        self.tiers.loaded(loading, digests if room else (), table.blocks[first:])
 
     def fork(self, parent_id: int, child_id: int, num_tokens: int, chain: PrefixChain | None = None) -> None:
         """Start a sequence that shares its parent's blocks for the first `num_tokens` tokens (copied when written)."""

@@ -94,15 +94,15 @@ class PageMap:
         for index in range(len(self.stages)):
             self._ops[index].append(PageCopy(self.ref(index, source), self.ref(index, target)))
 
-    def save(self, block: int, block_hash: bytes) -> None:
-        """Copy a block to a tier below."""
+    def save(self, block: int, block_hash: bytes, slot: int) -> None:
+        """Copy a block to a slot of main memory."""
         for index in range(len(self.stages)):
-            self._ops[index].append(PageSave(self.ref(index, block), block_hash))
+            self._ops[index].append(PageSave(self.ref(index, block), block_hash, slot))
 
-    def load(self, block_hash: bytes, block: int) -> None:
-        """Fill a block from a tier below."""
+    def load(self, block_hash: bytes, block: int, slot: int) -> None:
+        """Fill a block from a slot of main memory."""
         for index in range(len(self.stages)):
-            self._ops[index].append(PageLoad(block_hash, self.ref(index, block)))
+            self._ops[index].append(PageLoad(block_hash, self.ref(index, block), slot))
 
     def ref(self, index: int, block: int) -> PageRef:
         """Where stage number `index` has a block that holds content."""

@@ -2,7 +2,8 @@
 
 A page is one block's K and V of all layers of one stage. It lives in a *region*: region 0 is the stage's own device,
 others are memory of another device or of the host, taken on a lease. Operations are done in order. They name blocks of
-tiers below by their hash: whoever executes them knows where it keeps those.
+main memory by their hash and the number of their slot there: every machine that has layers has its part of a block in
+the slot of this number.
 """
 
 from __future__ import annotations
@@ -26,17 +27,19 @@ class PageCopy(msgspec.Struct, frozen=True, tag=0, array_like=True):
 
 
 class PageSave(msgspec.Struct, frozen=True, tag=1, array_like=True):
-    """Copy a page to a tier below, as its part of the block with this hash."""
+    """Copy a page to a slot of main memory, as its part of the block with this hash."""
 
     source: PageRef
     block_hash: bytes
+    slot: int
 
 
 class PageLoad(msgspec.Struct, frozen=True, tag=2, array_like=True):
-    """Copy a page from a tier below, before the layer that reads it attends."""
+    """Copy a page from a slot of main memory, before the layer that reads it attends."""
 
     block_hash: bytes
     target: PageRef
+    slot: int
 
 
 PageOp = PageCopy | PageSave | PageLoad

@@ -71,6 +71,7 @@ class Opcode(enum.IntEnum):
     PASS = 25
     KV_PAGES = 28
     KV_WANTED = 29
+    KV_ANSWER = 30
     WEIGHTS = 32
     WEIGHTS_WANTED = 33
     QUERY = 36
@@ -102,7 +103,8 @@ MAX_PAYLOAD_BYTES: dict[Opcode, int] = {
     Opcode.FAILED: 64 * KIB,
     Opcode.PASS: 0,
     Opcode.KV_PAGES: 256 * MIB,
-    Opcode.KV_WANTED: MIB,
+    Opcode.KV_WANTED: KIB,
+    Opcode.KV_ANSWER: 256 * MIB,
     Opcode.WEIGHTS: 16 * MIB,
     Opcode.WEIGHTS_WANTED: MIB,
     Opcode.QUERY: 256 * MIB,

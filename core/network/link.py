@@ -53,7 +53,9 @@ _SIGNS = frozenset({Opcode.HEARTBEAT, Opcode.REPORT})
 _CHECKED, _TRAILED, _IN_MEMORY = int(Flag.CHECKED), int(Flag.TRAILED), int(Flag.SHARED)  # an enum's `&` takes a while
 _ASKS, _ANSWERS = 0, 1
 """A heartbeat's `layer`. One that asks has the sender's clock as its step; one that answers has the same step."""
-_FREE = _OWN_BUSINESS | {Opcode.ANSWER, Opcode.RESULTS, Opcode.FAILED, Opcode.PARTIAL, Opcode.ECHOED}
+_FREE = _OWN_BUSINESS | {
+    Opcode.ANSWER, Opcode.RESULTS, Opcode.FAILED, Opcode.KV_ANSWER, Opcode.PARTIAL, Opcode.ECHOED,
+}  # fmt: skip
 """Needs no credit: whoever asked has room for the answer."""
 
 

@@ -33,8 +33,9 @@ from core.devices import DeviceBudget
 from core.tiers.host_tier import HostTier
 from core.tiers.hotness import HeatTable
 from core.tiers.loader import BlockLoader
-from core.tiers.loading import HostSlot, Loading
+from core.tiers.loading import Loading
 from core.tiers.lower_tier import LowerTier
+from core.tiers.parts import BlockParts, HostSlot
 from core.tiers.policy import MemoryOptions
 from core.tiers.records import BlockInfo, BlockLayout, MemoryStats, Move, Tier, TierSpeed
 from core.tiers.writer import Writer
@@ -59,8 +60,10 @@ class HierarchicalMemory:
         *,
         host_speed: TierSpeed | None = None,
         clock: Clock = time.monotonic,
+        parts: BlockParts | None = None,
     ) -> None:
-        """`clock` gives seconds, for hotness alone.
+        """`clock` gives seconds, for hotness alone. `parts` are given where other machines have parts of the blocks;
+        they are closed with this.
 
         Raises `ValueError` if host RAM of that size holds no block, `OutOfDeviceMemoryError` if `host` has no room.
         """
@@ -68,8 +71,12 @@ class HierarchicalMemory:
         self._options = options
         self._clock = clock
         self._lock = threading.Lock()
+        self._adding = threading.Lock()
         self.heat = HeatTable(options.heat)
-        self._host = HostTier(layout.nbytes, options.host_bytes, self.heat, host, pin=options.pin, speed=host_speed)
+        self.parts = BlockParts(layout.nbytes) if parts is None else parts
+        self._host = HostTier(
+            layout.nbytes, self.parts, options.host_bytes, self.heat, host, pin=options.pin, speed=host_speed
+        )
         self._below: tuple[LowerTier, ...] = ()
         self._missing: dict[Tier, str] = {}
         self.moves: Counter[Move] = Counter()
@@ -87,19 +94,24 @@ class HierarchicalMemory:
     @property
     def lasts(self) -> bool:
         """Whether any tier outlasts the process and takes blocks."""
-        return any(lower.store.accepting for lower in self._below)
+        return any(lower.lasts and lower.store.accepting for lower in self._below)
 
     def add_below(self, below: Sequence[LowerTier], missing: Mapping[Tier, str] | None = None) -> None:
         """Tiers that are there from now on; all are put in the order of their speeds, blocks sink to the fastest first.
         `missing` are those that are not, and why."""
         for lower in below:
             lower.open_index(self.heat, self._clock(), self._lock)
-        ordered = tuple(sorted([*self._below, *below], key=self._fetch_s))
-        if below:
-            self._writer.sink_to(ordered)
-        with self._lock:
-            self._below = self._loader.below = ordered
-            self._missing |= missing or {}
+        with self._adding:
+            ordered = tuple(sorted([*self._below, *below], key=self._fetch_s))
+            if below:
+                self._writer.sink_to(ordered)
+            with self._lock:
+                self._below = self._loader.below = ordered
+                self._missing |= missing or {}
+
+    def limit_writes(self, bytes_s: float) -> None:
+        """Write no faster than this while serving."""
+        self._writer.limit(bytes_s)
 
     def _fetch_s(self, lower: LowerTier) -> float:
         return lower.speed.fetch_s(self.layout.nbytes) if lower.speed else 0.0
@@ -165,6 +177,15 @@ class HierarchicalMemory:
                 if not self._is_below(block):
                     self._writer.offer(block, leave=False)
                 block = self._host.index.parent(block)
+
+    def forget(self, tier: Tier, blocks: Iterable[bytes]) -> None:
+        """Blocks that a tier has lost: they are found there no more. Counted as moves."""
+        with self._lock:
+            for lower in (lower for lower in self._below if lower.tier == tier):
+                for block in [block for block in blocks if block in lower.index]:
+                    lower.index.remove(block)
+                    kept = next((other.tier for other in self._below if block in other.index), None)
+                    self.moves["eviction" if kept is None else "demotion", tier, kept] += 1
 
     def _is_below(self, block: bytes) -> bool:
         return any(block in lower.index for lower in self._below)
@@ -347,6 +368,7 @@ class HierarchicalMemory:
         self._writer.close()
         for lower in self._below:
             lower.store.close()
+        self.parts.close()
         with self._lock:
             self._host.close()
 

@@ -8,12 +8,12 @@ from core.devices import DeviceBudget
 from core.devices.pinned import HostBuffer
 from core.tiers.chain_index import ChainIndex
 from core.tiers.hotness import HeatSpread, HeatTable
-from core.tiers.loading import HostSlot
+from core.tiers.parts import BlockParts, HostSlot
 from core.tiers.records import Tier, TierSpeed, TierStats
 
 
 class HostTier:
-    """An arena `[num_slots, block_nbytes]` of bytes, on the ledger of main memory until `close`. Guarded by the
+    """An arena `[num_slots, parts.slot_nbytes]` of bytes, on the ledger of main memory until `close`. Guarded by the
     hierarchy's lock.
     """
 
@@ -23,6 +23,7 @@ class HostTier:
     def __init__(
         self,
         block_nbytes: int,
+        parts: BlockParts,
         host_bytes: int,
         heat: HeatTable,
         budget: DeviceBudget,
@@ -31,7 +32,7 @@ class HostTier:
         speed: TierSpeed | None,
     ) -> None:
         """Raises `ValueError` if no block fits, `OutOfDeviceMemoryError` if `budget` does not have the memory."""
-        self.num_slots = host_bytes // block_nbytes
+        self.num_slots = parts.slots_in(host_bytes)
         if self.num_slots < 1:
             raise ValueError(f"{host_bytes} bytes of host RAM hold no block of {block_nbytes}")
         self._heat = heat
@@ -40,9 +41,10 @@ class HostTier:
         self.reserved: dict[bytes, HostSlot] = {}
         self.hits = self.misses = 0
         self._block_nbytes = block_nbytes
+        self._machines = parts.machines
         self._speed = speed
-        self._buffer = HostBuffer(self.PURPOSE, self.num_slots * block_nbytes, pin=pin, budget=budget)
-        self._arena = self._buffer.memory.view(self.num_slots, block_nbytes)
+        self._buffer = HostBuffer(self.PURPOSE, self.num_slots * parts.slot_nbytes, pin=pin, budget=budget)
+        self._arena = self._buffer.memory.view(self.num_slots, parts.slot_nbytes)
         self._free = list(range(self.num_slots))[::-1]
 
     @property
@@ -82,6 +84,8 @@ class HostTier:
         self._buffer.close()
 
     def stats(self, hotness: HeatSpread) -> TierStats:
+        """Bytes are those of whole blocks, on whichever machines."""
+        medium = "pinned" if self._buffer.is_pinned else "pageable"
         return TierStats(
             tier=self.tier,
             blocks=len(self.index),
@@ -91,7 +95,7 @@ class HostTier:
             misses=self.misses,
             hotness=hotness,
             speed=self._speed,
-            medium="pinned" if self._buffer.is_pinned else "pageable",
+            medium=medium if self._machines == 1 else f"of {self._machines} machines",
         )
 
     def check_invariants(self, filling: Iterable[HostSlot]) -> None:

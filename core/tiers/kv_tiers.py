@@ -21,8 +21,10 @@ import torch
 
 from core.kv_cache.companions import Tiers
 from core.kv_cache.manager import KVCacheManager
+from core.kv_cache.page_ops import PageLoad, PageSave
 from core.tiers.hierarchy import HierarchicalMemory
-from core.tiers.loading import HostSlot, Loading
+from core.tiers.loading import Loading
+from core.tiers.parts import HostSlot
 from core.tiers.records import Tier
 
 Worth = Callable[[int, Sequence[Tier]], int]
@@ -61,8 +63,9 @@ class StepBlocks:
         """No step uses any."""
         self._held.clear()
 
-    def __getitem__(self, digest: bytes) -> torch.Tensor:
-        return self._held[digest][0]
+    def place(self, op: PageSave | PageLoad) -> torch.Tensor:
+        """See `BlockBuffers`."""
+        return self._held[op.block_hash][0]
 
 
 class KVTiers(Tiers):
@@ -85,7 +88,7 @@ class KVTiers(Tiers):
         """The block's id is about to be reused."""
         slot = self.memory.reserve(digest, parent or b"")
         if slot is not None:
-            self._kv.pages.save(block, digest)
+            self._kv.pages.save(block, digest, slot.index)
             self.buffers.hold(digest, slot.buffer)
             self._now.saves.append(slot)
 
@@ -157,10 +160,12 @@ class KVTiers(Tiers):
             return None
         return [slot.block for slot in slots], loading
 
-    def loaded(self, loading: Loading, digests: Sequence[bytes]) -> None:
-        """These blocks of a loading are copied by the step being gathered."""
-        for digest in digests:
-            self.buffers.hold(digest, loading.arrived[digest].buffer)
+    def loaded(self, loading: Loading, digests: Sequence[bytes], blocks: Sequence[int]) -> None:
+        """These blocks of a loading are copied, to these of the devices, by the step being gathered."""
+        for digest, block in zip(digests, blocks, strict=True):
+            slot = loading.arrived[digest]
+            self._kv.pages.load(digest, block, slot.index)
+            self.buffers.hold(digest, slot.buffer)
         self._now.loads.append((loading, digests))
 
     def cancel(self, seq_id: int) -> None:
@@ -199,7 +204,8 @@ class KVTiers(Tiers):
         self.buffers.clear()
         self._now = _StepUse()
         self._steps.clear()
-        self.memory.flush(flush_s)
+        if self.memory.lasts:
+            self.memory.flush(flush_s)
         self.memory.close()
 
     def check_invariants(self) -> None:

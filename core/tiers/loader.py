@@ -7,10 +7,12 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 from core.tiers.host_tier import HostTier
-from core.tiers.loading import Hierarchy, HostSlot, Loading, log_failure
+from core.tiers.loading import Hierarchy, Loading, log_failure
 from core.tiers.lower_tier import LowerTier
+from core.tiers.parts import HostSlot
 from core.tiers.records import Tier
 
 _THREADS = 2
@@ -110,7 +112,7 @@ class BlockLoader:
                 return
             arrived = False
             try:
-                arrived = fill.source.read(fill.slot.block, fill.slot.view())
+                arrived = self._target.parts.fill(fill.slot, partial(fill.source.read, fill.slot.block))
             finally:  # whatever happens, nobody waits for ever
                 self._finish([fill], arrived=arrived)
 

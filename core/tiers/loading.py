@@ -1,4 +1,4 @@
-"""Slots of host RAM, and blocks on their way into them."""
+"""Blocks on their way into slots of host RAM."""
 
 from __future__ import annotations
 
@@ -7,30 +7,14 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Protocol
-
-import torch
 
 from core.logs import get_logger
 from core.tiers.hotness import HeatTable
+from core.tiers.parts import BlockParts, HostSlot
 from core.tiers.records import BlockLayout, Move
 
 logger = get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class HostSlot:
-    """A block's place in host RAM. `buffer` is its `[block_nbytes]` uint8 view of the arena (pinned if that is)."""
-
-    block: bytes
-    parent: bytes
-    index: int
-    buffer: torch.Tensor
-
-    def view(self) -> memoryview:
-        """The buffer's bytes without a copy."""
-        return self.buffer.numpy().data
 
 
 def log_failure(future: Future[None]) -> None:
@@ -46,6 +30,7 @@ class Hierarchy(Protocol):
     layout: BlockLayout
     heat: HeatTable
     moves: Counter[Move]
+    parts: BlockParts
 
     def take_slot(self, block: bytes, parent: bytes) -> HostSlot | None: ...
 

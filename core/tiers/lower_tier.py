@@ -33,6 +33,11 @@ class LowerTier:
                 self.index.add(block, parent)
 
     @property
+    def lasts(self) -> bool:
+        """Whether what is there can be found again after the process has ended."""
+        return self.tier is not Tier.L4
+
+    @property
     def speed(self) -> TierSpeed | None:
         """As measured at start and on every block since; None until both directions are known."""
         read, write = self._reads.bytes_s, self._writes.bytes_s

@@ -19,7 +19,7 @@ from typing import Literal, TypeVar
 
 import torch
 
-from core.tiers.peer import Peer
+from core.tiers.peer import Keeper
 from core.tiers.records import TierSpeed
 from core.tiers.segments import SegmentFiles
 
@@ -168,7 +168,7 @@ def measure_files(files: SegmentFiles, timer: Callable[[], float] = time.perf_co
     return TierSpeed(_REMOTE_BYTES / moving_s, _REMOTE_BYTES / max(write_s, 1e-9), latency_s)
 
 
-def measure_peer(peer: Peer, block_nbytes: int, timer: Callable[[], float] = time.perf_counter) -> TierSpeed:
+def measure_peer(peer: Keeper, block_nbytes: int, timer: Callable[[], float] = time.perf_counter) -> TierSpeed:
     """Put one block of random bytes into another node's RAM, read it, drop it. Raises `OSError`, also for a peer that
     does not give it back."""
     data = random.Random(0).randbytes(block_nbytes)

@@ -14,10 +14,11 @@ from core.tiers.disk import LocalFiles
 from core.tiers.hierarchy import HierarchicalMemory
 from core.tiers.hotness import HeatModel
 from core.tiers.lower_tier import LowerTier
-from core.tiers.measure import measure_directory, measure_files, measure_host, measure_peer
-from core.tiers.peer import Peer, PeerStore
+from core.tiers.measure import measure_directory, measure_files, measure_host
+from core.tiers.parts import BlockParts
+from core.tiers.peer import Peer, PeerBlock, PeerStore
 from core.tiers.policy import MemoryOptions
-from core.tiers.records import BlockLayout, Tier
+from core.tiers.records import BlockLayout, Tier, TierSpeed
 from core.tiers.remote import RemoteFiles, check_url
 from core.tiers.segment_store import SegmentStore
 from core.tiers.segments import Identity, SegmentSizes
@@ -34,14 +35,15 @@ def open_memory(
     host: DeviceBudget,
     *,
     pin: bool = False,
-    peer: Peer | None = None,
+    parts: BlockParts | None = None,
 ) -> HierarchicalMemory | None:
-    """Host RAM and a peer, or None if host RAM may not be used or holds no block. What outlasts the process is opened
-    by `open_lasting`, once nobody else has it.
+    """Host RAM, or None if it may not be used or holds no block. What outlasts the process is opened by `open_lasting`,
+    once nobody else has it.
 
     Args:
         host: main memory; the hierarchy reserves its part there until it is closed.
         pin: page-locked host RAM, for GPUs.
+        parts: where other machines have parts of the blocks; the hierarchy closes them.
 
     Raises:
         ConfigError: what `open_lasting` could never open: a capacity too small for one segment, or a remote protocol
@@ -53,10 +55,9 @@ def open_memory(
     if settings.remote_url is not None:
         SegmentSizes.of(Tier.L6, settings.remote_bytes, layout.nbytes)
         check_url(settings.remote_url)
-    host_bytes = settings.host_bytes
-    if host_bytes is None:
-        host_bytes = _tenth_of(host.free_bytes, "host memory for KV blocks", MOST_AUTOMATIC_SLOTS * layout.nbytes)
-    if host_bytes < layout.nbytes:
+    parts = BlockParts(layout.nbytes) if parts is None else parts
+    host_bytes = host_share(settings, parts.slot_nbytes, host)
+    if parts.slots_in(host_bytes) < 1:
         logger.info("no host memory for KV blocks", bytes=host_bytes, block_bytes=layout.nbytes)
         return None
     options = MemoryOptions(
@@ -66,10 +67,14 @@ def open_memory(
         write_bytes_s=settings.write_back_bytes_s,
         max_queued_writes=settings.max_queued_writes,
     )
-    memory = HierarchicalMemory(layout, options, host, host_speed=measure_host())
-    if peer is not None and (lent := _open_peer(settings, layout, peer)) is not None:
-        memory.add_below([lent])
-    return memory
+    return HierarchicalMemory(layout, options, host, host_speed=measure_host(), parts=parts)
+
+
+def host_share(settings: MemorySettings, slot_nbytes: int, host: DeviceBudget) -> int:
+    """Bytes of main memory for blocks that take `slot_nbytes` of it each: as set, or a tenth of what is free."""
+    if settings.host_bytes is not None:
+        return settings.host_bytes
+    return _tenth_of(host.free_bytes, "host memory for KV blocks", MOST_AUTOMATIC_SLOTS * slot_nbytes)
 
 
 def open_lasting(memory: HierarchicalMemory, settings: MemorySettings, salt: bytes) -> None:
@@ -105,14 +110,13 @@ def _tenth_of(free_bytes: int, what: str, most: int | None = None) -> int:
     return chosen
 
 
-def _open_peer(settings: MemorySettings, layout: BlockLayout, peer: Peer) -> LowerTier | None:
-    try:
-        speed = measure_peer(peer, layout.nbytes)
-    except OSError as error:
-        logger.warning("L4 is not used", peer=peer.name, reason=str(error))
-        return None
+def open_peer(
+    settings: MemorySettings, layout: BlockLayout, peer: Peer, speed: TierSpeed,
+    kept: dict[bytes, PeerBlock] | None = None,
+) -> LowerTier:  # fmt: skip
+    """The tier made of other nodes' memory, which is as fast as `measure_peer` has found, with what is `kept` there."""
     compressor = Compressor(layout, settings.peer_codec, settings.kv_quantization, speed)
-    return LowerTier(PeerStore(peer, compressor, layout.nbytes), speed)
+    return LowerTier(PeerStore(peer, compressor, layout.nbytes, kept), speed)
 
 
 def _open_disk(settings: MemorySettings, layout: BlockLayout, salt: bytes) -> LowerTier:

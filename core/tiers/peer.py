@@ -1,9 +1,8 @@
-"""L4: another node's RAM. What a node offers, and the tier made of it."""
+"""L4: other nodes' RAM. What they offer, and the tier made of it."""
 
 from __future__ import annotations
 
-import threading
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from core.logs import get_logger
 from core.tiers.compress import Compressor
@@ -13,70 +12,71 @@ from core.tiers.segments import checksum
 logger = get_logger(__name__)
 
 
-class Peer(Protocol):
-    """Another node that lends RAM for blocks, by hash. Bounded: it refuses what does not fit. May raise `OSError`."""
-
-    name: str
-    capacity_bytes: int
-
-    @property
-    def used_bytes(self) -> int: ...
+class Keeper(Protocol):
+    """Keeps blocks by hash. May raise `OSError`."""
 
     def put(self, block: bytes, data: memoryview) -> bool:
         """Keep a copy of `data`; False when there is no room."""
 
-    def get(self, block: bytes) -> bytes | None:
+    def get(self, block: bytes) -> bytes | memoryview | None:
         """The bytes that were put, or None if they are gone."""
 
     def drop(self, block: bytes) -> None: ...
 
 
-class InProcessPeer:
-    """A peer in this process, which keeps the bytes. Thread-safe."""
+class Peer(Keeper, Protocol):
+    """Other nodes that lend RAM for blocks. Bounded: it refuses what does not fit. After an `OSError` nothing is put
+    there any more."""
 
-    name = "in-process"
+    name: str
 
-    def __init__(self, capacity_bytes: int) -> None:
-        self.capacity_bytes = capacity_bytes
-        self.used_bytes = 0
-        self._lock = threading.Lock()
-        self._data: dict[bytes, bytes] = {}
+    @property
+    def capacity_bytes(self) -> int: ...
 
-    def put(self, block: bytes, data: memoryview) -> bool:
-        with self._lock:
-            grown = self.used_bytes + len(data) - len(self._data.get(block, b""))
-            if grown > self.capacity_bytes:
-                return False
-            self._data[block] = bytes(data)
-            self.used_bytes = grown
-            return True
+    @property
+    def used_bytes(self) -> int: ...
 
-    def get(self, block: bytes) -> bytes | None:
-        with self._lock:
-            return self._data.get(block)
+    def has_room(self, nbytes: int) -> bool:
+        """Whether a block of that size would be kept."""
 
-    def drop(self, block: bytes) -> None:
-        with self._lock:
-            self.used_bytes -= len(self._data.pop(block, b""))
+    def close(self) -> None:
+        """This tier uses it no more."""
+
+
+class PeerBlock(NamedTuple):
+    """What is known of a block that a peer keeps: its lossless codec, and the checksum of what was put."""
+
+    parent: bytes
+    codec: str
+    checksum: int
 
 
 class PeerStore:
-    """The tier made of one peer."""
+    """The tier made of a peer, of which `kept` is known already: what is put there by another engine, perhaps. Whoever
+    gave it takes out what the peer has lost."""
 
     tier = Tier.L4
 
-    def __init__(self, peer: Peer, compressor: Compressor, block_nbytes: int) -> None:
+    def __init__(
+        self, peer: Peer, compressor: Compressor, block_nbytes: int, kept: dict[bytes, PeerBlock] | None = None
+    ) -> None:
         self._peer = peer
         self._compressor = compressor
         self._block_nbytes = block_nbytes
-        self._kept: dict[bytes, tuple[str, int]] = {}  # lossless codec and checksum of what was put
+        self._kept = kept if kept is not None else {}
         self.stopped: str | None = None
-        self.medium = f"peer {peer.name}"
-        self.capacity_bytes = peer.capacity_bytes
+
+    @property
+    def medium(self) -> str:
+        return self._peer.name
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._peer.capacity_bytes
 
     @property
     def accepting(self) -> bool:
-        return self.stopped is None
+        return self.stopped is None and self.capacity_bytes >= self._block_nbytes
 
     @property
     def codec_name(self) -> str:
@@ -87,10 +87,10 @@ class PeerStore:
         return self._peer.used_bytes
 
     def known(self) -> list[tuple[bytes, bytes]]:
-        return []
+        return [(block, each.parent) for block, each in list(self._kept.items())]
 
     def has_room(self) -> bool:
-        return self._peer.used_bytes + self._block_nbytes <= self.capacity_bytes
+        return self._peer.has_room(self._block_nbytes)
 
     def write(self, block: bytes, parent: bytes, payload: memoryview) -> bool:
         codec, data = self._compressor.encode(payload)
@@ -100,7 +100,7 @@ class PeerStore:
             self._lose(error)
             return False
         if kept:
-            self._kept[block] = (codec, checksum(block, data))
+            self._kept[block] = PeerBlock(parent, codec, checksum(block, data))
         return kept
 
     def read(self, block: bytes, into: memoryview) -> bool:
@@ -109,12 +109,16 @@ class PeerStore:
         except OSError as error:
             self._lose(error)
             return False
-        codec, expected = self._kept.get(block, ("none", -1))
-        if data is None or checksum(block, memoryview(data)) != expected:
+        kept = self._kept.get(block)
+        if data is None or kept is None:
+            self._kept.pop(block, None)
+            logger.info("a peer has a block no more", peer=self._peer.name, block=block.hex())
+            return False
+        if checksum(block, memoryview(data)) != kept.checksum:
             logger.warning("peer has no block of that content", peer=self._peer.name, block=block.hex())
             return False
         try:
-            self._compressor.decode(codec, memoryview(data), into)
+            self._compressor.decode(kept.codec, memoryview(data), into)
         except ValueError as error:
             logger.warning("damaged block is skipped", tier=self.tier.name, block=block.hex(), reason=str(error))
             return False
@@ -131,7 +135,7 @@ class PeerStore:
         """Nothing to do: a peer's RAM is as lasting as the peer."""
 
     def close(self) -> None:
-        """Nothing of this process is held."""
+        self._peer.close()
 
     def _lose(self, error: OSError) -> None:
         if self.stopped is None:

@@ -133,9 +133,13 @@ class BlockStore(Protocol):
     """
 
     tier: Tier
-    medium: str
     stopped: str | None
-    capacity_bytes: int
+
+    @property
+    def medium(self) -> str: ...
+
+    @property
+    def capacity_bytes(self) -> int: ...
 
     @property
     def accepting(self) -> bool:

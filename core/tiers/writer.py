@@ -44,6 +44,10 @@ class Writer:
         """The tiers to write to from now on, fastest first. Waits for a write that runs."""
         self._thread.submit(setattr, self, "_below", below).result()
 
+    def limit(self, bytes_s: float) -> None:
+        """The rate while serving is no higher than this."""
+        self._pace.bytes_s = min(bytes_s, self._pace.bytes_s or bytes_s)
+
     def offer(self, block: bytes, *, leave: bool) -> None:
         """Under the lock: write a block down some time, if that is worth it or it is to `leave`; never waits."""
         if self._closed or not self._wanted(block, leave=leave):
@@ -81,8 +85,9 @@ class Writer:
             is_below = any(write.block in lower.index for lower in self._below)
         written = False
         try:
-            if not is_below:
-                written = self._sink(0, slot.block, slot.parent, slot.view(), asked=write.leave) is not None
+            payload = None if is_below else self._source.parts.read(slot)
+            if payload is not None:
+                written = self._sink(0, slot.block, slot.parent, payload, asked=write.leave) is not None
         finally:
             with self._lock:
                 self._in_flight -= 1
@@ -97,19 +102,23 @@ class Writer:
     def _sink(
         self, position: int, block: bytes, parent: bytes, payload: memoryview, *, asked: bool = False
     ) -> Tier | None:
-        """Write a block to the first tier from `position` on that takes it, which is returned."""
+        """Write a block to the first tier from `position` on that takes it, which is returned; where that one does not
+        outlast the process, also to the first that does."""
+        taken: Tier | None = None
         for place in range(position, len(self._below)):
             lower = self._below[place]
             with self._lock:
-                wanted = asked or self._is_warm(block)
-            if not wanted or not lower.store.accepting:
+                wanted = (asked or self._is_warm(block)) and block not in lower.index
+            if not wanted or not lower.store.accepting or (taken is not None and not lower.lasts):
                 continue
             has_room = self._make_room(place, None if asked else block)
             if has_room and lower.write(block, parent, payload):
                 with self._lock:
                     lower.index.add(block, parent)
-                return lower.tier
-        return None
+                taken = taken or lower.tier
+                if lower.lasts:
+                    break
+        return taken
 
     def _make_room(self, place: int, incoming: bytes | None) -> bool:
         """Let the coldest blocks of a tier sink to the next one, or go, until one more fits; False if none may go, or

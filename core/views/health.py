@@ -11,7 +11,6 @@ import psutil
 
 from core.devices import format_bytes
 from core.engine.model_engine import ModelEngine
-from core.tiers.kv_tiers import KVTiers
 from core.views.memory import tier_troubles
 from core.views.state import ServiceState
 
@@ -55,8 +54,8 @@ def health(engine: ModelEngine | None, service: ServiceState) -> Health:
         stats = engine.batcher.stats
         used = stats.blocks_total - stats.blocks_free
         checks["kv_cache"] = _check(True, f"{used} of {stats.blocks_total} blocks in use")
-        if engine.memory.tiers is not None:
-            checks["tiers"] = _tiers_check(engine.memory.tiers)
+        if engine.memory.tiers is not None or tier_troubles(engine):
+            checks["tiers"] = _tiers_check(engine)
     free = shutil.disk_usage(service.settings.runtime.cache_dir.anchor or ".").free
     checks["disk"] = _check(True, f"{format_bytes(free)} free", warn=free < LOW_DISK_BYTES)
     return Health(max((check.status for check in checks.values()), key=_ORDER.index), checks)
@@ -98,7 +97,7 @@ def _devices_check(engine: ModelEngine | None) -> Check:
     return _check(True, f"within budget: {names}")
 
 
-def _tiers_check(tiers: KVTiers) -> Check:
-    troubles = tier_troubles(tiers)
+def _tiers_check(engine: ModelEngine) -> Check:
+    troubles = tier_troubles(engine)
     detail = "; ".join(f"{name} is not used: {reason}" for name, reason in troubles.items())
     return _check(True, detail or "all tiers take blocks", warn=bool(troubles))

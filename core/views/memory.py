@@ -87,7 +87,7 @@ def memory_view(engine: ModelEngine | None, blocks: int = 0) -> MemoryView:
         leases=leases,
         decisions={} if lent is None else dict(lent.decisions),
         tiers=() if tiers is None else _tiers(tiers, blocks),
-        tier_troubles={} if tiers is None else tier_troubles(tiers),
+        tier_troubles=tier_troubles(engine),
     )
 
 
@@ -111,9 +111,9 @@ def _device(engine: ModelEngine, device: Device, leases: tuple[LeaseView, ...]) 
     )
 
 
-def tier_troubles(tiers: KVTiers) -> dict[str, str]:
+def tier_troubles(engine: ModelEngine) -> dict[str, str]:
     """Why tiers that were asked for are missing or take no blocks at the moment, by name."""
-    return {tier.name: reason for tier, reason in tiers.memory.troubles().items()}
+    return {tier.name: reason for tier, reason in engine.memory.below.troubles().items()}
 
 
 def _tiers(tiers: KVTiers, blocks: int) -> tuple[TierView, ...]:

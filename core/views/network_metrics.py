@@ -23,6 +23,7 @@ _TENSORS = (
 _DIRECTIONS = (
     ("fastpath_bytes", "Payload bytes between machines.", ("sent_bytes", "received_bytes")),
     ("telemetry_packets", "Heartbeats and reports between machines.", ("sent_signs", "received_signs")),
+    ("vtp_kv_cache_ops", "Blocks of KV, or parts of them, between machines.", ("sent_blocks", "received_blocks")),
 )
 """Name, help text, fields of what was sent and what was received."""
 
@@ -31,7 +32,7 @@ def network_metrics(cluster: Master | None) -> Iterator[Metric]:
     """Since the server started, nodes that have gone included. No samples where no machines may join."""
     stats = cluster.traffic() if cluster is not None else None
     for name, help_text, fields in _DIRECTIONS:
-        labels = ["direction"] if name == "telemetry_packets" else ["method", "direction"]
+        labels = ["method", "direction"] if name == "fastpath_bytes" else ["direction"]
         family = CounterMetricFamily(f"{NAMESPACE}_{name}", help_text, labels=labels)
         for direction, field in zip(("sent", "received"), fields, strict=True):
             _add(family, [direction] if len(labels) == 1 else [TRANSPORT, direction], stats, field)

@@ -50,6 +50,8 @@ class NodeView:
     devices: tuple[DeviceView, ...]
     layers: Mapping[str, tuple[int, int]]
     """First and last layer by device, of those that have some."""
+    lends_bytes: int = 0
+    """Main memory that it offers to blocks of KV."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,7 @@ def _other(node: Node, known: Mapping[str, DeviceView], layers: Mapping[str, tup
         processor=info.processor,
         devices=devices,
         layers=_of(devices, layers),
+        lends_bytes=info.lends_bytes,
     )
 
 

@@ -132,7 +132,7 @@ def test_a_command_takes_the_flags_of_its_sections_only() -> None:
     assert probe.run("--port", "1").exit_code == 2
 
 
-OF_WORKERS = ("cluster.master", "cluster.worker_port")
+OF_WORKERS = ("cluster.master", "cluster.worker_port", "cluster.memory_bytes")
 
 
 def test_help_all_shows_every_flag_with_default_and_variable() -> None:

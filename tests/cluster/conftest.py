@@ -33,9 +33,12 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def add_worker(master: Master) -> Iterator[Callable[..., WorkerThread]]:
     workers: list[WorkerThread] = []
 
-    def add(name: str, devices: str = "cpu=64MiB", **given: Any) -> WorkerThread:
+    def add(
+        name: str, devices: str = "cpu=64MiB", keeps: int | None = None, lends: int = 0, **given: Any
+    ) -> WorkerThread:
         before = len(master.nodes)
-        workers.append(WorkerThread(open_worker(master, worker_settings(CACHE_DIR, devices), name, **given)))
+        settings = worker_settings(CACHE_DIR, devices, keeps, lends)
+        workers.append(WorkerThread(open_worker(master, settings, name, **given)))
         if not given:
             joined(master, before + 1)
         return workers[-1]

@@ -33,10 +33,19 @@ def open_master(**given: Any) -> Master:
     return master
 
 
-def worker_settings(cache: Path, devices: str) -> Settings:
-    return Settings.model_validate(
-        {"devices": {"devices": devices, "profile_seconds": 0.02}, "runtime": {"cache_dir": cache}}
-    )
+def worker_settings(cache: Path, devices: str, keeps: int | None = None, lends: int = 0) -> Settings:
+    """A worker that keeps its parts of blocks in `keeps` bytes of main memory, and whole ones in `lends`."""
+    given = {
+        "devices": {"devices": devices, "profile_seconds": 0.02}, "runtime": {"cache_dir": cache},
+        "memory": {"host_bytes": keeps}, "cluster": {"memory_bytes": lends},
+    }  # fmt: skip
+    return Settings.model_validate(given)
+
+
+def joining(master: str, settings: Settings) -> Settings:
+    """Of a worker that joins a master."""
+    cluster = cluster_settings(master=master, memory_bytes=settings.cluster.memory_bytes)
+    return settings.model_copy(update={"cluster": cluster})
 
 
 def open_worker(
@@ -44,7 +53,11 @@ def open_worker(
 ) -> Worker:
     """Joins the master, and encrypts if that one does, unless the cluster's settings are `given` otherwise."""
     host, port = master.address
-    found = cluster_settings(**{"master": f"{host}:{port}", "tls": master.tls, **given})
+    found = cluster_settings(
+        **{
+            "master": f"{host}:{port}", "tls": master.tls, "memory_bytes": settings.cluster.memory_bytes, **given,
+        }
+    )  # fmt: skip
     settings = settings.model_copy(update={"cluster": found})
     return Worker(settings, open_devices(settings.devices), derive_key(token), version=version, name=name)
 
@@ -76,9 +89,14 @@ class WorkerThread:
 class WorkerProcess:
     """A worker in a process of its own."""
 
-    def __init__(self, master: Master, cache: Path, name: str, devices: str) -> None:
+    def __init__(
+        self, master: Master, cache: Path, name: str, devices: str, keeps: int | None = None, lends: int = 0
+    ) -> None:
         host, port = master.address
-        given = {"master": f"{host}:{port}", "cache": str(cache), "name": name, "devices": devices}
+        given = {
+            "master": f"{host}:{port}", "cache": str(cache), "name": name, "devices": devices, "keeps": keeps,
+            "lends": lends,
+        }  # fmt: skip
         paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
         program = f"import sys; sys.path[:0] = {paths!r}; from cluster.machines import main; main()"
         self.process = subprocess.Popen([sys.executable, "-c", program, json.dumps(given)], stdin=subprocess.PIPE)
@@ -93,8 +111,8 @@ class WorkerProcess:
 def main() -> None:
     """A worker that ends with its standard input."""
     given = json.loads(sys.argv[1])
-    settings = worker_settings(Path(given["cache"]), given["devices"])
-    settings = settings.model_copy(update={"cluster": cluster_settings(master=given["master"])})
+    settings = worker_settings(Path(given["cache"]), given["devices"], given["keeps"], given["lends"])
+    settings = joining(given["master"], settings)
     worker = Worker(settings, open_devices(settings.devices), derive_key(TOKEN), version=VERSION, name=given["name"])
     threading.Thread(target=lambda: (sys.stdin.read(), worker.stop()), daemon=True).start()
     worker.run()

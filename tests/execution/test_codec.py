@@ -39,7 +39,7 @@ RECORD = StepRecord(
     longs([5]), RawRows("logits", ints([4])),
 )  # fmt: skip
 PART = StagePart(
-    (PageCopy((0, 1), (2, 3)), PageSave((1, 0), b"\x01" * 16), PageLoad(b"\xff" * 16, (0, 7))), ints([(4, 0, 1)])
+    (PageCopy((0, 1), (2, 3)), PageSave((1, 0), b"\x01" * 16, 3), PageLoad(b"\xff" * 16, (0, 7), 4)), ints([(4, 0, 1)])
 )
 OUTPUT = StepOutput(
     7, {5: SampledToken(11, TokenLogprob(11, -0.25, ((11, -0.25), (3, -2.0)))), 2**40: SampledToken(0)}, {6: "NaN"},

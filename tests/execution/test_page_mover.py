@@ -20,6 +20,11 @@ SHAPES = {0: KVShape(2, 8, 8), 1: KVShape(1, 4, 4)}
 PAGES = 7
 
 
+class Buffers(dict[bytes, torch.Tensor]):
+    def place(self, op: PageSave | PageLoad) -> torch.Tensor:
+        return self[op.block_hash]
+
+
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("pages_at_once", [1, 2, 100])
 def test_pages_come_back_as_they_were(kind: str, pages_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,16 +41,16 @@ def test_pages_come_back_as_they_were(kind: str, pages_at_once: int, monkeypatch
     before = [tensor.clone() for tensor in tensors]
 
     offset = 16  # of other stages' layers
-    buffers = {bytes([n]): torch.zeros(offset + kv.page_bytes, dtype=torch.uint8) for n in range(PAGES)}
+    buffers = Buffers((bytes([n]), torch.zeros(offset + kv.page_bytes, dtype=torch.uint8)) for n in range(PAGES))
     mover = PageMover(kv, transfer, host_device(), offset, buffers)
     staged = pages_at_once * kv.page_bytes
     assert ledger.used_by_purpose() == ({"transfers": staged} if kind == "cuda" else {})
     assert len(runtime.registered) == (kind == "cuda")
-    assert mover.apply([PageSave((LOCAL, page), block_hash) for page, block_hash in enumerate(buffers)]) is None
+    assert mover.apply([PageSave((LOCAL, page), block_hash, page) for page, block_hash in enumerate(buffers)]) is None
     for tensor in tensors:
         tensor.zero_()
     order = [3, 0, 6, 1, 5, 2, 4]
-    wait_for = mover.apply([PageLoad(bytes([page]), (LOCAL, target)) for target, page in enumerate(order)])
+    wait_for = mover.apply([PageLoad(bytes([page]), (LOCAL, target), page) for target, page in enumerate(order)])
     assert wait_for is not None
     for layer in SHAPES:
         wait_for(layer)

@@ -11,7 +11,7 @@ COUNTERS = (
     "lending_bytes_lent_total", "stage_busy_seconds_total", "stage_predicted_seconds_total", "stage_forwards_total",
     "tasks_submitted_total", "tasks_completed_total", "tasks_refused_total", "tasks_failed_total",
     "env_endpoint_hits_total", "fastpath_bytes_total", "vtp_tensors_sent_total", "vtp_tensors_recv_total",
-    "vtp_bytes_sent_total", "telemetry_packets_total",
+    "vtp_bytes_sent_total", "vtp_kv_cache_ops_total", "telemetry_packets_total",
     "orch_placements_total", "orch_migrations_total", "orch_rebalance_total", "orch_hierarchy_moves_total",
     "process_cpu_seconds_total",
 )  # fmt: skip
@@ -34,7 +34,7 @@ HISTOGRAMS = (
 )  # fmt: skip
 GAUGE_HISTOGRAMS = ("block_hotness",)
 
-COMING_COUNTERS = ("vtp_kv_cache_ops_total", "vtp_gpudirect_ops_total", "ha_journal_rotations_total")
+COMING_COUNTERS = ("vtp_gpudirect_ops_total", "ha_journal_rotations_total")
 COMING_GAUGES = ("ha_journal_size_bytes",)
 """What belongs to features that are not there yet: no server shows these."""
 

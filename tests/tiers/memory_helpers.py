@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,8 +13,9 @@ from core.devices import DeviceBudget, host_device
 from core.tiers import BlockLayout, HierarchicalMemory, Tier
 from core.tiers.compress import CodecChoice, Compressor
 from core.tiers.hotness import HeatModel
-from core.tiers.loading import HostSlot, Loading
+from core.tiers.loading import Loading
 from core.tiers.lower_tier import LowerTier
+from core.tiers.parts import HostSlot
 from core.tiers.policy import MemoryOptions, WriteRules
 from core.tiers.records import Quantization
 from core.tiers.segment_store import SegmentStore
@@ -106,6 +108,43 @@ def open_memory(
     finally:
         memory.close()
         assert host.used_by_purpose() == {}
+
+
+class InProcessPeer:
+    """A peer in this process, which keeps the bytes. Thread-safe."""
+
+    name = "in-process"
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.used_bytes = 0
+        self._lock = threading.Lock()
+        self._data: dict[bytes, bytes] = {}
+
+    def has_room(self, nbytes: int) -> bool:
+        return self.used_bytes + nbytes <= self.capacity_bytes
+
+    def put(self, block: bytes, data: memoryview) -> bool:
+        with self._lock:
+            grown = self.used_bytes + len(data) - len(self._data.get(block, b""))
+            if grown > self.capacity_bytes:
+                return False
+            self._data[block] = bytes(data)
+            self.used_bytes = grown
+            return True
+
+    def get(self, block: bytes) -> bytes | None:
+        with self._lock:
+            return self._data.get(block)
+
+    def drop(self, block: bytes) -> None:
+        with self._lock:
+            self.used_bytes -= len(self._data.pop(block, b""))
+
+    def close(self) -> None:
+        with self._lock:
+            self._data.clear()
+            self.used_bytes = 0
 
 
 IDENTITY = Identity(salt="00", layout=LAYOUT.digest(), block_nbytes=LAYOUT.nbytes, quantization="none")

@@ -13,6 +13,7 @@ from memory_helpers import (
     GREEDY,
     LAYOUT,
     Clock,
+    InProcessPeer,
     await_loading,
     block,
     fill,
@@ -31,7 +32,7 @@ from core.tiers.compress import Compressor
 from core.tiers.disk import LocalFiles
 from core.tiers.loading import Loading
 from core.tiers.lower_tier import LowerTier
-from core.tiers.peer import InProcessPeer, PeerStore
+from core.tiers.peer import PeerStore
 from core.tiers.policy import MemoryOptions
 from core.tiers.records import TierSpeed
 from core.tiers.segments import SUFFIX

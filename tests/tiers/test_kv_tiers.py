@@ -6,7 +6,12 @@ import pytest
 import torch
 from memory_helpers import block
 
+from core.kv_cache.page_ops import LOCAL, PageLoad
 from core.tiers.kv_tiers import StepBlocks
+
+
+def load(number: int) -> PageLoad:
+    return PageLoad(block(number), (LOCAL, 0), 0)
 
 
 def test_a_block_is_found_until_every_step_that_holds_it_drops_it() -> None:
@@ -14,10 +19,10 @@ def test_a_block_is_found_until_every_step_that_holds_it_drops_it() -> None:
     for _ in range(3):
         blocks.hold(block(1), buffer)
     for _ in range(3):
-        assert blocks[block(1)] is buffer
+        assert blocks.place(load(1)) is buffer
         blocks.drop(block(1))
     with pytest.raises(KeyError):
-        blocks[block(1)]
+        blocks.place(load(1))
 
 
 def test_a_block_held_anew_is_found_in_its_new_buffer() -> None:
@@ -26,7 +31,7 @@ def test_a_block_held_anew_is_found_in_its_new_buffer() -> None:
     blocks.hold(block(2), old)
     blocks.drop(block(1))
     blocks.hold(block(1), new)
-    assert blocks[block(1)] is new and blocks[block(2)] is old
+    assert blocks.place(load(1)) is new and blocks.place(load(2)) is old
     blocks.clear()
     with pytest.raises(KeyError):
-        blocks[block(2)]
+        blocks.place(load(2))

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
-from memory_helpers import LAYOUT, block, payload
+from memory_helpers import LAYOUT, InProcessPeer, block, payload
 
 from core.tiers import lower_tier
 from core.tiers.compress import Compressor
 from core.tiers.lower_tier import LowerTier
-from core.tiers.peer import InProcessPeer, PeerStore
+from core.tiers.peer import PeerStore
 from core.tiers.records import TierSpeed
 
 

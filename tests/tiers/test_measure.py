@@ -6,10 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
-from memory_helpers import LAYOUT
+from memory_helpers import LAYOUT, InProcessPeer
 
 from core.tiers.measure import classify, measure_directory, measure_files, measure_host, measure_peer
-from core.tiers.peer import InProcessPeer
 from core.tiers.remote import RemoteFiles
 
 

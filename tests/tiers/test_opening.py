@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from broken_store import BrokenStore
-from memory_helpers import LAYOUT, block, load_bytes, payload, save
+from memory_helpers import LAYOUT, InProcessPeer, block, load_bytes, payload, save
 from plain_settings import make_settings
 from steering import LONGEST_WAIT_S
 
@@ -15,8 +15,8 @@ from core.devices import DeviceBudget, host_device
 from core.errors import ConfigError
 from core.tiers import HierarchicalMemory, Tier, open_lasting, open_memory, opening
 from core.tiers.disk import LocalFiles
-from core.tiers.measure import DiskSpeed
-from core.tiers.peer import InProcessPeer
+from core.tiers.measure import DiskSpeed, measure_peer
+from core.tiers.opening import open_peer
 from core.tiers.records import TierSpeed
 
 
@@ -55,7 +55,8 @@ def test_all_tiers_hold_blocks_and_a_restart_finds_them(tmp_path: Path) -> None:
     values = settings(
         disk_path=tmp_path / "disk", remote_url=str(tmp_path / "remote"), remote_bytes=1 << 20, host_bytes=LAYOUT.nbytes
     )
-    memory = opened(values, peer=InProcessPeer(2 * LAYOUT.nbytes))
+    memory, peer = opened(values), InProcessPeer(2 * LAYOUT.nbytes)
+    memory.add_below([open_peer(values, LAYOUT, peer, measure_peer(peer, LAYOUT.nbytes))])
     assert {tier.tier for tier in memory.stats().tiers} == {Tier.L3, Tier.L4, Tier.L5, Tier.L6}
     assert set(memory.speeds()) == {Tier.L4, Tier.L5, Tier.L6}
     below = [tier.speed.fetch_s(LAYOUT.nbytes) for tier in memory.stats().tiers[1:] if tier.speed is not None]

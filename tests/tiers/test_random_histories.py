@@ -13,6 +13,7 @@ from memory_helpers import (
     GREEDY,
     LAYOUT,
     Clock,
+    InProcessPeer,
     await_loading,
     block,
     fill,
@@ -25,9 +26,10 @@ from steering import LONGEST_WAIT_S
 from core.tiers import HierarchicalMemory, Tier
 from core.tiers.compress import CodecChoice, Compressor
 from core.tiers.disk import LocalFiles
-from core.tiers.loading import HostSlot, Loading
+from core.tiers.loading import Loading
 from core.tiers.lower_tier import LowerTier
-from core.tiers.peer import InProcessPeer, PeerStore
+from core.tiers.parts import HostSlot
+from core.tiers.peer import PeerStore
 from core.tiers.records import TierSpeed
 from core.tiers.segments import SUFFIX
 

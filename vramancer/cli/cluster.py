@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from core.config import Settings
+from core.config import MemorySettings, Settings
 from core.devices import format_bytes
 from core.logs import configure_logging
 from vramancer import __version__
@@ -37,9 +37,10 @@ cluster = typer.Typer(
 
 
 @settings_command(
-    "cluster", "devices", "logging", "runtime",
+    "cluster", "devices", "memory", "logging", "runtime",
     without=("cluster.accept", "cluster.auto_place", "cluster.wait_s", "devices.num_gpus", "devices.placement",
-             "devices.layers", "devices.objective"),
+             "devices.layers", "devices.objective",
+             *(f"memory.{name}" for name in MemorySettings.model_fields if name != "host_bytes")),
 )  # fmt: skip
 def join(settings: Settings) -> int:
     """Compute for a master, which is looked for on the network unless --master says where it is. Ctrl-C leaves once
