@@ -144,6 +144,10 @@ class InferencePipeline:
             self._keeper.swap(settings)
             self.monitor.start()
             loaded = self.model
+        for name in (loaded.name, *loaded.aliases):
+            group = self.upstreams.find(name)
+            if group is not None and not group.has_self:
+                logger.warning("requests for this name go to other servers, not to the loaded model", name=name)
         if self._keeper.growth is not None:
             self._keeper.growth.look_soon()
         return loaded

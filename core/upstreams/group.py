@@ -75,11 +75,12 @@ class Group:
         with self._lock:
             self._index.record(replica.name, prompt.hashes)
 
-    def lost(self, replica: Replica) -> None:
-        """It failed; what it had cached is probably gone."""
+    def lost(self, replica: Replica, *, busy: bool) -> None:
+        """It failed to answer. Unless it is only `busy`, what it had cached is probably gone."""
         with self._lock:
-            self._index.forget(replica.name)
-            self._index.set_capacity(replica.name, INDEXED_BLOCKS)
+            if not busy:
+                self._index.forget(replica.name)
+                self._index.set_capacity(replica.name, INDEXED_BLOCKS)
             self.moved += 1
 
     def available(self) -> bool:

@@ -42,7 +42,7 @@ class Relay:
     def failed(self, replica: Replica, error: VRAMancerError) -> None:
         """A replica did not begin an answer, so that another one may."""
         self.failure = error
-        self._group.lost(replica)
+        self._group.lost(replica, busy=isinstance(error, QueueFullError))
         log.warning("replica failed", model=self._group.name, replica=replica.name, error=error.message)
 
     def whole(self, replica: Replica, cached_tokens: int) -> Iterator[Answer | None]:
