@@ -73,7 +73,7 @@ class Breaker:
             self.failures += 1
             self.last_error = error
             self._trying = False
-            if self._opened_s is not None or self.failures >= self._threshold:
+            if self.failures >= self._threshold:  # also when it was half-open
                 self._opened_s = self._clock()
 
     def gave_up(self) -> None:
