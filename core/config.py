@@ -19,6 +19,7 @@ from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from core.config_backend import BackendSettings, UpstreamSettings
 from core.config_fields import Section, field_kinds
 from core.config_names import ABSENT_SETTINGS, AbsentSetting, absence, nearest
 from core.config_schema import DeviceSettings, MemorySettings, Settings
@@ -34,6 +35,7 @@ from core.errors import ConfigError
 
 __all__ = [
     "ApiSettings",
+    "BackendSettings",
     "ClusterSettings",
     "DashboardSettings",
     "DeviceSettings",
@@ -43,6 +45,7 @@ __all__ = [
     "SettingInfo",
     "Settings",
     "TracingSettings",
+    "UpstreamSettings",
     "find_config_file",
     "iter_settings",
     "load_settings",
@@ -72,6 +75,11 @@ class SettingInfo:
     @property
     def secret(self) -> bool:
         return SecretStr in self.kinds
+
+    @property
+    def holds_secrets(self) -> bool:
+        """Whether a part of its value may be one."""
+        return bool(_extra(self.field, "holds_secrets"))
 
     @property
     def description(self) -> str:
@@ -217,9 +225,10 @@ class _Merged:
             return f"{', '.join(sorted(sources - {'default'})) or 'settings'}: {message}."
         key = f"{location[0]}.{location[1]}"
         info = next(info for info in iter_settings() if info.key == key)
-        given = "" if info.secret else f", got {detail['input']!r}"
+        given = "" if info.secret or info.holds_secrets else f", got {detail['input']!r}"
         allowed = f" Allowed: {info.allowed}." if info.allowed else ""
-        return f"{self._sources.get(key, 'default')}: {key}: {message}{given}.{allowed}"
+        inner = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location[2:])
+        return f"{self._sources.get(key, 'default')}: {key}{inner}: {message}{given}.{allowed}"
 
 
 def _platform_defaults(environ: Mapping[str, str]) -> dict[str, Any]:

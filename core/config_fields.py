@@ -28,14 +28,18 @@ def setting(
     env: str | None = None,
     shown_default: str | None = None,
     common: bool = False,
+    holds_secrets: bool = False,
     **bounds: Any,
 ) -> Any:
     """A pydantic field; `flag` and `env` replace the names that are derived from the field's own.
 
     `flag=""` means that there is no flag; a callable `default` is a factory, shown as `shown_default` in help texts.
-    What is `common` is in a command's `--help`, the rest in `--help-all` alone.
+    What is `common` is in a command's `--help`, the rest in `--help-all` alone. Values that may hold secrets are not
+    quoted in errors.
     """
-    extra = {"flag": flag, "env": env, "shown_default": shown_default, "common": common}
+    extra = {
+        "flag": flag, "env": env, "shown_default": shown_default, "common": common, "holds_secrets": holds_secrets,
+    }  # fmt: skip
     keywords: dict[str, Any] = {"description": description, "json_schema_extra": extra, **bounds}
     if callable(default):
         return Field(default_factory=default, **keywords)

@@ -55,10 +55,7 @@ class AbsentSetting:
 
 _SWITCH = frozenset({"0", "false", "off"})
 
-ABSENT_SETTINGS = (
-    AbsentSetting("backend.allow_stub", "VRM_BACKEND_ALLOW_STUB", "answers of a stub where no backend is", _SWITCH),
-    AbsentSetting("sqlite.path", "VRM_SQLITE_PATH", "keeping state in an SQLite file", _SWITCH),
-)
+ABSENT_SETTINGS = (AbsentSetting("sqlite.path", "VRM_SQLITE_PATH", "keeping state in an SQLite file", _SWITCH),)
 
 ABSENT_COMMANDS = {"keys": "API keys with roles of their own"}
 

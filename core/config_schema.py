@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from core.config_backend import BackendSettings
 from core.config_fields import MIB, Section, setting
 from core.config_service import (
     ApiSettings,
@@ -238,6 +239,7 @@ class Settings(BaseModel):
     engine: EngineSettings = Field(default_factory=EngineSettings)
     lending: LendingSettings = Field(default_factory=LendingSettings)
     memory: MemorySettings = Field(default_factory=MemorySettings)
+    backend: BackendSettings = Field(default_factory=BackendSettings)
     api: ApiSettings = Field(default_factory=ApiSettings)
     security: SecuritySettings = Field(default_factory=SecuritySettings)
     cluster: ClusterSettings = Field(default_factory=ClusterSettings)
@@ -264,6 +266,7 @@ class Settings(BaseModel):
             (self.security.disable_rate_limit, "security.disable_rate_limit"),
             (self.runtime.minimal_test, "runtime.minimal_test"),
             (self.runtime.test_mode, "runtime.test_mode"),
+            (self.backend.allow_stub, "backend.allow_stub"),
             ("*" in self.api.cors_origins, 'api.cors_origins="*"'),
         ):
             if weak:

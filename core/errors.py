@@ -29,6 +29,8 @@
     │   ├── PageMoveError               500  code=step_failed
     │   ├── RecordError                 500  code=step_failed
     │   └── DeviceLostError             500  code=device_lost
+    ├── UpstreamError                   502  upstream_error; code says what went wrong there
+    │   └── UpstreamTimeoutError        504  code=upstream_timeout
     ├── NetworkError                    500  (between nodes; never an answer by itself)
     │   ├── ProtocolError               500  what arrived is not VTP, or not as announced
     │   ├── ClusterRefusedError         500  the other node does not want this one
@@ -38,6 +40,7 @@
         ├── EngineMovedError            503  code=engine_moved
         ├── CircuitOpenError            503  code=circuit_open
         ├── ModelNotLoadedError         503  code=model_not_loaded
+        ├── UpstreamUnavailableError    503  code=upstream_unavailable
         └── ModelChangedError           503  code=model_changed
 
 The HTTP status and the OpenAI-shaped ``type`` and ``code`` live on the class, so there is one map from error to answer.
@@ -270,6 +273,21 @@ class DeviceLostError(StepFailedError):
         self.device = device
 
 
+class UpstreamError(VRAMancerError):
+    """Another server, which answers for a model, cannot be reached, breaks off, or answers what nobody can read."""
+
+    status = 502
+    type = "upstream_error"
+    code = "upstream_failed"
+
+
+class UpstreamTimeoutError(UpstreamError):
+    """Another server did not answer in time."""
+
+    status = 504
+    code = "upstream_timeout"
+
+
 class NetworkError(VRAMancerError):
     """Something between two nodes went wrong."""
 
@@ -325,6 +343,12 @@ class ModelNotLoadedError(UnavailableError):
     """No model is loaded."""
 
     code = "model_not_loaded"
+
+
+class UpstreamUnavailableError(UnavailableError):
+    """None of the servers that answer for a model is asked at the moment, since they failed again and again."""
+
+    code = "upstream_unavailable"
 
 
 class ModelChangedError(UnavailableError):

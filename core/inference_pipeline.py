@@ -31,9 +31,12 @@ from core.parsers.families import ReasoningParserName, ToolParserName
 from core.request import SamplingParams, TraceContext
 from core.tracing import open_tracing
 from core.transfer import TransferManager
+from core.upstreams.replica import Reported
+from core.upstreams.upstreams import Upstreams
 from core.views.metrics import engine_metrics
 from core.views.network_metrics import TRANSPORT, network_metrics
 from core.views.state import ServiceState
+from core.views.upstream_metrics import upstream_metrics
 
 logger = get_logger(__name__)
 
@@ -65,6 +68,7 @@ class InferencePipeline:
         self._keeper = EngineKeeper(
             settings, self.transfer, self.main_memory, self.metrics, on_progress, observers, cluster
         )
+        self.upstreams = Upstreams(settings.backend, self._own_load)
         self.monitor = GPUMonitor(self._devices, settings.monitoring.interval_s)
         self.metrics.set_engine_source(self._metrics_now)
         if cluster is not None:
@@ -80,9 +84,19 @@ class InferencePipeline:
             return self.monitor.readings
         return {**self.monitor.readings, **self.cluster.readings()}
 
+    def _own_load(self) -> Reported | None:
+        """For the router among replicas; None: the model that is loaded here cannot serve now."""
+        engine = self._keeper.engine
+        if engine is None or not self.ready()[0]:
+            return None
+        stats, held = engine.batcher.stats, engine.batcher.intake.load
+        waiting_tokens = held.tokens * stats.waiting // max(1, stats.running + stats.waiting)
+        return Reported(stats.running, stats.waiting, waiting_tokens, self.settings.engine.max_batch_size)
+
     def _metrics_now(self) -> Iterator[Metric]:
         yield from engine_metrics(self._keeper.engine, self._readings())
         yield from network_metrics(self.cluster)
+        yield from upstream_metrics(self.upstreams.groups())
 
     # -- the model --------------------------------------------------------------------------------------------------
 
@@ -130,6 +144,10 @@ class InferencePipeline:
             self._keeper.swap(settings)
             self.monitor.start()
             loaded = self.model
+        for name in (loaded.name, *loaded.aliases):
+            group = self.upstreams.find(name)
+            if group is not None and not group.has_self:
+                logger.warning("requests for this name go to other servers, not to the loaded model", name=name)
         if self._keeper.growth is not None:
             self._keeper.growth.look_soon()
         return loaded
@@ -346,6 +364,7 @@ class InferencePipeline:
             self.loading, self._keeper.closing, *self.ready(), settings=self.settings, transfers=self.transfer.stats(),
             latency=self.metrics.latency, readings=self._readings(), cluster=self.cluster,
             offer=self._keeper.growth.offer if self._keeper.growth is not None else None,
+            upstreams=self.upstreams.views(),
         )  # fmt: skip
 
     @property
@@ -356,6 +375,7 @@ class InferencePipeline:
     def shutdown(self, *, drain_s: float = 0.0) -> None:
         """Refuse new requests, let running ones finish for up to `drain_s`, free everything. Safe to call twice."""
         self._keeper.close(drain_s)
+        self.upstreams.close()
         self.monitor.close()
         self.transfer.close()
         if self.tracing is not None:

@@ -79,6 +79,17 @@ def waiting(reason: str, reached: Reached) -> str:
     return "\n".join([f"waiting for machines: {reason}", *_laid_out(rows), *cluster_lines(reached.cluster)])
 
 
+def stub_banner(reason: str, reached: Reached) -> str:
+    """What is said instead where a stub answers, since the model could not be loaded for this `reason`."""
+    rows = [
+        ("API", f"{reached.url(reached.port)}/v1, where a stub answers, which is no language model"),
+        ("model", "none; POST /api/models/load loads one"),
+        ("token", _token(reached)),
+        ("stop", "Ctrl-C"),
+    ]
+    return "\n".join([f"no model could be loaded: {reason}", *_laid_out(rows)])
+
+
 def _laid_out(rows: list[tuple[str, str]]) -> list[str]:
     lines: list[str] = []
     for label, text in rows:

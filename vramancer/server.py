@@ -21,7 +21,7 @@ from core.logs import configure_logging, get_logger
 from core.security.access import nobody
 from dashboard import AppGateway, Dashboard
 from vramancer import __version__
-from vramancer.banner import Reached, banner, waiting
+from vramancer.banner import Reached, banner, stub_banner, waiting
 from vramancer.late import LateLoad, may_come
 from vramancer.web.leave import leave
 from vramancer.web.limits import Limits
@@ -69,7 +69,9 @@ def serve(settings: Settings) -> int:
                     host, port = listener.getsockname()[:2]
                     new = token.value if token.created else None
                     reached = Reached(host, port, metrics.port, token.path, new, cluster)
-                    if reason is None or master is None:
+                    if reason is not None and pipeline.settings.backend.allow_stub:
+                        _serve_stub(pipeline, listener, token.value, reached, reason)
+                    elif reason is None or master is None:
                         _serve_loaded(pipeline, listener, token.value, reached)
                     else:
                         _serve_waiting(pipeline, listener, token.value, reached, master, reason)
@@ -88,10 +90,14 @@ def serve(settings: Settings) -> int:
 
 
 def _load(pipeline: InferencePipeline, cluster: OpenMaster | None) -> str | None:
-    """Load the model. What it waits for, if it takes machines that have not joined yet."""
+    """Load the model. What it waits for, if it takes machines that have not joined yet; or why a stub answers."""
     try:
         pipeline.load()
     except VRAMancerError as error:
+        backend = pipeline.settings.backend
+        if backend.allow_stub and not backend.upstreams:
+            logger.warning("no model could be loaded: a stub answers", error=error.message)
+            return error.message
         if cluster is None or not may_come(pipeline.settings, error):
             raise
         return error.message
@@ -109,6 +115,14 @@ def _metrics_server(pipeline: InferencePipeline, listener: socket.socket) -> Met
 
 def _serve_loaded(pipeline: InferencePipeline, listener: socket.socket, token: str, reached: Reached) -> None:
     text = banner(pipeline, reached)
+    _door(pipeline, listener, token, lambda: typer.echo(text)).run_until_stopped(listener)
+
+
+def _serve_stub(
+    pipeline: InferencePipeline, listener: socket.socket, token: str, reached: Reached, reason: str
+) -> None:
+    """Without a model: chats and completions are answered by a stub until one is loaded."""
+    text = stub_banner(reason, reached)
     _door(pipeline, listener, token, lambda: typer.echo(text)).run_until_stopped(listener)
 
 

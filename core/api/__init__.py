@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from flask import Blueprint, Flask
 from flask_cors import CORS
 
-from core.api import front, management, memory, monitoring, native, tokens
+from core.api import front, management, memory, monitoring, native, tokens, upstreams
 from core.api.context import EXTENSION, REQUEST_ID_HEADER, ApiContext, LiveRequests, check_policies, register_hooks
 from core.api.errors import register_error_handlers
 from core.api.openai import batch, chat, completions, models
@@ -26,6 +26,7 @@ BLUEPRINTS = (
     batch.blueprint,
     models.blueprint,
     native.blueprint,
+    upstreams.blueprint,
     tokens.blueprint,
     management.blueprint,
     memory.blueprint,

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
 
-from flask import Response, request
+from flask import Response, g, request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from core.api.context import api_context
@@ -88,12 +88,20 @@ def read_request(schema: type[Schema]) -> Schema:
         InvalidRequestError: not JSON, not an object, or not what the schema says.
         UnsupportedParameterError: a parameter that is known but not honoured.
     """
-    body = parse_object(_read_bytes())
+    body = read_body()
     schema.refuse_unsupported(body)
     try:
         return schema.model_validate(body)
     except ValidationError as error:
         raise from_validation_error(error) from None
+
+
+def read_body() -> dict[str, Any]:
+    """The current request's body as it came, read once. Raises what `read_request` does of what is no JSON object."""
+    if "body" not in g:
+        g.body = parse_object(_read_bytes())
+    body: dict[str, Any] = g.body
+    return body
 
 
 def from_validation_error(error: ValidationError) -> InvalidRequestError:

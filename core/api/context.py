@@ -108,9 +108,16 @@ def served_model(name: str | None) -> LoadedModel:
     span = current_span()
     if span is not None:
         span.set(gen_ai__request__model=name or model.name)
-    if name is not None and not model.knows(name):
+    group = api_context().pipeline.upstreams.named.get(name or "")
+    if name is not None and not model.knows(name) and not (group is not None and group.has_self):
         raise ModelNotFoundError(f"The model '{name}' is not served here; '{model.name}' is.", param="model")
     return model
+
+
+def others_answer() -> bool:
+    """Whether requests may be answered by something else than our engine; see `core.api.upstreams.answered`."""
+    pipeline = api_context().pipeline
+    return bool(pipeline.upstreams.named) or pipeline.settings.backend.allow_stub
 
 
 def register_hooks(app: Flask) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +11,7 @@ import psutil
 
 from core.devices import format_bytes
 from core.engine.model_engine import ModelEngine
+from core.upstreams.group import GroupView
 from core.views.memory import tier_troubles
 from core.views.state import ServiceState
 
@@ -56,6 +57,8 @@ def health(engine: ModelEngine | None, service: ServiceState) -> Health:
         checks["kv_cache"] = _check(True, f"{used} of {stats.blocks_total} blocks in use")
         if engine.memory.tiers is not None or tier_troubles(engine):
             checks["tiers"] = _tiers_check(engine)
+    if service.upstreams:
+        checks["upstreams"] = _upstreams_check(service.upstreams)
     free = shutil.disk_usage(service.settings.runtime.cache_dir.anchor or ".").free
     checks["disk"] = _check(True, f"{format_bytes(free)} free", warn=free < LOW_DISK_BYTES)
     return Health(max((check.status for check in checks.values()), key=_ORDER.index), checks)
@@ -95,6 +98,24 @@ def _devices_check(engine: ModelEngine | None) -> Check:
         return _check(False, str(error))
     names = ", ".join(engine.budgets)
     return _check(True, f"within budget: {names}")
+
+
+def _upstreams_check(groups: Sequence[GroupView]) -> Check:
+    """Models of other servers: the service is degraded without one of them, and other models are as they were."""
+    parts = []
+    for group in groups:
+        for replica in group.replicas:
+            state = "reachable" if replica.reachable is not False else "not reachable"
+            if replica.url is None:
+                state = "loaded here"
+            if replica.breaker != "closed":
+                state += f", breaker {replica.breaker}"
+            reason = f" ({replica.last_error})" if replica.last_error else ""
+            parts.append(f"{group.name} at {replica.url or 'self'}: {state}{reason}")
+    well = all(
+        replica.reachable is not False and replica.breaker == "closed" for group in groups for replica in group.replicas
+    )
+    return _check(True, "; ".join(parts), warn=not well)
 
 
 def _tiers_check(engine: ModelEngine) -> Check:

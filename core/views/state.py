@@ -11,6 +11,7 @@ from core.devices.readings import DeviceReading
 from core.engine.growth import Offer
 from core.metrics import Percentiles
 from core.transfer.manager import Link, TransferStats
+from core.upstreams.group import GroupView
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class ServiceState:
 
     `ready` says whether requests would be answered, `reason` why not; `transfers` are totals since the start,
     `latency` computes what is of late, `readings` are the last ones of devices. `cluster` has the nodes, `offer` says
-    what they would be good for.
+    what they would be good for. `upstreams` are models that other servers answer for.
     """
 
     loading: bool
@@ -32,3 +33,4 @@ class ServiceState:
     readings: Mapping[str, DeviceReading] = field(default_factory=dict)
     cluster: Master | None = None
     offer: Offer | None = None
+    upstreams: tuple[GroupView, ...] = ()

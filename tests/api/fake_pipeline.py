@@ -33,6 +33,8 @@ from core.metrics import MetricsRegistry
 from core.models.resolve import DEMO_PATH
 from core.models.tokenizer import Tokenizer
 from core.request import RequestOutput, SamplingParams, SequenceDelta, TokenLogprob
+from core.upstreams.replica import Reported
+from core.upstreams.upstreams import Upstreams
 from core.views.state import ServiceState
 
 BOS, EOS, VOCAB = 256, 257, 258
@@ -159,6 +161,8 @@ class FakePipeline:
         self.settings = settings
         self.metrics = MetricsRegistry()
         self.tracing = None
+        self.loading = False
+        self.upstreams = Upstreams(settings.backend, self.own_load)
         self.cluster = None
         self.monitor = SimpleNamespace(readings={})
         self.fake_model: LoadedModel | None = fake_model()
@@ -183,6 +187,9 @@ class FakePipeline:
         if self.fake_model is None:
             raise ModelNotLoadedError("No model is loaded.")
         return self.fake_model
+
+    def own_load(self) -> Reported | None:
+        return Reported(0, 0, 0, 4) if self.fake_model is not None else None
 
     @property
     def loaded(self) -> bool:
@@ -315,5 +322,5 @@ class FakePipeline:
         ready, reason = self.ready()
         return ServiceState(
             loading=False, closing=False, ready=ready, reason=reason, settings=self.settings, transfers={},
-            latency=self.metrics.latency, readings=self.monitor.readings,
+            latency=self.metrics.latency, readings=self.monitor.readings, upstreams=self.upstreams.views(),
         )  # fmt: skip

@@ -18,6 +18,7 @@ CANCELS, OPERATES = ("user", True), ("operator", True)
 EXPECTED_POLICIES = {
     "/": PUBLIC,
     "/v1/completions": INFERS,
+    "/v1/embeddings": INFERS,
     "/v1/chat/completions": INFERS,
     "/v1/batch/completions": INFERS,
     "/v1/models": READS,

@@ -271,8 +271,8 @@ def test_every_setting_is_described_and_reachable() -> None:
     assert all(info.description.endswith(".") or info.description.endswith(")") for info in infos)
     assert len({info.env for info in infos}) == len(infos)
     flags = [info.flag for info in infos if info.flag]
-    assert len(set(flags)) == len(flags) == len(infos) - 2
-    assert [info.key for info in infos if info.flag is None] == ["api.token", "cluster.token"]
+    assert len(set(flags)) == len(flags) == len(infos) - 3
+    assert [info.key for info in infos if info.flag is None] == ["backend.upstream_keys", "api.token", "cluster.token"]
 
 
 def test_a_section_without_entries_leaves_those_behind_it_in_force(tmp_path: Path) -> None:

@@ -63,7 +63,6 @@ def test_every_promised_variable_is_known_by_name(environ: dict[str, str], varia
 @pytest.mark.parametrize(
     ("variable", "text", "said"),
     [
-        ("VRM_BACKEND_ALLOW_STUB", "1", "stub"),
         ("VRM_SQLITE_PATH", "/var/lib/vrm.db", "SQLite"),
     ],
 )
@@ -76,7 +75,6 @@ def test_setting_what_is_absent_says_so(environ: dict[str, str], variable: str, 
 @pytest.mark.parametrize(
     ("variable", "text"),
     [
-        ("VRM_BACKEND_ALLOW_STUB", "0"),
         ("VRM_SQLITE_PATH", "off"),
     ],
 )
@@ -86,10 +84,10 @@ def test_what_is_absent_may_be_off(environ: dict[str, str], variable: str, text:
 
 def test_the_same_in_yaml(environ: dict[str, str], tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text("backend: {allow_stub: off}\nsqlite:\n")
+    path.write_text("sqlite: {path: off}\ndevices:\n")
     assert load_settings(path, environ) == load_settings(environ=environ)
-    path.write_text("backend: {allow_stub: true}\n")
-    assert refusal(path, **environ).startswith(f"{path}: backend.allow_stub (answers of a stub where no backend is) is")
+    path.write_text("sqlite: {path: state.db}\n")
+    assert refusal(path, **environ).startswith(f"{path}: sqlite.path (keeping state in an SQLite file) is")
     path.write_text("cluster: {colour: red}\n")
     assert "unknown key 'cluster.colour'" in refusal(path, **environ)
 

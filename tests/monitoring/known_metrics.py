@@ -11,7 +11,8 @@ COUNTERS = (
     "lending_bytes_lent_total", "stage_busy_seconds_total", "stage_predicted_seconds_total", "stage_forwards_total",
     "tasks_submitted_total", "tasks_completed_total", "tasks_refused_total", "tasks_failed_total",
     "env_endpoint_hits_total", "fastpath_bytes_total", "vtp_tensors_sent_total", "vtp_tensors_recv_total",
-    "vtp_bytes_sent_total", "vtp_kv_cache_ops_total", "telemetry_packets_total",
+    "vtp_bytes_sent_total", "vtp_kv_cache_ops_total", "telemetry_packets_total", "upstream_requests_total",
+    "upstream_failovers_total",
     "orch_placements_total", "orch_migrations_total", "orch_rebalance_total", "orch_hierarchy_moves_total",
     "process_cpu_seconds_total",
 )  # fmt: skip
@@ -25,6 +26,7 @@ GAUGES = (
     "stage_busy_ratio", "memory_tier_blocks", "memory_tier_used_bytes", "memory_tier_capacity_bytes",
     "lending_active_leases", "lending_pool_capacity_gb", "tasks_running", "tasks_resource_running",
     "task_duration_percentile", "circuit_breaker_open", "process_resident_memory_bytes", "process_virtual_memory_bytes",
+    "upstream_requests_running", "upstream_up", "upstream_breaker_open",
     "fastpath_interface_latency_seconds", "process_start_time_seconds", "process_open_fds", "process_max_fds",
 )  # fmt: skip
 HISTOGRAMS = (

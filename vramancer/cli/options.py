@@ -15,8 +15,8 @@ from core.errors import ConfigError, VRAMancerError
 from vramancer.cli.parsing import HELP_ALL, details, parameter_name
 
 Section = Literal[
-    "model", "devices", "engine", "lending", "memory", "api", "security", "cluster", "monitoring", "dashboard",
-    "tracing", "logging", "runtime",
+    "model", "devices", "engine", "lending", "memory", "backend", "api", "security", "cluster", "monitoring",
+    "dashboard", "tracing", "logging", "runtime",
 ]  # fmt: skip
 _CONFIG = "config"
 _MODEL = "model_argument"

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from flask import Blueprint, Response
 
 from core.api.body import json_response, parse_object, read_request
-from core.api.context import served_model
+from core.api.context import others_answer, served_model
 from core.api.generation import ChoiceStream, Usage, choice, envelope, finite, start_generation, stream_response
 from core.api.openai.schemas import ChatMessage, ChatRequest, TemplateFields
 from core.api.sampling import sampling_params
+from core.api.upstreams import answered
 from core.errors import InvalidRequestError, UnsupportedParameterError
 from core.request import RequestOutput, SamplingParams, SequenceDelta, TokenLogprob
 from core.security.access import policy
@@ -28,6 +29,10 @@ blueprint = Blueprint("openai_chat", __name__)
 @blueprint.post("/v1/chat/completions")
 @policy("user", waits=True)
 def create_chat_completion() -> Response:
+    return answered("chat/completions", _complete_here) if others_answer() else _complete_here()
+
+
+def _complete_here() -> Response:
     fields = read_request(ChatRequest)
     model = served_model(fields.model)
     tools, reader = _tools(fields, model)

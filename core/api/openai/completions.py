@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flask import Blueprint, Response
 
 from core.api.body import json_response, read_request
-from core.api.context import api_context, served_model
+from core.api.context import api_context, others_answer, served_model
 from core.api.generation import (
     ChoiceStream,
     EngineRequest,
@@ -24,6 +24,7 @@ from core.api.generation import (
 )
 from core.api.openai.schemas import CompletionFields, CompletionRequest
 from core.api.sampling import default_max_tokens, encode_prompt, sampling_params
+from core.api.upstreams import answered
 from core.defaults import COMPLETION_MAX_TOKENS
 from core.errors import InvalidRequestError
 from core.request import GenerationResult, RequestOutput, SequenceDelta, TokenLogprob
@@ -39,6 +40,10 @@ blueprint = Blueprint("openai_completions", __name__)
 @blueprint.post("/v1/completions")
 @policy("user", waits=True)
 def create_completion() -> Response:
+    return answered("completions", _complete_here) if others_answer() else _complete_here()
+
+
+def _complete_here() -> Response:
     fields = read_request(CompletionRequest)
     model = served_model(fields.model)
     prompts = split_prompts(fields.prompt, limit=api_context().pipeline.settings.api.max_batch_prompts)

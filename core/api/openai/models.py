@@ -1,4 +1,4 @@
-"""`GET /v1/models` and `GET /v1/models/<id>`: the loaded model, under each of its names."""
+"""`GET /v1/models` and `GET /v1/models/<id>`: the loaded model, under each of its names, and those of upstreams."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from flask import Blueprint, Response
 
 from core.api.body import json_response
 from core.api.context import api_context, served_model
+from core.api.upstreams import stub_answers
 from core.errors import ModelNotFoundError, ModelNotLoadedError
 from core.security.access import policy
+from core.upstreams.group import GroupView
+from core.upstreams.stub import STUB_NAME
 
 if TYPE_CHECKING:
     from core.engine.submission import LoadedModel
@@ -20,18 +23,27 @@ blueprint = Blueprint("openai_models", __name__)
 @blueprint.get("/v1/models")
 @policy("viewer")
 def list_models() -> Response:
-    """Empty while no model is loaded."""
+    """Our own model, if one is loaded, and those that other servers answer for."""
+    pipeline = api_context().pipeline
+    others = pipeline.upstreams.views()
+    cards = [upstream_card(group) for group in others]
     try:
-        model = api_context().pipeline.model
+        model = pipeline.model
     except ModelNotLoadedError:
-        return json_response({"object": "list", "data": []})
-    names = dict.fromkeys((model.name, *model.aliases))
-    return json_response({"object": "list", "data": [model_card(model, name) for name in names]})
+        if stub_answers():
+            cards.append({"id": STUB_NAME, "object": "model", "created": 0, "owned_by": STUB_NAME})
+        return json_response({"object": "list", "data": cards})
+    taken = {group.name for group in others}
+    names = [name for name in dict.fromkeys((model.name, *model.aliases)) if name not in taken]
+    return json_response({"object": "list", "data": [*(model_card(model, name) for name in names), *cards]})
 
 
 @blueprint.get("/v1/models/<path:name>")
 @policy("viewer")
 def get_model(name: str) -> Response:
+    group = api_context().pipeline.upstreams.find(name)
+    if group is not None:
+        return json_response(upstream_card(group.view()))
     try:
         model = served_model(name)
     except ModelNotLoadedError as error:
@@ -49,4 +61,18 @@ def model_card(model: LoadedModel, name: str) -> dict[str, Any]:
         "root": model.name,
         "parent": None,
         "max_model_len": model.max_model_len,
+    }
+
+
+def upstream_card(group: GroupView) -> dict[str, Any]:
+    """A model that other servers answer for; `available` says whether one of them would be asked now."""
+    first = group.replicas[0]
+    return {
+        "id": group.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": first.backend,
+        "root": first.model or group.name,
+        "parent": None,
+        "available": group.available,
     }
