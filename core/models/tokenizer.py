@@ -37,6 +37,10 @@ from core.models.text_bound import text_bound
 from core.models.token_pieces import TokenPieces
 
 
+_SINGLE = frozenset(bytes([byte]) for byte in (0x0A, *range(0x20, 0x7F)))
+"""Characters that grammars ask for, JSON's among them."""
+
+
 class Tokenizer:
     """A model's tokenizer and chat template."""
 
@@ -127,14 +131,14 @@ class Tokenizer:
     def grammars(self, end_token_ids: Sequence[int]) -> Grammars:
         """Grammars for answers that end with one of `end_token_ids`, always the same object for the same ids.
 
-        Raises `UnsupportedParameterError` if it is not known which bytes the tokens stand for, or no token ends an
-        answer.
+        Raises `UnsupportedParameterError` if it is not known which bytes the tokens stand for, if ASCII characters lack
+        tokens of their own, of which any text could be made, or if no token ends an answer.
         """
         ends, table = tuple(sorted(end_token_ids)), self._pieces.table
-        if table is None or not ends:
+        if table is None or not ends or not _SINGLE.issubset(table.values()):
             raise UnsupportedParameterError(
                 "Answers of this model cannot keep to a grammar: its tokenizer does not say which bytes its tokens "
-                "stand for, or no token ends an answer."
+                "stand for, or has no tokens for single characters, or no token ends an answer."
             )
         size = max(table, default=-1) + 1
         with self._lock:
