@@ -22,7 +22,6 @@ CPU_S = 2
 """What compiling a grammar may take. Usual ones take milliseconds."""
 WAIT_S = 20.0
 """The same on a machine that is busy, and how long a request waits for others' grammars."""
-MAX_CHECKS = 2
 MAX_KEPT = 64
 MAX_REASON = 300
 
@@ -38,8 +37,9 @@ class Grammars:
         self._make = vocabulary
         self._lock = threading.Lock()
         self._building = threading.Lock()
-        self._checks = threading.BoundedSemaphore(MAX_CHECKS)
+        self._checking = threading.Lock()  # one at a time: the other cores are for the model
         self._kept: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
+        self._refused: OrderedDict[str, str] = OrderedDict()  # and why, so that asking again costs nothing
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -61,6 +61,10 @@ class Grammars:
             if grammar in self._kept:
                 return
         try:
+            with self._lock:
+                refused = self._refused.get(grammar)
+            if refused is not None:
+                raise GrammarError(refused)
             self._try_elsewhere(grammar)
             self.matcher(grammar)
         except GrammarError as error:
@@ -69,7 +73,7 @@ class Grammars:
             raise InvalidRequestError(said, param=param) from None
 
     def _try_elsewhere(self, grammar: str) -> None:
-        if not self._checks.acquire(timeout=WAIT_S):
+        if not self._checking.acquire(timeout=WAIT_S):
             raise UnavailableError("Too many grammars are being compiled; try again.", retry_after_s=1.0)
         try:
             paths = json.dumps([str(Path(path).resolve()) for path in sys.path])
@@ -81,11 +85,17 @@ class Grammars:
         except subprocess.TimeoutExpired:
             done = None
         finally:
-            self._checks.release()
-        if done is None or done.returncode:
-            raise GrammarError(f"compiling it takes more than {CPU_S} s of a processor's time, or too much memory")
-        error = json.loads(done.stdout)
+            self._checking.release()
+        if done is None:
+            raise UnavailableError("Compiling the grammar takes too long just now; try again.", retry_after_s=WAIT_S)
+        error = f"compiling it takes more than {CPU_S} s of a processor's time, or too much memory"
+        if not done.returncode:
+            error = json.loads(done.stdout)
         if error:
+            with self._lock:
+                self._refused[grammar] = error[:MAX_REASON]
+                while len(self._refused) > MAX_KEPT:
+                    self._refused.popitem(last=False)
             raise GrammarError(error)
 
     def matcher(self, grammar: str) -> llguidance.LLMatcher:

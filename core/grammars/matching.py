@@ -70,6 +70,14 @@ class MaskMaker:
             self._thread = None
 
     def _mask(self, order: MaskOrder) -> Bits | str:
+        try:
+            return self._found(order)
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's is none
+                raise
+            return f"The answer cannot keep to its grammar: {error!r}"
+
+    def _found(self, order: MaskOrder) -> Bits | str:
         state = order.state
         try:
             if state.matcher is None:

@@ -36,7 +36,6 @@ from core.models.template_variables import check_kwargs, template_variables
 from core.models.text_bound import text_bound
 from core.models.token_pieces import TokenPieces
 
-
 _SINGLE = frozenset(bytes([byte]) for byte in (0x0A, *range(0x20, 0x7F)))
 """Characters that grammars ask for, JSON's among them."""
 

@@ -1,4 +1,4 @@
-"""Answers that keep to grammars where another machine samples: it is told the vocabulary, and its loss costs nothing."""
+"""Answers that keep to grammars where another machine samples: it is told the vocabulary, and may be lost."""
 
 from __future__ import annotations
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  a schema a line reads best
 """JSON schemas in the shapes of published suites and of what clients send: calls, extraction, configuration."""
 
 from __future__ import annotations
