@@ -21,6 +21,8 @@ MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_SEED = 2**63 - 1
+MAX_GRAMMAR_BYTES = 128 * 1024
+"""Stages are told a sequence's parameters whole, and many sequences in one message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,7 @@ class SamplingParams:
     `top_k` 0 and `top_p` 1 and `min_p` 0 mean off; `top_p` 0 leaves the likeliest token alone, `temperature` 0 is
     greedy. `max_tokens` None runs to the end of the context. `logprobs` is the number of alternatives reported beside
     the sampled token (0: the token alone). `kept_special_tokens` are part of the text where others are skipped.
+    `grammar`, of `core.grammars`, is what the answer keeps to; an answer that is complete by it ends.
     """
 
     n: int = 1
@@ -54,6 +57,7 @@ class SamplingParams:
     detokenize: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -87,6 +91,8 @@ class SamplingParams:
             raise InvalidRequestError(
                 f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens}).", param="min_tokens"
             )
+        if self.grammar is not None and len(self.grammar.encode()) > MAX_GRAMMAR_BYTES:
+            raise InvalidRequestError(f"A grammar has at most {MAX_GRAMMAR_BYTES} bytes.", param="grammar")
         self._validate_stops(vocab_size)
         self._validate_logit_bias(vocab_size)
 

@@ -47,7 +47,7 @@ def tokenize() -> Response:
         if fields.tools:
             from core.api.openai.tools import read_functions
 
-            tools = read_functions(fields.tools)
+            tools, _ = read_functions(fields.tools)
         token_ids = encode_messages(fields.messages, model, fields, tools)
     else:
         add = fields.add_special_tokens is not False

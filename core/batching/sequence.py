@@ -208,6 +208,8 @@ def ending_of(sequence: Sequence, max_model_len: int) -> tuple[FinishReason, int
             return "stop", token_id
         if token_id in request.eos_token_ids and not request.params.ignore_eos:
             return "stop", None
+    if request.params.grammar is not None and token_id in request.eos_token_ids:
+        return "stop", None  # whatever `min_tokens` and `ignore_eos` say: nothing else was allowed
     if produced >= request.max_tokens or len(sequence.token_ids) >= max_model_len:
         return "length", None
     return None

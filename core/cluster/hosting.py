@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ from core.execution.attention.select import AttentionBackends
 from core.execution.attention.warm_up import warm_up_attention
 from core.execution.stage import KVSetup, Stage
 from core.execution.threads import CpuThreads
+from core.grammars.compiler import Grammars
+from core.grammars.vocabulary import Vocabulary
 from core.kv_cache.page_ops import LOCAL
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.models.architecture import DTYPES, Architecture, read_architecture
@@ -59,6 +62,10 @@ class _Placed:
     backends: AttentionBackends
     device: Device
     parts: StageParts
+
+
+def _same(vocabulary: Vocabulary) -> Vocabulary:
+    return vocabulary
 
 
 def device_info(device: Device) -> DeviceInfo:
@@ -116,6 +123,8 @@ class StageHost:
         stage = self._make_stage(asked, architecture, device, budget)
         try:
             path = self._checkpoints.find(asked.model, self._ask)
+            if asked.vocabulary is not None:
+                stage.keep_to(Grammars(partial(_same, asked.vocabulary)))
             stage.load(path, asked.weight_bytes, lambda nbytes: None, backends.of(device)[1])
             budget.reserve(WORKSPACE, asked.workspace_bytes)
         except BaseException:

@@ -13,6 +13,7 @@ import msgspec
 from core.costs import DeviceProfile, LayerCosts
 from core.devices.device import DeviceKind
 from core.devices.readings import DeviceReading
+from core.grammars.vocabulary import Vocabulary
 
 Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024)]
 Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
@@ -143,7 +144,7 @@ class Loaded(Message, frozen=True):
 class Load(Message, frozen=True, tag=True):
     """Read layers `first .. last - 1` of `layers` onto a device. `stage` is the stage's number on all links, unique as
     long as the master lives. `costs` and `profile` predict how long it computes, where that is known; `together` is how
-    many stages of the engine compute on the node's processor."""
+    many stages of the engine compute on the node's processor. The stage that samples has the `vocabulary`."""
 
     stage: Number
     model: ModelRef
@@ -157,6 +158,7 @@ class Load(Message, frozen=True, tag=True):
     engine: dict[str, Any]
     costs: LayerCosts | None = None
     profile: DeviceProfile | None = None
+    vocabulary: Vocabulary | None = None
     answer: ClassVar[type[Loaded]] = Loaded
 
 

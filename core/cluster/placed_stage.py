@@ -19,6 +19,7 @@ from core.costs import DeviceProfile, LayerCosts, StagePlan
 from core.devices import Device, DeviceBudget
 from core.errors import VRAMancerError
 from core.execution.stage import KVSetup
+from core.grammars.vocabulary import Vocabulary
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.logs import get_logger
 from core.models.architecture import Architecture
@@ -42,7 +43,7 @@ class RemotePages:
 @dataclass(frozen=True, slots=True)
 class StageOrder:
     """A stage to be loaded on a node. `entrance` is where hidden states leave for it; the rest as in `RemoteStage`.
-    `costs` and `profile` are given for emulated devices."""
+    `costs` and `profile` are given for emulated devices, the `vocabulary` to the last stage."""
 
     device: Device
     placed: StagePlan
@@ -52,6 +53,7 @@ class StageOrder:
     together: int
     costs: LayerCosts | None
     profile: DeviceProfile | None
+    vocabulary: Vocabulary | None = None
 
 
 class PlacedRemoteStage(RemoteStage):
@@ -196,6 +198,7 @@ class RemoteStages:
         request = Load(
             stage.number, self.model, node.devices[order.device.name].name, part.first, part.last, layers,
             placed.weight_bytes, placed.workspace_bytes, order.together, self._engine, order.costs, order.profile,
+            order.vocabulary,
         )  # fmt: skip
         try:
             stage.read_weights(request)

@@ -21,7 +21,7 @@ from core.devices import HOST, Device, DeviceBudget, MainMemory, format_bytes
 from core.devices.probe import free_bytes_of
 from core.emulation import EmulatedStage, GuestTime
 from core.engine.kv_memory import check_promises, open_kv
-from core.engine.model_engine import ModelEngine, describe, products_are_native
+from core.engine.model_engine import ModelEngine, describe, grammars_of, products_are_native
 from core.engine.model_plan import ModelPlan, cohort_policy, lends, stage_timer
 from core.engine.stages import EngineStage
 from core.errors import InsufficientMemoryError
@@ -105,6 +105,7 @@ class EngineBuilder:
         self._threads = CpuThreads(cpu_threads, _on_cpu(used, ""))
         self.backends = AttentionBackends(settings, partial(getattr, self._threads, "current"))
         self._blocks = StepBlocks()
+        self._grammars = grammars_of(plan, tokenizer)
         known = KnownSequences()  # what this process knows of sequences is shared
         self._make_stage: Callable[..., Stage] = partial(Stage, known=known)
         if any(device.is_emulated for device in plan.devices):  # all keep to what those take of each other's time
@@ -129,6 +130,8 @@ class EngineBuilder:
         stage = self._make_stage(self.plan.architecture, self.slice_of(index), device, budget, timer)
         if self._settings.tracing.enabled:
             stage.times = StepTimes()
+        if self._grammars is not None:
+            stage.keep_to(self._grammars)
         self.stages[index] = stage
         streamed = None
         if plan.streamed_layers:
@@ -151,6 +154,7 @@ class EngineBuilder:
             device, placed[index], entrance, fed_here,
             tells_here=index + 1 == len(placed) or self.device_of(index + 1).is_here,
             together=_on_cpu(used, device.node), costs=costs, profile=profile,
+            vocabulary=self._grammars.vocabulary if self._grammars and index + 1 == len(placed) else None,
         )  # fmt: skip
 
     def load(self) -> ModelEngine:

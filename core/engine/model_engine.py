@@ -14,9 +14,10 @@ from core.engine.kv_memory import KVMemory
 from core.engine.model_plan import ModelPlan
 from core.engine.stages import EngineStage
 from core.engine.submission import LoadedModel
-from core.errors import VRAMancerError
+from core.errors import UnsupportedParameterError, VRAMancerError
 from core.execution.model_runner import ModelRunner
 from core.execution.native import do_all_products
+from core.grammars.compiler import Grammars
 from core.kv_cache.manager import KVCacheManager
 from core.logs import get_logger
 from core.models.generation import eos_of, read_generation
@@ -120,11 +121,26 @@ def products_are_native(backends: Sequence[str], plan: ModelPlan, settings: Sett
     return all(name == "native" for name in here) and do_all_products(plan.architecture.dtype, instructions)
 
 
+def end_tokens(plan: ModelPlan, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Tokens that end an answer, in order."""
+    vocab = plan.architecture.vocab_size
+    generation = read_generation(plan.resolved.path, vocab)
+    ids = {*eos_of(plan.architecture.config, vocab, generation), tokenizer.eos_token_id}
+    return tuple(sorted(token for token in ids if token is not None and 0 <= token < vocab))
+
+
+def grammars_of(plan: ModelPlan, tokenizer: Tokenizer) -> Grammars | None:
+    """What answers of a model can keep to; None if they cannot."""
+    try:
+        return tokenizer.grammars(end_tokens(plan, tokenizer))
+    except UnsupportedParameterError:
+        return None
+
+
 def describe(plan: ModelPlan, settings: Settings, tokenizer: Tokenizer) -> LoadedModel:
     """What clients may know of a model that has been loaded as planned."""
     vocab = plan.architecture.vocab_size
     generation = read_generation(plan.resolved.path, vocab)
-    ids = {*eos_of(plan.architecture.config, vocab, generation), tokenizer.eos_token_id}
     return LoadedModel(
         name=plan.resolved.name,
         aliases=settings.model.served_model_name,
@@ -134,7 +150,7 @@ def describe(plan: ModelPlan, settings: Settings, tokenizer: Tokenizer) -> Loade
         vocab_size=vocab,
         dtype=str(plan.architecture.dtype).removeprefix("torch."),
         num_parameters=plan.weights.num_parameters,
-        eos_token_ids=tuple(sorted(token for token in ids if token is not None and 0 <= token < vocab)),
+        eos_token_ids=end_tokens(plan, tokenizer),
         generation_defaults=dict(generation.defaults),
         tokenizer=tokenizer,
         source=settings.model.name or "",

@@ -63,6 +63,8 @@ def make_request(
     tokens = list(prompt_token_ids)
     params.validate(model.vocab_size)
     check_prompt(tokens, model)
+    if params.grammar is not None:
+        model.tokenizer.grammars(model.eos_token_ids).check(params.grammar, "grammar")
     room = model.max_model_len - len(tokens)
     max_tokens = params.max_tokens if params.max_tokens is not None else room
     if max_tokens > room:

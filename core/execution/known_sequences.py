@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,10 +16,14 @@ from core.errors import RecordError
 from core.execution.records import PROMPT_LOGPROBS, SAMPLE, Ints, Longs, NewSequence, StepRecord
 from core.request import SamplingParams
 
+if TYPE_CHECKING:
+    from core.grammars.matching import GrammarState
+
 
 @dataclass(eq=False, slots=True)
 class KnownSequence:
-    """A sequence as it was told. `output_token_ids` grows with what is told; `slot` is its row of the block tables."""
+    """A sequence as it was told. `output_token_ids` grows with what is told; `slot` is its row of the block tables;
+    `grammar_state` is the last stage's."""
 
     seq_id: int
     slot: int
@@ -28,6 +33,7 @@ class KnownSequence:
     seed: int
     end_token_ids: tuple[int, ...]
     num_blocks: int = 0
+    grammar_state: GrammarState | None = None
 
     @classmethod
     def of(cls, new: NewSequence, slot: int) -> KnownSequence:

@@ -3,7 +3,7 @@
 ::
 
     logits -> float32 -> raw log-probabilities (if asked for)
-           -> logit_bias -> suppressed tokens -> repetition, frequency, presence penalty
+           -> logit_bias -> suppressed tokens -> repetition, frequency, presence penalty -> mask of a grammar
            -> greedy: argmax
            -> else:   / temperature -> min_p -> top_k -> top_p -> draw
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,6 +27,9 @@ from core.execution.sampling.logit_edits import LogitEditor
 from core.execution.sampling.logprobs import Reported, prompt_logprobs, rows_per_chunk, token_logprobs
 from core.execution.sampling.random import derive_seed, fresh_seed, uniforms
 from core.request import SamplingParams
+
+if TYPE_CHECKING:
+    from core.grammars.matching import Bits
 
 __all__ = [
     "NonFiniteLogitsError",
@@ -58,7 +62,8 @@ class SamplingRow:
     """One row to be sampled. Written by the runner from what the scheduler decided.
 
     `seed` is the sequence's own, resolved; `position` counts the tokens before the sampled one, prompt and output.
-    `suppress_token_ids` may not be chosen (end tokens while `min_tokens` is not reached).
+    `suppress_token_ids` may not be chosen (end tokens while `min_tokens` is not reached). `mask`, one bit a token, has
+    what a grammar allows.
     """
 
     seq_id: int
@@ -68,6 +73,7 @@ class SamplingRow:
     prompt_token_ids: Sequence[int] = ()
     output_token_ids: Sequence[int] = ()
     suppress_token_ids: tuple[int, ...] = ()
+    mask: Bits | None = None
 
     @property
     def greedy(self) -> bool:
@@ -77,7 +83,9 @@ class SamplingRow:
     def edited(self) -> bool:
         """Whether the row's logits differ from the model's before temperature."""
         params = self.params
-        return bool(params.logit_bias) or bool(self.suppress_token_ids) or params.penalized
+        return (
+            bool(params.logit_bias) or bool(self.suppress_token_ids) or params.penalized or self.mask is not None
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +127,9 @@ class Sampler:
         if not rows:
             return []
         logits = logits[:, : self._vocab_size]
+        masked = [index for index, row in enumerate(rows) if row.mask is not None]
+        if 0 < len(masked) < len(rows):
+            return self._sample_apart(logits, rows, masked)
         if all(row.greedy and row.params.logprobs is None and not row.edited for row in rows):
             sampled = [SampledToken(token) for token in _argmax(logits).tolist()]
         else:
@@ -134,6 +145,21 @@ class Sampler:
         if failed:
             raise NonFiniteLogitsError(failed)
         return sampled
+
+    def _sample_apart(self, logits: torch.Tensor, rows: Sequence[SamplingRow], masked: list[int]) -> list[SampledToken]:
+        """Rows with a mask and the others each by themselves: those have it no dearer than without."""
+        others = [index for index, row in enumerate(rows) if row.mask is None]
+        sampled: dict[int, SampledToken] = {}
+        failed: list[int] = []
+        for part in (others, masked):
+            try:
+                found = self.sample(logits[part], [rows[index] for index in part])
+                sampled.update(zip(part, found, strict=True))
+            except NonFiniteLogitsError as error:
+                failed += error.seq_ids
+        if failed:
+            raise NonFiniteLogitsError(failed)
+        return [sampled[index] for index in range(len(rows))]
 
     def _sample_chunk(self, raw: torch.Tensor, rows: Sequence[SamplingRow]) -> _Chunk:
         asking = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
@@ -153,6 +179,10 @@ class Sampler:
                 logits = logits.clone(memory_format=torch.contiguous_format)
             self._editor = self._editor or LogitEditor(self._vocab_size, self._device)
             self._editor.apply(logits, rows)
+            if rows[0].mask is not None:  # as all of them have, or none
+                from core.execution.sampling.masks import apply_masks
+
+                apply_masks(logits, rows)
         return logits
 
     def _choose(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:

@@ -34,6 +34,7 @@ from core.execution.rotary import TokenRope, rope_lengths, token_ropes
 from core.execution.site_attention import BackendOf, SiteAttention
 from core.execution.step_buffers import InputBatch, PageDirectory, StepBuffers
 from core.execution.step_times import StepTimes
+from core.grammars.compiler import Grammars
 from core.kv_cache.block_table import RopeBorder
 from core.kv_cache.page_ops import StagePart
 from core.kv_cache.paged_kv_cache import PagedKVCache
@@ -149,6 +150,11 @@ class Stage:
         if self.stream is not None:
             self.stream.adopt({index: layers[index] for index in absent})
 
+    def keep_to(self, grammars: Grammars) -> None:
+        """What the last stage keeps to where a sequence has a grammar."""
+        if self._results is not None:
+            self._results.grammars = grammars
+
     @property
     def pads_steps(self) -> bool:
         """Whether steps come in few sizes, at addresses that stay: what a GPU could record once and play again."""
@@ -225,7 +231,10 @@ class Stage:
         self.overlaps = several
 
     def begin(self, record: StepRecord, part: StagePart) -> None:
-        self._begun[record.step] = (self._known.take(record), part)
+        packed = self._known.take(record)
+        self._begun[record.step] = (packed, part)
+        if self._results is not None:
+            self._results.begin(packed)
 
     def put(self, step: int, hidden: torch.Tensor) -> None:
         self._received[step] = hidden
@@ -394,6 +403,8 @@ class Stage:
         if self.kv is not None:
             self.kv.free()
         self.kv = self.stream = self._model = self._context = self._sites = self._mover = self._buffers = None
+        if self._results is not None:
+            self._results.close()
         self._results = None
         for held in (self._begun, self._received, self._computed):
             held.clear()

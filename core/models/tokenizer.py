@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import inspect
+import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,11 +27,16 @@ from core.errors import (
     InvalidRequestError,
     UnsupportedModelError,
 )
+from core.grammars.compiler import Grammars
+from core.grammars.vocabulary import Vocabulary
 from core.models import chat_template as templates
 from core.models.chat_markup import ChatMarkup
 from core.models.template_variables import check_kwargs, no_place_for_tools, template_variables
 from core.models.text_bound import text_bound
 from core.models.token_pieces import TokenPieces
+
+_SINGLE = frozenset(bytes([byte]) for byte in (0x0A, *range(0x20, 0x7F)))
+"""Characters that grammars ask for, JSON's among them."""
 
 
 class Tokenizer:
@@ -50,6 +56,8 @@ class Tokenizer:
         backend.no_padding()
         backend.encode_special_tokens = False
         self._hf = tokenizer
+        self._lock = threading.Lock()
+        self._grammars: dict[tuple[int, ...], Grammars] = {}
         self._backend = backend
         self._pieces = TokenPieces(backend, partial(_decode, backend, skip_special_tokens=False))
         self.first_bytes = self._pieces.first_bytes
@@ -117,6 +125,24 @@ class Tokenizer:
                 f"are at least {least} tokens.",
                 param="prompt",
             )
+
+    def grammars(self, end_token_ids: Sequence[int]) -> Grammars:
+        """Grammars for answers that end with one of `end_token_ids`, always the same object for the same ids.
+
+        Raises `UnsupportedParameterError` if it is not known which bytes the tokens stand for, if ASCII characters lack
+        tokens of their own, of which any text could be made, or if no token ends an answer.
+        """
+        ends, table = tuple(sorted(end_token_ids)), self._pieces.table
+        if table is None or not ends or not _SINGLE.issubset(table.values()):
+            raise UnsupportedParameterError(
+                "Answers of this model cannot keep to a grammar: its tokenizer does not say which bytes its tokens "
+                "stand for, or has no tokens for single characters, or no token ends an answer."
+            )
+        size = max(table, default=-1) + 1
+        with self._lock:
+            if ends not in self._grammars:
+                self._grammars[ends] = Grammars(partial(Vocabulary.of, table, size, self.special_tokens, ends))
+            return self._grammars[ends]
 
     def num_in_front(self, text: str, token_ids: Sequence[int]) -> int:
         """How many of a text's `token_ids` were put in front of it."""

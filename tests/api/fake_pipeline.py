@@ -29,6 +29,8 @@ from core.errors import (
     ModelNotLoadedError,
     VRAMancerError,
 )
+from core.grammars.compiler import Grammars
+from core.grammars.vocabulary import Vocabulary
 from core.metrics import MetricsRegistry
 from core.models.resolve import DEMO_PATH
 from core.models.tokenizer import Tokenizer
@@ -59,6 +61,11 @@ class ByteStream:
 SPECIAL = {BOS: "<s>", EOS: "</s>"}
 
 
+GRAMMARS = Grammars(
+    lambda: Vocabulary.of({n: bytes([n]) for n in range(256)} | {EOS: b"</s>"}, VOCAB, SPECIAL, [EOS])
+)  # fmt: skip
+
+
 class ByteTokenizer:
     vocab_size = VOCAB
     bos_token_id = BOS
@@ -67,6 +74,9 @@ class ByteTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True, context: int | None = None) -> list[int]:
         return ([BOS] if add_special_tokens and text else []) + list(text.encode())
+
+    def grammars(self, end_token_ids: Sequence[int]) -> Grammars:
+        return GRAMMARS
 
     def num_in_front(self, text: str, token_ids: Sequence[int]) -> int:
         return int(token_ids[:1] == [BOS])

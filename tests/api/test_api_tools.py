@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from api_client import ApiClient
-from fake_pipeline import FakePipeline
+from fake_pipeline import GRAMMARS, FakePipeline
 
 from core.api.openai.answers import AnswerReader
 from core.api.openai.tools import read_offer
@@ -320,20 +320,56 @@ REQUIRED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tool
 
 
 @pytest.mark.parametrize(
-    ("extra", "param"),
+    ("extra", "names"),
     [
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"tool_choice": NAMED}, "tool_choice"),
-        ({"tool_choice": REQUIRED}, "tool_choice"),
-        ({"tools": tool(strict=True)}, "tools[0].function.strict"),
+        ({"tool_choice": "required"}, {"weather", "now"}),
+        ({"tool_choice": NAMED}, {"now"}),
+        ({"tool_choice": REQUIRED}, {"now"}),
+        ({"tool_choice": "required", "parallel_tool_calls": False}, {"weather", "now"}),
     ],
 )
-def test_what_needs_a_grammar_is_not_available_yet(
-    client: ApiClient, hermes: FakePipeline, extra: dict[str, Any], param: str
+def test_required_calls_are_constrained(
+    client: ApiClient, hermes: FakePipeline, extra: dict[str, Any], names: set[str]
 ) -> None:
-    error = client.error(URL, BODY | extra, status=400)
-    assert (error["code"], error["param"]) == ("unsupported_parameter", param)
-    assert "not available yet" in error["message"]
+    assert client.post(URL, BODY | extra).status_code == 200
+    ((_, params),) = hermes.submitted
+    assert params.grammar is not None
+    matcher = GRAMMARS.matcher(params.grammar)
+    for name in ("weather", "now"):
+        head = f'<tool_call>\n{{"name": "{name}", "arguments": {{'.encode()
+        assert matcher.validate_tokens(list(head)) == (len(head) if name in names else head.index(name.encode()))
+    assert matcher.validate_tokens(list(b"I")) == 0, "text is none"
+    call = b'<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    more = matcher.validate_tokens(list(call + b"\n" + call))
+    assert (more == len(call)) == ("parallel_tool_calls" in extra)
+
+
+def test_a_strict_function_is_constrained_where_it_is_called_and_others_are_free(
+    client: ApiClient, hermes: FakePipeline
+) -> None:
+    tools = [
+        *tool(name="weather", strict=True, parameters={"properties": {"n": {"type": "integer"}}, "required": ["n"]}),
+        NOW,
+    ]
+    assert client.post(URL, BODY | {"tools": tools}).status_code == 200
+    ((_, params),) = hermes.submitted
+    assert params.grammar is not None
+    matcher = GRAMMARS.matcher(params.grammar)
+    for text, taken in (
+        (b"Text, <b>bold</b>.", True),
+        (b'I look. <tool_call>\n{"name": "now", "arguments": {"x": 1}}\n</tool_call> So.', True),
+        (b'<tool_call>\n{"name": "weather", "arguments": {"n": 1}}\n</tool_call>', True),
+        (b'<tool_call>\n{"name": "weather", "arguments": {"n": "1"', False),
+        (b'<tool_call>\n{"name": "weather", "arguments": {}', False),
+        (b'<tool_call>\n{"name": "other"', False),
+    ):
+        assert (matcher.validate_tokens(list(text)) == len(text)) == taken, text
+
+
+def test_plain_tools_leave_the_answer_free(client: ApiClient, hermes: FakePipeline) -> None:
+    assert client.post(URL, BODY).status_code == 200
+    ((_, params),) = hermes.submitted
+    assert params.grammar is None
 
 
 @pytest.mark.parametrize(

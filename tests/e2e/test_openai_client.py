@@ -149,7 +149,7 @@ def test_errors_are_the_clients_own_types(server: Server, client: openai.OpenAI)
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=-1)
     with pytest.raises(openai.BadRequestError):
-        client.chat.completions.create(model=MODEL, messages=QUESTION, response_format={"type": "json_object"})
+        client.completions.create(model=MODEL, prompt="a", extra_body={"guided_regex": "("})
 
 
 def test_temperature_one_logprobs_are_finite(client: openai.OpenAI) -> None:

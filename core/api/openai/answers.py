@@ -10,6 +10,7 @@ from core.api.generation import choice
 from core.parsers.answers import AnswerParser, tokens_to_keep
 from core.parsers.events import Arguments, CallStart, Event, Reasoning, merged
 from core.parsers.families import parser_class
+from core.parsers.reasoning import TAGS, is_open_at_end
 from core.request import Completion, FinishReason, SequenceDelta
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class AnswerReader:
     """Reads the answers to one request, each with a parser of its own."""
 
     def __init__(self, model: LoadedModel, offer: Offer | None) -> None:
+        self.offer = offer
         self._model = model
         self._format = model.output_format
         self._tools = offer.callable if offer is not None else {}
@@ -31,6 +33,21 @@ class AnswerReader:
         self._short_ids = bool(self._tools) and parser_class(self._format.tool_parser or "").short_ids
         self._prompt_end = ""
         self._continued: str | None = None
+
+    @property
+    def keeps_calls(self) -> bool:
+        """Whether calls have to be right: a call is wanted, or a function is strict."""
+        return self.offer is not None and (self.offer.required or bool(self.offer.strict))
+
+    @property
+    def thinks_at_start(self) -> bool:
+        """Whether the answer begins within thoughts that the prompt has opened; see `read_prompt`."""
+        tags = TAGS.get(self._format.reasoning_parser or "")
+        if tags is None:
+            return False
+        if self._continued is None:
+            return is_open_at_end(tags, self._prompt_end)
+        return self._continued.rfind(tags.open) > self._continued.rfind(tags.close)
 
     @property
     def kept_tokens(self) -> tuple[int, ...]:

@@ -40,6 +40,10 @@ def _complete_here() -> Response:
     token_ids = encode_messages(fields.messages, model, fields, tools)
     if reader is not None:
         reader.read_prompt(token_ids, _continued(fields))
+    if fields.has_form or (reader is not None and reader.keeps_calls):
+        from core.api.openai.constrained import constrain
+
+        params = constrain(params, fields, model, reader)
     names = {"prompt": "messages", "max_tokens": fields.limit_name}
     generation = start_generation(
         [(token_ids, params)], model, prefix="chatcmpl", priority=fields.priority, names=names

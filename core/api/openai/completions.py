@@ -100,6 +100,12 @@ class CompletionJob:
     ) -> CompletionJob:
         """Check and tokenize. Raises `InvalidRequestError`."""
         fields.check_stream_options()
+        form: dict[str, str] = {}
+        if fields.has_form:
+            from core.api.openai.structured import grammar_of, read_form
+
+            found = read_form(fields)
+            form = {"grammar": grammar_of(found, model)} if found is not None else {}
         requests = []
         for prompt in prompts:
             token_ids = encode_prompt(
@@ -114,6 +120,7 @@ class CompletionJob:
                 {"max_tokens": fields.limit_name},
                 max_tokens=1 if max_tokens == 0 else max_tokens,  # the engine generates one; `choices` drops it again
                 prompt_logprobs=fields.logprobs if fields.echo else None,
+                **form,
             )
             requests.append((token_ids, params))
         return cls(fields, model, prompts, requests)

@@ -23,6 +23,12 @@ class StreamOptions(RequestModel):
     continuous_usage_stats: bool | None = None
 
 
+FORM_FIELDS = (
+    "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+    "guided_whitespace_pattern", "guided_decoding_backend",
+)  # fmt: skip
+
+
 class OpenAIFields(SamplingFields):
     """What both kinds of completion know beside the sampling parameters."""
 
@@ -31,6 +37,19 @@ class OpenAIFields(SamplingFields):
     max_tokens: Integer | None = None
     max_completion_tokens: Integer | None = None
     stream_options: StreamOptions | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_whitespace_pattern: str | None = None
+    guided_decoding_backend: str | None = None
+
+    @property
+    def has_form(self) -> bool:
+        """Whether it says anything of the answer's form; `core.api.openai.structured` reads what."""
+        return any(map(self.model_fields_set.__contains__, FORM_FIELDS))
 
     @property
     def limit(self) -> int | None:

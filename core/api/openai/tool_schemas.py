@@ -20,23 +20,37 @@ _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multi
 _TEXTS = ("title", "description", "pattern", "format", "$ref")
 
 
-def check_schema(schema: Any, param: str) -> None:
-    """Raise `InvalidRequestError`, about `param`, unless `schema` is one of an object. Keywords that are not known are
-    left alone, as JSON schema has it."""
-    _Checker(schema, param).check()
+def check_schema(schema: Any, param: str, *, of_object: bool = True) -> None:
+    """Raise `InvalidRequestError`, about `param`, unless `schema` is one, and, with `of_object`, one of an object.
+    Keywords that are not known are left alone, as JSON schema has it."""
+    _Checker(schema, param, of_object).check()
+
+
+def find_key(schema: Any, key: str) -> str | None:
+    """JSON pointer of the first schema that has `key`, with the key; None if there is none."""
+    checker = _Checker(schema, "", False)
+    todo: list[tuple[Any, str]] = [(schema, "")]
+    while todo:
+        value, pointer = todo.pop(0)
+        if isinstance(value, dict):
+            if key in value:
+                return f"{pointer}/{_escaped(key)}"
+            todo += checker.inner(value, pointer)
+    return None
 
 
 class _Checker:
-    def __init__(self, schema: Any, param: str) -> None:
+    def __init__(self, schema: Any, param: str, of_object: bool) -> None:
         self._schema = schema
         self._param = param
+        self._of_object = of_object
 
     def check(self) -> None:
         """The whole schema, level by level: JSON from a body is no deeper than the body may be."""
         schema = self._schema
         if not isinstance(schema, dict):
             self._refuse("", "must be an object")
-        if schema.get("type", "object") != "object":
+        if self._of_object and schema.get("type", "object") != "object":
             self._refuse("/type", "must be object, since arguments are one")
         todo: list[tuple[Any, str]] = [(schema, "")]
         while todo:
@@ -46,9 +60,9 @@ class _Checker:
             if not isinstance(value, dict):
                 self._refuse(pointer, "must be a schema: an object, true or false")
             self._check_keywords(value, pointer)
-            todo += self._inner(value, pointer)
+            todo += self.inner(value, pointer)
 
-    def _inner(self, schema: dict[str, Any], pointer: str) -> list[tuple[Any, str]]:
+    def inner(self, schema: dict[str, Any], pointer: str) -> list[tuple[Any, str]]:
         """The schemas within a schema, with their pointers."""
         listed = isinstance(schema.get("items"), list)  # what `prefixItems` were called before
         single = (key for key in _SCHEMA_KEYS if key in schema and not (key == "items" and listed))
@@ -101,7 +115,10 @@ class _Checker:
 
     def _refuse(self, pointer: str, reason: str) -> None:
         where = f" at {pointer[:200]}" if pointer else ""
-        raise InvalidRequestError(f"{self._param} is no JSON schema of an object:{where} {reason}.", param=self._param)
+        raise InvalidRequestError(
+            f"{self._param} is no JSON schema{' of an object' if self._of_object else ''}:{where} {reason}.",
+            param=self._param,
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -25,11 +25,15 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 @dataclass(frozen=True, slots=True)
 class Offer:
     """`shown` goes into the prompt, `callable` is what may be called; an answer has one call at most unless
-    `parallel`."""
+    `parallel`, and one at least if it is `required`. Calls of `strict` ones match their schemas. `choice` is the field
+    that says so."""
 
     shown: list[dict[str, Any]]
     callable: ToolSchemas
     parallel: bool = True
+    required: bool = False
+    strict: frozenset[str] = frozenset()
+    choice: str = "tool_choice"
 
 
 def read_offer(
@@ -39,10 +43,10 @@ def read_offer(
 
     Raises:
         InvalidRequestError: a tool or the choice is malformed; for a schema it says where, by JSON pointer.
-        UnsupportedParameterError: what needs a grammar, or a model whose calls nobody can read.
+        UnsupportedParameterError: a model whose calls nobody can read.
     """
-    functions = read_functions(tools)
-    names = _choice(tool_choice, [function["function"]["name"] for function in functions])
+    functions, strict = read_functions(tools)
+    names, required = _choice(tool_choice, [function["function"]["name"] for function in functions])
     if not functions or not names:
         return None
     if "tools" not in model.tokenizer.template_variables:
@@ -54,18 +58,22 @@ def read_offer(
             param="tools",
         )
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in functions}
-    return Offer(functions, {name: schemas[name] for name in names}, parallel_tool_calls is not False)
+    return Offer(
+        functions, {name: schemas[name] for name in names}, parallel_tool_calls is not False, required,
+        strict & frozenset(names),
+    )  # fmt: skip
 
 
-def read_functions(tools: list[Any] | None) -> list[dict[str, Any]]:
-    """Tools of type function, checked. Others are skipped: it is for the model to call them, and it never hears of
-    them."""
+def read_functions(tools: list[Any] | None) -> tuple[list[dict[str, Any]], frozenset[str]]:
+    """Tools of type function, checked, and the names of strict ones. Others are skipped: it is for the model to call
+    them, and it never hears of them."""
     if tools is not None and len(tools) > MAX_TOOLS:
         raise InvalidRequestError(f"tools may have {MAX_TOOLS} entries at most, not {len(tools)}.", param="tools")
     if tools and (size := len(to_json(tools).encode())) > MAX_TOOL_BYTES:
         raise InvalidRequestError(f"tools have {size} bytes as JSON; {MAX_TOOL_BYTES} are allowed.", param="tools")
     functions: list[dict[str, Any]] = []
     seen: set[str] = set()
+    strict: set[str] = set()
     for index, tool in enumerate(tools or ()):
         param = f"tools[{index}]"
         if not isinstance(tool, dict) or not isinstance(tool.get("type", "function"), str):
@@ -76,8 +84,10 @@ def read_functions(tools: list[Any] | None) -> list[dict[str, Any]]:
         if function["name"] in seen:
             raise InvalidRequestError(f"tools offer {function['name']} twice.", param=f"{param}.function.name")
         seen.add(function["name"])
+        if tool["function"].get("strict"):
+            strict.add(function["name"])
         functions.append({"type": "function", "function": function})
-    return functions
+    return functions, frozenset(strict)
 
 
 def _function(function: Any, param: str) -> dict[str, Any]:
@@ -95,8 +105,6 @@ def _function(function: Any, param: str) -> dict[str, Any]:
     strict = function.get("strict")
     if strict is not None and not isinstance(strict, bool):
         raise InvalidRequestError(f"{param}.strict must be true or false.", param=f"{param}.strict")
-    if strict:
-        raise needs_grammar("A strict function", f"{param}.strict")
     # Templates concatenate descriptions and look into parameters.
     return {
         "name": name,
@@ -105,21 +113,20 @@ def _function(function: Any, param: str) -> dict[str, Any]:
     }
 
 
-def _choice(choice: Any, offered: list[str]) -> list[str]:
-    """Names of the tools that may be called."""
+def _choice(choice: Any, offered: list[str]) -> tuple[list[str], bool]:
+    """Names of the tools that may be called, and whether one has to be."""
     if choice is None or choice == "auto":
-        return offered
+        return offered, False
     if choice == "none":
-        return []
+        return [], False
     if choice == "required":
         if not offered:
             raise InvalidRequestError("tool_choice required needs tools.", param="tool_choice")
-        raise needs_grammar("tool_choice required", "tool_choice")
+        return offered, True
     kind = choice.get("type") if isinstance(choice, dict) else None
     if kind == "function":
         name = choice["function"].get("name") if isinstance(choice.get("function"), dict) else None
-        _check_offered(name, offered, "tool_choice.function.name")
-        raise needs_grammar("A named tool_choice", "tool_choice")
+        return [_offered(name, offered, "tool_choice.function.name")], True
     if kind == "allowed_tools":
         return _allowed(choice.get("allowed_tools"), offered)
     raise InvalidRequestError(
@@ -129,7 +136,7 @@ def _choice(choice: Any, offered: list[str]) -> list[str]:
     )
 
 
-def _allowed(allowed: Any, offered: list[str]) -> list[str]:
+def _allowed(allowed: Any, offered: list[str]) -> tuple[list[str], bool]:
     param = "tool_choice.allowed_tools"
     if not isinstance(allowed, dict) or not isinstance(allowed.get("tools"), list):
         raise InvalidRequestError(f"{param} must be an object with a mode and tools.", param=param)
@@ -139,22 +146,13 @@ def _allowed(allowed: Any, offered: list[str]) -> list[str]:
     for index, tool in enumerate(allowed["tools"]):
         function = tool.get("function") if isinstance(tool, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
-        _check_offered(name, offered, f"{param}.tools[{index}].function.name")
-        names.append(str(name))
-    if allowed["mode"] == "required":
-        raise needs_grammar("tool_choice required", "tool_choice")
-    return names
+        names.append(_offered(name, offered, f"{param}.tools[{index}].function.name"))
+    if allowed["mode"] == "required" and not names:
+        raise InvalidRequestError(f"{param}.mode required needs tools.", param=f"{param}.tools")
+    return names, allowed["mode"] == "required"
 
 
-def _check_offered(name: Any, offered: list[str], param: str) -> None:
+def _offered(name: Any, offered: list[str], param: str) -> str:
     if not isinstance(name, str) or name not in offered:
         raise InvalidRequestError(f"{param} must be the name of one of the tools.", param=param)
-
-
-def needs_grammar(what: str, param: str) -> UnsupportedParameterError:
-    """What only a grammar can keep."""
-    return UnsupportedParameterError(
-        f"{what} is not available yet: it needs the answer to be constrained by a grammar. tool_choice auto without "
-        "strict is.",
-        param=param,
-    )
+    return name

@@ -14,15 +14,7 @@ NO = (False,)
 EMPTY: tuple[Any, ...] = ("", [])
 
 OUTPUT_FORMS: Unsupported = {
-    "response_format": ({"type": "text"},),
-    "structured_outputs": NOTHING,
     "structural_tag": NOTHING,
-    "guided_json": NOTHING,
-    "guided_regex": NOTHING,
-    "guided_choice": NOTHING,
-    "guided_grammar": NOTHING,
-    "guided_decoding_backend": NOTHING,
-    "guided_whitespace_pattern": NOTHING,
     "json_schema": NOTHING,
     "grammar": ("",),
     "grammar_string": ("",),
@@ -165,6 +157,12 @@ CHAT: Unsupported = {
     "input_ids": NOTHING,
 }
 INSTEAD: Mapping[str, str] = {
+    "json_schema": "response_format",
+    "grammar": "guided_grammar",
+    "grammar_string": "guided_grammar",
+    "regex": "guided_regex",
+    "ebnf": "guided_grammar",
+    "format": "response_format",
     "functions": "tools",
     "function_call": "tool_choice",
     "n_predict": "max_tokens",
