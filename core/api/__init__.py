@@ -9,6 +9,8 @@ from flask import Blueprint, Flask
 from flask_cors import CORS
 
 from core.api import front, management, memory, monitoring, native, tokens
+from core.api.anthropic import answers as anthropic_answers
+from core.api.anthropic import messages
 from core.api.context import EXTENSION, REQUEST_ID_HEADER, ApiContext, LiveRequests, check_policies, register_hooks
 from core.api.errors import register_error_handlers
 from core.api.openai import batch, chat, completions, models
@@ -25,6 +27,7 @@ BLUEPRINTS = (
     chat.blueprint,
     batch.blueprint,
     models.blueprint,
+    messages.blueprint,
     native.blueprint,
     tokens.blueprint,
     management.blueprint,
@@ -33,6 +36,11 @@ BLUEPRINTS = (
     front.blueprint,
 )
 
+ERROR_SHAPES = {
+    "/v1/messages": anthropic_answers.error_body,
+    "/v1/messages/count_tokens": anthropic_answers.error_body,
+}
+"""How errors are written on paths of APIs that are not OpenAI's."""
 OPENAI_PREFIX = "/v1"
 OPENAI_ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/<path:name>")
 """What clients also find without the prefix, which some leave out of the address that they are given."""
@@ -76,7 +84,7 @@ def create_app(
     app.extensions[EXTENSION] = ApiContext(pipeline, token, LiveRequests(), limits, version, signed_in)
     app.url_map.strict_slashes = False
     app.url_map.redirect_defaults = False  # an alias answers itself
-    register_error_handlers(app)
+    register_error_handlers(app, ERROR_SHAPES)
     register_hooks(app)
     for blueprint in (*BLUEPRINTS, *more):
         app.register_blueprint(blueprint)

@@ -88,7 +88,11 @@ def read_request(schema: type[Schema]) -> Schema:
         InvalidRequestError: not JSON, not an object, or not what the schema says.
         UnsupportedParameterError: a parameter that is known but not honoured.
     """
-    body = parse_object(_read_bytes())
+    return validated(schema, parse_object(_read_bytes()))
+
+
+def validated(schema: type[Schema], body: Mapping[str, Any]) -> Schema:
+    """The same for a body that was read already."""
     schema.refuse_unsupported(body)
     try:
         return schema.model_validate(body)

@@ -10,7 +10,7 @@ from api_client import TOKEN, ApiClient, openai_error
 from fake_pipeline import FakePipeline
 from flask import Blueprint, Flask
 
-from core.api import BLUEPRINTS, create_app
+from core.api import BLUEPRINTS, ERROR_SHAPES, create_app
 from core.security.access import ADMIN, READING_METHODS, Principal, policy_of
 
 PUBLIC, READS, INFERS = (None, False), ("viewer", False), ("user", False)
@@ -28,6 +28,8 @@ EXPECTED_POLICIES = {
     "/models/<path:name>": READS,
     "/api/generate": INFERS,
     "/api/infer": INFERS,
+    "/v1/messages": INFERS,
+    "/v1/messages/count_tokens": INFERS,
     "/tokenize": INFERS,
     "/detokenize": INFERS,
     "/api/models": READS,
@@ -119,7 +121,9 @@ def test_every_route_but_the_public_ones_needs_the_token(
             continue
         assert response.status_code == 401, (rule, method)
         assert response.headers["WWW-Authenticate"] == "Bearer"
-        if method != "HEAD":
+        if method != "HEAD" and rule in ERROR_SHAPES:
+            assert "token" in str(response.get_json()["error"])
+        elif method != "HEAD":
             assert openai_error(response)["type"] == "authentication_error"
 
 

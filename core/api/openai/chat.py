@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, Response
 
 from core.api.body import json_response, parse_object, read_request
 from core.api.context import served_model
-from core.api.generation import ChoiceStream, Usage, choice, envelope, finite, start_generation, stream_response
+from core.api.generation import (
+    ChoiceStream,
+    Generation,
+    Usage,
+    choice,
+    envelope,
+    finite,
+    start_generation,
+    stream_response,
+)
 from core.api.openai.schemas import ChatMessage, ChatRequest, TemplateFields
 from core.api.sampling import sampling_params
 from core.errors import InvalidRequestError, UnsupportedParameterError
@@ -29,16 +39,9 @@ blueprint = Blueprint("openai_chat", __name__)
 @policy("user", waits=True)
 def create_chat_completion() -> Response:
     fields = read_request(ChatRequest)
-    model = served_model(fields.model)
-    tools, reader = _tools(fields, model)
-    params = _params(fields, model, reader)
-    token_ids = encode_messages(fields.messages, model, fields, tools)
-    if reader is not None:
-        reader.read_prompt(token_ids, _continued(fields))
-    names = {"prompt": "messages", "max_tokens": fields.limit_name}
-    generation = start_generation(
-        [(token_ids, params)], model, prefix="chatcmpl", priority=fields.priority, names=names
-    )
+    job = ChatJob.prepare(fields)
+    model, reader = job.model, job.reader
+    generation = job.start("chatcmpl", {"prompt": "messages", "max_tokens": fields.limit_name})
     if fields.stream:
         head = envelope(generation.id, "chat.completion.chunk", model, fields.model)
         return stream_response(generation, ChatStream(fields, model, head, reader))
@@ -58,14 +61,56 @@ def create_chat_completion() -> Response:
     return json_response({**head, "choices": choices, "usage": usage.to_openai()})
 
 
-def _tools(fields: ChatRequest, model: LoadedModel) -> tuple[list[dict[str, Any]] | None, AnswerReader | None]:
+@dataclass(slots=True)
+class ChatJob:
+    """A conversation that is ready for the engine, in whichever API's words it came. `reader` finds calls and thoughts
+    in the answer."""
+
+    fields: ChatRequest
+    model: LoadedModel
+    reader: AnswerReader | None
+    params: SamplingParams
+    token_ids: list[int]
+
+    @property
+    def room(self) -> int:
+        """How many tokens fit after the prompt; at least 1, for the pipeline to refuse."""
+        return max(1, self.model.max_model_len - len(self.token_ids))
+
+    def cap(self) -> bool:
+        """For APIs whose limit is one that an answer may never come to: make it what fits. Returns whether it was
+        more."""
+        limit = self.params.max_tokens
+        self.params = replace(self.params, max_tokens=min(limit or self.room, self.room))
+        return limit is not None and limit > self.room
+
+    @classmethod
+    def prepare(cls, fields: ChatRequest, *, always_read: bool = False) -> ChatJob:
+        """Nothing is allocated yet. `always_read`: there is a reader, also where it will find text alone."""
+        model = served_model(fields.model)
+        tools, reader = _tools(fields, model, always_read=always_read)
+        params = _params(fields, model, reader)
+        token_ids = encode_messages(fields.messages, model, fields, tools)
+        if reader is not None:
+            reader.read_prompt(token_ids, _continued(fields))
+        return cls(fields, model, reader, params, token_ids)
+
+    def start(self, prefix: str, names: Mapping[str, str]) -> Generation:
+        """Submit it; see `start_generation`."""
+        requests = [(self.token_ids, self.params)]
+        return start_generation(requests, self.model, prefix=prefix, priority=self.fields.priority, names=names)
+
+
+def _tools(
+    fields: ChatRequest, model: LoadedModel, *, always_read: bool
+) -> tuple[list[dict[str, Any]] | None, AnswerReader | None]:
     """Tools for the prompt, and what reads calls and thoughts in the answers: neither, for most requests."""
     offer = None
     if fields.tools or fields.tool_choice is not None:
         from core.api.openai.tools import read_offer
 
         offer = read_offer(fields.tools, fields.tool_choice, fields.parallel_tool_calls, model)
-    if offer is None and model.output_format.reasoning_parser is None:
+    if offer is None and model.output_format.reasoning_parser is None and not always_read:
         return None, None
     from core.api.openai.answers import AnswerReader
 
