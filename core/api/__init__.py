@@ -14,6 +14,8 @@ from core.api.anthropic import messages
 from core.api.context import EXTENSION, REQUEST_ID_HEADER, ApiContext, LiveRequests, check_policies, register_hooks
 from core.api.errors import register_error_handlers
 from core.api.openai import batch, chat, completions, models
+from core.api.responses import routes as responses
+from core.api.responses.store import ResponseStore
 from core.security.access import TOKEN_HEADERS, CallerLimits, SignedIn, nobody
 from core.security.token import resolve_token
 
@@ -28,6 +30,7 @@ BLUEPRINTS = (
     batch.blueprint,
     models.blueprint,
     messages.blueprint,
+    responses.blueprint,
     native.blueprint,
     tokens.blueprint,
     management.blueprint,
@@ -82,6 +85,7 @@ def create_app(
     security = settings.security
     limits = None if security.disable_rate_limit else CallerLimits(security.requests_per_minute)
     app.extensions[EXTENSION] = ApiContext(pipeline, token, LiveRequests(), limits, version, signed_in)
+    app.extensions[responses.STORE] = ResponseStore()
     app.url_map.strict_slashes = False
     app.url_map.redirect_defaults = False  # an alias answers itself
     register_error_handlers(app, ERROR_SHAPES)

@@ -32,10 +32,17 @@ def whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _text_or_objects(value: Any) -> Any:
+    if isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
+        return value
+    raise ValueError("Input should be a string or a list of objects")
+
+
 Unsupported = Mapping[str, tuple[Any, ...]]
 ModelName = Annotated[str, Field(max_length=MAX_NAME_LENGTH)]
 Integer = Annotated[int, BeforeValidator(whole)]
 Integers = Annotated[list[int], BeforeValidator(whole)]
+TextOrObjects = Annotated[str | list[dict[str, Any]], BeforeValidator(_text_or_objects)]
 
 
 class RequestModel(BaseModel):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import pydantic_core
 
 from core.api.body import validated
+from core.api.generation import Framing
 from core.api.openai.schemas import ChatRequest
 from core.errors import InvalidRequestError
 from core.parsers.events import Arguments, Reasoning, Text
@@ -49,6 +50,15 @@ def _rename(error: InvalidRequestError, names: Names) -> None:
 def chat_request(body: dict[str, Any]) -> ChatRequest:
     """A chat request from what an adapter made of its own; what is null was not given."""
     return validated(ChatRequest, {name: value for name, value in body.items() if value is not None})
+
+
+class NamedEvents(Framing):
+    """Server-sent events that are named by their type, without a mark at the end."""
+
+    done = ""
+
+    def chunk(self, chunk: dict[str, Any]) -> str:
+        return f"event: {chunk['type']}\n{super().chunk(chunk)}"
 
 
 @dataclass(frozen=True, slots=True)

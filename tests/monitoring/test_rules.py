@@ -24,11 +24,18 @@ PROMISED = {
 }
 LONG_ROUTES = {
     "/v1/completions", "/v1/chat/completions", "/v1/batch/completions", "/api/generate", "/api/infer", "/v1/messages",
-    "/api/models/load", "/api/models/unload", "/api/pipeline/place", "/api/memory/blocks/<block>/promote",
-    "/api/memory/blocks/<block>/demote", "/api/memory/reclaim", "/api/memory/lend",
+    "/v1/responses", "/api/models/load", "/api/models/unload", "/api/pipeline/place",
+    "/api/memory/blocks/<block>/promote", "/api/memory/blocks/<block>/demote", "/api/memory/reclaim",
+    "/api/memory/lend",
 }  # fmt: skip
 """Routes that answer when tokens were generated or something was moved: APILatencyHigh leaves them out."""
-QUICK_ROUTES = {"/v1/messages/count_tokens", "/tokenize", "/detokenize", "/api/requests/<request_id>/cancel"}
+QUICK_ROUTES = {
+    "/v1/messages/count_tokens",
+    "/tokenize",
+    "/detokenize",
+    "/api/requests/<request_id>/cancel",
+    "/v1/responses/<response_id>/cancel",
+}
 
 
 def test_there_are_the_promised_alerts_and_no_other() -> None:

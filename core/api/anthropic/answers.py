@@ -13,9 +13,9 @@ from typing import Any
 
 from core.api.anthropic.schemas import MessagesRequest
 from core.api.body import to_json
-from core.api.generation import Framing, Usage
+from core.api.generation import Usage
 from core.api.openai.chat import ChatJob
-from core.api.translated import AnswerPieces, Call, Piece, arguments_object, derived_id, hex_of
+from core.api.translated import AnswerPieces, Call, NamedEvents, Piece, arguments_object, derived_id, hex_of
 from core.errors import VRAMancerError
 from core.parsers.events import Arguments, Reasoning, Text
 from core.request import GenerationResult, RequestOutput, SequenceDelta
@@ -35,20 +35,16 @@ def error_body(error: VRAMancerError) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, **{key: shown[key] for key in ("message", "param", "code")}}}
 
 
-class NamedEvents(Framing):
-    """Server-sent events that are named by their type, without a mark at the end."""
+class MessageEvents(NamedEvents):
+    """Anthropic's."""
 
     keep_alive = f"event: ping\ndata: {to_json(PING)}\n\n"
-    done = ""
-
-    def chunk(self, chunk: dict[str, Any]) -> str:
-        return f"event: {chunk['type']}\n{super().chunk(chunk)}"
 
     def error(self, error: VRAMancerError) -> str:
         return self.chunk(error_body(error))
 
 
-EVENTS = NamedEvents()
+EVENTS = MessageEvents()
 
 
 class MessageWriter:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from core.api.body import NOTHING, Integer, ModelName, RequestModel, Unsupported
+from core.api.body import NOTHING, Integer, ModelName, RequestModel, TextOrObjects, Unsupported
 
 UNSUPPORTED: Unsupported = {
     "container": NOTHING,
@@ -20,7 +20,7 @@ class InputMessage(RequestModel):
     """`content` is text or a list of blocks; `core.api.anthropic.conversation` looks into it."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | list[dict[str, Any]]
+    content: TextOrObjects
 
 
 class Tool(RequestModel):
@@ -65,7 +65,7 @@ class CountRequest(RequestModel):
 
     model: ModelName
     messages: list[InputMessage] = Field(min_length=1)
-    system: str | list[dict[str, Any]] | None = None
+    system: TextOrObjects | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None

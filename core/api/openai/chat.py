@@ -56,7 +56,7 @@ def create_chat_completion() -> Response:
         reason: str | None = completion.finish_reason
         if reader is not None:
             message, reason = reader.message(generation.id, completion)
-        logprobs = _logprobs(fields, model, completion.logprobs)
+        logprobs = token_logprobs(fields, model, completion.logprobs)
         choices.append(choice(completion.index, {"message": message}, logprobs, reason, completion.stop_reason))
     return json_response({**head, "choices": choices, "usage": usage.to_openai()})
 
@@ -83,6 +83,11 @@ class ChatJob:
         limit = self.params.max_tokens
         self.params = replace(self.params, max_tokens=min(limit or self.room, self.room))
         return limit is not None and limit > self.room
+
+    @property
+    def fits(self) -> bool:
+        """Whether the context holds the prompt and the longest answer."""
+        return len(self.token_ids) + (self.params.max_tokens or 1) <= self.model.max_model_len
 
     @classmethod
     def prepare(cls, fields: ChatRequest, *, always_read: bool = False) -> ChatJob:
@@ -159,7 +164,7 @@ class ChatStream(ChoiceStream):
 
     def _delta_chunks(self, delta: SequenceDelta) -> Iterator[dict[str, Any]]:
         self._usage.add_delta(delta)
-        logprobs = _logprobs(self._fields, self._model, delta.logprobs) if delta.logprobs else None
+        logprobs = token_logprobs(self._fields, self._model, delta.logprobs) if delta.logprobs else None
         if self._read is not None:
             for found in self._read.choices(delta, logprobs):
                 yield self._chunk(found)
@@ -170,7 +175,7 @@ class ChatStream(ChoiceStream):
             yield self._chunk(choice(delta.index, {"delta": {}}, None, delta.finish_reason, delta.stop_reason))
 
 
-def _logprobs(fields: ChatRequest, model: LoadedModel, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+def token_logprobs(fields: ChatRequest, model: LoadedModel, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
     """One entry per token, each with its bytes and the alternatives, if the client wants them."""
     if not fields.logprobs:
         return None
