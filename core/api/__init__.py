@@ -13,6 +13,8 @@ from core.api.anthropic import answers as anthropic_answers
 from core.api.anthropic import messages
 from core.api.context import EXTENSION, REQUEST_ID_HEADER, ApiContext, LiveRequests, check_policies, register_hooks
 from core.api.errors import register_error_handlers
+from core.api.ollama import answers as ollama_answers
+from core.api.ollama import routes as ollama
 from core.api.openai import batch, chat, completions, models
 from core.api.responses import routes as responses
 from core.api.responses.store import ResponseStore
@@ -31,6 +33,7 @@ BLUEPRINTS = (
     models.blueprint,
     messages.blueprint,
     responses.blueprint,
+    ollama.blueprint,
     native.blueprint,
     tokens.blueprint,
     management.blueprint,
@@ -42,6 +45,7 @@ BLUEPRINTS = (
 ERROR_SHAPES = {
     "/v1/messages": anthropic_answers.error_body,
     "/v1/messages/count_tokens": anthropic_answers.error_body,
+    **dict.fromkeys(("/api/chat", "/api/tags", "/api/show", "/api/ps", "/api/version"), ollama_answers.error_body),
 }
 """How errors are written on paths of APIs that are not OpenAI's."""
 OPENAI_PREFIX = "/v1"

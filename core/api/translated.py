@@ -14,14 +14,16 @@ import pydantic_core
 
 from core.api.body import validated
 from core.api.generation import Framing
+from core.api.openai.effort import SWITCHES
 from core.api.openai.schemas import ChatRequest
-from core.errors import InvalidRequestError
+from core.errors import InvalidRequestError, UnsupportedParameterError
 from core.parsers.events import Arguments, Reasoning, Text
 from core.request import FinishReason
 
 if TYPE_CHECKING:
     from core.api.openai.answers import AnswerDeltas
     from core.api.openai.chat import ChatJob
+    from core.engine.submission import LoadedModel
 
 Names = Sequence[tuple[str, str]]
 """Patterns of names of OpenAI's parameters, and what the client calls them."""
@@ -59,6 +61,21 @@ class NamedEvents(Framing):
 
     def chunk(self, chunk: dict[str, Any]) -> str:
         return f"event: {chunk['type']}\n{super().chunk(chunk)}"
+
+
+def thinking_kwargs(wanted: bool, model: LoadedModel, param: str) -> dict[str, Any]:
+    """What tells the template to think, or not to; nothing where it makes no difference.
+
+    Raises `UnsupportedParameterError` for a model that cannot be told not to.
+    """
+    switch = next((name for name in SWITCHES if name in model.tokenizer.template_variables), None)
+    if switch is not None:
+        return {"chat_template_kwargs": {switch: wanted}}
+    if not wanted and model.output_format.reasoning_parser is not None:
+        raise UnsupportedParameterError(
+            f"{model.name} always thinks: its chat template has no switch for it.", param=param
+        )
+    return {}
 
 
 @dataclass(frozen=True, slots=True)

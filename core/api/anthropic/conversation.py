@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from core.api.anthropic.schemas import CountRequest, InputMessage, MessagesRequest, Thinking, Tool
+from core.api.anthropic.schemas import CountRequest, InputMessage, MessagesRequest, Tool
 from core.api.body import to_json
 from core.api.context import served_model
-from core.api.openai.effort import SWITCHES
 from core.api.openai.schemas import ChatRequest
-from core.api.translated import Names, chat_request, choice_of
-from core.engine.submission import LoadedModel
+from core.api.translated import Names, chat_request, choice_of, thinking_kwargs
 from core.errors import InvalidRequestError, UnsupportedParameterError
 
 NAMES: Names = (
@@ -45,9 +43,10 @@ def read_conversation(fields: CountRequest) -> ChatRequest:
         "messages": messages,
         "continue_final_message": continued or None,
         **_tools(fields),
-        **_thoughts(fields.thinking, model),
         **_output(fields),
     }
+    if fields.thinking is not None:  # not asked, a model thinks as it does
+        body |= thinking_kwargs(fields.thinking.type != "disabled", model, "thinking.type")
     if isinstance(fields, MessagesRequest):
         for name in ("max_tokens", "temperature", "top_p", "top_k", "stream"):
             body[name] = getattr(fields, name)
@@ -148,21 +147,6 @@ def _tool(tool: Tool) -> dict[str, Any]:
         return {"type": tool.type}
     function = {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
     return {"type": "function", "function": {**function, "strict": tool.strict}}
-
-
-def _thoughts(thinking: Thinking | None, model: LoadedModel) -> dict[str, Any]:
-    """What the template is told. Not asked, a model thinks as it does."""
-    if thinking is None:
-        return {}
-    switch = next((name for name in SWITCHES if name in model.tokenizer.template_variables), None)
-    wanted = thinking.type != "disabled"
-    if switch is not None:
-        return {"chat_template_kwargs": {switch: wanted}}
-    if not wanted and model.output_format.reasoning_parser is not None:
-        raise UnsupportedParameterError(
-            f"{model.name} always thinks: its chat template has no switch for it.", param="thinking.type"
-        )
-    return {}
 
 
 def _output(fields: CountRequest) -> dict[str, Any]:
