@@ -340,8 +340,10 @@ def test_errors_have_anthropics_shape_before_there_is_a_route(app: Flask, client
     assert anthropic_error(client.post(path, data="{", content_type="application/json"), 400)
     assert anthropic_error(client.post(path, BODY | {"model": "x"}), 404)["type"] == "not_found_error"
     assert client.get(path).get_json()["type"] == "error"
-    old = client.post(path, BODY, headers={"anthropic-version": "2023-01-01"})
-    assert anthropic_error(old, 400)["param"] == "anthropic-version"
+    for version in ("2023-01-01", "newest"):
+        old = client.post(path, BODY, headers={"anthropic-version": version})
+        assert anthropic_error(old, 400)["param"] == "anthropic-version"
+    assert client.post(path, BODY, headers={"anthropic-version": "2026-10-21"}).status_code == 200
     assert "type" not in client.post("/v1/completions", {}).get_json(), "other paths keep OpenAI's"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import closing
 
 from flask import Blueprint, Response, g, request
@@ -19,7 +20,9 @@ from core.security.access import policy
 blueprint = Blueprint("anthropic", __name__)
 
 VERSION_HEADER = "anthropic-version"
-VERSION = "2023-06-01"
+VERSION = re.compile(r"20\d\d-\d\d-\d\d")
+OLDEST_VERSION = "2023-06-01"
+"""Before it, events had no names. Of later ones, requests and answers are the same in what this server has of them."""
 
 
 @blueprint.post("/v1/messages")
@@ -53,9 +56,9 @@ def count_tokens() -> Response:
 
 
 def _check_version() -> None:
-    version = request.headers.get(VERSION_HEADER, VERSION)
-    if version != VERSION:
-        raise InvalidRequestError(f"{VERSION_HEADER} must be {VERSION}.", param=VERSION_HEADER)
+    version = request.headers.get(VERSION_HEADER, OLDEST_VERSION)
+    if not VERSION.fullmatch(version) or version < OLDEST_VERSION:
+        raise InvalidRequestError(f"{VERSION_HEADER} must be a date from {OLDEST_VERSION} on.", param=VERSION_HEADER)
 
 
 @blueprint.after_request
