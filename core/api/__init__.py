@@ -13,6 +13,7 @@ from core.api.anthropic import answers as anthropic_answers
 from core.api.anthropic import messages
 from core.api.context import EXTENSION, REQUEST_ID_HEADER, ApiContext, LiveRequests, check_policies, register_hooks
 from core.api.errors import register_error_handlers
+from core.api.llamacpp import routes as llamacpp
 from core.api.ollama import answers as ollama_answers
 from core.api.ollama import routes as ollama
 from core.api.openai import batch, chat, completions, models
@@ -34,6 +35,7 @@ BLUEPRINTS = (
     messages.blueprint,
     responses.blueprint,
     ollama.blueprint,
+    llamacpp.blueprint,
     native.blueprint,
     tokens.blueprint,
     management.blueprint,
