@@ -17,6 +17,7 @@ from core.api.llamacpp import routes as llamacpp
 from core.api.ollama import answers as ollama_answers
 from core.api.ollama import routes as ollama
 from core.api.openai import batch, chat, completions, models
+from core.api.openapi import routes as openapi
 from core.api.responses import routes as responses
 from core.api.responses.store import ResponseStore
 from core.security.access import TOKEN_HEADERS, CallerLimits, SignedIn, nobody
@@ -42,6 +43,7 @@ BLUEPRINTS = (
     memory.blueprint,
     monitoring.blueprint,
     front.blueprint,
+    openapi.blueprint,
 )
 
 ERROR_SHAPES = {

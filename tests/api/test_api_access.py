@@ -17,6 +17,8 @@ PUBLIC, READS, INFERS = (None, False), ("viewer", False), ("user", False)
 CANCELS, OPERATES = ("user", True), ("operator", True)
 EXPECTED_POLICIES = {
     "/": PUBLIC,
+    "/openapi.json": PUBLIC,
+    "/docs": PUBLIC,
     "/v1/completions": INFERS,
     "/v1/chat/completions": INFERS,
     "/v1/batch/completions": INFERS,

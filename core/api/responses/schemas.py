@@ -41,7 +41,7 @@ class TextFormat(RequestModel):
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
-class StreamOptions(RequestModel):
+class ResponseStreamOptions(RequestModel):
     """`include_obfuscation` asks for padding that hides how long deltas are, which there is none of."""
 
     include_obfuscation: bool | None = None
@@ -58,7 +58,7 @@ class ResponseRequest(RequestModel):
     previous_response_id: Annotated[str, Field(max_length=128)] | None = None
     store: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: ResponseStreamOptions | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
