@@ -9,9 +9,17 @@ from flask import Blueprint, Flask
 from flask_cors import CORS
 
 from core.api import front, management, memory, monitoring, native, tokens, upstreams
+from core.api.anthropic import answers as anthropic_answers
+from core.api.anthropic import messages
 from core.api.context import EXTENSION, REQUEST_ID_HEADER, ApiContext, LiveRequests, check_policies, register_hooks
 from core.api.errors import register_error_handlers
+from core.api.llamacpp import routes as llamacpp
+from core.api.ollama import answers as ollama_answers
+from core.api.ollama import routes as ollama
 from core.api.openai import batch, chat, completions, models
+from core.api.openapi import routes as openapi
+from core.api.responses import routes as responses
+from core.api.responses.store import ResponseStore
 from core.security.access import TOKEN_HEADERS, CallerLimits, SignedIn, nobody
 from core.security.token import resolve_token
 
@@ -25,6 +33,10 @@ BLUEPRINTS = (
     chat.blueprint,
     batch.blueprint,
     models.blueprint,
+    messages.blueprint,
+    responses.blueprint,
+    ollama.blueprint,
+    llamacpp.blueprint,
     native.blueprint,
     upstreams.blueprint,
     tokens.blueprint,
@@ -32,8 +44,15 @@ BLUEPRINTS = (
     memory.blueprint,
     monitoring.blueprint,
     front.blueprint,
+    openapi.blueprint,
 )
 
+ERROR_SHAPES = {
+    "/v1/messages": anthropic_answers.error_body,
+    "/v1/messages/count_tokens": anthropic_answers.error_body,
+    **dict.fromkeys(("/api/chat", "/api/tags", "/api/show", "/api/ps", "/api/version"), ollama_answers.error_body),
+}
+"""How errors are written on paths of APIs that are not OpenAI's."""
 OPENAI_PREFIX = "/v1"
 OPENAI_ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/<path:name>")
 """What clients also find without the prefix, which some leave out of the address that they are given."""
@@ -75,9 +94,10 @@ def create_app(
     security = settings.security
     limits = None if security.disable_rate_limit else CallerLimits(security.requests_per_minute)
     app.extensions[EXTENSION] = ApiContext(pipeline, token, LiveRequests(), limits, version, signed_in)
+    app.extensions[responses.STORE] = ResponseStore()
     app.url_map.strict_slashes = False
     app.url_map.redirect_defaults = False  # an alias answers itself
-    register_error_handlers(app)
+    register_error_handlers(app, ERROR_SHAPES)
     register_hooks(app)
     for blueprint in (*BLUEPRINTS, *more):
         app.register_blueprint(blueprint)

@@ -32,10 +32,17 @@ def whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _text_or_objects(value: Any) -> Any:
+    if isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
+        return value
+    raise ValueError("Input should be a string or a list of objects")
+
+
 Unsupported = Mapping[str, tuple[Any, ...]]
 ModelName = Annotated[str, Field(max_length=MAX_NAME_LENGTH)]
 Integer = Annotated[int, BeforeValidator(whole)]
 Integers = Annotated[list[int], BeforeValidator(whole)]
+TextOrObjects = Annotated[str | list[dict[str, Any]], BeforeValidator(_text_or_objects)]
 
 
 class RequestModel(BaseModel):
@@ -88,7 +95,11 @@ def read_request(schema: type[Schema]) -> Schema:
         InvalidRequestError: not JSON, not an object, or not what the schema says.
         UnsupportedParameterError: a parameter that is known but not honoured.
     """
-    body = read_body()
+    return validated(schema, read_body())
+
+
+def validated(schema: type[Schema], body: Mapping[str, Any]) -> Schema:
+    """The same for a body that was read already."""
     schema.refuse_unsupported(body)
     try:
         return schema.model_validate(body)

@@ -1,11 +1,13 @@
-"""One map from errors to answers, all in OpenAI's shape `{"error": {"message", "type", "param", "code"}}`."""
+"""One map from errors to answers: in OpenAI's shape `{"error": {"message", "type", "param", "code"}}`, but for paths of
+APIs that have one of their own."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from flask import Flask, Response, request
+from flask import Flask, Response, current_app, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from core.api.body import json_response
@@ -32,22 +34,36 @@ class ClientDisconnectedError(Exception):
     """The client closed its connection before the answer was complete."""
 
 
-def register_error_handlers(app: Flask) -> None:
-    """Every error of a request goes through one of these."""
+def register_error_handlers(app: Flask, shapes: Mapping[str, ErrorShape]) -> None:
+    """Every error of a request goes through one of these. `shapes` are those of paths that have their own."""
+    app.extensions[SHAPES] = shapes
     app.register_error_handler(VRAMancerError, _answer_error)
     app.register_error_handler(HTTPException, _answer_http)
     app.register_error_handler(ClientDisconnectedError, _answer_disconnected)
     app.register_error_handler(Exception, _answer_unexpected)
 
 
-def unexpected_error_body() -> dict[str, Any]:
+def unexpected_error() -> VRAMancerError:
     """What a client is told of a bug: nothing. The log has the cause, under the request's id."""
-    return VRAMancerError("The server failed; the cause is in its log.", code="internal_error").to_openai()
+    return VRAMancerError("The server failed; the cause is in its log.", code="internal_error")
+
+
+ErrorShape = Callable[[VRAMancerError], dict[str, Any]]
+"""Writes an error as an API has it."""
+SHAPES = "vramancer_error_shapes"
+
+
+def _body(error: VRAMancerError) -> dict[str, Any]:
+    """The error as clients of the path that was asked for know it. The path counts, not the route, since a request may
+    be refused before there is one."""
+    shapes: Mapping[str, ErrorShape] = current_app.extensions[SHAPES]
+    shape = shapes.get(request.path.rstrip("/"))
+    return shape(error) if shape is not None else error.to_openai()
 
 
 def _answer_error(error: VRAMancerError) -> Response:
     _tell_trace(error)
-    response = json_response(error.to_openai(), error.status)
+    response = json_response(_body(error), error.status)
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, AuthenticationError):
@@ -85,7 +101,7 @@ def _answer_http(error: HTTPException) -> Response | HTTPException:
     shown = _shown(error, status)
     if status < 500:
         _log_refusal(shown, status, asked=_in_one_line(request.path))
-    response = json_response(shown.to_openai(), status)
+    response = json_response(_body(shown), status)
     for name, value in error.get_headers():
         if name.lower() not in ("content-type", "content-length"):
             response.headers[name] = value
@@ -112,4 +128,4 @@ def _answer_unexpected(error: Exception) -> Response:
     _tell_trace(error)
     if isinstance(error, MemoryError):
         return _answer_error(UnavailableError("The server has too little memory for this request."))
-    return json_response(unexpected_error_body(), 500)
+    return json_response(_body(unexpected_error()), 500)

@@ -22,6 +22,7 @@ PLACES = {
     "/v1/models": "the models that are served",
     "/api/pipeline/status": "placement, memory and speed",
     "/metrics": "figures for Prometheus",
+    "/docs": "every route, as a page",
     "/openapi.json": "every route, as OpenAPI",
 }
 """Where to go on, as far as this application has it."""
@@ -37,16 +38,20 @@ def front() -> Response:
     else:
         nonce = secrets.token_urlsafe(16)
         page = render_template("front.html", version=version, url=request.host_url, places=_places(), nonce=nonce)
-        response = Response(page, mimetype="text/html")
-        response.headers["Content-Security-Policy"] = (
-            f"default-src 'none'; style-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; "
-            "frame-ancestors 'none'"
-        )
-        response.headers["Referrer-Policy"] = "no-referrer"
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["Cache-Control"] = "no-store"  # it spells the host that was asked for
+        response = protected(Response(page, mimetype="text/html"), nonce)
     response.vary.add("Accept")
     return response
+
+
+def protected(page: Response, nonce: str) -> Response:
+    """The page, of which browsers take no more than its text and the style of this `nonce`."""
+    page.headers["Content-Security-Policy"] = (
+        f"default-src 'none'; style-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    page.headers["Referrer-Policy"] = "no-referrer"
+    page.headers["X-Content-Type-Options"] = "nosniff"
+    page.headers["Cache-Control"] = "no-store"  # it may spell the host that was asked for
+    return page
 
 
 def _places() -> dict[str, tuple[str, bool]]:

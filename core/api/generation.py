@@ -1,6 +1,6 @@
 """The engine's side of one HTTP request: submitted as a whole, read as one stream, given up as a whole.
 
-Streams are server-sent events: one `data:` line per chunk, comments while nothing comes, `[DONE]` at the end.
+OpenAI's streams are server-sent events: one `data:` line per chunk, comments while nothing comes, `[DONE]` at the end.
 An error in the middle of a stream is sent as an event `{"error": {...}}`, which OpenAI's clients raise; the stream
 then ends without `[DONE]`, so that a client that does not look at it sees an answer that was cut off.
 """
@@ -20,7 +20,7 @@ from flask import Response, g, request
 
 from core.api.body import to_json
 from core.api.context import api_context, current_span
-from core.api.errors import ClientDisconnectedError, unexpected_error_body
+from core.api.errors import ClientDisconnectedError, unexpected_error
 from core.batching.output import Gathered, RequestHandle, Sink
 from core.batching.sequence import RawAnswer
 from core.engine.submission import LoadedModel
@@ -43,7 +43,7 @@ HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 OPERATIONS = {
     "chatcmpl": "chat", "cmpl": "text_completion", "batch": "text_completion", "gen": "text_completion",
-    "infer": "infer",
+    "infer": "infer", "msg": "chat", "resp": "chat",
 }  # fmt: skip
 """What OpenTelemetry calls them, by the prefix of their ids."""
 
@@ -326,41 +326,60 @@ class ChoiceStream:
         return {**chunk, "usage": self._usage.to_openai()} if self._continuous_usage else chunk
 
 
-def stream_response(generation: Generation, renderer: ChunkRenderer) -> Response:
+class Framing:
+    """How a stream is written: here as OpenAI's server-sent events, elsewhere as other APIs have it."""
+
+    mimetype = "text/event-stream"
+    keep_alive = KEEP_ALIVE
+    """Sent while nothing comes; empty: nothing is."""
+    done = DONE
+    """What follows the last chunk."""
+
+    def chunk(self, chunk: dict[str, Any]) -> str:
+        return f"data: {to_json(chunk)}\n\n"
+
+    def error(self, error: VRAMancerError) -> str:
+        """The last thing that is sent where the answer fails."""
+        return self.chunk(error.to_openai())
+
+
+OPENAI = Framing()
+
+
+def stream_response(generation: Generation, renderer: ChunkRenderer, framing: Framing = OPENAI) -> Response:
     """The open stream. However it ends, the generation is closed: by the last event, an error, or the client."""
     keepalive_s = api_context().pipeline.settings.api.keepalive_comment_s
-    events = stream_events(generation, renderer, keepalive_s=keepalive_s)
-    response = Response(events, mimetype="text/event-stream", headers=HEADERS)
+    events = stream_events(generation, renderer, framing, keepalive_s=keepalive_s)
+    response = Response(events, mimetype=framing.mimetype, headers=HEADERS)
     response.call_on_close(generation.close)  # a generator that was never started does not run its `finally`
     return response
 
 
-def stream_events(generation: Generation, renderer: ChunkRenderer, *, keepalive_s: float) -> Iterator[str]:
+def stream_events(
+    generation: Generation, renderer: ChunkRenderer, framing: Framing = OPENAI, *, keepalive_s: float
+) -> Iterator[str]:
     """The stream's text, piece by piece."""
     wrote_s = time.monotonic()
     try:
         for event in generation.outputs():
-            pieces = [_event(chunk) for chunk in renderer.chunks(*event)] if event is not None else []
-            if not pieces and time.monotonic() - wrote_s >= keepalive_s:
-                pieces = [KEEP_ALIVE]
+            pieces = [framing.chunk(chunk) for chunk in renderer.chunks(*event)] if event is not None else []
+            if not pieces and framing.keep_alive and time.monotonic() - wrote_s >= keepalive_s:
+                pieces = [framing.keep_alive]
             for piece in pieces:
                 yield piece
                 wrote_s = time.monotonic()
         for chunk in renderer.closing():
-            yield _event(chunk)
-        yield DONE
+            yield framing.chunk(chunk)
+        if framing.done:
+            yield framing.done
     except ClientDisconnectedError:
         log.info("client left its stream")
     except VRAMancerError as error:
         log.error("stream failed", error=error.message, code=error.error_code)
-        yield _event(error.to_openai())
+        yield framing.error(error)
     except Exception as error:  # a bug: the status is already sent, so the error map cannot answer it
         log.error("stream failed unexpectedly", error=repr(error), exc_info=error)
         generation.failed(error)
-        yield _event(unexpected_error_body())
+        yield framing.error(unexpected_error())
     finally:
         generation.close()
-
-
-def _event(chunk: dict[str, Any]) -> str:
-    return f"data: {to_json(chunk)}\n\n"

@@ -7,24 +7,33 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from flask import Blueprint, Response, request
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from safetensors.numpy import save
 from werkzeug.exceptions import NotAcceptable
 
-from core.api.body import Integer, Integers, ModelName, RequestModel, json_response, read_request
+from core.api.body import Integer, Integers, ModelName, RequestModel, Unsupported, json_response, read_request
 from core.api.context import served_model
 from core.api.generation import Usage, choice, finite, start_generation, start_inference, stream_response
+from core.api.ollama.answers import LINES, Clock, now_text, totals
+from core.api.ollama.conversation import NAMES as OPTION_NAMES
+from core.api.ollama.conversation import plain_name, think_fields
+from core.api.ollama.routes import framing, loaded_answer
+from core.api.ollama.schemas import Options, Think
+from core.api.openai.answers import AnswerReader
 from core.api.openai.chat import encode_messages
 from core.api.openai.schemas import ChatMessage, TemplateFields
 from core.api.sampling import SamplingFields, check_token_ids, encode_prompt, sampling_params
+from core.api.translated import AnswerPieces, client_names
 from core.batching.sequence import RawAnswer
 from core.engine.submission import check_length
 from core.errors import ConflictError, InvalidRequestError
+from core.parsers.events import Reasoning, Text
 from core.request import Completion, RequestOutput, SequenceDelta, TokenLogprob
 from core.security.access import policy
 
@@ -47,6 +56,8 @@ class GenerateRequest(SamplingFields):
     """`/api/generate`: exactly one of `prompt`, `prompt_token_ids` and `messages`, and all of `SamplingParams`.
 
     `max_tokens` left out runs to the end of the context. `logprobs` and `prompt_logprobs` are numbers of alternatives.
+    With fields of Ollama's (`system`, `raw`, `options`, `think`, `keep_alive`), `prompt` is what the user says, put
+    into the chat template with `system`; with `raw` true it is the prompt itself, as it is without them.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -60,6 +71,35 @@ class GenerateRequest(SamplingFields):
     logprobs: Integer | None = None
     prompt_logprobs: Integer | None = None
     detokenize: bool | None = None
+    system: str | None = None
+    raw: bool | None = None
+    options: Options | None = None
+    think: Think | None = None
+    keep_alive: float | str | None = None
+
+    unsupported: ClassVar[Unsupported] = {
+        "context": ([],), "format": ("",), "images": ([],), "suffix": ("",), "template": ("",),
+    }  # fmt: skip
+    """What Ollama knows beside these."""
+
+    @classmethod
+    def refuse_unsupported(cls, body: Mapping[str, Any]) -> None:
+        super().refuse_unsupported(body)
+        if isinstance(body.get("options"), dict):
+            Options.refuse_unsupported(body["options"])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unused(cls, body: Any) -> Any:
+        """What asks for nothing."""
+        return {name: value for name, value in body.items() if name not in cls.unsupported}
+
+    @property
+    def is_ollamas(self) -> bool:
+        """Whether it is read as Ollama reads it, which fields of its own tell: the prompt is then a message of the
+        user's, unless it is `raw`."""
+        given = (self.system, self.raw, self.options, self.think, self.keep_alive)
+        return any(value is not None for value in given)
 
 
 class InferRequest(RequestModel):
@@ -77,57 +117,80 @@ class InferRequest(RequestModel):
 @policy("user", waits=True)
 def generate() -> Response:
     fields = read_request(GenerateRequest)
+    if fields.is_ollamas and not (fields.prompt or fields.prompt_token_ids or fields.messages):
+        return json_response(loaded_answer(fields.model or served_model(None).name, {"response": ""}))
+    if fields.options is not None:
+        fields = fields.model_copy(update=fields.options.sampling)
+    if fields.is_ollamas and fields.model is not None:
+        fields = fields.model_copy(update={"model": plain_name(fields.model)})
     model = served_model(fields.model)
-    token_ids, param = _prompt_token_ids(fields, model)
-    params = sampling_params(fields, model)
-    generation = start_generation(
-        [(token_ids, params)], model, prefix="gen", priority=fields.priority, names={"prompt": param}
-    )
-    writer = GenerateWriter(fields, model, generation.id)
+    with client_names(OPTION_NAMES if fields.options is not None else ()):
+        token_ids, param = _prompt_token_ids(fields, model)
+        reader = AnswerReader(model, None) if fields.is_ollamas and param == "messages" else None
+        kept: tuple[int, ...] = ()
+        if reader is not None:
+            kept = reader.kept_tokens
+            reader.read_prompt(token_ids, None)
+        params = sampling_params(fields, model, kept_special_tokens=kept)
+        if fields.is_ollamas and params.max_tokens is not None:  # a limit that an answer may never come to
+            room = max(1, model.max_model_len - len(token_ids))
+            params = replace(params, max_tokens=min(params.max_tokens, room))
+        generation = start_generation(
+            [(token_ids, params)], model, prefix="gen", priority=fields.priority, names={"prompt": param}
+        )
+    pieces = AnswerPieces(reader.begin(generation.id, 0)) if reader is not None else None
+    writer = GenerateWriter(fields, model, generation.id, pieces)
     if fields.stream:
-        return stream_response(generation, writer)
+        return stream_response(generation, writer, framing(LINES))
     with closing(generation):
-        (result,) = generation.gather(on_output=writer.clock)
+        (result,) = generation.gather(on_output=writer.clock.note)
     writer.usage.add_result(result)
     body = writer.head()
     body["outputs"] = [writer.completion(completion) for completion in result.completions]
     if fields.prompt_logprobs is not None:
         body["prompt_logprobs"] = writer.prompt_logprobs(result.prompt_logprobs or ())
-    return json_response({**body, **writer.totals()})
+    return json_response({**body, **writer.response(result.completions[0]), **writer.totals(), "done": True})
 
 
 def _prompt_token_ids(fields: GenerateRequest, model: LoadedModel) -> tuple[list[int], str]:
-    """The prompt, and the name of the field that gives it."""
+    """The prompt, and the name of the field that gives it; `messages` too for a prompt that is made a message."""
     given = [name for name in ("prompt", "prompt_token_ids", "messages") if getattr(fields, name) is not None]
     if len(given) != 1:
         raise InvalidRequestError("Give exactly one of prompt, prompt_token_ids and messages.", param="prompt")
-    name = given[0]
-    if fields.messages is not None:
-        template = TemplateFields(chat_template_kwargs=fields.chat_template_kwargs)
-        return encode_messages(fields.messages, model, template), name
+    name, messages = given[0], fields.messages
+    if fields.is_ollamas and not fields.raw and fields.prompt is not None:
+        name, messages = "messages", [ChatMessage(role="user", content=fields.prompt)]
+    if messages is not None:
+        if fields.system is not None:
+            messages = [ChatMessage(role="system", content=fields.system), *messages]
+        thoughts = think_fields(fields.think, model)
+        kwargs = {**thoughts.get("chat_template_kwargs", {}), **(fields.chat_template_kwargs or {})}
+        effort = thoughts.get("reasoning_effort")
+        template = TemplateFields(chat_template_kwargs=kwargs or None, reasoning_effort=effort)
+        return encode_messages(messages, model, template), name
     prompt = fields.prompt if fields.prompt is not None else fields.prompt_token_ids or []
     return encode_prompt(prompt, model, add_special_tokens=fields.add_special_tokens is not False, param=name), name
 
 
 class GenerateWriter:
-    """Answers of `/api/generate`, whole or in chunks: `{"id", "index", "text", "token_ids", ...}`, then the totals."""
+    """Answers of `/api/generate`, whole or in chunks: `{"id", "index", "text", "token_ids", ...}`, then the totals; and
+    beside these what Ollama has of the first completion: `response`, `thinking`, `done`, ..."""
 
-    def __init__(self, fields: GenerateRequest, model: LoadedModel, generation_id: str) -> None:
+    def __init__(
+        self, fields: GenerateRequest, model: LoadedModel, generation_id: str, pieces: AnswerPieces | None = None
+    ) -> None:
         self.usage = Usage()
+        self.clock = Clock()
+        self._pieces = pieces
+        self._reason: str | None = None
         self._fields = fields
         self._model = model
         self._id = generation_id
-        self._started_s = time.perf_counter()
-        self._first_s: float | None = None
-
-    def clock(self, output: RequestOutput) -> None:
-        """Note when the first token came."""
-        if self._first_s is None and any(delta.token_ids for delta in output.deltas):
-            self._first_s = time.perf_counter()
 
     def head(self) -> dict[str, Any]:
         name = self._fields.model or self._model.name
-        return {"id": self._id, "object": "generation", "created": int(time.time()), "model": name}
+        return {"id": self._id, "object": "generation", "created": int(time.time()), "model": name,
+                "created_at": now_text()}  # fmt: skip
 
     def completion(self, part: Completion | SequenceDelta) -> dict[str, Any]:
         """One completion, or what it gained."""
@@ -137,27 +200,46 @@ class GenerateWriter:
     def totals(self) -> dict[str, Any]:
         """`usage`, and `timings` in seconds as the API saw them: from submission on."""
         now_s = time.perf_counter()
-        first_s = self._first_s if self._first_s is not None else now_s
+        started_s, noted_s = self.clock.started_s, self.clock.first_s
+        first_s = noted_s if noted_s is not None else now_s
         decode_s = now_s - first_s
         later_tokens = max(0, self.usage.completion_tokens - 1)
         timings = {
-            "total_s": now_s - self._started_s,
-            "time_to_first_token_s": first_s - self._started_s if self._first_s is not None else None,
+            "total_s": now_s - started_s,
+            "time_to_first_token_s": first_s - started_s if noted_s is not None else None,
             "decode_tok_s": later_tokens / decode_s if decode_s > 0 and later_tokens else None,
         }
-        return {"usage": self.usage.to_openai(), "timings": timings}
+        ollamas = totals(self.clock, self.usage, self._reason)
+        return {**ollamas, "usage": self.usage.to_openai(), "timings": timings}
+
+    def response(self, part: Completion | SequenceDelta) -> dict[str, Any]:
+        """What Ollama calls the text; thoughts apart, where the prompt was a message."""
+        if part.index:
+            return {"response": ""}
+        self._reason = part.finish_reason or self._reason
+        if self._pieces is None:
+            return {"response": part.text}
+        pieces = [*self._pieces.feed(part.text)]
+        if part.finish_reason is not None:
+            pieces += self._pieces.finish()
+        text = "".join(piece.text for piece in pieces if isinstance(piece, Text))
+        thoughts = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
+        return {"response": text, "thinking": thoughts} if thoughts else {"response": text}
 
     def chunks(self, index: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
-        self.clock(output)
+        self.clock.note(output)
         self.usage.add_output(index, output)
         if output.prompt_logprobs is not None:
             yield {"id": self._id, "prompt_logprobs": self.prompt_logprobs(output.prompt_logprobs)}
         for delta in output.deltas:
             if delta.text or delta.token_ids or delta.finish_reason is not None:
-                yield {"id": self._id, **self.completion(delta)}
+                yield {**self._line(), **self.completion(delta), **self.response(delta), "done": False}
 
     def closing(self) -> Iterator[dict[str, Any]]:
-        yield {**self.head(), "done": True, **self.totals()}
+        yield {**self.head(), "response": "", "done": True, **self.totals()}
+
+    def _line(self) -> dict[str, Any]:
+        return {"id": self._id, "model": self._fields.model or self._model.name, "created_at": now_text()}
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> list[dict[str, Any]] | None:
         return [self._logprob(item) for item in logprobs] if self._fields.logprobs is not None else None

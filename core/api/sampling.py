@@ -27,7 +27,7 @@ _TOKEN_KEY = re.compile(r"[0-9]{1,10}")
 def _strings(value: Any) -> Any:
     if isinstance(value, str):
         return (value,) if value else ()
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return tuple(value)
     raise ValueError("Input should be a string or a list of strings")
 

@@ -1,8 +1,8 @@
-"""`POST /tokenize` and `POST /detokenize`, shaped as vLLM's."""
+"""`POST /tokenize` and `POST /detokenize`, shaped as vLLM's, and as llama.cpp's for its clients."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from flask import Blueprint, Response
 
@@ -15,11 +15,14 @@ from core.engine.submission import check_length
 from core.errors import InvalidRequestError
 from core.security.access import policy
 
+if TYPE_CHECKING:
+    from core.engine.submission import LoadedModel
+
 blueprint = Blueprint("tokens", __name__)
 
 
 class TokenizeRequest(TemplateFields):
-    """Either `prompt` or `messages`."""
+    """Either `prompt` or `messages`; or llama.cpp's `content`, without tokens in front unless `add_special`."""
 
     unsupported: ClassVar[Unsupported] = {"chat_template": NOTHING}
 
@@ -28,6 +31,9 @@ class TokenizeRequest(TemplateFields):
     messages: list[ChatMessage] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
+    content: str | None = None
+    add_special: bool | None = None
+    with_pieces: bool | None = None
 
 
 class DetokenizeRequest(RequestModel):
@@ -40,6 +46,8 @@ class DetokenizeRequest(RequestModel):
 def tokenize() -> Response:
     fields = read_request(TokenizeRequest)
     model = served_model(fields.model)
+    if fields.content is not None:
+        return json_response({"tokens": _pieces(fields, fields.content, model)})
     if (fields.prompt is None) == (fields.messages is None):
         raise InvalidRequestError("Give either prompt or messages.", param="prompt")
     if fields.messages is not None:
@@ -58,6 +66,22 @@ def tokenize() -> Response:
     )
 
 
+def _pieces(fields: TokenizeRequest, content: str, model: LoadedModel) -> list[int] | list[dict[str, Any]]:
+    """Ids, or ids with their texts; a text that is part of a character is given as its bytes."""
+    if fields.prompt is not None or fields.messages is not None:
+        raise InvalidRequestError("Give content alone, or prompt or messages.", param="content")
+    token_ids = encode_text(content, model, add_special_tokens=fields.add_special is True, param="content")
+    if not fields.with_pieces:
+        return token_ids
+    found: list[dict[str, Any]] = []
+    for token_id in token_ids:
+        text = model.tokenizer.token_text(token_id)
+        found.append(
+            {"id": token_id, "piece": list(model.tokenizer.token_bytes(token_id)) if "\ufffd" in text else text}
+        )
+    return found
+
+
 @blueprint.post("/detokenize")
 @policy("user", waits=True)
 def detokenize() -> Response:
@@ -65,4 +89,5 @@ def detokenize() -> Response:
     model = served_model(fields.model)
     check_length(len(fields.tokens), model, reserve=0, param="tokens")
     token_ids = check_token_ids(fields.tokens, model, param="tokens")
-    return json_response({"prompt": model.tokenizer.decode(token_ids, skip_special_tokens=False)})
+    text = model.tokenizer.decode(token_ids, skip_special_tokens=False)
+    return json_response({"prompt": text, "content": text})

@@ -26,6 +26,7 @@ from core.errors import (
     ContextLengthError,
     InvalidRequestError,
     UnsupportedModelError,
+    UnsupportedParameterError,
 )
 from core.grammars.compiler import Grammars
 from core.grammars.vocabulary import Vocabulary

@@ -1,9 +1,9 @@
 """Who calls, and what a route asks of its caller. A route's policy is declared beside it, with `policy`.
 
 Public routes need no token: liveness and readiness for orchestrators, `/health`, which then names checks without
-details, `/`, which says what this is, and the dashboard's page, which asks for the token, with its files. Read-only
-mode (`VRM_READ_ONLY`) refuses routes that alter shared state; generating is allowed, and so is everything that only
-reads. What no route answers needs a token, and counts as a change unless it only reads.
+details, `/`, `/openapi.json` and `/docs`, which say what this is, and the dashboard's page, which asks for the token,
+with its files. Read-only mode (`VRM_READ_ONLY`) refuses routes that alter shared state; generating is allowed, and so
+is everything that only reads. What no route answers needs a token, and counts as a change unless it only reads.
 
 `CallerLimits` says how often: a key so many requests a minute; an address without one as many, but few wrong tokens.
 """

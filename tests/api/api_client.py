@@ -29,9 +29,9 @@ class ApiClient:
     def delete(self, path: str) -> Any:
         return self.raw.delete(path, headers=self.headers)
 
-    def events(self, path: str, body: dict[str, Any]) -> list[Any]:
+    def events(self, path: str, body: dict[str, Any], **headers: str) -> list[Any]:
         """The `data:` lines of a stream, parsed; `[DONE]` stays text."""
-        response = self.post(path, {**body, "stream": True})
+        response = self.post(path, {**body, "stream": True}, headers=headers)
         assert response.status_code == 200, response.text
         assert response.mimetype == "text/event-stream"
         lines = [line for line in response.text.split("\n\n") if line.startswith("data: ")]

@@ -70,6 +70,8 @@ class ByteTokenizer:
     vocab_size = VOCAB
     bos_token_id = BOS
     eos_token_id = EOS
+    template_source = "{{ messages }}"
+    added_tokens: frozenset[str] = frozenset()
     template_variables = frozenset({"messages", "tools", "add_generation_prompt"})
 
     def encode(self, text: str, *, add_special_tokens: bool = True, context: int | None = None) -> list[int]:

@@ -14,6 +14,7 @@ from safetensors.torch import load
 from steering import LONGEST_WAIT_S, until
 
 from core.api import native
+from core.api.ollama import answers as ollama_answers
 from core.request import RequestOutput, SequenceDelta
 
 
@@ -54,7 +55,7 @@ def test_generate_wants_one_prompt(client: ApiClient, body: Any) -> None:
 
 
 def test_generate_stream(client: ApiClient) -> None:
-    *chunks, last, done = client.events("/api/generate", {"prompt": "a", "logprobs": 0})
+    *chunks, last, done = client.events("/api/generate", {"prompt": "a", "logprobs": 0}, Accept="text/event-stream")
     assert done == "[DONE]"
     assert "".join(chunk["text"] for chunk in chunks) == "Hello"
     assert [token for chunk in chunks for token in chunk["token_ids"]] == list(b"Hello")
@@ -83,7 +84,8 @@ def test_the_rate_is_that_of_the_tokens_after_the_first(
 ) -> None:
     """Seconds after the start at which so many tokens come; the answer is complete after 6."""
     clock = SimpleNamespace(now_s=100.0)
-    monkeypatch.setattr(native, "time", SimpleNamespace(perf_counter=lambda: clock.now_s))
+    for module in (native, ollama_answers):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now_s))
     writer = native.GenerateWriter(native.GenerateRequest.model_validate({"prompt": "a"}), fake_model(), "gen-1")
     for seconds, count in arrivals:
         clock.now_s = 100.0 + seconds

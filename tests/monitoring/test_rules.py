@@ -23,12 +23,16 @@ PROMISED = {
     "ha": ["HAJournalLarge", "FrequentRebalancing", "HighMemoryEvictions"],
 }
 LONG_ROUTES = {
-    "/v1/completions", "/v1/chat/completions", "/v1/batch/completions", "/api/generate", "/api/infer",
-    "/api/models/load", "/api/models/unload", "/api/pipeline/place", "/api/memory/blocks/<block>/promote",
-    "/api/memory/blocks/<block>/demote", "/api/memory/reclaim", "/api/memory/lend",
+    "/v1/completions", "/v1/chat/completions", "/v1/batch/completions", "/v1/messages", "/v1/responses", "/api/chat",
+    "/api/generate", "/api/infer", "/completion", "/infill", "/api/models/load", "/api/models/unload",
+    "/api/pipeline/place", "/api/memory/blocks/<block>/promote", "/api/memory/blocks/<block>/demote",
+    "/api/memory/reclaim", "/api/memory/lend",
 }  # fmt: skip
 """Routes that answer when tokens were generated or something was moved: APILatencyHigh leaves them out."""
-QUICK_ROUTES = {"/tokenize", "/detokenize", "/api/requests/<request_id>/cancel"}
+QUICK_ROUTES = {
+    "/apply-template", "/tokenize", "/detokenize", "/api/show", "/v1/messages/count_tokens",
+    "/api/requests/<request_id>/cancel", "/v1/responses/<response_id>/cancel",
+}  # fmt: skip
 
 
 def test_there_are_the_promised_alerts_and_no_other() -> None:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, Response
 
 from core.api.body import json_response, parse_object, read_request
 from core.api.context import others_answer, served_model
-from core.api.generation import ChoiceStream, Usage, choice, envelope, finite, start_generation, stream_response
+from core.api.generation import (
+    ChoiceStream,
+    Generation,
+    Usage,
+    choice,
+    envelope,
+    finite,
+    start_generation,
+    stream_response,
+)
 from core.api.openai.schemas import ChatMessage, ChatRequest, TemplateFields
 from core.api.sampling import sampling_params
 from core.api.upstreams import answered
@@ -34,20 +44,9 @@ def create_chat_completion() -> Response:
 
 def _complete_here() -> Response:
     fields = read_request(ChatRequest)
-    model = served_model(fields.model)
-    tools, reader = _tools(fields, model)
-    params = _params(fields, model, reader)
-    token_ids = encode_messages(fields.messages, model, fields, tools)
-    if reader is not None:
-        reader.read_prompt(token_ids, _continued(fields))
-    if fields.has_form or (reader is not None and reader.keeps_calls):
-        from core.api.openai.constrained import constrain
-
-        params = constrain(params, fields, model, reader)
-    names = {"prompt": "messages", "max_tokens": fields.limit_name}
-    generation = start_generation(
-        [(token_ids, params)], model, prefix="chatcmpl", priority=fields.priority, names=names
-    )
+    job = ChatJob.prepare(fields)
+    model, reader = job.model, job.reader
+    generation = job.start("chatcmpl", {"prompt": "messages", "max_tokens": fields.limit_name})
     if fields.stream:
         head = envelope(generation.id, "chat.completion.chunk", model, fields.model)
         return stream_response(generation, ChatStream(fields, model, head, reader))
@@ -62,19 +61,70 @@ def _complete_here() -> Response:
         reason: str | None = completion.finish_reason
         if reader is not None:
             message, reason = reader.message(generation.id, completion)
-        logprobs = _logprobs(fields, model, completion.logprobs)
+        logprobs = token_logprobs(fields, model, completion.logprobs)
         choices.append(choice(completion.index, {"message": message}, logprobs, reason, completion.stop_reason))
     return json_response({**head, "choices": choices, "usage": usage.to_openai()})
 
 
-def _tools(fields: ChatRequest, model: LoadedModel) -> tuple[list[dict[str, Any]] | None, AnswerReader | None]:
+@dataclass(slots=True)
+class ChatJob:
+    """A conversation that is ready for the engine, in whichever API's words it came. `reader` finds calls and thoughts
+    in the answer."""
+
+    fields: ChatRequest
+    model: LoadedModel
+    reader: AnswerReader | None
+    params: SamplingParams
+    token_ids: list[int]
+
+    @property
+    def room(self) -> int:
+        """How many tokens fit after the prompt; at least 1, for the pipeline to refuse."""
+        return max(1, self.model.max_model_len - len(self.token_ids))
+
+    def cap(self) -> bool:
+        """For APIs whose limit is one that an answer may never come to: make it what fits. Returns whether it was
+        more."""
+        limit = self.params.max_tokens
+        self.params = replace(self.params, max_tokens=min(limit or self.room, self.room))
+        return limit is not None and limit > self.room
+
+    @property
+    def fits(self) -> bool:
+        """Whether the context holds the prompt and the longest answer."""
+        return len(self.token_ids) + (self.params.max_tokens or 1) <= self.model.max_model_len
+
+    @classmethod
+    def prepare(cls, fields: ChatRequest, *, always_read: bool = False) -> ChatJob:
+        """Nothing is allocated yet. `always_read`: there is a reader, also where it will find text alone."""
+        model = served_model(fields.model)
+        tools, reader = _tools(fields, model, always_read=always_read)
+        params = _params(fields, model, reader)
+        token_ids = encode_messages(fields.messages, model, fields, tools)
+        if reader is not None:
+            reader.read_prompt(token_ids, _continued(fields))
+        if fields.has_form or (reader is not None and reader.keeps_calls):
+            from core.api.openai.constrained import constrain
+
+            params = constrain(params, fields, model, reader)
+        return cls(fields, model, reader, params, token_ids)
+
+    def start(self, prefix: str, names: Mapping[str, str]) -> Generation:
+        """Submit it; see `start_generation`."""
+        requests = [(self.token_ids, self.params)]
+        return start_generation(requests, self.model, prefix=prefix, priority=self.fields.priority, names=names)
+
+
+def _tools(
+    fields: ChatRequest, model: LoadedModel, *, always_read: bool
+) -> tuple[list[dict[str, Any]] | None, AnswerReader | None]:
     """Tools for the prompt, and what reads calls and thoughts in the answers: neither, for most requests."""
     offer = None
     if fields.tools or fields.tool_choice is not None:
         from core.api.openai.tools import read_offer
 
         offer = read_offer(fields.tools, fields.tool_choice, fields.parallel_tool_calls, model)
-    if offer is None and model.output_format.reasoning_parser is None:
+    if offer is None and model.output_format.reasoning_parser is None and not always_read:
         return None, None
     from core.api.openai.answers import AnswerReader
 
@@ -123,7 +173,7 @@ class ChatStream(ChoiceStream):
 
     def _delta_chunks(self, delta: SequenceDelta) -> Iterator[dict[str, Any]]:
         self._usage.add_delta(delta)
-        logprobs = _logprobs(self._fields, self._model, delta.logprobs) if delta.logprobs else None
+        logprobs = token_logprobs(self._fields, self._model, delta.logprobs) if delta.logprobs else None
         if self._read is not None:
             for found in self._read.choices(delta, logprobs):
                 yield self._chunk(found)
@@ -134,7 +184,7 @@ class ChatStream(ChoiceStream):
             yield self._chunk(choice(delta.index, {"delta": {}}, None, delta.finish_reason, delta.stop_reason))
 
 
-def _logprobs(fields: ChatRequest, model: LoadedModel, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+def token_logprobs(fields: ChatRequest, model: LoadedModel, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
     """One entry per token, each with its bytes and the alternatives, if the client wants them."""
     if not fields.logprobs:
         return None

@@ -1,0 +1,164 @@
+"""Routes of llama.cpp's server: completions, what is served, what runs, tokens, and gaps that are filled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from api_client import ApiClient
+from fake_pipeline import BOS, CONTEXT, EOS, ByteTokenizer, FakePipeline
+
+from core.api.llamacpp import routes
+from core.errors import StepFailedError
+from core.views.status import RequestView
+
+URL = "/completion"
+
+
+def test_a_completion(client: ApiClient, pipeline: FakePipeline) -> None:
+    answer = client.post(URL, {"prompt": "a", "n_predict": 4, "temperature": 0, "repeat_penalty": 1.5}).get_json()
+    assert (answer["content"], answer["stop"], answer["stop_type"], answer["tokens"]) == ("Hell", True, "limit", [])
+    assert (answer["tokens_predicted"], answer["tokens_evaluated"], answer["truncated"]) == (4, 2, False)
+    assert answer["prompt"] == "<s>a"
+    assert answer["timings"]["predicted_n"] == 4
+    assert answer["timings"]["prompt_ms"] > 0
+    settings = answer["generation_settings"]
+    assert (settings["n_predict"], settings["temperature"], settings["repeat_penalty"]) == (4, 0.0, 1.5)
+    assert pipeline.submitted[0][1].repetition_penalty == 1.5
+    assert client.post(URL, {"prompt": "a", "return_tokens": True}).get_json()["tokens"] == list(b"Hello")
+
+
+def test_a_stream_has_no_mark_at_its_end(client: ApiClient) -> None:
+    *chunks, last = client.events(URL, {"prompt": "a"})
+    assert "".join(chunk["content"] for chunk in chunks) == "Hello"
+    assert [chunk["stop"] for chunk in chunks] == [False] * 5
+    assert (last["stop"], last["stop_type"], last["content"], last["tokens_predicted"]) == (True, "eos", "", 5)
+
+
+def test_a_stream_that_fails_says_so(client: ApiClient, pipeline: FakePipeline) -> None:
+    pipeline.failing = {0: StepFailedError("The step failed.")}
+    assert client.events(URL, {"prompt": "a"})[-1]["error"]["message"] == "The step failed."
+
+
+@pytest.mark.parametrize(
+    ("prompt", "token_ids"),
+    [("a", [BOS, 97]), ([97, 98], [97, 98]), (["a", 98, "c"], [BOS, 97, 98, 99]), ([98, "c"], [98, 99])],
+)
+def test_prompts(client: ApiClient, pipeline: FakePipeline, prompt: Any, token_ids: list[int]) -> None:
+    assert client.post(URL, {"prompt": prompt}).status_code == 200
+    assert pipeline.submitted[0][0] == token_ids
+
+
+@pytest.mark.parametrize(("given", "limit"), [(None, CONTEXT - 2), (-1, CONTEXT - 2), (9999, CONTEXT - 2), (7, 7)])
+def test_the_limit_is_what_fits_at_most(
+    client: ApiClient, pipeline: FakePipeline, given: int | None, limit: int
+) -> None:
+    client.post(URL, {"prompt": "a", "n_predict": given})
+    assert pipeline.submitted[0][1].max_tokens == limit
+
+
+def test_biases_are_pairs_or_an_object(client: ApiClient, pipeline: FakePipeline) -> None:
+    for given in ([[97, 1.5], [98, False]], {"97": 1.5, "98": -100}):
+        assert client.post(URL, {"prompt": "a", "logit_bias": given}).status_code == 200
+        assert pipeline.submitted[-1][1].logit_bias == {97: 1.5, 98: -100.0}
+
+
+def test_probabilities(client: ApiClient) -> None:
+    answer = client.post(URL, {"prompt": "a", "n_probs": 2}).get_json()
+    first = answer["completion_probabilities"][0]
+    assert (first["id"], first["token"], first["bytes"], len(first["top_logprobs"])) == (72, "H", [72], 2)
+    *chunks, _ = client.events(URL, {"prompt": "a", "n_probs": 2})
+    assert [entry for chunk in chunks for entry in chunk["completion_probabilities"]] == (
+        answer["completion_probabilities"]
+    )
+    assert "completion_probabilities" not in client.post(URL, {"prompt": "a"}).get_json()
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": [99999]}, "prompt"),
+        ({"grammar": "root ::= x"}, "grammar"),
+        ({"json_schema": {}}, "json_schema"),
+        ({"mirostat": 2}, "mirostat"),
+        ({"samplers": ["top_k"]}, "samplers"),
+        ({"n_predict": 0}, "n_predict"),
+        ({"n_probs": 21}, "n_probs"),
+        ({"repeat_penalty": 0}, "repeat_penalty"),
+        ({"logit_bias": [97]}, "logit_bias"),
+        ({"n": 2}, "n"),
+        ({"cache_prompt": False}, "cache_prompt"),
+    ],
+)
+def test_what_is_wrong_is_named(client: ApiClient, pipeline: FakePipeline, extra: dict[str, Any], param: str) -> None:
+    assert client.error(URL, {"prompt": "a", **extra}, status=400)["param"] == param
+    assert not pipeline.submitted
+
+
+def test_what_is_served(client: ApiClient, pipeline: FakePipeline) -> None:
+    props = client.get("/props").get_json()
+    assert (props["total_slots"], props["default_generation_settings"]["n_ctx"]) == (64, CONTEXT)
+    assert (props["model_alias"], props["chat_template"], props["eos_token"]) == ("demo", "{{ messages }}", "</s>")
+    pipeline.fake_model = None
+    assert client.get("/props").status_code == 503
+
+
+def test_what_runs(client: ApiClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    views = [RequestView("a", "running", 7, 3, 0.5), RequestView("b", "waiting", 5, 0, 0.1)]
+    monkeypatch.setattr(routes, "queue_view", lambda *given: SimpleNamespace(requests=views))
+    first, second = client.get("/slots").get_json()
+    assert (first["id_task"], first["is_processing"], first["next_token"]) == ("a", True, [{"n_decoded": 3}])
+    assert (second["is_processing"], second["n_prompt_tokens"]) == (False, 5)
+    monkeypatch.undo()
+    assert client.get("/slots").get_json() == []
+
+
+def test_the_template_makes_a_prompt(client: ApiClient) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}]}
+    assert client.post("/apply-template", body).get_json() == {"prompt": "<s>u:x\na:"}
+    assert client.error("/apply-template", {"messages": []}, status=400)["param"] == "messages"
+
+
+def test_tokens_as_llama_cpp_has_them(client: ApiClient) -> None:
+    assert client.post("/tokenize", {"content": "aé"}).get_json() == {"tokens": [97, 195, 169]}
+    body = {"content": "aé", "add_special": True, "with_pieces": True}
+    assert client.post("/tokenize", body).get_json()["tokens"] == [
+        {"id": BOS, "piece": "<s>"}, {"id": 97, "piece": "a"}, {"id": 195, "piece": [195]}, {"id": 169, "piece": [169]},
+    ]  # fmt: skip
+    assert client.post("/tokenize", {"content": ""}).get_json() == {"tokens": []}
+    assert client.post("/detokenize", {"tokens": [97, 98]}).get_json()["content"] == "ab"
+    assert client.error("/tokenize", {"content": "a", "prompt": "b"}, status=400)["param"] == "content"
+
+
+class GapTokenizer(ByteTokenizer):
+    """Has tokens for gaps, in place of control characters."""
+
+    added_tokens = frozenset({"<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"})
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, context: int | None = None) -> list[int]:
+        names = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+        if text in names:
+            return [names.index(text) + 1]
+        return super().encode(text, add_special_tokens=add_special_tokens, context=context)
+
+
+def test_a_gap_is_filled_by_models_that_can(client: ApiClient, pipeline: FakePipeline) -> None:
+    body = {"input_prefix": "ab", "input_suffix": "yz", "prompt": "c", "n_predict": 3}
+    error = client.error("/infill", body, status=400)
+    assert (error["code"], "no tokens for filling a gap" in error["message"]) == ("unsupported_model", True)
+    pipeline.fake_model = replace(pipeline.model, tokenizer=cast(Any, GapTokenizer()))
+    assert client.post("/infill", body).get_json()["content"] == "Hel"
+    assert shown(pipeline.submitted[0][0]) == [BOS, 1, "a", "b", 2, "y", "z", 3, "c"]
+    client.post("/infill", body | {"input_extra": [{"filename": "f", "text": "0"}], "prompt": ""})
+    assert shown(pipeline.submitted[1][0]) == [BOS, 1, "0", "a", "b", 2, "y", "z", 3]
+    assert client.error("/infill", {"input_prefix": "a"}, status=400)["param"] == "input_suffix"
+    assert client.error("/infill", body | {"input_prefix": "a" * CONTEXT}, status=400)
+
+
+def shown(token_ids: Sequence[int]) -> list[int | str]:
+    return [token_id if token_id < 32 or token_id in (BOS, EOS) else chr(token_id) for token_id in token_ids]
