@@ -10,6 +10,7 @@ from flask_cors import CORS
 
 from core.api import front, management, memory, monitoring, native, tokens
 from core.api.context import EXTENSION, REQUEST_ID_HEADER, ApiContext, LiveRequests, check_policies, register_hooks
+from core.api.embedding import embeddings, ranking
 from core.api.errors import register_error_handlers
 from core.api.openai import batch, chat, completions, models
 from core.security.access import TOKEN_HEADERS, CallerLimits, SignedIn, nobody
@@ -25,6 +26,8 @@ BLUEPRINTS = (
     chat.blueprint,
     batch.blueprint,
     models.blueprint,
+    embeddings.blueprint,
+    ranking.blueprint,
     native.blueprint,
     tokens.blueprint,
     management.blueprint,
@@ -34,7 +37,16 @@ BLUEPRINTS = (
 )
 
 OPENAI_PREFIX = "/v1"
-OPENAI_ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/<path:name>")
+OPENAI_ROUTES = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/models",
+    "/v1/models/<path:name>",
+    "/v1/embeddings",
+    "/v1/rerank",
+    "/v1/reranking",
+    "/v1/score",
+)
 """What clients also find without the prefix, which some leave out of the address that they are given."""
 CORS_HEADERS = (
     "Authorization",

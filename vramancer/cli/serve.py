@@ -8,7 +8,8 @@ from vramancer.cli.options import settings_command
 
 @settings_command(
     "model", "devices", "engine", "lending", "memory", "api", "security", "cluster", "monitoring", "dashboard",
-    "tracing", "logging", "runtime", model_argument=True, without=("cluster.master", "cluster.worker_port"),
+    "embeddings", "tracing", "logging", "runtime", model_argument=True,
+    without=("cluster.master", "cluster.worker_port"),
 )  # fmt: skip
 def serve(settings: Settings) -> int:
     """Serve a model over the OpenAI-compatible API. Ctrl-C lets running requests finish; a second one exits at once."""
