@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from steering import LONGEST_WAIT_S
 from tiny_models import VOCAB
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -122,3 +124,24 @@ def reference(
         assert mode == "lasttoken"
         vector = hidden[-1]
     return vector / vector.norm() if normalize else vector
+
+
+POISON = 13
+
+
+class Gate:
+    """An encoder that waits for `open`, and fails on a token."""
+
+    def __init__(self, encoder: Any) -> None:
+        self._encoder = encoder
+        self.open = threading.Event()
+        self.begun = threading.Event()
+        self.batches: list[int] = []
+
+    def __call__(self, token_ids: Sequence[Sequence[int]], types: Any, skips: Sequence[int]) -> Any:
+        self.begun.set()
+        assert self.open.wait(LONGEST_WAIT_S)
+        self.batches.append(len(token_ids))
+        if any(POISON in each for each in token_ids):
+            raise RuntimeError("poison")
+        return self._encoder(token_ids, types, skips)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from api.api_client import ApiClient
 from embedding.conftest import pipeline_of
-from embedding.encoders import HIDDEN, save_encoder, save_reranker, text, write
+from embedding.encoders import HIDDEN, Gate, save_encoder, save_reranker, text, write
 from safetensors.torch import load_file, save_file
+from steering import LONGEST_WAIT_S, until
 
 from core.errors import CheckpointError, ConfigError, UnsupportedModelError
+from core.security.admission import DISCONNECTED_KEY
 
 Serve = Callable[..., ApiClient]
 
@@ -126,8 +129,37 @@ def test_memory_is_in_the_ledger_of_main_memory(client: ApiClient) -> None:
     assert not {"embedding weights", "embedding workspace"} & set(pipeline.main_memory.budget.used_by_purpose())
 
 
-def test_an_answer_can_be_cancelled_by_its_request_id(client: ApiClient) -> None:
-    assert client.error("/api/requests/none/cancel", {}, status=404)["code"] == "not_found"
+@pytest.fixture
+def held(client: ApiClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """The encoder computes nothing until it is let."""
+    engine = pipeline_of(client).encoders.embedding
+    assert engine is not None
+    gate = Gate(engine._encoder)
+    monkeypatch.setattr(engine, "_encoder", gate)
+    yield gate
+    gate.open.set()
+
+
+def test_an_answer_can_be_cancelled_by_its_request_id(client: ApiClient, held: Gate) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.post, "/v1/embeddings", {"input": "w5"}, headers={"X-Request-ID": "mine"})
+        assert held.begun.wait(LONGEST_WAIT_S)
+        live = client.raw.application.extensions["vramancer"].live
+        until(lambda: len(live) == 1, "the request is known")
+        assert client.post("/api/requests/mine/cancel", {}).status_code == 200
+        response = asked.result(LONGEST_WAIT_S)
+    assert response.status_code == 409
+    assert response.get_json()["error"]["code"] == "conflict"
+    assert client.error("/api/requests/mine/cancel", {}, status=404)["code"] == "not_found"
+
+
+def test_a_client_that_leaves_takes_its_texts_along(client: ApiClient, held: Gate) -> None:
+    engine = pipeline_of(client).encoders.embedding
+    assert engine is not None
+    gone = {DISCONNECTED_KEY: lambda: True}
+    assert client.post("/v1/embeddings", {"input": ["w5", "w6"]}, environ_overrides=gone).status_code == 499
+    assert engine.stats.held_inputs == 0
+    engine.check_invariants()
 
 
 # -- rerank and score --------------------------------------------------------------------------------------------------

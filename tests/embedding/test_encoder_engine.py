@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from embedding.encoders import HIDDEN, save_encoder
+from embedding.encoders import HIDDEN, POISON, Gate, save_encoder
 from steering import LONGEST_WAIT_S
 
 from core.devices import DeviceBudget, host_device
@@ -24,26 +24,6 @@ from core.errors import (
     StepFailedError,
 )
 from core.models.resolve import resolve_model
-
-POISON = 13
-
-
-class Gate:
-    """An encoder that waits for `open`, and fails on a token."""
-
-    def __init__(self, encoder: Any) -> None:
-        self._encoder = encoder
-        self.open = threading.Event()
-        self.begun = threading.Event()
-        self.batches: list[int] = []
-
-    def __call__(self, token_ids: Sequence[Sequence[int]], types: Any, skips: Sequence[int]) -> Any:
-        self.begun.set()
-        assert self.open.wait(LONGEST_WAIT_S)
-        self.batches.append(len(token_ids))
-        if any(POISON in each for each in token_ids):
-            raise RuntimeError("poison")
-        return self._encoder(token_ids, types, skips)
 
 
 @pytest.fixture
