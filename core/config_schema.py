@@ -156,6 +156,43 @@ class EngineSettings(Section):
     breaker_reset_s: float = setting(10.0, "Seconds until refused requests are tried again.", gt=0.0, le=3600.0)
 
 
+class EmbeddingSettings(Section):
+    """Models for embeddings and reranking, served beside the chat model."""
+
+    model: str | None = setting(
+        None,
+        "Embedding model: a Hugging Face hub id or a directory; none has the chat model's own hidden states. Not set: "
+        "the bundled one beside the demo model, else none.",
+        flag="embedding-model",
+        min_length=1,
+    )
+    reranker: str | None = setting(
+        None,
+        "Model that scores pairs of texts, with one label, for /v1/rerank and /v1/score. Not set: embeddings are "
+        "compared.",
+        flag="reranker-model",
+        min_length=1,
+    )
+    device: str = setting(
+        "cpu",
+        'Device that they compute on, with a limit if wanted, such as "cuda:0=2GiB".',
+        flag="embedding-device",
+        min_length=1,
+        max_length=256,
+    )
+    max_batch_tokens: int = setting(
+        2048, "Tokens of one batch, padding included.", flag="embedding-batch-tokens", ge=1, le=1 << 20
+    )
+    max_queue: int = setting(
+        4096, "Inputs that may wait for each of them; further ones are answered 429.", flag="embedding-max-queue",
+        ge=1, le=1 << 20,
+    )  # fmt: skip
+    max_queued_tokens: int = setting(
+        1 << 21, "Tokens of all inputs that wait; further ones are answered 429.", flag="embedding-max-queued-tokens",
+        ge=1, le=1 << 32,
+    )  # fmt: skip
+
+
 class LendingSettings(Section):
     """Memory that devices lend each other for KV blocks."""
 
@@ -237,6 +274,7 @@ class Settings(BaseModel):
     model: ModelSettings = Field(default_factory=ModelSettings)
     devices: DeviceSettings = Field(default_factory=DeviceSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
+    embeddings: EmbeddingSettings = Field(default_factory=EmbeddingSettings)
     lending: LendingSettings = Field(default_factory=LendingSettings)
     memory: MemorySettings = Field(default_factory=MemorySettings)
     backend: BackendSettings = Field(default_factory=BackendSettings)

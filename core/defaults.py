@@ -6,6 +6,12 @@ from __future__ import annotations
 DEMO_NAME = "vramancer-demo"
 """The bundled model, which is served where none is named."""
 
+DEMO_EMBEDDING_NAME = "vramancer-demo-embedding"
+"""The bundled embedding model, which is served beside the demo model where none is named."""
+
+NO_MODEL = "none"
+"""What a setting names in place of a model to have none."""
+
 DEFAULT_OWNER = "admin"
 """Whose requests they are; whoever has the API token is it too."""
 

@@ -20,6 +20,7 @@ from core.defaults import DEFAULT_OWNER, DEMO_NAME
 from core.devices import Device, open_main_memory, parse_link
 from core.devices.monitor import GPUMonitor
 from core.devices.readings import DeviceReading
+from core.embedding.service import Encoders
 from core.engine.keeper import EngineKeeper
 from core.engine.model_engine import ModelEngine, ProgressCall
 from core.engine.relocation import Relocation
@@ -33,6 +34,7 @@ from core.tracing import open_tracing
 from core.transfer import TransferManager
 from core.upstreams.replica import Reported
 from core.upstreams.upstreams import Upstreams
+from core.views.encoders import encoder_metrics
 from core.views.metrics import engine_metrics
 from core.views.network_metrics import TRANSPORT, network_metrics
 from core.views.state import ServiceState
@@ -65,6 +67,7 @@ class InferencePipeline:
             self.metrics, sim_link=parse_link(link) if link else None, host=self.main_memory.budget
         )
         observers = (self.tracing.requests,) if self.tracing is not None else ()
+        self.encoders = Encoders(settings, self.main_memory)
         self._keeper = EngineKeeper(
             settings, self.transfer, self.main_memory, self.metrics, on_progress, observers, cluster
         )
@@ -97,6 +100,7 @@ class InferencePipeline:
         yield from engine_metrics(self._keeper.engine, self._readings())
         yield from network_metrics(self.cluster)
         yield from upstream_metrics(self.upstreams.groups())
+        yield from encoder_metrics(self.encoders.all())
 
     # -- the model --------------------------------------------------------------------------------------------------
 
@@ -141,6 +145,7 @@ class InferencePipeline:
         parsers = {"tool_parser": tool_parser, "reasoning_parser": reasoning_parser}
         settings = self._load_settings(model, num_gpus, dtype, devices, max_model_len, parsers)
         with self._keeper.exclusive(), self.metrics.tasks.run("load", settings.model.name or DEMO_NAME):
+            self.encoders.open()
             self._keeper.swap(settings)
             self.monitor.start()
             loaded = self.model
@@ -297,6 +302,8 @@ class InferencePipeline:
     def cancel(self, request_id: str) -> bool:
         """Abort a request, or all that were submitted under the id as `<id>-0`, `<id>-1`... False if there is none."""
         # In this order: an engine leaves before another takes its place.
+        if self.encoders.cancel(request_id):
+            return True
         now, leaving = self._keeper.engine, self._keeper.leaving
         if now is None and leaving is None:
             raise ModelNotLoadedError("No model is loaded, so nothing runs.")
@@ -320,12 +327,31 @@ class InferencePipeline:
     ) -> RequestHandle:
         """Start one forward pass over the tokens, in pieces between the steps of other requests. Once the handle has
         its last output, `raw` has the numbers, unless the request was aborted. The rest is as for `submit_many`."""
+        return self.submit_raw_many(
+            [(token_ids, raw)], request_id=request_id, sink=sink, model=model, owner=owner, trace=trace
+        )[0]
+
+    def submit_raw_many(
+        self,
+        asked: Sequence[tuple[Sequence[int], RawAnswer]],
+        *,
+        request_id: str | None = None,
+        sink: Sink | None = None,
+        model: LoadedModel | None = None,
+        owner: str = DEFAULT_OWNER,
+        trace: TraceContext | None = None,
+    ) -> list[RequestHandle]:
+        """The same for several prompts, all or none."""
         name = request_id or f"req-{uuid.uuid4().hex}"
+        names = [name] if len(asked) == 1 else [f"{name}-{index}" for index in range(len(asked))]
 
         def make(engine: ModelEngine) -> list[Request]:
-            return [make_raw_request(engine.model, token_ids, raw, request_id=name, owner=owner)]
+            return [
+                make_raw_request(engine.model, token_ids, raw, request_id=each, owner=owner)
+                for (token_ids, raw), each in zip(asked, names, strict=True)
+            ]
 
-        return self._start(make, sink, model, trace)[0]
+        return self._start(make, sink, model, trace)
 
     def infer(
         self, token_ids: Sequence[int], *, output: RawOutput = "logits", positions: RawPositions = "last"
@@ -365,6 +391,7 @@ class InferencePipeline:
             latency=self.metrics.latency, readings=self._readings(), cluster=self.cluster,
             offer=self._keeper.growth.offer if self._keeper.growth is not None else None,
             upstreams=self.upstreams.views(),
+            encoders=tuple(self.encoders.all()),
         )  # fmt: skip
 
     @property
@@ -376,6 +403,7 @@ class InferencePipeline:
         """Refuse new requests, let running ones finish for up to `drain_s`, free everything. Safe to call twice."""
         self._keeper.close(drain_s)
         self.upstreams.close()
+        self.encoders.close()
         self.monitor.close()
         self.transfer.close()
         if self.tracing is not None:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from flask import Blueprint, Flask
 from flask_cors import CORS
 
-from core.api import front, management, memory, monitoring, native, tokens, upstreams
+from core.api import front, management, memory, monitoring, native, tokens
 from core.api.anthropic import answers as anthropic_answers
 from core.api.anthropic import messages
 from core.api.context import EXTENSION, REQUEST_ID_HEADER, ApiContext, LiveRequests, check_policies, register_hooks
+from core.api.embedding import embeddings, ranking
 from core.api.errors import register_error_handlers
 from core.api.llamacpp import routes as llamacpp
 from core.api.ollama import answers as ollama_answers
@@ -37,8 +38,9 @@ BLUEPRINTS = (
     responses.blueprint,
     ollama.blueprint,
     llamacpp.blueprint,
+    embeddings.blueprint,
+    ranking.blueprint,
     native.blueprint,
-    upstreams.blueprint,
     tokens.blueprint,
     management.blueprint,
     memory.blueprint,
@@ -54,7 +56,16 @@ ERROR_SHAPES = {
 }
 """How errors are written on paths of APIs that are not OpenAI's."""
 OPENAI_PREFIX = "/v1"
-OPENAI_ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/<path:name>")
+OPENAI_ROUTES = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/models",
+    "/v1/models/<path:name>",
+    "/v1/embeddings",
+    "/v1/rerank",
+    "/v1/reranking",
+    "/v1/score",
+)
 """What clients also find without the prefix, which some leave out of the address that they are given."""
 CORS_HEADERS = (
     "Authorization",

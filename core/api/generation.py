@@ -172,15 +172,18 @@ def start_generation(
 
 def start_inference(token_ids: Sequence[int], raw: RawAnswer, model: LoadedModel) -> Generation:
     """The same for numbers of a prompt, which come into `raw`."""
+    return start_inferences([(token_ids, raw)], model)
+
+
+def start_inferences(asked: Sequence[tuple[Sequence[int], RawAnswer]], model: LoadedModel) -> Generation:
+    """The same for numbers of several prompts."""
     pipeline = api_context().pipeline
 
     def submit(generation_id: str, sink: Sink, owner: str, span: ServerSpan | None) -> list[RequestHandle]:
-        trace = _describe(span, "infer", generation_id, model, [SamplingParams()])
-        return [
-            pipeline.submit_raw(
-                token_ids, raw, request_id=generation_id, sink=sink, model=model, owner=owner, trace=trace
-            )
-        ]
+        trace = _describe(span, "infer", generation_id, model, [SamplingParams()] * len(asked))
+        return pipeline.submit_raw_many(
+            asked, request_id=generation_id, sink=sink, model=model, owner=owner, trace=trace
+        )
 
     return _started("infer", submit)
 

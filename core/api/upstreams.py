@@ -7,15 +7,14 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import TypeVar
 
-from flask import Blueprint, Response, g, request
+from flask import Response, g, request
 
 from core.api.body import read_body, to_json
 from core.api.context import api_context, current_span
 from core.api.errors import ClientDisconnectedError
 from core.api.generation import DONE, HEADERS, KEEP_ALIVE
-from core.errors import ModelNotFoundError, StepFailedError, UpstreamError, VRAMancerError
+from core.errors import StepFailedError, UpstreamError, VRAMancerError
 from core.logs import get_logger
-from core.security.access import policy
 from core.security.admission import DISCONNECTED_KEY
 from core.upstreams.call import HOPS_HEADER, MAX_HOPS, POLL_INTERVAL_S, Answer, Job, PassedOn
 from core.upstreams.group import Group
@@ -24,21 +23,9 @@ from core.upstreams.relay import ELSEWHERE, Relay
 from core.upstreams.replica import Replica
 from core.upstreams.stub import STUB_HEADER, stub_answer, stub_events
 
-blueprint = Blueprint("upstreams", __name__)
 log = get_logger(__name__)
 
 T = TypeVar("T")
-
-
-@blueprint.post("/v1/embeddings")
-@policy("user", waits=True)
-def create_embeddings() -> Response:
-    return answered("embeddings", _no_embeddings)
-
-
-def _no_embeddings() -> Response:
-    name = read_body().get("model")
-    raise ModelNotFoundError(f"No model here makes embeddings by the name {name!r}.", param="model")
 
 
 def answered(route: str, here: Callable[[], Response]) -> Response:

@@ -132,7 +132,8 @@ def host_device(limit_bytes: int = 0) -> Device:
 class DeviceBudget:
     """The ledger of one device's memory: who reserved how many bytes, never more than the limit. Thread-safe.
 
-    A part of a ledger, with `within` as the whole, has what one party holds; the whole has what all of them hold.
+    A part of a ledger, with `within` as the whole, has what one party holds, up to its own limit; the whole has what
+    all of them hold.
     """
 
     def __init__(self, device: Device, *, within: DeviceBudget | None = None) -> None:
@@ -150,15 +151,15 @@ class DeviceBudget:
         if nbytes < 0:
             raise ValueError(f"cannot reserve {nbytes} bytes")
         with self._lock:
-            if self._whole is not None:
-                self._whole.reserve(purpose, nbytes)
-            elif nbytes > (free := self.device.memory_limit_bytes - sum(self._used.values())):
+            if nbytes > (free := self.device.memory_limit_bytes - sum(self._used.values())):
                 holders = ", ".join(f"{name} {format_bytes(used)}" for name, used in self._used.items())
                 raise OutOfDeviceMemoryError(
                     f"{self.device.name}: {purpose} needs {format_bytes(nbytes)} ({nbytes} bytes), but "
                     f"{format_bytes(free)} of {format_bytes(self.device.memory_limit_bytes)} are free"
                     + (f" (in use: {holders})." if holders else ".")
                 )
+            if self._whole is not None:
+                self._whole.reserve(purpose, nbytes)
             if nbytes:
                 self._used[purpose] = self._used.get(purpose, 0) + nbytes
 

@@ -86,7 +86,7 @@ def read_architecture(path: Path, dtype: str = "auto") -> Architecture:
     with Checkpoint(path) if has_weights else nullcontext() as checkpoint:
         stored = checkpoint.tensors() if checkpoint is not None else {}
         refuse_quantized(path.name, raw, {name: tensor.get_dtype() for name, tensor in stored.items()})
-        config = _read_config(path, raw, stored)
+        config = read_config(path, raw, stored)
         text_config = config.get_text_config(decoder=True)
         _refuse_unsupported(config, text_config)
         model_class = _model_class(config)
@@ -104,14 +104,15 @@ def read_architecture(path: Path, dtype: str = "auto") -> Architecture:
         vocab_size=int(text_config.vocab_size),
         max_position=_max_position(text_config, rope),
         rope=rope,
-        dtype=_dtype(config, dtype, stored),
+        dtype=served_dtype(config, dtype, stored),
         kv_shapes=(_kv_shape(text_config),) * num_layers,
         sliding_windows=_sliding_windows(text_config, num_layers),
         tied=bool(getattr(text_config, "tie_word_embeddings", False)),
     )
 
 
-def _read_config(path: Path, raw: dict[str, Any], stored: Mapping[str, LazyTensor]) -> PreTrainedConfig:
+def read_config(path: Path, raw: dict[str, Any], stored: Mapping[str, LazyTensor]) -> PreTrainedConfig:
+    """A `config.json`'s fields, checked, as the class of its model type has them. `stored` are the files' tensors."""
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise field_error("model_type", model_type, "the name of an architecture")
@@ -195,7 +196,7 @@ def _refuse_unsupported(config: PreTrainedConfig, text_config: PreTrainedConfig)
         raise UnsupportedModelError(f"{name} attends in both directions; only causal models are supported.")
 
 
-def _dtype(config: PreTrainedConfig, dtype: str, stored: Mapping[str, LazyTensor]) -> torch.dtype:
+def served_dtype(config: PreTrainedConfig, dtype: str, stored: Mapping[str, LazyTensor]) -> torch.dtype:
     """As asked for, or as the config says, or as most of the files' bytes are."""
     if dtype != "auto":
         return DTYPES[dtype]

@@ -10,13 +10,23 @@ from core.errors import CheckpointError
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """What is in a file. Raises `CheckpointError` that names the file."""
+    """The object in a file. Raises `CheckpointError` that names the file."""
+    loaded = read_json_value(file)
+    if not isinstance(loaded, dict):
+        raise CheckpointError(
+            f"{file.name} of {file.parent.name} must hold a JSON object, not {shown(loaded)}.", param="model"
+        )
+    return loaded
+
+
+def read_json_value(file: Path) -> Any:
+    """What is in a file, of whatever kind. Raises `CheckpointError` that names the file."""
     name = f"{file.name} of {file.parent.name}"
     try:
         text = file.read_text(encoding="utf-8")
         if text.startswith("\ufeff"):
             raise CheckpointError(f"{name} begins with a byte order mark; save it as UTF-8 without one.", param="model")
-        loaded = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise CheckpointError(
             f"{name} is damaged: line {error.lineno}, column {error.colno} is not JSON.", param="model"
@@ -31,9 +41,6 @@ def read_json_object(file: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{name} is damaged: it nests too deep or has a number without end.", param="model"
         ) from error
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{name} must hold a JSON object, not {shown(loaded)}.", param="model")
-    return loaded
 
 
 def shown(value: object) -> str:

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from core.defaults import DEMO_NAME
+from core.defaults import DEMO_EMBEDDING_NAME, DEMO_NAME
 from core.errors import InvalidRequestError, ModelNotFoundError
 from core.logs import get_logger
 from core.models.formats import refuse_file
@@ -28,6 +28,7 @@ from core.models.formats import refuse_file
 logger = get_logger(__name__)
 
 DEMO_PATH = Path(__file__).parent / "demo"
+DEMO_EMBEDDING_PATH = Path(__file__).parent / "demo_embedding"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _REVISION = re.compile(r"[\w./-]{1,200}")
@@ -66,6 +67,8 @@ def resolve_model(name: str | None, revision: str | None = None, *, config_only:
     """
     if name is None or name == DEMO_NAME:
         return ResolvedModel(DEMO_NAME, DEMO_PATH)
+    if name == DEMO_EMBEDDING_NAME:
+        return ResolvedModel(DEMO_EMBEDDING_NAME, DEMO_EMBEDDING_PATH)
     place = _local(name)
     if place is not None and place.is_dir():
         return ResolvedModel(place.name, place)

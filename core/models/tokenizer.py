@@ -118,6 +118,15 @@ class Tokenizer:
             return token_ids[size:]
         return token_ids
 
+    def encode_pair(self, first: str, second: str, *, context: int | None = None) -> tuple[list[int], list[int]]:
+        """Token ids of two texts as the tokenizer joins them, and for each which of the two it belongs to. The rest is
+        as for `encode`."""
+        for text in (first, second):
+            self._check_length(text, context)
+        with _panics_refused("prompt"):
+            (encoded,) = self._backend.encode_batch([(first, second)], add_special_tokens=True)
+        return list(encoded.ids), list(encoded.type_ids)
+
     def _check_length(self, text: str, context: int | None) -> None:
         num_bytes = len(_utf8(text))
         if context is not None and (least := self.least_tokens(text, num_bytes)) > context:

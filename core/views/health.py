@@ -10,6 +10,7 @@ from typing import Literal
 import psutil
 
 from core.devices import format_bytes
+from core.embedding.engine import EncoderEngine
 from core.engine.model_engine import ModelEngine
 from core.upstreams.group import GroupView
 from core.views.memory import tier_troubles
@@ -57,6 +58,8 @@ def health(engine: ModelEngine | None, service: ServiceState) -> Health:
         checks["kv_cache"] = _check(True, f"{used} of {stats.blocks_total} blocks in use")
         if engine.memory.tiers is not None or tier_troubles(engine):
             checks["tiers"] = _tiers_check(engine)
+    for encoder in service.encoders:
+        checks[encoder.info.kind] = _encoder_check(encoder)
     if service.upstreams:
         checks["upstreams"] = _upstreams_check(service.upstreams)
     free = shutil.disk_usage(service.settings.runtime.cache_dir.anchor or ".").free
@@ -98,6 +101,15 @@ def _devices_check(engine: ModelEngine | None) -> Check:
         return _check(False, str(error))
     names = ", ".join(engine.budgets)
     return _check(True, f"within budget: {names}")
+
+
+def _encoder_check(encoder: EncoderEngine) -> Check:
+    name, stats = encoder.info.name, encoder.stats
+    if not encoder.alive:
+        return _check(False, f"the thread of {name} has ended: {encoder.error!r}")
+    return _check(
+        True, f"{name}: {stats.batches} batches, {stats.failed_batches} failed, {stats.waiting_inputs} inputs wait"
+    )
 
 
 def _upstreams_check(groups: Sequence[GroupView]) -> Check:

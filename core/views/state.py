@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from core.cluster.master import Master
 from core.config import Settings
 from core.devices.readings import DeviceReading
+from core.embedding.engine import EncoderEngine
 from core.engine.growth import Offer
 from core.metrics import Percentiles
 from core.transfer.manager import Link, TransferStats
@@ -20,7 +21,8 @@ class ServiceState:
 
     `ready` says whether requests would be answered, `reason` why not; `transfers` are totals since the start,
     `latency` computes what is of late, `readings` are the last ones of devices. `cluster` has the nodes, `offer` says
-    what they would be good for. `upstreams` are models that other servers answer for.
+    what they would be good for. `upstreams` are models that other servers answer for, `encoders` the embedding model
+    and the reranker.
     """
 
     loading: bool
@@ -34,3 +36,4 @@ class ServiceState:
     cluster: Master | None = None
     offer: Offer | None = None
     upstreams: tuple[GroupView, ...] = ()
+    encoders: tuple[EncoderEngine, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from random import Random
 from typing import NamedTuple
 
@@ -115,6 +116,12 @@ class Fact(NamedTuple):
     def weight(self) -> int:
         """How often it is asked beside others: by how much there is to ask."""
         return len(self.questions) + 2 * len(self.topics) + 2 * len(self.tasks)
+
+    def wordings(self) -> Iterator[str]:
+        """All of its questions."""
+        yield from self.questions
+        for words, forms in ((self.topics, _ABOUT), (self.tasks, _TO_DO)):
+            yield from (form.format(t=word) for word in words for form in forms)
 
     def ask(self, rng: Random) -> str:
         """One of its questions."""

@@ -19,7 +19,8 @@ from core.batching.output import RequestHandle
 from core.batching.sequence import RawAnswer
 from core.batching.stats import BatcherStats
 from core.config import Settings
-from core.devices import Device, DeviceBudget
+from core.devices import Device, DeviceBudget, MainMemory
+from core.embedding.service import Encoders
 from core.engine.submission import LoadedModel, check_length
 from core.errors import (
     ChatTemplateError,
@@ -139,7 +140,13 @@ def fake_engine(model: LoadedModel) -> Any:
     placement = SimpleNamespace(strategy="vram", unused_devices=(), stages=())
     return SimpleNamespace(
         model=model,
-        plan=SimpleNamespace(devices=(device,), placement=placement, prediction=None, notes=()),
+        plan=SimpleNamespace(
+            devices=(device,),
+            placement=placement,
+            prediction=None,
+            notes=(),
+            architecture=SimpleNamespace(hidden_size=HIDDEN),
+        ),
         budgets={device.name: budget},
         stages=[],
         load_s=0.0,
@@ -176,6 +183,7 @@ class FakePipeline:
         self.loading = False
         self.upstreams = Upstreams(settings.backend, self.own_load)
         self.cluster = None
+        self.encoders = Encoders(settings, MainMemory(0))
         self.monitor = SimpleNamespace(readings={})
         self.fake_model: LoadedModel | None = fake_model()
         self.reply = "Hello"
@@ -282,19 +290,27 @@ class FakePipeline:
             handle.put(RequestOutput(name, (closing,), 3, finished=True))
         return bool(matching)
 
-    def submit_raw(
-        self, token_ids: Sequence[int], raw: RawAnswer, *, request_id: str, sink: Any, model: Any, owner: str,
-        trace: Any = None,
-    ) -> RequestHandle:  # fmt: skip
+    def submit_raw_many(
+        self, asked: Any, *, request_id: str, sink: Any, model: Any, owner: str, trace: Any = None
+    ) -> list[RequestHandle]:
         if self.refusal is not None:
             raise self.refusal
+        names = [request_id] if len(asked) == 1 else [f"{request_id}-{index}" for index in range(len(asked))]
+        return [
+            self._submit_raw(*each, index, request_id=name, sink=sink, owner=owner)
+            for index, (each, name) in enumerate(zip(asked, names, strict=True))
+        ]
+
+    def _submit_raw(
+        self, token_ids: Sequence[int], raw: RawAnswer, index: int, *, request_id: str, sink: Any, owner: str
+    ) -> RequestHandle:
         self.owners.append(owner)
-        handle = RequestHandle(request_id, SamplingParams(), self._abort, sink)
+        handle = RequestHandle(request_id, SamplingParams(), self._abort, sink, index)
         self.running[request_id] = handle
         if not self.hold:
             rows = len(token_ids) if raw.positions == "all" else 1
             values = np.zeros((rows, VOCAB if raw.output == "logits" else HIDDEN), dtype=np.float32)
-            values[0, 0] = float("-inf")
+            values[0, 0] = float("-inf") if raw.output == "logits" else 1.0
             raw.add(len(token_ids) - rows, values)
             handle.put(
                 RequestOutput(request_id, (SequenceDelta(0, finish_reason="stop"),), len(token_ids), finished=True)

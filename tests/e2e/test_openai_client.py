@@ -159,3 +159,24 @@ def test_temperature_one_logprobs_are_finite(client: openai.OpenAI) -> None:
     assert answer.choices[0].logprobs is not None
     for item in answer.choices[0].logprobs.content or []:
         assert math.isfinite(item.logprob)
+
+
+def test_embeddings_of_the_bundled_model_are_alike_for_like_questions(client: openai.OpenAI) -> None:
+    """The client asks for base64 unless it is told otherwise."""
+    texts = ["How do I start the server?", "Which command starts the API server?", "What is the capital of France?"]
+    answer = client.embeddings.create(model="vramancer-demo-embedding", input=texts)
+    start, command, capital = (each.embedding for each in answer.data)
+    assert sum(a * b for a, b in zip(start, command, strict=True)) > 0.3
+    assert sum(a * b for a, b in zip(start, command, strict=True)) > sum(
+        a * b for a, b in zip(start, capital, strict=True)
+    )
+    plain = client.embeddings.create(model="vramancer-demo-embedding", input=texts[0], encoding_format="float")
+    assert plain.data[0].embedding == pytest.approx(start, abs=1e-6)
+    short = client.embeddings.create(model="vramancer-demo-embedding", input=[5, 6, 7], dimensions=16)
+    assert len(short.data[0].embedding) == 16
+    assert short.usage.prompt_tokens == 3
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model="text-embedding-3-small", input="a")
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.embeddings.create(model="vramancer-demo-embedding", input="")
+    assert refused.value.param == "input"

@@ -15,6 +15,8 @@ COUNTERS = (
     "upstream_failovers_total",
     "orch_placements_total", "orch_migrations_total", "orch_rebalance_total", "orch_hierarchy_moves_total",
     "process_cpu_seconds_total",
+    "embedding_inputs_total", "embedding_tokens_total", "embedding_padding_tokens_total", "embedding_batches_total",
+    "embedding_failed_batches_total", "embedding_busy_seconds_total",
 )  # fmt: skip
 GAUGES = (
     "gpu_memory_used_bytes", "gpu_memory_total_bytes", "gpu_utilization_ratio", "gpu_temperature_celsius",
@@ -26,7 +28,7 @@ GAUGES = (
     "stage_busy_ratio", "memory_tier_blocks", "memory_tier_used_bytes", "memory_tier_capacity_bytes",
     "lending_active_leases", "lending_pool_capacity_gb", "tasks_running", "tasks_resource_running",
     "task_duration_percentile", "circuit_breaker_open", "process_resident_memory_bytes", "process_virtual_memory_bytes",
-    "upstream_requests_running", "upstream_up", "upstream_breaker_open",
+    "upstream_requests_running", "upstream_up", "upstream_breaker_open", "embedding_queue_depth",
     "fastpath_interface_latency_seconds", "process_start_time_seconds", "process_open_fds", "process_max_fds",
 )  # fmt: skip
 HISTOGRAMS = (

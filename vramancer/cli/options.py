@@ -16,7 +16,7 @@ from vramancer.cli.parsing import HELP_ALL, details, parameter_name
 
 Section = Literal[
     "model", "devices", "engine", "lending", "memory", "backend", "api", "security", "cluster", "monitoring",
-    "dashboard", "tracing", "logging", "runtime",
+    "dashboard", "tracing", "logging", "runtime", "embeddings",
 ]  # fmt: skip
 _CONFIG = "config"
 _MODEL = "model_argument"

@@ -8,7 +8,7 @@ from vramancer.cli.options import settings_command
 
 @settings_command(
     "model", "devices", "engine", "lending", "memory", "backend", "api", "security", "cluster", "monitoring",
-    "dashboard", "tracing", "logging", "runtime", model_argument=True,
+    "dashboard", "embeddings", "tracing", "logging", "runtime", model_argument=True,
     without=("cluster.master", "cluster.worker_port", "cluster.memory_bytes"),
 )  # fmt: skip
 def serve(settings: Settings) -> int:

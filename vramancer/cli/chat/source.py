@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from core.config import Settings
-from core.defaults import DEMO_NAME
+from core.config_schema import EmbeddingSettings
+from core.defaults import DEMO_NAME, NO_MODEL
 from core.errors import ConfigError, VRAMancerError
 from vramancer.cli.chat.answerer import Answerer, LocalAnswerer, RemoteAnswerer, served_name
 from vramancer.cli.client import ApiClient, local_url, read_token
@@ -72,7 +73,8 @@ def _loaded_here(settings: Settings, note: Note) -> Iterator[LocalAnswerer]:
 
     note(f"loading {settings.model.name or DEMO_NAME} here")
     with loading_bar() as bar:
-        pipeline = InferencePipeline(settings, on_progress=bar.report)
+        alone = settings.model_copy(update={"embeddings": EmbeddingSettings(model=NO_MODEL)})
+        pipeline = InferencePipeline(alone, on_progress=bar.report)
         try:
             pipeline.load()
             bar.finish()
