@@ -21,6 +21,7 @@ from core.batching.stats import BatcherStats
 from core.config import Settings
 from core.devices import Device, DeviceBudget, MainMemory
 from core.embedding.service import Encoders
+from core.engine.block_tiers import BlockTiers
 from core.engine.submission import LoadedModel, check_length
 from core.errors import (
     ChatTemplateError,
@@ -151,7 +152,7 @@ def fake_engine(model: LoadedModel) -> Any:
         stages=[],
         load_s=0.0,
         kv=SimpleNamespace(block_size=16, capacity_tokens=CONTEXT, pool=SimpleNamespace(num_blocks=CONTEXT // 16)),
-        memory=SimpleNamespace(overflow=None, tiers=None),
+        memory=SimpleNamespace(overflow=None, tiers=None, below=BlockTiers()),
         batcher=SimpleNamespace(
             alive=True, error=None, breaker=breaker, stats=BatcherStats(), intake=Intake(Load(320, 1 << 22), "")
         ),
