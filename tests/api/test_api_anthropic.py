@@ -270,6 +270,18 @@ def test_which_tools_may_be_called(client: ApiClient, shown: Shown, choice: Any,
     assert len(shown[0][1]["tools"] or ()) == tools
 
 
+def test_efforts_go_to_templates_that_take_them(
+    client: ApiClient, shown: Shown, thinker: FakePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = BODY | {"output_config": {"effort": "high"}}
+    assert client.post(URL, body).status_code == 200
+    assert shown[-1][1]["chat_template_kwargs"] is None, "it is the default, which asks for nothing"
+    monkeypatch.setattr(thinker.model.tokenizer, "template_variables", frozenset({"messages", "reasoning_effort"}))
+    for effort, given in (("high", "high"), ("low", "low"), ("max", "xhigh")):
+        assert client.post(URL, BODY | {"output_config": {"effort": effort}}).status_code == 200
+        assert shown[-1][1]["chat_template_kwargs"] == {"reasoning_effort": given}
+
+
 def test_one_call_where_more_are_not_wanted(client: ApiClient, thinker: FakePipeline) -> None:
     thinker.reply = CALL + CALL
     choice = {"type": "auto", "disable_parallel_tool_use": True}

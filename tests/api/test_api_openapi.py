@@ -123,6 +123,36 @@ def test_streams_say_what_they_are(shown: dict[str, Any]) -> None:
     assert types("/v1/batch/completions") == types("/tokenize") == {"application/json"}
 
 
+USER = {"role": "user", "content": "a"}
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/messages": {"model": "demo", "max_tokens": 5, "messages": [USER]},
+    "/v1/messages/count_tokens": {"model": "demo", "messages": [USER]},
+    "/v1/responses": {"input": "a"},
+    "/api/chat": {"model": "demo", "messages": [USER]},
+    "/api/generate": {"prompt": "a"},
+    "/api/show": {"model": "demo"},
+    "/completion": {"prompt": "a"},
+    "/infill": {"input_prefix": "a", "input_suffix": "b"},
+    "/apply-template": {"messages": [USER]},
+    "/tokenize": {"content": "a"},
+}
+ODD: tuple[Any, ...] = (
+    True, -1, 0, 1e308, 2**70, "", "x", "\x00", [], [None], [[]], [{}], [{"type": "x"}], [{"type": 3}], {}, {"type": "x"},
+    {"a": None}, [{"role": "user"}], [{"role": "assistant", "content": [{"type": "text"}]}], [{"type": "function"}],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted(BODIES))
+def test_odd_values_are_never_a_fault_of_the_server(client: ApiClient, shown: dict[str, Any], path: str) -> None:
+    reference = shown["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    properties = shown["components"]["schemas"][reference.rpartition("/")[2]]["properties"]
+    for name in properties:
+        for value in ODD:
+            response = client.post(path, {**BODIES[path], name: value})
+            assert response.status_code < 500, (name, value, response.text)
+            response.close()
+
+
 def two_bodies() -> object:
     return read_request(ChatRequest), CompletionRequest
 

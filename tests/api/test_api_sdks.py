@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,6 +30,52 @@ TEMPLATE = (
 TOKENS = ["[INST]", "[/INST]", "[TOOLS]", "[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]"]
 CALLS = ["[THINK]", "Which city?", "[/THINK]", "I look.", "[TOOL_CALLS]", "weather", "[ARGS]", '{"city": ', '"Oslo"}']
 ASKED: Any = [{"role": "user", "content": "What is the weather in Oslo?"}]
+
+
+BRIEF = "{% if false %}{{ tools }}{{ '[TOOL_CALLS][ARGS]' }}{% endif %}[INST]{{ messages[-1].role }}[/INST]"
+"""A template that leaves out what is said, for programs whose own instructions are longer than a small context."""
+
+
+@pytest.fixture
+def brief(open_pipeline: Callable[..., InferencePipeline], tmp_path: Path) -> Iterator[str]:
+    """Serves a model, called model, that thinks and greets, whatever it is told."""
+    with ExitStack() as opened:
+        directory = tmp_path / "model"
+        script = ["[THINK]", "It is a greeting.", "[/THINK]", "Hello from the ", "scripted model."]
+        build_scripted(directory, "[/INST]", script, BRIEF, special=TOKENS)
+        port = opened.enter_context(serving(create_app(open_pipeline(directory, api__token=TOKEN))))
+        yield f"http://127.0.0.1:{port}"
+
+
+def run_program(name: str, arguments: list[str], home: Path, **environment: str) -> str:
+    """What a program says that has to end well, with a home of its own."""
+    program = shutil.which(name)
+    if program is None:
+        pytest.skip(f"{name} is not installed")
+    done = subprocess.run(
+        [program, *arguments], cwd=home, capture_output=True, text=True, timeout=120, check=False,
+        stdin=subprocess.DEVNULL, env={"PATH": os.environ["PATH"], "HOME": str(home), "TERM": "dumb", **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_claude_code_asks(brief: str, tmp_path: Path) -> None:
+    said = run_program(
+        "claude", ["-p", "Say hello", "--model", "model"], tmp_path, ANTHROPIC_BASE_URL=brief, ANTHROPIC_API_KEY=TOKEN,
+        CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1", DISABLE_AUTOUPDATER="1",
+    )  # fmt: skip
+    assert said.strip() == "Hello from the scripted model."
+
+
+def test_codex_asks(brief: str, tmp_path: Path) -> None:
+    (tmp_path / ".codex").mkdir()
+    provider = (
+        f'[model_providers.own]\nname = "own"\nbase_url = "{brief}/v1"\nenv_key = "KEY"\nwire_api = "responses"\n'
+    )
+    (tmp_path / ".codex" / "config.toml").write_text(f'model = "model"\nmodel_provider = "own"\n{provider}')
+    said = run_program("codex", ["exec", "--skip-git-repo-check", "Say hello"], tmp_path, KEY=TOKEN)
+    assert said.strip() == "Hello from the scripted model."
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from core.api.body import to_json
 from core.api.context import served_model
 from core.api.openai.schemas import ChatRequest
 from core.api.translated import Names, chat_request, choice_of, thinking_kwargs
+from core.engine.submission import LoadedModel
 from core.errors import InvalidRequestError, UnsupportedParameterError
 
 NAMES: Names = (
@@ -43,7 +44,7 @@ def read_conversation(fields: CountRequest) -> ChatRequest:
         "messages": messages,
         "continue_final_message": continued or None,
         **_tools(fields),
-        **_output(fields),
+        **_output(fields, model),
     }
     if fields.thinking is not None:  # not asked, a model thinks as it does
         body |= thinking_kwargs(fields.thinking.type != "disabled", model, "thinking.type")
@@ -149,11 +150,14 @@ def _tool(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": {**function, "strict": tool.strict}}
 
 
-def _output(fields: CountRequest) -> dict[str, Any]:
+def _output(fields: CountRequest, model: LoadedModel) -> dict[str, Any]:
     config = fields.output_config
     if config is None:
         return {}
-    values: dict[str, Any] = {"reasoning_effort": "xhigh" if config.effort == "max" else config.effort}
+    effort = "xhigh" if config.effort == "max" else config.effort
+    if effort == "high" and "reasoning_effort" not in model.tokenizer.template_variables:
+        effort = None  # the default, which clients also send to models that have no efforts
+    values: dict[str, Any] = {"reasoning_effort": effort}
     if config.format is not None:
         schema = {"name": "output", "schema": config.format.get("schema"), "strict": True}
         values["response_format"] = {"type": config.format.get("type"), "json_schema": schema}
