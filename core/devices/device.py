@@ -151,15 +151,17 @@ class DeviceBudget:
         if nbytes < 0:
             raise ValueError(f"cannot reserve {nbytes} bytes")
         with self._lock:
+            if self._whole is not None:
+                self._whole.reserve(purpose, nbytes)
             if nbytes > (free := self.device.memory_limit_bytes - sum(self._used.values())):
+                if self._whole is not None:
+                    self._whole.release(purpose, nbytes)
                 holders = ", ".join(f"{name} {format_bytes(used)}" for name, used in self._used.items())
                 raise OutOfDeviceMemoryError(
                     f"{self.device.name}: {purpose} needs {format_bytes(nbytes)} ({nbytes} bytes), but "
                     f"{format_bytes(free)} of {format_bytes(self.device.memory_limit_bytes)} are free"
                     + (f" (in use: {holders})." if holders else ".")
                 )
-            if self._whole is not None:
-                self._whole.reserve(purpose, nbytes)
             if nbytes:
                 self._used[purpose] = self._used.get(purpose, 0) + nbytes
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_MAPPING
+from transformers.utils import logging as transformers_logging
 
 from core.devices import DeviceBudget
 from core.embedding.encoder import Encoder
@@ -27,6 +28,7 @@ from core.models.checkpoint import Checkpoint
 from core.models.formats import refuse_quantized
 from core.models.json_files import read_json_object, shown
 from core.models.resolve import ResolvedModel
+from core.models.stage_model import BUILDING
 from core.models.tokenizer import Tokenizer
 
 logger = get_logger(__name__)
@@ -212,9 +214,22 @@ def _read_model(path: Path, config: PreTrainedConfig, dtype: torch.dtype, kind: 
     more = {}
     if kind == "embedding" and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
         more["add_pooling_layer"] = False
-    model, told = model_class.from_pretrained(
-        path, config=config, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **more
-    )
+    with BUILDING:
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        try:
+            model, told = model_class.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **more,
+            )
+        finally:
+            transformers_logging.set_verbosity(verbosity)
     missing = sorted(name for name in told["missing_keys"] if "pooler" not in name or kind == "reranker")
     wrong = sorted(str(each) for each in told["mismatched_keys"])
     if missing or wrong:

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from core.devices import Device, DeviceBudget, format_bytes, wait_until
+from core.devices import Device, DeviceBudget, format_bytes, host_device, wait_until
 from core.devices.device import DeviceKind
 from core.errors import OutOfDeviceMemoryError
 
@@ -134,3 +134,12 @@ def test_what_is_over_is_not_waited_for(clock: Clock) -> None:
 )
 def test_bytes_for_people(count: int, text: str) -> None:
     assert format_bytes(count) == text
+
+
+def test_a_part_has_no_more_than_its_own_limit() -> None:
+    whole = DeviceBudget(host_device(100))
+    part = DeviceBudget(host_device(40), within=whole)
+    part.reserve("a", 30)
+    with pytest.raises(OutOfDeviceMemoryError, match="10 B of 40 B are free"):
+        part.reserve("b", 20)
+    assert (part.used_bytes, whole.used_bytes) == (30, 30)
