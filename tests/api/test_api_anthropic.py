@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from api_client import TOKEN, ApiClient
@@ -12,7 +13,9 @@ from fake_pipeline import CONTEXT, FakePipeline
 from flask import Flask
 
 from core.api.openai.tools import MAX_TOOLS
+from core.api.translated import AnswerPieces, Call
 from core.errors import QueueFullError, StepFailedError
+from core.parsers.events import Text
 from core.parsers.families import OutputFormat
 
 URL = "/v1/messages"
@@ -155,6 +158,27 @@ def test_white_space_alone_is_kept(client: ApiClient, thinker: FakePipeline) -> 
     thinker.reply = " \n"
     assert client.post(URL, BODY).get_json()["content"] == [{"type": "text", "text": " \n"}]
     assert assembled(events(client, BODY))["content"] == [{"type": "text", "text": " \n"}]
+
+
+class Deltas:
+    """An answer whose deltas are given."""
+
+    def __init__(self, *deltas: dict[str, Any]) -> None:
+        self.deltas = deltas
+
+    def feed(self, text: str) -> Iterator[dict[str, Any]]:
+        return iter(self.deltas)
+
+    def finish(self) -> Iterator[dict[str, Any]]:
+        return iter(())
+
+
+def test_white_space_between_calls_is_no_block() -> None:
+    call = {"tool_calls": [{"id": "c", "function": {"name": "f", "arguments": ""}}]}
+    texts = [{"content": text} for text in ("\n", " ", "\n", "a ")]
+    given = Deltas(texts[0], call, texts[1], texts[2], call, texts[2], texts[3])
+    pieces = AnswerPieces(cast(Any, given))
+    assert [*pieces.feed("x"), *pieces.finish()] == [Call("c", "f"), Call("c", "f"), Text("\na ")]
 
 
 def test_thoughts_may_be_left_out(client: ApiClient, thinker: FakePipeline) -> None:

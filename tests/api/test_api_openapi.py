@@ -138,7 +138,8 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 ODD: tuple[Any, ...] = (
     True, -1, 0, 1e308, 2**70, "", "x", "\x00", [], [None], [[]], [{}], [{"type": "x"}], [{"type": 3}], {},
-    {"type": "x"}, {"a": None}, [{"role": "user"}], [{"role": "assistant", "content": [{"type": "text"}]}], [{"type": "function"}],
+    {"type": "x"},
+    {"a": None}, [{"role": "user"}], [{"role": "assistant", "content": [{"type": "text"}]}], [{"type": "function"}],
 )  # fmt: skip
 
 

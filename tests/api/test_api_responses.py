@@ -260,9 +260,9 @@ def test_truncation_leaves_out_the_oldest_turns(client: ApiClient, shown: Shown)
     assert client.error(URL, long, status=400)["code"] == "context_length_exceeded"
 
 
-@pytest.mark.parametrize("leaves", [False, True])
+@pytest.mark.parametrize("ends", ["cancelled", "left", "deleted"])
 def test_a_response_that_runs_can_be_cancelled(
-    client: ApiClient, pipeline: FakePipeline, leaves: bool, monkeypatch: pytest.MonkeyPatch
+    client: ApiClient, pipeline: FakePipeline, ends: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submit = pipeline.submit_many
 
@@ -279,7 +279,12 @@ def test_a_response_that_runs_can_be_cancelled(
     created = json.loads(next(stream).decode().split("data: ")[1])
     path = f"{URL}/{created['response']['id']}"
     assert client.get(path).get_json()["status"] == "in_progress"
-    if leaves:
+    if ends == "deleted":
+        client.delete(path)
+        response.close()
+        assert client.get(path).status_code == 404, "it does not come back"
+        return
+    if ends == "left":
         response.close()
         assert pipeline.aborted == [name]
     else:
