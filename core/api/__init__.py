@@ -16,6 +16,7 @@ from core.api.embedding import embeddings, ranking
 from core.api.errors import register_error_handlers
 from core.api.llamacpp import routes as llamacpp
 from core.api.ollama import answers as ollama_answers
+from core.api.ollama import embed as ollama_embed
 from core.api.ollama import routes as ollama
 from core.api.openai import batch, chat, completions, models
 from core.api.openapi import routes as openapi
@@ -37,6 +38,7 @@ BLUEPRINTS = (
     messages.blueprint,
     responses.blueprint,
     ollama.blueprint,
+    ollama_embed.blueprint,
     llamacpp.blueprint,
     embeddings.blueprint,
     ranking.blueprint,
@@ -52,7 +54,9 @@ BLUEPRINTS = (
 ERROR_SHAPES = {
     "/v1/messages": anthropic_answers.error_body,
     "/v1/messages/count_tokens": anthropic_answers.error_body,
-    **dict.fromkeys(("/api/chat", "/api/tags", "/api/show", "/api/ps", "/api/version"), ollama_answers.error_body),
+    **dict.fromkeys(
+        ("/api/chat", "/api/embed", "/api/tags", "/api/show", "/api/ps", "/api/version"), ollama_answers.error_body
+    ),
 }
 """How errors are written on paths of APIs that are not OpenAI's."""
 OPENAI_PREFIX = "/v1"

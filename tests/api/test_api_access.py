@@ -45,6 +45,7 @@ EXPECTED_POLICIES = {
     "/props": READS,
     "/slots": READS,
     "/api/chat": INFERS,
+    "/api/embed": INFERS,
     "/api/tags": READS,
     "/api/ps": READS,
     "/api/version": READS,

@@ -27,7 +27,7 @@ def shown(app: Flask) -> dict[str, Any]:
 
 
 NO_BODY = {
-    "/api/models/unload", "/api/requests/<request_id>/cancel", "/api/memory/blocks/<block>/promote",
+    "/api/requests/<request_id>/cancel", "/api/memory/blocks/<block>/promote",
     "/api/memory/blocks/<block>/demote", "/v1/responses/<response_id>/cancel",
 }  # fmt: skip
 """Routes to which nothing is posted."""

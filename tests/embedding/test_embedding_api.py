@@ -38,6 +38,25 @@ def test_an_answer_has_openai_s_shape(client: ApiClient) -> None:
         assert [len(each["embedding"]) for each in body["data"]] == [HIDDEN] * 2
 
 
+def test_ollama_s_clients_get_the_same_vectors(client: ApiClient) -> None:
+    texts = [text(5, 6), text(7)]
+    ours = client.post("/v1/embeddings", {"model": "encoder", "input": texts, "dimensions": 8}).get_json()
+    body = client.post("/api/embed", {"model": "encoder:latest", "input": texts, "dimensions": 8}).get_json()
+    for mine, theirs in zip(ours["data"], body["embeddings"], strict=True):
+        assert theirs == pytest.approx(mine["embedding"], abs=1e-6)
+    assert (body["model"], body["prompt_eval_count"], body["load_duration"]) == ("encoder:latest", 7, 0)
+    one = client.post("/api/embed", {"model": "encoder", "input": texts[0]}).get_json()["embeddings"]
+    assert len(one) == 1 and abs(sum(value * value for value in one[0]) - 1.0) < 1e-5
+    assert client.post("/api/embed", {"model": "encoder", "input": []}).get_json()["embeddings"] == []
+
+
+def test_ollama_s_texts_that_are_too_long_are_cut_unless_that_is_not_wanted(client: ApiClient) -> None:
+    long = text(*range(5, 70))
+    assert client.post("/api/embed", {"model": "encoder", "input": long}).get_json()["prompt_eval_count"] == 48
+    refused = client.post("/api/embed", {"model": "encoder", "input": long, "truncate": False})
+    assert refused.status_code == 400 and isinstance(refused.get_json()["error"], str)
+
+
 @pytest.mark.parametrize(
     ("body", "param", "said"),
     [

@@ -26,7 +26,8 @@ LONG_ROUTES = {
     "/v1/completions", "/v1/chat/completions", "/v1/batch/completions", "/v1/messages", "/v1/responses", "/api/chat",
     "/api/generate", "/api/infer", "/completion", "/infill", "/api/models/load", "/api/models/unload",
     "/api/pipeline/place", "/api/memory/blocks/<block>/promote", "/api/memory/blocks/<block>/demote",
-    "/api/memory/reclaim", "/api/memory/lend",
+    "/api/memory/reclaim", "/api/memory/lend", "/v1/embeddings", "/v1/rerank", "/v1/reranking", "/v2/rerank",
+    "/v1/score", "/api/embed",
 }  # fmt: skip
 """Routes that answer when tokens were generated or something was moved: APILatencyHigh leaves them out."""
 QUICK_ROUTES = {

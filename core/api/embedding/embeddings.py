@@ -18,6 +18,7 @@ from core.security.access import policy
 
 if TYPE_CHECKING:
     from core.embedding.encoder import Numbers
+    from core.embedding.engine import EncoderInput
 
 MAX_INPUTS = 2048  # OpenAI's
 MAX_JSON_VALUES = 1 << 22  # some 80 MB of text
@@ -76,19 +77,8 @@ def _embed_here() -> Response:
     source = embedding_source(fields.model)
     prompt, most = prompt_of(source, fields.prompt_name), kept_tokens(source, fields.truncate_prompt_tokens)
     inputs = [source.read(each, prompt=prompt, most=most, param="input") for each in fields.input]
-    size = source.dimensions
-    if fields.dimensions is not None and fields.dimensions > size:
-        raise InvalidRequestError(f"dimensions: {source.model.name} has {size} dimensions.", param="dimensions")
-    wanted = len(inputs) * (fields.dimensions or size)
     as_json = fields.encoding_format != "base64"
-    limit = MAX_JSON_VALUES if as_json else MAX_BASE64_VALUES
-    if wanted > limit:
-        raise InvalidRequestError(
-            f"The answer would have {wanted} numbers, more than the {limit} that are sent at once: send fewer inputs"
-            f"{', or ask for base64' if as_json else ''}.",
-            param="input",
-        )
-    vectors = shortened(source.compute(inputs), fields.dimensions)
+    vectors = vectors_of(source, inputs, fields.dimensions, as_json=as_json)
     used = sum(len(each.token_ids) for each in inputs)
     data = [
         {"object": "embedding", "index": index, "embedding": row.tolist() if as_json else _base64(row)}
@@ -97,6 +87,22 @@ def _embed_here() -> Response:
     name = fields.model or source.model.name
     usage = {"prompt_tokens": used, "total_tokens": used}
     return json_response({"object": "list", "data": data, "model": name, "usage": usage})
+
+
+def vectors_of(source: Source, inputs: list[EncoderInput], dimensions: int | None, *, as_json: bool) -> Numbers:
+    """A row for each input. Raises `InvalidRequestError` for more dimensions than there are, and more numbers than are
+    sent at once, and what computing them raises."""
+    size = source.dimensions
+    if dimensions is not None and dimensions > size:
+        raise InvalidRequestError(f"dimensions: {source.model.name} has {size} dimensions.", param="dimensions")
+    wanted, limit = len(inputs) * (dimensions or size), MAX_JSON_VALUES if as_json else MAX_BASE64_VALUES
+    if wanted > limit:
+        raise InvalidRequestError(
+            f"The answer would have {wanted} numbers, more than the {limit} that are sent at once: send fewer inputs"
+            f"{', or ask for base64' if as_json else ''}.",
+            param="input",
+        )
+    return shortened(source.compute(inputs), dimensions)
 
 
 def prompt_of(source: Source, name: str | None) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from core.api.body import Integer, RequestModel, Unsupported
 from core.api.openai.unsupported import SAMPLERS
 from core.api.sampling import StopStrings
 
 MAX_NAME = 4096
+MAX_INPUTS = 2048
 Think = bool | Literal["low", "medium", "high"]
 Format = Literal["", "json"] | dict[str, Any]
 
@@ -87,3 +88,22 @@ class ShowRequest(RequestModel):
     model: str | None = Field(None, max_length=MAX_NAME)
     name: str | None = Field(None, max_length=MAX_NAME)
     verbose: bool | None = None
+
+
+def _as_texts(value: Any) -> Any:
+    """One text, or several. Raises ValueError for too many."""
+    texts = [value] if isinstance(value, str) else value
+    if isinstance(texts, list) and len(texts) > MAX_INPUTS:
+        raise ValueError(f"has {len(texts)} texts, more than the {MAX_INPUTS} that are taken at once")
+    return texts
+
+
+class EmbedRequest(RequestModel):
+    """`/api/embed`. A text that is too long is cut, unless `truncate` is false."""
+
+    model: str = Field(max_length=MAX_NAME)
+    input: Annotated[list[str], BeforeValidator(_as_texts)]
+    truncate: bool | None = None
+    dimensions: Integer | None = Field(None, ge=1)
+    options: Options | None = None
+    keep_alive: float | str | None = None

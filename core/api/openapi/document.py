@@ -3,6 +3,7 @@ them from their policies, bodies from the schema that each route's function read
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -91,6 +92,7 @@ def document(app: Flask, version: str | None) -> Shown:
     """The document. Routes that only a browser's session opens are the dashboard's own, and are left out."""
     schemas: Shown = dict(ERRORS)
     paths: Shown = {}
+    ids: dict[str, int] = {}
     for rule in sorted(app.url_map.iter_rules(), key=lambda rule: rule.rule):
         view = app.view_functions[rule.endpoint]
         declared = policy_of(view)
@@ -98,7 +100,12 @@ def document(app: Flask, version: str | None) -> Shown:
             continue
         path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
         for method in sorted((rule.methods or set()) - SKIPPED_METHODS):
-            paths.setdefault(path, {})[method.lower()] = _operation(app, rule, method, view, declared, schemas)
+            operation = paths.setdefault(path, {})[method.lower()] = _operation(
+                app, rule, method, view, declared, schemas
+            )
+            count = ids[operation["operationId"]] = ids.get(operation["operationId"], 0) + 1
+            if count > 1:  # one function on several paths
+                operation["operationId"] += f"_{count}"
     return {
         "openapi": OPENAPI,
         "info": {
@@ -135,15 +142,26 @@ def _operation(
 
 
 def body_of(view: Callable[..., Any]) -> type[RequestModel] | None:
-    """The schema of the body that a route's function reads: the one that it names."""
-    names, known = view.__code__.co_names, view.__globals__
-    if not any(known.get(name) is read_request for name in names):
+    """The schema of the body that a route's function reads: the one that it names, or one of its module that it hands
+    the request to."""
+    known = view.__globals__
+    names = _reads(view)
+    if names is None:
+        own = [known[name] for name in view.__code__.co_names if inspect.isfunction(known.get(name))]
+        names = next((read for each in own if each.__globals__ is known and (read := _reads(each))), None)
+    if names is None:
         return None
     schemas = [known[name] for name in names if _is_schema(known.get(name))]
     if len(schemas) != 1:
         raise RuntimeError(f"{view.__name__} reads a body and names {len(schemas)} schemas.")
     found: type[RequestModel] = schemas[0]
     return found
+
+
+def _reads(function: Callable[..., Any]) -> tuple[str, ...] | None:
+    """What a function names, if it reads the body."""
+    names: tuple[str, ...] = function.__code__.co_names
+    return names if any(function.__globals__.get(name) is read_request for name in names) else None
 
 
 def _is_schema(value: Any) -> bool:
