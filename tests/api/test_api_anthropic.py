@@ -347,9 +347,7 @@ CALLED = {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name
         ({"tools": [{"name": "a b"}]}, "tools[0].name"),
         ({"tools": [{"name": "f", "input_schema": {"type": "string"}}]}, "tools[0].input_schema"),
         ({"tools": [WEATHER] * (MAX_TOOLS + 1)}, "tools"),
-        ({"tools": [WEATHER], "tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "x"}}, "tool_choice.name"),
-        ({"output_config": {"format": {"type": "json_schema", "schema": {}}}}, "output_config.format"),
         ({"output_config": {"effort": "low"}}, "output_config.effort"),
         ({"mcp_servers": [{"url": "x"}]}, "mcp_servers"),
         ({"messages": [{"role": "user", "content": "a" * CONTEXT}]}, "messages"),
@@ -386,3 +384,20 @@ def test_errors_have_anthropics_shape_before_there_is_a_route(app: Flask, client
 def test_a_full_queue_is_a_rate_limit(client: ApiClient, pipeline: FakePipeline) -> None:
     pipeline.refusal = QueueFullError("Full.")
     assert anthropic_error(client.post(URL, BODY), 429)["type"] == "rate_limit_error"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"tools": [WEATHER], "tool_choice": {"type": "any"}},
+        {"tools": [WEATHER], "tool_choice": {"type": "tool", "name": WEATHER["name"]}},
+        {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}},
+    ],
+)
+def test_calls_that_must_be_and_forms_are_kept_to(
+    client: ApiClient, thinker: FakePipeline, asked: dict[str, Any]
+) -> None:
+    assert client.post(URL, BODY | asked).status_code == 200
+    assert thinker.submitted[-1][1].grammar is not None
+    assert client.post(URL, BODY).status_code == 200
+    assert thinker.submitted[-1][1].grammar is None

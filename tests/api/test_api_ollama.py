@@ -186,8 +186,6 @@ def test_without_messages_the_model_is_loaded_already(client: ApiClient) -> None
         ({"options": {"mirostat": 1}}, "mirostat"),
         ({"options": {"repeat_penalty": 0}}, "options.repeat_penalty"),
         ({"options": {"num_predict": 0}}, "options.num_predict"),
-        ({"format": "json"}, "format"),
-        ({"format": {"type": "object"}}, "format"),
         ({"think": True}, "does not support thinking"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"messages": [{"role": "user", "content": "a" * CONTEXT}]}, "context"),
@@ -322,3 +320,9 @@ def test_without_a_prompt_the_model_is_loaded_already(client: ApiClient) -> None
 )
 def test_what_is_not_available_there_is_refused(client: ApiClient, extra: dict[str, Any], param: str) -> None:
     assert client.error(GENERATE, {"prompt": "a", **extra}, status=400)["param"] == param
+
+
+@pytest.mark.parametrize("form", ["json", {"type": "object"}])
+def test_forms_are_kept_to(client: ApiClient, pipeline: FakePipeline, form: Any) -> None:
+    assert client.post(URL, BODY | {"format": form}).status_code == 200
+    assert pipeline.submitted[-1][1].grammar is not None

@@ -366,11 +366,7 @@ def test_a_response_that_was_deleted_does_not_come_back() -> None:
         ({"max_output_tokens": CONTEXT}, "max_output_tokens"),
         ({"input": "a" * CONTEXT}, "input"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
-        ({"tools": [{**WEATHER, "strict": True}]}, "tools[0].strict"),
-        ({"tools": [WEATHER], "tool_choice": "required"}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "name": "x"}}, "tool_choice.name"),
-        ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {}}}}, "text.format"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
         ({"reasoning": {"effort": "low"}}, "reasoning.effort"),
         ({"include": ["everything"]}, "include[0]"),
         ({"metadata": {"a" * 65: "b"}}, None),
@@ -399,3 +395,19 @@ def test_read_only_mode_answers_and_deletes_nothing(make_pipeline: Any) -> None:
     assert client.delete(f"{URL}/{answer['id']}").status_code == 403
     assert client.raw.get(f"{URL}/{answer['id']}").status_code == 401
     assert client.raw.get(f"{URL}/{answer['id']}", headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"tools": [{**WEATHER, "strict": True}]},
+        {"tools": [WEATHER], "tool_choice": "required"},
+        {"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "object"}}}},
+        {"text": {"format": {"type": "json_object"}}},
+    ],
+)
+def test_calls_that_must_be_and_forms_are_kept_to(
+    client: ApiClient, thinker: FakePipeline, asked: dict[str, Any]
+) -> None:
+    assert client.post(URL, BODY | asked).status_code == 200
+    assert thinker.submitted[-1][1].grammar is not None
