@@ -43,6 +43,9 @@ ANSWER_S = 90.0
 """A request without an answer for so long counts as stalled."""
 IDLE_S = 90.0
 GREETING = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+ANTHROPIC_PATHS = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
+OLLAMA_PATHS = frozenset({"/api/chat", "/api/embed", "/api/tags", "/api/show", "/api/ps", "/api/version"})
+"""Whose errors have another shape than OpenAI's."""
 SLACK = {"threads": 12, "files": 12}
 """A pool that had a free thread by chance before; a connection that is closing."""
 
@@ -204,11 +207,16 @@ def trouble_of(sent: Sent, status: int, kind: str, data: bytes) -> str | None:
     if status >= 500 and status != 503:
         return f"{status} {data[:300]!r}"
     if status >= 400 and sent.method != "HEAD" and sent.path != "/ready" and not sent.path.startswith("/health"):
+        path = sent.path.partition("?")[0]
         try:
             error = json.loads(data)["error"]
-            missing = {"message", "type", "param", "code"} - set(error)
+            if path in OLLAMA_PATHS:
+                return None if isinstance(error, str) else f"{status} is no error of Ollama's shape: {data[:300]!r}"
+            missing = ({"message", "type"} if path in ANTHROPIC_PATHS else {"message", "type", "param", "code"}) - set(
+                error
+            )
         except (ValueError, KeyError, TypeError):
-            return f"{status} is no error of OpenAI's shape: {data[:300]!r}"
+            return f"{status} is no error of the API's shape: {data[:300]!r}"
         if missing:
             return f"{status} has no {missing}"
     if "event-stream" in kind and b"[DONE]" not in data[-100:] and b'"error"' not in data:

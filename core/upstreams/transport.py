@@ -186,6 +186,7 @@ class Transport:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.aclose()
+        await asyncio.sleep(0)  # in which connections that were closed end
 
     def close(self) -> None:
         """End every call. Safe to call twice."""

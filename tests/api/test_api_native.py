@@ -157,7 +157,7 @@ def test_tokenize_and_detokenize(client: ApiClient) -> None:
     assert (body["tokens"], body["token_strs"]) == ([97, 98], None)
     body = client.post("/tokenize", {"messages": [{"role": "user", "content": "x"}]}).get_json()
     assert bytes(body["tokens"][1:]) == b"u:x\na:"
-    assert client.post("/detokenize", {"tokens": [BOS, 97]}).get_json() == {"prompt": "<s>a"}
+    assert client.post("/detokenize", {"tokens": [BOS, 97]}).get_json() == {"prompt": "<s>a", "content": "<s>a"}
     client.error("/tokenize", {}, status=400)
     client.error("/tokenize", {"prompt": "a", "messages": []}, status=400)
     client.error("/detokenize", {}, status=400)

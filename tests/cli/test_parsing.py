@@ -14,7 +14,7 @@ from vramancer.cli import app
 from vramancer.cli.parsing import details, short
 
 COMMANDS = ("serve", "run", "plan", "doctor", "status", "cluster join", "cluster status")
-OF_WORKERS = ("cluster.master", "cluster.worker_port")
+OF_WORKERS = ("cluster.master", "cluster.worker_port", "cluster.memory_bytes")
 
 
 def invoke(*arguments: str) -> Any:
