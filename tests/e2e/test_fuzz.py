@@ -53,7 +53,7 @@ def test_hostile_models_differ_from_the_demo_model(tmp_path: Path) -> None:
         (503, "application/json", ERROR, None),
         (500, "application/json", ERROR, "500"),
         (504, "application/json", ERROR, "504"),
-        (400, "text/html", b"<html>", "no error of OpenAI's shape"),
+        (400, "text/html", b"<html>", "no error of the API's shape"),
         (404, "application/json", b'{"error": {"message": "m"}}', "has no"),
         (200, "text/event-stream", b"data: {}\n\ndata: [DONE]\n\n", None),
         (200, "text/event-stream", b"data: " + ERROR + b"\n\n", None),
