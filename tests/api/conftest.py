@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from flask import Flask
 
 from core.api import create_app
 from core.config import load_settings
+from core.parsers.families import OutputFormat
 
 
 @pytest.fixture
@@ -30,6 +32,13 @@ def make_pipeline(tmp_path: Path) -> Callable[..., FakePipeline]:
 @pytest.fixture
 def pipeline(make_pipeline: Callable[..., FakePipeline]) -> FakePipeline:
     return make_pipeline()
+
+
+@pytest.fixture
+def thinker(pipeline: FakePipeline) -> FakePipeline:
+    """Of a model that thinks and calls tools."""
+    pipeline.fake_model = replace(pipeline.model, output_format=OutputFormat("hermes", "think"))
+    return pipeline
 
 
 @pytest.fixture

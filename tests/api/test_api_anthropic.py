@@ -31,12 +31,6 @@ def family(pipeline: FakePipeline, tool_parser: str | None = "hermes", reasoning
     pipeline.fake_model = replace(pipeline.model, output_format=OutputFormat(tool_parser, reasoning_parser))
 
 
-@pytest.fixture
-def thinker(pipeline: FakePipeline) -> FakePipeline:
-    family(pipeline)
-    return pipeline
-
-
 Shown = list[tuple[list[dict[str, Any]], dict[str, Any]]]
 
 

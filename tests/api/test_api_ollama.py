@@ -31,12 +31,6 @@ TOTALS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def thinker(pipeline: FakePipeline) -> FakePipeline:
-    pipeline.fake_model = replace(pipeline.model, output_format=OutputFormat("hermes", "think"))
-    return pipeline
-
-
 Shown = list[tuple[list[dict[str, Any]], dict[str, Any]]]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from core.api import create_app
 from core.api.responses import routes
 from core.api.responses.store import ResponseStore, Stored
 from core.errors import NotFoundError, StepFailedError
-from core.parsers.families import OutputFormat
 from core.request import RequestOutput, SequenceDelta
 
 URL = "/v1/responses"
@@ -30,12 +28,6 @@ BODY: dict[str, Any] = {"model": "demo", "input": "a"}
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 EVERYTHING = f"<think>hm</think>\n\nLet me see.\n{CALL}\n{CALL}"
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
-
-
-@pytest.fixture
-def thinker(pipeline: FakePipeline) -> FakePipeline:
-    pipeline.fake_model = replace(pipeline.model, output_format=OutputFormat("hermes", "think"))
-    return pipeline
 
 
 Shown = list[tuple[list[dict[str, Any]], dict[str, Any]]]

@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from network.recorder import Recorder
 from steering import until
 
-from core.errors import NetworkError, ProtocolError
+from core.errors import ProtocolError
 from core.network import shared_memory
 from core.network.frames import MIB, Flag, Header, Opcode, checksum, write_header
 from core.network.link import Link
@@ -43,24 +44,6 @@ link.start()
 Answers.ended.wait()
 link.close()
 """
-
-
-class Recorder:
-    """Keeps what arrives, and how it came."""
-
-    def __init__(self) -> None:
-        self.frames: list[tuple[Header, bytes]] = []
-        self.errors: list[NetworkError] = []
-
-    def buffer_for(self, header: Header) -> memoryview | None:
-        return None
-
-    def received(self, header: Header, payload: memoryview) -> bool:
-        self.frames.append((header, bytes(payload)))
-        return True
-
-    def lost(self, error: NetworkError) -> None:
-        self.errors.append(error)
 
 
 class Ends:

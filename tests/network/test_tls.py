@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from network.door import KEY, LONGEST_S, MASTER, OTHER_KEY, WORKER, Door, left
+from network.recorder import Recorder
 from network.wire import Wire
 from steering import until
 
@@ -76,24 +77,6 @@ def call(port: int, identity: Identity | None, key: bytes = KEY, timeout_s: floa
     except BaseException:
         sock.close()
         raise
-
-
-class Recorder:
-    """Keeps what arrives."""
-
-    def __init__(self) -> None:
-        self.frames: list[tuple[Header, bytes]] = []
-        self.errors: list[NetworkError] = []
-
-    def buffer_for(self, header: Header) -> memoryview | None:
-        return None
-
-    def received(self, header: Header, payload: memoryview) -> bool:
-        self.frames.append((header, bytes(payload)))
-        return True
-
-    def lost(self, error: NetworkError) -> None:
-        self.errors.append(error)
 
 
 class Guarded:
