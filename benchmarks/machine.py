@@ -26,8 +26,9 @@ def cpu_model() -> str:
     facts = {line[0].strip(): line[1].strip() for line in lines if len(line) == 2}
     names = facts.get("flags", "").split()
     widest = next((said for name, said in INSTRUCTIONS.items() if name in names), None)
-    if load_settings().engine.cpu_instructions == "avx2":
-        widest = f"{widest}, held to AVX2" if widest != "AVX2" else widest
+    held = {"avx2": "AVX2", "avx512": "AVX-512"}.get(load_settings().engine.cpu_instructions)
+    if held and widest != held:
+        widest = f"{widest}, held to {held}"
     model = facts.get("model name") or platform.processor() or platform.machine()
     return f"{model} ({widest})" if widest else model
 

@@ -146,10 +146,10 @@ class EngineSettings(Section):
     )
     enable_prefix_caching: bool = setting(True, "Reuse the KV cache of prompts that begin alike.")
     native_kernels: bool = setting(True, "Use the compiled CPU kernels where they can be built.")
-    cpu_instructions: Literal["native", "avx2"] = setting(
+    cpu_instructions: Literal["native", "avx512", "avx2"] = setting(
         "native",
-        "Instructions that the CPU kernels are built with: native, all that this processor has; avx2, those of x86-64 "
-        "processors before AVX-512, to compare.",
+        "Instructions that the CPU kernels are built with: native, all that this processor has; avx512 and avx2, those "
+        "of x86-64 processors before AMX and before AVX-512, to compare.",
         env="VRM_CPU_INSTRUCTIONS",
     )
     breaker_failures: int = setting(5, "Failed steps in a row after which requests are refused.", ge=1, le=1000)

@@ -34,11 +34,13 @@ class Variant:
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 _AVX2_NAMES = frozenset({"avx2", "fma", "f16c", "bmi2"})
+_AVX512_NAMES = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 VARIANTS = {
     "this processor": Variant(),
     "any processor": Variant(()),
     "avx2": Variant(None, _AVX2_NAMES, "avx2"),
-    "avx512": Variant(_AVX2 + _AVX512, _AVX2_NAMES | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+    "avx512": Variant(_AVX2 + _AVX512, _AVX2_NAMES | _AVX512_NAMES),
+    "avx512 bf16": Variant(None, _AVX2_NAMES | _AVX512_NAMES | {"avx512_bf16"}, "avx512"),
 }
 
 

@@ -15,7 +15,7 @@ from core.devices import open_devices
 from core.errors import ConfigError
 from core.execution.attention.select import planned_packing, select_attention
 from core.execution.native import PackedLinear
-from core.execution.native.instructions import compiler_flags
+from core.execution.native.instructions import Instructions, compiler_flags
 
 AVX2 = {"engine.cpu_instructions": "avx2"}
 
@@ -23,6 +23,7 @@ AVX2 = {"engine.cpu_instructions": "avx2"}
 def as_another_processor(monkeypatch: pytest.MonkeyPatch, *, bf16: bool) -> None:
     """Whether torch finds instructions for bf16 products."""
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("core.execution.native.instructions._is_intel", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
 
@@ -51,14 +52,25 @@ def test_the_setting_is_read_from_the_environment() -> None:
     assert settings.engine.cpu_instructions == "avx2" and make_settings().engine.cpu_instructions == "native"
 
 
+@pytest.mark.parametrize("instructions", ["avx2", "avx512"])
 @pytest.mark.parametrize(("machine", "has"), [("arm64", True), ("x86_64", False)])
 def test_instructions_that_the_processor_lacks_are_refused(
-    monkeypatch: pytest.MonkeyPatch, machine: str, has: bool
+    monkeypatch: pytest.MonkeyPatch, machine: str, has: bool, instructions: Instructions
 ) -> None:
     monkeypatch.setattr("platform.machine", lambda: machine)
-    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: has)
-    with pytest.raises(ConfigError, match=r"engine\.cpu_instructions is avx2, which this processor does not have"):
-        compiler_flags("avx2")
+    for name in ("_is_avx2_supported", "_is_avx512_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: has, raising=False)
+    with pytest.raises(ConfigError, match=rf"cpu_instructions is {instructions}, which this processor does not have"):
+        compiler_flags(instructions)
+
+
+def test_avx512_is_taken_with_bf16_where_the_processor_has_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True, raising=False)
+    for has in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has, raising=False)
+        (flags,) = compiler_flags("avx512")
+        assert ("-mavx512bf16" in flags) == has and "-mavx512vl" in flags and "-mamx-tile" not in flags
 
 
 def test_flags_by_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,14 @@ from torch import nn
 
 from core.execution.native import NativeKernels, NativeLinear, NativeRMSNorm, load_native, swap_linears, swap_norms
 from core.execution.native.build import build_library
-from core.execution.native.instructions import compiler_flags, do_all_products
+from core.execution.native.instructions import (
+    EVERY_ROW,
+    FEW_ROWS,
+    compiler_flags,
+    do_all_products,
+    has_bf16_products,
+    packs_weights,
+)
 from core.execution.native.kernels import PreparedLinear
 
 BOUNDS = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-6}
@@ -215,13 +222,72 @@ def test_with_a_damaged_or_foreign_library(tmp_path: Path, monkeypatch: pytest.M
     assert load_native(tmp_path) is None
 
 
-def test_who_multiplies_follows_from_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_a_processor(monkeypatch: pytest.MonkeyPatch, machine: str, *, bf16: bool, tiles: bool, intel: bool) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("core.execution.native.instructions._is_intel", lambda: intel)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("machine", "bf16", "tiles", "intel", "own", "packed", "every", "fp16"),
+    [
+        ("x86_64", True, True, True, True, False, True, False),
+        ("x86_64", True, False, True, False, True, True, False),  # Intel's AVX-512 alone: integers are quicker
+        ("x86_64", True, False, False, True, False, True, False),
+        ("x86_64", False, False, True, False, True, True, True),
+        ("arm64", False, False, False, False, False, False, False),
+    ],
+)
+def test_who_multiplies_follows_from_the_processor(
+    monkeypatch: pytest.MonkeyPatch, machine: str, bf16: bool, tiles: bool, intel: bool, own: bool, packed: bool,
+    every: bool, fp16: bool,
+) -> None:  # fmt: skip
     """torch's threads are kept out of the way only where torch has no product to compute."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
-    assert not do_all_products(torch.bfloat16, "native")
-    assert do_all_products(torch.bfloat16, "avx2")
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    assert do_all_products(torch.bfloat16, "native")
+    as_a_processor(monkeypatch, machine, bf16=bf16, tiles=tiles, intel=intel)
+    assert has_bf16_products("native") == own and packs_weights(torch.bfloat16, "native") == packed
+    assert do_all_products(torch.bfloat16, "native") == every and do_all_products(torch.float16, "native") == fp16
+    assert do_all_products(torch.bfloat16, "avx2") and not has_bf16_products("avx2")
     assert not do_all_products(torch.float32, "native")
+    if machine == "x86_64":
+        assert packs_weights(torch.bfloat16, "avx2")
+        assert has_bf16_products("avx512") == (bf16 and not intel), "no tiles then"
+
+
+def test_a_library_without_bf16_products_leaves_many_rows_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a compiler that does not know the instructions."""
+    as_a_processor(monkeypatch, "x86_64", bf16=True, tiles=True, intel=True)
+    kernels = load_variant("any processor")
+    assert kernels.half_products == 0 and not kernels.packs and kernels.max_rows[torch.bfloat16] == FEW_ROWS
+
+
+def test_bf16_products_are_the_processors_own_where_it_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not held back as AVX2; and told to be without tiles, it is."""
+    without = load_variant("avx512 bf16")
+    assert without.half_products == 1 and load_variant("avx2").half_products == 0
+    assert load_variant("this processor").half_products == (2 if torch.cpu._is_amx_tile_supported() else 1)
+    assert without.max_rows[torch.bfloat16] == EVERY_ROW
+    x, weight, bias = make(9, 64, 96, torch.bfloat16)
+    monkeypatch.setattr("torch.nn.functional.linear", None)
+    assert_close(linear(without, x, weight, bias), x, weight, bias)
+
+
+def test_many_rows_against_edges_of_tiles_and_bands(kernels: NativeKernels) -> None:
+    for m, n, k in ((257, 33, 100), (300, 70, 31), (530, 16, 64)):
+        x, weight, bias = make(m, n, k, torch.bfloat16)
+        whole = PreparedLinear(kernels, weight, bias).run(x)
+        assert_close(whole, x, weight, bias)
+        for rows in (16, 17, 31, 32, 33, 256):
+            assert torch.equal(PreparedLinear(kernels, weight, bias).run(x[-rows:]), whole[-rows:])
+
+
+def test_what_lies_beside_a_weight_is_not_read_into_sums(kernels: NativeKernels) -> None:
+    """Rows and elements that are missing at a tile's edge count as zeros, not as whatever lies there."""
+    for m, n, k in ((5, 17, 33), (40, 3, 70)):
+        x, weight, bias = make(m, n, k, torch.bfloat16)
+        beside = torch.full((n + 40, k + 50), float("nan")).bfloat16()
+        beside[20 : 20 + n, 11 : 11 + k] = weight
+        around = torch.full((m + 40, k + 50), float("inf")).bfloat16()
+        around[20 : 20 + m, 7 : 7 + k] = x
+        got = PreparedLinear(kernels, beside[20 : 20 + n, 11 : 11 + k], bias).run(around[20 : 20 + m, 7 : 7 + k])
+        assert_close(got, x, weight, bias)

@@ -20,7 +20,7 @@ from core.logs import get_logger
 
 logger = get_logger(__name__)
 
-SOURCES = ("linear.c", "attention.c", "merge.c", "elementwise.c", "layer.c", "packed.c", "pool.c")
+SOURCES = ("linear.c", "halves.c", "attention.c", "merge.c", "elementwise.c", "layer.c", "packed.c", "pool.c")
 HEADERS = ("attention_inner.h", "common.h", "kernels.h", "pool.h")
 _BASE_FLAGS = ("-O3", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fvisibility=hidden", "-pthread", "-w")
 _TIMEOUT_S = 180

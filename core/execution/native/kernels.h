@@ -23,6 +23,13 @@ int vrm_pack(int64_t n, int64_t k, void *w, void *exponents, int threads);
 /* `vrm_linears` for packed weights. */
 int vrm_packed_linears(const Weights *const *weights, int count, int64_t m, const void *x, int64_t ldx, char *const *y,
                        int threads);
+
+/* Whether this processor multiplies bf16 itself: 0 no, 1 by AVX-512, 2 by tiles (AMX). */
+int vrm_half_products(void);
+/* `vrm_linears` for bf16 weights as they are, where it does. */
+int vrm_half_linears(const Weights *const *weights, int count, int64_t m, const void *x, int64_t ldx, char *const *y,
+                     int threads);
+
 int vrm_paged_attention(int dt, const int64_t *sizes, const int64_t *strides, const void *q, const void *k,
                         const void *v, const int32_t *tables, const int32_t *query_start, const int32_t *seq_lens,
                         const int32_t *row_lo, const int32_t *row_hi, const float *sinks, float scale, float softcap,

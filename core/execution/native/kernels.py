@@ -85,6 +85,8 @@ class NativeKernels:
         if threads is not None:
             self.num_threads = threads if callable(threads) else lambda: threads
         self._library = ctypes.CDLL(str(path))
+        if not (self.half_products or self.packs):  # an old compiler
+            self.max_rows[torch.bfloat16] = min(self.max_rows[torch.bfloat16], self.max_rows[torch.float16])
 
         def bind(name: str, *types: Any, status: bool = True) -> Any:
             """One of the library's functions; what it returns is its status, if it has one."""
@@ -105,6 +107,11 @@ class NativeKernels:
     def packs(self) -> bool:
         """Whether the library has the kernels for packed bf16 weights."""
         return bool(self._library.vrm_packs())
+
+    @property
+    def half_products(self) -> int:
+        """Whether the library multiplies bf16 by instructions of the processor's own: 0 no, 1 AVX-512, 2 AMX."""
+        return int(self._library.vrm_half_products())
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         """Rearrange a bf16 weight `[N, K]`, in place, as `packed.c` describes; returns the exponents."""

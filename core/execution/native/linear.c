@@ -261,6 +261,10 @@ EXPORT int vrm_linear(const Weights *w, int64_t m, const void *x, int64_t ldx, v
         char *to = y;
         return vrm_packed_linears(&w, 1, m, x, ldx, &to, threads);
     }
+    if (w->type == DT_BF16 && vrm_half_products()) {
+        char *to = y;
+        return vrm_half_linears(&w, 1, m, x, ldx, &to, threads);
+    }
     const int64_t blocks = (w->k + 15) / 16, packed = m * blocks * 16;
     if (m < 1 || w->n < 1) return 0;
     if (m * w->n * w->k < SMALL) threads = 1;
@@ -283,8 +287,12 @@ EXPORT int vrm_linear(const Weights *w, int64_t m, const void *x, int64_t ldx, v
 }
 
 int vrm_linears(const Weights *const *w, int count, int64_t m, const void *x, int64_t ldx, char *const *y, int threads) {
-    int packed = 0, status = 0;
-    for (int i = 0; i < count; i++) packed += w[i]->exponents != NULL;
+    int packed = 0, halves = 0, status = 0;
+    for (int i = 0; i < count; i++) {
+        packed += w[i]->exponents != NULL;
+        halves += w[i]->exponents == NULL && w[i]->type == DT_BF16;
+    }
+    if (halves == count && vrm_half_products()) return vrm_half_linears(w, count, m, x, ldx, y, threads);
     if (packed == count) return vrm_packed_linears(w, count, m, x, ldx, y, threads);
     for (int i = 0; i < count && !status; i++) status = vrm_linear(w[i], m, x, ldx, y[i], threads);
     return status;
