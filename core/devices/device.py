@@ -124,9 +124,20 @@ class Device:
         return self.kind == "cpu"
 
 
-def host_device(limit_bytes: int = 0) -> Device:
-    """Main memory, as a place for what devices have no room for: `limit_bytes` of it."""
-    return Device(HOST, -1, "cpu", "cpu", limit_bytes)
+def host_device(limit_bytes: int = 0, node: str = "") -> Device:
+    """Main memory, as a place for what devices have no room for: `limit_bytes` of it, that of a worker if `node` is
+    given."""
+    return Device(f"{node}/{HOST}" if node else HOST, -1, "cpu", "cpu", limit_bytes, node=node)
+
+
+def machine_of(device: str) -> str:
+    """The worker that has a device, by the device's name in the cluster; empty for this machine."""
+    return device.rpartition("/")[0]
+
+
+def host_of(device: str) -> str:
+    """The name of the main memory of the machine that has a device."""
+    return host_device(node=machine_of(device)).name
 
 
 class DeviceBudget:
