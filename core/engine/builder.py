@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from core.batching.batcher import ContinuousBatcher
@@ -116,6 +117,10 @@ class EngineBuilder:
     def slice_of(self, index: int) -> StageSlice:
         stage = self.plan.placement.stages[index]
         return StageSlice(stage.first_layer, stage.last_layer, self.plan.architecture.num_layers)
+
+    def resident_of(self, index: int) -> StageSlice:
+        """The same, without layers that stream in: they move, so no stage that still computes may have them too."""
+        return replace(self.slice_of(index), without=frozenset(self.plan.placement.stages[index].streamed_layers))
 
     def device_of(self, index: int) -> Device:
         return self.plan.devices[self.plan.placement.stages[index].device_index]
