@@ -353,11 +353,13 @@ class StageUse(Message, frozen=True):
 
 class Report(Message, frozen=True):
     """How a worker is. No call: it is sent once in a while, and nothing answers it. `readings` have the names that the
-    devices have there, and so has `external_bytes`: what other programs take of them beyond what is left to those."""
+    devices have there, and so has `external_bytes`: what other programs take of them beyond what is left to those.
+    `lent_bytes` are what blocks take of the memory that is offered to them."""
 
     readings: Annotated[tuple[DeviceReading, ...], msgspec.Meta(max_length=64)] = ()
     stages: Annotated[tuple[StageUse, ...], msgspec.Meta(max_length=1024)] = ()
     external_bytes: Annotated[dict[Name, Bytes], msgspec.Meta(max_length=64)] = {}
+    lent_bytes: Bytes = 0
 
 
 Ask: TypeAlias = ReadFile | Leave

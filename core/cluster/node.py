@@ -101,6 +101,8 @@ class Node:
         """What its stages have done, by number; replaced as a whole."""
         self.external: Mapping[str, int] = {}
         """What other programs take of its devices, by their names in the cluster; replaced as a whole."""
+        self.lent_bytes = 0
+        """What blocks take of the memory that it offers to them, as it has said last."""
         self.name = address
         self._info: NodeInfo | None = None
         self._on_lost, self._on_leave = on_lost, on_leave
@@ -223,6 +225,7 @@ class Node:
             for each in report.readings if each.device in known
         }  # fmt: skip
         self.uses = {use.stage: use for use in report.stages}
+        self.lent_bytes = report.lent_bytes
         self.external = {
             f"{self.name}/{name}": nbytes for name, nbytes in report.external_bytes.items() if name in known
         }

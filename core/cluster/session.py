@@ -37,7 +37,6 @@ from core.cluster.messages import (
     Refuse,
     Release,
     Report,
-    StageUse,
     Welcome,
     WritePages,
 )
@@ -68,7 +67,7 @@ class Home(Protocol):
 
     def watch(self, link: Link) -> None: ...
 
-    def report(self, uses: tuple[StageUse, ...], external_bytes: dict[str, int]) -> Report: ...
+    def report(self, host: StageHost) -> Report: ...
 
     def info(self) -> NodeInfo: ...
 
@@ -156,7 +155,7 @@ class Session:
         """Until the session ends."""
         while not self.ended.wait(REPORT_S):
             with contextlib.suppress(LinkLostError):  # then it ends
-                report = self._worker.report(self._host.uses(), self._host.external_bytes())
+                report = self._worker.report(self._host)
                 self._control.send(Opcode.REPORT, [msgspec.msgpack.encode(report)])
 
     def _lost(self, error: NetworkError) -> None:

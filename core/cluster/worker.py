@@ -13,7 +13,7 @@ import torch
 
 from core.cluster.hosting import StageHost, device_info
 from core.cluster.kept_blocks import LENT, KeptBlocks
-from core.cluster.messages import Chunk, NodeInfo, ReadFile, Report, StageUse
+from core.cluster.messages import Chunk, NodeInfo, ReadFile, Report
 from core.cluster.session import REPORT_S, Session
 from core.config import Settings
 from core.devices import Device, open_main_memory
@@ -228,9 +228,10 @@ class Worker:
         """End it when the other end is silent."""
         self._watch.add(link)
 
-    def report(self, uses: tuple[StageUse, ...], external_bytes: dict[str, int]) -> Report:
+    def report(self, host: StageHost) -> Report:
         """What the master is told now and then."""
-        return Report(tuple(self._monitor.readings.values()), uses, external_bytes)
+        readings = tuple(self._monitor.readings.values())
+        return Report(readings, host.uses(), host.external_bytes(), host.blocks.lent_bytes)
 
     def info(self) -> NodeInfo:
         """What the master is told of this node."""

@@ -41,12 +41,20 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
 
 
 @pytest.fixture
-def over_two(serve: Serve, add_worker: AddWorker, deep: tuple[Path, list[int]]) -> Callable[..., InferencePipeline]:
+def started() -> list[WorkerThread]:
+    """Workers of this test."""
+    return []
+
+
+@pytest.fixture
+def over_two(
+    serve: Serve, add_worker: AddWorker, deep: tuple[Path, list[int]], started: list[WorkerThread]
+) -> Callable[..., InferencePipeline]:
     """Each machine has room for a quarter of the weights."""
 
     def start(**options: Any) -> InferencePipeline:
         here, there = half_of_it(deep[0], 2).split(",")
-        add_worker("desk", there)
+        started.append(add_worker("desk", there))
         return serve(model__name=str(deep[0]), devices__devices=f"{here},desk/cpu", **ENGINE, **options)
 
     return start
@@ -56,13 +64,8 @@ def tokens(pipeline: InferencePipeline) -> list[int]:
     return list(pipeline.submit(PROMPT, GREEDY).result(LONGEST_WAIT_S).completions[0].token_ids)
 
 
-def worker_of(request: pytest.FixtureRequest) -> WorkerThread:
-    add = request.getfixturevalue("add_worker")
-    return next(cell.cell_contents for cell in add.__closure__ if isinstance(cell.cell_contents, list))[0]
-
-
 def test_layers_stream_in_where_they_are_computed(
-    over_two: Callable[..., InferencePipeline], deep: tuple[Path, list[int]], request: pytest.FixtureRequest
+    over_two: Callable[..., InferencePipeline], deep: tuple[Path, list[int]], started: list[WorkerThread]
 ) -> None:
     pipeline = over_two(engine__cohorts=2)
     engine, (here, there) = pipeline.engine, pipeline.engine.plan.placement.stages
@@ -70,7 +73,7 @@ def test_layers_stream_in_where_they_are_computed(
     assert here.streamed_layers and there.streamed_layers
     assert tokens(pipeline) == deep[1]
 
-    session = worker_of(request).worker._session
+    session = started[0].worker._session
     assert session is not None
     used, main = session._host.used_by_purpose()["cpu"], session._host._main
     assert sum(used.values()) <= there.limit_bytes < engine.plan.costs.weight_bytes(there.first_layer, there.last_layer)
@@ -90,14 +93,14 @@ def test_layers_stream_in_where_they_are_computed(
 
 
 def test_a_worker_that_is_lost_changes_no_token(
-    over_two: Callable[..., InferencePipeline], deep: tuple[Path, list[int]], request: pytest.FixtureRequest
+    over_two: Callable[..., InferencePipeline], deep: tuple[Path, list[int]], started: list[WorkerThread]
 ) -> None:
     pipeline, lost = over_two(), threading.Event()
 
     def lose() -> None:
         if pipeline.engine.batcher.stats.total_tokens > 2 and not lost.is_set():
             lost.set()
-            worker_of(request).worker.stop()
+            started[0].worker.stop()
 
     with with_each_step(pipeline, lose):
         assert tokens(pipeline) == deep[1]
