@@ -50,6 +50,7 @@ from core.execution.threads import CpuThreads
 from core.grammars.compiler import Grammars
 from core.grammars.vocabulary import Vocabulary
 from core.kv_cache.paged_kv_cache import PagedKVCache
+from core.logs import get_logger
 from core.models.architecture import DTYPES, Architecture, read_architecture
 from core.models.stage_model import StageSlice
 from core.network.link import Link
@@ -57,6 +58,8 @@ from core.profiling.link_profiler import LinkProfiler
 from core.profiling.profiler import LayerProfiler
 from core.streaming.stream import StreamedLayers, StreamManager
 from core.transfer import TransferManager
+
+logger = get_logger(__name__)
 
 WORKSPACE = "workspace"
 
@@ -100,7 +103,8 @@ class StageHost:
         self._devices = {device.name: device for device in devices}
         self._ledgers = {device.name: DeviceBudget(device) for device in devices}
         self._main = main
-        self._watch = CardWatch(devices, self._ledgers, PagedKVCache.LENT)
+        self._watch = CardWatch((), self._ledgers, PagedKVCache.LENT)
+        self._unwatched = ""
         self._transfer = transfer
         self._link_to = link_to
         self._ask = ask
@@ -178,7 +182,9 @@ class StageHost:
         placed.stage.allocate_kv(asked.pages, setup)
         lenders = [self._device(name) for name in asked.lenders]
         warm_up_attention([(placed.device, placed.stage.attention_kinds())], lenders, placed.backends)
-        self._watch = CardWatch(tuple(self._devices.values()), self._ledgers, PagedKVCache.LENT)
+        watched = {each.device.name: each.device for each in self._placed.values()}
+        watched |= {lender.name: lender for lender in lenders}  # no others: looking at a card takes some of its memory
+        self._watch = CardWatch(tuple(watched.values()), self._ledgers, PagedKVCache.LENT)
         assert placed.stage.kv is not None
         return Allocated(placed.stage.kv.page_bytes, placed.backends(placed.device).name, keeps_bytes)
 
@@ -274,8 +280,15 @@ class StageHost:
         )
 
     def external_bytes(self) -> dict[str, int]:
-        """What other programs take of the devices. Any thread."""
-        return self._watch.external_bytes()
+        """What other programs take of the devices in use. Any thread. Nothing where a card cannot be asked: steps that
+        need it fail, and say so to whoever has to know."""
+        try:
+            return self._watch.external_bytes()
+        except RuntimeError as error:
+            if str(error) != self._unwatched:
+                self._unwatched = str(error)
+                logger.warning("what other programs take of the cards cannot be read", reason=str(error))
+            return {}
 
     def sends_over_lost_links(self) -> bool:
         """Whether the results of some stage have nowhere to go."""

@@ -146,12 +146,13 @@ def test_without_lending_there_is_no_more_than_the_stage_has(open_tight: Callabl
 
 
 def test_blocks_may_be_anywhere_and_move_at_any_time(
-    open_tight: Callable[..., InferencePipeline], tiny: Tiny, master: Master
+    open_tight: Callable[..., InferencePipeline], tiny: Tiny, started: list[WorkerThread]
 ) -> None:
     pipeline = open_tight()
     engine, rng, away = pipeline.engine, random.Random(7), []
 
     def stir() -> None:
+        check_books(engine, hosted_by(started[0]))
         scatter(engine, rng, 0.5)
         reclaim_something(engine, rng)
         away.append(remote_blocks(engine))
