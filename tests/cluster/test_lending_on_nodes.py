@@ -139,6 +139,22 @@ def test_a_stage_on_a_worker_borrows_and_tokens_stay_the_same(
     assert {pair: count > 0 for pair, count in overflow.lending.stats().borrows.items()} == {(OWN, NEIGHBOUR): True}
 
 
+@pytest.mark.parametrize("kind", ["cpu", "sim"])
+def test_a_stage_beside_it_lends_as_well(serve: Serve, add_worker: AddWorker, tiny: Tiny, kind: str) -> None:
+    """Both stages are on one worker, which has real or emulated cards; the first has little room, the second much."""
+    speed = "@100GB/s/10TFLOPS" if kind == "sim" else ""
+    own = tight_devices(tiny[0], "2,2", [OWN_TOKENS, 640], kind, speed).split(",")[0]
+    add_worker("desk", f"{own},{kind}=8MiB{speed}")
+    pipeline = serve(
+        model__name=str(tiny[0]), devices__devices=f"desk/{kind}#0,desk/{kind}#1", devices__layers="2,2",
+        engine__block_size=4, engine__kv_cache_tokens=512, model__max_model_len=128, engine__cohorts=2,
+        lending__extent_blocks=8,
+    )  # fmt: skip
+    assert answers(ask(pipeline)) == tiny[1]
+    borrows = overflow_of(pipeline.engine).lending.stats().borrows
+    assert {pair: count > 0 for pair, count in borrows.items()} == {(f"desk/{kind}#0", f"desk/{kind}#1"): True}
+
+
 def test_without_lending_there_is_no_more_than_the_stage_has(open_tight: Callable[..., InferencePipeline]) -> None:
     pipeline = open_tight(lending__enabled=False, model__max_model_len=OWN_TOKENS)
     assert pipeline.engine.kv.capacity_tokens == OWN_TOKENS
