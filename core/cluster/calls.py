@@ -70,18 +70,21 @@ def raised_by(fault: Fault, node: str) -> VRAMancerError:
 
 class CallEnd:
     """One end of a control link: a `LinkHandler`. `serve` answers what the other end asks, one call after the other, in
-    a thread of its own; what it raises is told. `calls` is the union of structs that may be asked here. `on_lost` hears
-    of the link's end, `on_report` of the other end's reports, in the link's thread; without it, none may come."""
+    a thread of its own; what it raises is told. Those that are `urgent` have another thread, and do not wait for those
+    that take long. `calls` is the union of structs that may be asked here. `on_lost` hears of the link's end,
+    `on_report` of the other end's reports, in the link's thread; without it, none may come."""
 
     def __init__(
         self, calls: Any, serve: Callable[[Any], msgspec.Struct], on_lost: Callable[[NetworkError], None], name: str,
-        on_report: Callable[[Report], None] | None = None,
+        on_report: Callable[[Report], None] | None = None, urgent: tuple[type[msgspec.Struct], ...] = (),
     ) -> None:  # fmt: skip
         self._decoder = msgspec.msgpack.Decoder(calls) if calls is not None else None
         self._serve = serve
         self._on_lost = on_lost
         self._on_report = on_report
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"vrm-calls-{name}")
+        self._urgent = urgent
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix=f"vrm-calls-{name}-urgent")
         self._lock = threading.Lock()
         self._waiting: dict[int, Future[bytes]] = {}
         self._number = 0
@@ -116,8 +119,9 @@ class CallEnd:
             raise ProtocolError(f"{self._link.name}: an answer cannot be read: {error}") from error
 
     def close(self) -> None:
-        """The link has been closed. Waits for the call that is being served."""
-        self._pool.shutdown(cancel_futures=True)
+        """The link has been closed. Waits for calls that are being served."""
+        for pool in (self._pool, self._beside):
+            pool.shutdown(cancel_futures=True)
 
     # -- the link's thread ------------------------------------------------------------------------------------------
 
@@ -144,7 +148,8 @@ class CallEnd:
             request = self._decoder.decode(payload)
         except UNREADABLE as error:
             raise ProtocolError(f"a call cannot be read: {error}") from error
-        self._pool.submit(self._answer, header.step, request)
+        pool = self._beside if isinstance(request, self._urgent) else self._pool
+        pool.submit(self._answer, header.step, request)
         return True
 
     def _reported(self, payload: memoryview) -> None:

@@ -13,17 +13,22 @@ from core.cluster.checkpoints import Ask, CheckpointStore
 from core.cluster.hosted_stage import HostedStage, Outlet, ToMaster, ToNextStage
 from core.cluster.kept_blocks import KeptBlocks, StageParts
 from core.cluster.messages import (
+    AddRegion,
     Allocate,
     Allocated,
     Connect,
     CopyPages,
     DeviceInfo,
+    DropRegion,
     Keep,
     Load,
     Loaded,
     Measure,
+    MeasurePaths,
     ModelRef,
     PageBytes,
+    Path,
+    Paths,
     Profiles,
     ReadPages,
     Release,
@@ -32,8 +37,10 @@ from core.cluster.messages import (
 )
 from core.cluster.stage_wire import RemoteInlet
 from core.config import Settings
-from core.costs import StageTimer
-from core.devices import Device, DeviceBudget, host_device
+from core.costs import SLOTS, StageTimer
+from core.costs.profile import FREE_LINK
+from core.devices import HOST, Device, DeviceBudget, host_device
+from core.devices.pressure import CardWatch
 from core.emulation import EmulatedStage, GuestTime
 from core.errors import CheckpointError, InvalidRequestError, NotFoundError
 from core.execution.attention.select import AttentionBackends
@@ -42,13 +49,17 @@ from core.execution.stage import KVSetup, Stage
 from core.execution.threads import CpuThreads
 from core.grammars.compiler import Grammars
 from core.grammars.vocabulary import Vocabulary
-from core.kv_cache.page_ops import LOCAL
 from core.kv_cache.paged_kv_cache import PagedKVCache
+from core.logs import get_logger
 from core.models.architecture import DTYPES, Architecture, read_architecture
 from core.models.stage_model import StageSlice
 from core.network.link import Link
+from core.profiling.link_profiler import LinkProfiler
 from core.profiling.profiler import LayerProfiler
+from core.streaming.stream import StreamedLayers, StreamManager
 from core.transfer import TransferManager
+
+logger = get_logger(__name__)
 
 WORKSPACE = "workspace"
 
@@ -78,11 +89,12 @@ def device_info(device: Device) -> DeviceInfo:
 class StageHost:
     """See the module. `hosted` has the stages that are connected, by number, for the links' ends.
 
-    `link_to` gives the link to a node that was reached before, or (None) to the master. Called in one thread.
+    `main` is the ledger of main memory; `link_to` gives the link to a node that was reached before, or (None) to the
+    master. Called in one thread, but for `add_region` and `drop_region`, which have another.
     """
 
     def __init__(
-        self, settings: Settings, devices: Sequence[Device], transfer: TransferManager,
+        self, settings: Settings, devices: Sequence[Device], main: DeviceBudget, transfer: TransferManager,
         link_to: Callable[[str | None], Link], ask: Ask, blocks: KeptBlocks,
     ) -> None:  # fmt: skip
         self.hosted: dict[int, HostedStage] = {}
@@ -90,6 +102,9 @@ class StageHost:
         self._settings = settings
         self._devices = {device.name: device for device in devices}
         self._ledgers = {device.name: DeviceBudget(device) for device in devices}
+        self._main = main
+        self._watch = CardWatch((), self._ledgers, PagedKVCache.LENT)
+        self._unwatched = ""
         self._transfer = transfer
         self._link_to = link_to
         self._ask = ask
@@ -106,6 +121,15 @@ class StageHost:
         profiler = LayerProfiler(settings, self._transfer, self._cpu_threads, budget_s=settings.devices.profile_seconds)
         devices = [self._device(name) for name in asked.devices]
         return Profiles(profiler.devices(devices, self._architecture(asked.model)))
+
+    def measure_paths(self, asked: MeasurePaths) -> Paths:
+        """What was measured before is known."""
+        profiler = LinkProfiler(
+            self._settings, self._transfer, self._cpu_threads, self._settings.devices.profile_seconds
+        )
+        devices = [self._device(name) for name in asked.devices]
+        links = {**profiler.links(devices).links, **profiler.host_links(devices)}
+        return Paths(tuple(Path(source, target, link) for (source, target), link in links.items()))
 
     def load(self, asked: Load) -> Loaded:
         """Raises what loading raises; nothing is kept then."""
@@ -125,19 +149,25 @@ class StageHost:
             path = self._checkpoints.find(asked.model, self._ask)
             if asked.vocabulary is not None:
                 stage.keep_to(Grammars(partial(_same, asked.vocabulary)))
-            stage.load(path, asked.weight_bytes, lambda nbytes: None, backends.of(device)[1])
+            streamed, resident = None, asked.weight_bytes
+            if asked.streamed:
+                sizes = (asked.streamed, asked.streamed_bytes, asked.slot_bytes)
+                streamed = StreamedLayers(*sizes, self._main, self._transfer)
+                resident = max(0, asked.weight_bytes - SLOTS * asked.slot_bytes)
+            stage.load(path, resident, lambda nbytes: None, backends.of(device)[1], streamed)
             budget.reserve(WORKSPACE, asked.workspace_bytes)
         except BaseException:
             _free(stage, budget)
             raise
         self._placed[asked.stage] = _Placed(stage, budget, backends, device, StageParts())
-        return Loaded(stage.weight_bytes)
+        return Loaded(stage.weight_bytes + budget.used_by_purpose().get(StreamManager.PURPOSE, 0))
 
     def _make_stage(self, asked: Load, architecture: Architecture, device: Device, budget: DeviceBudget) -> Stage:
         part = StageSlice(asked.first, asked.last, asked.layers)
         timer = None
         if asked.costs is not None and asked.profile is not None:
-            timer = StageTimer(asked.costs, asked.profile, asked.first, asked.last)
+            link = asked.host_link or FREE_LINK
+            timer = StageTimer(asked.costs, asked.profile, asked.first, asked.last, asked.streamed, link)
         if device.is_emulated:
             return EmulatedStage(architecture, part, device, budget, timer, guests=self._guests)
         return Stage(architecture, part, device, budget, timer)
@@ -150,16 +180,31 @@ class StageHost:
             asked.block_size, asked.table_width, placed.backends, self._transfer, host_device(), placed.parts, before
         )
         placed.stage.allocate_kv(asked.pages, setup)
-        warm_up_attention([(placed.device, placed.stage.attention_kinds())], (), placed.backends)
+        lenders = [self._device(name) for name in asked.lenders]
+        warm_up_attention([(placed.device, placed.stage.attention_kinds())], lenders, placed.backends)
+        watched = {each.device.name: each.device for each in self._placed.values()}
+        watched |= {lender.name: lender for lender in lenders}  # no others: looking at a card takes some of its memory
+        self._watch = CardWatch(tuple(watched.values()), self._ledgers, PagedKVCache.LENT)
         assert placed.stage.kv is not None
         return Allocated(placed.stage.kv.page_bytes, placed.backends(placed.device).name, keeps_bytes)
 
+    def add_region(self, asked: AddRegion) -> None:
+        """Raises `OutOfDeviceMemoryError`, with nothing kept, and `InvalidRequestError` for a stage without pages."""
+        kv = self._pages(asked.stage)
+        if asked.region in kv.regions:
+            kv.drop_region(asked.region)
+        budget = self._main if asked.device == HOST else self._ledgers[self._device(asked.device).name]
+        kv.add_region(asked.region, asked.pages, budget.device, budget)
+
+    def drop_region(self, asked: DropRegion) -> None:
+        """Give its memory back to the device, and what the allocator keeps of it to other programs."""
+        kv = self._pages(asked.stage)
+        if asked.region in kv.regions:
+            kv.drop_region(asked.region)
+
     def keep(self, asked: Keep) -> None:
         """Raises `OutOfDeviceMemoryError`, and `InvalidRequestError` for a stage without pages."""
-        placed = self._stage(asked.stage)
-        kv = placed.stage.kv
-        if kv is None:
-            raise InvalidRequestError(f"stage {asked.stage} has no pages yet")
+        placed, kv = self._stage(asked.stage), self._pages(asked.stage)
         self.blocks.keep(asked.memory, placed.parts, asked.slots, kv.page_bytes, pin=placed.device.is_gpu)
 
     def connect(self, asked: Connect) -> None:
@@ -177,34 +222,41 @@ class StageHost:
 
     def read_pages(self, asked: ReadPages) -> PageBytes:
         """Raises `InvalidRequestError` for pages or layers that are not there."""
-        kv = self._kv(asked.stage, asked.layers, asked.pages)
+        kv = self._kv(asked.stage, asked.layers, asked.pages, asked.place)
         with torch.inference_mode():
-            return PageBytes(bytes(kv.pack(LOCAL, asked.pages, asked.layers).cpu().numpy().data))
+            return PageBytes(bytes(kv.pack(asked.place, asked.pages, asked.layers).cpu().numpy().data))
 
     def write_pages(self, asked: WritePages) -> None:
         """Raises `InvalidRequestError` for pages or layers that are not there, or other bytes than theirs."""
-        kv = self._kv(asked.stage, asked.layers, asked.pages)
+        kv = self._kv(asked.stage, asked.layers, asked.pages, asked.place)
         if len(asked.data) != len(asked.pages) * sum(kv.layer_bytes[layer] for layer in asked.layers):
             raise InvalidRequestError(f"{len(asked.data)} bytes are not those of {len(asked.pages)} pages")
         data = torch.frombuffer(bytearray(asked.data), dtype=torch.uint8).view(len(asked.pages), -1)
         with torch.inference_mode():
-            kv.unpack(LOCAL, asked.pages, data.to(kv.region(LOCAL).device.torch_device), asked.layers)
+            kv.unpack(asked.place, asked.pages, data.to(kv.region(asked.place).device.torch_device), asked.layers)
 
     def copy_pages(self, asked: CopyPages) -> None:
         """Raises `InvalidRequestError` for pages or layers that are not there."""
-        source = self._kv(asked.stage, asked.layers, asked.pages)
-        target = self._kv(asked.to, asked.layers, asked.others)
+        source = self._kv(asked.stage, asked.layers, asked.pages, asked.place)
+        target = self._kv(asked.to, asked.layers, asked.others, asked.other_place)
         if len(asked.pages) != len(asked.others):
             raise InvalidRequestError(f"{len(asked.pages)} pages cannot be copied to {len(asked.others)}")
         with torch.inference_mode():
-            packed = source.pack(LOCAL, asked.pages, asked.layers)
-            where = source.region(LOCAL).device, target.region(LOCAL).device
-            target.unpack(LOCAL, asked.others, self._transfer.send(packed, *where), asked.layers)
+            packed = source.pack(asked.place, asked.pages, asked.layers)
+            where = source.region(asked.place).device, target.region(asked.other_place).device
+            target.unpack(asked.other_place, asked.others, self._transfer.send(packed, *where), asked.layers)
 
-    def _kv(self, number: int, layers: Sequence[int], pages: Sequence[int]) -> PagedKVCache:
+    def _kv(self, number: int, layers: Sequence[int], pages: Sequence[int], place: int) -> PagedKVCache:
         kv = self._stage(number).stage.kv
-        if kv is None or not set(layers) <= set(kv.layer_bytes) or max(pages) >= kv.num_pages:
+        region = kv.regions.get(place) if kv is not None else None
+        if kv is None or region is None or not set(layers) <= set(kv.layer_bytes) or max(pages) >= region.num_pages:
             raise InvalidRequestError(f"stage {number} has no such layers or pages")
+        return kv
+
+    def _pages(self, number: int) -> PagedKVCache:
+        kv = self._stage(number).stage.kv
+        if kv is None:
+            raise InvalidRequestError(f"stage {number} has no pages yet")
         return kv
 
     def release(self, asked: Release) -> None:
@@ -222,7 +274,21 @@ class StageHost:
     def uses(self) -> tuple[StageUse, ...]:
         """What the stages have done so far. Any thread."""
         reports = [(number, placed.stage.report()) for number, placed in list(self._placed.items())]
-        return tuple(StageUse(number, each.forwards, each.busy_s, each.predicted_s) for number, each in reports)
+        return tuple(
+            StageUse(number, each.forwards, each.busy_s, each.predicted_s, each.stream_wait_s)
+            for number, each in reports
+        )
+
+    def external_bytes(self) -> dict[str, int]:
+        """What other programs take of the devices in use. Any thread. Nothing where a card cannot be asked: steps that
+        need it fail, and say so to whoever has to know."""
+        try:
+            return self._watch.external_bytes()
+        except RuntimeError as error:
+            if str(error) != self._unwatched:
+                self._unwatched = str(error)
+                logger.warning("what other programs take of the cards cannot be read", reason=str(error))
+            return {}
 
     def sends_over_lost_links(self) -> bool:
         """Whether the results of some stage have nowhere to go."""
@@ -230,7 +296,8 @@ class StageHost:
 
     def used_by_purpose(self) -> dict[str, dict[str, int]]:
         """Bytes by device and purpose."""
-        return {name: ledger.used_by_purpose() for name, ledger in self._ledgers.items()}
+        ledgers = {**self._ledgers, HOST: self._main}
+        return {name: ledger.used_by_purpose() for name, ledger in ledgers.items()}
 
     # ---------------------------------------------------------------------------------------------------------------
 

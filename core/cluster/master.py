@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -175,6 +175,15 @@ class Master:
     def readings(self) -> dict[str, DeviceReading]:
         """What the nodes' devices said last, by their names in the cluster."""
         return {name: each for node in self.nodes for name, each in node.readings.items()}
+
+    def external_bytes(self) -> dict[str, int]:
+        """What other programs take of the nodes' devices, as the nodes have said last, by the devices' names."""
+        return {name: nbytes for node in self.nodes for name, nbytes in node.external.items()}
+
+    def hosts(self, devices: Sequence[Device]) -> tuple[Device, ...]:
+        """The main memories beside devices of nodes."""
+        machines = {device.node for device in devices}
+        return tuple(node.host for node in self.nodes if node.name in machines)
 
     def devices(self, first_index: int) -> tuple[Device, ...]:
         """All devices of all nodes, but for those that want to go."""

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from core.cluster.master import Master
-from core.cluster.messages import Measure
+from core.cluster.messages import Measure, MeasurePaths
 from core.cluster.placed_stage import RemoteStages
 from core.config import Settings
 from core.costs import DeviceProfile, LinkProfile, LinkTopology
-from core.devices import Device
+from core.devices import Device, host_of
 from core.models.architecture import Architecture
 from core.models.resolve import ResolvedModel
 from core.network.echo import LinkSpeed
@@ -34,8 +34,7 @@ class ClusterProfiler:
         here = [device for device in devices if device.is_here]
         found = {profile.name: profile for profile in self._here.devices(here, architecture)}
         told = RemoteStages(self._master, self._resolved, architecture, self._settings)
-        for _, group in itertools.groupby((device for device in devices if not device.is_here), _node):
-            there = list(group)
+        for there in _by_node(devices):
             node = self._master.node_of(there[0])
             names = tuple(node.devices[device.name].name for device in there)
             answer = node.call(Measure(told.model, names, dict(told.engine)), timeout_s=None)
@@ -53,11 +52,26 @@ class ClusterProfiler:
         for source, target in itertools.permutations(devices, 2):
             if not (source.is_here and target.is_here):
                 links[source.name, target.name] = self._between(source, target)
-        return LinkTopology(links)
+        inside: dict[tuple[str, str], LinkProfile] = {}
+        for there in _by_node(devices):
+            if len(there) > 1:
+                inside |= self._inside(there)
+        return LinkTopology(links, inside=inside)
 
     def host_links(self, devices: Sequence[Device]) -> dict[tuple[str, str], LinkProfile]:
-        """Of this machine's devices."""
-        return self._here.host_links([device for device in devices if device.is_here])
+        """From each machine's main memory to its devices."""
+        found = self._here.host_links([device for device in devices if device.is_here])
+        for there in _by_node(devices):
+            host = host_of(there[0].name)
+            found |= {pair: link for pair, link in self._inside(there).items() if pair[0] == host}
+        return found
+
+    def _inside(self, there: Sequence[Device]) -> dict[tuple[str, str], LinkProfile]:
+        """Between devices of a node, and from its main memory to them."""
+        node = self._master.node_of(there[0])
+        names = tuple(node.devices[device.name].name for device in there)
+        paths = node.call(MeasurePaths(names), timeout_s=None).paths
+        return {(f"{node.name}/{path.source}", f"{node.name}/{path.target}"): path.link for path in paths}
 
     def _between(self, source: Device, target: Device) -> LinkProfile:
         if source.is_here or target.is_here:
@@ -67,8 +81,13 @@ class ClusterProfiler:
         return _profile(speed)
 
 
-def _node(device: Device) -> str:
-    return device.node
+def _by_node(devices: Sequence[Device]) -> list[list[Device]]:
+    """Devices of other machines, those of a machine together."""
+    found: dict[str, list[Device]] = {}
+    for device in devices:
+        if not device.is_here:
+            found.setdefault(device.node, []).append(device)
+    return list(found.values())
 
 
 def _profile(speed: LinkSpeed) -> LinkProfile:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, TypeAlias
 
 import msgspec
 
-from core.costs import DeviceProfile, LayerCosts
+from core.costs import DeviceProfile, LayerCosts, LinkProfile
 from core.devices.device import DeviceKind
 from core.devices.readings import DeviceReading
 from core.grammars.vocabulary import Vocabulary
@@ -26,6 +26,10 @@ Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0.0)]
 
 Layers: TypeAlias = Annotated[tuple[Number, ...], msgspec.Meta(min_length=1, max_length=4096)]
 PageNumbers: TypeAlias = Annotated[tuple[Bytes, ...], msgspec.Meta(min_length=1, max_length=1 << 20)]
+Region: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=0x7FFF)]
+"""Memory that another device lends a stage."""
+Place: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=0x7FFF)]
+"""A region, or 0: the stage's own device."""
 MAX_PAGE_BYTES = 15 << 20
 """Of a message, which has other fields beside."""
 MAX_CHUNK_BYTES = 1 << 20
@@ -57,7 +61,8 @@ class DeviceInfo(Message, frozen=True):
 
 class NodeInfo(Message, frozen=True):
     """What a worker is. `port` is where it listens for other nodes; `processor` and `system` are for people;
-    `lends_bytes` are what the master may keep blocks of KV in."""
+    `lends_bytes` are what the master may keep blocks of KV in, `main_bytes` main memory beside the devices, for layers
+    that stream in and KV that devices lend no room to."""
 
     name: NodeName
     version: Text
@@ -68,6 +73,7 @@ class NodeInfo(Message, frozen=True):
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     devices: Annotated[tuple[DeviceInfo, ...], msgspec.Meta(max_length=64)]
     lends_bytes: Bytes = 0
+    main_bytes: Bytes = 0
 
 
 class FileRef(Message, frozen=True):
@@ -119,6 +125,27 @@ class Measure(Message, frozen=True, tag=True):
     answer: ClassVar[type[Profiles]] = Profiles
 
 
+class Path(Message, frozen=True):
+    """A way inside the node, from one of its devices, or its main memory ("host"), to another."""
+
+    source: Name
+    target: Name
+    link: LinkProfile
+
+
+class Paths(Message, frozen=True):
+    """Between each two of the devices, and from main memory to each."""
+
+    paths: Annotated[tuple[Path, ...], msgspec.Meta(max_length=64 * 64)]
+
+
+class MeasurePaths(Message, frozen=True, tag=True):
+    """How fast devices of the node exchange data."""
+
+    devices: Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)]
+    answer: ClassVar[type[Paths]] = Paths
+
+
 class Reached(Message, frozen=True):
     """The time of a small message one way, and the rate of a large one."""
 
@@ -136,7 +163,7 @@ class Reach(Message, frozen=True, tag=True):
 
 
 class Loaded(Message, frozen=True):
-    """What the weights take on the device."""
+    """What the weights take on the device, with the slots of those that stream in."""
 
     weight_bytes: Bytes
 
@@ -144,7 +171,9 @@ class Loaded(Message, frozen=True):
 class Load(Message, frozen=True, tag=True):
     """Read layers `first .. last - 1` of `layers` onto a device. `stage` is the stage's number on all links, unique as
     long as the master lives. `costs` and `profile` predict how long it computes, where that is known; `together` is how
-    many stages of the engine compute on the node's processor. The stage that samples has the `vocabulary`."""
+    many stages of the engine compute on the node's processor. The stage that samples has the `vocabulary`. Layers that
+    are `streamed` stay in the node's main memory, where they take `streamed_bytes`, and come over `host_link` into two
+    slots of `slot_bytes`, which `weight_bytes` counts."""
 
     stage: Number
     model: ModelRef
@@ -159,6 +188,10 @@ class Load(Message, frozen=True, tag=True):
     costs: LayerCosts | None = None
     profile: DeviceProfile | None = None
     vocabulary: Vocabulary | None = None
+    streamed: Annotated[tuple[Number, ...], msgspec.Meta(max_length=4096)] = ()
+    streamed_bytes: Bytes = 0
+    slot_bytes: Bytes = 0
+    host_link: LinkProfile | None = None
     answer: ClassVar[type[Loaded]] = Loaded
 
 
@@ -172,13 +205,34 @@ class Allocated(Message, frozen=True):
 
 
 class Allocate(Message, frozen=True, tag=True):
-    """Give a loaded stage its pages. A block table has up to `table_width` entries."""
+    """Give a loaded stage its pages. A block table has up to `table_width` entries. `lenders` are devices of the node
+    that may come to hold pages of it."""
 
     stage: Number
     pages: Bytes
     block_size: Annotated[int, msgspec.Meta(ge=1, le=1024)]
     table_width: Bytes
+    lenders: Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)] = ()
     answer: ClassVar[type[Allocated]] = Allocated
+
+
+class AddRegion(Message, frozen=True, tag=True):
+    """Have memory of `device`, another one of the node or its main memory ("host"), for so many pages of a stage. A
+    region of this number that is there already goes: the master has not heard of it."""
+
+    stage: Number
+    region: Region
+    device: Name
+    pages: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+    answer: ClassVar[type[Nothing]] = Nothing
+
+
+class DropRegion(Message, frozen=True, tag=True):
+    """Give that memory back. Nothing in flight uses it, and one that is not there is none any more."""
+
+    stage: Number
+    region: Region
+    answer: ClassVar[type[Nothing]] = Nothing
 
 
 class Connect(Message, frozen=True, tag=True):
@@ -237,6 +291,7 @@ class ReadPages(Message, frozen=True, tag=True):
     stage: Number
     layers: Layers
     pages: PageNumbers
+    place: Place = 0
     answer: ClassVar[type[PageBytes]] = PageBytes
 
 
@@ -247,6 +302,7 @@ class WritePages(Message, frozen=True, tag=True):
     layers: Layers
     pages: PageNumbers
     data: Annotated[bytes, msgspec.Meta(max_length=MAX_PAGE_BYTES)]
+    place: Place = 0
     answer: ClassVar[type[Nothing]] = Nothing
 
 
@@ -258,6 +314,8 @@ class CopyPages(Message, frozen=True, tag=True):
     layers: Layers
     pages: PageNumbers
     others: PageNumbers
+    place: Place = 0
+    other_place: Place = 0
     answer: ClassVar[type[Nothing]] = Nothing
 
 
@@ -290,14 +348,18 @@ class StageUse(Message, frozen=True):
     forwards: Annotated[int, msgspec.Meta(ge=0)]
     busy_s: Seconds
     predicted_s: Seconds
+    stream_wait_s: Seconds = 0.0
 
 
 class Report(Message, frozen=True):
     """How a worker is. No call: it is sent once in a while, and nothing answers it. `readings` have the names that the
-    devices have there."""
+    devices have there, and so has `external_bytes`: what other programs take of them beyond what is left to those.
+    `lent_bytes` are what blocks take of the memory that is offered to them."""
 
     readings: Annotated[tuple[DeviceReading, ...], msgspec.Meta(max_length=64)] = ()
     stages: Annotated[tuple[StageUse, ...], msgspec.Meta(max_length=1024)] = ()
+    external_bytes: Annotated[dict[Name, Bytes], msgspec.Meta(max_length=64)] = {}
+    lent_bytes: Bytes = 0
 
 
 Ask: TypeAlias = ReadFile | Leave
@@ -306,9 +368,12 @@ Call: TypeAlias = (
     Welcome
     | Refuse
     | Measure
+    | MeasurePaths
     | Reach
     | Load
     | Allocate
+    | AddRegion
+    | DropRegion
     | Connect
     | Keep
     | Lend

@@ -29,7 +29,7 @@ from core.cluster.messages import (
     Welcome,
 )
 from core.cluster.remote_stage import MasterEnd, RemoteStage
-from core.devices import Device
+from core.devices import HOST, Device, host_device
 from core.devices.device import DeviceSpeed
 from core.devices.readings import DeviceReading
 from core.errors import ClusterRefusedError, NetworkError, NotFoundError
@@ -99,6 +99,10 @@ class Node:
         """What its devices said last, by their names in the cluster; replaced as a whole."""
         self.uses: Mapping[int, StageUse] = {}
         """What its stages have done, by number; replaced as a whole."""
+        self.external: Mapping[str, int] = {}
+        """What other programs take of its devices, by their names in the cluster; replaced as a whole."""
+        self.lent_bytes = 0
+        """What blocks take of the memory that it offers to them, as it has said last."""
         self.name = address
         self._info: NodeInfo | None = None
         self._on_lost, self._on_leave = on_lost, on_leave
@@ -171,6 +175,15 @@ class Node:
             found.append(Device(name, index, info.kind, "cpu", info.limit_bytes, speed, self.name))
         return found
 
+    @property
+    def host(self) -> Device:
+        """Its main memory, as far as its devices leave it, for weights that stream in and for KV."""
+        return host_device(self.info.main_bytes, self.name)
+
+    def own_name(self, device: str) -> str:
+        """What the node itself calls one of its devices, or its main memory."""
+        return HOST if device == self.host.name else self.devices[device].name
+
     def traffic(self) -> LinkStats:
         """What has gone over its links."""
         total = LinkStats()
@@ -212,6 +225,10 @@ class Node:
             for each in report.readings if each.device in known
         }  # fmt: skip
         self.uses = {use.stage: use for use in report.stages}
+        self.lent_bytes = report.lent_bytes
+        self.external = {
+            f"{self.name}/{name}": nbytes for name, nbytes in report.external_bytes.items() if name in known
+        }
 
     def _control_lost(self, error: NetworkError) -> None:
         for link in self._links[1:]:

@@ -14,17 +14,20 @@ from core.cluster.hosted_stage import NodeEnd
 from core.cluster.hosting import StageHost
 from core.cluster.kept_blocks import BlocksEnd
 from core.cluster.messages import (
+    AddRegion,
     Allocate,
     Call,
     Chunk,
     Connect,
     CopyPages,
+    DropRegion,
     Epoch,
     Keep,
     Leave,
     Lend,
     Load,
     Measure,
+    MeasurePaths,
     NodeInfo,
     Nothing,
     Reach,
@@ -34,7 +37,6 @@ from core.cluster.messages import (
     Refuse,
     Release,
     Report,
-    StageUse,
     Welcome,
     WritePages,
 )
@@ -65,7 +67,7 @@ class Home(Protocol):
 
     def watch(self, link: Link) -> None: ...
 
-    def report(self, uses: tuple[StageUse, ...]) -> Report: ...
+    def report(self, host: StageHost) -> Report: ...
 
     def info(self) -> NodeInfo: ...
 
@@ -87,7 +89,7 @@ class Session:
         self._in: list[Link] = []
         self._timers: list[threading.Timer] = []
         self._closed = False
-        self._calls = CallEnd(Call, self._serve, self._lost, "master")
+        self._calls = CallEnd(Call, self._serve, self._lost, "master", urgent=(AddRegion, DropRegion))
         self._host = worker.host(self._link_to, self._ask)
         with contextlib.ExitStack() as opened:
             control = opened.enter_context(contextlib.closing(worker.connect(host, port, "control")))
@@ -153,7 +155,7 @@ class Session:
         """Until the session ends."""
         while not self.ended.wait(REPORT_S):
             with contextlib.suppress(LinkLostError):  # then it ends
-                report = self._worker.report(self._host.uses())
+                report = self._worker.report(self._host)
                 self._control.send(Opcode.REPORT, [msgspec.msgpack.encode(report)])
 
     def _lost(self, error: NetworkError) -> None:
@@ -194,7 +196,7 @@ class Session:
     def _ask(self, asked: ReadFile) -> Chunk:
         return self._calls.call(asked, Chunk)
 
-    # -- calls, one after the other ---------------------------------------------------------------------------------
+    # -- calls, one after the other, but for regions: streams wait for those ------------------------------------------
 
     def _serve(self, request: msgspec.Struct) -> msgspec.Struct:
         if isinstance(request, Welcome):
@@ -207,6 +209,8 @@ class Session:
             return Nothing()
         if isinstance(request, Measure):
             return self._host.measure(request)
+        if isinstance(request, MeasurePaths):
+            return self._host.measure_paths(request)
         if isinstance(request, Reach):
             return self._reach(request)
         if isinstance(request, Load):
@@ -215,6 +219,10 @@ class Session:
             return self._host.allocate(request)
         if isinstance(request, Connect):
             self._host.connect(request)
+        elif isinstance(request, AddRegion):
+            self._host.add_region(request)
+        elif isinstance(request, DropRegion):
+            self._host.drop_region(request)
         elif isinstance(request, Keep):
             self._host.keep(request)
         elif isinstance(request, Lend):

@@ -13,7 +13,7 @@ import torch
 
 from core.cluster.hosting import StageHost, device_info
 from core.cluster.kept_blocks import LENT, KeptBlocks
-from core.cluster.messages import Chunk, NodeInfo, ReadFile, Report, StageUse
+from core.cluster.messages import Chunk, NodeInfo, ReadFile, Report
 from core.cluster.session import REPORT_S, Session
 from core.config import Settings
 from core.devices import Device, open_main_memory
@@ -222,15 +222,16 @@ class Worker:
         """A new one, for one master."""
         has_cards = not all(device.is_main_memory for device in self._devices)
         blocks = KeptBlocks(self._settings, self._main_memory, has_cards=has_cards)
-        return StageHost(self._settings, self._devices, self._transfer, link_to, ask, blocks)
+        return StageHost(self._settings, self._devices, self._main_memory, self._transfer, link_to, ask, blocks)
 
     def watch(self, link: Link) -> None:
         """End it when the other end is silent."""
         self._watch.add(link)
 
-    def report(self, uses: tuple[StageUse, ...]) -> Report:
+    def report(self, host: StageHost) -> Report:
         """What the master is told now and then."""
-        return Report(tuple(self._monitor.readings.values()), uses)
+        readings = tuple(self._monitor.readings.values())
+        return Report(readings, host.uses(), host.external_bytes(), host.blocks.lent_bytes)
 
     def info(self) -> NodeInfo:
         """What the master is told of this node."""
@@ -244,4 +245,5 @@ class Worker:
             port=self.port,
             devices=tuple(device_info(device) for device in self._devices),
             lends_bytes=self._cluster.memory_bytes,
+            main_bytes=max(0, self._main_memory.free_bytes - (self._settings.memory.host_bytes or 0)),
         )

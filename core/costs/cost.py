@@ -28,7 +28,7 @@ from itertools import pairwise
 
 from core.costs.plan import LayerCosts
 from core.costs.profile import FREE_LINK, DeviceProfile, LinkProfile, LinkTopology
-from core.devices.device import HOST
+from core.devices.device import host_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def loaded_layers(streamed: Sequence[int]) -> tuple[int, ...]:
 
 def load_s(costs: LayerCosts, stage: StageCost, links: LinkTopology) -> float:
     """Seconds that a pass's layers take to come in from main memory."""
-    link = links.link(HOST, stage.device.name)
+    link = links.link(host_of(stage.device.name), stage.device.name)
     return sum(link.transfer_s(costs.layer_bytes[layer]) for layer in loaded_layers(stage.streamed))
 
 
@@ -160,7 +160,7 @@ def pipeline_s(
     """Seconds of each stage, and of each hop between two of them, for one batch."""
     compute = tuple(
         _with_loads_s(
-            costs, stage, links.link(HOST, stage.device.name), batch,
+            costs, stage, links.link(host_of(stage.device.name), stage.device.name), batch,
             stage_s(costs, stage.device, stage.first, stage.last, batch),
         )
         for stage in stages

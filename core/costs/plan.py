@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from core.costs.profile import DeviceProfile, LinkTopology
+from core.devices.device import host_of, machine_of
 
 Objective = Literal["latency", "throughput"]
 
@@ -131,8 +133,17 @@ class PlacementPlan:
 
     @property
     def streamed_bytes(self) -> int:
-        """What layers that stream in take of main memory."""
-        return sum(stage.streamed_bytes for stage in self.stages)
+        """What layers that stream in take of main memory, on all machines."""
+        return sum(self.streamed_by_host().values())
+
+    def streamed_by_host(self) -> dict[str, int]:
+        """The same for each machine that has such layers, by the name of its main memory (see `host_of`)."""
+        found: dict[str, int] = {}
+        for stage in self.stages:
+            if stage.streamed_bytes:
+                host = host_of(stage.device_name)
+                found[host] = found.get(host, 0) + stage.streamed_bytes
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +177,8 @@ class PlacementProblem:
         block_size: KV is counted in whole blocks of so many tokens; both bounds are rounded up.
         layers: by hand: a number for each device, 0 to leave it out; those without a number are left out.
         host_bytes: of main memory for layers that do not fit on the devices (see `core.placement.streaming`).
+        node_host_bytes: of that of other machines, by their name. A layer stays in the memory of the machine that
+            computes it.
 
     Raises `ValueError` for no device, two of one name, or numbers that cannot be.
     """
@@ -182,6 +195,7 @@ class PlacementProblem:
     block_size: int = 16
     layers: tuple[int, ...] | None = None
     host_bytes: int = 0
+    node_host_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [device.name for device in self.devices]
@@ -191,6 +205,16 @@ class PlacementProblem:
             raise ValueError("streams, context, block_size and min_kv_tokens must be at least 1")
         if self.max_kv_tokens < self.min_kv_tokens:
             raise ValueError(f"max_kv_tokens {self.max_kv_tokens} is less than min_kv_tokens {self.min_kv_tokens}")
+
+    @property
+    def may_stream(self) -> bool:
+        """Whether some machine has main memory for layers that do not fit."""
+        return self.host_bytes > 0 or any(nbytes > 0 for nbytes in self.node_host_bytes.values())
+
+    def host_room(self, device: str) -> int:
+        """Bytes for layers in the main memory beside a device."""
+        machine = machine_of(device)
+        return self.node_host_bytes.get(machine, 0) if machine else self.host_bytes
 
     @property
     def least_kv_tokens(self) -> int:

@@ -112,11 +112,20 @@ DATASHEET_LINK = LinkProfile(11.6e9, 30e-6, "staged", "assumed")
 
 @dataclass(frozen=True, slots=True)
 class LinkTopology:
-    """Links by `(source name, destination name)`; `default` stands for those that are not listed."""
+    """Links by `(source name, destination name)`; `default` stands for those that are not listed.
+
+    `inside` are links inside other machines, where what one device copies to another goes another way than what one
+    stage sends to the next.
+    """
 
     links: Mapping[tuple[str, str], LinkProfile] = field(default_factory=dict)
     default: LinkProfile = FREE_LINK
+    inside: Mapping[tuple[str, str], LinkProfile] = field(default_factory=dict)
 
     def link(self, src: str, dst: str) -> LinkProfile:
         """From one device to another; nothing is paid to stay on one."""
         return FREE_LINK if src == dst else self.links.get((src, dst), self.default)
+
+    def copying(self, src: str, dst: str) -> LinkProfile:
+        """The way of what is copied between two devices of one machine, or from its main memory."""
+        return self.inside.get((src, dst)) or self.link(src, dst)

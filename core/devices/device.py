@@ -3,6 +3,7 @@ ledger of main memory. No torch here."""
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ GPU_KINDS = frozenset[DeviceKind]({"cuda", "rocm"})
 HOST = "host"
 """Main memory's name, as a place for what the devices have no room for: weights that stream in, blocks of KV."""
 
+_MACHINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
+"""A worker's name."""
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -124,9 +127,22 @@ class Device:
         return self.kind == "cpu"
 
 
-def host_device(limit_bytes: int = 0) -> Device:
-    """Main memory, as a place for what devices have no room for: `limit_bytes` of it."""
-    return Device(HOST, -1, "cpu", "cpu", limit_bytes)
+def host_device(limit_bytes: int = 0, node: str = "") -> Device:
+    """Main memory, as a place for what devices have no room for: `limit_bytes` of it, that of a worker if `node` is
+    given."""
+    return Device(f"{node}/{HOST}" if node else HOST, -1, "cpu", "cpu", limit_bytes, node=node)
+
+
+def machine_of(device: str) -> str:
+    """The worker that has a device, by the device's name in the cluster; empty for this machine, and for cards that are
+    described alone ("24GiB@936GB/s")."""
+    name, _, there = device.partition("/")
+    return name if there and _MACHINE.fullmatch(name) else ""
+
+
+def host_of(device: str) -> str:
+    """The name of the main memory of the machine that has a device."""
+    return host_device(node=machine_of(device)).name
 
 
 class DeviceBudget:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from core.batching.batcher import ContinuousBatcher
@@ -17,7 +18,7 @@ from core.cluster.placed_stage import RemoteStages, StageOrder, connect_stages
 from core.config import Settings
 from core.config_schema import EngineSettings
 from core.costs import SLOTS
-from core.devices import HOST, Device, DeviceBudget, MainMemory, format_bytes
+from core.devices import HOST, Device, DeviceBudget, MainMemory, format_bytes, host_of
 from core.devices.probe import free_bytes_of
 from core.emulation import EmulatedStage, GuestTime
 from core.engine.kv_memory import check_promises, open_kv
@@ -60,7 +61,7 @@ def check_memory(plan: ModelPlan, present: Mapping[str, int] | None = None) -> N
     devices = tuple(device for device in plan.devices if device.is_here)
     if plan.host is not None:
         devices = (*devices, plan.host)
-        needed[plan.host.torch_device] += plan.placement.streamed_bytes
+        needed[plan.host.torch_device] += plan.placement.streamed_by_host()[HOST]
     free = {device.torch_device: free_bytes_of(device) for device in devices}
     lacking = {name: nbytes - free[name] for name, nbytes in needed.items() if nbytes > free[name]}
     if lacking:
@@ -100,7 +101,8 @@ class EngineBuilder:
             tokenizer = Tokenizer.from_directory(plan.resolved.path, source, markup_in_messages=markup)
         self._tokenizer = tokenizer
         self._host = main_memory.open(plan.devices)
-        self.budgets = {device.name: DeviceBudget(device) for device in plan.devices} | {HOST: self._host}
+        self.budgets = {device.name: DeviceBudget(device) for device in (*plan.devices, *plan.node_hosts)}
+        self.budgets[HOST] = self._host
         used = [plan.devices[stage.device_index] for stage in plan.placement.stages]
         self._threads = CpuThreads(cpu_threads, _on_cpu(used, ""))
         self.backends = AttentionBackends(settings, partial(getattr, self._threads, "current"))
@@ -116,6 +118,10 @@ class EngineBuilder:
         stage = self.plan.placement.stages[index]
         return StageSlice(stage.first_layer, stage.last_layer, self.plan.architecture.num_layers)
 
+    def resident_of(self, index: int) -> StageSlice:
+        """The same, without layers that stream in: they move, so no stage that still computes may have them too."""
+        return replace(self.slice_of(index), without=frozenset(self.plan.placement.stages[index].streamed_layers))
+
     def device_of(self, index: int) -> Device:
         return self.plan.devices[self.plan.placement.stages[index].device_index]
 
@@ -124,7 +130,8 @@ class EngineBuilder:
         plan, device = self.plan.placement.stages[index], self.device_of(index)
         if not device.is_here:
             assert self._nodes is not None
-            self.stages[index] = self._nodes.load(self._order(index), self.budgets[device.name])
+            budget, host = self.budgets[device.name], self.budgets[host_of(device.name)]
+            self.stages[index] = self._nodes.load(self._order(index), budget, host)
             return
         budget, timer = self.budgets[device.name], stage_timer(self.plan, plan)
         stage = self._make_stage(self.plan.architecture, self.slice_of(index), device, budget, timer)
@@ -147,14 +154,17 @@ class EngineBuilder:
         fed_here = before is not None and before.is_here
         entrance = before if before is not None and fed_here and before.computes_on_cpu else self._host.device
         used = [plan.devices[stage.device_index] for stage in placed]
-        costs, profile = None, None
+        costs, profile, link = None, None, None
         if device.is_emulated:
             costs, profile = plan.costs, plan.problem.devices[device.index].profile
+            link = plan.problem.links.link(host_of(device.name), device.name)
+        lenders = plan.devices if lends(plan, self._settings) else ()
         return StageOrder(
             device, placed[index], entrance, fed_here,
             tells_here=index + 1 == len(placed) or self.device_of(index + 1).is_here,
             together=_on_cpu(used, device.node), costs=costs, profile=profile,
             vocabulary=self._grammars.vocabulary if self._grammars and index + 1 == len(placed) else None,
+            host_link=link, lenders=tuple(lender for lender in lenders if lender.node == device.node),
         )  # fmt: skip
 
     def load(self) -> ModelEngine:
@@ -200,7 +210,7 @@ class EngineBuilder:
             self.budgets[stage.device.name].reserve("workspace", planned.workspace_bytes)
             stage.allocate_kv(tokens // size, setup)
             names.append(self.backends(stage.device).name if isinstance(stage, Stage) else stage.attention)
-        lenders = plan.devices if lends(plan, settings) else ()
+        lenders = [device for device in plan.devices if device.is_here] if lends(plan, settings) else ()
         here = [stage for stage in stages if isinstance(stage, Stage)]
         warm_up_attention([(stage.device, stage.attention_kinds()) for stage in here], lenders, self.backends)
         connect_stages(stages)

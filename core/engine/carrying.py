@@ -163,11 +163,11 @@ class Carrier:
         source, target, layers = way.source, way.target, way.layers
         if way.stays_on_a_node:
             assert isinstance(source, PlacedRemoteStage) and isinstance(target, PlacedRemoteStage)
-            source.copy_pages(pages, target, others, layers)
+            source.copy_pages(pages, target, others, layers, (region, to_region))
             return
         with torch.inference_mode():
             if isinstance(source, PlacedRemoteStage):
-                data = source.read_pages(pages, layers)
+                data = source.read_pages(pages, layers, region)
             else:
                 assert source.kv is not None
                 data = source.kv.pack(region, pages, layers)
@@ -176,7 +176,7 @@ class Carrier:
                     where = source.kv.region(region).device, target.kv.region(to_region).device
                     data = self._new.transfer.send(data, *where)
             if isinstance(target, PlacedRemoteStage):
-                target.write_pages(others, data, layers)
+                target.write_pages(others, data, layers, to_region)
             else:
                 assert target.kv is not None
                 data = data.to(target.kv.region(to_region).device.torch_device)

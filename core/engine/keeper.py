@@ -119,7 +119,8 @@ class EngineKeeper:
             devices = self._devices(settings, old, beside=beside)
             leaving = old.budgets[HOST] if old is not None and not beside else None
             host = host_for(settings, devices, self._main_memory, leaving)
-            plan = plan_model(resolved, devices, settings, measure, host)
+            others = self._node_hosts(devices, old if beside else None)
+            plan = plan_model(resolved, devices, settings, measure, host, others)
             return replace(plan, notes=(*plan.notes, *notes))
 
         plan = planned(old, beside=False)
@@ -212,6 +213,13 @@ class EngineKeeper:
         others = choose(self._cluster.devices(len(local)), there)
         return tuple(replace(device, index=index) for index, device in enumerate((*local, *others)))
 
+    def _node_hosts(self, devices: Sequence[Device], beside: ModelEngine | None = None) -> tuple[Device, ...]:
+        """Main memory of the machines that have the devices, as far as an engine `beside` leaves it."""
+        hosts = self._cluster.hosts(devices) if self._cluster is not None else ()
+        held = {name: budget.used_bytes for name, budget in beside.budgets.items()} if beside is not None else {}
+        left = [max(0, host.memory_limit_bytes - held.get(host.name, 0)) for host in hosts]
+        return tuple(replace(host, memory_limit_bytes=nbytes) for host, nbytes in zip(hosts, left, strict=True))
+
     def _measure(self, resolved: ResolvedModel, settings: Settings) -> Measures:
         here = measure_with(settings, self._transfer)
         return here if self._cluster is None else ClusterProfiler(here, self._cluster, resolved, settings)
@@ -284,7 +292,8 @@ class EngineKeeper:
     ) -> Relocator:
         host = host_for(settings, devices, self._main_memory, engine.budgets[HOST])
         resolved = engine.plan.resolved
-        plan = plan_model(resolved, devices, settings, self._measure(resolved, settings), host)
+        measure, others = self._measure(resolved, settings), self._node_hosts(devices)
+        plan = plan_model(resolved, devices, settings, measure, host, others)
         for note in plan.notes:
             logger.warning("plan", note=note)
 

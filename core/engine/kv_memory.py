@@ -6,14 +6,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from core.batching.running import RunningSequences
 from core.cluster.master import Master
+from core.cluster.placed_stage import PlacedRemoteStage
 from core.config import Settings
 from core.costs.profile import DATASHEET_LINK
-from core.devices import HOST, Device, DeviceBudget
-from core.devices.probe import free_bytes_of
+from core.devices import HOST, Device, DeviceBudget, host_of, machine_of
+from core.devices.pressure import CardWatch
 from core.engine.block_tiers import BlockTiers
 from core.engine.model_plan import ModelPlan
 from core.engine.stages import EngineStage
@@ -33,7 +32,7 @@ _HOST_SHARE = 4
 def check_promises(plan: ModelPlan, settings: Settings, host: DeviceBudget) -> None:
     """Raise `OutOfDeviceMemoryError` unless main memory has what the settings give to KV, beside layers that stream."""
     needed = (
-        (StreamManager.HOST_PURPOSE, plan.placement.streamed_bytes),
+        (StreamManager.HOST_PURPOSE, plan.placement.streamed_by_host().get(HOST, 0)),
         (HostTier.PURPOSE, settings.memory.host_bytes or 0),
         (PagedKVCache.LENT, settings.lending.host_bytes or 0),
     )
@@ -89,7 +88,7 @@ def open_kv(
         return below.tiers
 
     def lender(kv: KVCacheManager) -> KVOverflow | None:
-        return None if kv.pages.is_trivial else _open_overflow(plan, settings, stages, budgets, kv)
+        return None if kv.pages.is_trivial else _open_overflow(plan, settings, stages, budgets, kv, cluster)
 
     try:
         kv = KVCacheManager(
@@ -105,9 +104,9 @@ def open_kv(
 
 def _open_overflow(
     plan: ModelPlan, settings: Settings, stages: Sequence[EngineStage], budgets: Mapping[str, DeviceBudget],
-    kv: KVCacheManager,
+    kv: KVCacheManager, cluster: Master | None,
 ) -> KVOverflow:  # fmt: skip
-    watch = DeviceWatch(plan.devices, stages, budgets)
+    watch = DeviceWatch(plan.devices, stages, budgets, cluster)
     lending = VRAMLendingPool(
         _lenders(plan, settings, budgets),
         plan.problem.links,
@@ -134,16 +133,17 @@ _HOST_BYTES_S = 40e9
 
 def site_speeds(plan: ModelPlan, stages: Sequence[EngineStage]) -> Callable[[int, str], SiteSpeeds]:
     """What is known of a stage and a device that lends to it: links and bandwidths as they were measured. Main memory
-    is taken to be behind the slowest link that was."""
+    is taken to be behind the slowest link inside a machine that was."""
     links = plan.problem.links
-    slowest = min(links.links.values(), key=lambda link: link.bandwidth_bytes_s, default=DATASHEET_LINK)
+    copies = [link for pair, link in links.links.items() if machine_of(pair[0]) == machine_of(pair[1]) == ""]
+    slowest = min((*copies, *links.inside.values()), key=lambda link: link.bandwidth_bytes_s, default=DATASHEET_LINK)
     rates = {device.name: device.profile.kv_bytes_s for device in plan.problem.devices}
     placed = [(stage.device.name, len(stage.kv.layer_bytes) if stage.kv is not None else 0) for stage in stages]
 
     def between(stage: int, lender: str) -> SiteSpeeds:
         own, layers = placed[stage]
-        out, home = links.link(own, lender), links.link(lender, own)
-        if lender == HOST and (lender, own) not in links.links:
+        out, home = links.copying(own, lender), links.copying(lender, own)
+        if lender == host_of(own) and (lender, own) not in links.links:
             out = home = slowest
         lender_bytes_s = rates.get(lender, _HOST_BYTES_S)
         return SiteSpeeds(out, home, rates[own], lender_bytes_s, layers, plan.problem.costs.hidden_bytes)
@@ -152,7 +152,8 @@ def site_speeds(plan: ModelPlan, stages: Sequence[EngineStage]) -> Callable[[int
 
 
 def _lenders(plan: ModelPlan, settings: Settings, budgets: Mapping[str, DeviceBudget]) -> list[GPUBudget]:
-    """Every device that has memory, and main memory: as much of it as is set, or a quarter of what is free there.
+    """Every device that has memory, and the main memory of each machine: as much of it as is set, or a quarter of what
+    is free there.
 
     A stage's own pages are part of the pool as much as what it lends, so they are no need of its own: they are taken
     off what may be allocated.
@@ -163,15 +164,16 @@ def _lenders(plan: ModelPlan, settings: Settings, budgets: Mapping[str, DeviceBu
         limit = device.memory_limit_bytes
         if limit > 0:
             found.append(GPUBudget(device.name, limit - pages, limit))
-    lent = settings.lending.host_bytes
-    lent = budgets[HOST].free_bytes // _HOST_SHARE if lent is None else lent
-    if lent > 0:
-        found.append(GPUBudget(HOST, lent, lent, last_resort=True))
+    for host in (HOST, *(host.name for host in plan.node_hosts)):
+        free, asked = budgets[host].free_bytes, settings.lending.host_bytes
+        lent = free // _HOST_SHARE if asked is None else asked if host == HOST else min(asked, free)
+        if lent > 0:
+            found.append(GPUBudget(host, lent, lent, last_resort=True))
     return found
 
 
 class Regions:
-    """Allocates regions on the devices that lend them."""
+    """Allocates regions on the devices that lend them, or has a stage's node do so."""
 
     def __init__(self, stages: Sequence[EngineStage], budgets: Mapping[str, DeviceBudget]) -> None:
         self._stages = stages
@@ -179,67 +181,48 @@ class Regions:
 
     def add(self, stage: int, region_id: int, device: str, pages: int) -> None:
         """Raises `OutOfDeviceMemoryError`, with nothing kept."""
-        budget = self._budgets[device]
-        self._cache(stage).add_region(region_id, pages, budget.device, budget)
+        budget, placed = self._budgets[device], self._stages[stage]
+        if isinstance(placed, PlacedRemoteStage):
+            placed.add_region(region_id, pages, budget)
+        else:
+            assert placed.kv is not None
+            placed.kv.add_region(region_id, pages, budget.device, budget)
 
     def drop(self, stage: int, region_id: int) -> None:
-        """Give a region's memory back to the device, and what the allocator keeps of it to other programs."""
-        kv = self._cache(stage)
-        where = torch.device(kv.region(region_id).device.torch_device)
-        kv.drop_region(region_id)
-        if where.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _cache(self, stage: int) -> PagedKVCache:
-        kv = self._stages[stage].kv
-        assert isinstance(kv, PagedKVCache)  # stages on workers do not borrow
-        return kv
-
-
-PRESSED_BYTES = 256 << 20
-_PRESSED_SHARE = 50
-"""Once other programs have taken more of a card than they had, so much of it (a fiftieth of a small one) is kept free
-for them: what is lent there goes back bit by bit, until they no longer take it."""
+        """Give a region's memory back."""
+        placed = self._stages[stage]
+        if isinstance(placed, PlacedRemoteStage):
+            placed.drop_region(region_id)
+        else:
+            assert placed.kv is not None
+            placed.kv.drop_region(region_id)
 
 
 class DeviceWatch:
-    """What the devices are used for now. Made when the stages have been loaded."""
+    """What the devices are used for now; those of nodes as the nodes say. Made when the stages have been loaded."""
 
     def __init__(
-        self, devices: Sequence[Device], stages: Sequence[EngineStage], budgets: Mapping[str, DeviceBudget]
-    ) -> None:
+        self, devices: Sequence[Device], stages: Sequence[EngineStage], budgets: Mapping[str, DeviceBudget],
+        cluster: Master | None = None,
+    ) -> None:  # fmt: skip
+        self._devices = tuple(devices)
         self._stages = {stage.device.name: stage for stage in stages}
         self._budgets = budgets
+        self._cluster = cluster
         self._started_s = time.monotonic()
-        self._cards: dict[str, list[Device]] = {}
-        for device in devices:
-            self._cards.setdefault(device.torch_device, []).append(device)
-        self._left_before = {card: self._left_by_others(card, free) for card, free in self._read().items()}
-
-    def _read(self) -> dict[str, int]:
-        """Free bytes by card."""
-        return {card: free_bytes_of(parts[0]) for card, parts in self._cards.items()}
-
-    def _left_by_others(self, card: str, free_bytes: int) -> int:
-        """What is free or ours."""
-        return free_bytes + sum(self._budgets[device.name].used_bytes for device in self._cards[card])
+        self._here = CardWatch([device for device in devices if device.is_here], budgets, PagedKVCache.LENT)
 
     def observe(self) -> Iterable[DeviceUse]:
-        """One entry per device. What is missing of a card's free memory is charged to its parts by what each may use,
-        lent memory included."""
-        for card, free in self._read().items():
-            parts = self._cards[card]
-            kept = min(PRESSED_BYTES, sum(device.memory_limit_bytes for device in parts) // _PRESSED_SHARE)
-            if self._left_by_others(card, free) < self._left_before[card] - kept:  # they have taken more
-                free -= kept
-            budgets = [self._budgets[device.name] for device in parts]
-            lent = [budget.used_by_purpose().get(PagedKVCache.LENT, 0) for budget in budgets]
-            shares = [budget.free_bytes + nbytes for budget, nbytes in zip(budgets, lent, strict=True)]
-            missing = max(0, sum(budget.free_bytes for budget in budgets) - free)
-            for device, budget, nbytes, share in zip(parts, budgets, lent, shares, strict=True):
-                used = sum(budget.used_by_purpose().values())
-                own = used - budget.used_by_purpose().get(PagedKVCache.PURPOSE, 0) - nbytes
-                external = missing * share // max(1, sum(shares))
-                stage = self._stages.get(device.name)
-                last_used_s = self._started_s if stage is None else stage.last_used_s
-                yield DeviceUse(device.name, own, external, max(0.0, time.monotonic() - last_used_s))
+        """One entry per device."""
+        external = self._here.external_bytes()
+        if self._cluster is not None:
+            external |= self._cluster.external_bytes()
+        for device in self._devices:
+            by_purpose = self._budgets[device.name].used_by_purpose()
+            pages = by_purpose.get(PagedKVCache.PURPOSE, 0) + by_purpose.get(PagedKVCache.LENT, 0)
+            stage = self._stages.get(device.name)
+            last_used_s = self._started_s if stage is None else stage.last_used_s
+            yield DeviceUse(
+                device.name, sum(by_purpose.values()) - pages, external.get(device.name, 0),
+                max(0.0, time.monotonic() - last_used_s),
+            )  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from core.config import Settings
 from core.costs import PlacementPlan, PlacementProblem
-from core.devices.device import format_bytes
+from core.devices.device import format_bytes, machine_of
 from core.engine.problem import least_kv_tokens, lend_ratio
 from core.errors import InsufficientMemoryError
 from core.placement.engine import cuts_by_hand, place
@@ -25,7 +25,7 @@ class MemoryAdvice:
     """Looks for what fits.
 
     Attributes:
-        request: what was refused; its `host_bytes` are what layers that stream in may take.
+        request: what was refused; its `host_bytes` and `node_host_bytes` are what layers that stream in may take.
         settings: what was asked for.
         lend_ratio: as in `place_pooled`.
         kv_tokens: of KV that a load must have room for.
@@ -102,7 +102,11 @@ class MemoryAdvice:
         """Layers in main memory, where that was switched off."""
         if self.settings.devices.stream_weights != "off":
             return []
-        streaming = replace(self.request, host_bytes=_ANY_MACHINE_BYTES, min_kv_tokens=self.kv_tokens)
+        machines = {machine_of(device.name) for device in self.request.devices}
+        streaming = replace(
+            self.request, host_bytes=_ANY_MACHINE_BYTES, min_kv_tokens=self.kv_tokens,
+            node_host_bytes=dict.fromkeys(machines - {""}, _ANY_MACHINE_BYTES),
+        )  # fmt: skip
         plan = _planned(lambda: place_streaming(streaming, self.settings.devices.placement))
         if plan is None:
             return []
@@ -117,7 +121,7 @@ class MemoryAdvice:
         least = replace(self.request, min_kv_tokens=min(tokens, self.request.min_kv_tokens))
         streaming = replace(self.request, min_kv_tokens=tokens)
         fits = self._holds(least, lambda: self._pooled(least, strategy, tokens), tokens) or (
-            self.request.host_bytes > 0 and self._holds(streaming, lambda: place_streaming(streaming, strategy), tokens)
+            self.request.may_stream and self._holds(streaming, lambda: place_streaming(streaming, strategy), tokens)
         )
         return [f"--max-model-len {tokens}"] if fits else []
 
@@ -131,7 +135,7 @@ class MemoryAdvice:
                 return pool_of(one_block, plan, self.lend_ratio).tokens
         if request.layers is not None:
             return None
-        if request.host_bytes > 0:
+        if request.may_stream:
             search: PlacementSearch = StreamingSearch(request, frozenset())
         else:
             search = PlacementSearch(request.costs, request.devices, request.links, frozenset())

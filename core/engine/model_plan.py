@@ -25,15 +25,16 @@ from core.costs import (
     emulated_profile,
 )
 from core.costs.model import costs_of
-from core.devices import HOST, Device, DeviceBudget, MainMemory, host_device, open_devices, open_main_memory
+from core.devices import HOST, Device, DeviceBudget, MainMemory, host_device, host_of, open_devices, open_main_memory
 from core.engine.memory_advice import advised
 from core.engine.problem import (
     least_kv_tokens,
     lend_ratio,
     make_problem,
+    place_resident,
     pool_devices,
     served_length,
-    with_host,
+    with_hosts,
 )
 from core.errors import InsufficientMemoryError
 from core.execution.attention.select import check_heads, planned_gathering, planned_packing
@@ -42,7 +43,7 @@ from core.models.dtype import fit_dtype, served_architecture
 from core.models.resolve import ResolvedModel
 from core.models.stage_model import measure_bytes
 from core.placement.engine import stage_costs
-from core.placement.pooled import PooledKV, place_pooled
+from core.placement.pooled import PooledKV
 from core.placement.predict import Prediction, predict
 from core.placement.streaming import place_streaming
 from core.profiling.profiler import LayerProfiler
@@ -56,8 +57,9 @@ _SAMPLING_BYTES = 64
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
     """A load as planned. `problem` is what placement worked from; `prediction` is there if its speeds are known;
-    `pooled` is the KV that devices hold together; `host` is there if layers stay in main memory; `notes` say where the
-    model is served otherwise than its checkpoint says.
+    `pooled` is the KV that devices hold together; `host` is there if layers stay in this machine's main memory;
+    `node_hosts` is the main memory of the other machines whose devices are used; `notes` say where the model is served
+    otherwise than its checkpoint says.
     """
 
     resolved: ResolvedModel
@@ -71,6 +73,7 @@ class ModelPlan:
     pooled: PooledKV
     host: Device | None = None
     notes: tuple[str, ...] = ()
+    node_hosts: tuple[Device, ...] = ()
 
     @property
     def is_measured(self) -> bool:
@@ -116,17 +119,16 @@ def _workspace(architecture: Architecture, weights: ModelBytes, settings: Settin
 
 def plan_model(
     resolved: ResolvedModel, devices: Sequence[Device], settings: Settings, measure: Measures,
-    host: Device | None = None,
+    host: Device | None = None, node_hosts: Sequence[Device] = (),
 ) -> ModelPlan:  # fmt: skip
     """Read the config, count the parts on `meta` and place them. Allocates nothing that outlives the call.
 
     `measure` is asked where the plan depends on speeds: with more than one device, or where machines may join, unless
     another placement and the number of cohorts are set. The speed of emulated devices is known anyway. `host` is main
-    memory for layers that do not fit on the devices; None refuses such models.
+    memory for layers that do not fit on the devices, `node_hosts` is that of other machines; None refuses such models.
     Raises `UnsupportedModelError`, `CheckpointError`, `InsufficientMemoryError`, `ContextLengthError`,
     `InvalidRequestError` for a strategy or layers that do not exist.
     """
-    settings, host = _over_nodes(settings, devices, host)
     architecture, notes = served_architecture(resolved.path, settings.model.dtype, devices)
     weights = measure_bytes(architecture, planned_packing(devices, settings, architecture.dtype))
     max_model_len = served_length(resolved.name, architecture.max_position, settings)
@@ -150,17 +152,19 @@ def plan_model(
         links,
         shares_cpu=placed.devices is None and any(device.is_main_memory for device in devices),
     )  # fmt: skip
+    rooms = {each.name: each.memory_limit_bytes for each in (host, *node_hosts) if each is not None}
     try:
-        placement = place_pooled(request, placed.placement, lend_ratio(settings) if is_measured else 0.0, max_model_len)
-        pooled = pool_devices(placement, request, settings, max_model_len)
+        placement, pooled = place_resident(
+            request, settings, max_model_len, lend_ratio(settings) if is_measured else 0.0
+        )
     except InsufficientMemoryError as refused:
-        if host is None or host.memory_limit_bytes <= 0:
+        if host is None or not any(nbytes > 0 for nbytes in rooms.values()):
             raise advised(refused, request, settings, max_model_len) from refused
         if not is_measured and not by_hand:
             measured = zip(request.devices, measure.devices(devices, architecture), strict=True)
             request = replace(request, devices=tuple(replace(each, profile=profile) for each, profile in measured))
             is_measured = True
-        request = with_host(request, host.memory_limit_bytes, measure.host_links(devices) if is_measured else {})
+        request = with_hosts(request, rooms, measure.host_links(devices) if is_measured else {})
         request = replace(request, min_kv_tokens=least_kv_tokens(settings, max_model_len, request.max_kv_tokens))
         try:
             placement = place_streaming(request, placed.placement)
@@ -171,7 +175,7 @@ def plan_model(
     prediction = predict(placement, request, pooled=pooled) if is_measured else None
     return ModelPlan(
         resolved, architecture, weights, request, placement, tuple(devices), max_model_len, prediction, pooled,
-        host if placement.streamed_bytes else None, notes,
+        host if HOST in placement.streamed_by_host() else None, notes, tuple(node_hosts),
     )  # fmt: skip
 
 
@@ -185,17 +189,9 @@ class Measures(Protocol):
     def host_links(self, devices: Sequence[Device]) -> dict[tuple[str, str], LinkProfile]: ...
 
 
-def _over_nodes(settings: Settings, devices: Sequence[Device], host: Device | None) -> tuple[Settings, Device | None]:
-    """With devices of other machines, nothing is lent and no layers stream in yet."""
-    if all(device.is_here for device in devices):
-        return settings, host
-    lending = settings.lending.model_copy(update={"enabled": False})
-    return settings.model_copy(update={"lending": lending}), None
-
-
 def lends(plan: ModelPlan, settings: Settings) -> bool:
-    """Whether devices lend each other memory; not yet where some are of other machines."""
-    return settings.lending.enabled and all(device.is_here for device in plan.devices)
+    """Whether devices of a machine lend each other memory."""
+    return settings.lending.enabled
 
 
 def measure_with(settings: Settings, transfer: TransferManager) -> LayerProfiler:
@@ -256,7 +252,7 @@ def stage_timer(plan: ModelPlan, stage: StagePlan) -> StageTimer | None:
         profile = emulated_profile(device.name, device.speed.bandwidth_bytes_s, device.speed.flops)
     elif not plan.is_measured:
         return None
-    link, parts = plan.problem.links.link(HOST, device.name), 1
+    link, parts = plan.problem.links.link(host_of(device.name), device.name), 1
     if profile.sharing is not None:
         sharing = [stage.device.sharing for stage in stage_costs(plan.placement, plan.problem)]
         parts = sum(other is not None and other.processor == profile.sharing.processor for other in sharing)

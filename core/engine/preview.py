@@ -13,8 +13,9 @@ from core.costs.cards import gpu_spec
 from core.costs.model import costs_of
 from core.costs.profile import DATASHEET_LINK
 from core.costs.room import usable
+from core.devices.device import HOST
 from core.engine.memory_advice import advised
-from core.engine.problem import lend_ratio, make_problem, pool_devices, served_length, with_host
+from core.engine.problem import lend_ratio, make_problem, pool_devices, served_length, with_hosts
 from core.errors import InsufficientMemoryError
 from core.models.families import read_family
 from core.models.resolve import ResolvedModel, resolve_model
@@ -71,7 +72,7 @@ def _on_cards(resolved: ResolvedModel, settings: Settings, nominal: tuple[Placem
     links, length = LinkTopology(default=DATASHEET_LINK), model.max_model_len
     problem = make_problem(resolved.name, costs, settings, length, cards, links)
     if settings.devices.stream_weights == "auto":
-        problem = with_host(problem, _ANY_MACHINE_BYTES, {})
+        problem = with_hosts(problem, {HOST: _ANY_MACHINE_BYTES}, {})
     try:
         placement = place_or_stream(problem, settings.devices.placement, lend_ratio(settings), length)
         pooled = pool_devices(placement, problem, settings, length)

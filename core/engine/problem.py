@@ -14,10 +14,10 @@ from core.costs import (
     PlacementPlan,
     PlacementProblem,
 )
-from core.devices.device import format_bytes
+from core.devices.device import HOST, format_bytes, machine_of
 from core.errors import ContextLengthError, InsufficientMemoryError
 from core.placement.engine import parse_layers
-from core.placement.pooled import PooledKV, pool_of
+from core.placement.pooled import PooledKV, place_pooled, pool_of
 
 MIN_LOCAL_BLOCKS = 16
 """What is being written is local, so a stage needs some blocks of its own even where others lend it memory."""
@@ -35,7 +35,7 @@ def make_problem(
     most = engine.max_batch_size * max_model_len
     wanted = engine.kv_cache_tokens or (_kv_cap(costs, devices, most) if shares_cpu else most)
     least = least_kv_tokens(settings, max_model_len, wanted)
-    if settings.lending.enabled and len(devices) > 1:
+    if settings.lending.enabled and any_neighbours(devices):
         least = min(least, MIN_LOCAL_BLOCKS * engine.block_size)  # the rest may be lent; `pool_devices` checks it
     return PlacementProblem(
         model_name=name,
@@ -50,6 +50,31 @@ def make_problem(
         block_size=engine.block_size,
         layers=parse_layers(placed.layers) if placed.layers is not None else None,
     )
+
+
+def place_resident(
+    problem: PlacementProblem, settings: Settings, max_model_len: int, lending: float
+) -> tuple[PlacementPlan, PooledKV]:
+    """A plan whose layers all stay on their devices, and the KV that these hold together. `lending` is the share that
+    devices lend as far as speeds are known. Raises `InsufficientMemoryError`.
+
+    Where a plan counts on lent memory that nobody has, as where a device is alone in its machine, each stage has to
+    hold all KV itself.
+    """
+    strategy = settings.devices.placement
+    try:
+        placement = place_pooled(problem, strategy, lending, max_model_len)
+        return placement, pool_devices(placement, problem, settings, max_model_len)
+    except InsufficientMemoryError as refused:
+        least = least_kv_tokens(settings, max_model_len, problem.max_kv_tokens)
+        if least == problem.min_kv_tokens or len({machine_of(device.name) for device in problem.devices}) == 1:
+            raise
+        alone = replace(problem, min_kv_tokens=least)
+        try:
+            placement = place_pooled(alone, strategy, lending, max_model_len)
+        except InsufficientMemoryError:
+            raise refused from None
+        return placement, pool_devices(placement, alone, settings, max_model_len)
 
 
 def pool_devices(
@@ -69,12 +94,21 @@ def pool_devices(
     return pooled
 
 
-def with_host(
-    problem: PlacementProblem, host_bytes: int, links: Mapping[tuple[str, str], LinkProfile]
+def any_neighbours(devices: Sequence[PlacementDevice]) -> bool:
+    """Whether some device has another beside it, in the same machine."""
+    machines = [machine_of(device.name) for device in devices]
+    return len(set(machines)) < len(machines)
+
+
+def with_hosts(
+    problem: PlacementProblem, hosts: Mapping[str, int], links: Mapping[tuple[str, str], LinkProfile]
 ) -> PlacementProblem:
-    """Layers may stay in so many bytes of main memory, and stream in over these links."""
-    known = problem.links
-    return replace(problem, host_bytes=host_bytes, links=LinkTopology({**known.links, **links}, known.default))
+    """Layers may stay in so many bytes of each machine's main memory, by its name, and stream in over these links."""
+    return replace(
+        problem, host_bytes=hosts.get(HOST, 0),
+        node_host_bytes={machine_of(host): nbytes for host, nbytes in hosts.items() if host != HOST},
+        links=replace(problem.links, links={**problem.links.links, **links}),
+    )  # fmt: skip
 
 
 def lend_ratio(settings: Settings) -> float:

@@ -193,7 +193,7 @@ class Relocator:
         """The weights that fit beside what the old engine has. Shared ones count once."""
         for index, placed in enumerate(self.plan.placement.stages):
             for stage in self._donors(placed.device_name):
-                self._parts[index] = stage.share(builder.slice_of(index), builder.adapter_of(index))
+                self._parts[index] = stage.share(builder.resident_of(index), builder.adapter_of(index))
         shared = {self.plan.placement.stages[index].device_name: parts.nbytes for index, parts in self._parts.items()}
         for name, budget in self.old.budgets.items():
             if name != HOST and name in builder.budgets and name not in self.lost:
@@ -245,7 +245,7 @@ class Relocator:
                 device = again.device_of(index).name
                 here = [stage for stage in failed.stages.values() if isinstance(stage, Stage)]
                 donors = [stage for stage in here if stage.device.name == device and stage.is_loaded]
-                parts = [stage.share(again.slice_of(index), again.adapter_of(index)) for stage in donors]
+                parts = [stage.share(again.resident_of(index), again.adapter_of(index)) for stage in donors]
                 for stage in failed.stages.values():
                     if stage.device.name == device:
                         stage.free()

@@ -112,12 +112,21 @@ class PagedKVCache:
         return dict(zip(self._shapes, zip(views[::2], views[1::2], strict=True), strict=True))
 
     def drop_region(self, region_id: int) -> None:
-        """Give a region's memory back to the device that lent it."""
+        """Give a region's memory back to the device that lent it, and what the allocator keeps of it to other
+        programs."""
         region = self._regions.pop(region_id)
         region.budget.release(self._purpose(region_id), self.page_bytes * region.num_pages)
+        if region_id != LOCAL and region.device.is_gpu:
+            del region
+            torch.cuda.empty_cache()
 
     def _purpose(self, region_id: int) -> str:
         return self.PURPOSE if region_id == LOCAL else self.LENT
+
+    @property
+    def regions(self) -> Mapping[int, PageRegion]:
+        """All that are there, as they are now."""
+        return dict(self._regions)
 
     def region(self, region_id: int) -> PageRegion:
         return self._regions[region_id]

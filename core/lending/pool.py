@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from core.costs import LinkTopology
+from core.devices.device import machine_of
 from core.lending.budget import GPUBudget
 from core.lending.lease import Lease, LeaseState, Urgency
 from core.lending.lender import Lender
@@ -47,7 +48,7 @@ class VRAMLendingPool:
     """The leases between `budgets`. Used by the engine thread alone.
 
     Devices do not lend to each other in pairs: one that has lent asks for its memory back (`request_reclaim`) before it
-    can borrow from its own borrower.
+    can borrow from its own borrower. Nor do they lend to devices of other machines: see `machine_of`.
 
     Args:
         budgets: of all devices that may borrow or lend, main memory (`last_resort`) included; nothing is lent yet.
@@ -290,11 +291,11 @@ class VRAMLendingPool:
         return self._lenders[device]
 
     def _candidates(self, borrower: str, nbytes: int, last_resort: bool) -> list[Candidate]:
-        """Those that can lend `nbytes`: not those that borrow from the borrower themselves."""
+        """Those of its machine that can lend `nbytes`: not those that borrow from the borrower themselves."""
         if self._lender(borrower).budget.last_resort:
             raise ValueError(f"{borrower} is main memory, it does not borrow")
         indebted = {lease.borrower for lease in self._leases.values() if lease.lender == borrower}
-        now_s, link = self._clock(), self._links.link
+        now_s, link = self._clock(), self._links.copying
         return [
             Candidate(
                 name,
@@ -305,6 +306,7 @@ class VRAMLendingPool:
             for name, lender in self._lenders.items()
             if lender.budget.last_resort == last_resort
             and name != borrower
+            and machine_of(name) == machine_of(borrower)
             and name not in indebted
             and lender.refused_until_s <= now_s
             and lender.lendable_bytes(self._lend_ratio) >= max(1, nbytes)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from core.costs import PlacementDevice, PlacementProblem
 from core.costs.cost import at_once, best_cohorts, decode_tok_s
 from core.costs.plan import PlacementPlan, StagePlan
+from core.devices.device import machine_of
 from core.errors import InsufficientMemoryError
 from core.placement.engine import place, place_profiled, stage_costs
 from core.placement.search import largest
@@ -87,21 +88,25 @@ def pool_of(request: PlacementProblem, plan: PlacementPlan, lend_ratio: float) -
 
         sum over i of max(0, T k_i - F_i)  <=  sum over j of min(share_j, F_j - T k_j)   over j without a deficit
 
-    Devices that hold no layers take part with all their memory.
+    Devices that hold no layers take part with all their memory. The sums are those of each machine: devices lend to
+    those beside them.
     """
     stages, block = plan.stages, request.block_size
-    idle = [device.limit_bytes for device in request.devices if device.name in plan.unused_devices]
+    idle = [device for device in request.devices if device.name in plan.unused_devices]
     free = [stage.limit_bytes - stage.weight_bytes - stage.workspace_bytes for stage in stages]
     page_bytes = [stage.kv_bytes_per_token * block for stage in stages]
 
     def fits(blocks: int) -> bool:
-        lacking, spare = 0, sum(int(lend_ratio * limit) for limit in idle)
+        spare = defaultdict[str, int](int)
+        for device in idle:
+            spare[machine_of(device.name)] += int(lend_ratio * device.limit_bytes)
         for stage, room, page in zip(stages, free, page_bytes, strict=True):
-            left = room - blocks * page
-            # whole pages; one of a stage that borrows stays empty, for blocks to change places through
-            lacking += (blocks + 1 - room // page) * page if left < 0 else 0
-            spare += min(int(lend_ratio * stage.limit_bytes), max(0, left))
-        return lacking <= spare
+            left, machine = room - blocks * page, machine_of(stage.device_name)
+            if left < 0:  # whole pages; one of a stage that borrows stays empty, for blocks to change places through
+                spare[machine] -= (blocks + 1 - room // page) * page
+            else:
+                spare[machine] += min(int(lend_ratio * stage.limit_bytes), left)
+        return min(spare.values()) >= 0
 
     wanted = request.wanted_kv_tokens if lend_ratio > 0 else plan.kv_tokens
     most = largest(fits, plan.kv_tokens // block, max(plan.kv_tokens, wanted) // block)
@@ -156,14 +161,17 @@ def _late_s(
 def _rounds_s(request: PlacementProblem, stage: StagePlan, lender: PlacementDevice, rows: int) -> float:
     """All layers' exchanges of a pass; partial results are fp32, about twice as long as queries."""
     own, query_bytes = request.devices[stage.device_index].name, rows * request.costs.hidden_bytes
-    out, home = request.links.link(own, lender.name), request.links.link(lender.name, own)
+    out, home = request.links.copying(own, lender.name), request.links.copying(lender.name, own)
     return stage.num_layers * (out.transfer_s(query_bytes) + home.transfer_s(2 * query_bytes))
 
 
 def _lender(request: PlacementProblem, plan: PlacementPlan, stage: StagePlan) -> PlacementDevice:
-    """The device with most to spare beside the stage's own."""
+    """The device with most to spare beside the stage's own, of the same machine."""
     spare = {device.name: device.limit_bytes for device in request.devices}
     for other in plan.stages:
         spare[other.device_name] -= other.weight_bytes + other.workspace_bytes + other.kv_bytes
-    others = (device for device in request.devices if device.name != stage.device_name)
+    others = (
+        device for device in request.devices
+        if device.name != stage.device_name and machine_of(device.name) == machine_of(stage.device_name)
+    )  # fmt: skip
     return max(others, key=lambda device: spare[device.name])

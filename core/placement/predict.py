@@ -12,7 +12,7 @@ from core.costs import PlacementDevice, PlacementProblem
 from core.costs.cost import Batch, StageCost, at_once, best_cohorts, decode_tok_s, load_s, pipeline_s
 from core.costs.plan import LayerCosts, PlacementPlan
 from core.costs.profile import LinkTopology
-from core.devices.device import HOST
+from core.devices.device import host_of
 from core.errors import InsufficientMemoryError
 from core.placement.engine import predicted_tok_s, stage_costs
 from core.placement.pooled import PooledKV, borrowing_tok_s
@@ -148,9 +148,9 @@ def one_more(plan: PlacementPlan, request: PlacementProblem, device: PlacementDe
     links = request.links
     if links.links:
         slowest = min((*links.links.values(), links.default), key=lambda link: link.bandwidth_bytes_s)
-        others = [HOST, *(known.name for known in request.devices)]
+        others = [host_of(name), *(known.name for known in request.devices)]
         added = {pair: slowest for other in others for pair in ((name, other), (other, name))}
-        links = LinkTopology({**links.links, **added}, links.default)
+        links = replace(links, links={**links.links, **added})
     used = _used(plan, request)
     more = replace(request, devices=(*used, replace(device, name=name)), links=links, layers=None)
     with_it, without = place_fastest(more, least_kv_tokens=plan.kv_tokens), _best_tok_s(plan, request)
@@ -199,7 +199,7 @@ def predict_rate(
         (stage.device.name, (stage.first, stage.last), stage_limit(costs, stage, batches[0])) for stage in stages
     ]
     named += [(f"{src.device.name} -> {dst.device.name}", None, "link") for src, dst in pairwise(stages)]
-    named += [(f"{HOST} -> {stage.device.name}", None, "link") for stage in streaming]
+    named += [(f"{host_of(stage.device.name)} -> {stage.device.name}", None, "link") for stage in streaming]
     parts = tuple(
         PartPrediction(name, layers, all_s[0], all_s[0] / way_s, sum(all_s) * tok_s / streams, limit)
         for (name, layers, limit), all_s in zip(named, zip(*ways, strict=True), strict=True)

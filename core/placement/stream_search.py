@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from core.costs import SLOTS, PlacementProblem
 from core.costs.cost import Batch
 from core.costs.profile import LinkProfile
-from core.devices.device import HOST
+from core.devices.device import host_of
 from core.placement.programme import Cut, Times
 from core.placement.search import PlacementSearch
 from core.placement.streamed_layers import streamed_bytes
@@ -25,16 +25,25 @@ class StreamingSearch(PlacementSearch):
 
     def __init__(self, request: PlacementProblem, required: frozenset[int]) -> None:
         self._loads = functools.lru_cache(maxsize=None)(functools.partial(streamed_bytes, request.costs))
+        self._request = request
         super().__init__(request.costs, request.devices, request.links, required)
 
     def _interchangeable(self, one: int, two: int) -> bool:
-        return super()._interchangeable(one, two) and self._from_host(one) == self._from_host(two)
+        return (
+            super()._interchangeable(one, two)
+            and self._from_host(one) == self._from_host(two)
+            and self._may_stream(one) == self._may_stream(two)
+        )
 
     def _from_host(self, device: int) -> LinkProfile:
-        return self._links.link(HOST, self._profiles[device].name)
+        name = self._profiles[device].name
+        return self._links.link(host_of(name), name)
+
+    def _may_stream(self, device: int) -> bool:
+        return self._request.host_room(self._profiles[device].name) > 0
 
     def _fitting(self, kv_tokens: int) -> list[NDArray[np.bool_]]:
-        """By kind: `[a, b]` is whether layers `a .. b - 1` fit if as many as need be stream in."""
+        """By kind: `[a, b]` is whether layers `a .. b - 1` fit, if as many as need be stream in where they can."""
         costs, num_layers = self._costs, self._costs.num_layers
         first, last = np.meshgrid(np.arange(num_layers), np.arange(num_layers + 1), indexing="ij")
         per_layer = [w + k * kv_tokens for w, k in zip(costs.layer_bytes, costs.kv_bytes_per_token, strict=True)]
@@ -48,8 +57,11 @@ class StreamingSearch(PlacementSearch):
             sums = _sums([size if size <= slot else 0 for size in costs.layer_bytes])
             spared = np.maximum(spared, sums[last] - sums[first] - SLOTS * slot)
         needed = inner + ends - spared
-        limits = (self._limits[members[0]] for members in self._kinds)
-        return [(last > first) & (needed <= limit) for limit in limits]
+        firsts = [members[0] for members in self._kinds]
+        return [
+            (last > first) & (needed + (0 if self._may_stream(device) else spared) <= self._limits[device])
+            for device in firsts
+        ]
 
     def _times(self, batch: Batch, kv_tokens: int, *, crowded: bool) -> Times:
         times = super()._times(batch, kv_tokens, crowded=crowded)

@@ -7,11 +7,10 @@ keeping layers on the device; further KV does not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 from core.costs import PlacementPlan, PlacementProblem
-from core.devices.device import HOST
 from core.errors import InsufficientMemoryError
 from core.placement.engine import BY_HAND, assemble, cuts_by_hand, kv_room, place_profiled, plan_stage, predicted_tok_s
 from core.placement.pooled import place_pooled
@@ -24,14 +23,14 @@ from core.placement.streamed_layers import choose_streamed, least_bytes
 def place_or_stream(
     request: PlacementProblem, strategy: str = "profiled", lend_ratio: float = 0.0, least_tokens: int = 0
 ) -> PlacementPlan:
-    """`place_pooled`; where the model does not fit and there is main memory (`request.host_bytes`), layers stream in.
+    """`place_pooled`; where the model does not fit and there is main memory (`request.may_stream`), layers stream in.
 
     Raises what `place` raises; `InsufficientMemoryError` if it does not fit even so.
     """
     try:
         return place_pooled(request, strategy, lend_ratio, least_tokens)
     except InsufficientMemoryError:
-        if request.host_bytes <= 0:
+        if not request.may_stream:
             raise
     return place_streaming(request, strategy)
 
@@ -43,7 +42,7 @@ def place_fastest(
     try:
         return place_profiled(request, required=required, least_kv_tokens=least_kv_tokens)
     except InsufficientMemoryError:
-        if request.host_bytes <= 0:
+        if not request.may_stream:
             raise
     return _place_searched(request, "profiled", required, least_kv_tokens)
 
@@ -62,7 +61,7 @@ def place_streaming(request: PlacementProblem, strategy: str = "profiled") -> Pl
     for cuts in _plain_cuts(request, strategy):
         if _fits(request, cuts, request.least_kv_tokens):
             plan = build_streaming(request, strategy, cuts, _most_tokens(request, cuts))
-            if plan.streamed_bytes <= request.host_bytes:
+            if not _lacking_hosts(request, plan.streamed_by_host()):
                 return plan
     return _place_searched(request, strategy, frozenset(), None)
 
@@ -72,7 +71,7 @@ def build_streaming(request: PlacementProblem, strategy: str, cuts: Sequence[Cut
     it becomes KV too, up to what is wanted.
 
     Raises:
-        InsufficientMemoryError: they do not fit; says what each device, and "host", lacks.
+        InsufficientMemoryError: they do not fit; says what each device, and "host" (on a node, "node/host"), lacks.
     """
     stages = []
     for cut in cuts:
@@ -80,11 +79,18 @@ def build_streaming(request: PlacementProblem, strategy: str, cuts: Sequence[Cut
         if layers is None:
             raise _insufficient(request, cuts, kv_tokens)
         stages.append(plan_stage(request, cut, layers))
-    host = sum(stage.streamed_bytes for stage in stages)
-    if host > request.host_bytes:
-        raise _insufficient(request, cuts, kv_tokens, host)
     rooms = [kv_room(request, stage) for stage in stages]
-    return assemble(request, strategy, stages, min([max(kv_tokens, request.wanted_kv_tokens), *rooms]))
+    plan = assemble(request, strategy, stages, min([max(kv_tokens, request.wanted_kv_tokens), *rooms]))
+    lacking = _lacking_hosts(request, plan.streamed_by_host())
+    if lacking:
+        raise _insufficient(request, cuts, kv_tokens, lacking)
+    return plan
+
+
+def _lacking_hosts(request: PlacementProblem, streamed: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Main memories that have too little for the layers that would stay there: what is needed and what there is."""
+    rooms = {host: (nbytes, request.host_room(host)) for host, nbytes in streamed.items()}
+    return {host: (needed, room) for host, (needed, room) in rooms.items() if needed > room}
 
 
 def _limit(request: PlacementProblem, device: int) -> int:
@@ -154,16 +160,14 @@ def _most_tokens(request: PlacementProblem, cuts: Sequence[Cut]) -> int:
 
 
 def _insufficient(
-    request: PlacementProblem, cuts: Sequence[Cut], kv_tokens: int, host_needed: int = 0
+    request: PlacementProblem, cuts: Sequence[Cut], kv_tokens: int, hosts: Mapping[str, tuple[int, int]] | None = None
 ) -> InsufficientMemoryError:
     needs = {
         request.devices[device].name: (least_bytes(request.costs, first, last, kv_tokens), _limit(request, device))
         for device, first, last in cuts
     }
-    if host_needed:
-        needs[HOST] = (host_needed, request.host_bytes)
     return lacking_memory(
         f"{request.model_name} does not fit with a KV cache of {kv_tokens} tokens, not even with layers that stream in "
         "from main memory",
-        needs,
+        needs | dict(hosts or {}),
     )

@@ -23,12 +23,14 @@ from core.views.state import ServiceState
 @dataclass(frozen=True, slots=True)
 class LinkView:
     """The master's link to a node: half of what the last heartbeat took there and back, and bytes a second, as they
-    were measured when the node joined. `interface` is the one that leads there, `kind` what that is."""
+    were measured when the node joined. `interface` is the one that leads there, `kind` what that is. `encrypted`: by
+    TLS, as all links of the cluster are then."""
 
     latency_s: float
     bytes_per_second: float
     interface: str
     kind: str
+    encrypted: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,8 @@ class NodeView:
     layers: Mapping[str, tuple[int, int]]
     """First and last layer by device, of those that have some."""
     lends_bytes: int = 0
-    """Main memory that it offers to blocks of KV."""
+    """Main memory that it offers to blocks of KV (L4), and what of it they take."""
+    lent_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ def nodes_view(engine: ModelEngine | None, service: ServiceState) -> NodesView:
     if cluster is None:
         return NodesView((here,), (), DiscoveryView("disabled"), None)
     known = {device.name: device for device in devices}
-    others = tuple(_other(node, known, layers) for node in cluster.nodes)
+    others = tuple(_other(node, known, layers, encrypted=cluster.tls) for node in cluster.nodes)
     host, port = cluster.address
     found = DiscoveryView("advertised" if cluster.is_found else "unavailable", host, port)
     return NodesView((here, *others), cluster.left_out, found, service.offer)
@@ -113,7 +116,9 @@ def _own(cluster: Master | None, devices: tuple[DeviceView, ...], layers: Mappin
     )
 
 
-def _other(node: Node, known: Mapping[str, DeviceView], layers: Mapping[str, tuple[int, int]]) -> NodeView:
+def _other(
+    node: Node, known: Mapping[str, DeviceView], layers: Mapping[str, tuple[int, int]], *, encrypted: bool
+) -> NodeView:
     """`known` are devices that the model was given, with what is on them."""
     info = node.info
     devices = tuple(
@@ -126,7 +131,9 @@ def _other(node: Node, known: Mapping[str, DeviceView], layers: Mapping[str, tup
         roles=("worker",),
         status="leaving" if node.leaving else "joined",
         address=node.address,
-        link=LinkView(node.latency_s, node.speed.bandwidth_bytes_s, node.interface.name, node.interface.kind),
+        link=LinkView(
+            node.latency_s, node.speed.bandwidth_bytes_s, node.interface.name, node.interface.kind, encrypted
+        ),
         version=info.version,
         python=info.python,
         torch=info.torch,
@@ -135,6 +142,7 @@ def _other(node: Node, known: Mapping[str, DeviceView], layers: Mapping[str, tup
         devices=devices,
         layers=_of(devices, layers),
         lends_bytes=info.lends_bytes,
+        lent_bytes=node.lent_bytes,
     )
 
 

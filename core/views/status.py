@@ -169,7 +169,7 @@ def pipeline_view(engine: ModelEngine | None, service: ServiceState) -> Pipeline
 def _stage(engine: ModelEngine, index: int, plan: StagePlan) -> StageView:
     """Sizes are the plan's: a swap may free the stage while it is looked at."""
     stage = engine.stages[index]
-    forwards, busy_s, stream = stage.forwards, stage.busy_s, stage.stream
+    forwards, busy_s = stage.forwards, stage.busy_s
     block_size = engine.kv.block_size
     local_blocks = engine.plan.pooled.local_tokens[index] // block_size
     return view_of(
@@ -180,7 +180,7 @@ def _stage(engine: ModelEngine, index: int, plan: StagePlan) -> StageView:
         layers=(plan.first_layer, plan.last_layer - 1),
         weight_bytes=stage.weight_bytes,
         stream_slot_bytes=plan.slot_bytes,
-        stream_wait_seconds=round(stream.wait_s, 3) if stream is not None else 0.0,
+        stream_wait_seconds=round(stage.report().stream_wait_s, 3),
         kv_bytes=local_blocks * block_size * plan.kv_bytes_per_token,
         attention=engine.backends[index],
         forwards=forwards,

@@ -17,7 +17,11 @@ def node(name: str, **given: Any) -> dict[str, Any]:
     device = {"name": f"{name}/cpu", "used_bytes": GIB, "limit_bytes": 4 * GIB}
     plain = {
         "hostname": name, "address": "10.0.0.8", "status": "joined", "devices": [device], "layers": {},
-        "link": {"latency_s": 0.00015, "bytes_per_second": 1.25e8, "interface": "eth0", "kind": "ethernet"},
+        "link": {
+            "latency_s": 0.00015, "bytes_per_second": 1.25e8, "interface": "eth0", "kind": "ethernet",
+            "encrypted": False,
+        },
+        "lends_bytes": 0, "lent_bytes": 0,
     }  # fmt: skip
     return plain | given
 
@@ -36,7 +40,7 @@ FOUND: dict[str, Any] = {
 
 def shown(server: Any, found: dict[str, Any], *flags: str) -> str:
     server.answers["/api/nodes"] = (200, json.dumps(found).encode())
-    result = CliRunner().invoke(app, ["cluster", "status", "--url", server.url, *flags], env={"COLUMNS": "120"})
+    result = CliRunner().invoke(app, ["cluster", "status", "--url", server.url, *flags], env={"COLUMNS": "140"})
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -62,6 +66,20 @@ def test_a_line_for_each_device(server: Any) -> None:
     assert "Workers are accepted at 10.0.0.7:5040.\n" in text
     assert '310 tokens/s of 16 streams, not 204: POST {"devices": "cpu,a/cpu"} to /api/pipeline/place' in text
     assert "left out: cellar (10.0.0.9): it has VRAMancer 0.0.9" in text
+
+
+@pytest.mark.usefixtures("environment")
+def test_encryption_and_memory_for_blocks_are_said(server: Any) -> None:
+    """Where nobody offers any, there is no column for it."""
+    plain = shown(server, FOUND)
+    assert "encrypted" not in plain and "L4" not in plain
+    link = node("attic")["link"] | {"encrypted": True}
+    attic = node("attic", link=link, lends_bytes=8 * GIB, lent_bytes=3 * GIB)
+    text = shown(server, FOUND | {"nodes": [node("desk", link=None), attic]})
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert any("for blocks (L4)" in line for line in lines)
+    assert any(line.startswith("desk 10.0.0.8 this machine none desk/cpu") for line in lines)
+    assert any("1.00 Gbit/s, ethernet, encrypted 3 GiB of 8 GiB attic/cpu" in line for line in lines)
 
 
 @pytest.mark.usefixtures("environment")

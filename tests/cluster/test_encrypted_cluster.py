@@ -18,6 +18,7 @@ from core.network.frames import MAGIC
 from core.network.greeting import CALLER_ENCRYPTS, LISTENER_ENCRYPTS
 from core.network.tls import TlsConnection
 from core.request import SamplingParams
+from core.views.nodes import nodes_view
 
 PROMPT = [5, 17, 3, 90, 42, 8, 8, 61, 7]
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
@@ -64,6 +65,8 @@ def test_tokens_are_the_same_and_nobody_can_read_along(
         pipeline.place(devices="desk/cpu,attic/cpu", placement="balanced")
         assert homes(pipeline) == ["desk/cpu", "attic/cpu"]
         between_workers = tokens(pipeline)
+        nodes = nodes_view(pipeline.current_engine, pipeline.state()).nodes
+        assert [node.link.encrypted for node in nodes if node.link is not None] == [True, True]
         local = InferencePipeline(
             make_settings(
                 model__name=str(tiny_llama), devices__devices="cpu=64MiB", devices__profile_seconds=0.02,

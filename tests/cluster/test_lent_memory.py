@@ -110,7 +110,12 @@ def test_what_main_memory_has_no_room_for_comes_back_from_another_machine(
     assert cached(pipeline, prompts(8)[0]) >= 44
     assert memory(pipeline).stats().moves["promotion", Tier.L4, Tier.L3] >= 11
     assert [answer(pipeline, prompt) for prompt in prompts(8)] == alone
-    assert [node.lends_bytes for node in nodes_view(pipeline.current_engine, pipeline.state()).nodes] == [0, LENDS]
+
+    def offered() -> list[tuple[int, int]]:
+        nodes = nodes_view(pipeline.current_engine, pipeline.state()).nodes
+        return [(node.lends_bytes, node.lent_bytes) for node in nodes]
+
+    until(lambda: offered() == [(0, 0), (LENDS, tier(pipeline).used_bytes)], "the worker has said what is used")  # type: ignore[union-attr]
     scraped = scrape(pipeline)
     sent, received = (scraped["vtp_kv_cache_ops_total", frozenset([way])] for way in ("sent", "received"))
     assert sent >= lent.blocks and received >= 11

@@ -91,5 +91,6 @@ def test_a_node_says_how_its_devices_and_stages_are(pipeline: InferencePipeline,
     assert shown(pipeline, "stage_busy_seconds_total", "1:desk/cpu") == stage.busy_s
     view = nodes_view(pipeline.current_engine, pipeline.state()).nodes[1]
     assert view.link is not None and (view.link.interface, view.link.kind) == ("lo", "loopback")
+    assert not view.link.encrypted
     (device,) = view.devices
     assert device.reading is not None and device.reading.device == "desk/cpu" and device.reading.total_bytes

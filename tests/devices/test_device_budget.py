@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from core.devices import Device, DeviceBudget, format_bytes, host_device, wait_until
+from core.devices import Device, DeviceBudget, format_bytes, host_device, host_of, machine_of, wait_until
 from core.devices.device import DeviceKind
 from core.errors import OutOfDeviceMemoryError
 
@@ -29,6 +29,21 @@ def test_what_devices_can_do(kind: DeviceKind, able: set[str]) -> None:
     device = Device(kind, 0, kind, kind, 1)
     names = ("computes_on_cpu", "is_main_memory", "is_emulated", "is_gpu", "is_amd", "is_mps")
     assert {name for name in names if getattr(device, name)} == able
+
+
+@pytest.mark.parametrize(
+    ("device", "machine", "host"),
+    [
+        ("cuda:0#1", "", "host"),
+        ("desk/cuda:0", "desk", "desk/host"),
+        ("attic-2.lan/cpu", "attic-2.lan", "attic-2.lan/host"),
+        ("desk/host", "desk", "desk/host"),
+        ("22528KiB@900GB/s", "", "host"),  # a card that is described
+        ("24GiB@936GB/s/71TFLOPS", "", "host"),
+    ],
+)
+def test_names_tell_the_machine(device: str, machine: str, host: str) -> None:
+    assert (machine_of(device), host_of(device)) == (machine, host)
 
 
 def test_what_does_not_fit_is_refused_with_numbers_and_changes_nothing() -> None:

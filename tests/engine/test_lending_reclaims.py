@@ -15,7 +15,7 @@ from test_lending_serving import GREEDY, ask, prompts, reference
 from test_lending_trouble import check_budgets, outcomes, outcomes_while
 from tiny_models import build_tiny
 
-import core.engine.kv_memory
+import core.devices.pressure
 from core.devices import Device, probe
 from core.devices.probe import free_bytes_of
 from core.kv_cache.paged_kv_cache import PagedKVCache
@@ -79,7 +79,7 @@ def test_a_lender_pressed_by_another_program_gets_its_memory_back(
     lender = engine.plan.devices[1].name
     engine.batcher.call(lambda: scatter(engine, random.Random(1), 0.5)).result(LONGEST_WAIT_S)
     assert overflow.lending.leases(lender=lender)
-    monkeypatch.setattr(core.engine.kv_memory, "free_bytes_of", lambda device: 0)
+    monkeypatch.setattr(core.devices.pressure, "free_bytes_of", lambda device: 0)
     overflow._observe_s = 0.0
     handles = ask(pipeline)
     assert outcomes(handles) == tiny[1]
@@ -105,7 +105,7 @@ def test_only_the_devices_in_use_are_asked_while_a_model_serves(
         asked.append(device.torch_device)
         return free_bytes_of(device)
 
-    monkeypatch.setattr(core.engine.kv_memory, "free_bytes_of", free)
+    monkeypatch.setattr(core.devices.pressure, "free_bytes_of", free)
     monkeypatch.setattr(warnings, "catch_warnings", lambda **_: pytest.fail("warnings are caught"))
     monkeypatch.setattr(probe, "probe_machine", lambda: pytest.fail("the machine is probed"))
     overflow._observe_s = 0.0

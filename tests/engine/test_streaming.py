@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from steering import LONGEST_WAIT_S
+from steering import LONGEST_WAIT_S, until
 from streamed_models import CHANGES, ENGINE, build_deep, half_of_it
 from tiny_models import build_tiny
 from typer.testing import CliRunner
@@ -302,6 +302,20 @@ def test_unloading_ends_threads_and_gives_all_memory_back(llama: Path, open_pipe
     del engine
     gc.collect()
     assert [reference for reference in memory if reference() is not None] == []
+
+
+def test_a_model_moves_to_where_layers_stream_and_back(
+    llama: Path, expected: list[int], open_pipeline: OpenPipeline
+) -> None:
+    """Weights that stay on the device are shared; those that come to stream are not, for they change their place."""
+    pipeline = open_pipeline(llama, devices__devices="cpu=16MiB", **ENGINE)
+    for devices, streaming in ((half_of_it(llama, 1), True), ("cpu=16MiB", False)):
+        running = pipeline.submit(PROMPT, replace(GREEDY, max_tokens=60))
+        until(lambda: pipeline.engine.batcher.stats.running == 1, "it runs")
+        pipeline.place(devices=devices)
+        assert bool(streams(pipeline)) is streaming
+        assert running.result(LONGEST_WAIT_S).completions[0].token_ids[:6] == expected
+        assert tokens(pipeline) == expected
 
 
 def test_models_are_swapped_while_layers_stream(

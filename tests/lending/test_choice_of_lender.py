@@ -6,7 +6,7 @@ import pytest
 from lending.pools import Clock, gpu, host, make_pool, take, use
 
 from core.costs import LinkProfile, LinkTopology
-from core.lending import LeaseState
+from core.lending import GPUBudget, LeaseState
 from core.lending.score import Candidate, scores
 
 EQUAL = {"lendable_bytes": 100, "transfer_s": 1.0, "idle_s": 5.0}
@@ -50,6 +50,32 @@ def test_the_pool_measures_all_three() -> None:
         assert pool.lenders("b", 100) == ("y", "x")
         lease = pool.borrow("b", 100, 10)
         assert lease is not None and lease.lender == "y"
+
+
+def test_only_devices_of_the_same_machine_lend() -> None:
+    """Main memory, too, is that of each machine."""
+    other_host = GPUBudget("desk/host", 1000, 1000, last_resort=True)
+    pool = make_pool(gpu("a"), gpu("b"), gpu("desk/a"), gpu("desk/b"), gpu("attic/a", limit=9000), host(), other_host)
+    assert pool.lenders("desk/a", 100) == ("desk/b", "desk/host")
+    assert pool.lenders("a", 100) == ("b", "host")
+    assert pool.lenders("attic/a", 100) == ()
+    assert pool.offers("desk/a", 100) == {"desk/b": 7, "desk/host": 10}
+    taken = [pool.borrow("desk/a", 100, 1) for _ in range(17)]
+    assert [lease.lender for lease in taken if lease is not None] == ["desk/b"] * 7 + ["desk/host"] * 10
+    pool.check_invariants()
+
+
+def test_links_inside_a_machine_are_those_that_copies_take() -> None:
+    hop, copy = LinkProfile(100.0), LinkProfile(1000.0)
+    ways = {("m/b", "m/x"): hop, ("m/x", "m/b"): hop, ("m/b", "m/y"): hop, ("m/y", "m/b"): hop}
+    inside = {("m/b", "m/y"): copy, ("m/y", "m/b"): copy}
+    assert (
+        LinkTopology(ways).copying("m/b", "m/x") == hop
+        and LinkTopology(ways, inside=inside).link(*next(iter(inside))) == hop
+    )
+    assert make_pool(gpu("m/b"), gpu("m/x"), gpu("m/y"), links=LinkTopology(ways)).lenders("m/b", 100) == ("m/x", "m/y")
+    pool = make_pool(gpu("m/b"), gpu("m/x"), gpu("m/y"), links=LinkTopology(ways, inside=inside))
+    assert pool.lenders("m/b", 100) == ("m/y", "m/x")
 
 
 def test_the_score_follows_what_is_observed_and_lent() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,6 +59,23 @@ def test_what_is_lent_is_added_to_the_scarcest_stage(
     pooled = pool([stage(limit, 1) for limit in limits], idle, ratio)
     assert pooled.tokens == tokens
     assert (min(pooled.local_tokens) < pooled.tokens) == (tokens > min(limits))
+
+
+@pytest.mark.parametrize(
+    ("idle", "tokens", "local"),
+    [
+        ("idle", 160, (160, 160)),  # beside the stage that needs none
+        ("desk/idle", 304, (304, 160)),
+        ("attic/idle", 160, (160, 160)),
+    ],
+)
+def test_devices_lend_to_those_of_their_machine(idle: str, tokens: int, local: tuple[int, int]) -> None:
+    stages = (stage(4800, 1), replace(stage(160, 1), device_name="desk/gpu"))
+    devices = tuple(PlacementDevice(name, 4800, SPEED) for name in ("gpu", "desk/gpu", idle))
+    devices = (*devices[:2], replace(devices[2], limit_bytes=160))
+    request = PlacementProblem("any", COSTS, devices, LinkTopology(), max_kv_tokens=1 << 40, block_size=BLOCK)
+    pooled = pool_of(request, PlacementPlan("any", "any", stages, 160, (idle,)), 1.0)
+    assert (pooled.tokens, pooled.local_tokens) == (tokens, local)
 
 
 def test_no_more_than_is_of_use() -> None:

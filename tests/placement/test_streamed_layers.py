@@ -65,7 +65,7 @@ def check(plan: PlacementPlan, request: PlacementProblem) -> None:
         sizes = [costs.layer_bytes[layer] for layer in stage.streamed_layers]
         assert (stage.slot_bytes, stage.streamed_bytes) == (max(sizes, default=0), sum(sizes))
         assert set(stage.streamed_layers) <= set(range(stage.first_layer, stage.last_layer))
-    assert plan.streamed_bytes <= request.host_bytes
+    assert all(nbytes <= request.host_room(host) for host, nbytes in plan.streamed_by_host().items())
 
 
 @pytest.mark.parametrize(
@@ -204,6 +204,34 @@ def test_main_memory_is_a_budget_too() -> None:
     with pytest.raises(InsufficientMemoryError, match="host lacks") as caught:
         place_or_stream(replace(request, host_bytes=plan.streamed_bytes - 300))
     assert caught.value.lacking_bytes == {"a": 0, HOST: 300}
+
+
+def test_each_machine_streams_from_its_own_main_memory() -> None:
+    costs = costs_of((100,) * 12)
+    request = request_for(costs, device("a", 600), device("desk/a", 600), layers=(6, 6))
+    request = replace(request, node_host_bytes={"desk": UNLIMITED})
+    plan = place_or_stream(request)
+    check(plan, request)
+    streamed = plan.streamed_by_host()
+    assert streamed.keys() == {HOST, "desk/host"} and sum(streamed.values()) == plan.streamed_bytes
+    with pytest.raises(InsufficientMemoryError, match="desk/host lacks") as caught:
+        place_or_stream(replace(request, node_host_bytes={"desk": streamed["desk/host"] - 100}))
+    assert caught.value.lacking_bytes["desk/host"] == 100
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_layers_go_where_they_can_stream(there: bool) -> None:
+    """One machine has main memory for them, and the other one none."""
+    costs = costs_of((100,) * 12)
+    request = request_for(costs, device("a", 600), device("desk/a", 600))
+    room = {"host_bytes": 0, "node_host_bytes": {"desk": UNLIMITED}} if there else {}
+    request = replace(request, **room)  # type: ignore[arg-type]
+    plan = place_or_stream(request)
+    check(plan, request)
+    assert plan.streamed_by_host().keys() == {"desk/host" if there else HOST}
+    assert {stage.device_name: bool(stage.streamed_layers) for stage in plan.stages if stage.streamed_layers} == {
+        "desk/a" if there else "a": True
+    }
 
 
 def test_less_kv_is_promised_where_main_memory_would_not_hold_the_layers_otherwise() -> None:

@@ -123,15 +123,18 @@ def status(
 def nodes_table(found: dict[str, Any], console: Console) -> Table:
     """What `/api/nodes` says, a line for each device."""
     table = Table(box=None, pad_edge=False)
-    for name in ("node", "address", "link", "device", "memory", "layers"):
+    offers = any(node["lends_bytes"] for node in found["nodes"])
+    for name in ("node", "address", "link", *(("for blocks (L4)",) if offers else ()), "device", "memory", "layers"):
         table.add_column(name, overflow="fold")
     for node in found["nodes"]:
         leaving = " (leaving)" if node["status"] == "leaving" else ""
         first = [f"{node['hostname']}{leaving}", node["address"] or "", link_text(node["link"])]
+        if offers:
+            first.append(_offer(node))
         for device in node["devices"] or [None]:
             row = (*first, *(_device(device, node["layers"]) if device else ("none in use", "", "")))
             table.add_row(*(plain_text(cell, console) for cell in row))
-            first = ["", "", ""]
+            first = [""] * len(first)
     return table
 
 
@@ -140,7 +143,15 @@ def link_text(link: dict[str, Any] | None) -> str:
     if link is None:
         return "this machine"
     over = "" if link["kind"] == "unknown" else f", {link['kind']}"
-    return f"{link['latency_s'] * 1e6:.0f} us, {link['bytes_per_second'] * 8 / 1e9:.2f} Gbit/s{over}"
+    sealed = ", encrypted" if link["encrypted"] else ""
+    return f"{link['latency_s'] * 1e6:.0f} us, {link['bytes_per_second'] * 8 / 1e9:.2f} Gbit/s{over}{sealed}"
+
+
+def _offer(node: dict[str, Any]) -> str:
+    """Main memory that it offers to blocks of KV."""
+    if not node["lends_bytes"]:
+        return "none"
+    return f"{format_bytes(node['lent_bytes'])} of {format_bytes(node['lends_bytes'])}"
 
 
 def _device(device: dict[str, Any], layers: dict[str, list[int]]) -> tuple[str, str, str]:

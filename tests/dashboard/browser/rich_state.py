@@ -76,7 +76,7 @@ def _task(kind: str, detail: str, status: str, seconds: float, error: str | None
     }  # fmt: skip
 
 
-_LINK = {"latency_s": 0.000142, "bytes_per_second": 1.17e8, "interface": "eth0", "kind": "ethernet"}
+_LINK = {"latency_s": 0.000142, "bytes_per_second": 1.17e8, "interface": "eth0", "kind": "ethernet", "encrypted": True}
 
 
 def _node(
@@ -85,7 +85,7 @@ def _node(
     return {
         "id": name, "hostname": name, "roles": roles, "status": "leaving" if link else "joined",
         "address": "10.0.0.7", "link": link, "processor": "AMD Ryzen 7 5800X", "system": "Linux x86_64",
-        "devices": devices, "layers": layers,
+        "devices": devices, "layers": layers, "lends_bytes": (8 << 30) * bool(link), "lent_bytes": 3 << 30,
     }  # fmt: skip
 
 

@@ -46,7 +46,8 @@ function nodeView(node) {
   return h("li", { key: node.id, class: "node" },
     h("div", { class: "node-head" }, h("h3", null, node.hostname), node.roles.map((role) => h("span", { key: role, class: "tag" }, role)),
       node.status === "leaving" ? badge("warn", "Leaving") : null),
-    h("p", { class: "dim small" }, [node.address, node.processor, node.system, link ? `${whole(link.latency_s * 1e6)} µs, ${rate(link.bytes_per_second)}` : null, link && link.kind !== "unknown" ? link.kind : null].filter(Boolean).join(" · ")),
+    h("p", { class: "dim small" }, [node.address, node.processor, node.system, link ? `${whole(link.latency_s * 1e6)} µs, ${rate(link.bytes_per_second)}` : null, link && link.kind !== "unknown" ? link.kind : null, link?.encrypted ? "encrypted" : null,
+      node.lends_bytes ? `${bytes(node.lent_bytes)} of ${bytes(node.lends_bytes)} offered to blocks of KV` : null].filter(Boolean).join(" · ")),
     node.devices.length
       ? h("ul", { class: "chips" }, node.devices.map((device) => {
         const held = node.layers?.[device.name];
