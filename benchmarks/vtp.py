@@ -74,7 +74,8 @@ class Near:
 
     def __init__(self, sock: Connection) -> None:
         self._buffer = memoryview(bytearray(max(LARGE)))
-        self._answered = threading.Semaphore(0)
+        self._changed = threading.Condition()
+        self._missing = 0
         self.link = Link(sock, 0, 1, self, name="near")
         self.link.start()
 
@@ -82,21 +83,28 @@ class Near:
         return self._buffer
 
     def received(self, header: Header, payload: memoryview) -> bool:
-        self._answered.release()
+        with self._changed:
+            self._missing -= 1
+            self._changed.notify_all()
         return True
 
     def lost(self, error: NetworkError) -> None:
-        self._answered.release()
+        with self._changed:
+            self._missing = 0
+            self._changed.notify_all()
+
+    def _ask(self, opcode: Opcode, data: memoryview) -> None:
+        self._missing += 1
+        self.link.send(opcode, [data])
+        self.link.wait_for(lambda: self._missing <= 0, self._changed)
 
     def large(self, data: memoryview) -> None:
         """One way, and an answer without a payload."""
-        self.link.send(Opcode.KV_PAGES, [data])
-        self._answered.acquire()
+        self._ask(Opcode.KV_PAGES, data)
 
     def small(self, data: memoryview) -> None:
         """There and back."""
-        self.link.send(Opcode.ECHO, [data])
-        self._answered.acquire()
+        self._ask(Opcode.ECHO, data)
 
     def close(self) -> None:
         self.link.close("measured")

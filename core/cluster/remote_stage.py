@@ -170,11 +170,12 @@ class RemoteStage:
         with self._changed:
             self._lost = self._lost or lost
             self._changed.notify_all()
+        self._link.wake()
 
     def _next(self, step: int) -> StepOutput | torch.Tensor | None:
         """What has come of a step."""
+        self._link.wait_for(lambda: step in self._came or self._lost is not None, self._changed)
         with self._changed:
-            self._changed.wait_for(lambda: step in self._came or self._lost is not None)
             if step not in self._came:
                 assert self._lost is not None
                 raise DeviceLostError(self._lost.message, device=self._lost.device) from self._lost

@@ -5,9 +5,10 @@ reads, each payload straight into the buffer that the handler names for it. Payl
 have `WINDOW_BYTES` at the other end that have not been released there, and then waits. So nothing queues without bound,
 and a receiver with two buffers takes in the second payload while it works on the first.
 
-A handler is called in the reading thread. It may compute there, and send on other links. On its own it may only answer,
-which needs no credit, and only if the other end's reading thread never waits: two that both waited for room to write
-would wait for each other. So another thread tells of credit.
+A handler is called in the thread that reads: the link's own, or one that waits for what comes over it (`turns.py`). It
+may compute there, and send on other links. On its own it may only answer, which needs no credit, and only if the other
+end's reading thread never waits: two that both waited for room to write would wait for each other. So another thread
+tells of credit.
 """
 
 from __future__ import annotations
@@ -17,15 +18,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 import structlog
 
 from core.errors import LinkLostError, NetworkError, ProtocolError
 from core.network.connection import Connection
+from core.network.flow import FREE, OWN_BUSINESS, TELL_CREDIT_AT, WINDOW_BYTES, LinkHandler, cost
 from core.network.frames import (
-    HEADER_BYTES,
     SUMMED_AHEAD_BYTES,
     TRAILER_BYTES,
     Buffer,
@@ -34,49 +34,22 @@ from core.network.frames import (
     Opcode,
     check_bound,
     checksum,
+    pack_header,
     read_header,
-    write_header,
 )
 from core.network.shared_memory import SharedMemory
-from core.network.sockets import receive_all, receive_payload, send_all, send_summed
+from core.network.sockets import Source, receive_payload, send_all, send_summed
 from core.network.traffic import LinkStats
+from core.network.turns import Turn
 
 logger = structlog.get_logger(__name__)
 
-WINDOW_BYTES = 64 << 20
-"""Of payloads that one end may have sent and the other not released. Both ends count by the same rule; see `cost`."""
-_LEAST_COST = 1 << 10
-_TELL_CREDIT_AT = WINDOW_BYTES // 8
 _GOODBYE_S = 1.0
-_OWN_BUSINESS = frozenset({Opcode.HEARTBEAT, Opcode.CREDIT, Opcode.BYE, Opcode.SHARE, Opcode.SHARED})
 _SIGNS = frozenset({Opcode.HEARTBEAT, Opcode.REPORT})
 _CHECKED, _TRAILED, _IN_MEMORY = int(Flag.CHECKED), int(Flag.TRAILED), int(Flag.SHARED)  # an enum's `&` takes a while
+_LARGE = _TRAILED | _IN_MEMORY
 _ASKS, _ANSWERS = 0, 1
 """A heartbeat's `layer`. One that asks has the sender's clock as its step; one that answers has the same step."""
-_FREE = _OWN_BUSINESS | {
-    Opcode.ANSWER, Opcode.RESULTS, Opcode.FAILED, Opcode.KV_ANSWER, Opcode.PARTIAL, Opcode.ECHOED,
-}  # fmt: skip
-"""Needs no credit: whoever asked has room for the answer."""
-
-
-def cost(nbytes: int) -> int:
-    """What a payload takes of the window: its bytes, at least 1 KiB, and at most what comes back in any case while the
-    other end keeps to itself what is not worth telling yet."""
-    return min(max(nbytes, _LEAST_COST), WINDOW_BYTES - _TELL_CREDIT_AT)
-
-
-class LinkHandler(Protocol):
-    """What becomes of what arrives. All but `lost` are called in the link's thread."""
-
-    def buffer_for(self, header: Header) -> memoryview | None:
-        """Where the payload goes, `header.nbytes` bytes or more; None: into a buffer of its own. Raises `ProtocolError`
-        for what is not expected."""
-
-    def received(self, header: Header, payload: memoryview) -> bool:
-        """A frame is there. Whether its payload is done with; if not, `Link.release(header)` says so later."""
-
-    def lost(self, error: NetworkError) -> None:
-        """Once, from whichever thread noticed."""
 
 
 class Link:
@@ -100,6 +73,9 @@ class Link:
         self.stats = LinkStats()
         self._socket = sock
         self._memory = SharedMemory(sock)
+        self._source = Source(sock)
+        self._turn = Turn(sock, self._source)
+        self._expected = 0
         self._own, self._peer = own, peer
         self._handler = handler
         self._sending = threading.Lock()
@@ -112,7 +88,8 @@ class Link:
         self._answers: dict[Opcode, tuple[int, int]] = {}
         self.heard_s = time.monotonic()
         self.round_trip_s: float | None = None
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)  # whose own methods take a while
         self._error: NetworkError | None = None
         self.has_left = False
         """Whether it was this end that said goodbye."""
@@ -144,7 +121,7 @@ class Link:
         nbytes = sum(map(len, parts))
         check_bound(opcode, nbytes)
         began_s = time.perf_counter()
-        if opcode not in _FREE:
+        if opcode not in FREE:
             self._take_credit(cost(nbytes))
         large = nbytes > SUMMED_AHEAD_BYTES
         flags, summed = (int(flags), 0) if large else (flags | _CHECKED, checksum(parts))
@@ -170,35 +147,34 @@ class Link:
         summed: int, parts: Sequence[memoryview],
     ) -> None:  # fmt: skip
         """A frame, by whoever may send now."""
-        head = write_header(
-            Header(
-                opcode, flags, self.epoch, self._own, self._peer, step, layer, dtype, shape, self._sequence, nbytes,
-                summed,
-            )
-        )  # fmt: skip
+        head = pack_header(
+            opcode, flags, self.epoch, self._own, self._peer, step, layer, dtype, shape, self._sequence, nbytes, summed
+        )
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
-        if flags & _IN_MEMORY:
-            self._memory.send(self._socket, head, parts)
-        elif flags & _TRAILED:
-            send_summed(self._socket, head, parts)
-        else:
+        if not flags & _LARGE:
             send_all(self._socket, [head, *parts])
+        elif flags & _IN_MEMORY:
+            self._memory.send(self._socket, head, parts)
+        else:
+            send_summed(self._socket, head, parts)
 
     def _count_sent(self, opcode: Opcode, nbytes: int, *, tensor: bool) -> None:
         stats = self.stats
         stats.sent_frames += 1
         stats.sent_bytes += nbytes
-        stats.sent_tensors += tensor
-        stats.sent_tensor_bytes += nbytes if tensor else 0
-        stats.sent_signs += opcode in _SIGNS
+        if tensor:
+            stats.sent_tensors += 1
+            stats.sent_tensor_bytes += nbytes
+        elif opcode in _SIGNS:
+            stats.sent_signs += 1
 
     def release(self, header: Header) -> None:
         """A payload is done with: the other end may send as much again."""
-        if header.opcode in _FREE:
+        if header.opcode in FREE:
             return
-        with self._changed:
+        with self._lock:
             self._released += cost(header.nbytes)
-            if self._released >= _TELL_CREDIT_AT:
+            if self._released >= TELL_CREDIT_AT:
                 self._changed.notify_all()
 
     def _tell_credit(self) -> None:
@@ -210,7 +186,7 @@ class Link:
                 self._changed.wait_for(self._has_to_tell, left_s)
                 if self._error is not None:
                     return
-                told = self._released if self._released >= _TELL_CREDIT_AT else 0
+                told = self._released if self._released >= TELL_CREDIT_AT else 0
                 self._released -= told
                 answers, self._answers = self._answers, {}
             with contextlib.suppress(LinkLostError):  # the handler hears of it
@@ -224,12 +200,13 @@ class Link:
                     self.send(Opcode.HEARTBEAT, step=self._asked_ns, layer=_ASKS)
 
     def _has_to_tell(self) -> bool:
-        return self._released >= _TELL_CREDIT_AT or bool(self._answers) or self._error is not None
+        return self._released >= TELL_CREDIT_AT or bool(self._answers) or self._error is not None
 
     def _take_credit(self, wanted: int) -> None:
-        with self._changed:
+        with self._lock:
             if self._credit < wanted:
-                self._changed.wait_for(lambda: self._credit >= wanted or self._error is not None)
+                with self._turn.read_by_its_own():
+                    self._changed.wait_for(lambda: self._credit >= wanted or self._error is not None)
             if self._error is not None:
                 raise self._error
             self._credit -= wanted
@@ -237,18 +214,51 @@ class Link:
     # -- receiving --------------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
-        head = memoryview(bytearray(HEADER_BYTES))
-        expected = 0
         try:
-            while True:
-                receive_all(self._socket, head)
-                header = read_header(head)
-                if header.sequence != expected:
-                    raise ProtocolError(f"frame {header.sequence} instead of {expected}")
-                expected = (expected + 1) & 0xFFFFFFFF
-                self.heard_s = time.monotonic()
-                self._take(header)
-                self.heard_s = time.monotonic()
+            while self._error is None:
+                self._turn.own()
+                self._read_frame()
+        finally:
+            self._turn.done()
+
+    def wait_for(
+        self, is_over: Callable[[], bool], changed: threading.Condition, timeout_s: float | None = None
+    ) -> bool:
+        """Until something has come over the link, or the link has ended and its handler knows: until `is_over`, which
+        is asked while `changed` is held, and which whoever makes it true tells by `changed`. Who does so without the
+        link calls `wake`, too. Whether it is over by then. The calling thread may read the link meanwhile, so not in
+        one of the link's own threads, and not while it holds what a handler needs."""
+
+        def look() -> bool:
+            with changed:
+                return is_over()
+
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
+        turn = self._turn
+        try:
+            if turn.borrow(look, until_s):
+                while not look() and self._error is None and (until_s is None or time.monotonic() < until_s):
+                    if turn.comes(until_s):
+                        self._read_frame()
+            with changed:
+                return changed.wait_for(is_over, None if until_s is None else until_s - time.monotonic())
+        finally:
+            turn.give_back()
+
+    def wake(self) -> None:
+        """What somebody waits for may have come another way: see `wait_for`."""
+        self._turn.wake()
+
+    def _read_frame(self) -> None:
+        """One, by whoever's turn it is. Whatever is wrong with it ends the link."""
+        try:
+            header = read_header(self._source.head())
+            if header.sequence != self._expected:
+                raise ProtocolError(f"frame {header.sequence} instead of {self._expected}")
+            self._expected = (self._expected + 1) & 0xFFFFFFFF
+            self.heard_s = time.monotonic()
+            self._take(header)
+            self.heard_s = time.monotonic()
         except ProtocolError as error:
             self._lose(error, goodbye=error.message)
         except NetworkError as error:
@@ -261,7 +271,7 @@ class Link:
 
     def _take(self, header: Header) -> None:
         """Read a frame's payload, and hand it on."""
-        if header.opcode in _OWN_BUSINESS:
+        if header.opcode in OWN_BUSINESS:
             self._own_business(header)
         elif header.epoch != self.epoch:
             self._skip(header)
@@ -273,14 +283,16 @@ class Link:
                 buffer = np.empty(header.nbytes, dtype=np.uint8).data
             payload = buffer[: header.nbytes]
             if header.flags & _IN_MEMORY:
-                self._memory.receive(self._socket, header.nbytes, payload)
+                self._memory.receive(self._source, header.nbytes, payload)
             else:
-                receive_payload(self._socket, header, payload)
+                receive_payload(self._source, header, payload)
             stats = self.stats
             stats.received_frames += 1
             stats.received_bytes += header.nbytes
-            stats.received_tensors += header.dtype != "bytes"
-            stats.received_signs += header.opcode in _SIGNS
+            if header.dtype != "bytes":
+                stats.received_tensors += 1
+            elif header.opcode in _SIGNS:
+                stats.received_signs += 1
             if self._handler.received(header, payload):
                 self.release(header)
 
@@ -288,7 +300,7 @@ class Link:
         if header.flags & _IN_MEMORY:
             raise ProtocolError(f"{header.opcode.name} does not travel in shared memory")
         payload = memoryview(bytearray(header.nbytes))
-        receive_payload(self._socket, header, payload)
+        receive_payload(self._source, header, payload)
         if header.opcode is Opcode.CREDIT:
             with self._changed:
                 self._credit += header.step
@@ -321,13 +333,13 @@ class Link:
 
     def _skip(self, header: Header) -> None:
         if header.flags & _IN_MEMORY:
-            self._memory.receive(self._socket, header.nbytes, None)
+            self._memory.receive(self._source, header.nbytes, None)
             return
         nbytes = header.nbytes + (TRAILER_BYTES if header.flags & _TRAILED else 0)
         scratch = memoryview(bytearray(min(nbytes, 1 << 16)))
         while nbytes:
             part = scratch[: min(nbytes, len(scratch))]
-            receive_all(self._socket, part)
+            self._source.fill(part)
             nbytes -= len(part)
 
     # -- the end ----------------------------------------------------------------------------------------------------
@@ -344,6 +356,7 @@ class Link:
         for thread in self._threads:
             if thread.is_alive() and thread is not threading.current_thread():
                 thread.join()
+        self._turn.close()
         with self._sending:  # another thread may be saying goodbye
             self._socket.close()
             self._memory.close()
@@ -376,6 +389,7 @@ class Link:
             self.has_left = self.has_left or (first and goodbye is not None)
             self._changed.notify_all()
         if first:
+            self._turn.end()
             if goodbye is not None:
                 self._say_goodbye(goodbye)
             with contextlib.suppress(OSError):
