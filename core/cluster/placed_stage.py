@@ -69,7 +69,7 @@ class PlacedRemoteStage(RemoteStage):
     ) -> None:  # fmt: skip
         super().__init__(
             node.data, number, order.device, order.entrance, master.encoder, fed_here=order.fed_here,
-            tells_here=order.tells_here,
+            tells_here=order.tells_here, path=node.path,
         )  # fmt: skip
         self.node, self.part, self.device = node, part, order.device
         self.kv: RemotePages | None = None
@@ -189,6 +189,10 @@ class RemoteStages:
     def engine(self) -> dict[str, object]:
         """The engine's settings, as nodes are told them."""
         return self._engine
+
+    def takes_from(self, here: Device, there: Device) -> bool:
+        """Whether hidden states go from a GPU of this process to the node of another device past main memory."""
+        return self.master.node_of(there).path.takes_from(here)
 
     def load(self, order: StageOrder, budget: DeviceBudget) -> PlacedRemoteStage:
         """Raises what loading raises; nothing is kept then."""

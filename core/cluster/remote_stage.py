@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from core.cluster.failures import Failure, decode_failure, error_of
+from core.cluster.group_path import GroupPath, Means
 from core.cluster.stage_wire import RemoteInlet, StageEnd, read_results, send_failure, send_step
 from core.devices import Device
 from core.errors import (
@@ -48,20 +49,20 @@ class RecordEncoder:
 class RemoteStage:
     """Stage `number`, on the node at the other end of `link`, whose device is `device` here.
 
-    `entrance` is a device in main memory from which hidden states leave for it. `fed_here`: the stage before it is in
-    this process. `tells_here`: it is the last, or the stage after it is in this process. What arrives for the stage is
-    given to `take` in the link's thread, which waits for nothing.
+    `entrance` is where hidden states leave for it: in main memory, or where the `path` takes them. `fed_here`: the
+    stage before it is in this process. `tells_here`: it is the last, or the stage after it is in this process. What
+    arrives for the stage is given to `take` in the thread that reads the link.
     """
 
     def __init__(
         self, link: Link, number: int, device: Device, entrance: Device, encoder: RecordEncoder, *, fed_here: bool,
-        tells_here: bool,
+        tells_here: bool, path: GroupPath | None = None,
     ) -> None:  # fmt: skip
         self.number = number
         self._fed_here, self._tells_here = fed_here, tells_here
         self._link = link
         self._device = device
-        self._inlet = RemoteInlet(link, number, entrance)
+        self._inlet = RemoteInlet(link, number, entrance, path)
         self._encode = encoder
         self._came: dict[int, StepOutput | torch.Tensor | Failure | None] = {}
         self._changed = threading.Condition()
@@ -207,14 +208,14 @@ _TAKES = frozenset({Opcode.HIDDEN, Opcode.PASS, Opcode.RESULTS, Opcode.FAILED})
 class MasterEnd(StageEnd[RemoteStage]):
     """The master's end of a link to a node: gives frames to the stages there, which come and go. A `LinkHandler`."""
 
-    def __init__(self, stages: Mapping[int, RemoteStage]) -> None:
-        super().__init__(stages, _TAKES)
+    def __init__(self, stages: Mapping[int, RemoteStage], means: Means | None = None) -> None:
+        super().__init__(stages, _TAKES, means)
 
     def take(self, stage: RemoteStage, header: Header, payload: memoryview) -> None:
         stage.take(header, self.tensor(header) if header.opcode is Opcode.HIDDEN else payload)
 
     def lost(self, error: NetworkError) -> None:
         """See `LinkHandler`."""
-        self.echo.lose(error)
+        self.end(error)
         for stage in list(self.stages.values()):
             stage.lose(error)

@@ -12,7 +12,9 @@ WINDOW_BYTES = 64 << 20
 _LEAST_COST = 1 << 10
 TELL_CREDIT_AT = WINDOW_BYTES // 8
 """What has to come together before the other end is told that it has been released."""
-OWN_BUSINESS = frozenset({Opcode.HEARTBEAT, Opcode.CREDIT, Opcode.BYE, Opcode.SHARE, Opcode.SHARED})
+RDMA_BUSINESS = frozenset({Opcode.REACH, Opcode.REGION, Opcode.TAKEN, Opcode.PROBE, Opcode.PROBED})
+"""What `core/network/rdma.py` hears of."""
+OWN_BUSINESS = RDMA_BUSINESS | {Opcode.HEARTBEAT, Opcode.CREDIT, Opcode.BYE, Opcode.SHARE, Opcode.SHARED}
 """Of a link: no handler hears of these."""
 FREE = OWN_BUSINESS | {
     Opcode.ANSWER, Opcode.RESULTS, Opcode.FAILED, Opcode.KV_ANSWER, Opcode.PARTIAL, Opcode.ECHOED,

@@ -58,11 +58,16 @@ class Opcode(enum.IntEnum):
     PROOF = 3
     WELCOME = 4
     REFUSED = 5
+    PROBE = 6
+    PROBED = 7
     HEARTBEAT = 8
     CREDIT = 9
     BYE = 10
     SHARE = 11
     SHARED = 12
+    REACH = 13
+    REGION = 14
+    TAKEN = 15
     CALL = 16
     ANSWER = 17
     STEP = 20
@@ -71,6 +76,7 @@ class Opcode(enum.IntEnum):
     SKIP = 23
     FAILED = 24
     PASS = 25
+    GROUP = 26
     KV_PAGES = 28
     KV_WANTED = 29
     KV_ANSWER = 30
@@ -98,6 +104,11 @@ MAX_PAYLOAD_BYTES: dict[Opcode, int] = {
     Opcode.BYE: KIB,
     Opcode.SHARE: 64,
     Opcode.SHARED: 0,
+    Opcode.PROBE: 4 * MIB,
+    Opcode.PROBED: 0,
+    Opcode.REACH: 0,
+    Opcode.REGION: 16 * KIB,
+    Opcode.TAKEN: 0,
     Opcode.CALL: 16 * MIB,
     Opcode.ANSWER: 16 * MIB,
     Opcode.STEP: 64 * MIB,
@@ -106,6 +117,7 @@ MAX_PAYLOAD_BYTES: dict[Opcode, int] = {
     Opcode.SKIP: 64 * KIB,
     Opcode.FAILED: 64 * KIB,
     Opcode.PASS: 0,
+    Opcode.GROUP: 4 * MIB,
     Opcode.KV_PAGES: 256 * MIB,
     Opcode.KV_WANTED: KIB,
     Opcode.KV_ANSWER: 256 * MIB,
@@ -131,12 +143,17 @@ class Flag(enum.IntFlag):
     """The last frame of several that belong together."""
     SHARED = 8
     """The payload is in memory that both ends see: `core/network/shared_memory.py`."""
+    REMOTE = 16
+    """The payload is in memory of the receiver's that the sender has written to: `core/network/rdma.py`. With `CHECKED`
+    alone."""
+    ELSEWHERE = 32
+    """The frame says what comes, and the payload comes another way: `core/cluster/group_path.py`."""
 
 
 _CHECKED = int(Flag.CHECKED)  # an enum's `&` takes a while
-_FLAGS = int(Flag.CHECKED | Flag.TRAILED | Flag.LAST | Flag.SHARED)
-_WAYS = frozenset((0, int(Flag.CHECKED), int(Flag.TRAILED), int(Flag.SHARED)))
-_WAY = int(Flag.CHECKED | Flag.TRAILED | Flag.SHARED)
+_WAYS = frozenset(map(int, (0, Flag.CHECKED, Flag.TRAILED, Flag.SHARED, Flag.REMOTE | Flag.CHECKED, Flag.ELSEWHERE)))
+_WAY = int(Flag.CHECKED | Flag.TRAILED | Flag.SHARED | Flag.REMOTE | Flag.ELSEWHERE)
+_FLAGS = _WAY | int(Flag.LAST)
 TRAILER_BYTES = 4
 SUMMED_AHEAD_BYTES = 256 << 10
 """Up to which a payload's checksum is in its header. A larger one is summed while it travels."""

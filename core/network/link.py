@@ -17,73 +17,58 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import structlog
 
 from core.errors import LinkLostError, NetworkError, ProtocolError
 from core.network.connection import Connection
-from core.network.flow import FREE, OWN_BUSINESS, TELL_CREDIT_AT, WINDOW_BYTES, LinkHandler, cost
-from core.network.frames import (
-    SUMMED_AHEAD_BYTES,
-    TRAILER_BYTES,
-    Buffer,
-    Flag,
-    Header,
-    Opcode,
-    check_bound,
-    checksum,
-    pack_header,
-    read_header,
-)
-from core.network.shared_memory import SharedMemory
-from core.network.sockets import Source, receive_payload, send_all, send_summed
-from core.network.traffic import LinkStats
+from core.network.flow import FREE, OWN_BUSINESS, RDMA_BUSINESS, TELL_CREDIT_AT, WINDOW_BYTES, LinkHandler, cost
+from core.network.frames import TRAILER_BYTES, Flag, Header, Opcode, read_header
+from core.network.nixl_agent import Agent
+from core.network.rdma import RemoteMemory, no_agent
+from core.network.sending import Sender
+from core.network.sockets import Source, receive_payload
 from core.network.turns import Turn
 
 logger = structlog.get_logger(__name__)
 
 _GOODBYE_S = 1.0
-_SIGNS = frozenset({Opcode.HEARTBEAT, Opcode.REPORT})
-_CHECKED, _TRAILED, _IN_MEMORY = int(Flag.CHECKED), int(Flag.TRAILED), int(Flag.SHARED)  # an enum's `&` takes a while
-_LARGE = _TRAILED | _IN_MEMORY
+_TRAILED, _IN_MEMORY, _ELSEWHERE = int(Flag.TRAILED), int(Flag.SHARED), int(Flag.ELSEWHERE)  # see `sending.py`
+_OTHER_WAYS = int(Flag.SHARED | Flag.REMOTE | Flag.ELSEWHERE)
 _ASKS, _ANSWERS = 0, 1
 """A heartbeat's `layer`. One that asks has the sender's clock as its step; one that answers has the same step."""
 
 
-class Link:
+class Link(Sender):
     """One connection after the handshake; `start` begins to read. `own` and `peer` are the nodes' numbers.
 
     With `heartbeat_s` the other end hears of this one so often, whatever else there is to say. `heard_s` is when the
     other end was heard of, by `time.monotonic()`; `round_trip_s` what the last heartbeat took there and back, threads
     that had to wake included. `observe` hears of each of these as "round_trip", and of how long a tensor took to be
-    sent, what it waited for credit included, as "send".
+    sent, what it waited for credit included, as "send". `new_agent` is for `ask_for_rdma`.
     """
 
     def __init__(
         self, sock: Connection, own: int, peer: int, handler: LinkHandler, *, name: str,
         heartbeat_s: float | None = None, observe: Callable[[str, float], None] | None = None,
+        new_agent: Callable[[], Agent] = no_agent,
     ) -> None:  # fmt: skip
         sock.settimeout(None)
         with contextlib.suppress(OSError):  # not every kind of socket has it
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.name = name
-        self.epoch = 0
-        self.stats = LinkStats()
-        self._socket = sock
-        self._memory = SharedMemory(sock)
+        remote = RemoteMemory(name, new_agent, self.send, self._answer, lambda: self._error is not None)
+        super().__init__(sock, own, peer, name, remote, observe)
         self._source = Source(sock)
         self._turn = Turn(sock, self._source)
         self._expected = 0
-        self._own, self._peer = own, peer
         self._handler = handler
-        self._sending = threading.Lock()
-        self._sequence = 0
+        self.elsewhere: Callable[[Header, bool], None] | None = None
+        """Brings the payload of a frame that came without it, or drops it. Called as handlers are."""
         self._credit = WINDOW_BYTES
         self._released = 0
         self._heartbeat_s = heartbeat_s
-        self._observe = observe
         self._asked_ns = 0
         self._answers: dict[Opcode, tuple[int, int]] = {}
         self.heard_s = time.monotonic()
@@ -102,71 +87,11 @@ class Link:
         for thread in self._threads:
             thread.start()
 
-    # -- sending ----------------------------------------------------------------------------------------------------
+    def ask_for_rdma(self, timeout_s: float = 0.0) -> bool:
+        """Find out whether large payloads go by RDMA from here, and wait so long for it. Whether they do so then."""
+        return self._remote.ask(timeout_s)
 
-    def send(
-        self,
-        opcode: Opcode,
-        payload: Sequence[Buffer] = (),
-        *,
-        step: int = 0,
-        layer: int = 0,
-        dtype: str = "bytes",
-        shape: tuple[int, ...] = (),
-        flags: int = 0,
-    ) -> None:
-        """One frame; the payload's parts follow each other. Returns when the kernel has all of it, so the parts may
-        change then. Waits for credit. Raises `LinkLostError`, and `ProtocolError` for what no frame may hold."""
-        parts = [memoryview(part).cast("B") for part in payload if len(part)]
-        nbytes = sum(map(len, parts))
-        check_bound(opcode, nbytes)
-        began_s = time.perf_counter()
-        if opcode not in FREE:
-            self._take_credit(cost(nbytes))
-        large = nbytes > SUMMED_AHEAD_BYTES
-        flags, summed = (int(flags), 0) if large else (flags | _CHECKED, checksum(parts))
-        try:
-            with self._sending:
-                if large and (offer := self._memory.offer(nbytes)) is not None:
-                    self._write_own(Opcode.SHARE, offer)
-                if large:
-                    flags |= _IN_MEMORY if self._memory.takes(nbytes) else _TRAILED
-                self._write(opcode, flags, step, layer, dtype, shape, nbytes, summed, parts)
-                self._count_sent(opcode, nbytes, tensor=dtype != "bytes")
-        except OSError as error:
-            raise self._lose(LinkLostError(f"{self.name}: {error.strerror or error}", node=self.name)) from error
-        if self._observe is not None and dtype != "bytes":
-            self._observe("send", time.perf_counter() - began_s)
-
-    def _write_own(self, opcode: Opcode, data: bytes) -> None:
-        """A frame of the link's own business, by whoever may send now."""
-        self._write(opcode, _CHECKED, 0, 0, "bytes", (), len(data), checksum((data,)), [memoryview(data)])
-
-    def _write(
-        self, opcode: Opcode, flags: int, step: int, layer: int, dtype: str, shape: tuple[int, ...], nbytes: int,
-        summed: int, parts: Sequence[memoryview],
-    ) -> None:  # fmt: skip
-        """A frame, by whoever may send now."""
-        head = pack_header(
-            opcode, flags, self.epoch, self._own, self._peer, step, layer, dtype, shape, self._sequence, nbytes, summed
-        )
-        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
-        if not flags & _LARGE:
-            send_all(self._socket, [head, *parts])
-        elif flags & _IN_MEMORY:
-            self._memory.send(self._socket, head, parts)
-        else:
-            send_summed(self._socket, head, parts)
-
-    def _count_sent(self, opcode: Opcode, nbytes: int, *, tensor: bool) -> None:
-        stats = self.stats
-        stats.sent_frames += 1
-        stats.sent_bytes += nbytes
-        if tensor:
-            stats.sent_tensors += 1
-            stats.sent_tensor_bytes += nbytes
-        elif opcode in _SIGNS:
-            stats.sent_signs += 1
+    # -- credit, and signs of life ----------------------------------------------------------------------------------
 
     def release(self, header: Header) -> None:
         """A payload is done with: the other end may send as much again."""
@@ -277,31 +202,43 @@ class Link:
             self._skip(header)
             self.stats.stale += 1
             self.release(header)
+        elif header.flags & _ELSEWHERE:
+            self._announced(header, keep=True)
+            self.stats.received(header, rdma=False)
+            if self._handler.received(header, memoryview(b"")):
+                self.release(header)
         else:
             buffer = self._handler.buffer_for(header)
             if buffer is None:
                 buffer = np.empty(header.nbytes, dtype=np.uint8).data
             payload = buffer[: header.nbytes]
-            if header.flags & _IN_MEMORY:
-                self._memory.receive(self._source, header.nbytes, payload)
-            else:
-                receive_payload(self._source, header, payload)
-            stats = self.stats
-            stats.received_frames += 1
-            stats.received_bytes += header.nbytes
-            if header.dtype != "bytes":
-                stats.received_tensors += 1
-            elif header.opcode in _SIGNS:
-                stats.received_signs += 1
+            self._receive(header, payload)
+            self.stats.received(header, rdma=bool(header.flags & Flag.REMOTE))
             if self._handler.received(header, payload):
                 self.release(header)
 
+    def _announced(self, header: Header, *, keep: bool) -> None:
+        if self.elsewhere is None:
+            raise ProtocolError(f"{header.opcode.name} without its payload, which comes no other way here")
+        self.elsewhere(header, keep)
+
+    def _receive(self, header: Header, payload: memoryview) -> None:
+        """A payload, whichever way it comes."""
+        if not header.flags & _OTHER_WAYS:
+            receive_payload(self._source, header, payload)
+        elif header.flags & _IN_MEMORY:
+            self._memory.receive(self._source, header.nbytes, payload)
+        else:
+            self._remote.receive(self._source, header, payload)
+
     def _own_business(self, header: Header) -> None:
-        if header.flags & _IN_MEMORY:
+        if header.flags & _OTHER_WAYS and header.opcode is not Opcode.PROBE:
             raise ProtocolError(f"{header.opcode.name} does not travel in shared memory")
         payload = memoryview(bytearray(header.nbytes))
-        receive_payload(self._source, header, payload)
-        if header.opcode is Opcode.CREDIT:
+        self._receive(header, payload)
+        if header.opcode in RDMA_BUSINESS:
+            self._remote.heard(header, payload)
+        elif header.opcode is Opcode.CREDIT:
             with self._changed:
                 self._credit += header.step
                 if self._credit > WINDOW_BYTES:
@@ -334,13 +271,12 @@ class Link:
     def _skip(self, header: Header) -> None:
         if header.flags & _IN_MEMORY:
             self._memory.receive(self._source, header.nbytes, None)
-            return
-        nbytes = header.nbytes + (TRAILER_BYTES if header.flags & _TRAILED else 0)
-        scratch = memoryview(bytearray(min(nbytes, 1 << 16)))
-        while nbytes:
-            part = scratch[: min(nbytes, len(scratch))]
-            self._source.fill(part)
-            nbytes -= len(part)
+        elif header.flags & Flag.REMOTE:
+            self._remote.receive(self._source, header, None)
+        elif header.flags & _ELSEWHERE:
+            self._announced(header, keep=False)
+        else:
+            self._source.skip(header.nbytes + (TRAILER_BYTES if header.flags & _TRAILED else 0))
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
@@ -356,10 +292,12 @@ class Link:
         for thread in self._threads:
             if thread.is_alive() and thread is not threading.current_thread():
                 thread.join()
+        self._remote.join()
         self._turn.close()
         with self._sending:  # another thread may be saying goodbye
             self._socket.close()
             self._memory.close()
+            self._remote.close()
 
     def abort(self, reason: str, *, goodbye: bool = False) -> None:
         """End without waiting for threads, in any thread; `close` it all the same. `goodbye`: tell the other end, which
@@ -390,6 +328,7 @@ class Link:
             self._changed.notify_all()
         if first:
             self._turn.end()
+            self._remote.end()
             if goodbye is not None:
                 self._say_goodbye(goodbye)
             with contextlib.suppress(OSError):

@@ -204,7 +204,7 @@ class SharedMemory:
     """What a link needs of both directions' regions. One thread may send, and another one receive."""
 
     def __init__(self, sock: Connection) -> None:
-        self._possible = _may_be_on_this_host(sock)
+        self._possible = may_be_on_one_host(sock)
         self._outgoing: _Outgoing | None = None
         self._incoming: _Incoming | None = None
 
@@ -261,8 +261,8 @@ class SharedMemory:
         self._possible = False
 
 
-def _may_be_on_this_host(sock: Connection) -> bool:
-    """Whether it is worth to offer; that the other end sees the memory is found out then."""
+def may_be_on_one_host(sock: Connection) -> bool:
+    """Whether it is worth to offer memory; that the other end sees it is found out then."""
     if sys.platform != "linux" or not _ORDERED:
         return False
     if sock.family == socket.AF_UNIX:

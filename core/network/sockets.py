@@ -85,6 +85,14 @@ class Source:
         while view:
             view = view[_received(self._socket, view, _WAIT_ALL) :]
 
+    def skip(self, nbytes: int) -> None:
+        """Drop so many bytes. Raises `LinkLostError` as `fill` does."""
+        scratch = memoryview(bytearray(min(nbytes, 1 << 16)))
+        while nbytes:
+            part = scratch[: min(nbytes, len(scratch))]
+            self.fill(part)
+            nbytes -= len(part)
+
 
 def _received(sock: Connection, view: memoryview, flags: int) -> int:
     """How many bytes have come into the view, at least one."""

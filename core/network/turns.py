@@ -92,16 +92,16 @@ class Turn:
             if self._waiting > 1 or self._over:
                 return False
             self._borrower = threading.get_ident()
-            if self._is_read:
+            if not self._has_stood_back():
                 self._say()
-                while self._is_read and not is_over():
-                    left_s = None if until_s is None else until_s - time.monotonic()
-                    if left_s is not None and left_s <= 0:
-                        break
-                    self._changed.wait(left_s)
-                if self._is_read:
+                left_s = None if until_s is None else max(0.0, until_s - time.monotonic())
+                self._changed.wait_for(lambda: self._has_stood_back() or is_over(), left_s)
+                if not self._has_stood_back():
                     self._borrower = None
             return self._borrower is not None
+
+    def _has_stood_back(self) -> bool:
+        return not self._is_read
 
     @contextlib.contextmanager
     def read_by_its_own(self) -> Iterator[None]:

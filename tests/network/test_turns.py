@@ -170,26 +170,30 @@ def test_who_waits_for_credit_has_the_link_read(ends: Ends, monkeypatch: pytest.
     ends.join()
 
 
+def looks(turn: Turn) -> bool:
+    return turn._looks
+
+
 def test_looking_costs_little_where_nothing_comes_as_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "_CORES", 2)
     ours, theirs = socket.socketpair()
     turn = Turn(ours, Source(ours))
-    assert not turn._looks
+    assert not looks(turn)
     turn._slept(turns._LOOKS_S / 2)
-    assert turn._looks
+    assert looks(turn)
     turn._slept(turns._LOOKS_S * 2)
-    assert not turn._looks
+    assert not looks(turn)
     turn._slept(0.0)
-    assert turn._look() is None and not turn._looks, "nothing came"
+    assert turn._look() is None and not looks(turn), "nothing came"
     for _ in range(turns._SKIPS):
         turn._slept(0.0)
-        assert not turn._looks
+        assert not looks(turn)
     turn._slept(0.0)
     theirs.send(b"there")
-    assert turn._looks and turn._look() == (False, True)
+    assert looks(turn) and turn._look() == (False, True)
     monkeypatch.setattr(turns, "_CORES", 1)
     turn._slept(0.0)
-    assert not turn._looks, "the other end needs the only core"
+    assert not looks(turn), "the other end needs the only core"
     turn.close()
     ours.close()
     theirs.close()
