@@ -16,16 +16,19 @@ say what comes, and in which order.
     GROUP  layer 5               `step` is 1 if tensors go by the group from now on, and 0 if not
 
 The end that asks, the master or the worker that connects to another one, times both ways and decides for both
-directions. Nothing of this happens unless both ends have a GPU of their own on one host: see `nccl_here`.
+directions. Nothing of this happens unless both ends have a GPU of their own on one host (`nccl_here`),
+or each a GPU and a network card that does RDMA (`nixl_here`): then the group is a pair of NIXL agents.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -33,6 +36,7 @@ import msgspec
 import torch
 from torch import distributed
 
+from core.cluster.gpu_direct import NixlPair
 from core.cluster.tensors import empty_for
 from core.decoding import UNREADABLE
 from core.devices import Device
@@ -41,6 +45,7 @@ from core.logs import get_logger
 from core.network.connection import Connection
 from core.network.frames import Header, Opcode
 from core.network.link import Link
+from core.network.nixl_agent import NixlAgent, is_installed, rdma_devices
 from core.network.shared_memory import may_be_on_one_host
 
 if TYPE_CHECKING:
@@ -56,18 +61,21 @@ _SAYS, _STORES, _MADE, _PROBE, _PROBED, _DECIDES = range(6)
 _ASKS, _ANSWERS = 0, 1
 _PROBE_BYTES = 4 << 20
 _PROBES = 4
+_NCCL_ENVIRONMENT = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+"""Torch's own answer to a tensor that does not come is to end the process. Here that ends the link."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Has(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one process says of itself: which host (Linux's boot id), which GPU of it, by what it sends."""
+    """What one process says of itself: which host (Linux's boot id, or nothing if that does not matter), which GPU, by
+    what it sends."""
 
     host: Annotated[str, msgspec.Meta(max_length=64)]
     gpu: Annotated[str, msgspec.Meta(max_length=64)]
     speaks: Annotated[str, msgspec.Meta(max_length=16)]
 
     def fits(self, other: Has) -> bool:
-        """Two GPUs of one host; a group of one GPU with itself does not exist."""
+        """Two GPUs, of one host if that matters; a group of one GPU with itself does not exist."""
         return (self.host, self.speaks) == (other.host, other.speaks) and self.gpu != other.gpu
 
 
@@ -97,8 +105,31 @@ def nccl_here(sock: Connection) -> Means | None:
     return Means(Has(host_id(), gpu, "nccl"), device, _make_nccl)
 
 
+def nixl_here(sock: Connection) -> Means | None:
+    """The same for a connection to another host: its first GPU, by GPUDirect RDMA. None without a card for each."""
+    if hasattr(sock, "binding") or may_be_on_one_host(sock) or not torch.cuda.is_available():
+        return None
+    devices = rdma_devices()
+    if not devices or not is_installed():
+        return None
+    device = torch.device("cuda", 0)
+    gpu = f"{torch.cuda.get_device_properties(device).uuid} {host_id()[:18]}"
+
+    def make(store: Any, rank: int) -> NixlPair:
+        return NixlPair(store, rank, device, partial(NixlAgent, devices))
+
+    return Means(Has("", gpu, "nixl"), device, make)
+
+
+def means_for(sock: Connection) -> Means | None:
+    """What a process has for a connection, by where the other end is."""
+    return nccl_here(sock) or nixl_here(sock)
+
+
 def _make_nccl(store: Any, rank: int) -> Any:
     """The communicator itself is made when there is first something to send: see `ProcessGroupNCCL::pointToPoint`."""
+    for name, value in _NCCL_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     options = distributed.ProcessGroupNCCL.Options()
     options._timeout = dt.timedelta(seconds=_PATIENCE_S)
     return distributed.ProcessGroupNCCL(store, rank, 2, options)
@@ -145,6 +176,11 @@ class GroupPath:
         """Where the tensors are that go this way; None if none does."""
         return self._means.device if self._means is not None and self.is_used else None
 
+    @property
+    def method(self) -> str:
+        """What a tensor goes by: nccl, nixl."""
+        return self._means.has.speaks if self._means is not None else ""
+
     def takes_from(self, device: Device) -> bool:
         """Whether what a stage on this device has computed goes this way."""
         return self.device is not None and device.is_here and device.torch_device == str(self.device)
@@ -159,6 +195,7 @@ class GroupPath:
         with self._order:  # frames and tensors in one order
             self._link.announce(opcode, tensor.nbytes, step=step, layer=layer, dtype=name, shape=tuple(tensor.shape))
             self._move(tensor, sends=True)
+            self._link.stats.sent_gpudirect += self._means is not None and self._means.has.speaks == "nixl"
 
     def receive(self, header: Header) -> torch.Tensor:
         """In the thread that reads: the tensor of a frame that came without it. Raises `ProtocolError`, and
@@ -179,8 +216,9 @@ class GroupPath:
             if tensor.is_cuda and not sends:
                 torch.cuda.current_stream(tensor.device).synchronize()  # other threads go on with it on other streams
         except RuntimeError as error:
-            reason = f"{self._link.name}: a tensor did not go from GPU to GPU: {error}"
-            raise LinkLostError(reason, node=self._link.name) from error
+            reason = f"a tensor did not go from GPU to GPU: {error}"
+            self._link.abort(reason)  # the other end may wait for it
+            raise LinkLostError(f"{self._link.name}: {reason}", node=self._link.name) from error
 
     # -- agreeing ---------------------------------------------------------------------------------------------------
 
@@ -201,9 +239,9 @@ class GroupPath:
             used = group_s < link_s
             self._say(_DECIDES, b"", int(used))
             rates = {"group": f"{_PROBE_BYTES / group_s / 1e9:.2f}", "without": f"{_PROBE_BYTES / link_s / 1e9:.2f}"}
-            logger.info("GPUs of one host were timed", link=self._name, is_used=used, unit="GB/s", **rates)
+            logger.info("a way between GPUs was timed", link=self._name, is_used=used, unit="GB/s", **rates)
         except (RuntimeError, TimeoutError, NetworkError) as error:
-            logger.warning("GPUs of one host are not connected", link=self._name, reason=str(error))
+            logger.warning("GPUs are not connected", link=self._name, reason=str(error))
         self.is_used = used
         return used
 
@@ -268,7 +306,12 @@ class GroupPath:
         """After the link has been closed."""
         if self._making is not None:
             self._making.join()
-        self._group = None
+        group, self._group = self._group, None
+        if isinstance(group, NixlPair):
+            try:
+                group.close()
+            except RuntimeError as error:
+                logger.debug("GPUDirect did not end well", link=self._name, reason=str(error))
 
     def _keep(self, data: bytes) -> None:
         key, zero, value = data.partition(b"\0")
@@ -300,7 +343,7 @@ class GroupPath:
                 self._group = means.make(self._store, 1)
                 self._say(_MADE)
         except (RuntimeError, TimeoutError, NetworkError) as error:
-            logger.warning("GPUs of one host are not connected", link=self._name, reason=str(error))
+            logger.warning("GPUs are not connected", link=self._name, reason=str(error))
 
     def _settle(self, *, used: bool) -> None:
         if used and self._group is None:

@@ -13,7 +13,7 @@ import msgspec
 from core.cluster.block_calls import BlockCalls
 from core.cluster.calls import CALL_S, CallEnd
 from core.cluster.checkpoints import read_chunk
-from core.cluster.group_path import GroupPath, Means, nccl_here
+from core.cluster.group_path import GroupPath, Means, means_for
 from core.cluster.messages import (
     Ask,
     Chunk,
@@ -106,7 +106,7 @@ class Node:
         self._on_lost, self._on_leave = on_lost, on_leave
         self._checkpoints = checkpoints
         self._calls = CallEnd(Ask, self._serve, self._control_lost, address, self._reported)
-        self._end = _DataEnd(self.remotes, self._other_lost, nccl_here(sockets["data"]))
+        self._end = _DataEnd(self.remotes, self._other_lost, means_for(sockets["data"]))
         self.block_calls = BlockCalls(self._other_lost)
         """What it keeps of KV; `Keep` and `Lend` say where."""
         self.control = Link(

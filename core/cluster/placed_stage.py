@@ -69,8 +69,10 @@ class PlacedRemoteStage(RemoteStage):
     ) -> None:  # fmt: skip
         super().__init__(
             node.data, number, order.device, order.entrance, master.encoder, fed_here=order.fed_here,
-            tells_here=order.tells_here, path=node.path,
+            tells_here=order.tells_here, path=node.path, moved=self._moved,
         )  # fmt: skip
+        self._ends = order.entrance.name, order.device.name
+        self._transferred = master.transferred
         self.node, self.part, self.device = node, part, order.device
         self.kv: RemotePages | None = None
         self.attention = ""
@@ -80,6 +82,9 @@ class PlacedRemoteStage(RemoteStage):
         self._budget = budget
         self._architecture = architecture
         self._freed = False
+
+    def _moved(self, nbytes: int, seconds: float) -> None:
+        self._transferred(self.node.path.method, *self._ends, nbytes, seconds)
 
     @property
     def forwards(self) -> int:

@@ -7,7 +7,7 @@ nothing to do, and `hand_on` waits only where the next stage is in this process.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -56,13 +56,13 @@ class RemoteStage:
 
     def __init__(
         self, link: Link, number: int, device: Device, entrance: Device, encoder: RecordEncoder, *, fed_here: bool,
-        tells_here: bool, path: GroupPath | None = None,
+        tells_here: bool, path: GroupPath | None = None, moved: Callable[[int, float], None] | None = None,
     ) -> None:  # fmt: skip
         self.number = number
         self._fed_here, self._tells_here = fed_here, tells_here
         self._link = link
         self._device = device
-        self._inlet = RemoteInlet(link, number, entrance, path)
+        self._inlet = RemoteInlet(link, number, entrance, path, moved)
         self._encode = encoder
         self._came: dict[int, StepOutput | torch.Tensor | Failure | None] = {}
         self._changed = threading.Condition()

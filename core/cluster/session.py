@@ -10,7 +10,7 @@ from typing import Protocol
 import msgspec
 
 from core.cluster.calls import CallEnd
-from core.cluster.group_path import Way, nccl_here
+from core.cluster.group_path import Way, means_for
 from core.cluster.hosted_stage import NodeEnd
 from core.cluster.hosting import StageHost
 from core.cluster.kept_blocks import BlocksEnd
@@ -97,7 +97,7 @@ class Session:
             data = opened.enter_context(contextlib.closing(worker.connect(host, port, "data")))
             blocks = opened.enter_context(contextlib.closing(worker.connect(host, port, "blocks")))
             opened.pop_all()
-        end = self._end = NodeEnd(self._host.hosted, self._other_lost, nccl_here(data))
+        end = self._end = NodeEnd(self._host.hosted, self._other_lost, means_for(data))
         kept = BlocksEnd(self._host.blocks.memories, self._other_lost)
         self._control = Link(control, 0, 0, self._calls, name="master", heartbeat_s=HEARTBEAT_S)
         self._data = Link(data, 0, 0, end, name="master's data", new_agent=agent_for(data))
@@ -117,7 +117,7 @@ class Session:
 
     def take(self, sock: Connection, node: str) -> None:
         """Another worker has connected. Does not wait."""
-        end = NodeEnd(self._host.hosted, _note_lost, nccl_here(sock))
+        end = NodeEnd(self._host.hosted, _note_lost, means_for(sock))
         link = Link(
             sock, self._number, 0, end, name=f"node {node[:8]}", heartbeat_s=HEARTBEAT_S, new_agent=agent_for(sock)
         )
@@ -247,7 +247,7 @@ class Session:
             except OSError as error:
                 reason = error.strerror or str(error)
                 raise LinkLostError(f"{asked.host}:{asked.port} cannot be reached: {reason}") from error
-            end = NodeEnd(self._host.hosted, self._out_lost, nccl_here(sock))
+            end = NodeEnd(self._host.hosted, self._out_lost, means_for(sock))
             link = Link(sock, self._number, 0, end, name=f"node {asked.node[:8]}", new_agent=agent_for(sock))
             link.epoch = self._epoch
             end.attach(link)

@@ -16,8 +16,9 @@ the stage that the frame is for, or, on the way to the master, from.
 from __future__ import annotations
 
 import struct
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -145,16 +146,20 @@ class StageEnd(ABC, Generic[T]):
 @dataclass(frozen=True, slots=True)
 class RemoteInlet:
     """Where hidden states leave for a stage on another node; they have to be on `device`: in main memory, or where
-    the `path` takes them."""
+    the `path` takes them, and then `moved` hears of their bytes, and of the seconds until they were on their way."""
 
     link: Link
     stage: int
     device: Device
     path: GroupPath | None = None
+    moved: Callable[[int, float], None] | None = None
 
     def put(self, step: int, hidden: torch.Tensor) -> None:
         if self.path is not None and hidden.device == self.path.device:
+            began_s = time.perf_counter()
             self.path.send(Opcode.HIDDEN, hidden.contiguous(), step=step, layer=self.stage)
+            if self.moved is not None:
+                self.moved(hidden.nbytes, time.perf_counter() - began_s)
             return
         data, dtype, shape = payload_of(hidden)
         self.link.send(Opcode.HIDDEN, [data], step=step, layer=self.stage, dtype=dtype, shape=shape)

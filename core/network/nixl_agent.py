@@ -69,13 +69,20 @@ class NixlAgent:
             if devices:
                 options["device_list"] = ", ".join(devices)
             self._agent.create_backend("UCX", options)
-        self._registered: list[tuple[Any, npt.NDArray[np.uint8]]] = []
+        self._registered: list[Any] = []
+        self._kept: list[npt.NDArray[np.uint8]] = []
         self._met: list[str] = []
 
     def register(self, memory: npt.NDArray[np.uint8]) -> None:
+        self.register_at(memory.ctypes.data, memory.nbytes)
+        self._kept.append(memory)
+
+    def register_at(self, address: int, nbytes: int, gpu: int | None = None) -> None:
+        """Memory that somebody else keeps until `close`: main memory, or a GPU's by its index in this process. Raises
+        `OSError`."""
         with _as_os_error():
-            described = [(memory.ctypes.data, memory.nbytes, 0, "")]
-            self._registered.append((self._agent.register_memory(described, "DRAM", ["UCX"]), memory))
+            described = [(address, nbytes, gpu or 0, "")]
+            self._registered.append(self._agent.register_memory(described, _kind(gpu), ["UCX"]))
 
     def metadata(self) -> bytes:
         with _as_os_error():
@@ -86,12 +93,20 @@ class NixlAgent:
             self._met.append(self._agent.add_remote_agent(metadata).decode())
             return self._met[-1]
 
-    def write(self, source: int, nbytes: int, other: str, target: int) -> Callable[[], bool]:
+    def write(
+        self, source: int, nbytes: int, other: str, target: int, gpus: tuple[int | None, int | None] = (None, None),
+        then: bytes = b"",
+    ) -> Callable[[], bool]:  # fmt: skip
+        """See `Agent`. `gpus`: whose memory the two addresses are, main memory's if None. Once the bytes are there, the
+        other agent hears `then`, if it is not empty."""
         agent = self._agent
         with _as_os_error():
-            ends = [agent.get_xfer_descs([(address, nbytes, 0)], "DRAM") for address in (source, target)]
-            handle = agent.initialize_xfer("WRITE", *ends, other, backends=["UCX"])
-            state = agent.transfer(handle)
+            ends = [
+                agent.get_xfer_descs([(address, nbytes, gpu or 0)], _kind(gpu))
+                for address, gpu in zip((source, target), gpus, strict=True)
+            ]
+            handle = agent.initialize_xfer("WRITE", *ends, other, then, ["UCX"])
+            state = agent.transfer(handle, then)
 
         def is_there() -> bool:
             nonlocal state
@@ -107,14 +122,30 @@ class NixlAgent:
 
         return is_there
 
+    def tell(self, other: str, what: bytes) -> None:
+        """Raises `OSError`."""
+        with _as_os_error():
+            self._agent.send_notif(other, what)  # its only backend: naming it fails in NIXL 1.5
+
+    def heard(self) -> list[bytes]:
+        """What other agents have told since it was asked last, in order. Raises `OSError`."""
+        with _as_os_error():
+            return [what for told in self._agent.get_new_notifs(["UCX"]).values() for what in told]
+
     def close(self) -> None:
         with _as_os_error():
             for other in self._met:
                 self._agent.remove_remote_agent(other)
-            for registered, _ in self._registered:
+            for registered in self._registered:
                 self._agent.deregister_memory(registered, ["UCX"])
         self._agent = None
         self._registered.clear()
+        self._kept.clear()
+
+
+def _kind(gpu: int | None) -> str:
+    """What NIXL calls the memory."""
+    return "DRAM" if gpu is None else "VRAM"
 
 
 @contextmanager

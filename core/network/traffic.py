@@ -28,6 +28,7 @@ class LinkStats:
     received_signs: int = 0
     sent_rdma_bytes: int = 0
     received_rdma_bytes: int = 0
+    sent_gpudirect: int = 0
     sent_blocks: int = 0
     received_blocks: int = 0
 

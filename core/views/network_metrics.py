@@ -41,6 +41,11 @@ def network_metrics(cluster: Master | None) -> Iterator[Metric]:
         family = CounterMetricFamily(f"{NAMESPACE}_{name}", help_text, labels=["tier"])
         _add(family, [TRANSPORT], stats, field)
         yield family
+    if stats is not None and stats.sent_gpudirect:  # absent where there is none
+        yield CounterMetricFamily(
+            f"{NAMESPACE}_vtp_gpudirect_ops", "Tensors from a GPU to a network card, past main memory.",
+            value=stats.sent_gpudirect,
+        )  # fmt: skip
     yield _interfaces(cluster)
 
 

@@ -13,7 +13,9 @@ import torch
 from steering import LONGEST_WAIT_S, until
 from torch import distributed
 
+from core.cluster import gpu_direct
 from core.cluster.failures import Failure
+from core.cluster.gpu_direct import NixlPair
 from core.cluster.group_path import GroupPath, Has, Means, nccl_here
 from core.cluster.hosted_stage import NodeEnd
 from core.cluster.link_store import LinkStore
@@ -23,6 +25,7 @@ from core.devices import Device
 from core.errors import NetworkError, ProtocolError
 from core.network.frames import Flag, Header, Opcode, write_header
 from core.network.link import Link
+from core.network.nixl_agent import NixlAgent, is_installed
 
 STAGE = 5
 CPU = torch.device("cpu")
@@ -67,7 +70,9 @@ class Ends:
         self.near.start()
         self.far.start()
         device = Device("a GPU", 0, "cpu", "cpu", 1 << 30)
-        self.inlet = RemoteInlet(self.near, STAGE, device, self.here.path)
+        self.moved: list[tuple[int, float]] = []
+        path = self.here.path
+        self.inlet = RemoteInlet(self.near, STAGE, device, path, lambda *moved: self.moved.append(moved))
 
     def put(self, step: int, hidden: torch.Tensor) -> torch.Tensor:
         """What arrives."""
@@ -120,7 +125,7 @@ def test_hidden_states_go_by_the_group(ends: Ends) -> None:
         assert came.dtype is dtype and torch.equal(came, hidden) and came.data_ptr() != hidden.data_ptr()
     turned = torch.randn(1, 8, 4).transpose(1, 2)
     assert torch.equal(ends.put(9, turned), turned)
-    assert flags == [Flag.ELSEWHERE] * 4
+    assert flags == [Flag.ELSEWHERE] * 4 and [nbytes for nbytes, _ in ends.moved] == [1792, 896, 896, turned.nbytes]
     assert ends.near.stats.sent_tensors == ends.far.stats.received_tensors == 4
     assert ends.near.stats.sent_bytes == before + 7 * 64 * 8 + turned.nbytes
 
@@ -226,6 +231,25 @@ def test_nothing_of_this_without_a_gpu() -> None:
     assert torch.cuda.is_available() or nccl_here(ours) is None
     ours.close()
     theirs.close()
+
+
+@pytest.mark.skipif(not is_installed(), reason="needs NIXL: pip install vramancer[rdma]")
+def test_by_nixl_as_between_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In main memory instead of a GPU's, over whatever UCX has; tensors of more pieces than there are slots."""
+    monkeypatch.setenv("UCX_NET_DEVICES", "lo")
+    monkeypatch.setattr(gpu_direct, "SLOT_BYTES", 4 << 20)
+    near, far = (
+        Means(Has("", gpu, "nixl"), CPU, lambda store, rank: NixlPair(store, rank, CPU, lambda: NixlAgent(())))
+        for gpu in ("first", "second")
+    )
+    pair = Ends(near, far)
+    assert pair.here.path.open()
+    until(lambda: pair.there.path.is_used, "both ends know")
+    for step, tokens in enumerate((1, 7, 5_000)):
+        hidden = torch.randn(1, tokens, 1024)
+        assert torch.equal(pair.put(step, hidden), hidden)
+    assert pair.near.stats.sent_gpudirect > 3
+    pair.close()
 
 
 # -- ends that do not keep to it --------------------------------------------------------------------------------------
