@@ -7,12 +7,15 @@ has said so; it lands in memory that was there before. What TCP does not do and 
 and a thread that reads. Over loopback VTP runs twice, through the kernel and through memory that both processes see.
 With `--megabits` the other process is in a network namespace of its own behind a link of that rate (root). With `--tls`
 VTP runs once more, as a cluster with `cluster.tls` has it; both processes then encrypt and decrypt on this machine.
+Where NIXL is installed, large payloads run once more by it, over whatever UCX finds: without a card that does RDMA,
+that is TCP or the memory of one host, and what is measured are the copies around it.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import socket
 import statistics
@@ -36,6 +39,8 @@ from core.network.frames import KIB, MIB, Header, Opcode
 from core.network.greeting import answer, introduce
 from core.network.handshake import derive_key
 from core.network.link import Link
+from core.network.nixl_agent import Agent, NixlAgent, is_installed, rdma_devices
+from core.network.rdma import RDMA_ASKED_S, no_agent
 
 HOST, OTHER_HOST = "127.0.0.1", "127.0.0.2"
 """Ends with different addresses do not look for shared memory."""
@@ -49,10 +54,10 @@ _TOKEN, _NODE = "only for this measurement", "a" * 32
 class Far:
     """The other process's end of a link: takes payloads into one buffer, and answers."""
 
-    def __init__(self, sock: Connection) -> None:
+    def __init__(self, sock: Connection, new_agent: Callable[[], Agent]) -> None:
         self._buffer = memoryview(bytearray(max(LARGE)))
         self.ended = threading.Event()
-        self._link = Link(sock, 1, 0, self, name="far")
+        self._link = Link(sock, 1, 0, self, name="far", new_agent=new_agent)
         self._link.start()
 
     def buffer_for(self, header: Header) -> memoryview | None:
@@ -69,34 +74,50 @@ class Far:
         self.ended.set()
 
 
+def new_agent() -> Agent:
+    """By cards that do RDMA, or by what UCX finds on loopback."""
+    if not (devices := rdma_devices()):
+        os.environ.setdefault("UCX_NET_DEVICES", "lo")
+    return NixlAgent(devices)
+
+
 class Near:
     """This process's end: sends, and waits for the answer."""
 
-    def __init__(self, sock: Connection) -> None:
+    def __init__(self, sock: Connection, new_agent: Callable[[], Agent] = no_agent) -> None:
         self._buffer = memoryview(bytearray(max(LARGE)))
-        self._answered = threading.Semaphore(0)
-        self.link = Link(sock, 0, 1, self, name="near")
+        self._changed = threading.Condition()
+        self._missing = 0
+        self.link = Link(sock, 0, 1, self, name="near", new_agent=new_agent)
         self.link.start()
+        self.link.ask_for_rdma(RDMA_ASKED_S)
 
     def buffer_for(self, header: Header) -> memoryview | None:
         return self._buffer
 
     def received(self, header: Header, payload: memoryview) -> bool:
-        self._answered.release()
+        with self._changed:
+            self._missing -= 1
+            self._changed.notify_all()
         return True
 
     def lost(self, error: NetworkError) -> None:
-        self._answered.release()
+        with self._changed:
+            self._missing = 0
+            self._changed.notify_all()
+
+    def _ask(self, opcode: Opcode, data: memoryview) -> None:
+        self._missing += 1
+        self.link.send(opcode, [data])
+        self.link.wait_for(lambda: self._missing <= 0, self._changed)
 
     def large(self, data: memoryview) -> None:
         """One way, and an answer without a payload."""
-        self.link.send(Opcode.KV_PAGES, [data])
-        self._answered.acquire()
+        self._ask(Opcode.KV_PAGES, data)
 
     def small(self, data: memoryview) -> None:
         """There and back."""
-        self.link.send(Opcode.ECHO, [data])
-        self._answered.acquire()
+        self._ask(Opcode.ECHO, data)
 
     def close(self) -> None:
         self.link.close("measured")
@@ -155,7 +176,9 @@ def other_process(host: str, port: int, ways: Sequence[str]) -> None:
     for way in ways:
         own, _, tls = way.partition("+")
         sock = socket.create_connection((host, port), source_address=(own, 0))
-        links.append(Far(introduce(sock, derive_key(_TOKEN), _NODE, "data", new_identity()) if tls else sock))
+        encrypted = tls == "tls"
+        connection = introduce(sock, derive_key(_TOKEN), _NODE, "data", new_identity()) if encrypted else sock
+        links.append(Far(connection, new_agent if tls == "rdma" else no_agent))
     answer_bare(socket.create_connection((host, port), source_address=(ways[0].partition("+")[0], 0)))
     for link in links:
         link.ended.wait()
@@ -164,8 +187,8 @@ def other_process(host: str, port: int, ways: Sequence[str]) -> None:
 def accept(server: socket.socket, way: str) -> Near:
     """This process's end of what the other one connects."""
     sock = server.accept()[0]
-    if "+" not in way:
-        return Near(sock)
+    if not way.endswith("+tls"):
+        return Near(sock, new_agent if way.endswith("+rdma") else no_agent)
     sock.setblocking(False)
     return Near(asyncio.run(answer(sock, derive_key(_TOKEN), _NODE, identity=new_identity()))[1])
 
@@ -195,14 +218,17 @@ def measure(near: dict[str, Near], bare: Bare, title: str, rounds: int) -> Table
     for kind, sizes in (("large", LARGE), ("small", SMALL)):
         for nbytes in sizes:
             data, rows = memoryview(bytearray(nbytes)), []
-            ways = [way for way in near if way != "memory" or kind == "large"]  # what is small goes through the kernel
+            ways = [
+                way for way in near if kind == "large" or way not in ("memory", "NIXL")
+            ]  # what is small: the kernel
             for number in range(rounds):
                 ends: list[tuple[str, Near | Bare]] = [*((way, near[way]) for way in ways), ("bare", bare)]
                 if number % 2:
                     ends.reverse()
                 rows.append({name: seconds(getattr(end, kind), data, _TIMES[kind]) for name, end in ends})
             for way in ways:
-                table.add_row(*row(kind, nbytes, way, [(each[way], each["bare"]) for each in rows]))
+                shown = f"{way}, not quicker" if way == "NIXL" and not near[way].link.stats.sent_rdma_bytes else way
+                table.add_row(*row(kind, nbytes, shown, [(each[way], each["bare"]) for each in rows]))
     return table
 
 
@@ -221,8 +247,8 @@ def row(kind: str, nbytes: int, way: str, pairs: Sequence[tuple[float, float]]) 
 
 
 def run(host: str, ways: dict[str, str], before: Sequence[str], title: str, rounds: int) -> Table:
-    """`ways`: the other process's addresses, "+tls" behind those that encrypt, by what they are called. `before` starts
-    the other process."""
+    """`ways`: the other process's addresses, "+tls" behind those that encrypt, "+rdma" behind those that have NIXL, by
+    what they are called. `before` starts the other process."""
     with socket.create_server((host, 0)) as server:
         port = server.getsockname()[1]
         command = [*before, sys.executable, "-m", "benchmarks.vtp", "--other", host, str(port), *ways.values()]
@@ -254,6 +280,8 @@ def main() -> int:
     if options.megabits is None:
         title = "VTP and bare TCP over loopback, to another process"
         found = {"kernel": OTHER_HOST, "memory": HOST} | ({"TLS": f"{OTHER_HOST}+tls"} if options.tls else {})
+        if is_installed():
+            found["NIXL"] = f"{OTHER_HOST}+rdma"
         console.print(run(HOST, found, (), title, options.rounds))
     elif (reason := lacking()) is not None:
         parser.error(f"no network namespaces: {reason}")

@@ -76,6 +76,7 @@ class InferencePipeline:
         self.metrics.set_engine_source(self._metrics_now)
         if cluster is not None:
             cluster.observe = partial(self.metrics.observe_fastpath, TRANSPORT)
+            cluster.transferred = self.metrics.observe_transfer
 
     def _devices(self) -> Sequence[Device]:
         engine = self._keeper.engine

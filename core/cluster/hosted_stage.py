@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from core.cluster.failures import Failure, decode_failure, failure_of
+from core.cluster.group_path import Means
 from core.cluster.stage_wire import RemoteInlet, StageEnd, read_step, send_failure, send_results
 from core.errors import NetworkError, RecordError
 from core.execution.records import StepOutput, StepRecord
@@ -162,13 +163,15 @@ class NodeEnd(StageEnd[HostedStage]):
     """A node's end of a link, to the master or to another node: gives frames to the stages here. A `LinkHandler`;
     `on_lost` hears of the end."""
 
-    def __init__(self, stages: Mapping[int, HostedStage], on_lost: Callable[[NetworkError], None]) -> None:
-        super().__init__(stages, _TAKES)
+    def __init__(
+        self, stages: Mapping[int, HostedStage], on_lost: Callable[[NetworkError], None], means: Means | None = None
+    ) -> None:
+        super().__init__(stages, _TAKES, means)
         self._on_lost = on_lost
 
     def lost(self, error: NetworkError) -> None:
         """See `LinkHandler`."""
-        self.echo.lose(error)
+        self.end(error)
         self._on_lost(error)
 
     def take(self, stage: HostedStage, header: Header, payload: memoryview) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from core.cluster.checkpoints import Ask, CheckpointStore
+from core.cluster.group_path import Way
 from core.cluster.hosted_stage import HostedStage, Outlet, ToMaster, ToNextStage
 from core.cluster.kept_blocks import KeptBlocks, StageParts
 from core.cluster.messages import (
@@ -53,7 +54,6 @@ from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.logs import get_logger
 from core.models.architecture import DTYPES, Architecture, read_architecture
 from core.models.stage_model import StageSlice
-from core.network.link import Link
 from core.profiling.link_profiler import LinkProfiler
 from core.profiling.profiler import LayerProfiler
 from core.streaming.stream import StreamedLayers, StreamManager
@@ -89,13 +89,13 @@ def device_info(device: Device) -> DeviceInfo:
 class StageHost:
     """See the module. `hosted` has the stages that are connected, by number, for the links' ends.
 
-    `main` is the ledger of main memory; `link_to` gives the link to a node that was reached before, or (None) to the
-    master. Called in one thread, but for `add_region` and `drop_region`, which have another.
+    `main` is the ledger of main memory; `way_to` gives the link and the path to a node that was reached before, or
+    (None) to the master. Called in one thread, but for `add_region` and `drop_region`, which have another.
     """
 
     def __init__(
         self, settings: Settings, devices: Sequence[Device], main: DeviceBudget, transfer: TransferManager,
-        link_to: Callable[[str | None], Link], ask: Ask, blocks: KeptBlocks,
+        way_to: Callable[[str | None], Way], ask: Ask, blocks: KeptBlocks,
     ) -> None:  # fmt: skip
         self.hosted: dict[int, HostedStage] = {}
         self.blocks = blocks
@@ -106,7 +106,7 @@ class StageHost:
         self._watch = CardWatch((), self._ledgers, PagedKVCache.LENT)
         self._unwatched = ""
         self._transfer = transfer
-        self._link_to = link_to
+        self._way_to = way_to
         self._ask = ask
         self._checkpoints = CheckpointStore(settings.runtime.cache_dir)
         self._placed: dict[int, _Placed] = {}
@@ -209,13 +209,13 @@ class StageHost:
 
     def connect(self, asked: Connect) -> None:
         """From now on the stage computes what the master tells it."""
-        placed, host = self._stage(asked.stage), host_device()
+        placed, (link, path) = self._stage(asked.stage), self._way_to(asked.node)
+        leaves = placed.device if path.takes_from(placed.device) else host_device()
         outlet: Outlet
         if asked.node is not None:
-            outlet = ToNextStage(RemoteInlet(self._link_to(asked.node), asked.next, host))
+            outlet = ToNextStage(RemoteInlet(link, asked.next, leaves, path))
         else:
-            link = self._link_to(None)
-            outlet = ToMaster(link, asked.stage, RemoteInlet(link, asked.stage, host) if asked.feeds else None)
+            outlet = ToMaster(link, asked.stage, RemoteInlet(link, asked.stage, leaves, path) if asked.feeds else None)
         self.hosted[asked.stage] = HostedStage(
             placed.stage, outlet, takes_hidden=asked.takes_hidden, called=asked.called
         )

@@ -92,6 +92,9 @@ class Master:
         self._changes = 0
         self._past = LinkStats()
         self.observe: Callable[[str, float], None] = lambda operation, seconds: None
+        self.transferred: Callable[[str, str, str, int, float], None] = lambda *moved: None
+        """Hears of tensors that went from a GPU here to one of another process: how, from where to where, bytes,
+        seconds."""
         """Hears how long operations on links take, in their threads."""
 
     @property

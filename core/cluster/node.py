@@ -13,6 +13,7 @@ import msgspec
 from core.cluster.block_calls import BlockCalls
 from core.cluster.calls import CALL_S, CallEnd
 from core.cluster.checkpoints import read_chunk
+from core.cluster.group_path import GroupPath, Means, means_for
 from core.cluster.messages import (
     Ask,
     Chunk,
@@ -38,6 +39,7 @@ from core.network.connection import Connection
 from core.network.echo import LinkSpeed
 from core.network.interfaces import Interface
 from core.network.link import Link
+from core.network.rdma import RDMA_ASKED_S, agent_for
 from core.network.traffic import LinkStats
 from core.network.watch import HEARTBEAT_S
 
@@ -108,24 +110,33 @@ class Node:
         self._on_lost, self._on_leave = on_lost, on_leave
         self._checkpoints = checkpoints
         self._calls = CallEnd(Ask, self._serve, self._control_lost, address, self._reported)
-        self._end = _DataEnd(self.remotes, self._other_lost)
+        self._end = _DataEnd(self.remotes, self._other_lost, means_for(sockets["data"]))
         self.block_calls = BlockCalls(self._other_lost)
         """What it keeps of KV; `Keep` and `Lend` say where."""
         self.control = Link(
             sockets["control"], 0, number, self._calls, name=address, heartbeat_s=HEARTBEAT_S, observe=observe
         )
-        self.data = Link(sockets["data"], 0, number, self._end, name=address, observe=observe)
-        self._blocks = Link(sockets["blocks"], 0, number, self.block_calls, name=address)
+        self.data = Link(
+            sockets["data"], 0, number, self._end, name=address, observe=observe, new_agent=agent_for(sockets["data"])
+        )
+        self._blocks = Link(
+            sockets["blocks"], 0, number, self.block_calls, name=address, new_agent=agent_for(sockets["blocks"])
+        )
         self.interface = Interface.of(sockets["control"].getsockname()[0])
         self.data.epoch = epoch
         self._calls.attach(self.control)
-        self._end.echo.attach(self.data)
+        self._end.attach(self.data)
         self.block_calls.attach(self._blocks)
 
     @property
     def is_known(self) -> bool:
         """Whether it has said what it is."""
         return self._info is not None
+
+    @property
+    def path(self) -> GroupPath:
+        """From this process's GPU to the worker's, where both are of one host."""
+        return self._end.path
 
     @property
     def _links(self) -> tuple[Link, ...]:
@@ -150,7 +161,10 @@ class Node:
             reason = f"it has VRAMancer {info.version}, and the master {version}: all nodes need the same"
             self.call(Refuse(reason))
             raise ClusterRefusedError(reason)
+        self.data.ask_for_rdma(RDMA_ASKED_S)
+        self.path.open()
         self.speed = self._end.echo.measure()
+        self._blocks.ask_for_rdma()
 
     @property
     def latency_s(self) -> float:
@@ -206,6 +220,7 @@ class Node:
         """Not in one of its links' threads."""
         for link in self._links:
             link.close(reason)
+        self.path.close()
         self._calls.close()
 
     def _serve(self, asked: msgspec.Struct) -> msgspec.Struct:
@@ -248,8 +263,10 @@ class Node:
 class _DataEnd(MasterEnd):
     """Tells of the link's end, after the stages have heard of it."""
 
-    def __init__(self, stages: dict[int, RemoteStage], on_lost: Callable[[NetworkError], None]) -> None:
-        super().__init__(stages)
+    def __init__(
+        self, stages: dict[int, RemoteStage], on_lost: Callable[[NetworkError], None], means: Means | None
+    ) -> None:
+        super().__init__(stages, means)
         self._on_lost = on_lost
 
     def lost(self, error: NetworkError) -> None:

@@ -86,8 +86,10 @@ class PlacedRemoteStage(RemoteStage):
     ) -> None:  # fmt: skip
         super().__init__(
             node.data, number, order.device, order.entrance, master.encoder, fed_here=order.fed_here,
-            tells_here=order.tells_here,
+            tells_here=order.tells_here, path=node.path, moved=self._moved,
         )  # fmt: skip
+        self._ends = order.entrance.name, order.device.name
+        self._transferred = master.transferred
         self.node, self.part, self.device = node, part, order.device
         self.kv: RemotePages | None = None
         self.attention = ""
@@ -101,6 +103,9 @@ class PlacedRemoteStage(RemoteStage):
         self._architecture = architecture
         self._freed = False
         self._used_s = time.monotonic()
+
+    def _moved(self, nbytes: int, seconds: float) -> None:
+        self._transferred(self.node.path.method, *self._ends, nbytes, seconds)
 
     @property
     def forwards(self) -> int:
@@ -257,6 +262,10 @@ class RemoteStages:
     def engine(self) -> dict[str, object]:
         """The engine's settings, as nodes are told them."""
         return self._engine
+
+    def takes_from(self, here: Device, there: Device) -> bool:
+        """Whether hidden states go from a GPU of this process to the node of another device past main memory."""
+        return self.master.node_of(there).path.takes_from(here)
 
     def load(self, order: StageOrder, budget: DeviceBudget, host: DeviceBudget) -> PlacedRemoteStage:
         """Raises what loading raises; nothing is kept then."""

@@ -7,11 +7,12 @@ nothing to do, and `hand_on` waits only where the next stage is in this process.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from core.cluster.failures import Failure, decode_failure, error_of
+from core.cluster.group_path import GroupPath, Means
 from core.cluster.stage_wire import RemoteInlet, StageEnd, read_results, send_failure, send_step
 from core.devices import Device
 from core.errors import (
@@ -48,20 +49,20 @@ class RecordEncoder:
 class RemoteStage:
     """Stage `number`, on the node at the other end of `link`, whose device is `device` here.
 
-    `entrance` is a device in main memory from which hidden states leave for it. `fed_here`: the stage before it is in
-    this process. `tells_here`: it is the last, or the stage after it is in this process. What arrives for the stage is
-    given to `take` in the link's thread, which waits for nothing.
+    `entrance` is where hidden states leave for it: in main memory, or where the `path` takes them. `fed_here`: the
+    stage before it is in this process. `tells_here`: it is the last, or the stage after it is in this process. What
+    arrives for the stage is given to `take` in the thread that reads the link.
     """
 
     def __init__(
         self, link: Link, number: int, device: Device, entrance: Device, encoder: RecordEncoder, *, fed_here: bool,
-        tells_here: bool,
+        tells_here: bool, path: GroupPath | None = None, moved: Callable[[int, float], None] | None = None,
     ) -> None:  # fmt: skip
         self.number = number
         self._fed_here, self._tells_here = fed_here, tells_here
         self._link = link
         self._device = device
-        self._inlet = RemoteInlet(link, number, entrance)
+        self._inlet = RemoteInlet(link, number, entrance, path, moved)
         self._encode = encoder
         self._came: dict[int, StepOutput | torch.Tensor | Failure | None] = {}
         self._changed = threading.Condition()
@@ -170,11 +171,12 @@ class RemoteStage:
         with self._changed:
             self._lost = self._lost or lost
             self._changed.notify_all()
+        self._link.wake()
 
     def _next(self, step: int) -> StepOutput | torch.Tensor | None:
         """What has come of a step."""
+        self._link.wait_for(lambda: step in self._came or self._lost is not None, self._changed)
         with self._changed:
-            self._changed.wait_for(lambda: step in self._came or self._lost is not None)
             if step not in self._came:
                 assert self._lost is not None
                 raise DeviceLostError(self._lost.message, device=self._lost.device) from self._lost
@@ -206,14 +208,14 @@ _TAKES = frozenset({Opcode.HIDDEN, Opcode.PASS, Opcode.RESULTS, Opcode.FAILED})
 class MasterEnd(StageEnd[RemoteStage]):
     """The master's end of a link to a node: gives frames to the stages there, which come and go. A `LinkHandler`."""
 
-    def __init__(self, stages: Mapping[int, RemoteStage]) -> None:
-        super().__init__(stages, _TAKES)
+    def __init__(self, stages: Mapping[int, RemoteStage], means: Means | None = None) -> None:
+        super().__init__(stages, _TAKES, means)
 
     def take(self, stage: RemoteStage, header: Header, payload: memoryview) -> None:
         stage.take(header, self.tensor(header) if header.opcode is Opcode.HIDDEN else payload)
 
     def lost(self, error: NetworkError) -> None:
         """See `LinkHandler`."""
-        self.echo.lose(error)
+        self.end(error)
         for stage in list(self.stages.values()):
             stage.lose(error)

@@ -10,6 +10,7 @@ from typing import Protocol
 import msgspec
 
 from core.cluster.calls import CallEnd
+from core.cluster.group_path import Way, means_for
 from core.cluster.hosted_stage import NodeEnd
 from core.cluster.hosting import StageHost
 from core.cluster.kept_blocks import BlocksEnd
@@ -46,6 +47,7 @@ from core.network.connection import Connection
 from core.network.frames import Opcode
 from core.network.handshake import LinkKind
 from core.network.link import Link
+from core.network.rdma import RDMA_ASKED_S, agent_for
 from core.network.watch import HEARTBEAT_S
 
 logger = get_logger(__name__)
@@ -63,7 +65,7 @@ class Home(Protocol):
 
     def connect(self, host: str, port: int, kind: LinkKind) -> Connection: ...
 
-    def host(self, link_to: Callable[[str | None], Link], ask: Callable[[ReadFile], Chunk]) -> StageHost: ...
+    def host(self, way_to: Callable[[str | None], Way], ask: Callable[[ReadFile], Chunk]) -> StageHost: ...
 
     def watch(self, link: Link) -> None: ...
 
@@ -86,24 +88,24 @@ class Session:
         self._number = 0
         self._epoch = 0
         self._out: dict[str, tuple[Link, NodeEnd]] = {}
-        self._in: list[Link] = []
+        self._in: list[tuple[Link, NodeEnd]] = []
         self._timers: list[threading.Timer] = []
         self._closed = False
         self._calls = CallEnd(Call, self._serve, self._lost, "master", urgent=(AddRegion, DropRegion))
-        self._host = worker.host(self._link_to, self._ask)
+        self._host = worker.host(self._way_to, self._ask)
         with contextlib.ExitStack() as opened:
             control = opened.enter_context(contextlib.closing(worker.connect(host, port, "control")))
             worker.listen(control.getsockname()[0])
             data = opened.enter_context(contextlib.closing(worker.connect(host, port, "data")))
             blocks = opened.enter_context(contextlib.closing(worker.connect(host, port, "blocks")))
             opened.pop_all()
-        end = NodeEnd(self._host.hosted, self._other_lost)
+        end = self._end = NodeEnd(self._host.hosted, self._other_lost, means_for(data))
         kept = BlocksEnd(self._host.blocks.memories, self._other_lost)
         self._control = Link(control, 0, 0, self._calls, name="master", heartbeat_s=HEARTBEAT_S)
-        self._data = Link(data, 0, 0, end, name="master's data")
-        self._blocks = Link(blocks, 0, 0, kept, name="master's blocks")
+        self._data = Link(data, 0, 0, end, name="master's data", new_agent=agent_for(data))
+        self._blocks = Link(blocks, 0, 0, kept, name="master's blocks", new_agent=agent_for(blocks))
         self._calls.attach(self._control)
-        end.echo.attach(self._data)
+        end.attach(self._data)
         kept.attach(self._blocks)
         self._reporting = threading.Thread(target=self._report, name="vrm-report", daemon=True)
 
@@ -117,12 +119,14 @@ class Session:
 
     def take(self, sock: Connection, node: str) -> None:
         """Another worker has connected. Does not wait."""
-        end = NodeEnd(self._host.hosted, _note_lost)
-        link = Link(sock, self._number, 0, end, name=f"node {node[:8]}", heartbeat_s=HEARTBEAT_S)
+        end = NodeEnd(self._host.hosted, _note_lost, means_for(sock))
+        link = Link(
+            sock, self._number, 0, end, name=f"node {node[:8]}", heartbeat_s=HEARTBEAT_S, new_agent=agent_for(sock)
+        )
         link.epoch = self._epoch
-        end.echo.attach(link)
+        end.attach(link)
         with self._lock:
-            self._in.append(link)
+            self._in.append((link, end))
         link.start()
 
     def leave(self, reason: str) -> None:
@@ -140,13 +144,15 @@ class Session:
     def close(self) -> None:
         """Once it has ended: free the stages, close the links."""
         with self._lock:
-            links = [*self._in, *(link for link, _ in self._out.values())]
+            others = [*self._in, *self._out.values()]
             self._closed, timers = True, self._timers
         for timer in timers:
             timer.cancel()
             timer.join()
-        for link in (self._control, self._data, self._blocks, *links):
+        for link in (self._control, self._data, self._blocks, *(link for link, _ in others)):
             link.close(self.reason)
+        for end in (self._end, *(end for _, end in others)):
+            end.path.close()
         self._reporting.join()
         self._calls.close()
         self._host.close()
@@ -185,13 +191,14 @@ class Session:
             logger.error("what is computed here does not get on", reason=error.message)
             self._control.abort(f"it cannot reach another node: {error.message}", goodbye=True)
 
-    def _link_to(self, node: str | None) -> Link:
+    def _way_to(self, node: str | None) -> Way:
         if node is None:
-            return self._data
+            return Way(self._data, self._end.path)
         with self._lock:
             if node not in self._out:
                 raise NotFoundError(f"there is no link to node {node}")
-            return self._out[node][0]
+            link, end = self._out[node]
+            return Way(link, end.path)
 
     def _ask(self, asked: ReadFile) -> Chunk:
         return self._calls.call(asked, Chunk)
@@ -243,26 +250,28 @@ class Session:
         with self._lock:
             link, end = self._out.get(asked.node, (None, None))
         if link is None or end is None or link.error is not None:
-            end = NodeEnd(self._host.hosted, self._out_lost)
             try:
                 sock = self._worker.connect(asked.host, asked.port, "data")
             except OSError as error:
                 reason = error.strerror or str(error)
                 raise LinkLostError(f"{asked.host}:{asked.port} cannot be reached: {reason}") from error
-            link = Link(sock, self._number, 0, end, name=f"node {asked.node[:8]}")
+            end = NodeEnd(self._host.hosted, self._out_lost, means_for(sock))
+            link = Link(sock, self._number, 0, end, name=f"node {asked.node[:8]}", new_agent=agent_for(sock))
             link.epoch = self._epoch
-            end.echo.attach(link)
+            end.attach(link)
             link.start()
             self._worker.watch(link)  # whose other end is silent only if it is gone: nothing is computed to read it
             with self._lock:
                 self._out[asked.node] = (link, end)
+        link.ask_for_rdma(RDMA_ASKED_S)
+        end.path.open()
         speed = end.echo.measure()
         return Reached(speed.latency_s, speed.bandwidth_bytes_s)
 
     def _set_epoch(self, epoch: int) -> None:
         with self._lock:
             self._epoch = epoch
-            links = [self._data, *self._in, *(link for link, _ in self._out.values())]
+            links = [self._data, *(link for link, _ in (*self._in, *self._out.values()))]
         for link in links:
             link.epoch = epoch
 

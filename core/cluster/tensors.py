@@ -18,7 +18,12 @@ def payload_of(tensor: torch.Tensor) -> tuple[memoryview, str, tuple[int, ...]]:
 
 def buffer_for(header: Header) -> tuple[torch.Tensor, memoryview]:
     """An empty tensor for what a header announces, and its bytes. Raises `ProtocolError` for what is none."""
+    tensor = empty_for(header, torch.device("cpu"))
+    return tensor, tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def empty_for(header: Header, device: torch.device) -> torch.Tensor:
+    """An empty tensor for what a header announces. Raises `ProtocolError` for what is none."""
     if header.dtype == "bytes":
         raise ProtocolError(f"{header.opcode.name} is a tensor, not bytes")
-    tensor = torch.empty(header.shape, dtype=getattr(torch, header.dtype))
-    return tensor, tensor.reshape(-1).view(torch.uint8).numpy().data
+    return torch.empty(header.shape, dtype=getattr(torch, header.dtype), device=device)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from core.cluster.group_path import Way
 from core.cluster.hosting import StageHost, device_info
 from core.cluster.kept_blocks import LENT, KeptBlocks
 from core.cluster.messages import Chunk, NodeInfo, ReadFile, Report
@@ -218,11 +219,11 @@ class Worker:
             sock.close()
             raise
 
-    def host(self, link_to: Callable[[str | None], Link], ask: Callable[[ReadFile], Chunk]) -> StageHost:
+    def host(self, way_to: Callable[[str | None], Way], ask: Callable[[ReadFile], Chunk]) -> StageHost:
         """A new one, for one master."""
         has_cards = not all(device.is_main_memory for device in self._devices)
         blocks = KeptBlocks(self._settings, self._main_memory, has_cards=has_cards)
-        return StageHost(self._settings, self._devices, self._main_memory, self._transfer, link_to, ask, blocks)
+        return StageHost(self._settings, self._devices, self._main_memory, self._transfer, way_to, ask, blocks)
 
     def watch(self, link: Link) -> None:
         """End it when the other end is silent."""

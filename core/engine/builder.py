@@ -152,7 +152,10 @@ class EngineBuilder:
         plan, device, placed = self.plan, self.device_of(index), self.plan.placement.stages
         before = self.device_of(index - 1) if index else None
         fed_here = before is not None and before.is_here
-        entrance = before if before is not None and fed_here and before.computes_on_cpu else self._host.device
+        assert self._nodes is not None
+        entrance = self._host.device
+        if before is not None and fed_here and (before.computes_on_cpu or self._nodes.takes_from(before, device)):
+            entrance = before
         used = [plan.devices[stage.device_index] for stage in placed]
         costs, profile, link = None, None, None
         if device.is_emulated:

@@ -77,8 +77,8 @@ class Echo:
         self._number = number = self._number + 1
         began_s = time.perf_counter()
         self._link.send(Opcode.ECHO, [bytes(nbytes)], step=number)
+        came = self._link.wait_for(lambda: number in self._back or self._error is not None, self._changed, _PATIENCE_S)
         with self._changed:
-            came = self._changed.wait_for(lambda: number in self._back or self._error is not None, _PATIENCE_S)
             if self._error is not None:
                 raise self._error
             if not came:

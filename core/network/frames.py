@@ -46,6 +46,8 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 _FIELDS = struct.Struct("<4sBBHIHHQHBB4IIQI")
 _WHOLE = struct.Struct(_FIELDS.format + "I")
 _CHECKSUM = struct.Struct("<I")
+_NO_SHAPE = (0,) * MAX_DIMENSIONS
+_digest = xxhash.xxh3_64_intdigest
 
 
 class Opcode(enum.IntEnum):
@@ -56,11 +58,16 @@ class Opcode(enum.IntEnum):
     PROOF = 3
     WELCOME = 4
     REFUSED = 5
+    PROBE = 6
+    PROBED = 7
     HEARTBEAT = 8
     CREDIT = 9
     BYE = 10
     SHARE = 11
     SHARED = 12
+    REACH = 13
+    REGION = 14
+    TAKEN = 15
     CALL = 16
     ANSWER = 17
     STEP = 20
@@ -69,6 +76,7 @@ class Opcode(enum.IntEnum):
     SKIP = 23
     FAILED = 24
     PASS = 25
+    GROUP = 26
     KV_PAGES = 28
     KV_WANTED = 29
     KV_ANSWER = 30
@@ -79,6 +87,8 @@ class Opcode(enum.IntEnum):
     ECHO = 40
     ECHOED = 41
     REPORT = 44
+
+    __hash__ = int.__hash__  # an enum's own takes a while, and each frame is looked up several times
 
 
 _OPCODES = {int(opcode): opcode for opcode in Opcode}
@@ -94,6 +104,11 @@ MAX_PAYLOAD_BYTES: dict[Opcode, int] = {
     Opcode.BYE: KIB,
     Opcode.SHARE: 64,
     Opcode.SHARED: 0,
+    Opcode.PROBE: 4 * MIB,
+    Opcode.PROBED: 0,
+    Opcode.REACH: 0,
+    Opcode.REGION: 16 * KIB,
+    Opcode.TAKEN: 0,
     Opcode.CALL: 16 * MIB,
     Opcode.ANSWER: 16 * MIB,
     Opcode.STEP: 64 * MIB,
@@ -102,6 +117,7 @@ MAX_PAYLOAD_BYTES: dict[Opcode, int] = {
     Opcode.SKIP: 64 * KIB,
     Opcode.FAILED: 64 * KIB,
     Opcode.PASS: 0,
+    Opcode.GROUP: 4 * MIB,
     Opcode.KV_PAGES: 256 * MIB,
     Opcode.KV_WANTED: KIB,
     Opcode.KV_ANSWER: 256 * MIB,
@@ -127,11 +143,17 @@ class Flag(enum.IntFlag):
     """The last frame of several that belong together."""
     SHARED = 8
     """The payload is in memory that both ends see: `core/network/shared_memory.py`."""
+    REMOTE = 16
+    """The payload is in memory of the receiver's that the sender has written to: `core/network/rdma.py`. With `CHECKED`
+    alone."""
+    ELSEWHERE = 32
+    """The frame says what comes, and the payload comes another way: `core/cluster/group_path.py`."""
 
 
-_FLAGS = int(Flag.CHECKED | Flag.TRAILED | Flag.LAST | Flag.SHARED)
-_WAYS = frozenset((0, int(Flag.CHECKED), int(Flag.TRAILED), int(Flag.SHARED)))
-_WAY = int(Flag.CHECKED | Flag.TRAILED | Flag.SHARED)
+_CHECKED = int(Flag.CHECKED)  # an enum's `&` takes a while
+_WAYS = frozenset(map(int, (0, Flag.CHECKED, Flag.TRAILED, Flag.SHARED, Flag.REMOTE | Flag.CHECKED, Flag.ELSEWHERE)))
+_WAY = int(Flag.CHECKED | Flag.TRAILED | Flag.SHARED | Flag.REMOTE | Flag.ELSEWHERE)
+_FLAGS = _WAY | int(Flag.LAST)
 TRAILER_BYTES = 4
 SUMMED_AHEAD_BYTES = 256 << 10
 """Up to which a payload's checksum is in its header. A larger one is summed while it travels."""
@@ -172,7 +194,7 @@ class Header(NamedTuple):
 def checksum(parts: Sequence[Buffer]) -> int:
     """Of bytes that follow each other."""
     if len(parts) == 1:
-        return xxhash.xxh3_64_intdigest(parts[0]) & 0xFFFFFFFF
+        return _digest(parts[0]) & 0xFFFFFFFF
     state = xxhash.xxh3_64()
     for part in parts:
         state.update(part)
@@ -195,50 +217,53 @@ class Sum:
 
 def write_header(header: Header) -> bytes:
     """Its 64 bytes. The caller keeps to the bounds."""
-    shape = (*header.shape, 0, 0, 0, 0)[:MAX_DIMENSIONS]
+    return pack_header(*header)
+
+
+def pack_header(
+    opcode: Opcode, flags: int, epoch: int, source: int, destination: int, step: int, layer: int, dtype: str,
+    shape: tuple[int, ...], sequence: int, nbytes: int, payload_checksum: int,
+) -> bytes:  # fmt: skip
+    """What `write_header` does, of the fields of a `Header` in their order."""
+    first, second, third, fourth = (shape + _NO_SHAPE)[:MAX_DIMENSIONS]
     fields = _FIELDS.pack(
-        MAGIC, header.opcode, header.flags, 0, header.epoch, header.source, header.destination, header.step,
-        header.layer, DTYPES[header.dtype][0], len(header.shape), *shape, header.sequence, header.nbytes,
-        header.checksum,
+        MAGIC, opcode, flags, 0, epoch, source, destination, step, layer, DTYPES[dtype][0], len(shape), first, second,
+        third, fourth, sequence, nbytes, payload_checksum,
     )  # fmt: skip
-    return fields + _CHECKSUM.pack(checksum((fields,)))
+    return fields + _CHECKSUM.pack(_digest(fields) & 0xFFFFFFFF)
 
 
 def read_header(data: Buffer) -> Header:
     """The header in 64 bytes. Raises `ProtocolError` with what is wrong, before anything else is believed."""
     if len(data) != HEADER_BYTES:
         raise ProtocolError(f"a header has {len(data)} bytes instead of {HEADER_BYTES}")
-    (magic, code, flags, reserved, epoch, source, destination, step, layer, dtype_code, dimensions, *shape, sequence,
-     nbytes, payload_checksum, own_checksum) = _WHOLE.unpack(data)  # fmt: skip
+    (magic, code, flags, reserved, epoch, source, destination, step, layer, dtype_code, dimensions, first, second,
+     third, fourth, sequence, nbytes, payload_checksum, own_checksum) = _WHOLE.unpack(data)  # fmt: skip
     if magic != MAGIC:
         if magic[:3] != MAGIC[:3]:
             raise ProtocolError("this is not VTP")
         raise ProtocolError(f"VTP of version {magic[3]}; this program speaks version {VERSION}")
-    if own_checksum != checksum((data[: _FIELDS.size],)):
+    if own_checksum != _digest(data[: _FIELDS.size]) & 0xFFFFFFFF:
         raise ProtocolError("a header's checksum is wrong")
     opcode = _OPCODES.get(code)
     if opcode is None:
         raise ProtocolError(f"no opcode is {code}")
     if flags & ~_FLAGS or reserved or flags & _WAY not in _WAYS:
         raise ProtocolError(f"{opcode.name}: bits are set that mean nothing (flags {flags:#x}, reserved {reserved})")
-    dtype = _DTYPE_OF.get(dtype_code)
+    dtype, shape = _DTYPE_OF.get(dtype_code), (first, second, third, fourth)
     if dtype is None or dimensions > MAX_DIMENSIONS or any(shape[dimensions:]):
-        raise ProtocolError(f"{opcode.name}: dtype {dtype_code} with {dimensions} dimensions {shape}")
-    header = Header(
-        opcode, flags, epoch, source, destination, step, layer, dtype, tuple(shape[:dimensions]), sequence, nbytes,
-        payload_checksum,
-    )  # fmt: skip
-    _check_size(header)
-    return header
-
-
-def _check_size(header: Header) -> None:
-    check_bound(header.opcode, header.nbytes)
-    if header.dtype == "bytes":
-        if header.shape:
-            raise ProtocolError(f"{header.opcode.name}: bytes have no shape")
-    elif math.prod(header.shape) * DTYPES[header.dtype][1] != header.nbytes:
-        raise ProtocolError(f"{header.opcode.name}: {header.nbytes} bytes are not {header.dtype} {list(header.shape)}")
+        raise ProtocolError(f"{opcode.name}: dtype {dtype_code} with {dimensions} dimensions {list(shape)}")
+    if nbytes > MAX_PAYLOAD_BYTES[opcode]:
+        check_bound(opcode, nbytes)
+    shape = shape[:dimensions]
+    if dtype_code:
+        if math.prod(shape) * DTYPES[dtype][1] != nbytes:
+            raise ProtocolError(f"{opcode.name}: {nbytes} bytes are not {dtype} {list(shape)}")
+    elif dimensions:
+        raise ProtocolError(f"{opcode.name}: bytes have no shape")
+    return Header(
+        opcode, flags, epoch, source, destination, step, layer, dtype, shape, sequence, nbytes, payload_checksum
+    )
 
 
 def check_bound(opcode: Opcode, nbytes: int) -> None:
@@ -250,5 +275,5 @@ def check_bound(opcode: Opcode, nbytes: int) -> None:
 
 def check_payload(header: Header, payload: Buffer) -> None:
     """Raises `ProtocolError` if the payload is not what was sent."""
-    if header.flags & Flag.CHECKED and checksum((payload,)) != header.checksum:
+    if header.flags & _CHECKED and _digest(payload) & 0xFFFFFFFF != header.checksum:
         raise ProtocolError(f"{header.opcode.name}: the payload's checksum is wrong")

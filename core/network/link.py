@@ -5,9 +5,10 @@ reads, each payload straight into the buffer that the handler names for it. Payl
 have `WINDOW_BYTES` at the other end that have not been released there, and then waits. So nothing queues without bound,
 and a receiver with two buffers takes in the second payload while it works on the first.
 
-A handler is called in the reading thread. It may compute there, and send on other links. On its own it may only answer,
-which needs no credit, and only if the other end's reading thread never waits: two that both waited for room to write
-would wait for each other. So another thread tells of credit.
+A handler is called in the thread that reads: the link's own, or one that waits for what comes over it (`turns.py`). It
+may compute there, and send on other links. On its own it may only answer, which needs no credit, and only if the other
+end's reading thread never waits: two that both waited for room to write would wait for each other. So another thread
+tells of credit.
 """
 
 from __future__ import annotations
@@ -16,103 +17,64 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
 
 import numpy as np
 import structlog
 
 from core.errors import LinkLostError, NetworkError, ProtocolError
 from core.network.connection import Connection
-from core.network.frames import (
-    HEADER_BYTES,
-    SUMMED_AHEAD_BYTES,
-    TRAILER_BYTES,
-    Buffer,
-    Flag,
-    Header,
-    Opcode,
-    check_bound,
-    checksum,
-    read_header,
-    write_header,
-)
-from core.network.shared_memory import SharedMemory
-from core.network.sockets import receive_all, receive_payload, send_all, send_summed
-from core.network.traffic import LinkStats
+from core.network.flow import FREE, OWN_BUSINESS, RDMA_BUSINESS, TELL_CREDIT_AT, WINDOW_BYTES, LinkHandler, cost
+from core.network.frames import TRAILER_BYTES, Flag, Header, Opcode, read_header
+from core.network.nixl_agent import Agent
+from core.network.rdma import RemoteMemory, no_agent
+from core.network.sending import Sender
+from core.network.sockets import Source, receive_payload
+from core.network.turns import Turn
 
 logger = structlog.get_logger(__name__)
 
-WINDOW_BYTES = 64 << 20
-"""Of payloads that one end may have sent and the other not released. Both ends count by the same rule; see `cost`."""
-_LEAST_COST = 1 << 10
-_TELL_CREDIT_AT = WINDOW_BYTES // 8
 _GOODBYE_S = 1.0
-_OWN_BUSINESS = frozenset({Opcode.HEARTBEAT, Opcode.CREDIT, Opcode.BYE, Opcode.SHARE, Opcode.SHARED})
-_SIGNS = frozenset({Opcode.HEARTBEAT, Opcode.REPORT})
-_CHECKED, _TRAILED, _IN_MEMORY = int(Flag.CHECKED), int(Flag.TRAILED), int(Flag.SHARED)  # an enum's `&` takes a while
+_TRAILED, _IN_MEMORY, _ELSEWHERE = int(Flag.TRAILED), int(Flag.SHARED), int(Flag.ELSEWHERE)  # see `sending.py`
+_OTHER_WAYS = int(Flag.SHARED | Flag.REMOTE | Flag.ELSEWHERE)
 _ASKS, _ANSWERS = 0, 1
 """A heartbeat's `layer`. One that asks has the sender's clock as its step; one that answers has the same step."""
-_FREE = _OWN_BUSINESS | {
-    Opcode.ANSWER, Opcode.RESULTS, Opcode.FAILED, Opcode.KV_ANSWER, Opcode.PARTIAL, Opcode.ECHOED,
-}  # fmt: skip
-"""Needs no credit: whoever asked has room for the answer."""
 
 
-def cost(nbytes: int) -> int:
-    """What a payload takes of the window: its bytes, at least 1 KiB, and at most what comes back in any case while the
-    other end keeps to itself what is not worth telling yet."""
-    return min(max(nbytes, _LEAST_COST), WINDOW_BYTES - _TELL_CREDIT_AT)
-
-
-class LinkHandler(Protocol):
-    """What becomes of what arrives. All but `lost` are called in the link's thread."""
-
-    def buffer_for(self, header: Header) -> memoryview | None:
-        """Where the payload goes, `header.nbytes` bytes or more; None: into a buffer of its own. Raises `ProtocolError`
-        for what is not expected."""
-
-    def received(self, header: Header, payload: memoryview) -> bool:
-        """A frame is there. Whether its payload is done with; if not, `Link.release(header)` says so later."""
-
-    def lost(self, error: NetworkError) -> None:
-        """Once, from whichever thread noticed."""
-
-
-class Link:
+class Link(Sender):
     """One connection after the handshake; `start` begins to read. `own` and `peer` are the nodes' numbers.
 
     With `heartbeat_s` the other end hears of this one so often, whatever else there is to say. `heard_s` is when the
     other end was heard of, by `time.monotonic()`; `round_trip_s` what the last heartbeat took there and back, threads
     that had to wake included. `observe` hears of each of these as "round_trip", and of how long a tensor took to be
-    sent, what it waited for credit included, as "send".
+    sent, what it waited for credit included, as "send". `new_agent` is for `ask_for_rdma`.
     """
 
     def __init__(
         self, sock: Connection, own: int, peer: int, handler: LinkHandler, *, name: str,
         heartbeat_s: float | None = None, observe: Callable[[str, float], None] | None = None,
+        new_agent: Callable[[], Agent] = no_agent,
     ) -> None:  # fmt: skip
         sock.settimeout(None)
         with contextlib.suppress(OSError):  # not every kind of socket has it
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.name = name
-        self.epoch = 0
-        self.stats = LinkStats()
-        self._socket = sock
-        self._memory = SharedMemory(sock)
-        self._own, self._peer = own, peer
+        remote = RemoteMemory(name, new_agent, self.send, self._answer, lambda: self._error is not None)
+        super().__init__(sock, own, peer, name, remote, observe)
+        self._source = Source(sock)
+        self._turn = Turn(sock, self._source)
+        self._expected = 0
         self._handler = handler
-        self._sending = threading.Lock()
-        self._sequence = 0
+        self.elsewhere: Callable[[Header, bool], None] | None = None
+        """Brings the payload of a frame that came without it, or drops it. Called as handlers are."""
         self._credit = WINDOW_BYTES
         self._released = 0
         self._heartbeat_s = heartbeat_s
-        self._observe = observe
         self._asked_ns = 0
         self._answers: dict[Opcode, tuple[int, int]] = {}
         self.heard_s = time.monotonic()
         self.round_trip_s: float | None = None
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)  # whose own methods take a while
         self._error: NetworkError | None = None
         self.has_left = False
         """Whether it was this end that said goodbye."""
@@ -125,80 +87,19 @@ class Link:
         for thread in self._threads:
             thread.start()
 
-    # -- sending ----------------------------------------------------------------------------------------------------
+    def ask_for_rdma(self, timeout_s: float = 0.0) -> bool:
+        """Find out whether large payloads go by RDMA from here, and wait so long for it. Whether they do so then."""
+        return self._remote.ask(timeout_s)
 
-    def send(
-        self,
-        opcode: Opcode,
-        payload: Sequence[Buffer] = (),
-        *,
-        step: int = 0,
-        layer: int = 0,
-        dtype: str = "bytes",
-        shape: tuple[int, ...] = (),
-        flags: int = 0,
-    ) -> None:
-        """One frame; the payload's parts follow each other. Returns when the kernel has all of it, so the parts may
-        change then. Waits for credit. Raises `LinkLostError`, and `ProtocolError` for what no frame may hold."""
-        parts = [memoryview(part).cast("B") for part in payload if len(part)]
-        nbytes = sum(map(len, parts))
-        check_bound(opcode, nbytes)
-        began_s = time.perf_counter()
-        if opcode not in _FREE:
-            self._take_credit(cost(nbytes))
-        large = nbytes > SUMMED_AHEAD_BYTES
-        flags, summed = (int(flags), 0) if large else (flags | _CHECKED, checksum(parts))
-        try:
-            with self._sending:
-                if large and (offer := self._memory.offer(nbytes)) is not None:
-                    self._write_own(Opcode.SHARE, offer)
-                if large:
-                    flags |= _IN_MEMORY if self._memory.takes(nbytes) else _TRAILED
-                self._write(opcode, flags, step, layer, dtype, shape, nbytes, summed, parts)
-                self._count_sent(opcode, nbytes, tensor=dtype != "bytes")
-        except OSError as error:
-            raise self._lose(LinkLostError(f"{self.name}: {error.strerror or error}", node=self.name)) from error
-        if self._observe is not None and dtype != "bytes":
-            self._observe("send", time.perf_counter() - began_s)
-
-    def _write_own(self, opcode: Opcode, data: bytes) -> None:
-        """A frame of the link's own business, by whoever may send now."""
-        self._write(opcode, _CHECKED, 0, 0, "bytes", (), len(data), checksum((data,)), [memoryview(data)])
-
-    def _write(
-        self, opcode: Opcode, flags: int, step: int, layer: int, dtype: str, shape: tuple[int, ...], nbytes: int,
-        summed: int, parts: Sequence[memoryview],
-    ) -> None:  # fmt: skip
-        """A frame, by whoever may send now."""
-        head = write_header(
-            Header(
-                opcode, flags, self.epoch, self._own, self._peer, step, layer, dtype, shape, self._sequence, nbytes,
-                summed,
-            )
-        )  # fmt: skip
-        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
-        if flags & _IN_MEMORY:
-            self._memory.send(self._socket, head, parts)
-        elif flags & _TRAILED:
-            send_summed(self._socket, head, parts)
-        else:
-            send_all(self._socket, [head, *parts])
-
-    def _count_sent(self, opcode: Opcode, nbytes: int, *, tensor: bool) -> None:
-        stats = self.stats
-        stats.sent_frames += 1
-        stats.sent_bytes += nbytes
-        stats.sent_tensors += tensor
-        stats.sent_tensor_bytes += nbytes if tensor else 0
-        stats.sent_signs += opcode in _SIGNS
+    # -- credit, and signs of life ----------------------------------------------------------------------------------
 
     def release(self, header: Header) -> None:
         """A payload is done with: the other end may send as much again."""
-        if header.opcode in _FREE:
+        if header.opcode in FREE:
             return
-        with self._changed:
+        with self._lock:
             self._released += cost(header.nbytes)
-            if self._released >= _TELL_CREDIT_AT:
+            if self._released >= TELL_CREDIT_AT:
                 self._changed.notify_all()
 
     def _tell_credit(self) -> None:
@@ -210,7 +111,7 @@ class Link:
                 self._changed.wait_for(self._has_to_tell, left_s)
                 if self._error is not None:
                     return
-                told = self._released if self._released >= _TELL_CREDIT_AT else 0
+                told = self._released if self._released >= TELL_CREDIT_AT else 0
                 self._released -= told
                 answers, self._answers = self._answers, {}
             with contextlib.suppress(LinkLostError):  # the handler hears of it
@@ -224,12 +125,13 @@ class Link:
                     self.send(Opcode.HEARTBEAT, step=self._asked_ns, layer=_ASKS)
 
     def _has_to_tell(self) -> bool:
-        return self._released >= _TELL_CREDIT_AT or bool(self._answers) or self._error is not None
+        return self._released >= TELL_CREDIT_AT or bool(self._answers) or self._error is not None
 
     def _take_credit(self, wanted: int) -> None:
-        with self._changed:
+        with self._lock:
             if self._credit < wanted:
-                self._changed.wait_for(lambda: self._credit >= wanted or self._error is not None)
+                with self._turn.read_by_its_own():
+                    self._changed.wait_for(lambda: self._credit >= wanted or self._error is not None)
             if self._error is not None:
                 raise self._error
             self._credit -= wanted
@@ -237,18 +139,51 @@ class Link:
     # -- receiving --------------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
-        head = memoryview(bytearray(HEADER_BYTES))
-        expected = 0
         try:
-            while True:
-                receive_all(self._socket, head)
-                header = read_header(head)
-                if header.sequence != expected:
-                    raise ProtocolError(f"frame {header.sequence} instead of {expected}")
-                expected = (expected + 1) & 0xFFFFFFFF
-                self.heard_s = time.monotonic()
-                self._take(header)
-                self.heard_s = time.monotonic()
+            while self._error is None:
+                self._turn.own()
+                self._read_frame()
+        finally:
+            self._turn.done()
+
+    def wait_for(
+        self, is_over: Callable[[], bool], changed: threading.Condition, timeout_s: float | None = None
+    ) -> bool:
+        """Until something has come over the link, or the link has ended and its handler knows: until `is_over`, which
+        is asked while `changed` is held, and which whoever makes it true tells by `changed`. Who does so without the
+        link calls `wake`, too. Whether it is over by then. The calling thread may read the link meanwhile, so not in
+        one of the link's own threads, and not while it holds what a handler needs."""
+
+        def look() -> bool:
+            with changed:
+                return is_over()
+
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
+        turn = self._turn
+        try:
+            if turn.borrow(look, until_s):
+                while not look() and self._error is None and (until_s is None or time.monotonic() < until_s):
+                    if turn.comes(until_s):
+                        self._read_frame()
+            with changed:
+                return changed.wait_for(is_over, None if until_s is None else until_s - time.monotonic())
+        finally:
+            turn.give_back()
+
+    def wake(self) -> None:
+        """What somebody waits for may have come another way: see `wait_for`."""
+        self._turn.wake()
+
+    def _read_frame(self) -> None:
+        """One, by whoever's turn it is. Whatever is wrong with it ends the link."""
+        try:
+            header = read_header(self._source.head())
+            if header.sequence != self._expected:
+                raise ProtocolError(f"frame {header.sequence} instead of {self._expected}")
+            self._expected = (self._expected + 1) & 0xFFFFFFFF
+            self.heard_s = time.monotonic()
+            self._take(header)
+            self.heard_s = time.monotonic()
         except ProtocolError as error:
             self._lose(error, goodbye=error.message)
         except NetworkError as error:
@@ -261,35 +196,49 @@ class Link:
 
     def _take(self, header: Header) -> None:
         """Read a frame's payload, and hand it on."""
-        if header.opcode in _OWN_BUSINESS:
+        if header.opcode in OWN_BUSINESS:
             self._own_business(header)
         elif header.epoch != self.epoch:
             self._skip(header)
             self.stats.stale += 1
             self.release(header)
+        elif header.flags & _ELSEWHERE:
+            self._announced(header, keep=True)
+            self.stats.received(header, rdma=False)
+            if self._handler.received(header, memoryview(b"")):
+                self.release(header)
         else:
             buffer = self._handler.buffer_for(header)
             if buffer is None:
                 buffer = np.empty(header.nbytes, dtype=np.uint8).data
             payload = buffer[: header.nbytes]
-            if header.flags & _IN_MEMORY:
-                self._memory.receive(self._socket, header.nbytes, payload)
-            else:
-                receive_payload(self._socket, header, payload)
-            stats = self.stats
-            stats.received_frames += 1
-            stats.received_bytes += header.nbytes
-            stats.received_tensors += header.dtype != "bytes"
-            stats.received_signs += header.opcode in _SIGNS
+            self._receive(header, payload)
+            self.stats.received(header, rdma=bool(header.flags & Flag.REMOTE))
             if self._handler.received(header, payload):
                 self.release(header)
 
+    def _announced(self, header: Header, *, keep: bool) -> None:
+        if self.elsewhere is None:
+            raise ProtocolError(f"{header.opcode.name} without its payload, which comes no other way here")
+        self.elsewhere(header, keep)
+
+    def _receive(self, header: Header, payload: memoryview) -> None:
+        """A payload, whichever way it comes."""
+        if not header.flags & _OTHER_WAYS:
+            receive_payload(self._source, header, payload)
+        elif header.flags & _IN_MEMORY:
+            self._memory.receive(self._source, header.nbytes, payload)
+        else:
+            self._remote.receive(self._source, header, payload)
+
     def _own_business(self, header: Header) -> None:
-        if header.flags & _IN_MEMORY:
+        if header.flags & _OTHER_WAYS and header.opcode is not Opcode.PROBE:
             raise ProtocolError(f"{header.opcode.name} does not travel in shared memory")
         payload = memoryview(bytearray(header.nbytes))
-        receive_payload(self._socket, header, payload)
-        if header.opcode is Opcode.CREDIT:
+        self._receive(header, payload)
+        if header.opcode in RDMA_BUSINESS:
+            self._remote.heard(header, payload)
+        elif header.opcode is Opcode.CREDIT:
             with self._changed:
                 self._credit += header.step
                 if self._credit > WINDOW_BYTES:
@@ -321,14 +270,13 @@ class Link:
 
     def _skip(self, header: Header) -> None:
         if header.flags & _IN_MEMORY:
-            self._memory.receive(self._socket, header.nbytes, None)
-            return
-        nbytes = header.nbytes + (TRAILER_BYTES if header.flags & _TRAILED else 0)
-        scratch = memoryview(bytearray(min(nbytes, 1 << 16)))
-        while nbytes:
-            part = scratch[: min(nbytes, len(scratch))]
-            receive_all(self._socket, part)
-            nbytes -= len(part)
+            self._memory.receive(self._source, header.nbytes, None)
+        elif header.flags & Flag.REMOTE:
+            self._remote.receive(self._source, header, None)
+        elif header.flags & _ELSEWHERE:
+            self._announced(header, keep=False)
+        else:
+            self._source.skip(header.nbytes + (TRAILER_BYTES if header.flags & _TRAILED else 0))
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
@@ -344,9 +292,12 @@ class Link:
         for thread in self._threads:
             if thread.is_alive() and thread is not threading.current_thread():
                 thread.join()
+        self._remote.join()
+        self._turn.close()
         with self._sending:  # another thread may be saying goodbye
             self._socket.close()
             self._memory.close()
+            self._remote.close()
 
     def abort(self, reason: str, *, goodbye: bool = False) -> None:
         """End without waiting for threads, in any thread; `close` it all the same. `goodbye`: tell the other end, which
@@ -376,6 +327,8 @@ class Link:
             self.has_left = self.has_left or (first and goodbye is not None)
             self._changed.notify_all()
         if first:
+            self._turn.end()
+            self._remote.end()
             if goodbye is not None:
                 self._say_goodbye(goodbye)
             with contextlib.suppress(OSError):

@@ -39,7 +39,7 @@ import structlog
 from core.errors import ProtocolError
 from core.network.connection import Connection
 from core.network.frames import MIB
-from core.network.sockets import receive_all, send_all
+from core.network.sockets import Source, send_all
 
 if sys.platform == "linux":
     import fcntl
@@ -152,27 +152,27 @@ class _Incoming:
         self._copied = 0
         self._has_been_told = False
 
-    def receive(self, sock: Connection, nbytes: int, payload: memoryview | None) -> None:
-        """A payload, after its header; None: it is dropped. Raises what `receive_all` does, and `ProtocolError`."""
+    def receive(self, source: Source, nbytes: int, payload: memoryview | None) -> None:
+        """A payload, after its header; None: it is dropped. Raises what `Source.fill` does, and `ProtocolError`."""
         told = memoryview(bytearray(_OFFSET.size))
-        receive_all(sock, told)
+        source.fill(told)
         (offset,) = _OFFSET.unpack(told)
         if offset >= RING_BYTES or nbytes > RING_BYTES:
             raise ProtocolError(f"{nbytes} bytes from {offset} on are not within a ring of {RING_BYTES}")
         into = None if payload is None else np.frombuffer(payload, dtype=np.uint8)
         begin, done = self._copied, 0
         while done < nbytes:
-            there = self._wait_for_more(sock, told, begin + done, begin + nbytes) - begin
+            there = self._wait_for_more(source, told, begin + done, begin + nbytes) - begin
             if into is not None:
                 self._get(into[done:there], (offset + done) % RING_BYTES)
             done = there
             self._copied = begin + done
             self._region.copied[0] = self._copied
         if not self._has_been_told:
-            receive_all(sock, told[:1])
+            source.fill(told[:1])
         self._has_been_told = False
 
-    def _wait_for_more(self, sock: Connection, scratch: memoryview, than: int, up_to: int) -> int:
+    def _wait_for_more(self, source: Source, scratch: memoryview, than: int, up_to: int) -> int:
         """How far a payload is there, more than it was. Looks for a moment, and is woken at the latest when all is."""
         deadline_s = time.perf_counter() + _PATIENCE_S
         while (there := min(int(self._region.put[0]), up_to)) <= than:
@@ -181,7 +181,7 @@ class _Incoming:
             elif self._has_been_told:
                 raise ProtocolError("a payload is said to be in shared memory, and is not")
             else:
-                receive_all(sock, scratch[:1])
+                source.fill(scratch[:1])
                 self._has_been_told = True
         return there
 
@@ -204,7 +204,7 @@ class SharedMemory:
     """What a link needs of both directions' regions. One thread may send, and another one receive."""
 
     def __init__(self, sock: Connection) -> None:
-        self._possible = _may_be_on_this_host(sock)
+        self._possible = may_be_on_one_host(sock)
         self._outgoing: _Outgoing | None = None
         self._incoming: _Incoming | None = None
 
@@ -247,11 +247,11 @@ class SharedMemory:
         assert self._outgoing is not None
         self._outgoing.send(sock, head, parts)
 
-    def receive(self, sock: Connection, nbytes: int, payload: memoryview | None) -> None:
-        """A payload, after its header; None: it is dropped. Raises what `receive_all` does, and `ProtocolError`."""
+    def receive(self, source: Source, nbytes: int, payload: memoryview | None) -> None:
+        """A payload, after its header; None: it is dropped. Raises what `Source.fill` does, and `ProtocolError`."""
         if self._incoming is None:
             raise ProtocolError("a payload in memory that was not offered")
-        self._incoming.receive(sock, nbytes, payload)
+        self._incoming.receive(source, nbytes, payload)
 
     def close(self) -> None:
         """The link has ended, and nobody sends or receives any more."""
@@ -261,8 +261,8 @@ class SharedMemory:
         self._possible = False
 
 
-def _may_be_on_this_host(sock: Connection) -> bool:
-    """Whether it is worth to offer; that the other end sees the memory is found out then."""
+def may_be_on_one_host(sock: Connection) -> bool:
+    """Whether it is worth to offer memory; that the other end sees it is found out then."""
     if sys.platform != "linux" or not _ORDERED:
         return False
     if sock.family == socket.AF_UNIX:

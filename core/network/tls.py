@@ -99,6 +99,11 @@ class TlsEnd:
                 raise ConnectionAbortedError(f"TLS: {_reason(error)}") from error
             return self._outgoing.read()
 
+    def has_bytes(self) -> bool:
+        """Whether something has been taken that is not opened yet, be it half a record."""
+        with self._lock:
+            return bool(self._incoming.pending or self._state.pending())
+
     def open_into(self, view: memoryview) -> int | None:
         """Decrypt into the view what is there, of one record at most; how many bytes that were. 0: the other end has
         ended it. None: more has to be taken first. Raises `ProtocolError` for what the other end did not send."""
@@ -128,6 +133,7 @@ class TlsConnection:
         self._scratch = memoryview(bytearray(_PIECE_BYTES))
         self.binding = end.binding
         """See `TlsEnd.binding`."""
+        self.has_bytes = end.has_bytes
         self.settimeout, self.setsockopt = sock.settimeout, sock.setsockopt
         self.fileno, self.shutdown, self.close = sock.fileno, sock.shutdown, sock.close
 

@@ -12,7 +12,7 @@ from core.metrics import NAMESPACE
 from core.network.traffic import LinkStats
 
 TRANSPORT = "tcp"
-"""Of every link so far."""
+"""Of every link; large payloads may go by RDMA beside it."""
 
 _TENSORS = (
     ("vtp_tensors_sent", "Tensors sent to other machines.", "sent_tensors"),
@@ -20,8 +20,8 @@ _TENSORS = (
     ("vtp_bytes_sent", "Bytes of tensors sent to other machines.", "sent_tensor_bytes"),
 )
 """Name, help text, field."""
+_SENT_RECEIVED = ("sent", "received")
 _DIRECTIONS = (
-    ("fastpath_bytes", "Payload bytes between machines.", ("sent_bytes", "received_bytes")),
     ("telemetry_packets", "Heartbeats and reports between machines.", ("sent_signs", "received_signs")),
     ("vtp_kv_cache_ops", "Blocks of KV, or parts of them, between machines.", ("sent_blocks", "received_blocks")),
 )
@@ -31,17 +31,34 @@ _DIRECTIONS = (
 def network_metrics(cluster: Master | None) -> Iterator[Metric]:
     """Since the server started, nodes that have gone included. No samples where no machines may join."""
     stats = cluster.traffic() if cluster is not None else None
+    yield _bytes_moved(stats)
     for name, help_text, fields in _DIRECTIONS:
-        labels = ["method", "direction"] if name == "fastpath_bytes" else ["direction"]
-        family = CounterMetricFamily(f"{NAMESPACE}_{name}", help_text, labels=labels)
-        for direction, field in zip(("sent", "received"), fields, strict=True):
-            _add(family, [direction] if len(labels) == 1 else [TRANSPORT, direction], stats, field)
+        family = CounterMetricFamily(f"{NAMESPACE}_{name}", help_text, labels=["direction"])
+        for direction, field in zip(_SENT_RECEIVED, fields, strict=True):
+            _add(family, [direction], stats, field)
         yield family
     for name, help_text, field in _TENSORS:
         family = CounterMetricFamily(f"{NAMESPACE}_{name}", help_text, labels=["tier"])
         _add(family, [TRANSPORT], stats, field)
         yield family
+    if stats is not None and stats.sent_gpudirect:  # absent where there is none
+        yield CounterMetricFamily(
+            f"{NAMESPACE}_vtp_gpudirect_ops", "Tensors from a GPU to a network card, past main memory.",
+            value=stats.sent_gpudirect,
+        )  # fmt: skip
     yield _interfaces(cluster)
+
+
+def _bytes_moved(stats: LinkStats | None) -> Metric:
+    """By the way that they took; RDMA has samples once something has gone by it."""
+    name = f"{NAMESPACE}_fastpath_bytes"
+    family = CounterMetricFamily(name, "Payload bytes between machines.", labels=["method", "direction"])
+    for direction in _SENT_RECEIVED if stats is not None else ():
+        by_rdma = getattr(stats, f"{direction}_rdma_bytes")
+        family.add_metric([TRANSPORT, direction], getattr(stats, f"{direction}_bytes") - by_rdma)
+        if by_rdma:
+            family.add_metric(["rdma", direction], by_rdma)
+    return family
 
 
 def _add(family: CounterMetricFamily, labels: list[str], stats: LinkStats | None, field: str) -> None:

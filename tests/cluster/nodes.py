@@ -15,7 +15,8 @@ from core.engine.model_engine import ModelEngine
 from core.errors import NetworkError
 from core.execution.known_sequences import KnownSequences
 from core.execution.stage_handle import StageHandle
-from core.network.link import Link, LinkHandler
+from core.network.flow import LinkHandler
+from core.network.link import Link
 
 MASTER = 0
 

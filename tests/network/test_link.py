@@ -12,9 +12,10 @@ import pytest
 from steering import LONGEST_WAIT_S, until
 
 from core.errors import LinkLostError, NetworkError, ProtocolError
-from core.network import link as link_module
+from core.network import sending
+from core.network.flow import WINDOW_BYTES, cost
 from core.network.frames import MIB, SUMMED_AHEAD_BYTES, Flag, Header, Opcode, Sum, write_header
-from core.network.link import WINDOW_BYTES, Link, cost
+from core.network.link import Link
 from core.network.sockets import send_all
 from core.network.traffic import LinkStats
 
@@ -270,15 +271,15 @@ def test_what_no_frame_may_hold_is_not_sent(pair: Pair) -> None:
 def test_an_end_that_two_threads_close_says_goodbye_once(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other thread waits for it, and does not close the connection under it."""
     begun, go_on = threading.Event(), threading.Event()
-    write = link_module.write_header
+    pack = sending.pack_header
 
-    def slow(header: Header) -> bytes:
-        if header.opcode is Opcode.BYE:
+    def slow(opcode: Opcode, *fields: Any) -> bytes:
+        if opcode is Opcode.BYE:
             begun.set()
             assert go_on.wait(LONGEST_WAIT_S)
-        return write(header)
+        return pack(opcode, *fields)
 
-    monkeypatch.setattr(link_module, "write_header", slow)
+    monkeypatch.setattr(sending, "pack_header", slow)
     failed: list[BaseException] = []
 
     def close(reason: str) -> None:
