@@ -24,6 +24,11 @@ WAIT_S = 20.0
 """The same on a machine that is busy, and how long a request waits for others' grammars."""
 MAX_KEPT = 64
 MAX_REASON = 300
+ONE_OF = (
+    "oneOf constraints are not supported. Enable 'coerce_one_of' option to approximate oneOf with anyOf",
+    "oneOf, whose branches do not plainly exclude each other; anyOf may do",
+)
+"""What llguidance says, and what helps a client."""
 
 
 class GrammarError(ValueError):
@@ -68,7 +73,7 @@ class Grammars:
             self._try_elsewhere(grammar)
             self.matcher(grammar)
         except GrammarError as error:
-            reason = " ".join(str(error).split())[:MAX_REASON]
+            reason = " ".join(str(error).split()).replace(*ONE_OF)[:MAX_REASON]
             said = f"{param} is nothing that an answer can be made to keep to{where(reason)}: {reason}"
             raise InvalidRequestError(said, param=param) from None
 
