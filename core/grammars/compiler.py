@@ -23,6 +23,8 @@ CPU_S = 2
 WAIT_S = 20.0
 """The same on a machine that is busy, and how long a request waits for others' grammars."""
 MAX_KEPT = 64
+MAX_KEPT_CHARACTERS = 1 << 20
+"""Of all grammars that are kept together; compiled, one takes up to a hundred times as much."""
 MAX_REASON = 300
 ONE_OF = (
     "oneOf constraints are not supported. Enable 'coerce_one_of' option to approximate oneOf with anyOf",
@@ -118,6 +120,6 @@ class Grammars:
             raise GrammarError(made.get_error())
         with self._lock:
             self._kept[grammar] = made
-            while len(self._kept) > MAX_KEPT:
+            while len(self._kept) > MAX_KEPT or sum(map(len, self._kept)) > MAX_KEPT_CHARACTERS:
                 self._kept.popitem(last=False)
             return made.deep_copy()
