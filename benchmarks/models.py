@@ -127,17 +127,28 @@ def random_weights(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, tor
     return weights
 
 
-def build_checkpoint(directory: Path, shape: Shape, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
-    """Write a complete checkpoint (weights, configuration, tokenizer) into ``directory``, or reuse the one there.
+def build_checkpoint(
+    directory: Path,
+    shape: Shape,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> Path:
+    """Write a complete checkpoint (weights, configuration, tokenizer) into ``directory``, or reuse the one there. With
+    a ``tokenizer`` of one's own, which knows how an answer begins and ends, it is written anew.
 
     It is written beside its place and then renamed, so a build that was interrupted is never taken for a model.
     """
     recipe = {"version": 1, "dtype": str(dtype), "seed": seed, **asdict(shape)}
     marker = directory / "recipe.json"
-    if marker.is_file() and json.loads(marker.read_text()) == recipe:
+    if tokenizer is None and marker.is_file() and json.loads(marker.read_text()) == recipe:
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=directory.name + ".", dir=directory.parent))
+    bos_id, eos_id = BOS_ID, EOS_ID
+    if tokenizer is not None:
+        bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ends = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": PAD_ID}
     try:
         weights = random_weights(shape, dtype, seed)
         save_file(weights, staging / "model.safetensors", metadata={"format": "pt"})
@@ -145,16 +156,11 @@ def build_checkpoint(directory: Path, shape: Shape, dtype: torch.dtype = torch.b
             architectures=["LlamaForCausalLM"], vocab_size=shape.vocab, hidden_size=shape.hidden,
             intermediate_size=shape.intermediate, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
             num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim, max_position_embeddings=shape.context,
-            tie_word_embeddings=False, bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, dtype=dtype,
+            tie_word_embeddings=False, dtype=dtype, **ends,
         )  # fmt: skip
         config.save_pretrained(staging)
-        GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID).save_pretrained(staging)
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=build_tokenizer(shape.vocab), bos_token="<|bos|>", eos_token="<|eos|>",
-            pad_token="<|pad|>", model_max_length=shape.context,
-        )  # fmt: skip
-        tokenizer.chat_template = CHAT_TEMPLATE
-        tokenizer.save_pretrained(staging)
+        GenerationConfig(**ends).save_pretrained(staging)
+        (tokenizer or _own_tokenizer(shape)).save_pretrained(staging)
         (staging / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
         if directory.exists():
             shutil.rmtree(directory)
@@ -162,6 +168,15 @@ def build_checkpoint(directory: Path, shape: Shape, dtype: torch.dtype = torch.b
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return directory
+
+
+def _own_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=build_tokenizer(shape.vocab), bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|pad|>",
+        model_max_length=shape.context,
+    )  # fmt: skip
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def resolve_model(name: str, workdir: Path) -> Path:

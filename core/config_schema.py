@@ -32,7 +32,7 @@ class ModelSettings(Section):
     name: str | None = setting(
         None,
         "Model to serve: a Hugging Face hub id or a directory holding config.json and safetensors. "
-        "Not set: the demo model that comes with VRAMancer.",
+        "Not set: the demo model that comes with VRAMancer; none: no model here, for other servers' alone.",
         flag="model",
         min_length=1,
         common=True,

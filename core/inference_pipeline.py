@@ -16,7 +16,7 @@ from core.batching.sequence import RawAnswer, RawOutput, RawPositions, Request
 from core.batching.traced import Traced
 from core.cluster.master import Master
 from core.config import Settings
-from core.defaults import DEFAULT_OWNER, DEMO_NAME
+from core.defaults import DEFAULT_OWNER, DEMO_NAME, NO_MODEL
 from core.devices import Device, open_main_memory, parse_link
 from core.devices.monitor import GPUMonitor
 from core.devices.readings import DeviceReading
@@ -25,7 +25,15 @@ from core.engine.keeper import EngineKeeper
 from core.engine.model_engine import ModelEngine, ProgressCall
 from core.engine.relocation import Relocation
 from core.engine.submission import LoadedModel, make_raw_request, make_request
-from core.errors import ConflictError, EngineMovedError, ModelChangedError, ModelNotLoadedError, UnavailableError
+from core.errors import (
+    ConfigError,
+    ConflictError,
+    EngineMovedError,
+    InvalidRequestError,
+    ModelChangedError,
+    ModelNotLoadedError,
+    UnavailableError,
+)
 from core.logs import get_logger
 from core.metrics import MetricsRegistry
 from core.parsers.families import ReasoningParserName, ToolParserName
@@ -114,7 +122,7 @@ class InferencePipeline:
         if engine is None and self.waiting_for is not None:
             raise ModelNotLoadedError(f"No model is loaded yet: {self.waiting_for}", retry_after_s=MISSING_RETRY_S)
         if engine is None:
-            raise ModelNotLoadedError("No model is loaded. Load one with POST /api/models/load.")
+            raise ModelNotLoadedError("No model is loaded here. Load one with POST /api/models/load.")
         return engine
 
     @property
@@ -158,11 +166,33 @@ class InferencePipeline:
             self._keeper.growth.look_soon()
         return loaded
 
+    def open_without_model(self) -> None:
+        """Serve what other servers, the embedding model and the reranker answer for, until a model is loaded.
+
+        Raises `ConfigError` if there is none of these, and what opening encoders does.
+        """
+        embeddings = self.settings.embeddings
+        if not self.upstreams.named and embeddings.model in (None, NO_MODEL) and embeddings.reranker is None:
+            raise ConfigError(
+                f"With model.name {NO_MODEL!r} there is nothing to serve: backend.upstreams, embeddings.model or "
+                "embeddings.reranker has to name something."
+            )
+        with self._keeper.exclusive():
+            self.encoders.open()
+            self.monitor.start()
+
+    @property
+    def _without_model(self) -> bool:
+        """Whether none is to be loaded, and none is."""
+        return self.settings.model.name == NO_MODEL and self._keeper.engine is None and not self.loading
+
     def _load_settings(
         self, model: str | None, num_gpus: int | None, dtype: str | None, devices: str | None,
         max_model_len: int | None, parsers: Mapping[str, str | None],
     ) -> Settings:  # fmt: skip
         base = self.settings
+        if model is None and base.model.name == NO_MODEL:
+            raise InvalidRequestError("The settings name no model; say which one to load.", param="model")
         changes: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
         if model is not None:
             changes |= {"name": model, "max_model_len": max_model_len}
@@ -370,10 +400,14 @@ class InferencePipeline:
     # -- state ------------------------------------------------------------------------------------------------------
 
     def ready(self) -> tuple[bool, str]:
-        """Whether requests are taken, the engine is alive and the model has really produced a token; if not, why."""
+        """Whether requests are taken, the engine is alive and the model has really produced a token; if not, why.
+        Where there is to be no model: whether anything else can be asked."""
         engine = self._keeper.engine
         if self._keeper.closing:
             return False, "the server is shutting down"
+        if self._without_model:
+            served = bool(self.encoders.all()) or any(group.available() for group in self.upstreams.groups())
+            return served, "ready" if served else "no other server can be asked"
         if engine is None:
             waits = f"waiting for machines: {self.waiting_for}" if self.waiting_for is not None else None
             return False, "a model is being loaded" if self.loading else waits or "no model is loaded"

@@ -90,6 +90,21 @@ def stub_banner(reason: str, reached: Reached) -> str:
     return "\n".join([f"no model could be loaded: {reason}", *_laid_out(rows)])
 
 
+def without_model(pipeline: InferencePipeline, reached: Reached) -> str:
+    """What is said instead where no model is to be served by this machine."""
+    groups = pipeline.upstreams.groups()
+    rows = [
+        ("API", f"{reached.url(reached.port)}/v1"),
+        ("model", "none here; POST /api/models/load loads one"),
+        *(("upstream", f"{group.name}, by {len(group.replicas)} other server(s)") for group in groups),
+        *((encoder.info.kind, encoder.info.name) for encoder in pipeline.encoders.all()),
+        ("token", _token(reached)),
+        ("metrics", _metrics(reached, pipeline.settings.api.metrics_port)),
+        ("stop", "Ctrl-C; requests under way may finish, a second Ctrl-C ends them"),
+    ]
+    return "\n".join([f"VRAMancer {__version__} is ready", *_laid_out(rows)])
+
+
 def _laid_out(rows: list[tuple[str, str]]) -> list[str]:
     lines: list[str] = []
     for label, text in rows:

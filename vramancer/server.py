@@ -15,13 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from core.config import Settings
+from core.defaults import NO_MODEL
 from core.devices import format_bytes
 from core.errors import VRAMancerError
 from core.logs import configure_logging, get_logger
 from core.security.access import nobody
 from dashboard import AppGateway, Dashboard
 from vramancer import __version__
-from vramancer.banner import Reached, banner, stub_banner, waiting
+from vramancer.banner import Reached, banner, stub_banner, waiting, without_model
 from vramancer.late import LateLoad, may_come
 from vramancer.web.leave import leave
 from vramancer.web.limits import Limits
@@ -69,7 +70,10 @@ def serve(settings: Settings) -> int:
                     host, port = listener.getsockname()[:2]
                     new = token.value if token.created else None
                     reached = Reached(host, port, metrics.port, token.path, new, cluster)
-                    if reason is not None and pipeline.settings.backend.allow_stub:
+                    if pipeline.settings.model.name == NO_MODEL:
+                        text = without_model(pipeline, reached)
+                        _door(pipeline, listener, token.value, lambda: typer.echo(text)).run_until_stopped(listener)
+                    elif reason is not None and pipeline.settings.backend.allow_stub:
                         _serve_stub(pipeline, listener, token.value, reached, reason)
                     elif reason is None or master is None:
                         _serve_loaded(pipeline, listener, token.value, reached)
@@ -91,6 +95,9 @@ def serve(settings: Settings) -> int:
 
 def _load(pipeline: InferencePipeline, cluster: OpenMaster | None) -> str | None:
     """Load the model. What it waits for, if it takes machines that have not joined yet; or why a stub answers."""
+    if pipeline.settings.model.name == NO_MODEL:
+        pipeline.open_without_model()
+        return None
     try:
         pipeline.load()
     except VRAMancerError as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 import structlog
 from flask import Flask, Response, current_app, g, request
 
-from core.errors import AuthenticationError, ModelNotFoundError
+from core.errors import AuthenticationError, InvalidRequestError, ModelNotFoundError
 from core.logs import get_logger
 from core.security.access import CallerLimits, Principal, SignedIn, authorize, given_tokens, nobody, policy_of
 from core.security.admission import REFUSAL_KEY
@@ -42,6 +42,8 @@ WATCHED_RULES = frozenset(
     }
 )  # asked every second by dashboards
 
+PASSED_ON = "/v1/chat/completions, /v1/completions and /v1/embeddings"
+"""Routes that other servers answer for their models."""
 _SANE_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -101,15 +103,22 @@ def served_model(name: str | None) -> LoadedModel:
     """The loaded model, if `name` is one of its names or None.
 
     Raises:
+        InvalidRequestError: another server's model is asked for, on a route that is not passed on.
         ModelNotLoadedError: no model is loaded.
         ModelNotFoundError: another model is asked for.
     """
-    model = api_context().pipeline.model
+    pipeline = api_context().pipeline
+    group = pipeline.upstreams.named.get(name or "")
+    if group is not None and not group.has_self:
+        raise InvalidRequestError(
+            f"'{name}' is a model of another server; it is asked by {PASSED_ON} alone.", param="model",
+            code="upstream_model",
+        )  # fmt: skip
+    model = pipeline.model
     span = current_span()
     if span is not None:
         span.set(gen_ai__request__model=name or model.name)
-    group = api_context().pipeline.upstreams.named.get(name or "")
-    if name is not None and not model.knows(name) and not (group is not None and group.has_self):
+    if name is not None and not model.knows(name) and group is None:
         raise ModelNotFoundError(f"The model '{name}' is not served here; '{model.name}' is.", param="model")
     return model
 

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import NamedTuple
 
-MOST_PADDING = 0.125
+MOST_PADDING = 0.0625
 """Largest share of a batch that is padding, unless the batch is small."""
 SMALL_TOKENS = 256
 """Tokens of a batch that is not worth splitting for the padding in it."""

@@ -3,7 +3,7 @@
 ::
 
     logits -> float32 -> raw log-probabilities (if asked for)
-           -> logit_bias -> suppressed tokens -> repetition, frequency, presence penalty -> mask of a grammar
+           -> mask of a grammar -> logit_bias -> suppressed tokens -> repetition, frequency, presence penalty
            -> greedy: argmax
            -> else:   / temperature -> min_p -> top_k -> top_p -> draw
 
@@ -14,6 +14,7 @@ hashes of (seed, position) and each operation works on rows one by one. What nob
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -81,11 +82,9 @@ class SamplingRow:
 
     @property
     def edited(self) -> bool:
-        """Whether the row's logits differ from the model's before temperature."""
+        """Whether the row's logits differ from the model's before temperature, a mask apart."""
         params = self.params
-        return (
-            bool(params.logit_bias) or bool(self.suppress_token_ids) or params.penalized or self.mask is not None
-        )  # fmt: skip
+        return bool(params.logit_bias) or bool(self.suppress_token_ids) or params.penalized
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +117,7 @@ class Sampler:
             self._editor.forget(seq_ids)
 
     def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
-        """Choose a token for each row of `logits` `[R, V]` (any float type; left as they are).
+        """Choose a token for each row of `logits` `[R, V]` (any float type; as they were afterwards).
 
         Columns from `vocab_size` up are padding and never chosen. Raises `NonFiniteLogitsError`, naming the sequences.
         """
@@ -127,11 +126,9 @@ class Sampler:
         if not rows:
             return []
         logits = logits[:, : self._vocab_size]
-        masked = [index for index, row in enumerate(rows) if row.mask is not None]
-        if 0 < len(masked) < len(rows):
-            return self._sample_apart(logits, rows, masked)
         if all(row.greedy and row.params.logprobs is None and not row.edited for row in rows):
-            sampled = [SampledToken(token) for token in _argmax(logits).tolist()]
+            with _masked(logits, rows):
+                sampled = [SampledToken(token) for token in _argmax(logits).tolist()]
         else:
             if logits.device.type == "mps":
                 logits = logits.cpu()
@@ -146,26 +143,12 @@ class Sampler:
             raise NonFiniteLogitsError(failed)
         return sampled
 
-    def _sample_apart(self, logits: torch.Tensor, rows: Sequence[SamplingRow], masked: list[int]) -> list[SampledToken]:
-        """Rows with a mask and the others each by themselves: those have it no dearer than without."""
-        others = [index for index, row in enumerate(rows) if row.mask is None]
-        sampled: dict[int, SampledToken] = {}
-        failed: list[int] = []
-        for part in (others, masked):
-            try:
-                found = self.sample(logits[part], [rows[index] for index in part])
-                sampled.update(zip(part, found, strict=True))
-            except NonFiniteLogitsError as error:
-                failed += error.seq_ids
-        if failed:
-            raise NonFiniteLogitsError(failed)
-        return [sampled[index] for index in range(len(rows))]
-
     def _sample_chunk(self, raw: torch.Tensor, rows: Sequence[SamplingRow]) -> _Chunk:
         asking = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
         tops = [rows[index].params.logprobs or 0 for index in asking]
         logprobs = torch.log_softmax(_select(raw, asking).to(torch.float32), dim=1) if asking else None
-        token_ids = self._choose(self._edited(raw, rows), rows)
+        with _masked(raw, rows):
+            token_ids = self._choose(self._edited(raw, rows), rows)
         if logprobs is None:
             return _Chunk(token_ids, [], [], None)
         found = Reported.of(logprobs, _select(token_ids, asking).clamp(min=0), max(tops))
@@ -179,10 +162,6 @@ class Sampler:
                 logits = logits.clone(memory_format=torch.contiguous_format)
             self._editor = self._editor or LogitEditor(self._vocab_size, self._device)
             self._editor.apply(logits, rows)
-            if rows[0].mask is not None:  # as all of them have, or none
-                from core.execution.sampling.masks import apply_masks
-
-                apply_masks(logits, rows)
         return logits
 
     def _choose(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
@@ -220,6 +199,15 @@ class Sampler:
                 _select(uniform, filtered), filters,
             )  # fmt: skip
         return torch.where(totals.isfinite(), token_ids, -1)
+
+
+def _masked(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> AbstractContextManager[None]:
+    """Where no row has a mask, nothing."""
+    if all(row.mask is None for row in rows):
+        return nullcontext()
+    from core.execution.sampling.masks import masked
+
+    return masked(logits, rows)
 
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:

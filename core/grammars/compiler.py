@@ -23,7 +23,14 @@ CPU_S = 2
 WAIT_S = 20.0
 """The same on a machine that is busy, and how long a request waits for others' grammars."""
 MAX_KEPT = 64
+MAX_KEPT_CHARACTERS = 1 << 20
+"""Of all grammars that are kept together; compiled, one takes up to a hundred times as much."""
 MAX_REASON = 300
+ONE_OF = (
+    "oneOf constraints are not supported. Enable 'coerce_one_of' option to approximate oneOf with anyOf",
+    "oneOf, whose branches do not plainly exclude each other; anyOf may do",
+)
+"""What llguidance says, and what helps a client."""
 
 
 class GrammarError(ValueError):
@@ -68,7 +75,7 @@ class Grammars:
             self._try_elsewhere(grammar)
             self.matcher(grammar)
         except GrammarError as error:
-            reason = " ".join(str(error).split())[:MAX_REASON]
+            reason = " ".join(str(error).split()).replace(*ONE_OF)[:MAX_REASON]
             said = f"{param} is nothing that an answer can be made to keep to{where(reason)}: {reason}"
             raise InvalidRequestError(said, param=param) from None
 
@@ -113,6 +120,6 @@ class Grammars:
             raise GrammarError(made.get_error())
         with self._lock:
             self._kept[grammar] = made
-            while len(self._kept) > MAX_KEPT:
+            while len(self._kept) > MAX_KEPT or sum(map(len, self._kept)) > MAX_KEPT_CHARACTERS:
                 self._kept.popitem(last=False)
             return made.deep_copy()

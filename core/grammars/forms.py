@@ -9,6 +9,8 @@ from typing import Any
 import llguidance
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
+from core.grammars.schemas import rewritten
+
 SPACE = r"(\n[ \t]{0,16}| )?"
 """Between the parts of JSON: nothing, a space, or a new line and its indentation. Were there no bound, a small model
 could go on with spaces for ever."""
@@ -29,7 +31,7 @@ def with_options(
     schema: Mapping[str, Any] | bool, *, space: str = SPACE, lenient: bool = False
 ) -> dict[str, Any]:  # fmt: skip
     """A schema with all options set, so that a client's own do not count."""
-    given = dict(schema) if isinstance(schema, Mapping) else ({} if schema else {"not": {}})
+    given = rewritten(schema) if isinstance(schema, Mapping) else ({} if schema else {"not": {}})
     given.pop("$schema", None)  # names the draft, and would be looked up
     options = {
         "item_separator": ",", "key_separator": ":", "whitespace_flexible": True, "whitespace_pattern": space,

@@ -9,6 +9,7 @@ from typing import Literal
 
 import psutil
 
+from core.defaults import NO_MODEL
 from core.devices import format_bytes
 from core.embedding.engine import EncoderEngine
 from core.engine.model_engine import ModelEngine
@@ -74,6 +75,8 @@ def _check(ok: bool, detail: str, *, warn: bool = False) -> Check:
 def _engine_check(engine: ModelEngine | None, service: ServiceState) -> Check:
     if service.closing:
         return _check(False, "the server is shutting down")
+    if engine is None and not service.loading and service.settings.model.name == NO_MODEL:
+        return _check(True, "no model is to be served by this machine")
     if engine is None:
         return _check(False, "a model is being loaded" if service.loading else f"no engine: {service.reason}")
     batcher = engine.batcher
@@ -86,9 +89,9 @@ def _engine_check(engine: ModelEngine | None, service: ServiceState) -> Check:
 
 
 def _model_check(engine: ModelEngine | None, service: ServiceState) -> Check:
-    if engine is None or not service.ready:
+    if not service.ready:
         return _check(False, service.reason)
-    return _check(True, f"{engine.model.name} has produced tokens")
+    return _check(True, f"{engine.model.name} has produced tokens" if engine is not None else "others answer")
 
 
 def _devices_check(engine: ModelEngine | None) -> Check:

@@ -145,7 +145,7 @@ def test_a_hostile_schema_is_a_400_and_others_go_on(ask: Callable[..., openai.Op
     with pytest.raises(openai.BadRequestError, match="2 s"):
         create(client, extra_body={"guided_json": hostile})
     tools: Any = [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {
-        "type": "object", "properties": {"a": {"not": {}}}}}}]  # fmt: skip
+        "type": "object", "properties": {"a": {"not": {"type": "null"}}}}}}]  # fmt: skip
     with pytest.raises(openai.BadRequestError, match="not"):
         create(client, tools=tools)
     assert create(client, extra_body={"guided_choice": ["yes"]}).choices[0].message.content == "yes"

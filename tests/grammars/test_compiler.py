@@ -52,6 +52,18 @@ def test_grammars_that_are_kept_are_compiled_once(monkeypatch: pytest.MonkeyPatc
         grammars.check(of({"const": 0}), "a")
 
 
+def test_few_long_grammars_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars = byte_vocabulary()
+    texts = [of({"const": f"{number}" * 50}) for number in range(3)]
+    monkeypatch.setattr(compiler, "MAX_KEPT_CHARACTERS", len(texts[0]) * 2)
+    for text in texts:
+        grammars.check(text, "a")
+    monkeypatch.setattr(subprocess, "run", None)
+    grammars.check(texts[1], "a")
+    with pytest.raises(TypeError):
+        grammars.check(texts[0], "a")
+
+
 def test_matchers_of_one_grammar_do_not_meet() -> None:
     grammars = byte_vocabulary()
     maker = MaskMaker(grammars, 257)

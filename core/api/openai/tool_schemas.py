@@ -6,17 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from core.errors import InvalidRequestError
+from core.grammars.schemas import LISTS, MAPS, SCHEMAS, resolve
 
 TYPES = frozenset({"string", "number", "integer", "boolean", "array", "object", "null"})
 MAX_REFERENCE = 1024
-_SCHEMA_KEYS = (
-    "items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames", "unevaluatedProperties",
-    "unevaluatedItems", "additionalItems",
-)  # fmt: skip
-_SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
-_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_NUMBERS = ("minimum", "maximum", "multipleOf")
+_EXCLUSIVE = ("exclusiveMinimum", "exclusiveMaximum")
 _TEXTS = ("title", "description", "pattern", "format", "$ref")
 
 
@@ -65,18 +61,18 @@ class _Checker:
     def inner(self, schema: dict[str, Any], pointer: str) -> list[tuple[Any, str]]:
         """The schemas within a schema, with their pointers."""
         listed = isinstance(schema.get("items"), list)  # what `prefixItems` were called before
-        single = (key for key in _SCHEMA_KEYS if key in schema and not (key == "items" and listed))
+        single = (key for key in SCHEMAS if key in schema and not (key == "items" and listed))
         found = [(schema[key], f"{pointer}/{key}") for key in single]
-        for key in _SCHEMA_MAPS:
+        for key in MAPS:
             inner = schema.get(key, {})
             if not isinstance(inner, dict):
                 self._refuse(f"{pointer}/{key}", "must be an object of schemas")
             found += [(item, f"{pointer}/{key}/{_escaped(name)}") for name, item in inner.items()]
-        for key in (*_SCHEMA_LISTS, "items"):
+        for key in LISTS:
             inner = schema.get(key)
             if isinstance(inner, list) and inner:
                 found += [(item, f"{pointer}/{key}/{index}") for index, item in enumerate(inner)]
-            elif key in _SCHEMA_LISTS and key in schema:
+            elif key != "items" and key in schema:
                 self._refuse(f"{pointer}/{key}", "must be a list of schemas, one at least")
         return found
 
@@ -88,6 +84,11 @@ class _Checker:
         rules: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
             (_TEXTS, lambda value: isinstance(value, str), "must be a string"),
             (_NUMBERS, _is_number, "must be a number"),
+            (
+                _EXCLUSIVE,
+                lambda value: isinstance(value, (int, float)),
+                "must be a number, or true or false as in draft 4",
+            ),
             (_COUNTS, lambda value: _is_number(value) and value >= 0 and value == int(value), "must be 0 or more"),
             (("enum",), lambda value: isinstance(value, list) and bool(value), "must be a list, with a value at least"),
             (("required",), _are_names, "must be a list of names, none of them twice"),
@@ -103,15 +104,8 @@ class _Checker:
     def _check_reference(self, reference: str, pointer: str) -> None:
         if not (reference == "#" or reference.startswith("#/")) or len(reference) > MAX_REFERENCE:
             self._refuse(pointer, "must begin with #/, since this server looks nothing up elsewhere")
-        found: Any = self._schema
-        for part in reference.split("/")[1:]:
-            name = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
-                found = found[int(name)]
-            elif isinstance(found, dict) and name in found:
-                found = found[name]
-            else:
-                self._refuse(pointer, "points to nothing")
+        if resolve(self._schema, reference) is None:
+            self._refuse(pointer, "points to nothing")
 
     def _refuse(self, pointer: str, reason: str) -> None:
         where = f" at {pointer[:200]}" if pointer else ""

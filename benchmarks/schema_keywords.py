@@ -1,5 +1,5 @@
 # ruff: noqa: E501  a schema a line reads best
-"""JSON schemas in the shapes of published suites and of what clients send: calls, extraction, configuration."""
+"""Small JSON schemas, most with one keyword each, as in JSON-Schema-Test-Suite, and what clients send by hand."""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ SCHEMAS: list[Any] = [
     {"type": "object", "minProperties": 1, "additionalProperties": BOOLEAN}, obj(outer=obj(inner=obj(deep=BOOLEAN))),
     {"type": "object", "properties": {"a": {"type": "integer"}, "b": {}}, "required": ["a"]},
     {"type": "object", "additionalProperties": {"type": "array", "items": NUMBER, "maxItems": 2}, "maxProperties": 2},
+    {"type": "object", "properties": {"a": INTEGER, "b": INTEGER}, "dependentRequired": {"a": ["b"]}},
+    {"type": "object", "properties": {"a": INTEGER, "b": INTEGER}, "not": {"required": ["a", "b"]}},
     # combinations
     {"anyOf": [STRING, INTEGER]}, {"anyOf": [PERSON, NULL]}, {"oneOf": [STRING, {"type": "array", "items": INTEGER}]},
     {"oneOf": [obj(kind={"const": "a"}, x=INTEGER), obj(kind={"const": "b"}, y=STRING)]},
