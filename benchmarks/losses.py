@@ -112,7 +112,7 @@ def keep_quiet() -> threading.Event:
         if not quiet.is_set() or opcode not in (Opcode.HEARTBEAT, Opcode.REPORT):
             original(self, opcode, *given, **further)
 
-    Link.send = send  # type: ignore[method-assign]
+    Link.send = send  # type: ignore[method-assign, assignment]
     return quiet
 
 
