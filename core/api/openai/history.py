@@ -13,8 +13,8 @@ SHORT_IDS = ("mistral", "mistral_named")
 
 
 def fit_messages(messages: list[dict[str, Any]], output_format: OutputFormat) -> list[dict[str, Any]]:
-    """The same conversation. Mistral's templates refuse ids that are not nine letters and digits; Kimi's show ids alone,
-    which have to name the function; Harmony's call thoughts `thinking`, and take none beside text and calls."""
+    """The same conversation. Mistral's templates refuse ids that are not nine letters and digits; Kimi's show ids
+    alone, which have to name the function; Harmony's call thoughts `thinking`, and take none beside text and calls."""
     if output_format.tool_parser in SHORT_IDS:
         return [_with_short_ids(message) for message in messages]
     if output_format.tool_parser == "kimi_k2":
