@@ -233,14 +233,14 @@ class _Rewriter:
         return None if apart is None else (apart,)
 
     def _target(self, schema: Any) -> Any:
-        """The schema that a reference alone leads to."""
+        """The schema that a reference alone leads to. With others beside it, dialects differ in whether these count."""
         for _ in range(MAX_REFERENCES):
             if not isinstance(schema, Mapping) or not isinstance(schema.get("$ref"), str):
-                break
+                return schema
             if schema.keys() - NOTES != {"$ref"}:
-                break
+                return {}
             schema = resolve(self._root, schema["$ref"])
-        return schema
+        return {}
 
     def _types(self, schema: Any) -> frozenset[str]:
         """Types that its values may have, or more."""
