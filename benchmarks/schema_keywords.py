@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def obj(required: str | None = None, **properties: Any) -> dict[str, Any]:
+def obj(required: str | None = None, /, **properties: Any) -> dict[str, Any]:
     names = list(properties) if required is None else required.split()
     return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
 

@@ -23,6 +23,7 @@ from core.config_service import (
     SecuritySettings,
     TracingSettings,
 )
+from core.defaults import NO_MODEL
 from core.parsers.families import ReasoningParserName, ToolParserName
 
 
@@ -294,6 +295,12 @@ class Settings(BaseModel):
         chunk, budget = self.engine.prefill_chunk_size, self.engine.max_num_batched_tokens
         if chunk is not None and chunk > budget:
             raise ValueError(f"engine.prefill_chunk_size ({chunk}) must not exceed max_num_batched_tokens ({budget})")
+        others = self.backend.upstreams or self.embeddings.reranker or self.embeddings.model not in (None, NO_MODEL)
+        if self.model.name == NO_MODEL and not others:
+            raise ValueError(
+                f"model.name {NO_MODEL} leaves nothing to serve: backend.upstreams, embeddings.model or "
+                "embeddings.reranker has to name something"
+            )
         if self.security.production:
             self._check_production()
         return self

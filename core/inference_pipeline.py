@@ -26,7 +26,6 @@ from core.engine.model_engine import ModelEngine, ProgressCall
 from core.engine.relocation import Relocation
 from core.engine.submission import LoadedModel, make_raw_request, make_request
 from core.errors import (
-    ConfigError,
     ConflictError,
     EngineMovedError,
     InvalidRequestError,
@@ -167,24 +166,11 @@ class InferencePipeline:
         return loaded
 
     def open_without_model(self) -> None:
-        """Serve what other servers, the embedding model and the reranker answer for, until a model is loaded.
-
-        Raises `ConfigError` if there is none of these, and what opening encoders does.
-        """
-        embeddings = self.settings.embeddings
-        if not self.upstreams.named and embeddings.model in (None, NO_MODEL) and embeddings.reranker is None:
-            raise ConfigError(
-                f"With model.name {NO_MODEL!r} there is nothing to serve: backend.upstreams, embeddings.model or "
-                "embeddings.reranker has to name something."
-            )
+        """Serve what other servers, the embedding model and the reranker answer for, until a model is loaded. Raises
+        what opening encoders does."""
         with self._keeper.exclusive():
             self.encoders.open()
             self.monitor.start()
-
-    @property
-    def _without_model(self) -> bool:
-        """Whether none is to be loaded, and none is."""
-        return self.settings.model.name == NO_MODEL and self._keeper.engine is None and not self.loading
 
     def _load_settings(
         self, model: str | None, num_gpus: int | None, dtype: str | None, devices: str | None,
@@ -405,7 +391,7 @@ class InferencePipeline:
         engine = self._keeper.engine
         if self._keeper.closing:
             return False, "the server is shutting down"
-        if self._without_model:
+        if engine is None and self.settings.model.name == NO_MODEL and not self.loading:
             served = bool(self.encoders.all()) or any(group.available() for group in self.upstreams.groups())
             return served, "ready" if served else "no other server can be asked"
         if engine is None:

@@ -28,7 +28,7 @@ class ResultMaker:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.sampler = Sampler(vocab_size, device)
         self.grammars: Grammars | None = None
-        self._vocab_size = vocab_size
+        self._vocab_size, self._device = vocab_size, torch.device(device)
         self._masks: StepMasks | None = None  # made for the first sequence that has a grammar
 
     def begin(self, step: PackedStep) -> None:
@@ -37,7 +37,7 @@ class ResultMaker:
             if self._masks is None:
                 from core.execution.sampling.masks import StepMasks
 
-                self._masks = StepMasks(self.grammars, self._vocab_size)
+                self._masks = StepMasks(self.grammars, self._vocab_size, beside=self._device.type != "cpu")
             self._masks.begin(step)
 
     def close(self) -> None:

@@ -46,10 +46,12 @@ Masks = dict[int, "Bits | str"]
 
 class MaskMaker:
     """Makes masks in a thread of its own, so that they are there when the logits are. The thread exists from the first
-    order to `close`."""
+    order to `close`. Without `beside`, whoever begins a step makes them: where kernels have all cores, a thread more
+    takes one from them, and may hold Python's lock while it waits for one."""
 
-    def __init__(self, grammars: Grammars, vocab_size: int) -> None:
+    def __init__(self, grammars: Grammars, vocab_size: int, *, beside: bool = True) -> None:
         self._grammars = grammars
+        self._beside = beside
         self._num_bytes = -(-vocab_size // 8)
         self._thread: ThreadPoolExecutor | None = None
 
@@ -60,9 +62,16 @@ class MaskMaker:
 
     def begin(self, orders: Sequence[MaskOrder]) -> Future[Masks]:
         """The masks of one step. Steps are begun in their order."""
+        if not self._beside:
+            made: Future[Masks] = Future()
+            made.set_result(self._masks(orders))
+            return made
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="vrm-masks")
-        return self._thread.submit(lambda: {order.seq_id: self._mask(order) for order in orders})
+        return self._thread.submit(self._masks, orders)
+
+    def _masks(self, orders: Sequence[MaskOrder]) -> Masks:
+        return {order.seq_id: self._mask(order) for order in orders}
 
     def close(self) -> None:
         if self._thread is not None:

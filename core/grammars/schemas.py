@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 SCHEMAS = (
     "items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames", "unevaluatedProperties",
@@ -229,18 +229,18 @@ class _Rewriter:
                 values, others = (self._values(_property(each, name)) for each in (schema, other))
                 if values is not None and others is not None and not values & others:
                     return ()
-        name = next((name for name in needs if name not in has and name not in always), None)
-        return None if name is None else (name,)
+        apart = next((name for name in needs if name not in has and name not in always), None)
+        return None if apart is None else (apart,)
 
     def _target(self, schema: Any) -> Any:
-        """The schema that a reference alone leads to."""
+        """The schema that a reference alone leads to. With others beside it, dialects differ in whether these count."""
         for _ in range(MAX_REFERENCES):
             if not isinstance(schema, Mapping) or not isinstance(schema.get("$ref"), str):
-                break
+                return schema
             if schema.keys() - NOTES != {"$ref"}:
-                break
+                return {}
             schema = resolve(self._root, schema["$ref"])
-        return schema
+        return {}
 
     def _types(self, schema: Any) -> frozenset[str]:
         """Types that its values may have, or more."""
@@ -297,7 +297,7 @@ def _missing(schema: Any) -> list[tuple[str, ...]]:
     return [tuple(name for each in inner for name in each[0])]
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

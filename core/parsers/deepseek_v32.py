@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from core.parsers.reader import MAX_NAME, Malformed, Steps
 from core.parsers.shapes import CallShape
 from core.parsers.tagged import MAX_KEY, TaggedParser
@@ -21,15 +23,13 @@ PARAMETER, PARAMETER_END = f'<{WORD}parameter name="', f"</{WORD}parameter>"
 IS_TEXT = {'string="true"': True, 'string="false"': False, "": None}
 
 
-class DeepSeekV32Parser(TaggedParser):
-    openings = (FIRST,)
-    markup = (WORD,)
-    value_end = PARAMETER_END
-    shape = CallShape(
-        first=f"{FIRST}\n", begin=INVOKE, middle='">\n', end=INVOKE_END, arguments="tagged", between="\n",
-        last=f"\n{LAST}", parameter_begin=f'{PARAMETER}{{key}}" string="{{is_text}}">',
-        parameter_end=f"{PARAMETER_END}\n",
-    )  # fmt: skip
+class InvokeParser(TaggedParser):
+    """Calls between such tags, which subclasses name."""
+
+    last: ClassVar[str]
+    invoke: ClassVar[str]
+    invoke_end: ClassVar[str]
+    parameter: ClassVar[str]
 
     def _calls(self, marker: str) -> Steps[bool]:
         name = yield from self._attempt(self._head())
@@ -37,24 +37,37 @@ class DeepSeekV32Parser(TaggedParser):
             return False
         while name is not None:
             self._emit_start(name)
-            if not (yield from self._arguments(name, INVOKE_END)):
+            if not (yield from self._arguments(name, self.invoke_end)):
                 return True
             name = yield from self._attempt(self._head())
-        yield from self._is_next(LAST)
+        yield from self._is_next(self.last)
         return True
 
     def _head(self) -> Steps[str]:
         yield from self._skip_space()
-        yield from self._literal(INVOKE)
+        yield from self._literal(self.invoke)
         name = self._known((yield from self._until('"', MAX_NAME)))
         yield from self._literal(">")
         return name
 
     def _parameter_head(self) -> Steps[tuple[str, bool | None]]:
         yield from self._skip_space()
-        yield from self._literal(PARAMETER)
+        yield from self._literal(self.parameter)
         key = yield from self._until('"', MAX_KEY)
         rest = (yield from self._until(">", 32)).strip()
         if rest not in IS_TEXT:
             raise Malformed
         return key, IS_TEXT[rest]
+
+
+class DeepSeekV32Parser(InvokeParser):
+    openings = (FIRST,)
+    markup = (WORD,)
+    last = LAST
+    invoke, invoke_end = INVOKE, INVOKE_END
+    parameter, value_end = PARAMETER, PARAMETER_END
+    shape = CallShape(
+        first=f"{FIRST}\n", begin=INVOKE, middle='">\n', end=INVOKE_END, arguments="tagged", between="\n",
+        last=f"\n{LAST}", parameter_begin=f'{PARAMETER}{{key}}" string="{{is_text}}">',
+        parameter_end=f"{PARAMETER_END}\n",
+    )  # fmt: skip

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 AUTO, NONE = "auto", "none"
 ToolParserName = Literal[
     "auto", "none", "hermes", "qwen3_coder", "llama3_json", "mistral", "mistral_named", "harmony", "deepseek_v3",
-    "deepseek_v31", "deepseek_v32", "glm", "granite", "pythonic", "gemma", "function_gemma", "gemma4",
+    "deepseek_v31", "deepseek_v32", "glm", "granite", "pythonic", "gemma", "function_gemma", "gemma4", "kimi_k2",
+    "minimax_m2",
 ]  # fmt: skip
 ReasoningParserName = Literal[
     "auto", "none", "think", "harmony", "mistral", "granite", "seed_oss", "kimi", "cohere", "gemma4"
@@ -39,6 +40,8 @@ _CLASSES = {
     "gemma": "gemma:GemmaParser",
     "function_gemma": "function_gemma:FunctionGemmaParser",
     "gemma4": "function_gemma:Gemma4Parser",
+    "kimi_k2": "kimi:KimiK2Parser",
+    "minimax_m2": "minimax:MiniMaxM2Parser",
 }
 TOOL_PARSERS = tuple(_CLASSES)
 REASONING_PARSERS = get_args(ReasoningParserName)[2:]
@@ -46,6 +49,8 @@ REASONING_PARSERS = get_args(ReasoningParserName)[2:]
 _TOOL_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harmony", ("<|channel|>", "<|message|>")),
     ("deepseek_v32", ("｜DSML｜",)),
+    ("minimax_m2", ("<minimax:tool_call>",)),
+    ("kimi_k2", ("<|tool_call_argument_begin|>",)),
     ("deepseek_v3", ("<｜tool▁sep｜>", "```json")),
     ("deepseek_v31", ("<｜tool▁sep｜>",)),
     ("mistral_named", ("[TOOL_CALLS]", "[ARGS]")),

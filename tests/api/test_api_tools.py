@@ -238,6 +238,14 @@ def test_mistrals_template_gets_ids_that_it_takes(client: ApiClient, shown: Show
     assert result["tool_call_id"].isalnum()
 
 
+def test_kimis_template_gets_ids_that_name_functions(client: ApiClient, shown: Shown, hermes: FakePipeline) -> None:
+    family(hermes, "kimi_k2")
+    assert client.post(URL, {"messages": [*HISTORY, *HISTORY]}).status_code == 200
+    _, first, result, _, second, other = shown[0][0]
+    assert first["tool_calls"][0]["id"] == result["tool_call_id"] == "functions.now:0"
+    assert second["tool_calls"][0]["id"] == other["tool_call_id"] == "functions.now:1"
+
+
 def test_harmonys_template_gets_thoughts_by_its_name(client: ApiClient, shown: Shown, hermes: FakePipeline) -> None:
     family(hermes, "harmony", "harmony")
     assert client.post(URL, {"messages": HISTORY}).status_code == 200

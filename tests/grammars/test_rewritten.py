@@ -52,6 +52,7 @@ def test_in_other_words(schema: dict[str, Any], found: dict[str, Any]) -> None:
         {"type": "string", "oneOf": [{"maxLength": 3}, {"minLength": 2}]}, {"not": {"type": "string"}},
         {"oneOf": [{"type": "object", "required": ["a"]}, {"type": "object", "required": ["a"]}]},
         {"type": "object", "required": ["a"], "oneOf": [{"required": ["a"]}, {"required": ["b"]}]},
+        {"definitions": {"a": {"$ref": "#/definitions/a"}}, "oneOf": [INTEGER, {"$ref": "#/definitions/a"}]},
     ],
 )  # fmt: skip
 def test_what_is_not_known_to_be_apart_is_refused(schema: dict[str, Any]) -> None:
@@ -61,6 +62,12 @@ def test_what_is_not_known_to_be_apart_is_refused(schema: dict[str, Any]) -> Non
 
 def test_references_through_what_changes_are_left_alone() -> None:
     schema = {"properties": {"a": {"oneOf": [INTEGER, BOOLEAN]}, "b": {"$ref": "#/properties/a/oneOf/0"}}}
+    assert rewritten(schema) == schema
+
+
+def test_what_stands_beside_a_reference_does_not_tell_branches_apart() -> None:
+    """Before draft 2019-09 it did not count."""
+    schema = {"$defs": {"any": {}}, "oneOf": [INTEGER, {"$ref": "#/$defs/any", "type": "string"}]}
     assert rewritten(schema) == schema
 
 

@@ -160,6 +160,24 @@ RECORDED: list[tuple[str, str, list[Event]]] = [
         [*call("weather", PARIS), *call("now", "{}")],
     ),
     case(
+        "minimax_m2",
+        'Let me see.\n<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">Paris</parameter>\n'
+        '<parameter name="days">2</parameter>\n</invoke>\n<invoke name="now">\n</invoke>\n</minimax:tool_call>',
+        [Text("Let me see.\n"), *call("weather", PARIS), *call("now", "{}")],
+    ),
+    case(
+        "kimi_k2",
+        f"I look.<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>{PARIS}"
+        f"<|tool_call_end|><|tool_call_begin|>functions.weather:1<|tool_call_argument_begin|>{OSLO}<|tool_call_end|>"
+        "<|tool_calls_section_end|>",
+        [Text("I look."), *TWO],
+    ),
+    case(
+        "kimi_k2",
+        "<|tool_call_begin|>functions.write-file.v2:12<|tool_call_argument_begin|>{}<|tool_call_end|>",
+        call("write-file.v2", "{}"),
+    ),
+    case(
         "glm",
         "\nChecking.\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n<arg_key>days</arg_key>\n"
         "<arg_value>2</arg_value>\n</tool_call>\n<tool_call>now\n</tool_call>",
@@ -236,6 +254,8 @@ NO_CALLS: list[tuple[str, str]] = [
     ("deepseek_v3", "<｜tool▁calls▁begin｜>none<｜tool▁calls▁end｜>"),
     ("deepseek_v32", "<｜DSML｜function_calls>\nnone"),
     ("glm", "<tool_call>unheard-of\n</tool_call>"),
+    ("minimax_m2", '<minimax:tool_call>\n<invoke name="unheard-of">\n</invoke>\n</minimax:tool_call>'),
+    ("kimi_k2", "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0"),
     ("granite", "<|tool_call|>[]"),
     ("pythonic", "[weather] is what I would call"),
     ("pythonic", '[weather("Paris")]'),

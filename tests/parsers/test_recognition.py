@@ -35,6 +35,8 @@ TEMPLATES = {
     "pythonic": "you should put it in the format of [func_name1(params_name1=params_value1), func_name2(params)]",
     "gemma": "put the calls in a block\n```tool_code\n```",
     "function_gemma": "{{ '<start_function_call>call:' + name + '{' }}",
+    "minimax_m2": "{%- set toolcall_begin_token = '<minimax:tool_call>' -%}<invoke name=",
+    "kimi_k2": "<|tool_call_begin|>{{ tool_call['id'] }}<|tool_call_argument_begin|>{{ arguments }}<|tool_call_end|>",
     "gemma4": "{{- '<|tool_call>call:' + function['name'] + '{' -}}",
 }
 

@@ -74,9 +74,10 @@ def test_it_may_have_a_model_later(alone: Alone, other: Upstream) -> None:
     assert client.post("/v1/chat/completions", body).get_json()["usage"]["completion_tokens"] > 0
 
 
-def test_with_nothing_to_serve_it_does_not_start(alone: Alone) -> None:
-    with pytest.raises(ConfigError, match=r"backend\.upstreams"):
-        alone()
+def test_with_nothing_to_serve_it_does_not_start() -> None:
+    with pytest.raises(ConfigError, match=r"backend\.upstreams, embeddings\.model"):
+        make_settings(model__name="none")
+    make_settings(model__name="none", embeddings__reranker="some-reranker")
 
 
 OTHER_ROUTES: list[tuple[str, dict[str, Any]]] = [

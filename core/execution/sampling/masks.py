@@ -26,8 +26,8 @@ class StepMasks:
     Steps that fail are begun and never sampled; what they leave goes with the next step that is.
     """
 
-    def __init__(self, grammars: Grammars, vocab_size: int) -> None:
-        self._maker = MaskMaker(grammars, vocab_size)
+    def __init__(self, grammars: Grammars, vocab_size: int, *, beside: bool) -> None:
+        self._maker = MaskMaker(grammars, vocab_size, beside=beside)
         self._begun: dict[int, Future[Masks]] = {}
 
     def begin(self, step: PackedStep) -> None:
