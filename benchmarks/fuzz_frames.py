@@ -35,6 +35,7 @@ from core.cluster.block_calls import BlockCalls
 from core.cluster.block_wire import ANSWER_BYTES, HEAD_BYTES, read_answer, read_pages, read_wanted
 from core.cluster.calls import CallEnd, Fault
 from core.cluster.failures import Failure, decode_failure, encode_failure
+from core.cluster.group_path import Has
 from core.cluster.hosted_stage import NodeEnd
 from core.cluster.kept_blocks import BlocksEnd, KeptBlocks
 from core.cluster.messages import (
@@ -133,6 +134,13 @@ def payloads() -> list[Payload]:
         (Opcode.CREDIT, b"", "bytes", ()),
         (Opcode.BYE, b"bye", "bytes", ()),
         (Opcode.ECHO, bytes(32), "bytes", ()),
+        (Opcode.GROUP, b"0/1\0value", "bytes", ()),
+        (Opcode.GROUP, pack(Has("host", "gpu", "nccl")), "bytes", ()),
+        (Opcode.REACH, b"", "bytes", ()),
+        (Opcode.REGION, bytes(64), "bytes", ()),
+        (Opcode.TAKEN, b"", "bytes", ()),
+        (Opcode.PROBE, bytes(32), "bytes", ()),
+        (Opcode.PROBED, b"", "bytes", ()),
         (Opcode.HELLO, encode_message(Hello("control", NODE, new_nonce())), "bytes", ()),
         (Opcode.CHALLENGE, encode_message(Challenge(NODE, new_nonce())), "bytes", ()),
         (Opcode.PROOF, encode_message(Proof(bytes(32))), "bytes", ()),
@@ -228,7 +236,7 @@ def over_links(stream: bytes, dice: random.Random) -> str | None:
         if kind == 1:
             handler.lost = lost
     link = Link(ours, 1, 2, handler, name="fuzz")
-    (handler.echo if kind in (1, 2) else handler).attach(link)
+    handler.attach(link)
     link.start()
     drain = threading.Thread(target=_drain, args=(theirs,))
     drain.start()
@@ -241,6 +249,8 @@ def over_links(stream: bytes, dice: random.Random) -> str | None:
     link.close()
     theirs.close()
     drain.join()
+    if kind in (1, 2):
+        handler.path.close()
     if kind == 0:
         handler.close()
     if not came:

@@ -81,7 +81,7 @@ def test_tokens_are_the_same_and_nobody_can_read_along(
         links = [link for node in master.nodes for link in (node.control, node.data)]
         for worker in (attic.worker, desk.worker):
             assert worker._session is not None
-            links += [*worker._session._in, *(link for link, _ in worker._session._out.values())]
+            links += [link for link, _ in (*worker._session._in, *worker._session._out.values())]
         assert len(links) >= 6 and all(isinstance(link._socket, TlsConnection) for link in links)
         assert len(wire.passed) > 10_000
         for secret in (MAGIC, b"desk", b"llama", b"devices", b"hidden"):

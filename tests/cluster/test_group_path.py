@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import socket
 import threading
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cluster.groups import CPU, means
 from steering import LONGEST_WAIT_S, until
 from torch import distributed
 
@@ -28,21 +28,8 @@ from core.network.link import Link
 from core.network.nixl_agent import NixlAgent, is_installed
 
 STAGE = 5
-CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch has no process groups here")
-
-
-def gloo(store: Any, rank: int) -> Any:
-    kind: Any = distributed.ProcessGroupGloo
-    options = kind._Options()
-    options._devices = [kind.create_device(hostname="127.0.0.1")]
-    options._timeout = dt.timedelta(seconds=LONGEST_WAIT_S)
-    return kind(store, rank, 2, options)
-
-
-def means(gpu: str, host: str = "host") -> Means:
-    return Means(Has(host, gpu, "gloo"), CPU, gloo)
 
 
 class Arrivals:

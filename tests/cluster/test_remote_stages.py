@@ -250,10 +250,12 @@ def test_a_device_that_fails_there_has_its_name_in_the_cluster() -> None:
 # -- what ends that are not ours might send ----------------------------------------------------------------------------
 
 
+MEASURES = (Opcode.ECHO, Opcode.ECHOED, Opcode.GROUP)
+"""And agrees on other ways: for no stage."""
+
+
 @pytest.mark.parametrize("end", [MasterEnd({}), NodeEnd({}, lambda error: None)])
-@pytest.mark.parametrize(
-    "opcode", [opcode for opcode in Opcode if opcode >= Opcode.CALL and opcode not in (Opcode.ECHO, Opcode.ECHOED)]
-)
+@pytest.mark.parametrize("opcode", [opcode for opcode in Opcode if opcode >= Opcode.CALL and opcode not in MEASURES])
 def test_frames_that_nobody_waits_for_are_refused(end: Any, opcode: Opcode) -> None:
     with pytest.raises(ProtocolError):
         end.buffer_for(Header(opcode, dtype="float32", shape=(1,), nbytes=4))
