@@ -117,7 +117,7 @@ class InferRequest(RequestModel):
 @blueprint.post("/api/generate")
 @policy("user", waits=True)
 def generate() -> Response:
-    fields = read_request(GenerateRequest)
+    fields = read_request(GenerateRequest, untyped=True)
     if fields.is_ollamas and not (fields.prompt or fields.prompt_token_ids or fields.messages):
         return json_response(loaded_answer(fields.model or served_model(None).name, {"response": ""}))
     if fields.options is not None:

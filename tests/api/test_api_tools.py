@@ -344,6 +344,30 @@ def test_required_calls_are_constrained(
     assert (more == len(call)) == ("parallel_tool_calls" in extra or extra["tool_choice"] == NAMED)
 
 
+@pytest.mark.parametrize(
+    ("parameters", "takes_others"),
+    [
+        ({"type": "object", "properties": {"a": {}}}, False),
+        ({"properties": {"a": {}}, "required": ["a"]}, False),
+        (None, False),
+        ({"type": "object"}, True),
+        ({"properties": {"a": {}}, "additionalProperties": True}, True),
+        ({"properties": {"a": {}}, "patternProperties": {"^b": {}}}, True),
+        ({"properties": {"a": {}}, "required": ["b"]}, True),
+    ],
+    ids=str,
+)
+def test_calls_have_the_arguments_that_their_schema_names(
+    client: ApiClient, hermes: FakePipeline, parameters: Any, takes_others: bool
+) -> None:
+    tools = [{"type": "function", "function": {"name": "now", "parameters": parameters}}]
+    assert client.post(URL, BODY | {"tools": tools, "tool_choice": "required"}).status_code == 200
+    matcher = GRAMMARS.matcher(hermes.submitted[0][1].grammar)
+    call = b'<tool_call>\n{"name": "now", "arguments": {%s}}'
+    given = b'"a": 1, "b": 2' if parameters and "a" in parameters.get("properties", {}) else b'"b": 2'
+    assert (matcher.validate_tokens(list(call % given)) == len(call % given)) == takes_others
+
+
 def test_a_strict_function_is_constrained_where_it_is_called_and_others_are_free(
     client: ApiClient, hermes: FakePipeline
 ) -> None:
