@@ -118,7 +118,9 @@ which runs each client in an environment of its own, against two servers: `demo`
 VRAMancer, with its embedding model beside it; `scripted` is a model that says what a script has, which thinks, calls a
 tool that it is offered, and answers once it has the result. Its chat template leaves out what is said, because the
 instructions of coding agents and of smolagents are longer than the context of either model. `constrained` answers are
-held to a schema or to a call of a tool, so that even a model without wit can only fail them by being cut off.
+held to a schema or to a call of a tool, so that even a model without wit can only fail them by being cut off. Where the
+demo model's template has no place for tools, it is given one that shows the model nothing of them. Each client's date
+is that of its own run.
 
 What a check came to: `ok`; `wit`, a well-formed answer that is not the one that was hoped for; `length`, an answer
 that was cut off; `server`, anything else, such as an error, a malformed answer or a constrained one that does not

@@ -71,7 +71,7 @@ await check("chat.completions.parse", "demo", true, async () => {
 await check("parse, strict tool", "demo", true, async () => {
   const answer = await client.chat.completions.parse({
     model: demo.model, messages: rain, tools: [zodFunction({ name: "weather", parameters: City })],
-    tool_choice: "required", ...limit,
+    tool_choice: "required", parallel_tool_calls: false, ...limit,
   });
   return answer.choices[0].message.tool_calls[0].function.parsed_arguments.city;
 });

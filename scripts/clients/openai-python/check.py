@@ -115,7 +115,8 @@ def _() -> Any:
 def _() -> Any:
     tool = openai.pydantic_function_tool(City)
     answer = client.chat.completions.parse(
-        model=demo.model, messages=RAIN, tools=[tool], tool_choice="required", **LIMIT)  # fmt: skip
+        model=demo.model, messages=RAIN, tools=[tool], tool_choice="required", parallel_tool_calls=False, **LIMIT
+    )
     return answer.choices[0].message.tool_calls[0].function.parsed_arguments.city
 
 
