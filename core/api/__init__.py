@@ -21,6 +21,7 @@ from core.api.ollama import routes as ollama
 from core.api.openai import batch, chat, completions, models
 from core.api.openapi import routes as openapi
 from core.api.responses import routes as responses
+from core.api.responses.background import BackgroundResponses
 from core.api.responses.store import ResponseStore
 from core.security.access import TOKEN_HEADERS, CallerLimits, SignedIn, nobody
 from core.security.token import resolve_token
@@ -110,6 +111,7 @@ def create_app(
     limits = None if security.disable_rate_limit else CallerLimits(security.requests_per_minute)
     app.extensions[EXTENSION] = ApiContext(pipeline, token, LiveRequests(), limits, version, signed_in)
     app.extensions[responses.STORE] = ResponseStore()
+    app.extensions[responses.BACKGROUND] = BackgroundResponses()
     app.url_map.strict_slashes = False
     app.url_map.redirect_defaults = False  # an alias answers itself
     register_error_handlers(app, ERROR_SHAPES)

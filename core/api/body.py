@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
 
 from flask import Response, g, request
@@ -74,6 +74,8 @@ def _same(value: Any, other: Any) -> bool:
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
+JSON = "application/json"
+UNTYPED = (JSON, "", "application/x-www-form-urlencoded")
 Schema = TypeVar("Schema", bound=RequestModel)
 
 
@@ -86,8 +88,9 @@ def json_response(payload: Any, status: int = 200) -> Response:
     return Response(to_json(payload) + "\n", status=status, mimetype="application/json")
 
 
-def read_request(schema: type[Schema]) -> Schema:
-    """The current request's body as `schema`.
+def read_request(schema: type[Schema], *, untyped: bool = False) -> Schema:
+    """The current request's body as `schema`. `untyped`: for APIs that never look at its type, whose clients send none,
+    or what curl sends of itself. No such route may take a session for a token.
 
     Raises:
         UnsupportedMediaTypeError: not application/json in UTF-8.
@@ -95,7 +98,7 @@ def read_request(schema: type[Schema]) -> Schema:
         InvalidRequestError: not JSON, not an object, or not what the schema says.
         UnsupportedParameterError: a parameter that is known but not honoured.
     """
-    return validated(schema, read_body())
+    return validated(schema, read_body(untyped=untyped))
 
 
 def validated(schema: type[Schema], body: Mapping[str, Any]) -> Schema:
@@ -107,10 +110,10 @@ def validated(schema: type[Schema], body: Mapping[str, Any]) -> Schema:
         raise from_validation_error(error) from None
 
 
-def read_body() -> dict[str, Any]:
+def read_body(*, untyped: bool = False) -> dict[str, Any]:
     """The current request's body as it came, read once. Raises what `read_request` does of what is no JSON object."""
     if "body" not in g:
-        g.body = parse_object(_read_bytes())
+        g.body = parse_object(_read_bytes(UNTYPED if untyped else (JSON,)))
     body: dict[str, Any] = g.body
     return body
 
@@ -130,8 +133,8 @@ def _param(location: tuple[int | str, ...]) -> str:
     return text.removeprefix(".")[:MAX_PARAM_LENGTH]
 
 
-def _read_bytes() -> bytes:
-    if request.mimetype != "application/json":
+def _read_bytes(types: Sequence[str]) -> bytes:
+    if request.mimetype not in types:
         raise UnsupportedMediaTypeError("The body must be JSON, sent with Content-Type: application/json.")
     if request.mimetype_params.get("charset", "utf-8").lower() not in ("utf-8", "utf8"):
         raise UnsupportedMediaTypeError("The body must be encoded in UTF-8.")

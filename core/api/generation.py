@@ -125,6 +125,13 @@ class Generation:
                     self._span.saw(index, message)
             yield event
 
+    def leave_request(self) -> None:
+        """It goes on after the HTTP request that began it has been answered, whoever is there."""
+        self._client_gone = _never
+        if self._span is not None:
+            self._span.left()
+        self._span = None
+
     def failed(self, error: Exception) -> None:
         """Its answer could not be made, though the status was sent."""
         if self._span is not None:
@@ -242,11 +249,13 @@ def fingerprint(model: LoadedModel) -> str:
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens of an answer: each prompt counts once, generated tokens count also where `best_of` dropped them."""
+    """Tokens of an answer: each prompt counts once, generated tokens count also where `best_of` dropped them.
+    `reasoning_tokens` are those of thoughts, of models that have them (else None), once the answer is complete."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int | None = None
     _seen: set[int] = field(default_factory=set)
 
     def add_result(self, result: GenerationResult) -> None:
@@ -271,12 +280,15 @@ class Usage:
             self.add_delta(delta)
 
     def to_openai(self) -> dict[str, Any]:
-        return {
+        shown: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+        if self.reasoning_tokens is not None:
+            shown["completion_tokens_details"] = {"reasoning_tokens": self.reasoning_tokens}
+        return shown
 
 
 def choice(

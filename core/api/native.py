@@ -24,7 +24,7 @@ from core.api.ollama.answers import LINES, Clock, now_text, totals
 from core.api.ollama.conversation import NAMES as OPTION_NAMES
 from core.api.ollama.conversation import plain_name, think_fields
 from core.api.ollama.routes import framing, loaded_answer
-from core.api.ollama.schemas import Options, Think
+from core.api.ollama.schemas import Format, Options, Think
 from core.api.openai.answers import AnswerReader
 from core.api.openai.chat import encode_messages
 from core.api.openai.schemas import ChatMessage, TemplateFields
@@ -34,7 +34,7 @@ from core.batching.sequence import RawAnswer
 from core.engine.submission import check_length
 from core.errors import ConflictError, InvalidRequestError
 from core.parsers.events import Reasoning, Text
-from core.request import Completion, RequestOutput, SequenceDelta, TokenLogprob
+from core.request import Completion, RequestOutput, SamplingParams, SequenceDelta, TokenLogprob
 from core.security.access import policy
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ class GenerateRequest(SamplingFields):
     """`/api/generate`: exactly one of `prompt`, `prompt_token_ids` and `messages`, and all of `SamplingParams`.
 
     `max_tokens` left out runs to the end of the context. `logprobs` and `prompt_logprobs` are numbers of alternatives.
-    With fields of Ollama's (`system`, `raw`, `options`, `think`, `keep_alive`), `prompt` is what the user says, put
-    into the chat template with `system`; with `raw` true it is the prompt itself, as it is without them.
+    With fields of Ollama's (`system`, `raw`, `options`, `think`, `format`, `keep_alive`), `prompt` is what the user
+    says, put into the chat template with `system`; with `raw` true it is the prompt itself, as it is without them.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -75,10 +75,11 @@ class GenerateRequest(SamplingFields):
     raw: bool | None = None
     options: Options | None = None
     think: Think | None = None
+    format: Format | None = None
     keep_alive: float | str | None = None
 
     unsupported: ClassVar[Unsupported] = {
-        "context": ([],), "format": ("",), "images": ([],), "suffix": ("",), "template": ("",),
+        "context": ([],), "images": ([],), "suffix": ("",), "template": ("",),
     }  # fmt: skip
     """What Ollama knows beside these."""
 
@@ -98,7 +99,7 @@ class GenerateRequest(SamplingFields):
     def is_ollamas(self) -> bool:
         """Whether it is read as Ollama reads it, which fields of its own tell: the prompt is then a message of the
         user's, unless it is `raw`."""
-        given = (self.system, self.raw, self.options, self.think, self.keep_alive)
+        given = (self.system, self.raw, self.options, self.think, self.format or None, self.keep_alive)
         return any(value is not None for value in given)
 
 
@@ -116,7 +117,7 @@ class InferRequest(RequestModel):
 @blueprint.post("/api/generate")
 @policy("user", waits=True)
 def generate() -> Response:
-    fields = read_request(GenerateRequest)
+    fields = read_request(GenerateRequest, untyped=True)
     if fields.is_ollamas and not (fields.prompt or fields.prompt_token_ids or fields.messages):
         return json_response(loaded_answer(fields.model or served_model(None).name, {"response": ""}))
     if fields.options is not None:
@@ -135,6 +136,8 @@ def generate() -> Response:
         if fields.is_ollamas and params.max_tokens is not None:  # a limit that an answer may never come to
             room = max(1, model.max_model_len - len(token_ids))
             params = replace(params, max_tokens=min(params.max_tokens, room))
+        if fields.format:
+            params = _in_format(params, fields.format, model, reader)
         generation = start_generation(
             [(token_ids, params)], model, prefix="gen", priority=fields.priority, names={"prompt": param}
         )
@@ -150,6 +153,17 @@ def generate() -> Response:
     if fields.prompt_logprobs is not None:
         body["prompt_logprobs"] = writer.prompt_logprobs(result.prompt_logprobs or ())
     return json_response({**body, **writer.response(result.completions[0]), **writer.totals(), "done": True})
+
+
+def _in_format(
+    params: SamplingParams, wanted: Format, model: LoadedModel, reader: AnswerReader | None
+) -> SamplingParams:
+    """An answer that is JSON, of a schema if `wanted` is one."""
+    from core.api.openai.constrained import constrain_to
+    from core.api.openai.structured import form_of
+
+    form = form_of("json_object", True, "format") if wanted == "json" else form_of("json", wanted, "format")
+    return constrain_to(params, form, model, reader)
 
 
 def _prompt_token_ids(fields: GenerateRequest, model: LoadedModel) -> tuple[list[int], str]:

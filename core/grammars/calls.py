@@ -22,6 +22,11 @@ _NOTES = frozenset({
 })  # fmt: skip
 _OF_ARGUMENTS = _NOTES | {"properties", "required", "additionalProperties", "$defs", "definitions"}
 """What the schema of all arguments may say where these are no JSON."""
+_OPENING = frozenset({
+    "additionalProperties", "unevaluatedProperties", "patternProperties", "minProperties", "allOf", "anyOf", "oneOf",
+    "$ref", "if", "dependentSchemas",
+})  # fmt: skip
+"""With these, an object may have, or has to have, keys beside its `properties`."""
 _OF_TEXTS = _NOTES | {"enum", "const", "$ref"}
 _SCALARS = frozenset({"string", "number", "integer", "boolean", "null"})
 
@@ -81,7 +86,7 @@ class CallGrammar:
     # -- arguments ---------------------------------------------------------------------------------------------------
 
     def _json(self, index: int, name: str, schema: Mapping[str, Any]) -> None:
-        whole = {"type": "object", **schema}
+        whole = closed({"type": "object", **schema})
         self._rules.append(f"arguments_{index}: {self._value(f'json_{index}', whole)}")
 
     def _value(self, name: str, schema: Any) -> str:
@@ -181,6 +186,15 @@ class CallGrammar:
         raise InvalidRequestError(
             f"The parameters of {name} have /{pointer[:200]}, and {reason}.", param=self._param
         )  # fmt: skip
+
+
+def closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """The same without arguments that it does not name, where it leaves open whether there may be others: a function
+    that is called with them fails. Families without JSON have none of these either."""
+    names = schema.get("properties")
+    if not isinstance(names, dict) or schema.keys() & _OPENING or not names.keys() >= set(schema.get("required") or ()):
+        return schema
+    return {**schema, "additionalProperties": False}
 
 
 def _bounded(schema: Any) -> Any:

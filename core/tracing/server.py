@@ -59,6 +59,11 @@ class ServerSpan:
             if delta.finish_reason is not None:
                 self._reasons.append(delta.finish_reason)
 
+    def left(self) -> None:
+        """Its answer is made after the request has been answered."""
+        self._generates = False
+        self.set(vramancer__answer__background=True)
+
     def gave_up(self) -> None:
         """The rest of the answer was not made: its client left, or something of it failed."""
         self.set(vramancer__answer__given_up=True)

@@ -37,6 +37,13 @@ POST_ROUTES = {
     "/detokenize": {"tokens": [97]},
     "/api/models/load": {"model": "demo"},
 }
+OLLAMAS: dict[str, Any] = {
+    "/api/generate": {"prompt": "a"},
+    "/api/chat": {"model": "demo", "messages": [{"role": "user", "content": "a"}]},
+    "/api/show": {"model": "demo"},
+    "/api/embed": {"model": "demo", "input": "a"},
+}
+"""Routes whose clients do not say that they send JSON."""
 GENERATING = ["/v1/completions", "/v1/chat/completions", "/v1/batch/completions", "/api/generate"]
 
 each_route = pytest.mark.parametrize("path", POST_ROUTES)
@@ -75,8 +82,19 @@ def test_the_good_request_passes(client: ApiClient, path: str) -> None:
 )
 def test_wrong_content_type(client: ApiClient, path: str, content_type: str | None) -> None:
     data = json.dumps(POST_ROUTES[path]).encode()
+    if path in OLLAMAS and content_type is None:
+        assert client.post(path, data=data).status_code == 200
+        return
     error = client.error(path, status=415, data=data, content_type=content_type)
     assert error["code"] == "unsupported_media_type"
+
+
+@pytest.mark.parametrize("path", OLLAMAS)
+def test_ollamas_routes_take_what_curl_sends_of_itself(client: ApiClient, path: str) -> None:
+    """As the examples of Ollama's documentation do."""
+    body = json.dumps(OLLAMAS[path])
+    assert client.post(path, data=body, content_type="application/x-www-form-urlencoded").status_code == 200
+    assert client.raw.post(path, data=body).status_code == 401, "a token is needed all the same"
 
 
 def test_compressed_body(client: ApiClient) -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 from api_client import ApiClient
-from fake_pipeline import BOS, CONTEXT, EOS, ByteTokenizer, FakePipeline
+from fake_pipeline import BOS, CONTEXT, EOS, GRAMMARS, ByteTokenizer, FakePipeline
 
 from core.api.llamacpp import routes
 from core.errors import StepFailedError
@@ -52,6 +52,29 @@ def test_prompts(client: ApiClient, pipeline: FakePipeline, prompt: Any, token_i
     assert pipeline.submitted[0][0] == token_ids
 
 
+@pytest.mark.parametrize(
+    ("extra", "good", "bad"),
+    [
+        ({"grammar": 'root ::= "a" [0-9]+'}, b"a12", b"b"),
+        ({"json_schema": {"type": "object"}, "grammar": ""}, b'{"a": 1}', b"[1]"),
+        ({"json_schema": {}}, b"[1]", b"x"),
+    ],
+    ids=str,
+)
+def test_grammars_and_schemas_are_kept_to(
+    client: ApiClient, pipeline: FakePipeline, extra: dict[str, Any], good: bytes, bad: bytes
+) -> None:
+    assert client.post(URL, {"prompt": "a", **extra}).status_code == 200
+    matcher = GRAMMARS.matcher(pipeline.submitted[-1][1].grammar)
+    assert matcher.validate_tokens(list(good)) == len(good)
+    assert matcher.validate_tokens(list(bad)) < len(bad)
+
+
+def test_no_grammar_is_none(client: ApiClient, pipeline: FakePipeline) -> None:
+    assert client.post(URL, {"prompt": "a", "grammar": ""}).status_code == 200
+    assert pipeline.submitted[-1][1].grammar is None
+
+
 @pytest.mark.parametrize(("given", "limit"), [(None, CONTEXT - 2), (-1, CONTEXT - 2), (9999, CONTEXT - 2), (7, 7)])
 def test_the_limit_is_what_fits_at_most(
     client: ApiClient, pipeline: FakePipeline, given: int | None, limit: int
@@ -84,7 +107,9 @@ def test_probabilities(client: ApiClient) -> None:
         ({"prompt": ["a", "b"]}, "prompt"),
         ({"prompt": [99999]}, "prompt"),
         ({"grammar": "root ::= x"}, "grammar"),
-        ({"json_schema": {}}, "json_schema"),
+        ({"grammar": 'root ::= "a"', "json_schema": {}}, "json_schema"),
+        ({"grammar": 'root ::= "a"', "grammar_lazy": True}, "grammar_lazy"),
+        ({"json_schema": {"not": {}}}, "json_schema"),
         ({"mirostat": 2}, "mirostat"),
         ({"samplers": ["top_k"]}, "samplers"),
         ({"n_predict": 0}, "n_predict"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from api_client import ApiClient
-from fake_pipeline import BOS, CONTEXT, FakePipeline
+from fake_pipeline import BOS, CONTEXT, GRAMMARS, FakePipeline
 from flask import Flask
 
 from core.errors import StepFailedError
@@ -305,18 +305,45 @@ def test_without_a_prompt_the_model_is_loaded_already(client: ApiClient) -> None
     [
         ({"suffix": "b"}, "suffix"),
         ({"context": [1]}, "context"),
-        ({"format": "json"}, "format"),
+        ({"format": "xml"}, None),
+        ({"format": {"not": {}}}, "format"),
         ({"images": ["x"]}, "images"),
         ({"options": {"temperature": 5}}, "options.temperature"),
         ({"options": {"typical_p": 0.5}}, "typical_p"),
         ({"think": True}, "think"),
     ],
 )
-def test_what_is_not_available_there_is_refused(client: ApiClient, extra: dict[str, Any], param: str) -> None:
-    assert client.error(GENERATE, {"prompt": "a", **extra}, status=400)["param"] == param
+def test_what_is_not_available_there_is_refused(client: ApiClient, extra: dict[str, Any], param: str | None) -> None:
+    error = client.error(GENERATE, {"prompt": "a", **extra}, status=400)
+    assert error["param"] == param or param is None
 
 
 @pytest.mark.parametrize("form", ["json", {"type": "object"}])
 def test_forms_are_kept_to(client: ApiClient, pipeline: FakePipeline, form: Any) -> None:
     assert client.post(URL, BODY | {"format": form}).status_code == 200
     assert pipeline.submitted[-1][1].grammar is not None
+
+
+@pytest.mark.parametrize(
+    ("extra", "prompt"),
+    [({}, b"u:a\na:"), ({"raw": True}, b"a")],
+)
+@pytest.mark.parametrize("form", ["json", {"type": "object"}])
+def test_forms_are_kept_to_by_generate(
+    client: ApiClient, pipeline: FakePipeline, extra: dict[str, Any], prompt: bytes, form: Any
+) -> None:
+    """`format` alone makes the prompt a message, as with Ollama."""
+    assert client.post(GENERATE, {"model": "demo", "prompt": "a", "format": form, **extra}).status_code == 200
+    given, params = pipeline.submitted[-1]
+    assert given == [BOS, *prompt]
+    matcher = GRAMMARS.matcher(params.grammar)
+    assert matcher.validate_tokens(list(b'{"a": 1}')) == 8
+    assert matcher.validate_tokens(list(b"Hello")) == 0
+
+
+def test_thoughts_come_before_the_form(client: ApiClient, thinker: FakePipeline) -> None:
+    thinker.reply = '<think>hm</think>{"a": 1}'
+    answer = client.post(GENERATE, {"prompt": "a", "format": "json"}).get_json()
+    assert (answer["thinking"], answer["response"]) == ("hm", '{"a": 1}')
+    matcher = GRAMMARS.matcher(thinker.submitted[-1][1].grammar)
+    assert matcher.validate_tokens(list(thinker.reply.encode())) == len(thinker.reply)

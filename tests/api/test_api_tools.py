@@ -349,7 +349,31 @@ def test_required_calls_are_constrained(
     assert matcher.validate_tokens(list(b"I")) == 0, "text is none"
     call = b'<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
     more = matcher.validate_tokens(list(call + b"\n" + call))
-    assert (more == len(call)) == ("parallel_tool_calls" in extra)
+    assert (more == len(call)) == ("parallel_tool_calls" in extra or extra["tool_choice"] == NAMED)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "takes_others"),
+    [
+        ({"type": "object", "properties": {"a": {}}}, False),
+        ({"properties": {"a": {}}, "required": ["a"]}, False),
+        (None, False),
+        ({"type": "object"}, True),
+        ({"properties": {"a": {}}, "additionalProperties": True}, True),
+        ({"properties": {"a": {}}, "patternProperties": {"^b": {}}}, True),
+        ({"properties": {"a": {}}, "required": ["b"]}, True),
+    ],
+    ids=str,
+)
+def test_calls_have_the_arguments_that_their_schema_names(
+    client: ApiClient, hermes: FakePipeline, parameters: Any, takes_others: bool
+) -> None:
+    tools = [{"type": "function", "function": {"name": "now", "parameters": parameters}}]
+    assert client.post(URL, BODY | {"tools": tools, "tool_choice": "required"}).status_code == 200
+    matcher = GRAMMARS.matcher(hermes.submitted[0][1].grammar)
+    call = b'<tool_call>\n{"name": "now", "arguments": {%s}}'
+    given = b'"a": 1, "b": 2' if parameters and "a" in parameters.get("properties", {}) else b'"b": 2'
+    assert (matcher.validate_tokens(list(call % given)) == len(call % given)) == takes_others
 
 
 def test_a_strict_function_is_constrained_where_it_is_called_and_others_are_free(
@@ -435,6 +459,19 @@ def test_thoughts_are_split_off(client: ApiClient, pipeline: FakePipeline) -> No
     assert (choice["message"], choice["finish_reason"]) == (message, "stop")
     streamed, reason = joined(client.events(URL, {"messages": [USER]}))
     assert (streamed["content"], streamed["reasoning_content"], reason) == ("Hello", "Well, well.", "stop")
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_tokens_of_thoughts_are_counted(client: ApiClient, pipeline: FakePipeline, n: int) -> None:
+    body = {"messages": [USER], "n": n}
+    assert "completion_tokens_details" not in client.post(URL, body).get_json()["usage"], "it has no thoughts"
+    family(pipeline, None, "think")
+    assert client.post(URL, body).get_json()["usage"]["completion_tokens_details"] == {"reasoning_tokens": 0}
+    pipeline.reply = THOUGHT
+    usage = client.post(URL, body).get_json()["usage"]
+    assert usage["completion_tokens_details"] == {"reasoning_tokens": n * len("Well, well.")}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    assert client.events(URL, body | {"stream_options": options})[-2]["usage"] == usage
 
 
 @pytest.mark.parametrize(("prompt", "content", "reasoning"), [

@@ -12,7 +12,7 @@ from grammars.walks import byte_vocabulary, text_of, walk
 
 from core.errors import InvalidRequestError
 from core.grammars import forms
-from core.grammars.calls import CallGrammar
+from core.grammars.calls import CallGrammar, closed
 from core.parsers.events import Arguments, CallStart, Text, merged
 from core.parsers.families import TOOL_PARSERS, parser_class
 
@@ -136,3 +136,14 @@ def begun(grammars: Any, special: dict[str, int], grammar: str, start: str, rng:
 def test_what_a_family_cannot_write_is_named(family: str, schema: dict[str, Any], where: str) -> None:
     with pytest.raises(InvalidRequestError, match=where):
         CallGrammar(parser_class(family).shape, {"f": {"type": "object", **schema}}, {})
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"minProperties": 2}, {"allOf": [{"properties": {"b": {}}}]}, {"$ref": "#/$defs/a"}, {"additionalProperties": {}}],
+    ids=str,
+)
+def test_arguments_that_a_schema_may_have_elsewhere_are_not_taken_away(more: dict[str, Any]) -> None:
+    schema = {"type": "object", "properties": {"a": {}}}
+    assert closed(schema | more) == schema | more
+    assert closed(schema) == schema | {"additionalProperties": False}

@@ -68,7 +68,7 @@ def _complete(fields: LlamaCompletionRequest, model: LoadedModel, token_ids: lis
         if params.num_sequences != 1:
             raise InvalidRequestError("This route gives one completion.", param="n")
         room = max(1, model.max_model_len - len(token_ids))
-        params = replace(params, max_tokens=min(params.max_tokens or room, room))
+        params = replace(params, max_tokens=min(params.max_tokens or room, room), grammar=_grammar(fields, model))
         generation = start_generation([(token_ids, params)], model, prefix="cmpl", priority=fields.priority)
     writer = LlamaWriter(fields, model, params, token_ids)
     if fields.stream:
@@ -76,6 +76,19 @@ def _complete(fields: LlamaCompletionRequest, model: LoadedModel, token_ids: lis
     with closing(generation):
         (result,) = generation.gather(on_output=writer.note)
     return json_response(writer.whole(result))
+
+
+def _grammar(fields: LlamaCompletionRequest, model: LoadedModel) -> str | None:
+    """What the answer keeps to, compiled once."""
+    given = fields.given_forms
+    if not given:
+        return None
+    if len(given) > 1:
+        raise InvalidRequestError("An answer can keep to grammar or to json_schema, not to both.", param="json_schema")
+    from core.api.openai.structured import form_of, grammar_of
+
+    ((param, value),) = given.items()
+    return grammar_of(form_of("grammar" if param == "grammar" else "json", value, param), model)
 
 
 def _prompt(prompt: str | list[int | str], model: LoadedModel) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from core.api.body import NOTHING, Integer, ModelName, Unsupported, whole
+from core.api.body import Integer, ModelName, Unsupported, whole
 from core.api.openai.schemas import ChatMessage, TemplateFields
 from core.api.openai.unsupported import NO, OFF, SAMPLERS
 from core.api.sampling import LogitBias, SamplingFields
@@ -28,15 +28,15 @@ def _biases(value: Any) -> Any:
 
 
 class LlamaCompletionRequest(SamplingFields):
-    """`/completion`. `prompt` is text, token ids, or a list of both, which is one prompt. Where caches are (`id_slot`,
-    `n_keep`, ...) is for the server to know."""
+    """`/completion`. `prompt` is text, token ids, or a list of both, which is one prompt. The answer keeps to `grammar`
+    or to `json_schema`. Where caches are (`id_slot`, `n_keep`, ...) is for the server to know."""
 
     unsupported: ClassVar[Unsupported] = {
         **{name: accepted for name, accepted in SAMPLERS.items() if name != "repeat_penalty"},
         "cache_prompt": (True,),
-        "grammar": ("",),
+        "grammar_lazy": NO,
+        "grammar_triggers": ([],),
         "image_data": ([],),
-        "json_schema": NOTHING,
         "lora": ([],),
         "n_indent": OFF,
         "post_sampling_probs": NO,
@@ -51,6 +51,17 @@ class LlamaCompletionRequest(SamplingFields):
     repeat_penalty: float | None = None
     logit_bias: Annotated[LogitBias, BeforeValidator(_biases)] | None = None
     return_tokens: bool | None = None
+    grammar: str | None = None
+    json_schema: dict[str, Any] | bool | None = None
+
+    @property
+    def given_forms(self) -> dict[str, Any]:
+        """What the answer keeps to, by name; an empty grammar asks for nothing."""
+        return {
+            name: value
+            for name, value in (("grammar", self.grammar or None), ("json_schema", self.json_schema))
+            if value is not None
+        }
 
 
 class InfillRequest(LlamaCompletionRequest):

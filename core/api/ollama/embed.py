@@ -21,7 +21,7 @@ blueprint = Blueprint("ollama_embed", __name__)
 def embed() -> Response:
     """A vector for each text. `prompt_eval_count` counts all their tokens."""
     began_ns = time.perf_counter_ns()
-    fields = read_request(EmbedRequest)
+    fields = read_request(EmbedRequest, untyped=True)
     source = embedding_source(plain_name(fields.model))
     prompt, most = prompt_of(source, None), kept_tokens(source, None if fields.truncate is False else -1)
     inputs = [source.read(each, prompt=prompt, most=most, param="input") for each in fields.input]

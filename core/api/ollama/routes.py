@@ -39,7 +39,7 @@ def framing(lines: Framing) -> Framing:
 @policy("user", waits=True)
 def chat() -> Response:
     """An answer, in lines unless `stream` is false. `num_predict` beyond the context means as many as fit."""
-    fields = read_request(OllamaChatRequest)
+    fields = read_request(OllamaChatRequest, untyped=True)
     if not fields.messages:
         return json_response(loaded_answer(fields.model, {"message": {"role": "assistant", "content": ""}}))
     with client_names(NAMES):
@@ -91,7 +91,7 @@ def version() -> Response:
 @blueprint.post("/api/show")
 @policy("user")
 def show() -> Response:
-    fields = read_request(ShowRequest)
+    fields = read_request(ShowRequest, untyped=True)
     name = fields.model or fields.name
     if not name:
         raise InvalidRequestError("model must name a model.", param="model")

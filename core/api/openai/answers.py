@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from core.api.generation import choice
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 
 PROMPT_END_TOKENS = 32
 """As many hold any tag that a prompt may end with."""
+
+
+def reasoning_tokens(model: LoadedModel, thoughts: Iterable[str], completion_tokens: int) -> int:
+    """Tokens of texts, of `completion_tokens` in all. They are counted in the text, which a model may have written in
+    more tokens than it takes."""
+    counted = sum(len(model.tokenizer.encode(text, add_special_tokens=False)) for text in thoughts if text)
+    return min(counted, completion_tokens)
 
 
 class AnswerReader:
@@ -59,6 +66,15 @@ class AnswerReader:
         end = list(token_ids[-PROMPT_END_TOKENS:])
         self._prompt_end = self._model.tokenizer.decode(end, skip_special_tokens=False)
         self._continued = continued
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the model's thoughts are told from its answers."""
+        return self._format.reasoning_parser is not None
+
+    def count_thoughts(self, thoughts: Iterable[str], completion_tokens: int) -> int | None:
+        """Tokens of all answers' thoughts, without the tags around them; None of a model that has no thoughts."""
+        return reasoning_tokens(self._model, thoughts, completion_tokens) if self.thinks else None
 
     def begin(self, generation_id: str, index: int) -> AnswerDeltas:
         """Reads the answer of this number."""
@@ -142,6 +158,11 @@ class AnswerChunks:
         self._reader = reader
         self._generation_id = generation_id
         self._answers: dict[int, AnswerDeltas] = {}
+        self._thoughts: dict[int, list[str]] = {}
+
+    def count_thoughts(self, completion_tokens: int) -> int | None:
+        """As the reader's, of what has been read."""
+        return self._reader.count_thoughts(map("".join, self._thoughts.values()), completion_tokens)
 
     def choices(self, gained: SequenceDelta, logprobs: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         """What an answer gained, with log-probabilities beside the first of it, and how it ended if it did."""
@@ -150,12 +171,18 @@ class AnswerChunks:
             self._answers[index] = self._reader.begin(self._generation_id, index)
         answer = self._answers[index]
         for delta in answer.feed(gained.text):
+            self._note(index, delta)
             yield choice(index, {"delta": delta}, logprobs)
             logprobs = None
         if logprobs is not None:
             yield choice(index, {"delta": {}}, logprobs)
         if gained.finish_reason is not None:
             for delta in answer.finish():
+                self._note(index, delta)
                 yield choice(index, {"delta": delta})
             reason = answer.finish_reason(gained.finish_reason)
             yield choice(index, {"delta": {}}, None, reason, gained.stop_reason)
+
+    def _note(self, index: int, delta: dict[str, Any]) -> None:
+        if "reasoning_content" in delta:
+            self._thoughts.setdefault(index, []).append(delta["reasoning_content"])

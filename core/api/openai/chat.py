@@ -55,14 +55,17 @@ def _complete_here() -> Response:
     usage = Usage()
     usage.add_result(result)
     head = envelope(generation.id, "chat.completion", model, fields.model)
-    choices = []
+    choices, thoughts = [], []
     for completion in result.completions:
         message: dict[str, Any] = {"role": "assistant", "content": completion.text, "refusal": None}
         reason: str | None = completion.finish_reason
         if reader is not None:
             message, reason = reader.message(generation.id, completion)
+            thoughts.append(message.get("reasoning_content", ""))
         logprobs = token_logprobs(fields, model, completion.logprobs)
         choices.append(choice(completion.index, {"message": message}, logprobs, reason, completion.stop_reason))
+    if reader is not None:
+        usage.reasoning_tokens = reader.count_thoughts(thoughts, usage.completion_tokens)
     return json_response({**head, "choices": choices, "usage": usage.to_openai()})
 
 
@@ -170,6 +173,11 @@ class ChatStream(ChoiceStream):
                 yield self._chunk(choice(number, {"delta": {"role": "assistant", "content": "", "refusal": None}}))
         for delta in output.deltas:
             yield from self._delta_chunks(delta)
+
+    def closing(self) -> Iterator[dict[str, Any]]:
+        if self._include_usage and self._read is not None:
+            self._usage.reasoning_tokens = self._read.count_thoughts(self._usage.completion_tokens)
+        return super().closing()
 
     def _delta_chunks(self, delta: SequenceDelta) -> Iterator[dict[str, Any]]:
         self._usage.add_delta(delta)

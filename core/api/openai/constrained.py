@@ -50,6 +50,17 @@ def constrain(
     return replace(params, grammar=checked(forms.compose(*parts), model, param, where))
 
 
+def constrain_to(params: SamplingParams, form: Form, model: LoadedModel, reader: AnswerReader | None) -> SamplingParams:
+    """The parameters with a form's grammar. `reader` has read the prompt; without one the whole text is of the form.
+
+    Raises as `constrain`.
+    """
+    parts = [form.part]
+    if reader is not None:
+        parts = _behind_thoughts(_final(form, model.output_format), reader, model.output_format)
+    return replace(params, grammar=checked(forms.compose(*parts), model, form.param, form.where))
+
+
 def _with_calls(offer: Offer, form: Form | None, output_format: OutputFormat) -> list[forms.Part]:
     """Calls alone where one is required, calls or the form, or text with calls in it."""
     parser = parser_class(output_format.tool_parser or "")

@@ -64,6 +64,11 @@ def read_form(fields: OpenAIFields) -> Form | None:
     return found[0] if found else None
 
 
+def form_of(kind: str, value: Any, param: str) -> Form:
+    """A form by its kind: json, json_object, regex, choice or grammar. Raises as `read_form`."""
+    return _form(kind, value, param, forms.SPACE)
+
+
 def grammar_of(form: Form, model: LoadedModel) -> str:
     """The grammar, compiled once to see that it can be kept to. Raises `InvalidRequestError`."""
     return checked(forms.compose(form.part), model, form.param, form.where)

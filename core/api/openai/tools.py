@@ -58,8 +58,9 @@ def read_offer(
             param="tools",
         )
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in functions}
+    named = isinstance(tool_choice, dict) and tool_choice.get("type") == "function"  # which is one call, with OpenAI
     return Offer(
-        functions, {name: schemas[name] for name in names}, parallel_tool_calls is not False, required,
+        functions, {name: schemas[name] for name in names}, parallel_tool_calls is not False and not named, required,
         strict & frozenset(names),
     )  # fmt: skip
 

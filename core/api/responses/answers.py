@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from core.api.generation import Usage
+from core.api.openai.answers import reasoning_tokens
 from core.api.openai.chat import ChatJob, token_logprobs
 from core.api.responses.output import OutputItems
 from core.api.responses.schemas import ResponseRequest, TextFormat
@@ -65,7 +66,14 @@ class ResponseWriter:
             for event in self._changes(delta):
                 yield self._event(event)
 
+    def queue(self) -> dict[str, Any]:
+        """The response before anything of it has come, which is kept."""
+        self._response["status"] = "queued"
+        self._keep(self._response)
+        return dict(self._response)
+
     def begin(self) -> Iterator[dict[str, Any]]:
+        self._response = {**self._response, "status": "in_progress"}
         self._keep(self._response)
         for kind in ("response.created", "response.in_progress"):
             yield self._event({"type": kind, "response": self._response})
@@ -80,7 +88,7 @@ class ResponseWriter:
     def failed(self, error: VRAMancerError) -> dict[str, Any]:
         """The last event of a stream that fails."""
         shown = error.to_openai()["error"]
-        if self._number == 0:
+        if self._number == 0 and not self._fields.background:
             return self._event({"type": "error", **{name: shown[name] for name in ("code", "message", "param")}})
         self._response |= {"error": {"code": "server_error", "message": shown["message"]}}
         self._end("failed")
@@ -128,12 +136,12 @@ class ResponseWriter:
     def _used(self) -> dict[str, Any]:
         """Tokens. Those of thoughts are counted in their text, without the tags around it."""
         usage = self._usage
-        thoughts = self._job.model.tokenizer.encode(self._items.thoughts, add_special_tokens=False)
+        thoughts = reasoning_tokens(self._job.model, [self._items.thoughts], usage.completion_tokens)
         return {
             "input_tokens": usage.prompt_tokens,
             "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": usage.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": min(len(thoughts), usage.completion_tokens)},
+            "output_tokens_details": {"reasoning_tokens": thoughts},
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         }
 
@@ -162,7 +170,7 @@ def _echo(fields: ResponseRequest, job: ChatJob, response_id: str) -> dict[str, 
         "created_at": int(time.time()),
         "completed_at": None,
         "status": "in_progress",
-        "background": False,
+        "background": bool(fields.background),
         "error": None,
         "incomplete_details": None,
         "instructions": fields.instructions,

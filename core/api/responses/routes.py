@@ -11,10 +11,11 @@ from pydantic import Field, ValidationError
 
 from core.api.body import Integer, RequestModel, from_validation_error, json_response, read_request
 from core.api.context import api_context
-from core.api.generation import stream_response
+from core.api.generation import Generation, stream_response
 from core.api.openai.chat import ChatJob
 from core.api.openai.schemas import ChatRequest
 from core.api.responses.answers import ResponseEvents, ResponseWriter
+from core.api.responses.background import BackgroundResponses
 from core.api.responses.items import NAMES, messages_of, read_items
 from core.api.responses.schemas import ResponseRequest
 from core.api.responses.store import ResponseStore, Stored
@@ -24,6 +25,8 @@ from core.security.access import policy
 
 blueprint = Blueprint("responses", __name__)
 STORE = "vramancer_responses"
+BACKGROUND = "vramancer_background_responses"
+RUNNING = ("queued", "in_progress")
 
 
 def response_store() -> ResponseStore:
@@ -31,28 +34,30 @@ def response_store() -> ResponseStore:
     return cast(ResponseStore, current_app.extensions[STORE])
 
 
+def current_background() -> BackgroundResponses:
+    """Of the application that answers the current request."""
+    return cast(BackgroundResponses, current_app.extensions[BACKGROUND])
+
+
 @blueprint.post("/v1/responses")
 @policy("user", waits=True)
 def create_response() -> Response:
-    """A response, kept for its caller unless `store` is false."""
+    """A response, kept for its caller unless `store` is false; one in the background is made after the answer."""
     fields = read_request(ResponseRequest)
     store, owner = response_store(), g.principal.owner
+    fields.check_background()
     items = read_items(fields.input, lambda item_id: store.item(owner, item_id))
     conversation = [*_earlier(fields, store, owner), *items]
     with client_names(NAMES):
         job = _prepare(fields, messages_of(conversation, fields.instructions))
-        generation = job.start("resp", {"prompt": "input", "max_tokens": "max_output_tokens"})
-    kept = False
-
-    def keep(response: dict[str, Any]) -> None:
-        nonlocal kept
-        if fields.store is False:
-            return
-        running = generation.id if response["status"] == "in_progress" else None
-        (store.replace if kept else store.put)(owner, Stored(dict(response), items, running))
-        kept = True
-
-    writer = ResponseWriter(fields, job, generation.id, keep)
+    if fields.background:
+        with current_background().place(owner) as place:
+            generation, writer = _begin(fields, job, store, items)
+            generation.leave_request()
+            queued = writer.queue()
+            place.begin(generation, writer)
+        return json_response(queued)
+    generation, writer = _begin(fields, job, store, items)
     if fields.stream:
         response = stream_response(generation, writer, ResponseEvents(writer))
         response.call_on_close(writer.abandoned)
@@ -62,11 +67,35 @@ def create_response() -> Response:
     return json_response(writer.response(result))
 
 
+def _begin(
+    fields: ResponseRequest, job: ChatJob, store: ResponseStore, items: list[dict[str, Any]]
+) -> tuple[Generation, ResponseWriter]:
+    """Submit it. The writer keeps the response for its caller, unless it is not to be stored."""
+    owner = g.principal.owner
+    with client_names(NAMES):
+        generation = job.start("resp", {"prompt": "input", "max_tokens": "max_output_tokens"})
+    kept = False
+
+    def keep(response: dict[str, Any]) -> None:
+        nonlocal kept
+        if fields.store is False:
+            return
+        running = generation.id if response["status"] in RUNNING else None
+        (store.replace if kept else store.put)(owner, Stored(dict(response), items, running))
+        kept = True
+
+    return generation, ResponseWriter(fields, job, generation.id, keep)
+
+
 def _earlier(fields: ResponseRequest, store: ResponseStore, owner: str) -> list[dict[str, Any]]:
     """Items of the conversation that goes on."""
     if fields.previous_response_id is None:
         return []
     try:
+        if store.get(owner, fields.previous_response_id).response["status"] in RUNNING:
+            raise InvalidRequestError(
+                f"The response {fields.previous_response_id!r} is not complete yet.", param="previous_response_id"
+            )
         return store.conversation(owner, fields.previous_response_id)
     except NotFoundError as error:
         raise InvalidRequestError(
@@ -205,15 +234,21 @@ def _items_query() -> ItemsQuery:
 @blueprint.delete("/v1/responses/<response_id>")
 @policy("user", mutates=True)
 def delete_response(response_id: str) -> Response:
+    stored = response_store().get(g.principal.owner, response_id)
     response_store().delete(g.principal.owner, response_id)
+    if stored.response["background"] and stored.generation_id is not None:
+        api_context().pipeline.cancel(stored.generation_id)  # nobody could read it
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
 
 @blueprint.post("/v1/responses/<response_id>/cancel")
 @policy("user", mutates=True)
 def cancel_response(response_id: str) -> Response:
-    """End a response that is being streamed. Whoever reads the stream gets what there is by then."""
+    """End a response that is being streamed, or made in the background, with what there is by then. One that has been
+    cancelled is answered as it is."""
     stored = response_store().get(g.principal.owner, response_id)
+    if stored.response["background"] and stored.response["status"] == "cancelled":
+        return json_response(stored.response)
     if stored.generation_id is None or not api_context().pipeline.cancel(stored.generation_id):
         raise InvalidRequestError("The response has ended; only one that runs can be cancelled.", param="response_id")
     return json_response({**stored.response, "status": "cancelled"})

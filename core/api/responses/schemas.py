@@ -8,9 +8,9 @@ from pydantic import Field
 
 from core.api.body import NOTHING, Integer, ModelName, RequestModel, TextOrObjects, Unsupported
 from core.api.openai.effort import Effort
+from core.errors import InvalidRequestError, UnsupportedParameterError
 
 UNSUPPORTED: Unsupported = {
-    "background": (False,),
     "context_management": ([],),
     "conversation": NOTHING,
     "moderation": NOTHING,
@@ -56,6 +56,7 @@ class ResponseRequest(RequestModel):
     input: TextOrObjects
     instructions: str | None = None
     previous_response_id: Annotated[str, Field(max_length=128)] | None = None
+    background: bool | None = None
     store: bool | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
@@ -78,6 +79,17 @@ class ResponseRequest(RequestModel):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     service_tier: Literal["auto", "default"] | None = None
+
+    def check_background(self) -> None:
+        """Raises `InvalidRequestError` for what cannot go together: a response in the background is one that is kept,
+        and asked for later."""
+        if self.background and self.store is False:
+            raise InvalidRequestError("background needs store: the response is asked for later.", param="store")
+        if self.background and self.stream:
+            raise UnsupportedParameterError(
+                "A response in the background is not streamed here: GET /v1/responses/<id> says how far it is.",
+                param="stream",
+            )
 
     @property
     def wants_logprobs(self) -> bool:
