@@ -102,7 +102,10 @@ class EmbedRequest(RequestModel):
     """`/api/embed`. A text that is too long is cut, unless `truncate` is false."""
 
     model: str = Field(max_length=MAX_NAME)
-    input: Annotated[list[str], BeforeValidator(_as_texts)]
+    input: Annotated[
+        list[str],
+        BeforeValidator(_as_texts, json_schema_input_type=str | Annotated[list[str], Field(max_length=MAX_INPUTS)]),
+    ]
     truncate: bool | None = None
     dimensions: Integer | None = Field(None, ge=1)
     options: Options | None = None

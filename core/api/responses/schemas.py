@@ -48,12 +48,13 @@ class ResponseStreamOptions(RequestModel):
 
 
 class ResponseRequest(RequestModel):
-    """`/v1/responses`. `core.api.responses.items` looks into `input`."""
+    """`/v1/responses`. `core.api.responses.items` looks into `input`, which may be left out where a conversation goes
+    on."""
 
     unsupported: ClassVar[Unsupported] = UNSUPPORTED
 
     model: ModelName | None = None
-    input: TextOrObjects
+    input: TextOrObjects | None = None
     instructions: str | None = None
     previous_response_id: Annotated[str, Field(max_length=128)] | None = None
     store: bool | None = None
