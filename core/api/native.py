@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -81,12 +81,6 @@ class GenerateRequest(SamplingFields):
         "context": ([],), "format": ("",), "images": ([],), "suffix": ("",), "template": ("",),
     }  # fmt: skip
     """What Ollama knows beside these."""
-
-    @classmethod
-    def refuse_unsupported(cls, body: Mapping[str, Any]) -> None:
-        super().refuse_unsupported(body)
-        if isinstance(body.get("options"), dict):
-            Options.refuse_unsupported(body["options"])
 
     @model_validator(mode="before")
     @classmethod

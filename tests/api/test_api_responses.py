@@ -232,6 +232,11 @@ def test_who_asks_is_shown_if_told(client: ApiClient) -> None:
     assert "user" not in client.post(URL, BODY).get_json(), "OpenAI's specification has no null there"
 
 
+@pytest.mark.parametrize("tier", ["auto", "default", "fast", "flex", "priority", "scale"])
+def test_whatever_is_paid_for_all_are_served_alike(client: ApiClient, tier: str) -> None:
+    assert client.post(URL, BODY | {"service_tier": tier}).get_json()["service_tier"] == "default"
+
+
 def test_an_item_is_referred_to_once(client: ApiClient) -> None:
     item = {"type": "item_reference", "id": client.post(URL, BODY).get_json()["output"][0]["id"]}
     question = {"role": "user", "content": "a"}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from core.api.body import Integer, RequestModel, Unsupported
 from core.api.openai.unsupported import SAMPLERS
@@ -35,6 +34,14 @@ class Options(RequestModel):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repeat_penalty: float | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, given: Any) -> Any:
+        """Wherever there are options. Raises `UnsupportedParameterError`."""
+        if isinstance(given, dict):
+            cls.refuse_unsupported(given)
+        return given
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -74,12 +81,6 @@ class OllamaChatRequest(RequestModel):
     keep_alive: float | str | None = None
     logprobs: bool | None = None
     top_logprobs: Integer | None = None
-
-    @classmethod
-    def refuse_unsupported(cls, body: Mapping[str, Any]) -> None:
-        super().refuse_unsupported(body)
-        if isinstance(body.get("options"), dict):
-            Options.refuse_unsupported(body["options"])
 
 
 class ShowRequest(RequestModel):

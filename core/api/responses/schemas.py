@@ -78,7 +78,7 @@ class ResponseRequest(RequestModel):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    service_tier: Literal["auto", "default"] | None = None
+    service_tier: Literal["auto", "default", "fast", "flex", "priority", "scale"] | None = None
 
     @property
     def wants_logprobs(self) -> bool:
