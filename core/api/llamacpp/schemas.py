@@ -31,6 +31,9 @@ def _biases(value: Any) -> Any:
 
 
 Bias = tuple[int | str, float]
+Biases = Annotated[
+    list[Bias], BeforeValidator(_biases, json_schema_input_type=dict[str, float | Literal[False]] | list[Bias])
+]  # fmt: skip
 
 
 class PromptObject(BaseModel):
@@ -85,10 +88,7 @@ class LlamaCompletionRequest(SamplingFields):
     n_predict: Integer | None = Field(None, ge=-2)
     n_probs: Integer | None = Field(None, ge=0)
     repeat_penalty: float | None = None
-    logit_bias: Annotated[  # type: ignore[assignment]
-        list[Bias],
-        BeforeValidator(_biases, json_schema_input_type=dict[str, float | Literal[False]] | list[Bias]),
-    ] | None = None  # fmt: skip
+    logit_bias: Biases | None = None  # type: ignore[assignment]  # more than others take
     return_tokens: bool | None = None
 
 
