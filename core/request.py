@@ -32,7 +32,8 @@ class SamplingParams:
     `top_k` 0 and `top_p` 1 and `min_p` 0 mean off; `top_p` 0 leaves the likeliest token alone, `temperature` 0 is
     greedy. `max_tokens` None runs to the end of the context. `logprobs` is the number of alternatives reported beside
     the sampled token (0: the token alone). `kept_special_tokens` are part of the text where others are skipped.
-    `grammar`, of `core.grammars`, is what the answer keeps to; an answer that is complete by it ends.
+    `grammar`, of `core.grammars`, is what the answer keeps to; an answer that is complete by it ends. Without
+    `cache_prompt` every token of the prompt is computed, whatever the prefix cache has.
     """
 
     n: int = 1
@@ -58,6 +59,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: str | None = None
+    cache_prompt: bool = True
 
     @property
     def num_sequences(self) -> int:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
 
 from flask import Response, g, request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, ValidationError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from core.api.context import api_context
 from core.errors import (
@@ -22,6 +25,7 @@ MAX_DEPTH = 64  # nested lists and objects
 MAX_PARAM_LENGTH = 256  # the name of an unknown field is the client's, and may be as long as a body
 MAX_COUNT = 2**31 - 1  # largest token count or id that makes sense anywhere
 MAX_NAME_LENGTH = 4096  # of a model: a path may be that long
+UNSUPPORTED = "Not supported: only what asks for nothing is taken."
 NOTHING: tuple[Any, ...] = ()  # no value of the parameter is accepted but null
 
 
@@ -58,6 +62,15 @@ class RequestModel(BaseModel):
     instead: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """With what is not supported, as the values of it that are taken."""
+        shown = handler(schema)
+        properties = handler.resolve_ref_schema(shown).setdefault("properties", {})
+        for name, accepted in cls.unsupported.items():
+            properties[name] = {"enum": [None, *accepted], "description": UNSUPPORTED}
+        return shown
+
+    @classmethod
     def refuse_unsupported(cls, body: Mapping[str, Any]) -> None:
         """Raise `UnsupportedParameterError` for a parameter that would have to be ignored."""
         for name, accepted in cls.unsupported.items():
@@ -77,6 +90,31 @@ def _same(value: Any, other: Any) -> bool:
 JSON = "application/json"
 UNTYPED = (JSON, "", "application/x-www-form-urlencoded")
 Schema = TypeVar("Schema", bound=RequestModel)
+Route = TypeVar("Route", bound=Callable[..., Any])
+_ATTRIBUTE = "route_body"
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What a route takes: one of these schemas, or, if it is `optional`, no body at all."""
+
+    schemas: tuple[type[RequestModel], ...]
+    optional: bool = False
+
+
+def reads(*schemas: type[RequestModel], optional: bool = False) -> Callable[[Route], Route]:
+    """Declare what a route hands to `read_request`: `@reads(ChatRequest)`. `/openapi.json` says so."""
+
+    def declare(route: Route) -> Route:
+        setattr(route, _ATTRIBUTE, Body(schemas, optional))
+        return route
+
+    return declare
+
+
+def body_of(route: Callable[..., Any]) -> Body | None:
+    """What was declared; None for a route that reads no body."""
+    return getattr(route, _ATTRIBUTE, None)
 
 
 def to_json(payload: Any) -> str:

@@ -87,12 +87,14 @@ class Generation:
                 raise message
             yield index, message
 
-    def gather(self, on_output: Callable[[RequestOutput], None] = lambda output: None) -> list[GenerationResult]:
-        """Wait for all of them, telling `on_output` of each output. Raises like `outputs`."""
+    def gather(
+        self, on_output: Callable[[int, RequestOutput], None] = lambda index, output: None
+    ) -> list[GenerationResult]:
+        """Wait for all of them, telling `on_output` of each output and its request. Raises like `outputs`."""
         gathered = [Gathered(handle.params) for handle in self._handles]
         for index, output in filter(None, self.outputs()):
             gathered[index].add(output)
-            on_output(output)
+            on_output(index, output)
         return [item.result() for item in gathered]
 
     def gather_each(self) -> list[GenerationResult | VRAMancerError]:

@@ -17,6 +17,7 @@ from core.api.body import (
     json_response,
     read_body,
     read_request,
+    reads,
 )
 from core.api.context import api_context
 from core.api.openai.models import model_card
@@ -109,6 +110,7 @@ def list_models() -> Response:
 
 @blueprint.post("/api/models/load")
 @policy("operator", mutates=True, waits=True)
+@reads(LoadRequest, UpstreamRequest)
 def load_model() -> Response:
     """Load a model and swap it in; it answers when the model serves. A load that fails leaves the old one serving. With
     a `url` another server's model is served beside it, once that server was found to have it."""
@@ -144,6 +146,7 @@ def _load_upstream() -> Response:
 
 @blueprint.post("/api/models/unload")
 @policy("operator", mutates=True, waits=True)
+@reads(UnloadRequest, optional=True)
 def unload_model() -> Response:
     """Finish what runs, then free the model's memory. With the name of an upstream's model as `model`: serve that no
     more."""
@@ -159,6 +162,7 @@ def unload_model() -> Response:
 
 @blueprint.post("/api/pipeline/place")
 @policy("operator", mutates=True, waits=True)
+@reads(PlaceRequest)
 def place_model() -> Response:
     """Put the running model on other devices or cuts while requests go on. `dry_run` shows the plan, its prediction and
     what would have to move, and changes nothing."""

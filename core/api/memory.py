@@ -8,7 +8,7 @@ from typing import Literal
 from flask import Blueprint, Response, request
 from pydantic import ConfigDict, Field
 
-from core.api.body import Integer, RequestModel, json_response, read_request
+from core.api.body import Integer, RequestModel, json_response, read_request, reads
 from core.api.context import api_context
 from core.engine import memory_calls
 from core.errors import InvalidRequestError
@@ -75,6 +75,7 @@ def demote(block: str) -> Response:
 
 @blueprint.post("/api/memory/reclaim")
 @policy("operator", mutates=True, waits=True)
+@reads(ReclaimRequest)
 def reclaim() -> Response:
     """Have a device take back memory that it lent; requests go on, their blocks move."""
     fields = read_request(ReclaimRequest)
@@ -85,6 +86,7 @@ def reclaim() -> Response:
 
 @blueprint.post("/api/memory/lend")
 @policy("operator", mutates=True, waits=True)
+@reads(LendRequest)
 def lend() -> Response:
     """Have a device lend again that took everything back. `bytes`: what all devices can lend now."""
     fields = read_request(LendRequest)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, model_validator
 from safetensors.numpy import save
 from werkzeug.exceptions import NotAcceptable
 
-from core.api.body import Integer, Integers, ModelName, RequestModel, Unsupported, json_response, read_request
+from core.api.body import Integer, Integers, ModelName, RequestModel, Unsupported, json_response, read_request, reads
 from core.api.context import served_model
 from core.api.generation import Usage, choice, finite, start_generation, start_inference, stream_response
 from core.api.ollama.answers import LINES, Clock, now_text, totals
@@ -83,12 +83,6 @@ class GenerateRequest(SamplingFields):
     }  # fmt: skip
     """What Ollama knows beside these."""
 
-    @classmethod
-    def refuse_unsupported(cls, body: Mapping[str, Any]) -> None:
-        super().refuse_unsupported(body)
-        if isinstance(body.get("options"), dict):
-            Options.refuse_unsupported(body["options"])
-
     @model_validator(mode="before")
     @classmethod
     def _drop_unused(cls, body: Any) -> Any:
@@ -116,6 +110,7 @@ class InferRequest(RequestModel):
 
 @blueprint.post("/api/generate")
 @policy("user", waits=True)
+@reads(GenerateRequest)
 def generate() -> Response:
     fields = read_request(GenerateRequest, untyped=True)
     if fields.is_ollamas and not (fields.prompt or fields.prompt_token_ids or fields.messages):
@@ -146,7 +141,7 @@ def generate() -> Response:
     if fields.stream:
         return stream_response(generation, writer, framing(LINES))
     with closing(generation):
-        (result,) = generation.gather(on_output=writer.clock.note)
+        (result,) = generation.gather(on_output=lambda _, output: writer.clock.note(output))
     writer.usage.add_result(result)
     body = writer.head()
     body["outputs"] = [writer.completion(completion) for completion in result.completions]
@@ -273,6 +268,7 @@ class GenerateWriter:
 
 @blueprint.post("/api/infer")
 @policy("user", waits=True)
+@reads(InferRequest)
 def infer() -> Response:
     """Logits or hidden states, float32: as JSON, or as a safetensors file if the client accepts one."""
     fields = read_request(InferRequest)

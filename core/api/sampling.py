@@ -43,7 +43,7 @@ def _token_keys(value: dict[str, float]) -> dict[int, float]:
     return {int(key): bias for key, bias in value.items()}
 
 
-StopStrings = Annotated[tuple[str, ...], BeforeValidator(_strings)]
+StopStrings = Annotated[tuple[str, ...], BeforeValidator(_strings, json_schema_input_type=str | list[str])]
 TokenIds = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
 LogitBias = Annotated[dict[str, float], AfterValidator(_token_keys)]
 
@@ -72,6 +72,7 @@ class SamplingFields(RequestModel):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    cache_prompt: bool | None = None
     priority: Integer | None = Field(None, ge=-MAX_COUNT, le=MAX_COUNT)
     stream: bool | None = None
 

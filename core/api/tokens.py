@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from flask import Blueprint, Response
 
-from core.api.body import NOTHING, Integers, ModelName, RequestModel, Unsupported, json_response, read_request
+from core.api.body import NOTHING, Integers, ModelName, RequestModel, Unsupported, json_response, read_request, reads
 from core.api.context import served_model
 from core.api.openai.chat import encode_messages
 from core.api.openai.schemas import ChatMessage, TemplateFields
@@ -43,6 +43,7 @@ class DetokenizeRequest(RequestModel):
 
 @blueprint.post("/tokenize")
 @policy("user", waits=True)
+@reads(TokenizeRequest)
 def tokenize() -> Response:
     fields = read_request(TokenizeRequest)
     model = served_model(fields.model)
@@ -84,6 +85,7 @@ def _pieces(fields: TokenizeRequest, content: str, model: LoadedModel) -> list[i
 
 @blueprint.post("/detokenize")
 @policy("user", waits=True)
+@reads(DetokenizeRequest)
 def detokenize() -> Response:
     fields = read_request(DetokenizeRequest)
     model = served_model(fields.model)

@@ -165,7 +165,7 @@ class Request:
     @property
     def reads_prefix(self) -> bool:
         """Whether blocks of the cache will do; else every token of the prompt is computed."""
-        return self.params.prompt_logprobs is None and self.raw is None
+        return self.params.cache_prompt and self.params.prompt_logprobs is None and self.raw is None
 
     @property
     def most_tokens(self) -> int:

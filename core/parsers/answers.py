@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from core.parsers.events import Event, OutputParser, Text, ToolSchemas
 from core.parsers.families import HARMONY, OutputFormat, parser_class
-from core.parsers.reasoning import TAGS, ThinkParser, is_open_at_end
+from core.parsers.reasoning import TAGS, ThinkParser, begins_open
 
 
 class AnswerParser:
@@ -24,10 +24,7 @@ class AnswerParser:
             return
         if reasoning_parser is not None:
             tags = TAGS[reasoning_parser]
-            if continued is None:
-                is_open = is_open_at_end(tags, prompt_end)
-            else:
-                is_open = continued.rfind(tags.open) > continued.rfind(tags.close)
+            is_open = begins_open(tags, prompt_end, continued)
             self._thoughts = ThinkParser(tags, is_open=is_open, hidden=output_format.thought_tokens)
         if tool_parser is not None:
             self._calls = parser_class(tool_parser)(tools, output_format.call_tokens)

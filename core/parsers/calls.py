@@ -175,7 +175,11 @@ class CallParser(StreamParser):
         arguments = next((value[key] for key in ARGUMENTS_KEYS if key in value), None)
         if isinstance(arguments, str):
             arguments = json.loads(arguments or "{}")
-        if not isinstance(name, str) or not isinstance(arguments, dict):
+        if not isinstance(name, str):
+            raise Malformed
+        if arguments is None and value.keys() <= FIRST_KEYS and not self._tools[self._known(name)].get("properties"):
+            arguments = {}  # of a tool without parameters
+        if not isinstance(arguments, dict):
             raise Malformed
         return self._known(name), written_json(arguments)
 

@@ -158,24 +158,19 @@ class PythonicParser(CallParser):
         pieces: list[str] = []
         run = 0  # quotes one after another
         while run < len(quote):
-            letter = yield from self._peek()
-            if not letter:
-                raise Malformed
-            self._at += 1
+            letter = yield from self._next()
             run = run + 1 if letter == quote[0] else 0
             pieces.append((yield from self._escape()) if letter == "\\" else letter)
         return "".join(pieces[: len(pieces) - run])
 
     def _escape(self) -> Steps[str]:
-        letter = yield from self._peek()
-        self._at += 1
+        letter = yield from self._next()
         size = HEX_DIGITS.get(letter)
         if size is None:
             return ESCAPES.get(letter, letter if letter in ("\\", "'", '"') else f"\\{letter}")
         digits = ""
         for _ in range(size):
-            digits += yield from self._peek()
-            self._at += 1
+            digits += yield from self._next()
         try:
             character = chr(int(digits, 16))
             character.encode()

@@ -103,6 +103,14 @@ class StreamParser:
             yield
         return self._text[self._at]
 
+    def _next(self) -> Steps[str]:
+        """The next character, which is read. There has to be one."""
+        letter = yield from self._peek()
+        if not letter:
+            raise Malformed
+        self._at += 1
+        return letter
+
     def _literal(self, expected: str) -> Steps[None]:
         """This very text."""
         for letter in expected:
@@ -120,11 +128,9 @@ class StreamParser:
         """Text up to `end`, which is consumed: at most `limit` characters."""
         found = ""
         while not found.endswith(end):
-            letter = yield from self._peek()
-            if not letter or len(found) > limit + len(end):
+            if len(found) > limit + len(end):
                 raise Malformed
-            found += letter
-            self._at += 1
+            found += yield from self._next()
         return found[: len(found) - len(end)]
 
     def _word(self) -> Steps[str]:

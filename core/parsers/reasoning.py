@@ -65,6 +65,13 @@ class _Trimmed:
             self._emit(stripped)
 
 
+def begins_open(tags: ThinkTags, prompt_end: str, continued: str | None) -> bool:
+    """Whether an answer begins within thoughts: by where its prompt ends, or by the message that goes on."""
+    if continued is None:
+        return is_open_at_end(tags, prompt_end)
+    return continued.rfind(tags.open) > continued.rfind(tags.close)
+
+
 def is_open_at_end(tags: ThinkTags, text: str) -> bool:
     """Whether a prompt that ends with `text` ends within thoughts that have not begun."""
     return text.rstrip().endswith(tags.open.strip())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 from api_client import ApiClient
-from fake_pipeline import BOS, CONTEXT, EOS, FakePipeline
+from fake_pipeline import BOS, CONTEXT, EOS, ByteTokenizer, FakePipeline
 
 from core.errors import StepFailedError
+from core.models.tokenizer import Tokenizer
 
 URL = "/v1/completions"
 
@@ -48,6 +50,22 @@ def test_prompt_forms(client: ApiClient, pipeline: FakePipeline, prompt: Any, ex
     body = client.post(URL, {"prompt": prompt, "n": 2}).get_json()
     assert [tokens for tokens, _ in pipeline.submitted] == expected
     assert [choice["index"] for choice in body["choices"]] == list(range(2 * len(expected)))
+
+
+class BeginningTokenizer(ByteTokenizer):
+    """Has a token in front of every text, the empty one too, as real ones with such a token do."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, context: int | None = None) -> list[int]:
+        return ([BOS] if add_special_tokens else []) + list(text.encode())
+
+
+def test_without_a_prompt_a_text_begins(client: ApiClient, pipeline: FakePipeline) -> None:
+    """Null, which is not the same as missing: OpenAI's default is what stands between texts."""
+    assert client.error(URL, {"prompt": None}, status=400)["param"] == "prompt", "its tokenizer has no such token"
+    pipeline.fake_model = replace(pipeline.model, tokenizer=cast("Tokenizer", BeginningTokenizer()))
+    assert client.post(URL, {"prompt": None}).status_code == 200
+    assert pipeline.submitted[-1][0] == [BOS]
+    assert client.error(URL, {}, status=400)["param"] == "prompt"
 
 
 def test_special_tokens_may_be_left_out(client: ApiClient, pipeline: FakePipeline) -> None:

@@ -178,7 +178,6 @@ FOREIGN: dict[str, tuple[Any, Any]] = {
     "n_predict": (5, None),
     "n_probs": (3, 0),
     "mirostat": (2, 0.0),
-    "grammar": ("root ::= x", ""),
     "typical_p": (0.5, 1),
     "dry_multiplier": (0.8, 0),
     "xtc_probability": (0.5, 0.0),
@@ -186,10 +185,8 @@ FOREIGN: dict[str, tuple[Any, Any]] = {
     "top_n_sigma": (1.5, -1),
     "repeat_penalty": (1.1, 1.0),
     "samplers": (["top_k"], []),
-    "cache_prompt": (False, True),
     "t_max_predict_ms": (5, -1),
     "lora": ([{"id": 0, "scale": 1}], []),
-    "json_schema": ({"type": "object"}, None),
     "structural_tag": ({"a": 1}, None),
     "use_beam_search": (True, False),
     "bad_words": (["x"], []),
@@ -254,7 +251,7 @@ def test_what_has_two_values_for_off_takes_both_and_no_other(client: ApiClient) 
 
 
 def test_true_is_not_one(client: ApiClient) -> None:
-    for name, value in (("typical_p", True), ("mirostat", False), ("cache_prompt", 1)):
+    for name, value in (("typical_p", True), ("mirostat", False), ("do_sample", 1)):
         assert client.error(COMPLETIONS, {"prompt": "a", name: value}, status=400)["param"] == name
 
 

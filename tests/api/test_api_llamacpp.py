@@ -89,6 +89,49 @@ def test_biases_are_pairs_or_an_object(client: ApiClient, pipeline: FakePipeline
         assert pipeline.submitted[-1][1].logit_bias == {97: 1.5, 98: -100.0}
 
 
+def test_biases_of_texts_are_those_of_their_tokens(client: ApiClient, pipeline: FakePipeline) -> None:
+    for given in ([["ab", -3], ["c", False]], {"ab": -3, "c": False}):
+        assert client.post(URL, {"prompt": "a", "logit_bias": given}).status_code == 200
+        assert pipeline.submitted[-1][1].logit_bias == {97: -3.0, 98: -3.0, 99: -100.0}
+
+
+def test_several_prompts_have_a_list_of_answers(client: ApiClient, pipeline: FakePipeline) -> None:
+    prompts = ["a", [98, 99], [100, "e"], {"prompt_string": "f"}]
+    answers = client.post(URL, {"prompt": prompts}).get_json()
+    assert [prompt for prompt, _ in pipeline.submitted] == [[256, 97], [98, 99], [100, 101], [256, 102]]
+    assert [(answer["index"], answer["prompt"]) for answer in answers] == [
+        (0, "<s>a"),
+        (1, "bc"),
+        (2, "de"),
+        (3, "<s>f"),
+    ]
+    assert {answer["content"] for answer in answers} == {"Hello"}
+    (alone,) = client.post(URL, {"prompt": ["a"]}).get_json()
+    assert alone["content"] == "Hello"
+    assert client.post(URL, {"prompt": {"prompt_string": "a"}}).get_json()["content"] == "Hello"
+
+
+def test_the_events_of_several_prompts_say_whose_they_are(client: ApiClient) -> None:
+    texts, ends = {0: "", 1: ""}, []
+    for event in client.events(URL, {"prompt": ["a", "b"]}):
+        texts[event["index"]] += event["content"]
+        ends += [(event["index"], event["tokens_predicted"])] if event["stop"] else []
+    assert texts == {0: "Hello", 1: "Hello"}
+    assert ends == [(0, 5), (1, 5)]
+
+
+def test_the_cache_may_be_left_alone(client: ApiClient, pipeline: FakePipeline) -> None:
+    for path, body in (
+        (URL, {"prompt": "a"}),
+        ("/v1/completions", {"prompt": "a"}),
+        ("/api/generate", {"prompt": "a"}),
+    ):
+        assert client.post(path, {**body, "cache_prompt": False}).status_code == 200
+        assert not pipeline.submitted[-1][1].cache_prompt
+        assert client.post(path, body).status_code == 200
+        assert pipeline.submitted[-1][1].cache_prompt
+
+
 def test_probabilities(client: ApiClient) -> None:
     answer = client.post(URL, {"prompt": "a", "n_probs": 2}).get_json()
     first = answer["completion_probabilities"][0]
@@ -104,7 +147,12 @@ def test_probabilities(client: ApiClient) -> None:
     ("extra", "param"),
     [
         ({"prompt": ""}, "prompt"),
-        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": ["a", ""]}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [["a"], {}]}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": ["a"] * 1000}, "prompt"),
+        ({"prompt": {"prompt_string": "a", "multimodal_data": ["x"]}}, "prompt"),
         ({"prompt": [99999]}, "prompt"),
         ({"grammar": "root ::= x"}, "grammar"),
         ({"grammar": 'root ::= "a"', "json_schema": {}}, "json_schema"),
@@ -117,7 +165,10 @@ def test_probabilities(client: ApiClient) -> None:
         ({"repeat_penalty": 0}, "repeat_penalty"),
         ({"logit_bias": [97]}, "logit_bias"),
         ({"n": 2}, "n"),
-        ({"cache_prompt": False}, "cache_prompt"),
+        ({"cache_prompt": 3}, "cache_prompt"),
+        ({"logit_bias": [["a"]]}, "logit_bias"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"logit_bias": 3}, "logit_bias"),
     ],
 )
 def test_what_is_wrong_is_named(client: ApiClient, pipeline: FakePipeline, extra: dict[str, Any], param: str) -> None:

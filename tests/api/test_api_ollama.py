@@ -198,6 +198,16 @@ def test_what_is_wrong_is_said_in_ollamas_shape(
     assert not pipeline.submitted
 
 
+@pytest.mark.parametrize("path", [URL, "/api/embed", "/api/generate"])
+def test_options_that_are_not_honoured_are_refused_wherever_there_are_options(client: ApiClient, path: str) -> None:
+    body = {"model": "demo", "messages": WHOLE["messages"], "input": "a", "prompt": "a", "options": {"mirostat": 1}}
+    if path == "/api/generate":
+        del body["messages"], body["input"]
+    response = client.post(path, body)
+    assert response.status_code == 400, response.text
+    assert "mirostat" in response.text
+
+
 def test_a_stream_that_fails_ends_with_an_error(client: ApiClient, pipeline: FakePipeline) -> None:
     pipeline.failing = {0: StepFailedError("The step failed.")}
     assert lines(client, URL, BODY)[-1] == {"error": "The step failed."}

@@ -219,6 +219,32 @@ def test_a_conversation_goes_on(client: ApiClient, shown: Shown, thinker: FakePi
     assert shown[-1][0] == given
 
 
+def test_a_conversation_goes_on_without_input(client: ApiClient, shown: Shown) -> None:
+    first = client.post(URL, {"input": "a", "instructions": "Be brief."}).get_json()
+    again = client.post(URL, {"previous_response_id": first["id"]})
+    assert again.status_code == 200
+    assert [message["role"] for message in shown[-1][0]] == ["user", "assistant"]
+    assert client.error(URL, {}, status=400)["param"] == "input"
+
+
+def test_who_asks_is_shown_if_told(client: ApiClient) -> None:
+    assert client.post(URL, BODY | {"user": "me"}).get_json()["user"] == "me"
+    assert "user" not in client.post(URL, BODY).get_json(), "OpenAI's specification has no null there"
+
+
+@pytest.mark.parametrize("tier", ["auto", "default", "fast", "flex", "priority", "scale"])
+def test_whatever_is_paid_for_all_are_served_alike(client: ApiClient, tier: str) -> None:
+    assert client.post(URL, BODY | {"service_tier": tier}).get_json()["service_tier"] == "default"
+
+
+def test_an_item_is_referred_to_once(client: ApiClient) -> None:
+    item = {"type": "item_reference", "id": client.post(URL, BODY).get_json()["output"][0]["id"]}
+    question = {"role": "user", "content": "a"}
+    assert client.post(URL, BODY | {"input": [item, question]}).status_code == 200
+    error = client.error(URL, BODY | {"input": [item, question, item]}, status=400)
+    assert (error["param"], "twice" in error["message"]) == ("input[2].id", True)
+
+
 def test_a_conversation_that_is_gone_is_not_guessed(client: ApiClient) -> None:
     first = client.post(URL, BODY).get_json()
     second = client.post(URL, BODY | {"previous_response_id": first["id"]}).get_json()
@@ -295,8 +321,8 @@ def test_keys_see_their_own_responses_alone() -> None:
     for call in (store.get, store.delete, store.conversation):
         with pytest.raises(NotFoundError):
             call("b", "r1")
-    assert store.item("b", "i-r1") is None
-    assert store.item("a", "i-r1") == {"id": "i-r1", "text": ""}
+    assert "i-r1" not in store.items("b")
+    assert store.items("a")["i-r1"] == {"id": "i-r1", "text": ""}
 
 
 def stored(name: str, previous: str | None = None, text: str = "") -> Stored:

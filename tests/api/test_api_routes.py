@@ -151,7 +151,7 @@ def refusal(lines: list[Any]) -> Any:
 SECRET = "the moon is made of cheese"
 REFUSALS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("/v1/completions", {"prompt": SECRET, "n": 0}, {"status": 400, "code": None, "param": "n"}),
-    ("/v1/completions", {"prompt": SECRET, "grammar": SECRET}, {"status": 400, "code": "unsupported_parameter"}),
+    ("/v1/completions", {"prompt": SECRET, "regex": SECRET}, {"status": 400, "code": "unsupported_parameter"}),
     ("/v1/completions", {"prompt": {SECRET: 1}}, {"status": 400, "param": "prompt"}),
     ("/v1/completions", {"prompt": SECRET, "model": "x"}, {"status": 404, "code": "model_not_found"}),
     ("/v1/completions", {"prompt": SECRET * 20}, {"status": 400, "code": "context_length_exceeded"}),

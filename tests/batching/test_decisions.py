@@ -208,6 +208,15 @@ def test_a_prompt_whose_logprobs_are_asked_for_is_computed_whole() -> None:
     assert [count for _, count in computed(scheduler.schedule())] == [12]
 
 
+def test_a_prompt_that_leaves_the_cache_alone_is_computed_whole() -> None:
+    scheduler = make_scheduler()
+    prompt = list(range(50, 62))
+    scheduler.add(make_request("a", prompt, 0, max_tokens=1))
+    step(scheduler)
+    scheduler.add(make_request("b", prompt, 1, params=SamplingParams(cache_prompt=False, ignore_eos=True)))
+    assert [count for _, count in computed(scheduler.schedule())] == [12]
+
+
 def test_siblings_wait_for_the_prompt_and_compute_its_last_token_alone() -> None:
     scheduler = make_scheduler(chunk=8)
     request = make_request("a", 12, 0, n=3)

@@ -85,6 +85,23 @@ def test_a_call_in_the_familys_shape_is_that_call(
     assert calls_of(parse(family, cut(text, places))) == calls
 
 
+ESCAPED = """[weather(city="a\\'\\"\\n\\xe9\\u00e9\\U0001F600", detail={'x': ["b\\\\", '''\\t''']})]"""
+"""A call whose strings have every kind of escape."""
+
+
+@each_family
+def test_an_answer_may_break_off_anywhere(family: str) -> None:
+    """Also within an escape: no character of it is lost, and nothing fails."""
+    shape = parser_class(family).shape
+    calls: list[tuple[str, dict[str, Any]]] = [("weather", {"city": 'a\\"\n\u00e9', "tags": ["\\", "x"]})]
+    text = ESCAPED if shape.arguments == "python" else written(shape, calls)
+    for end in range(len(text)):
+        events = parse(family, text[:end])
+        assert events == parse(family, [text[:end]])
+        if shape.arguments == "python":  # a list is a call once it is whole
+            assert events == ([Text(text[:end])] if end else [])
+
+
 # ---- streaming ---------------------------------------------------------------------------------------------------
 
 STREAMS = [family for family in TOOL_PARSERS if parser_class(family).shape.arguments in ("json", "tagged")]
@@ -166,6 +183,16 @@ def test_control_tokens_that_were_kept_for_the_parser_are_not_shown() -> None:
 
 
 # ---- bounds ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call", ['{"name": "now"}', '{"name": "now", "arguments": null}', '{"function": {"name": "now"}}']
+)
+def test_a_call_without_arguments_has_none(call: str) -> None:
+    for family, text in (("hermes", f"<tool_call>{call}</tool_call>"), ("llama3_json", call)):
+        assert parse(family, [text]) == [CallStart("now"), Arguments("{}")]
+    other = '{"name": "now", "note": "else"}'
+    assert parse("llama3_json", [other]) == [Text(other)]
 
 
 @pytest.mark.parametrize("family", ["hermes", "pythonic", "function_gemma"])

@@ -10,7 +10,7 @@ from flask import Blueprint, Response, g, request
 from core.api.anthropic.answers import EVENTS, MessageWriter
 from core.api.anthropic.conversation import NAMES, read_conversation
 from core.api.anthropic.schemas import CountRequest, MessagesRequest
-from core.api.body import json_response, read_request
+from core.api.body import json_response, read_request, reads
 from core.api.generation import stream_response
 from core.api.openai.chat import ChatJob
 from core.api.translated import client_names
@@ -27,6 +27,7 @@ OLDEST_VERSION = "2023-06-01"
 
 @blueprint.post("/v1/messages")
 @policy("user", waits=True)
+@reads(MessagesRequest)
 def create_message() -> Response:
     """A message. `max_tokens` beyond the context means as many as fit; the answer then ends for
     `model_context_window_exceeded` if it comes to that."""
@@ -46,6 +47,7 @@ def create_message() -> Response:
 
 @blueprint.post("/v1/messages/count_tokens")
 @policy("user", waits=True)
+@reads(CountRequest)
 def count_tokens() -> Response:
     """How many tokens a message's prompt has: exactly as many as the model would be given."""
     _check_version()

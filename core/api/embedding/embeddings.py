@@ -9,7 +9,7 @@ import numpy as np
 from flask import Blueprint, Response
 from pydantic import BeforeValidator, Field
 
-from core.api.body import Integer, ModelName, RequestModel, json_response, read_request, whole
+from core.api.body import Integer, ModelName, RequestModel, json_response, read_request, reads, whole
 from core.api.context import others_answer
 from core.api.embedding.sources import Source, embedding_source
 from core.api.upstreams import answered
@@ -50,6 +50,18 @@ def _are_tokens(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in value)
 
 
+Words = Annotated[str, Field(min_length=1)]
+Tokens = Annotated[list[int], Field(min_length=1)]
+Several = Field(min_length=1, max_length=MAX_INPUTS)
+Inputs = Annotated[
+    list[str] | list[list[int]],
+    BeforeValidator(
+        _as_inputs,
+        json_schema_input_type=Words | Tokens | Annotated[list[Words], Several] | Annotated[list[Tokens], Several],
+    ),
+]
+
+
 class EmbeddingRequest(RequestModel):
     """`/v1/embeddings`. `truncate_prompt_tokens`: so many tokens of each input count, -1 as many as the model takes.
     `prompt_name`: one of the model's prompts is put in front of texts."""
@@ -57,7 +69,7 @@ class EmbeddingRequest(RequestModel):
     unsupported = {"embed_dtype": ("float32",), "endianness": ("native", "little"), "messages": ()}
 
     model: ModelName | None = None
-    input: Annotated[list[str] | list[list[int]], BeforeValidator(_as_inputs)]
+    input: Inputs
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Integer | None = Field(None, ge=1)
     truncate_prompt_tokens: Integer | None = Field(None, ge=-1)
@@ -67,6 +79,7 @@ class EmbeddingRequest(RequestModel):
 
 @blueprint.post("/v1/embeddings")
 @policy("user", waits=True)
+@reads(EmbeddingRequest)
 def embeddings() -> Response:
     """A vector for each input."""
     return answered("embeddings", _embed_here) if others_answer() else _embed_here()

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from flask import Blueprint, Response
-from pydantic import BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
-from core.api.body import Integer, ModelName, RequestModel, json_response, read_request
-from core.api.embedding.embeddings import MAX_INPUTS, kept_tokens, unit
+from core.api.body import Integer, ModelName, RequestModel, json_response, read_request, reads
+from core.api.embedding.embeddings import MAX_INPUTS, Several, Words, kept_tokens, unit
 from core.api.embedding.sources import Source, scoring_source
 from core.errors import InvalidRequestError
 from core.security.access import policy
@@ -48,6 +48,18 @@ def _as_texts(value: Any) -> list[str]:
     return [_text(each, f"number {index}") for index, each in enumerate(several)]
 
 
+class TextObject(BaseModel):
+    """A text as Cohere and Jina also take it."""
+
+    text: Words
+
+
+Item = Words | TextObject
+Texts = Annotated[
+    list[str], BeforeValidator(_as_texts, json_schema_input_type=Item | Annotated[list[Item], Several])
+]  # fmt: skip
+
+
 class RerankRequest(RequestModel):
     """`/v1/rerank`. Without `top_n` all documents come back, the best first."""
 
@@ -55,8 +67,8 @@ class RerankRequest(RequestModel):
     instead = {"max_tokens_per_doc": "truncate_prompt_tokens"}
 
     model: ModelName | None = None
-    query: Annotated[str, BeforeValidator(lambda value: _text(value, "it"))]
-    documents: Annotated[list[str], BeforeValidator(_as_texts)]
+    query: Annotated[str, BeforeValidator(lambda value: _text(value, "it"), json_schema_input_type=Item)]
+    documents: Texts
     top_n: Integer | None = Field(None, ge=0)
     return_documents: bool | None = None
     truncate_prompt_tokens: Integer | None = Field(None, ge=-1)
@@ -68,8 +80,8 @@ class ScoreRequest(RequestModel):
     unsupported = {"activation": (True,), "use_activation": (True,)}
 
     model: ModelName | None = None
-    text_1: Annotated[list[str], BeforeValidator(_as_texts)]
-    text_2: Annotated[list[str], BeforeValidator(_as_texts)]
+    text_1: Texts
+    text_2: Texts
     truncate_prompt_tokens: Integer | None = Field(None, ge=-1)
 
 
@@ -77,6 +89,7 @@ class ScoreRequest(RequestModel):
 @blueprint.post("/v2/rerank")
 @blueprint.post("/v1/reranking")
 @policy("user", waits=True)
+@reads(RerankRequest)
 def rerank() -> Response:
     """Documents by how well they answer a query."""
     fields = read_request(RerankRequest)
@@ -98,6 +111,7 @@ def rerank() -> Response:
 
 @blueprint.post("/v1/score")
 @policy("user", waits=True)
+@reads(ScoreRequest)
 def score() -> Response:
     """How alike two texts are, or how well one answers the other."""
     fields = read_request(ScoreRequest)

@@ -28,11 +28,13 @@ EVENTS = Events()
 
 
 class LlamaWriter:
-    """One completion."""
+    """One completion, the one of this `index`."""
 
     def __init__(
-        self, fields: LlamaCompletionRequest, model: LoadedModel, params: SamplingParams, prompt: Sequence[int]
-    ) -> None:
+        self, fields: LlamaCompletionRequest, model: LoadedModel, params: SamplingParams, prompt: Sequence[int],
+        index: int = 0,
+    ) -> None:  # fmt: skip
+        self._index = index
         self._fields = fields
         self._model = model
         self._params = params
@@ -55,16 +57,17 @@ class LlamaWriter:
         self._last = SequenceDelta(0, finish_reason=done.finish_reason, stop_reason=done.stop_reason)
         return {**self._end(), "content": done.text, "tokens": self._tokens(done), **self._probabilities(done.logprobs)}
 
-    def chunks(self, index: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
+    def chunks(self, output: RequestOutput) -> Iterator[dict[str, Any]]:
+        """What it gained, and its end if that was all."""
         self.note(output)
-        self._usage.add_output(index, output)
+        self._usage.add_output(0, output)
         for delta in output.deltas:
             self._text += delta.text
             if delta.finish_reason is not None:
                 self._last = delta
             if delta.text or delta.token_ids:
                 yield {
-                    "index": 0,
+                    "index": self._index,
                     "content": delta.text,
                     "tokens": list(delta.token_ids),
                     "stop": False,
@@ -73,9 +76,8 @@ class LlamaWriter:
                     "tokens_evaluated": self._usage.prompt_tokens,
                     **self._probabilities(delta.logprobs or ()),
                 }
-
-    def closing(self) -> Iterator[dict[str, Any]]:
-        yield {**self._end(), "content": "", "tokens": []}
+        if output.finished:
+            yield {**self._end(), "content": "", "tokens": []}
 
     def _tokens(self, done: Completion) -> list[int]:
         return list(done.token_ids) if self._fields.return_tokens else []
@@ -84,7 +86,7 @@ class LlamaWriter:
         word = self._last.stop_reason if isinstance(self._last.stop_reason, str) else ""
         kind = "word" if word else STOPS.get(self._last.finish_reason or "", "none")
         return {
-            "index": 0,
+            "index": self._index,
             "id_slot": NO_SLOT,
             "stop": True,
             "model": self._fields.model or self._model.name,
@@ -129,6 +131,19 @@ class LlamaWriter:
         tokenizer = self._model.tokenizer
         token = {"id": token_id, "token": tokenizer.token_text(token_id), "logprob": finite(logprob)}
         return {**token, "bytes": list(tokenizer.token_bytes(token_id))}
+
+
+class LlamaStream:
+    """The events of several completions."""
+
+    def __init__(self, writers: Sequence[LlamaWriter]) -> None:
+        self._writers = writers
+
+    def chunks(self, index: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
+        return self._writers[index].chunks(output)
+
+    def closing(self) -> Iterator[dict[str, Any]]:
+        return iter(())
 
 
 def settings_of(params: SamplingParams, model: LoadedModel) -> dict[str, Any]:

@@ -5,20 +5,27 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import replace
+from typing import cast
 
 from flask import Blueprint, Response
 
-from core.api.body import json_response, read_request
+from core.api.body import json_response, read_request, reads
 from core.api.context import api_context, served_model
-from core.api.generation import start_generation, stream_response
-from core.api.llamacpp.answers import EVENTS, LlamaWriter, settings_of
+from core.api.generation import EngineRequest, start_generation, stream_response
+from core.api.llamacpp.answers import EVENTS, LlamaStream, LlamaWriter, settings_of
 from core.api.llamacpp.infill import infill_prompt
-from core.api.llamacpp.schemas import ApplyTemplateRequest, InfillRequest, LlamaCompletionRequest
+from core.api.llamacpp.schemas import (
+    ApplyTemplateRequest,
+    InfillRequest,
+    LlamaCompletionRequest,
+    Prompt,
+)
 from core.api.openai.chat import encode_messages
 from core.api.sampling import SamplingFields, check_token_ids, encode_prompt, encode_text, sampling_params
 from core.api.translated import Names, client_names
 from core.engine.submission import LoadedModel, check_length
 from core.errors import InvalidRequestError
+from core.request import SamplingParams
 from core.security.access import policy
 from core.views.status import queue_view
 
@@ -31,20 +38,22 @@ NAMES: Names = (
 
 @blueprint.post("/completion")
 @policy("user", waits=True)
+@reads(LlamaCompletionRequest)
 def complete() -> Response:
-    """A completion. `n_predict` beyond the context means as many as fit."""
+    """A completion, or a list of them for a list of prompts. `n_predict` beyond the context means as many as fit."""
     fields = read_request(LlamaCompletionRequest)
     model = served_model(fields.model)
-    return _complete(fields, model, _prompt(fields.prompt, model))
+    return _complete(fields, model, _prompts(fields.prompt, model))
 
 
 @blueprint.post("/infill")
 @policy("user", waits=True)
+@reads(InfillRequest)
 def infill() -> Response:
     """What belongs between two texts, of models that have tokens for it."""
     fields = read_request(InfillRequest)
     model = served_model(fields.model)
-    before = "".join(str(part.get("text", "")) for part in fields.input_extra or ()) + fields.input_prefix
+    before = "".join(part.text for part in fields.input_extra or ()) + fields.input_prefix
     if not isinstance(fields.prompt, str):
         raise InvalidRequestError("prompt must be a string here.", param="prompt")
     token_ids = infill_prompt(before, fields.input_suffix, fields.prompt, model)
@@ -52,30 +61,52 @@ def infill() -> Response:
     return _complete(fields, model, token_ids)
 
 
-def _complete(fields: LlamaCompletionRequest, model: LoadedModel, token_ids: list[int]) -> Response:
+def _complete(fields: LlamaCompletionRequest, model: LoadedModel, prompts: list[int] | list[list[int]]) -> Response:
+    """The answer to one prompt, or a list of those to several."""
+    several = [prompt for prompt in prompts if isinstance(prompt, list)]
+    with client_names(NAMES):
+        params = _params(fields, model)
+        requests = [_fitted(params, prompt, model) for prompt in several or [cast("list[int]", prompts)]]
+        generation = start_generation(requests, model, prefix="cmpl", priority=fields.priority)
+    writers = [
+        LlamaWriter(fields, model, params, token_ids, index) for index, (token_ids, params) in enumerate(requests)
+    ]
+    if fields.stream:
+        return stream_response(generation, LlamaStream(writers), EVENTS)
+    with closing(generation):
+        results = generation.gather(on_output=lambda index, output: writers[index].note(output))
+    shown = [writer.whole(result) for writer, result in zip(writers, results, strict=True)]
+    return json_response(shown if several else shown[0])
+
+
+def _params(fields: LlamaCompletionRequest, model: LoadedModel) -> SamplingParams:
     if fields.repeat_penalty is not None:
         fields = fields.model_copy(update={"repetition_penalty": fields.repeat_penalty})
-    with client_names(NAMES):
-        params = sampling_params(
-            fields,
-            model,
-            logprobs=fields.n_probs or None,
-            repetition_penalty=fields.repeat_penalty
-            if fields.repeat_penalty is not None
-            else fields.repetition_penalty,
-            max_tokens=fields.n_predict if fields.n_predict is not None and fields.n_predict >= 0 else None,
+    params = sampling_params(
+        fields,
+        model,
+        logprobs=fields.n_probs or None,
+        repetition_penalty=fields.repetition_penalty,
+        logit_bias=_logit_bias(fields, model),
+        max_tokens=fields.n_predict if fields.n_predict is not None and fields.n_predict >= 0 else None,
+        grammar=_grammar(fields, model),
+    )
+    if params.num_sequences != 1:
+        raise InvalidRequestError("This route gives one completion of a prompt.", param="n")
+    return params
+
+
+def _logit_bias(fields: LlamaCompletionRequest, model: LoadedModel) -> dict[int, float]:
+    """Of a text, all its tokens have the bias."""
+    found: dict[int, float] = {}
+    for token, bias in fields.logit_bias or ():
+        ids = (
+            encode_text(token, model, add_special_tokens=False, param="logit_bias")
+            if isinstance(token, str)
+            else [token]
         )
-        if params.num_sequences != 1:
-            raise InvalidRequestError("This route gives one completion.", param="n")
-        room = max(1, model.max_model_len - len(token_ids))
-        params = replace(params, max_tokens=min(params.max_tokens or room, room), grammar=_grammar(fields, model))
-        generation = start_generation([(token_ids, params)], model, prefix="cmpl", priority=fields.priority)
-    writer = LlamaWriter(fields, model, params, token_ids)
-    if fields.stream:
-        return stream_response(generation, writer, EVENTS)
-    with closing(generation):
-        (result,) = generation.gather(on_output=writer.note)
-    return json_response(writer.whole(result))
+        found |= dict.fromkeys(ids, bias)
+    return found
 
 
 def _grammar(fields: LlamaCompletionRequest, model: LoadedModel) -> str | None:
@@ -91,12 +122,24 @@ def _grammar(fields: LlamaCompletionRequest, model: LoadedModel) -> str | None:
     return grammar_of(form_of("grammar" if param == "grammar" else "json", value, param), model)
 
 
-def _prompt(prompt: str | list[int | str], model: LoadedModel) -> list[int]:
+def _fitted(params: SamplingParams, token_ids: list[int], model: LoadedModel) -> EngineRequest:
+    room = max(1, model.max_model_len - len(token_ids))
+    return token_ids, replace(params, max_tokens=min(params.max_tokens or room, room))
+
+
+def _prompts(given: Prompt | list[Prompt], model: LoadedModel) -> list[int] | list[list[int]]:
+    """Token ids of one prompt, or of each of a list. A list with ids in it is one prompt."""
+    if isinstance(given, str) or not given or any(isinstance(part, int) for part in given):
+        return _prompt(cast("Prompt", given), model)
+    if len(given) > (limit := api_context().pipeline.settings.api.max_batch_prompts):
+        raise InvalidRequestError(f"prompt takes at most {limit} prompts, got {len(given)}.", param="prompt")
+    return [_prompt(cast("Prompt", part), model) for part in given]
+
+
+def _prompt(prompt: Prompt, model: LoadedModel) -> list[int]:
     """Token ids of a prompt; of a list, what its texts and ids make together."""
     if isinstance(prompt, str):
         return encode_prompt(prompt, model, add_special_tokens=True, param="prompt")
-    if prompt and all(isinstance(part, str) for part in prompt):
-        raise InvalidRequestError("prompt is one prompt here; /v1/batch/completions takes many.", param="prompt")
     token_ids: list[int] = []
     for index, part in enumerate(prompt):
         if isinstance(part, str):
@@ -109,6 +152,7 @@ def _prompt(prompt: str | list[int | str], model: LoadedModel) -> list[int]:
 
 @blueprint.post("/apply-template")
 @policy("user", waits=True)
+@reads(ApplyTemplateRequest)
 def apply_template() -> Response:
     """The prompt that messages make, as text."""
     fields = read_request(ApplyTemplateRequest)

@@ -6,7 +6,7 @@ import time
 
 from flask import Blueprint, Response
 
-from core.api.body import json_response, read_request
+from core.api.body import json_response, read_request, reads
 from core.api.embedding.embeddings import kept_tokens, prompt_of, unit, vectors_of
 from core.api.embedding.sources import embedding_source
 from core.api.ollama.conversation import plain_name
@@ -18,6 +18,7 @@ blueprint = Blueprint("ollama_embed", __name__)
 
 @blueprint.post("/api/embed")
 @policy("user", waits=True)
+@reads(EmbedRequest)
 def embed() -> Response:
     """A vector for each text. `prompt_eval_count` counts all their tokens."""
     began_ns = time.perf_counter_ns()

@@ -10,7 +10,7 @@ from typing import Any
 
 from flask import Blueprint, Response, request
 
-from core.api.body import json_response, read_request
+from core.api.body import json_response, read_request, reads
 from core.api.context import api_context, served_model
 from core.api.generation import OPENAI, Framing, stream_response
 from core.api.ollama.answers import CHAT_LINES, ChatWriter, now_text
@@ -37,6 +37,7 @@ def framing(lines: Framing) -> Framing:
 
 @blueprint.post("/api/chat")
 @policy("user", waits=True)
+@reads(OllamaChatRequest)
 def chat() -> Response:
     """An answer, in lines unless `stream` is false. `num_predict` beyond the context means as many as fit."""
     fields = read_request(OllamaChatRequest, untyped=True)
@@ -50,7 +51,7 @@ def chat() -> Response:
     if fields.stream is not False:
         return stream_response(generation, writer, framing(CHAT_LINES))
     with closing(generation):
-        (result,) = generation.gather(on_output=writer.clock.note)
+        (result,) = generation.gather(on_output=lambda _, output: writer.clock.note(output))
     return json_response(writer.whole(result))
 
 
@@ -90,6 +91,7 @@ def version() -> Response:
 
 @blueprint.post("/api/show")
 @policy("user")
+@reads(ShowRequest)
 def show() -> Response:
     fields = read_request(ShowRequest, untyped=True)
     name = fields.model or fields.name

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from core.api.body import Integer, RequestModel, Unsupported
 from core.api.openai.unsupported import SAMPLERS
@@ -35,6 +34,14 @@ class Options(RequestModel):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repeat_penalty: float | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, given: Any) -> Any:
+        """Wherever there are options. Raises `UnsupportedParameterError`."""
+        if isinstance(given, dict):
+            cls.refuse_unsupported(given)
+        return given
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -75,12 +82,6 @@ class OllamaChatRequest(RequestModel):
     logprobs: bool | None = None
     top_logprobs: Integer | None = None
 
-    @classmethod
-    def refuse_unsupported(cls, body: Mapping[str, Any]) -> None:
-        super().refuse_unsupported(body)
-        if isinstance(body.get("options"), dict):
-            Options.refuse_unsupported(body["options"])
-
 
 class ShowRequest(RequestModel):
     """`/api/show`: the model's name, as `model` or by its older name."""
@@ -102,7 +103,10 @@ class EmbedRequest(RequestModel):
     """`/api/embed`. A text that is too long is cut, unless `truncate` is false."""
 
     model: str = Field(max_length=MAX_NAME)
-    input: Annotated[list[str], BeforeValidator(_as_texts)]
+    input: Annotated[
+        list[str],
+        BeforeValidator(_as_texts, json_schema_input_type=str | Annotated[list[str], Field(max_length=MAX_INPUTS)]),
+    ]
     truncate: bool | None = None
     dimensions: Integer | None = Field(None, ge=1)
     options: Options | None = None

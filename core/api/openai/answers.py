@@ -10,7 +10,7 @@ from core.api.generation import choice
 from core.parsers.answers import AnswerParser, tokens_to_keep
 from core.parsers.events import Arguments, CallStart, Event, Reasoning, merged
 from core.parsers.families import parser_class
-from core.parsers.reasoning import TAGS, is_open_at_end
+from core.parsers.reasoning import TAGS, begins_open
 from core.request import Completion, FinishReason, SequenceDelta
 
 if TYPE_CHECKING:
@@ -50,11 +50,7 @@ class AnswerReader:
     def thinks_at_start(self) -> bool:
         """Whether the answer begins within thoughts that the prompt has opened; see `read_prompt`."""
         tags = TAGS.get(self._format.reasoning_parser or "")
-        if tags is None:
-            return False
-        if self._continued is None:
-            return is_open_at_end(tags, self._prompt_end)
-        return self._continued.rfind(tags.open) > self._continued.rfind(tags.close)
+        return tags is not None and begins_open(tags, self._prompt_end, self._continued)
 
     @property
     def kept_tokens(self) -> tuple[int, ...]:

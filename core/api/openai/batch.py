@@ -6,7 +6,7 @@ from contextlib import closing
 
 from flask import Blueprint, Response
 
-from core.api.body import json_response, read_request
+from core.api.body import json_response, read_request, reads
 from core.api.context import api_context, served_model
 from core.api.generation import Usage, envelope
 from core.api.openai.completions import CompletionJob, check_prompts
@@ -19,6 +19,7 @@ blueprint = Blueprint("openai_batch", __name__)
 
 @blueprint.post("/v1/batch/completions")
 @policy("user", waits=True)
+@reads(BatchRequest)
 def create_batch() -> Response:
     """A list of text completions in the order of the prompts, each with its prompt's `index`.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, Response
 
-from core.api.body import json_response, parse_object, read_request
+from core.api.body import json_response, parse_object, read_request, reads
 from core.api.context import others_answer, served_model
 from core.api.generation import (
     ChoiceStream,
@@ -38,6 +38,7 @@ blueprint = Blueprint("openai_chat", __name__)
 
 @blueprint.post("/v1/chat/completions")
 @policy("user", waits=True)
+@reads(ChatRequest)
 def create_chat_completion() -> Response:
     return answered("chat/completions", _complete_here) if others_answer() else _complete_here()
 

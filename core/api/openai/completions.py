@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, Response
 
-from core.api.body import json_response, read_request
+from core.api.body import json_response, read_request, reads
 from core.api.context import api_context, others_answer, served_model
 from core.api.generation import (
     ChoiceStream,
@@ -39,6 +39,7 @@ blueprint = Blueprint("openai_completions", __name__)
 
 @blueprint.post("/v1/completions")
 @policy("user", waits=True)
+@reads(CompletionRequest)
 def create_completion() -> Response:
     return answered("completions", _complete_here) if others_answer() else _complete_here()
 
@@ -46,7 +47,8 @@ def create_completion() -> Response:
 def _complete_here() -> Response:
     fields = read_request(CompletionRequest)
     model = served_model(fields.model)
-    prompts = split_prompts(fields.prompt, limit=api_context().pipeline.settings.api.max_batch_prompts)
+    prompt = fields.prompt if fields.prompt is not None else _beginning(fields, model)
+    prompts = split_prompts(prompt, limit=api_context().pipeline.settings.api.max_batch_prompts)
     job = CompletionJob.prepare(fields, prompts, model, param="prompt")
     generation = job.start(prefix="cmpl", param="prompt")
     head = envelope(generation.id, "text_completion", model, fields.model)
@@ -62,10 +64,18 @@ def _complete_here() -> Response:
     return json_response({**head, "choices": choices, "usage": usage.to_openai()})
 
 
+def _beginning(fields: CompletionRequest, model: LoadedModel) -> list[int]:
+    """A prompt that is null: the model begins a text, as at OpenAI."""
+    if "prompt" not in fields.model_fields_set:
+        raise InvalidRequestError("prompt is missing.", param="prompt")
+    first = model.tokenizer.encode("")
+    if not first:
+        raise InvalidRequestError(f"{model.name} has no token that begins a text: give a prompt.", param="prompt")
+    return first
+
+
 def split_prompts(prompt: Any, *, limit: int) -> list[str | list[int]]:
     """The prompts in OpenAI's four forms: text, texts, token ids, lists of token ids."""
-    if prompt is None:
-        raise InvalidRequestError("prompt is missing.", param="prompt")
     if isinstance(prompt, list) and prompt and all(type(item) is int for item in prompt):
         return [prompt]
     prompts = prompt if isinstance(prompt, list) else [prompt]

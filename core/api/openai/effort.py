@@ -9,7 +9,7 @@ from core.errors import UnsupportedParameterError
 if TYPE_CHECKING:
     from core.engine.submission import LoadedModel
 
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 SWITCHES = ("enable_thinking", "thinking")
 """Names that templates give to whether the model thinks at all."""
 

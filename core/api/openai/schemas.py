@@ -1,4 +1,4 @@
-"""Bodies of the `/v1` routes: OpenAI's fields, and those that vLLM adds to them."""
+"""Bodies of the `/v1` routes: OpenAI's fields, and those that vLLM and llama.cpp add to them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from core.api.openai.effort import Effort
 from core.api.sampling import SamplingFields
 from core.errors import InvalidRequestError
 
-Prompts = Annotated[Any, BeforeValidator(whole)]
+Prompt = str | list[int]
+Prompts = Annotated[Any, BeforeValidator(whole, json_schema_input_type=Prompt | list[str] | list[list[int]] | None)]
 
 
 class StreamOptions(RequestModel):
@@ -25,7 +26,7 @@ class StreamOptions(RequestModel):
 
 FORM_FIELDS = (
     "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
-    "guided_whitespace_pattern", "guided_decoding_backend",
+    "guided_whitespace_pattern", "guided_decoding_backend", "json_schema", "grammar",
 )  # fmt: skip
 
 
@@ -45,6 +46,8 @@ class OpenAIFields(SamplingFields):
     guided_grammar: Any = None
     guided_whitespace_pattern: str | None = None
     guided_decoding_backend: str | None = None
+    json_schema: dict[str, Any] | None = None
+    grammar: str | None = None
 
     @property
     def has_form(self) -> bool:
@@ -96,7 +99,7 @@ class BatchRequest(CompletionFields):
 
     unsupported: ClassVar[Unsupported] = {**unsupported.COMPLETION, "stream": (False,), "stream_options": NOTHING}
 
-    prompts: Annotated[list[Any], BeforeValidator(whole)]
+    prompts: Annotated[list[Any], BeforeValidator(whole, json_schema_input_type=list[str] | list[list[int]])]
 
 
 class TemplateFields(RequestModel):

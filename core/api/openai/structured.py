@@ -1,4 +1,5 @@
-"""Answers in a form that the client gives: `response_format`, and vLLM's `structured_outputs` and `guided_*`."""
+"""Answers in a form that the client gives: `response_format`, vLLM's `structured_outputs` and `guided_*`, and
+llama.cpp's `json_schema` and `grammar`."""
 
 from __future__ import annotations
 
@@ -52,6 +53,10 @@ def read_form(fields: OpenAIFields) -> Form | None:
         for kind in ("json", "regex", "choice", "grammar")
         if (value := getattr(fields, f"guided_{kind}")) is not None
     ]
+    if fields.json_schema is not None:
+        found.append(_schema(fields.json_schema, "json_schema", space))
+    if fields.grammar:  # empty it asks for nothing
+        found.append(_form("grammar", fields.grammar, "grammar", space))
     if fields.structured_outputs is not None:
         found.append(_structured(fields.structured_outputs))
     if fields.response_format is not None and (form := _response_format(fields.response_format, space)) is not None:
@@ -93,6 +98,8 @@ def _response_format(value: Mapping[str, Any], space: str) -> Form | None:
     kind, param = value.get("type"), "response_format"
     if kind == "text":
         return None
+    if kind == "json_object" and value.get("schema") is not None:  # as llama.cpp takes it
+        return _schema(value["schema"], f"{param}.schema", space)
     if kind == "json_object":
         return Form(forms.json_schema(forms.JSON_OBJECT, space=space), param)
     if kind != "json_schema":

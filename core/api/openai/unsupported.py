@@ -15,8 +15,6 @@ EMPTY: tuple[Any, ...] = ("", [])
 
 OUTPUT_FORMS: Unsupported = {
     "structural_tag": NOTHING,
-    "json_schema": NOTHING,
-    "grammar": ("",),
     "grammar_string": ("",),
     "regex": NOTHING,
     "ebnf": NOTHING,
@@ -87,7 +85,6 @@ LENGTHS: Unsupported = {
     "no_stop_trim": NO,
 }
 CONTEXTS: Unsupported = {
-    "cache_prompt": (True,),
     "cache_salt": NOTHING,
     "kv_transfer_params": NOTHING,
     "session_params": ({},),
@@ -157,8 +154,6 @@ CHAT: Unsupported = {
     "input_ids": NOTHING,
 }
 INSTEAD: Mapping[str, str] = {
-    "json_schema": "response_format",
-    "grammar": "guided_grammar",
     "grammar_string": "guided_grammar",
     "regex": "guided_regex",
     "ebnf": "guided_grammar",

@@ -1,9 +1,8 @@
 """The OpenAPI document (3.1) of an application, read off its routes: paths and methods from the URL map, who may call
-them from their policies, bodies from the schema that each route's function reads, texts from docstrings."""
+them from their policies, bodies from the schemas that they declare, texts from docstrings."""
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,7 +11,7 @@ from flask import Flask
 from werkzeug.routing import Rule
 
 from core.api.anthropic import answers as anthropic
-from core.api.body import RequestModel, read_request
+from core.api.body import Body, RequestModel, body_of
 from core.api.errors import SHAPES
 from core.api.memory import MAX_BLOCKS
 from core.api.ollama import answers as ollama
@@ -20,7 +19,6 @@ from core.security.access import Policy, policy_of
 
 OPENAPI = "3.1.0"
 SCHEMA_REF = "#/components/schemas/"
-UNSUPPORTED = "Not supported"
 SKIPPED_METHODS = {"HEAD", "OPTIONS"}
 JSON, SSE, NDJSON = "application/json", "text/event-stream", "application/x-ndjson"
 
@@ -77,13 +75,15 @@ QUERIES: Mapping[str, tuple[tuple[str, Shown, str], ...]] = {
 OTHER_TYPES: Mapping[str, tuple[str, ...]] = {
     "/": ("text/html",),
     "/docs": ("text/html",),
+    "/dashboard": ("text/html",),
+    "/dashboard/static/<path:name>": ("*/*",),
     "/metrics": ("text/plain", "application/openmetrics-text"),
     "/api/infer": ("application/x-safetensors", "application/octet-stream"),
     "/api/chat": (NDJSON,),
     "/api/generate": (NDJSON,),
 }
 """What routes answer beside JSON and the server-sent events of those that stream."""
-NOT_JSON = {"/docs", "/metrics"}
+NOT_JSON = {"/docs", "/metrics", "/dashboard", "/dashboard/static/<path:name>"}
 ARRAYS = {"/slots"}
 """Routes that answer a list."""
 
@@ -137,35 +137,10 @@ def _operation(
         "x-role": declared.role or "public",
     }
     if body is not None:
-        operation["requestBody"] = {"required": True, "content": {JSON: {"schema": _schema(body, schemas)}}}
+        shown = [_schema(schema, schemas) for schema in body.schemas]
+        content = {JSON: {"schema": shown[0] if len(shown) == 1 else {"anyOf": shown}}}
+        operation["requestBody"] = {"required": not body.optional, "content": content}
     return operation
-
-
-def body_of(view: Callable[..., Any]) -> type[RequestModel] | None:
-    """The schema of the body that a route's function reads: the one that it names, or one of its module that it hands
-    the request to."""
-    known = view.__globals__
-    names = _reads(view)
-    if names is None:
-        own = [known[name] for name in view.__code__.co_names if inspect.isfunction(known.get(name))]
-        names = next((read for each in own if each.__globals__ is known and (read := _reads(each))), None)
-    if names is None:
-        return None
-    schemas = [known[name] for name in names if _is_schema(known.get(name))]
-    if len(schemas) != 1:
-        raise RuntimeError(f"{view.__name__} reads a body and names {len(schemas)} schemas.")
-    found: type[RequestModel] = schemas[0]
-    return found
-
-
-def _reads(function: Callable[..., Any]) -> tuple[str, ...] | None:
-    """What a function names, if it reads the body."""
-    names: tuple[str, ...] = function.__code__.co_names
-    return names if any(function.__globals__.get(name) is read_request for name in names) else None
-
-
-def _is_schema(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, RequestModel)
 
 
 def _parameters(rule: Rule) -> Iterator[Shown]:
@@ -175,14 +150,15 @@ def _parameters(rule: Rule) -> Iterator[Shown]:
         yield {"name": name, "in": "query", "required": False, "schema": schema, "description": text}
 
 
-def _answer(rule: Rule, body: type[RequestModel] | None) -> Shown:
+def _answer(rule: Rule, body: Body | None) -> Shown:
     types = list(OTHER_TYPES.get(rule.rule, ()))
     content: Shown = {} if rule.rule in NOT_JSON else {
         JSON: {"schema": {"type": "array" if rule.rule in ARRAYS else "object"}}
     }  # fmt: skip
-    if body is not None and "stream" in body.model_fields and "stream" not in body.unsupported:
+    schemas = body.schemas if body is not None else ()
+    if any("stream" in schema.model_fields and "stream" not in schema.unsupported for schema in schemas):
         types.append(SSE)
-    content |= {kind: {"schema": {"type": "string"}} for kind in types}
+    content |= {kind: {} if kind in (SSE, NDJSON) else {"schema": {"type": "string"}} for kind in types}
     return {"description": "The answer.", "content": content}
 
 
@@ -191,12 +167,7 @@ def _schema(body: type[RequestModel], schemas: Shown) -> Shown:
     made = body.model_json_schema(ref_template=SCHEMA_REF + "{model}")
     for name, schema in made.pop("$defs", {}).items():
         _put(schemas, name, _plain(schema))
-    made = _plain(made)
-    properties = made.setdefault("properties", {})
-    for name, accepted in body.unsupported.items():
-        values = [None, *accepted]
-        properties[name] = {"enum": values, "description": f"{UNSUPPORTED}: only what asks for nothing is taken."}
-    _put(schemas, body.__name__, made)
+    _put(schemas, body.__name__, _plain(made))
     return {"$ref": SCHEMA_REF + body.__name__}
 
 

@@ -9,10 +9,10 @@ from typing import Any, cast
 
 from flask import Blueprint, Response, current_app, render_template
 
-from core.api.body import to_json
+from core.api.body import UNSUPPORTED, to_json
 from core.api.context import api_context
 from core.api.front import protected
-from core.api.openapi.document import JSON, SCHEMA_REF, UNSUPPORTED, document
+from core.api.openapi.document import JSON, SCHEMA_REF, document
 from core.security.access import policy
 
 blueprint = Blueprint("openapi", __name__)
@@ -52,16 +52,17 @@ def docs() -> Response:
 
 
 def _fields(operation: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The fields of a body, without those that are not supported."""
+    """The fields of a body, without those that are not supported; required are those that each of its schemas does."""
     if "requestBody" not in operation:
         return {}
-    reference: str = operation["requestBody"]["content"][JSON]["schema"]["$ref"]
-    schema = _document()["components"]["schemas"][reference.removeprefix(SCHEMA_REF)]
-    required = schema.get("required", ())
+    shown = operation["requestBody"]["content"][JSON]["schema"]
+    components = _document()["components"]["schemas"]
+    schemas = [components[each["$ref"].removeprefix(SCHEMA_REF)] for each in shown.get("anyOf", [shown])]
     return {
-        name: {"type": _named(field), "required": name in required}
-        for name, field in schema["properties"].items()
-        if not field.get("description", "").startswith(UNSUPPORTED)
+        name: {"type": _named(field), "required": all(name in schema.get("required", ()) for schema in schemas)}
+        for fields in reversed(schemas)
+        for name, field in fields["properties"].items()
+        if field.get("description") != UNSUPPORTED
     }
 
 

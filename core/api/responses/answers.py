@@ -195,5 +195,5 @@ def _echo(fields: ResponseRequest, job: ChatJob, response_id: str) -> dict[str, 
         "top_p": job.params.top_p,
         "truncation": fields.truncation or "disabled",
         "usage": None,
-        "user": fields.user,
+        **({"user": fields.user} if fields.user is not None else {}),  # the one that may not be null
     }  # fmt: skip

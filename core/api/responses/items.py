@@ -25,7 +25,8 @@ Item = dict[str, Any]
 
 
 def read_items(given: str | list[Item], find: Callable[[str], Item | None]) -> list[Item]:
-    """Input items, each with its type and an id. `find` gives an earlier item by its id.
+    """Input items, each with its type and an id. `find` gives an earlier item by its id. None is referred to twice: a
+    short body would else make a conversation of any length.
 
     Raises:
         InvalidRequestError: an item that is malformed, or refers to one that is not kept.
@@ -34,11 +35,15 @@ def read_items(given: str | list[Item], find: Callable[[str], Item | None]) -> l
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     items = []
+    referred: set[str] = set()
     for index, item in enumerate(given):
         param = f"input[{index}]"
         kind = item.get("type", "message" if "role" in item else "item_reference")
         if kind == "item_reference":
             found = find(_string(item, "id", param))
+            if item["id"] in referred:
+                raise InvalidRequestError(f"{param}: {item['id'][:64]} is referred to twice.", param=f"{param}.id")
+            referred.add(item["id"])
             if found is None:
                 raise InvalidRequestError(f"{param}: no item {item['id'][:64]} is kept.", param=f"{param}.id")
             items.append(found)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
+from functools import cache
 from typing import Any, cast
 
 from flask import Blueprint, Response, current_app, g, request
 from pydantic import Field, ValidationError
 
-from core.api.body import Integer, RequestModel, from_validation_error, json_response, read_request
+from core.api.body import Integer, RequestModel, from_validation_error, json_response, read_request, reads
 from core.api.context import api_context
 from core.api.generation import Generation, stream_response
 from core.api.openai.chat import ChatJob
@@ -41,12 +42,14 @@ def current_background() -> BackgroundResponses:
 
 @blueprint.post("/v1/responses")
 @policy("user", waits=True)
+@reads(ResponseRequest)
 def create_response() -> Response:
     """A response, kept for its caller unless `store` is false; one in the background is made after the answer."""
     fields = read_request(ResponseRequest)
     store, owner = response_store(), g.principal.owner
     fields.check_background()
-    items = read_items(fields.input, lambda item_id: store.item(owner, item_id))
+    kept_items = cache(lambda: store.items(owner))
+    items = read_items(fields.input if fields.input is not None else [], lambda item_id: kept_items().get(item_id))
     conversation = [*_earlier(fields, store, owner), *items]
     with client_names(NAMES):
         job = _prepare(fields, messages_of(conversation, fields.instructions))

@@ -48,12 +48,13 @@ class ResponseStreamOptions(RequestModel):
 
 
 class ResponseRequest(RequestModel):
-    """`/v1/responses`. `core.api.responses.items` looks into `input`."""
+    """`/v1/responses`. `core.api.responses.items` looks into `input`, which may be left out where a conversation goes
+    on."""
 
     unsupported: ClassVar[Unsupported] = UNSUPPORTED
 
     model: ModelName | None = None
-    input: TextOrObjects
+    input: TextOrObjects | None = None
     instructions: str | None = None
     previous_response_id: Annotated[str, Field(max_length=128)] | None = None
     background: bool | None = None
@@ -78,7 +79,7 @@ class ResponseRequest(RequestModel):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    service_tier: Literal["auto", "default"] | None = None
+    service_tier: Literal["auto", "default", "fast", "flex", "priority", "scale"] | None = None
 
     def check_background(self) -> None:
         """Raises `InvalidRequestError` for what cannot go together: a response in the background is one that is kept,

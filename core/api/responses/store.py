@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -53,10 +52,18 @@ class ResponseStore:
 
     def put(self, owner: str, stored: Stored) -> None:
         """Keep it in place of what has its id, and give up others for it."""
+        self._put(owner, stored, anew=True)
+
+    def replace(self, owner: str, stored: Stored) -> None:
+        """`put`, if it was not deleted meanwhile."""
+        self._put(owner, stored, anew=False)
+
+    def _put(self, owner: str, stored: Stored, *, anew: bool) -> None:
         size = stored.size_bytes
         name = str(stored.response["id"])
         with self._lock:
-            self._drop(owner, name)
+            if not self._drop(owner, name) and not anew:
+                return
             kept: Kept = self._kept.setdefault(owner, OrderedDict())
             kept[name] = (stored, size)
             self._order[owner, name] = None
@@ -65,13 +72,6 @@ class ResponseStore:
                 self._drop(owner, next(iter(kept)))
             while sum(self._bytes.values()) > self._max_total_bytes:
                 self._drop(*next(iter(self._order)))
-
-    def replace(self, owner: str, stored: Stored) -> None:
-        """`put`, if it was not deleted meanwhile."""
-        with self._lock:
-            if str(stored.response["id"]) not in self._kept.get(owner, ()):
-                return
-        self.put(owner, stored)
 
     def get(self, owner: str, response_id: str) -> Stored:
         """Raises `NotFoundError` if it is not kept for this owner."""
@@ -100,14 +100,15 @@ class ResponseStore:
             items += [*stored.items, *stored.response["output"]]
         return items
 
-    def item(self, owner: str, item_id: str) -> dict[str, Any] | None:
-        """An item of one of the owner's responses."""
+    def items(self, owner: str) -> dict[str, dict[str, Any]]:
+        """Items of the owner's responses, by their ids; of those with one id that of the response used last."""
         with self._lock:
             kept = [stored for stored, _ in (self._kept.get(owner) or Kept()).values()]
-        items: Iterator[dict[str, Any]] = (
-            item for stored in reversed(kept) for item in (*stored.response["output"], *stored.items)
-        )
-        return next((item for item in items if item["id"] == item_id), None)
+        return {
+            item["id"]: item
+            for stored in kept
+            for item in (*reversed(stored.items), *reversed(stored.response["output"]))
+        }
 
     def __len__(self) -> int:
         return len(self._order)
