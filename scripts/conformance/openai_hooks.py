@@ -20,7 +20,7 @@ LIMITS = {"/chat/completions": "max_completion_tokens", "/completions": "max_tok
 TOKENS = 16
 DROPPED = {
     "/chat/completions": ("audio", "function_call", "functions", "modalities", "moderation", "web_search_options"),
-    "/responses": ("background", "context_management", "conversation", "moderation", "prompt"),
+    "/responses": ("context_management", "conversation", "moderation", "prompt"),
 }
 """What is refused is sent in one request of eight alone: in all of them, nothing else would be tried."""
 ONE_IN = 8
