@@ -73,6 +73,13 @@ class QuantLinear(QuantModule):
         self._product = None
 
     @property
+    def prepared(self) -> Product | None:
+        """The kernel's product, if a kernel computes this layer."""
+        if self._product is None and self._kernel is not None:
+            self._product = self._kernel.prepare(self.stored, self.bias)
+        return self._product
+
+    @property
     def quantized(self) -> QuantizedWeight:
         """The weight in the inner form."""
         return self.stored if self._kernel is None else self._kernel.restored(self.stored)
@@ -84,10 +91,9 @@ class QuantLinear(QuantModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` `[..., in_features]` to `[..., out_features]`."""
-        if self._kernel is not None:
-            if self._product is None:
-                self._product = self._kernel.prepare(self.stored, self.bias)
-            out = self._product(x)
+        product_of = self._product or self.prepared
+        if product_of is not None:
+            out = product_of(x)
             if out is not None:
                 return out
         return product(x, self.quantized, self.bias)
