@@ -115,6 +115,8 @@ class ModelEngine:
 
 def products_are_native(backends: Sequence[str], plan: ModelPlan, settings: Settings) -> bool:
     """Whether torch has no larger products to compute here."""
+    if plan.architecture.quantization is not None:
+        return False
     instructions = settings.engine.cpu_instructions
     placed = zip(backends, plan.placement.stages, strict=True)
     here = [name for name, stage in placed if plan.devices[stage.device_index].is_here]
