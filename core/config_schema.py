@@ -44,7 +44,7 @@ class ModelSettings(Section):
     quantize: Literal["none", "int8", "int4"] = setting(
         "none",
         "Quantize the weights of a plain checkpoint's linear layers while they are loaded: int8, rounded to nearest, "
-        "or int4, by a search without calibration. Checkpoints that are quantized already are served as they are.",
+        "or int4, by a search without calibration. Checkpoints that are quantized already are refused with it.",
         common=True,
     )
     quantize_group: Literal[32, 64, 128, 256] | None = setting(

@@ -156,6 +156,8 @@ def describe(plan: ModelPlan, settings: Settings, tokenizer: Tokenizer) -> Loade
         generation_defaults=dict(generation.defaults),
         tokenizer=tokenizer,
         source=settings.model.name or "",
+        quantization=plan.architecture.quantization.title if plan.architecture.quantization is not None else "",
+        weight_bytes=plan.weights.total,
         output_format=recognise(
             tokenizer.template_source,
             tokenizer.special_tokens,

@@ -124,6 +124,10 @@ def read_architecture(path: Path, dtype: str = "auto", quantize: QuantizeChoice 
         tied=bool(getattr(text_config, "tie_word_embeddings", False)),
     )
     quantization = _quantization(found, reader, stored) if reader is not None else None
+    if quantization is not None and quantize.text and not quantization.modules:
+        raise UnsupportedModelError(
+            f"{model_class.__name__} has no linear layers that quantize={quantize.kind} covers.", param="quantize"
+        )
     return replace(found, quantization=quantization) if quantization is not None and quantization.modules else found
 
 
@@ -164,8 +168,8 @@ def _quantization(architecture: Architecture, reader: Reader, stored: Mapping[st
             f"{architecture.model_class.__name__}; routed experts that are quantized are not supported yet.",
             param="model",
         )
-    forms = sorted({repr(module.form) for module in modules.values()})
-    key = hashlib.blake2b("\n".join((reader.title, *forms)).encode(), digest_size=8).hexdigest()
+    facts = (reader.title, *(f"{name} {module.form}" for name, module in sorted(modules.items())))
+    key = hashlib.blake2b("\n".join(facts).encode(), digest_size=8).hexdigest()
     return Quantization(reader.title, key, modules, reader)
 
 

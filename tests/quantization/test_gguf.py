@@ -15,7 +15,7 @@ from quantization.gguf_files import random_blocks, write_gguf
 from tiny_models import build_tiny
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from core.errors import CheckpointError, UnsupportedModelError
+from core.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 from core.inference_pipeline import InferencePipeline
 from core.models.architecture import read_architecture
 from core.models.fit import checked_notes
@@ -243,3 +243,23 @@ def test_a_type_without_a_reader_is_named(tmp_path: Path) -> None:
     file = write_gguf(model, tmp_path / "model.gguf", "qwen3", "Q8_0", kinds={"ffn_up.weight": "IQ2_XXS"})
     with pytest.raises(UnsupportedModelError, match=r"model.layers.0.mlp.up_proj.weight is IQ2_XXS"):
         read_architecture(resolve_model(str(file), cache_dir=tmp_path / "cache").path)
+
+
+def test_a_part_of_a_name_chooses_a_file_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, _ = write_model("qwen3", tmp_path, "Q8_0")
+    file.rename(file.with_name("tiny-Q8_0.gguf"))
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(file.parent)
+
+    monkeypatch.setattr("core.models.resolve.snapshot_download", download)
+    found = resolve_model("some/tiny-GGUF:q8_0", cache_dir=tmp_path / "cache")
+    assert found.name == "some/tiny-GGUF:q8_0" and (found.path / "tiny-Q8_0.gguf").is_file()
+    assert asked["name"] == "some/tiny-GGUF" and "*Q8_0*.gguf" in asked["allow_patterns"]
+    with pytest.raises(ModelNotFoundError, match="no GGUF file with 'Q4_K'"):
+        resolve_model("some/tiny-GGUF:Q4_K", cache_dir=tmp_path / "cache")
+    (file.parent / "other-Q8_0.gguf").write_bytes(b"")
+    with pytest.raises(ModelNotFoundError, match="in several names"):
+        resolve_model("some/tiny-GGUF:Q8_0", cache_dir=tmp_path / "cache")
