@@ -39,7 +39,7 @@ class Quantizer:
         return quantize(tensors["weight"], form)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def quantize(weight: torch.Tensor, form: WeightForm) -> QuantizedWeight:
     """`weight` `[n, k]` in one of the forms of `QuantizeChoice`. Raises `CheckpointError` for numbers without end, or
     beyond what a scale of the form holds."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from quantization.gguf_files import random_blocks, write_gguf
+from steering import LONGEST_WAIT_S
 from tiny_models import build_tiny
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -137,28 +140,38 @@ def test_a_vocabulary_is_that_of_the_file(tmp_path: Path) -> None:
     assert generation["eos_token_id"] == [2]
 
 
+LLAMA_CPP = """
+import json, sys
+from llama_cpp import Llama
+file, texts, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+model = Llama(file, n_ctx=256, n_threads=1, verbose=False)
+found = []
+for text in texts:
+    prompt = model.tokenize(text.encode(), add_bos=True, special=True)
+    model.reset()
+    stream = model.generate(prompt, temp=0.0, top_k=1)
+    found.append((prompt, [next(stream) for _ in range(count)]))
+print(json.dumps(found))
+"""
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "F16"])
 def test_tokens_are_those_of_llama_cpp(
     kind: str, tmp_path: Path, open_pipeline: Callable[..., InferencePipeline]
 ) -> None:
-    llama_cpp = pytest.importorskip("llama_cpp")
+    pytest.importorskip("llama_cpp")
     model = LlamaForCausalLM.from_pretrained(DEMO_PATH)
     tokenizer = json.loads((DEMO_PATH / "tokenizer.json").read_text(encoding="utf-8"))
     file = write_gguf(model, tmp_path / "demo.gguf", "llama", kind, tokenizer=tokenizer)
-    other = llama_cpp.Llama(str(file), n_ctx=256, n_threads=1, verbose=False, logits_all=False)
+    texts, count = ["What is the capital of France?", "Tell me about rain.", "2 plus 3 is"], 24
+    # In a process of its own: its threads and torch's do not go together.
+    command = [sys.executable, "-c", LLAMA_CPP, str(file), json.dumps(texts), str(count)]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     pipeline = open_pipeline(file, devices__devices="cpu=64MiB,cpu=64MiB", model__dtype="float32")
-    params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True, detokenize=False)
-    try:
-        for text in ("What is the capital of France?", "Tell me about rain.", "2 plus 3 is"):
-            prompt = [1, *other.tokenize(text.encode(), add_bos=False, special=True)]
-            assert prompt == pipeline.engine.model.tokenizer.encode(text)
-            other.reset()
-            stream = other.generate(prompt, temp=0.0, top_k=1)
-            expected = [next(stream) for _ in range(24)]
-            got = pipeline.submit(prompt, params).result(60).completions[0].token_ids
-            assert got == expected
-    finally:
-        other.close()
+    params = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True, detokenize=False)
+    for text, (prompt, expected) in zip(texts, found, strict=True):
+        assert pipeline.engine.model.tokenizer.encode(text) == prompt
+        assert pipeline.submit(prompt, params).result(LONGEST_WAIT_S).completions[0].token_ids == expected
 
 
 # -- files --------------------------------------------------------------------------------------------------------
