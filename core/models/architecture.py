@@ -152,8 +152,9 @@ def _reader(
             param="model",
         )
     for part in (raw, raw.get("text_config")):
-        for name in ("quantization_config", "compression_config") if isinstance(part, dict) else ():
-            part.pop(name, None)
+        if isinstance(part, dict):
+            for name in ("quantization_config", "compression_config"):
+                part.pop(name, None)
     return reader
 
 

@@ -304,12 +304,12 @@ def _count(module: nn.Module, *, with_buffers: bool = True) -> int:
     """Numbers in a module's tensors, each counted once; of a quantized weight, those that it stands for."""
     total, seen = 0, set[int]()
     for child in module.modules():
-        quantized = isinstance(child, QuantModule)
-        tensors = [*child.parameters(recurse=False), *(child.buffers(recurse=False) if with_buffers else ())]
-        if quantized and id(child.codes) not in seen:
-            seen.add(id(child.codes))
-            total += child.num_parameters
-        elif not quantized:
+        if isinstance(child, QuantModule):
+            codes = id(child._buffers["codes"])
+            total += 0 if codes in seen else child.num_parameters
+            seen.add(codes)
+        else:
+            tensors = [*child.parameters(recurse=False), *(child.buffers(recurse=False) if with_buffers else ())]
             total += sum(tensor.numel() for tensor in tensors if id(tensor) not in seen)
             seen.update(map(id, tensors))
     return total

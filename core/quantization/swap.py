@@ -118,7 +118,7 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
     module: Any = model
     for part in name.split(".") if name else ():
         module = getattr(module, part, None) if isinstance(module, nn.Module) else None
-    return module
+    return module if isinstance(module, nn.Module) else None
 
 
 def quantized_modules(model: nn.Module) -> Iterator[QuantModule]:

@@ -164,7 +164,7 @@ def _llama3(factors: list[float], theta: float, head_dim: int) -> dict[str, Any]
 def _llama3_factor(
     theta: float, head_dim: int, index: int, factor: float, original: int, low: float, high: float
 ) -> float:
-    length = 2 * math.pi * theta ** (2 * index / head_dim)
+    length: float = 2 * math.pi * theta ** (2 * index / head_dim)
     if length < original / high:
         return 1.0
     if length > original / low:
@@ -197,7 +197,8 @@ def _phi3(data: Metadata, config: _Config, rope: _Config) -> _Config:
     """Its class computes the width of a head itself."""
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
         raise UnsupportedModelError("Heads of this width are not served from phi3 GGUF files.", param="model")
-    window, found = data.get("attention.sliding_window"), {"model_type": "phi3", "rope_parameters": rope}
+    window = data.get("attention.sliding_window")
+    found: _Config = {"model_type": "phi3", "rope_parameters": rope}
     config.pop("head_dim")
     found["sliding_window"] = data.count("attention.sliding_window") if window else None
     if rope["rope_type"] == "longrope":

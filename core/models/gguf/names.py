@@ -80,7 +80,7 @@ class Place:
 
 def pair_halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows `[heads * d, ...]` of which neighbours rotate together, as those of which halves do."""
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def naming_of(architecture: str) -> Naming:

@@ -64,4 +64,4 @@ class AwqReader:
 
 def _in_order(words: torch.Tensor, count: int) -> torch.Tensor:
     numbers = unpack_words(words, _BITS, count)
-    return numbers.unflatten(1, (-1, 8))[..., list(_PLACES)].flatten(1)
+    return numbers.reshape(len(numbers), -1, 8)[..., list(_PLACES)].flatten(1)

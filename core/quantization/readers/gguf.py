@@ -43,7 +43,7 @@ def _split(raw: torch.Tensor, *sizes: int) -> tuple[torch.Tensor, ...]:
 def _bits(raw: torch.Tensor, width: int, run: int) -> torch.Tensor:
     """Fields of `width` bits: of each `run` bytes first their lowest ones, then the next."""
     shifts = torch.arange(0, 8, width, dtype=torch.uint8)
-    runs = raw.unflatten(-1, (-1, 1, run)) >> shifts[:, None]
+    runs = raw.reshape(*raw.shape[:-1], -1, 1, run) >> shifts[:, None]
     return (runs & ((1 << width) - 1)).flatten(-3)
 
 
@@ -166,7 +166,7 @@ def unpack_blocks(kind: str, raw: torch.Tensor) -> QuantizedWeight:
     if raw.ndim != 2 or raw.shape[1] % nbytes:
         raise CheckpointError(f"{list(raw.shape)} bytes are no rows of {kind}.", param="model")
     n, k = raw.shape[0], raw.shape[1] // nbytes * columns
-    fields = {name: tensor.flatten(1).contiguous() for name, tensor in unpack(raw.unflatten(1, (-1, nbytes))).items()}
+    fields = {name: tensor.flatten(1).contiguous() for name, tensor in unpack(raw.reshape(n, -1, nbytes)).items()}
     return QuantizedWeight(form, n, k, pack(fields.pop("codes"), form.bits), **fields)
 
 

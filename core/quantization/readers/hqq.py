@@ -33,16 +33,17 @@ class HqqReader:
         params = given.get("weight_quant_params") if isinstance(given, dict) else None
         if not isinstance(params, dict):
             raise UnsupportedModelError("HQQ with other settings for each layer is not supported.", param="model")
-        self._bits, self._group, axis = params.get("nbits"), params.get("group_size"), params.get("axis", 1)
+        bits, group, axis = params.get("nbits"), params.get("group_size"), params.get("axis", 1)
         nested = params.get("quant_scale") or params.get("quant_zero")
-        if self._bits not in _BITS or axis != 1 or nested or params.get("view_as_float"):
+        if not isinstance(bits, int) or bits not in _BITS or axis != 1 or nested or params.get("view_as_float"):
             raise UnsupportedModelError(
-                f"HQQ with {self._bits} bits on axis {axis} is not supported; 2, 4 and 8 bits on axis 1 are, "
+                f"HQQ with {bits} bits on axis {axis} is not supported; 2, 4 and 8 bits on axis 1 are, "
                 "with scales and zeros that are not quantized.",
                 param="model",
             )
-        if not isinstance(self._group, int) or self._group <= 0:
-            raise UnsupportedModelError(f"HQQ with groups of {self._group} is not supported.", param="model")
+        if not isinstance(group, int) or group <= 0:
+            raise UnsupportedModelError(f"HQQ with groups of {group} is not supported.", param="model")
+        self._bits, self._group = bits, group
         self._kept = settings.get("skip_modules")
         self._stored = stored
         self.names = modules_with(stored, "W_q")
