@@ -107,16 +107,19 @@ class QuantEmbedding(QuantModule):
 
     def __init__(
         self, form: WeightForm, num_embeddings: int, embedding_dim: int, *, dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | str | None = None, factor: float = 1.0,
     ) -> None:  # fmt: skip
+        """Rows are multiplied by `factor`, in `dtype`."""
         super().__init__(form, num_embeddings, embedding_dim, device)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.dtype = dtype or torch.get_default_dtype()
+        self.factor = factor
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids `[...]` to `[..., embedding_dim]`."""
         rows = self.stored.take(ids.flatten().long())
-        return rows.to(self.dtype).view(*ids.shape, self.embedding_dim)
+        found = rows.to(self.dtype).view(*ids.shape, self.embedding_dim)
+        return found if self.factor == 1.0 else found * torch.tensor(self.factor, dtype=self.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.form.title}"
