@@ -42,6 +42,20 @@ class ModelSettings(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
         "auto", "Number format of weights and KV cache; auto takes the checkpoint's own.", common=True
     )
+    quantize: Literal["none", "int8", "int4"] = setting(
+        "none",
+        "Quantize the weights of a plain checkpoint's linear layers while they are loaded: int8, rounded to nearest, "
+        "or int4, by a search without calibration. Checkpoints that are quantized already are refused with it.",
+        common=True,
+    )
+    quantize_group: Literal[32, 64, 128, 256] | None = setting(
+        None, "Columns of a weight that share a scale. Not set: 128 for int8, 64 for int4."
+    )
+    quantize_keep: tuple[str, ...] = setting(
+        ("head",),
+        "Linear layers that are not quantized: patterns of their names, such as down_proj or model.layers.0.*; head is "
+        "the output layer. Embeddings, norms and the routers of experts never are.",
+    )
     max_model_len: int | None = setting(
         None, "Longest prompt plus answer, in tokens. Not set: what the model was made for.", ge=1, common=True
     )

@@ -22,11 +22,11 @@ FOLDER = "checkpoints"
 Ask = Callable[[ReadFile], Chunk]
 
 
-def model_ref(name: str, path: Path, revision: str | None, dtype: str) -> ModelRef:
+def model_ref(name: str, path: Path, revision: str | None, dtype: str, quantize: str = "") -> ModelRef:
     """What tells other nodes which checkpoint is meant. Raises `CheckpointError`."""
     found = [path / "config.json", path / INDEX, *Checkpoint(path).files]
     files = tuple(FileRef(file.name, file.stat().st_size) for file in found if file.is_file())
-    return ModelRef(name, str(path), revision, weights_digest(path), dtype, files)
+    return ModelRef(name, str(path), revision, weights_digest(path), dtype, files, quantize)
 
 
 def read_chunk(path: Path, files: tuple[FileRef, ...], asked: ReadFile) -> Chunk:

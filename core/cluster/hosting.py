@@ -56,6 +56,7 @@ from core.models.architecture import DTYPES, Architecture, read_architecture
 from core.models.stage_model import StageSlice
 from core.profiling.link_profiler import LinkProfiler
 from core.profiling.profiler import LayerProfiler
+from core.quantization.choice import QuantizeChoice
 from core.streaming.stream import StreamedLayers, StreamManager
 from core.transfer import TransferManager
 
@@ -321,8 +322,12 @@ class StageHost:
     def _architecture(self, model: ModelRef) -> Architecture:
         if model.dtype not in DTYPES:
             raise CheckpointError(f"{model.dtype} is no dtype that models are served in.")
+        try:
+            quantize = QuantizeChoice.parse(model.quantize)
+        except ValueError as error:
+            raise CheckpointError(f"{model.quantize!r} is no way to quantize a model.") from error
         path = self._checkpoints.find(model, self._ask)
-        return replace(read_architecture(path), dtype=DTYPES[model.dtype])
+        return replace(read_architecture(path, quantize=quantize), dtype=DTYPES[model.dtype])
 
     def _as_served(self, engine: dict[str, Any], dtype: str) -> Settings:
         """This node's settings with those of the master's engine, but for the processor's instructions."""

@@ -84,7 +84,8 @@ class FileRef(Message, frozen=True):
 
 
 class ModelRef(Message, frozen=True):
-    """A checkpoint, as its digest tells it from others. `path` is where the master has it."""
+    """A checkpoint, as its digest tells it from others, and what it is served as (`quantize` as
+    `QuantizeChoice.text`). `path` is where the master has it."""
 
     name: Text
     path: Text
@@ -92,6 +93,7 @@ class ModelRef(Message, frozen=True):
     digest: Digest
     dtype: Name
     files: Annotated[tuple[FileRef, ...], msgspec.Meta(max_length=4096)]
+    quantize: Text = ""
 
 
 class Welcome(Message, frozen=True, tag=True):

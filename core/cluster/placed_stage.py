@@ -38,6 +38,7 @@ from core.logs import get_logger
 from core.models.architecture import Architecture
 from core.models.resolve import ResolvedModel
 from core.models.stage_model import StageSlice
+from core.quantization.choice import QuantizeChoice
 from core.streaming.stream import StreamManager
 
 logger = get_logger(__name__)
@@ -246,6 +247,7 @@ class RemoteStages:
         self.master = master
         self._architecture = architecture
         self._engine = settings.engine.model_dump(mode="json")
+        self._quantize = QuantizeChoice.of(settings.model).text
         self._resolved = resolved
         self._ref: ModelRef | None = None
 
@@ -254,7 +256,7 @@ class RemoteStages:
         """What nodes are told of the model; they may fetch its files from now on."""
         if self._ref is None:
             resolved, dtype = self._resolved, str(self._architecture.dtype).removeprefix("torch.")
-            self._ref = model_ref(resolved.name, resolved.path, resolved.revision, dtype)
+            self._ref = model_ref(resolved.name, resolved.path, resolved.revision, dtype, self._quantize)
             self.master.checkpoints.add(self._ref.digest, resolved.path, self._ref.files)
         return self._ref
 

@@ -28,6 +28,11 @@ class ModelBytes:
     head_parameters: int
     experts: Experts | None = None
 
+    @property
+    def total(self) -> int:
+        """Of all parts, a head that is tied only once."""
+        return self.embedding + sum(self.layers) + self.after + (0 if self.tied else self.head)
+
     def read_bytes(self, layer: int, tokens: int) -> float:
         """Of a layer, the bytes of the weights that `tokens` tokens take part in."""
         return self.layers[layer] - (self.experts.unread_bytes(layer, tokens) if self.experts else 0.0)

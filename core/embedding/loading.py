@@ -24,11 +24,11 @@ from core.embedding.layout import Layout, read_layout
 from core.errors import CheckpointError, UnsupportedModelError, VRAMancerError
 from core.logs import get_logger
 from core.models.architecture import read_config, served_dtype
+from core.models.blank import BUILDING
 from core.models.checkpoint import Checkpoint
 from core.models.formats import refuse_quantized
 from core.models.json_files import read_json_object, shown
 from core.models.resolve import ResolvedModel
-from core.models.stage_model import BUILDING
 from core.models.tokenizer import Tokenizer
 
 logger = get_logger(__name__)

@@ -222,7 +222,9 @@ class EngineBuilder:
     def _assemble(self, stages: list[EngineStage], backends: tuple[str, ...]) -> ModelEngine:
         plan, settings = self.plan, self._settings
         engine, model = settings.engine, describe(plan, settings, self._tokenizer)
-        salt = f"{model.path}:{plan.resolved.revision or weights_digest(model.path)}:{model.dtype}".encode()
+        weights = plan.resolved.revision or weights_digest(model.path)
+        quantized = plan.architecture.quantization
+        salt = f"{model.path}:{weights}:{model.dtype}{f':{quantized.key}' if quantized else ''}".encode()
         running = RunningSequences()
         cluster = self._nodes.master if self._nodes is not None else None
         memory = open_kv(plan, settings, stages, self.budgets, salt, self._blocks, running, cluster)

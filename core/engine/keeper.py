@@ -42,6 +42,7 @@ from core.models.checkpoint import Checkpoint
 from core.models.fit import checked_notes
 from core.models.resolve import ResolvedModel, resolve_model
 from core.models.tokenizer import Tokenizer
+from core.quantization.choice import QuantizeChoice
 from core.request import SamplingParams
 from core.transfer import TransferManager
 
@@ -109,9 +110,9 @@ class EngineKeeper:
 
     def swap(self, settings: Settings) -> None:
         """Beside the present model if both fit; else the present one is drained first and restored on failure."""
-        resolved = resolve_model(settings.model.name, settings.model.revision)
+        resolved = resolve_model(settings.model.name, settings.model.revision, cache_dir=settings.runtime.cache_dir)
         total = Checkpoint(resolved.path).total_bytes
-        notes = checked_notes(resolved.path, settings.model.dtype)
+        notes = checked_notes(resolved.path, settings.model.dtype, QuantizeChoice.of(settings.model))
         old = self.engine
         measure = self._measure(resolved, settings)
 

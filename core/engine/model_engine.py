@@ -115,6 +115,8 @@ class ModelEngine:
 
 def products_are_native(backends: Sequence[str], plan: ModelPlan, settings: Settings) -> bool:
     """Whether torch has no larger products to compute here."""
+    if plan.architecture.quantization is not None:
+        return False
     instructions = settings.engine.cpu_instructions
     placed = zip(backends, plan.placement.stages, strict=True)
     here = [name for name, stage in placed if plan.devices[stage.device_index].is_here]
@@ -154,6 +156,8 @@ def describe(plan: ModelPlan, settings: Settings, tokenizer: Tokenizer) -> Loade
         generation_defaults=dict(generation.defaults),
         tokenizer=tokenizer,
         source=settings.model.name or "",
+        quantization=plan.architecture.quantization.title if plan.architecture.quantization is not None else "",
+        weight_bytes=plan.weights.total,
         output_format=recognise(
             tokenizer.template_source,
             tokenizer.special_tokens,

@@ -48,6 +48,7 @@ from core.placement.predict import Prediction, predict
 from core.placement.streaming import place_streaming
 from core.profiling.profiler import LayerProfiler
 from core.profiling.workspace import measure_workspace
+from core.quantization.choice import QuantizeChoice
 from core.transfer import TransferManager
 
 _SAMPLING_BYTES = 64
@@ -129,7 +130,9 @@ def plan_model(
     Raises `UnsupportedModelError`, `CheckpointError`, `InsufficientMemoryError`, `ContextLengthError`,
     `InvalidRequestError` for a strategy or layers that do not exist.
     """
-    architecture, notes = served_architecture(resolved.path, settings.model.dtype, devices)
+    architecture, notes = served_architecture(
+        resolved.path, settings.model.dtype, devices, QuantizeChoice.of(settings.model)
+    )
     weights = measure_bytes(architecture, planned_packing(devices, settings, architecture.dtype))
     max_model_len = served_length(resolved.name, architecture.max_position, settings)
     placed = settings.devices
@@ -228,7 +231,9 @@ def described_model(
     """A model for cards that are not here, some of them `lacking` bf16: its architecture in the dtype that they can
     serve, its bytes and costs, and what there is to say of it."""
     asked = settings.model.dtype
-    architecture, notes = fit_dtype(read_architecture(resolved.path, asked), asked, lacking)
+    architecture, notes = fit_dtype(
+        read_architecture(resolved.path, asked, QuantizeChoice.of(settings.model)), asked, lacking
+    )
     weights = measure_bytes(architecture)
     return architecture, weights, layer_costs(architecture, weights, settings), notes
 

@@ -56,7 +56,9 @@ def preview(settings: Settings, gpus: Sequence[str] = (), *, more: Sequence[str]
     (see `core.costs.cards.gpu_spec`). `more`: what each of these would bring on top; for described cards that is
     one more of each, unless others are named. Raises what a load would.
     """
-    resolved = resolve_model(settings.model.name, settings.model.revision, config_only=True)
+    resolved = resolve_model(
+        settings.model.name, settings.model.revision, config_only=True, cache_dir=settings.runtime.cache_dir
+    )
     cards = gpu_spec(*gpus)
     shown = _on_cards(resolved, settings, cards) if cards else _on_this_machine(resolved, settings)
     others = more or tuple(dict.fromkeys(text.partition("*")[0].strip() for text in gpus))
@@ -88,7 +90,8 @@ def _describe(
 ) -> tuple[PlannedModel, LayerCosts, tuple[str, ...]]:
     """A model on cards: by the arithmetic of its family, else from its class."""
     lacking, engine = [card.name for card in cards if lacks_bf16(card)], settings.engine
-    family = read_family(resolved.path, settings.model.dtype)
+    # What is quantized, and how, is told by the modules of the class.
+    family = read_family(resolved.path, settings.model.dtype) if settings.model.quantize == "none" else None
     if family is None:
         from core.engine.model_plan import described_model
 

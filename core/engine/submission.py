@@ -21,7 +21,8 @@ from core.request import SamplingParams
 class LoadedModel:
     """What clients may know of the model being served. `max_model_len` is the longest prompt plus answer: the context,
     or all of the KV cache if that is smaller. `source` is what it was loaded by: a path or a hub id. `output_format` is
-    how it writes tool calls and thoughts.
+    how it writes tool calls and thoughts. `quantization` says how weights are quantized, if they are; `weight_bytes` is
+    what all of them take.
     """
 
     name: str
@@ -36,6 +37,8 @@ class LoadedModel:
     generation_defaults: dict[str, Any]
     tokenizer: Tokenizer
     source: str = ""
+    quantization: str = ""
+    weight_bytes: int = 0
     output_format: OutputFormat = field(default_factory=OutputFormat)
 
     def knows(self, name: str) -> bool:

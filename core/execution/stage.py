@@ -41,6 +41,7 @@ from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.models.architecture import Architecture
 from core.models.shared_parts import SharedParts, share_parts
 from core.models.stage_model import StageSlice, find_decoder, load_layers, load_stage
+from core.quantization.swap import quantized_modules
 from core.streaming.stream import Clock, StreamedLayers, StreamManager
 from core.transfer import TransferManager
 
@@ -129,7 +130,7 @@ class Stage:
             self.architecture, path, parts.missing(part), self.torch_device, attention=ATTENTION_NAME, on_read=on_read
         )
         extra = adapter.extra_bytes(self._model) if adapter is not None else 0
-        actual = _parameter_bytes(self._model) + extra + parts.nbytes
+        actual = _weight_bytes(self._model) + extra + parts.nbytes
         if actual > expected_bytes:
             self._budget.reserve(self.WEIGHTS, actual - expected_bytes)
             self.weight_bytes = actual
@@ -413,6 +414,7 @@ class Stage:
             torch.cuda.empty_cache()
 
 
-def _parameter_bytes(model: nn.Module) -> int:
-    unique = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in model.parameters()}
-    return sum(unique.values())
+def _weight_bytes(model: nn.Module) -> int:
+    """Of parameters, and of quantized weights, each counted once."""
+    held = [*model.parameters(), *(tensor for module in quantized_modules(model) for tensor in module.buffers())]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values())

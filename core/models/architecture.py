@@ -3,28 +3,39 @@ read, and a head that may or may not be the embedding."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from core.errors import CheckpointError, UnsupportedModelError
+from core.errors import CheckpointError, InvalidRequestError, UnsupportedModelError
 from core.kv_cache.block_table import RopeBorder
 from core.logs import get_logger
+from core.models.blank import build_blank
 from core.models.checkpoint import INDEX, Checkpoint, LazyTensor
 from core.models.config_checks import Sizes, check_heads, check_raw, check_shape, field_error
 from core.models.formats import refuse_quantized
+from core.models.gguf.header import is_gguf
+from core.models.gguf.tensors import LazyGgufTensor
 from core.models.json_files import read_json_object
+from core.quantization.choice import AS_IT_IS, QuantizeChoice
+from core.quantization.quantize import Quantizer
+from core.quantization.reader import Quantization, Reader
+from core.quantization.readers import find_reader
+from core.quantization.swap import find_modules
 
 logger = get_logger(__name__)
+
+AnyTensor: TypeAlias = LazyTensor | LazyGgufTensor
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float32}
@@ -56,7 +67,8 @@ class KVShape:
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """A model's shape. `sliding_window` per layer is the number of visible positions, or None for all of them. `rope`:
-    where rotary frequencies begin to depend on a sequence's length, if they do."""
+    where rotary frequencies begin to depend on a sequence's length, if they do. `quantization`: the modules whose
+    weights are quantized, if there are any."""
 
     config: PreTrainedConfig
     model_class: type[Any]
@@ -71,10 +83,12 @@ class Architecture:
     sliding_windows: tuple[int | None, ...]
     tied: bool
     rope: RopeBorder | None = None
+    quantization: Quantization | None = None
 
 
-def read_architecture(path: Path, dtype: str = "auto") -> Architecture:
-    """Read `config.json` of a local model directory, and the headers of its weights where there are any.
+def read_architecture(path: Path, dtype: str = "auto", quantize: QuantizeChoice = AS_IT_IS) -> Architecture:
+    """Read `config.json` of a local model directory, and the headers of its weights where there are any. `quantize`
+    says what becomes of plain weights.
 
     Raises `CheckpointError` with file and field if something cannot be right, and `UnsupportedModelError` for models
     the engine cannot run.
@@ -82,10 +96,10 @@ def read_architecture(path: Path, dtype: str = "auto") -> Architecture:
     raw = read_json_object(path / "config.json") if (path / "config.json").is_file() else None
     if raw is None:
         raise CheckpointError(f"{path} has no config.json; a Hugging Face model directory is expected.")
-    has_weights = (path / INDEX).is_file() or any(path.glob("*.safetensors"))
+    has_weights = (path / INDEX).is_file() or any(path.glob("*.safetensors")) or is_gguf(path)
     with Checkpoint(path) if has_weights else nullcontext() as checkpoint:
         stored = checkpoint.tensors() if checkpoint is not None else {}
-        refuse_quantized(path.name, raw, {name: tensor.get_dtype() for name, tensor in stored.items()})
+        reader = _reader(path, raw, stored, quantize)
         config = read_config(path, raw, stored)
         text_config = config.get_text_config(decoder=True)
         _refuse_unsupported(config, text_config)
@@ -94,7 +108,7 @@ def read_architecture(path: Path, dtype: str = "auto") -> Architecture:
         if getattr(text_config, "tie_word_embeddings", False) and _has_own_head(model_class, stored):
             config.tie_word_embeddings = text_config.tie_word_embeddings = False
     num_layers, rope = int(text_config.num_hidden_layers), _rope_border(text_config)
-    return Architecture(
+    found = Architecture(
         config=config,
         model_class=model_class,
         model_type=config.model_type,
@@ -109,9 +123,64 @@ def read_architecture(path: Path, dtype: str = "auto") -> Architecture:
         sliding_windows=_sliding_windows(text_config, num_layers),
         tied=bool(getattr(text_config, "tie_word_embeddings", False)),
     )
+    quantization = _quantization(found, reader, stored) if reader is not None else None
+    if quantization is not None and quantize.text and not quantization.modules:
+        raise UnsupportedModelError(
+            f"{model_class.__name__} has no linear layers that quantize={quantize.kind} covers.", param="quantize"
+        )
+    return replace(found, quantization=quantization) if quantization is not None and quantization.modules else found
 
 
-def read_config(path: Path, raw: dict[str, Any], stored: Mapping[str, LazyTensor]) -> PreTrainedConfig:
+def _reader(
+    path: Path, raw: dict[str, Any], stored: Mapping[str, AnyTensor], quantize: QuantizeChoice
+) -> Reader | None:
+    """What reads the weights if they are quantized, or are to be; the config then no longer says so. Raises
+    `UnsupportedModelError` for formats without a reader."""
+    reader = find_reader(raw, stored)
+    if reader is None and is_gguf(path):
+        raise UnsupportedModelError(f"{path.name} has its weights in GGUF files; give one of the files.", param="model")
+    if reader is None:
+        refuse_quantized(path.name, raw, {name: tensor.get_dtype() for name, tensor in stored.items()})
+        return Quantizer(quantize) if quantize.text else None
+    if quantize.text:
+        raise InvalidRequestError(
+            f"{path.name} is quantized already ({reader.title}); load it without quantize.", param="quantize"
+        )
+    if stored and not reader.names and not is_gguf(path):
+        raise CheckpointError(
+            f"config.json says that weights are quantized ({reader.title}), but no tensor of {path.name} is.",
+            param="model",
+        )
+    for part in (raw, raw.get("text_config")):
+        if isinstance(part, dict):
+            for name in ("quantization_config", "compression_config"):
+                part.pop(name, None)
+    return reader
+
+
+def _quantization(architecture: Architecture, reader: Reader, stored: Mapping[str, AnyTensor]) -> Quantization:
+    """Which modules of the model have quantized weights."""
+    blank = build_blank(architecture.model_class, architecture.config, architecture.dtype)
+    modules = find_modules(blank, reader, stored, tied=architecture.tied)
+    lost = sorted(reader.names - {module.stored for module in modules.values()} - _left_out(architecture, reader.names))
+    if lost:
+        raise UnsupportedModelError(
+            f"{lost[0]} is quantized ({reader.title}), and is no linear layer or embedding of "
+            f"{architecture.model_class.__name__}; routed experts that are quantized are not supported yet.",
+            param="model",
+        )
+    facts = (reader.title, *(f"{name} {module.form}" for name, module in sorted(modules.items())))
+    key = hashlib.blake2b("\n".join(facts).encode(), digest_size=8).hexdigest()
+    return Quantization(reader.title, key, modules, reader)
+
+
+def _left_out(architecture: Architecture, names: Iterable[str]) -> frozenset[str]:
+    """Modules of layers behind the last, which predict further tokens and are not loaded."""
+    found = ((name, re.search(r"(?:^|\.)layers\.(\d+)\.", name)) for name in names)
+    return frozenset(name for name, match in found if match and int(match[1]) >= architecture.num_layers)
+
+
+def read_config(path: Path, raw: dict[str, Any], stored: Mapping[str, AnyTensor]) -> PreTrainedConfig:
     """A `config.json`'s fields, checked, as the class of its model type has them. `stored` are the files' tensors."""
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
@@ -142,7 +211,7 @@ def read_config(path: Path, raw: dict[str, Any], stored: Mapping[str, LazyTensor
     return config
 
 
-def _has_own_head(model_class: type[Any], stored: Mapping[str, LazyTensor]) -> bool:
+def _has_own_head(model_class: type[Any], stored: Mapping[str, AnyTensor]) -> bool:
     """Whether the files have a head beside the embedding that is not the same: then it is not tied, whatever the
     config says."""
     for head, embedding in dict(getattr(model_class, "_tied_weights_keys", None) or {}).items():
@@ -157,7 +226,7 @@ def _has_own_head(model_class: type[Any], stored: Mapping[str, LazyTensor]) -> b
     return False
 
 
-def _stored_as(name: str, stored: Mapping[str, LazyTensor]) -> LazyTensor | None:
+def _stored_as(name: str, stored: Mapping[str, AnyTensor]) -> AnyTensor | None:
     """A tensor by the name that the model has for it; files may add a prefix, or leave one out."""
     if name in stored:
         return stored[name]
@@ -196,7 +265,7 @@ def _refuse_unsupported(config: PreTrainedConfig, text_config: PreTrainedConfig)
         raise UnsupportedModelError(f"{name} attends in both directions; only causal models are supported.")
 
 
-def served_dtype(config: PreTrainedConfig, dtype: str, stored: Mapping[str, LazyTensor]) -> torch.dtype:
+def served_dtype(config: PreTrainedConfig, dtype: str, stored: Mapping[str, AnyTensor]) -> torch.dtype:
     """As asked for, or as the config says, or as most of the files' bytes are."""
     if dtype != "auto":
         return DTYPES[dtype]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from core.errors import CheckpointError, UnsupportedModelError
 from core.logs import get_logger
+from core.models.gguf.header import gguf_files, is_gguf
+from core.models.gguf.tensors import LazyGgufTensor, gguf_tensors
 from core.models.json_files import read_json_object
 
 INDEX = "model.safetensors.index.json"
@@ -102,8 +104,8 @@ class LazyTensor:
 
 
 class Checkpoint(ExitStack):
-    """The safetensors files of a model directory: those that its index names, or the one model file. A context manager:
-    files are open inside it.
+    """The safetensors files of a model directory: those that its index names, or the one model file; where there are
+    none, its GGUF files. A context manager: files are open inside it.
 
     Raises `CheckpointError` for missing or damaged files, `UnsupportedModelError` where weights have another format.
     """
@@ -112,7 +114,11 @@ class Checkpoint(ExitStack):
         super().__init__()
         index = path / INDEX
         self.index = _read_index(index) if index.is_file() else {}
-        self.files = _indexed_files(path, self.index) if index.is_file() else _unindexed_files(path)
+        self.is_gguf = not index.is_file() and is_gguf(path)
+        if self.is_gguf:
+            self.files = list(gguf_files(path))
+        else:
+            self.files = _indexed_files(path, self.index) if index.is_file() else _unindexed_files(path)
         self.on_read = on_read
         self._path = path
 
@@ -120,10 +126,12 @@ class Checkpoint(ExitStack):
     def total_bytes(self) -> int:
         return sum(file.stat().st_size for file in self.files)
 
-    def tensors(self) -> dict[str, LazyTensor]:
+    def tensors(self) -> Mapping[str, LazyTensor | LazyGgufTensor]:
         """All tensors by name, none read yet. Plain reads, not a memory map: a map would count, page by page, as
         resident memory of the process beside the tensors themselves.
         """
+        if self.is_gguf:
+            return gguf_tensors(tuple(self.files), self.on_read)
         found: dict[str, LazyTensor] = {}
         for file in self.files:
             handle = self._open(file)
@@ -168,12 +176,6 @@ def _unindexed_files(path: Path) -> list[Path]:
 
 
 def _no_weights(path: Path) -> CheckpointError | UnsupportedModelError:
-    packed = sorted(path.glob("*.gguf"))
-    if packed:
-        return UnsupportedModelError(
-            f"{path.name} has its weights as GGUF ({packed[0].name}), which is not supported yet; use the model's "
-            "safetensors checkpoint."
-        )
     pickled = sorted(file.name for pattern in _PICKLED for file in path.glob(pattern))
     if pickled:
         return UnsupportedModelError(

@@ -13,6 +13,7 @@ from core.devices import Device
 from core.devices.device import DeviceKind
 from core.models.architecture import DTYPES, Architecture, read_architecture
 from core.models.served_dtype import choose_dtype
+from core.quantization.choice import AS_IT_IS, QuantizeChoice
 
 
 def compute_capability(device: torch.device) -> int | None:
@@ -28,7 +29,9 @@ def supports_bf16(kind: DeviceKind, capability: int | None) -> bool:
     return kind != "cuda" or capability is None or capability >= FIRST_WITH_BF16
 
 
-def served_architecture(path: Path, asked: str, devices: Sequence[Device]) -> tuple[Architecture, tuple[str, ...]]:
+def served_architecture(
+    path: Path, asked: str, devices: Sequence[Device], quantize: QuantizeChoice = AS_IT_IS
+) -> tuple[Architecture, tuple[str, ...]]:
     """A checkpoint's architecture with the dtype that all of `devices` can serve it in, and what there is to say of it.
     Raises as `read_architecture` and `fit_dtype` do."""
     capabilities = [(device, compute_capability(torch.device(device.torch_device))) for device in devices]
@@ -37,7 +40,7 @@ def served_architecture(path: Path, asked: str, devices: Sequence[Device]) -> tu
         for device, capability in capabilities
         if not supports_bf16(device.kind, capability)
     ]
-    return fit_dtype(read_architecture(path, asked), asked, lacking)
+    return fit_dtype(read_architecture(path, asked, quantize), asked, lacking)
 
 
 def fit_dtype(architecture: Architecture, asked: str, lacking: Sequence[str]) -> tuple[Architecture, tuple[str, ...]]:

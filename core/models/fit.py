@@ -14,10 +14,11 @@ import torch
 from core.errors import CheckpointError
 from core.logs import get_logger
 from core.models.architecture import Architecture, read_architecture
-from core.models.checkpoint import Checkpoint, LazyTensor
+from core.models.checkpoint import Checkpoint
 from core.models.generation import read_generation
 from core.models.json_files import read_json_object
-from core.models.stage_model import StageSlice, build_stage
+from core.models.stage_model import StageSlice, build_stage, stored_tensors
+from core.quantization.choice import AS_IT_IS, QuantizeChoice
 
 logger = get_logger(__name__)
 
@@ -35,10 +36,10 @@ _HARMLESS = ("inv_freq", "masked_bias", "attn.bias", "attention.bias", "embed_po
 """Ends of names of what models used to keep in files and compute today."""
 
 
-def checked_notes(path: Path, dtype: str = "auto") -> tuple[str, ...]:
+def checked_notes(path: Path, dtype: str = "auto", quantize: QuantizeChoice = AS_IT_IS) -> tuple[str, ...]:
     """Check all files of a checkpoint, those of its tokenizer for being JSON alone. Returns what there is to say of
     them; raises `CheckpointError` with file and field, and `UnsupportedModelError`."""
-    architecture = read_architecture(path, dtype)
+    architecture = read_architecture(path, dtype, quantize)
     if not any((path / name).is_file() for name in _VOCABULARIES):
         raise CheckpointError(f"{path.name} has no tokenizer.json, nor another file of a tokenizer.", param="model")
     for name in _TOKENIZER_JSON:
@@ -51,7 +52,7 @@ def check_fit(architecture: Architecture, path: Path) -> tuple[str, ...]:
     """What there is to say of tensors that are left out. Raises `CheckpointError` for what lacks, does not fit, or is
     part of a larger model than the config describes."""
     with Checkpoint(path) as checkpoint:
-        stored = checkpoint.tensors()
+        stored = stored_tensors(architecture, checkpoint)
     blank = {
         name: torch.empty(tensor.shape, device="meta", dtype=architecture.dtype) for name, tensor in stored.items()
     }
@@ -107,7 +108,7 @@ def _layer(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _file_of(name: str, stored: Mapping[str, LazyTensor], path: Path) -> str:
+def _file_of(name: str, stored: Mapping[str, Any], path: Path) -> str:
     tensor = next((each for key, each in stored.items() if key == name or name.endswith(f".{key}")), None)
     return f"{tensor.file} of {path.name}" if tensor is not None else path.name
 

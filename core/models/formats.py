@@ -15,7 +15,18 @@ _METHODS = {
     "hqq": "HQQ", "aqlm": "AQLM", "quanto": "Quanto", "bitnet": "BitNet", "modelopt": "ModelOpt", "gguf": "GGUF",
 }  # fmt: skip
 _WHOLE_NUMBERS = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"}
-_INSTEAD = "Quantized weights are not supported yet; use the model's bf16, fp16 or fp32 checkpoint in safetensors."
+_INSTEAD = (
+    "Weights of this format are not supported here; use the model's bf16, fp16 or fp32 checkpoint in safetensors."
+)
+
+
+def is_gguf_file(file: Path) -> bool:
+    """Whether a file is GGUF, whatever its name."""
+    try:
+        with file.open("rb") if file.is_file() else io.BytesIO() as content:
+            return content.read(4) == b"GGUF"
+    except OSError:
+        return False
 
 
 def refuse_file(file: Path) -> UnsupportedModelError:
@@ -26,7 +37,7 @@ def refuse_file(file: Path) -> UnsupportedModelError:
     except OSError:
         start = b""  # the name has to do
     if start.startswith(b"GGUF") or file.suffix == ".gguf":
-        what = "a GGUF file, which is not supported yet. Give a directory with the model's safetensors checkpoint."
+        what = "a GGUF file, which is not supported here. Give a directory with the model's safetensors checkpoint."
     elif file.suffix == ".safetensors" or start[8:9] == b"{":
         what = "a safetensors file alone. Give its directory, with config.json and tokenizer.json."
     elif start.startswith((b"PK", b"\x80")):

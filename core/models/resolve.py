@@ -21,9 +21,11 @@ from huggingface_hub.errors import (
 )
 
 from core.defaults import DEMO_EMBEDDING_NAME, DEMO_NAME
-from core.errors import InvalidRequestError, ModelNotFoundError
+from core.errors import CheckpointError, InvalidRequestError, ModelNotFoundError
 from core.logs import get_logger
-from core.models.formats import refuse_file
+from core.models.formats import is_gguf_file, refuse_file
+from core.models.gguf.header import gguf_files, is_gguf, series_of
+from core.models.json_files import read_json_object
 
 logger = get_logger(__name__)
 
@@ -31,6 +33,7 @@ DEMO_PATH = Path(__file__).parent / "demo"
 DEMO_EMBEDDING_PATH = Path(__file__).parent / "demo_embedding"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+_GGUF_ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}):([\w.*?-]{1,100})")
 _REVISION = re.compile(r"[\w./-]{1,200}")
 _TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 """What the hub's HTTP client raises, whichever that is."""
@@ -59,9 +62,12 @@ class AvailableModel:
     loaded: bool = False
 
 
-def resolve_model(name: str | None, revision: str | None = None, *, config_only: bool = False) -> ResolvedModel:
+def resolve_model(
+    name: str | None, revision: str | None = None, *, config_only: bool = False, cache_dir: Path | None = None
+) -> ResolvedModel:
     """Find a model, downloading it from the hub if it is not there yet (safetensors and text files alone; with
-    `config_only` no more than what a plan needs).
+    `config_only` no more than what a plan needs). What is made of GGUF files is kept in `cache_dir`; None refuses
+    them. From the hub they have a pattern behind the name, such as `owner/name:Q4_K_M`.
 
     Raises `ModelNotFoundError`, `InvalidRequestError` for what can be no name, and `UnsupportedModelError` for a file.
     """
@@ -71,9 +77,15 @@ def resolve_model(name: str | None, revision: str | None = None, *, config_only:
         return ResolvedModel(DEMO_EMBEDDING_NAME, DEMO_EMBEDDING_PATH)
     place = _local(name)
     if place is not None and place.is_dir():
-        return ResolvedModel(place.name, place)
+        packed = gguf_files(place) if cache_dir is not None and is_gguf(place) and not _is_prepared(place) else ()
+        return ResolvedModel(place.name, _prepared(packed, cache_dir) if packed and cache_dir else place)
+    if place is not None and cache_dir is not None and is_gguf_file(place):
+        return ResolvedModel(place.stem, _prepared(series_of(place), cache_dir))
     if place is not None:
         raise refuse_file(place)
+    in_repository = _GGUF_ID.fullmatch(name)
+    if in_repository is not None and cache_dir is not None:
+        return _gguf_from_hub(name, in_repository[1], in_repository[2], revision, cache_dir)
     if not _HUB_ID.fullmatch(name):
         raise ModelNotFoundError(f"There is no directory {name!r}, and it is not a hub id (owner/name).", param="model")
     if revision is not None and not _REVISION.fullmatch(revision):
@@ -98,6 +110,38 @@ def _local(name: str) -> Path | None:
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
         raise InvalidRequestError(f"{name[:200]!r} cannot be looked at: {reason}.", param="model") from error
+
+
+def _prepared(files: tuple[Path, ...], cache_dir: Path) -> Path:
+    from core.models.gguf.directory import gguf_directory  # needs torch and transformers, which a plan may do without
+
+    return gguf_directory(files, cache_dir)
+
+
+def _is_prepared(path: Path) -> bool:
+    """Whether a directory with GGUF files is one that `gguf_directory` has made, here or on another machine."""
+    try:
+        settings = read_json_object(path / "config.json").get("quantization_config")
+    except CheckpointError:
+        return False
+    return isinstance(settings, dict) and settings.get("quant_method") == "gguf"
+
+
+def _gguf_from_hub(name: str, repository: str, pattern: str, revision: str | None, cache_dir: Path) -> ResolvedModel:
+    patterns = [f"*{each}*.gguf" for each in sorted({pattern, pattern.lower(), pattern.upper()})]
+    try:
+        path = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, _TRANSPORT_ERROR, OSError) as error:
+        logger.warning("a model cannot be had from the hub", model=name, revision=revision, error=repr(error))
+        raise ModelNotFoundError(_why_not(repository, revision, error), param="model") from error
+    files = sorted({file for each in patterns for file in path.rglob(each)})
+    if not files:
+        raise ModelNotFoundError(f"{repository!r} has no GGUF file with {pattern!r} in its name.", param="model")
+    series = series_of(files[0])
+    if len(files) > 1 and sorted(series) != files:
+        listed = ", ".join(file.name for file in files[:4])
+        raise ModelNotFoundError(f"{pattern!r} is in several names of {repository!r}: {listed}.", param="model")
+    return ResolvedModel(name, _prepared(series, cache_dir), revision)
 
 
 def _from_hub(name: str, revision: str | None, config_only: bool) -> ResolvedModel:

@@ -9,7 +9,6 @@ anything that `forward` does to embeddings (granite multiplies them, gpt2 and op
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +23,12 @@ from core.costs import Experts, ModelBytes
 from core.errors import CheckpointError, UnsupportedModelError
 from core.logs import get_logger
 from core.models.architecture import Architecture
+from core.models.blank import BUILDING, build_blank
 from core.models.checkpoint import Checkpoint, is_finite
+from core.quantization.linear import QuantModule
+from core.quantization.swap import swap_in, tie_heads
 
 logger = get_logger(__name__)
-
-BUILDING = threading.RLock()
-"""Held while a model is made: transformers changes torch's default dtype meanwhile, for every thread."""
 
 # Modules beside the layers, by the names that architectures give them.
 BEFORE_LAYERS = {
@@ -134,12 +133,15 @@ def _prune(model: Any, part: StageSlice) -> None:
 def stage_class(architecture: Architecture, part: StageSlice) -> type[Any]:
     """A subclass of the architecture's class whose instances hold one stage alone."""
     base = architecture.model_class
-    if part.is_first and part.is_last and not part.without:
+    is_whole = part.is_first and part.is_last and not part.without
+    if is_whole and architecture.quantization is None:
         return base
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
-        _prune(self, part)
+        if not is_whole:
+            _prune(self, part)
+        swap_in(self, architecture.quantization, architecture.dtype)
 
     # transformers looks up weight conversions by class name and tells library classes from custom code by module.
     return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
@@ -160,7 +162,7 @@ def load_stage(
     """
     try:
         with Checkpoint(path, on_read) as checkpoint:
-            model, info = build_stage(architecture, part, device, checkpoint.tensors(), attention)
+            model, info = build_stage(architecture, part, device, stored_tensors(architecture, checkpoint), attention)
             _check_numbers(model, path, checkpoint)
     except (RuntimeError, KeyError) as error:
         logger.warning("a stage cannot be loaded", model=path.name, error=repr(error))
@@ -171,6 +173,12 @@ def load_stage(
     if mismatched:
         raise CheckpointError(f"{path.name} has tensors of the wrong shape: {mismatched[0]}.")
     return model
+
+
+def stored_tensors(architecture: Architecture, checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """What the modules of the model are read from, by name."""
+    stored = checkpoint.tensors()
+    return stored if architecture.quantization is None else architecture.quantization.tensors(stored)
 
 
 def _check_numbers(model: Any, path: Path, checkpoint: Checkpoint) -> None:
@@ -208,6 +216,7 @@ def build_stage(
             )
         finally:
             transformers_logging.set_verbosity(verbosity)
+    tie_heads(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.eval(), info
@@ -230,16 +239,10 @@ def load_layers(
 
 def blank_model(architecture: Architecture) -> Any:
     """The whole model on `meta`. Raises `CheckpointError` for a config that its class cannot build a model of."""
-    try:
-        with BUILDING, torch.device("meta"):
-            return architecture.model_class._from_config(architecture.config, dtype=architecture.dtype)
-    except Exception as error:  # whatever the class makes of numbers and names that nobody has checked
-        logger.warning("no model can be built of a config", model=architecture.model_type, error=repr(error))
-        raise CheckpointError(
-            f"config.json does not describe a {architecture.model_class.__name__} that can be built "
-            f"({type(error).__name__}; the log has the cause).",
-            param="model",
-        ) from error
+    model = build_blank(architecture.model_class, architecture.config, architecture.dtype)
+    swap_in(model, architecture.quantization, architecture.dtype)
+    tie_heads(model)
+    return model
 
 
 def measure_bytes(architecture: Architecture, packing: Callable[[nn.Module], int] | None = None) -> ModelBytes:
@@ -259,14 +262,13 @@ def measure_bytes(architecture: Architecture, packing: Callable[[nn.Module], int
     layers = tuple(nbytes(layer) for layer in blocks)
     after = sum(nbytes(child) for name, child in decoder.named_children() if name in AFTER_LAYERS)
     before = nbytes(decoder) - sum(layers) - after
-    unique = {id(parameter): parameter.numel() for parameter in model.parameters()}
     return ModelBytes(
         embedding=before,
         layers=layers,
         after=after,
         head=nbytes(head),
         tied=architecture.tied,
-        num_parameters=sum(unique.values()),
+        num_parameters=_count(model, with_buffers=False),
         layer_parameters=tuple(_count(layer) for layer in blocks),
         head_parameters=_count(head) if head is not None else 0,
         experts=_experts(architecture, blocks),
@@ -298,5 +300,16 @@ def _tensors(module: nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _count(module: nn.Module) -> int:
-    return sum(tensor.numel() for tensor in _tensors(module))
+def _count(module: nn.Module, *, with_buffers: bool = True) -> int:
+    """Numbers in a module's tensors, each counted once; of a quantized weight, those that it stands for."""
+    total, seen = 0, set[int]()
+    for child in module.modules():
+        if isinstance(child, QuantModule):
+            codes = id(child._buffers["codes"])
+            total += 0 if codes in seen else child.num_parameters
+            seen.add(codes)
+        else:
+            tensors = [*child.parameters(recurse=False), *(child.buffers(recurse=False) if with_buffers else ())]
+            total += sum(tensor.numel() for tensor in tensors if id(tensor) not in seen)
+            seen.update(map(id, tensors))
+    return total

@@ -58,6 +58,7 @@ def layer_shape(architecture: Architecture) -> dict[str, Any]:
         "kv_heads": kv.num_kv_heads,
         "key_dim": kv.key_dim,
         "value_dim": kv.value_dim,
+        **({"quantization": architecture.quantization.key} if architecture.quantization is not None else {}),
     }
 
 

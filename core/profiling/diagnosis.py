@@ -23,6 +23,7 @@ from core.models.resolve import resolve_model
 from core.profiling.noise import Noise
 from core.profiling.profile_store import device_facts
 from core.profiling.profiler import DEVICE_BUDGET_S, LayerProfiler
+from core.quantization.choice import QuantizeChoice
 from core.transfer import TransferManager
 
 SHOWN_ROWS = (1, 16, 256)
@@ -120,9 +121,11 @@ def diagnose(settings: Settings, refresh: bool = False, *, budget_s: float = DEV
 
     Raises `ModelError`, `DeviceError`.
     """
-    resolved = resolve_model(settings.model.name, settings.model.revision)
+    resolved = resolve_model(settings.model.name, settings.model.revision, cache_dir=settings.runtime.cache_dir)
     devices = open_devices(settings.devices, allocate=False)
-    architecture, _ = served_architecture(resolved.path, settings.model.dtype, devices)
+    architecture, _ = served_architecture(
+        resolved.path, settings.model.dtype, devices, QuantizeChoice.of(settings.model)
+    )
     machine = probe_machine()
     memory = read_memory(devices, machine)
     threads = settings.devices.cpu_threads or torch.get_num_threads()

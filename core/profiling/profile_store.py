@@ -135,7 +135,7 @@ def _first_error(error: ValidationError) -> str:
 
 
 _EXECUTION = Path(__file__).parent.parent / "execution"
-_KERNEL_SOURCES = (_EXECUTION / "native", _EXECUTION / "attention")
+_KERNEL_SOURCES = (_EXECUTION / "native", _EXECUTION / "attention", _EXECUTION.parent / "quantization")
 
 
 @functools.cache

@@ -13,8 +13,8 @@ from core.execution.attention.interface import ATTENTION_NAME, AttentionBackend,
 from core.execution.attention.metadata import AttentionMetadata
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.models.architecture import Architecture
+from core.models.blank import BUILDING
 from core.models.stage_model import (
-    BUILDING,
     PassThrough,
     StageSlice,
     build_stage,
@@ -102,9 +102,12 @@ class RandomLayers:
 
     def work(self, rows: int) -> tuple[float, float]:
         """Bytes of weights that a layer reads for `rows` tokens, and its operations for all of them; means."""
-        layers, itemsize = range(self._part.first, self._part.last), self._architecture.dtype.itemsize
-        read, one = (sum(self._weights.read_bytes(layer, tokens) for layer in layers) for tokens in (rows, 1))
-        return read / self.count, rows * 2 * one / itemsize / self.count
+        layers, weights = range(self._part.first, self._part.last), self._weights
+        read = sum(weights.read_bytes(layer, rows) for layer in layers)
+        parameters = sum(
+            weights.layer_parameters[layer] * weights.read_bytes(layer, 1) / weights.layers[layer] for layer in layers
+        )
+        return read / self.count, rows * 2 * parameters / self.count
 
     def step(self) -> None:
         """One step through the layers, waited for, as the engine waits for each step."""

@@ -28,7 +28,9 @@ from core.execution.rotary import token_ropes
 from core.execution.sampler import Sampler, SamplingRow
 from core.logs import get_logger
 from core.models.architecture import Architecture
-from core.models.stage_model import BUILDING, PassThrough, find_decoder
+from core.models.blank import BUILDING
+from core.models.stage_model import PassThrough, find_decoder
+from core.quantization.swap import swap_in, tie_heads
 from core.request import SamplingParams
 
 logger = get_logger(__name__)
@@ -155,6 +157,8 @@ def _blank(architecture: Architecture, experts: Experts | None) -> Any:
         model = architecture.model_class._from_config(
             config, dtype=architecture.dtype, attn_implementation=ATTENTION_NAME
         )
+        swap_in(model, architecture.quantization, architecture.dtype)
+    tie_heads(model)
     decoder, name = find_decoder(model, architecture.num_layers)
     layers: Any = getattr(decoder, name)
     kept = {0, 1, architecture.num_layers - 1} & set(range(architecture.num_layers))

@@ -95,6 +95,18 @@ def test_parts_of_one_worker_are_devices_of_their_own(
     assert tokens(pipeline) == alone
 
 
+def test_a_worker_quantizes_its_layers_as_one_machine_does(
+    add_worker: Callable[..., WorkerThread], serve: Callable[..., InferencePipeline],
+    open_pipeline: Callable[..., InferencePipeline], alone: list[list[int]], tiny_llama: Path,
+) -> None:  # fmt: skip
+    quantized = {"model__quantize": "int4", "model__quantize_group": 32}
+    expected = tokens(open_pipeline(tiny_llama, **quantized))
+    add_worker("desk")
+    pipeline = serve(devices__devices="cpu=64MiB,desk/cpu", **quantized)
+    assert homes(pipeline) == ["cpu", "desk/cpu"]
+    assert tokens(pipeline) == expected != alone
+
+
 def test_what_is_measured_places_the_model(
     master: Master, add_worker: Callable[..., WorkerThread], serve: Callable[..., InferencePipeline],
     alone: list[list[int]],

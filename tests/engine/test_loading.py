@@ -141,7 +141,7 @@ def test_recurrent_architectures_are_refused_by_name(tiny: Path, tmp_path: Path)
 
 def test_quantized_checkpoints_are_refused(tiny: Path, tmp_path: Path) -> None:
     path = copy_model(tiny, tmp_path / "quantized")
-    edit_config(path, quantization_config={"quant_method": "gptq", "bits": 4})
+    edit_config(path, quantization_config={"quant_method": "mxfp4"})
     refused(path, UnsupportedModelError, "quantized")
 
 

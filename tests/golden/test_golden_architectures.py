@@ -11,6 +11,7 @@ import pytest
 import torch
 from steering import LONGEST_WAIT_S, arriving_together, until, with_each_step
 from tiny_models import LAYERS, TINY, VOCAB, build_tiny
+from transformers import PreTrainedModel
 
 from core.batching.output import RequestHandle
 from core.inference_pipeline import InferencePipeline
@@ -40,7 +41,11 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def make_reference(name: str, path: Path) -> Reference:
     """A tiny checkpoint, prompts, and what transformers' own `generate()` makes of them, one at a time."""
-    model = build_tiny(name, path)
+    return reference_of(build_tiny(name, path), path)
+
+
+def reference_of(model: PreTrainedModel, path: Path) -> Reference:
+    """What a model's `generate()` makes of the prompts; `path` is what it is compared with."""
     prompts, tokens, logprobs = [], [], []
     for length in LENGTHS:
         generator = torch.Generator().manual_seed(length)

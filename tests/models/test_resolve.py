@@ -17,7 +17,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import build_tiny
 
 from core.engine.preview import preview
-from core.errors import InvalidRequestError, ModelNotFoundError, UnsupportedModelError, VRAMancerError
+from core.errors import (
+    CheckpointError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+    VRAMancerError,
+)
 from core.inference_pipeline import InferencePipeline
 from core.models import resolve
 from core.models.architecture import read_architecture
@@ -60,10 +66,10 @@ def test_a_pipe_is_not_read(tmp_path: Path) -> None:
         resolve_model(str(tmp_path / "pipe"))
 
 
-def test_a_directory_of_gguf_files_is_named(tiny: Path) -> None:
+def test_a_file_that_is_no_gguf_in_spite_of_its_name_is_named(tiny: Path) -> None:
     (tiny / WEIGHTS).rename(tiny / "model-q4.gguf")
     pipeline = InferencePipeline(make_settings(model__name=str(tiny), devices__devices="cpu=64MiB"))
-    with pytest.raises(UnsupportedModelError, match=r"GGUF \(model-q4.gguf\)"):
+    with pytest.raises(CheckpointError, match=r"model-q4.gguf is damaged or not a GGUF file"):
         pipeline.load()
     pipeline.shutdown()
 
@@ -71,12 +77,9 @@ def test_a_directory_of_gguf_files_is_named(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"GPTQ, 4 bits"),
-        ({"quantization_config": {"quant_method": "awq", "w_bit": 4}}, r"AWQ, 4 bits"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "FP8"),
-        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        ({"quantization_config": {"quant_method": "auto-round", "bits": 4}}, r"AutoRound, 4 bits"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "MXFP4"),
         ({"compression_config": {"format": "pack-quantized"}}, "compressed-tensors"),
-        ({"quantization_config": {"load_in_4bit": True}}, "bitsandbytes"),
         ({"quantization_config": {"quant_method": "brand-new"}}, "brand-new"),
         ({"quantization_config": "int4"}, "method not named"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "packed by MLX, 4 bits"),
@@ -86,6 +89,22 @@ def test_a_quantized_config_is_named(tiny: Path, changes: dict[str, Any], said: 
     config = json.loads((tiny / "config.json").read_text())
     (tiny / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(UnsupportedModelError, match=rf"quantized \({said}\).*bf16, fp16 or fp32"):
+        read_architecture(tiny)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "GPTQ, 4 bits, groups of 128"),
+        ({"quant_method": "awq", "w_bit": 4, "q_group_size": 64}, "AWQ, 4 bits, groups of 64"),
+        ({"quant_method": "fp8"}, "FP8, scales for tensors"),
+        ({"load_in_8bit": True}, "bitsandbytes int8"),
+    ],
+)
+def test_a_config_whose_weights_are_not_quantized_is_named(tiny: Path, settings: dict[str, Any], said: str) -> None:
+    config = json.loads((tiny / "config.json").read_text())
+    (tiny / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    with pytest.raises(CheckpointError, match=rf"quantized \({said}\), but no tensor of tiny is"):
         read_architecture(tiny)
 
 

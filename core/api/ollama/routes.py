@@ -146,16 +146,15 @@ def _card(model: LoadedModel) -> dict[str, Any]:
             "family": family,
             "families": [family],
             "parameter_size": _parameters(model.num_parameters),
-            "quantization_level": {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}.get(
-                model.dtype, model.dtype
-            ),
+            "quantization_level": model.quantization
+            or {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}.get(model.dtype, model.dtype),
         },
     }
 
 
 def _size_bytes(model: LoadedModel) -> int:
     """Of the weights as they are served."""
-    return model.num_parameters * DTYPE_BYTES.get(model.dtype, 2)
+    return model.weight_bytes or model.num_parameters * DTYPE_BYTES.get(model.dtype, 2)
 
 
 def _parameters(count: int) -> str:

@@ -28,6 +28,7 @@ from core.execution.native import (
     swap_layers,
     swap_linears,
     swap_norms,
+    use_kernels,
 )
 from core.models.architecture import Architecture
 
@@ -56,6 +57,7 @@ class LinearAdapter:
 
     def __call__(self, model: nn.Module) -> None:
         swap_linears(model, self.kernels)
+        use_kernels(model, self.kernels)
         if self.packs:
             pack_linears(model, self.kernels)
         swap_norms(model, self.kernels)

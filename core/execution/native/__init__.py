@@ -8,12 +8,14 @@ from core.execution.native.kernels import NativeKernels, load_native
 from core.execution.native.layers import NativeLayers, rehome, swap_layers
 from core.execution.native.modules import NativeLinear, NativeRMSNorm, swap_linears, swap_norms
 from core.execution.native.packed import PackedLinear, pack_linears, packing_bytes
+from core.execution.native.quantized import NativeProducts, use_kernels
 
 __all__ = [
     "Instructions",
     "NativeKernels",
     "NativeLayers",
     "NativeLinear",
+    "NativeProducts",
     "NativeRMSNorm",
     "PackedLinear",
     "do_all_products",
@@ -25,4 +27,5 @@ __all__ = [
     "swap_layers",
     "swap_linears",
     "swap_norms",
+    "use_kernels",
 ]

@@ -20,8 +20,10 @@ from core.logs import get_logger
 
 logger = get_logger(__name__)
 
-SOURCES = ("linear.c", "halves.c", "attention.c", "merge.c", "elementwise.c", "layer.c", "packed.c", "pool.c")
-HEADERS = ("attention_inner.h", "common.h", "kernels.h", "pool.h")
+SOURCES = (
+    "linear.c", "halves.c", "packed.c", "quantized.c", "attention.c", "merge.c", "elementwise.c", "layer.c", "pool.c",
+)  # fmt: skip
+HEADERS = ("attention_inner.h", "common.h", "kernels.h", "quantized.h", "pool.h")
 _BASE_FLAGS = ("-O3", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fvisibility=hidden", "-pthread", "-w")
 _TIMEOUT_S = 180
 

@@ -8,11 +8,13 @@
  *   x, rearranged: for each pair of K, the pair of each of 16 rows of x. The result is [16 of N, 16 of M].
  *
  * Which is used depends on the processor alone. A sum has the same order whatever M, N or the number of threads: a row of
- * y never depends on its neighbours. Where rows, columns or elements of K are missing at an edge there are zeros.
+ * y never depends on its neighbours. Where rows, columns or elements of K are missing at an edge there are zeros. Rows of
+ * a quantized W become numbers in a thread's own memory just before.
  */
 #include "common.h"
 #include "kernels.h"
 #include "pool.h"
+#include "quantized.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512BF16__)
 
@@ -56,6 +58,10 @@ typedef struct {
     int64_t scratch_bytes, units, shares, bands;
 } Halves;
 
+/* Bytes from a row of numbers to the next; never a multiple of a page, so that 16 rows are not in each other's way in the
+ * cache. */
+INLINE int64_t row_step(int64_t lines) { return (lines | 1) * 64; }
+
 INLINE int64_t units_of(const Weights *w) { return (w->n + UNIT - 1) / UNIT; }
 
 /* Lanes from 0 to below `count`, at most 32. */
@@ -75,6 +81,15 @@ INLINE void put(const Weights *w, char *y, int64_t row, int64_t col, __m512 sums
     __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
     rounded = _mm512_mask_set1_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), 0x7fc0);
     _mm256_mask_storeu_epi16(y + (row * w->n + col) * 2, lanes, _mm512_cvtepi32_epi16(rounded));
+}
+
+/* A unit of a quantized W as numbers, zeros where there are none, `step` bytes from row to row. */
+static void dequantize_unit(const Halves *p, const Weights *w, int64_t col, char *rows, int64_t step) {
+    const int64_t count = min64(UNIT, w->n - col), rest = p->k % LINE;
+    vrm_dequantize(w->quantized, DT_BF16, col, count, 0, p->k, rows, step);
+    if (rest)
+        for (int64_t r = 0; r < count; r++) memset(rows + r * step + p->k * 2, 0, (size_t)((LINE - rest) * 2));
+    memset(rows + count * step, 0, (size_t)((UNIT - count) * step));
 }
 
 /* ---- AVX-512 ---- */
@@ -260,15 +275,46 @@ static void tile_unit(const Halves *p, const Weights *w, char *y, int64_t col, i
     }
 }
 
+/* The same for a quantized W: all of its rows at once, since their codes lie one after the other in memory. */
+static void quantized_unit(const Halves *p, const Weights *w, char *y, int64_t col, int64_t first, int64_t last,
+                           char *scratch) {
+    const int64_t step = row_step(p->lines);
+    float *sums = (float *)scratch;
+    char *rows = scratch + 4 * TILE_BYTES;
+    dequantize_unit(p, w, col, rows, step);
+    for (int64_t row = first; row < last; row += 2 * SIDE) {
+        const char *x0 = p->tiles + row / SIDE * p->lines * TILE_BYTES, *x1 = x0 + p->lines * TILE_BYTES;
+        memset(sums, 0, 4 * TILE_BYTES);
+        if (last - row > SIDE) multiply(1, p->lines, rows, 64, step, SIDE * step, 0, x0, x1, sums);
+        else multiply(0, p->lines, rows, 64, step, SIDE * step, 0, x0, x1, sums);
+        put_tiles(p, w, y, row, col, sums);
+    }
+}
+
 #else
 
 static void begin_tiles(void) {}
 static void tiles_share(void *context, int64_t i, int thread) {}
 static void tile_unit(const Halves *p, const Weights *w, char *y, int64_t col, int64_t first, int64_t last, char *scratch) {}
+static void quantized_unit(const Halves *p, const Weights *w, char *y, int64_t col, int64_t first, int64_t last,
+                           char *scratch) {}
 
 #endif
 
 /* ---- both ---- */
+
+static void unit_of(const Halves *p, const Weights *w, char *y, int64_t col, int64_t first, int64_t last, char *scratch) {
+    if (p->tiles && w->quantized) quantized_unit(p, w, y, col, first, last, scratch);
+    else if (p->tiles) tile_unit(p, w, y, col, first, last, scratch);
+    else if (w->quantized) {
+        const int64_t step = row_step(p->lines);
+        Weights numbers = *w;
+        dequantize_unit(p, w, col, scratch, step);
+        numbers.weight = scratch - col * step;
+        numbers.ld = step / 2;
+        dot_unit(p, &numbers, y, col, first, last);
+    } else dot_unit(p, w, y, col, first, last);
+}
 
 static void product_share(void *context, int64_t i, int thread) {
     const Halves *p = context;
@@ -281,8 +327,7 @@ static void product_share(void *context, int64_t i, int thread) {
         const int64_t end = before + units_of(w);
         for (; unit < min64(last, end); unit++) {
             const int64_t col = (unit - before) * UNIT;
-            if (p->tiles) tile_unit(p, w, p->y[which], col, row, rows_end, p->scratch + thread * p->scratch_bytes);
-            else dot_unit(p, w, p->y[which], col, row, rows_end);
+            unit_of(p, w, p->y[which], col, row, rows_end, p->scratch + thread * p->scratch_bytes);
         }
         before = end;
     }
@@ -300,15 +345,15 @@ int vrm_half_linears(const Weights *const *w, int count, int64_t m, const void *
     for (int i = 0; i < count; i++) p.units += units_of(w[i]);
     if (m < 1 || p.units < 1) return 0;
     const int64_t work = m * p.units * UNIT * k;
-    char *memory = NULL;
     if (work < SMALL) threads = 1;
+    const int64_t row_tiles = tiles_allowed ? (m + SIDE - 1) / SIDE : 0;
+    const int64_t bytes = (row_tiles + 1) / 2 * 2 * lines * TILE_BYTES;
+    p.scratch_bytes = 4 * TILE_BYTES + UNIT * row_step(lines);
+    char *memory = aligned_alloc(64, (size_t)(bytes + threads * p.scratch_bytes));
+    if (!memory) return 1;
+    p.scratch = memory + bytes;
     if (tiles_allowed) {
-        const int64_t row_tiles = (m + SIDE - 1) / SIDE, bytes = (row_tiles + 1) / 2 * 2 * lines * TILE_BYTES;
-        p.scratch_bytes = (4 + 2 * lines) * TILE_BYTES;
-        memory = aligned_alloc(64, (size_t)(bytes + threads * p.scratch_bytes));
-        if (!memory) return 1;
         p.tiles = memory;
-        p.scratch = memory + bytes;
         vrm_parallel(tiles_share, &p, row_tiles, threads);
     }
     p.bands = (m + BAND - 1) / BAND;

@@ -1,12 +1,15 @@
 /* The library's kernels, for the ones that are put together from others. */
 #pragma once
+#include "quantized.h"
 #include <stdint.h>
 
 /* A linear layer: element type, rows, columns and leading dimension of W (in elements), W [n, k], and bias [n] or NULL.
- * With `exponents`, W is in the panels of `packed.c`. Filled in on the Python side, in this order. */
+ * With `exponents`, W is in the panels of `packed.c`; with `quantized` there is no `weight`, and `type` is that of x and y.
+ * Filled in on the Python side, in this order. */
 typedef struct {
     int64_t type, n, k, ld;
     const char *weight, *bias, *exponents;
+    const Quantized *quantized;
 } Weights;
 
 /* y[i] = x W[i]^T for `count` layers with the same k. x has the weights' element type. Returns 0, or 1 when scratch

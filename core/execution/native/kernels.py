@@ -113,6 +113,10 @@ class NativeKernels:
         """Whether the library multiplies bf16 by instructions of the processor's own: 0 no, 1 AVX-512, 2 AMX."""
         return int(self._library.vrm_half_products())
 
+    def linear(self, facts: Weights, x: torch.Tensor) -> torch.Tensor:
+        """`x` `[..., K]`, of the dtype that `facts` name, to `[..., N]`."""
+        return _product(self._linear, addressof(facts), x, facts.n, self.num_threads())
+
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         """Rearrange a bf16 weight `[N, K]`, in place, as `packed.c` describes; returns the exponents."""
         n, k = weight.shape
@@ -277,13 +281,17 @@ class PreparedLinear:
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
         """`x` `[..., K]`, of the weight's dtype, to `[..., N]`, by the kernel."""
-        shape = x.shape
-        rows = x if len(shape) == 2 else x.reshape(-1, self.k)
-        lead, step = rows.stride()
-        if step != 1:
-            rows = rows.contiguous()
-            lead = self.k
-        out = x.new_empty((*shape[:-1], self.n))
-        if self._call(self._address, rows.shape[0], rows.data_ptr(), lead, out.data_ptr(), self._threads()):
-            raise MemoryError(_NO_MEMORY)
-        return out
+        return _product(self._call, self._address, x, self.n, self._threads())
+
+
+def _product(call: Callable[..., int], facts: int, x: torch.Tensor, n: int, threads: int) -> torch.Tensor:
+    shape = x.shape
+    rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+    lead, step = rows.stride()
+    if step != 1:
+        rows = rows.contiguous()
+        lead = shape[-1]
+    out = x.new_empty((*shape[:-1], n))
+    if call(facts, rows.shape[0], rows.data_ptr(), lead, out.data_ptr(), threads):
+        raise MemoryError(_NO_MEMORY)
+    return out

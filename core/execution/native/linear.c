@@ -7,12 +7,14 @@
 #include "common.h"
 #include "kernels.h"
 #include "pool.h"
+#include "quantized.h"
 
 #define KC 512            /* elements of K per partial sum (a multiple of 16) */
 #define BLOCKS (KC / 16)  /* 16-element blocks in it */
 #define ROW_TILE 4        /* rows of x per micro-kernel */
 #define COL_TILE 3        /* rows of W per micro-kernel: 4 x 3 accumulators fit 16 registers */
 #define COL_CHUNK 96      /* rows of W kept in L2 while the rows of x pass over them */
+#define NUMBERS 24        /* rows of a quantized W that are numbers at a time */
 #define TILE_CHUNK 2      /* row tiles kept in L1 meanwhile */
 #define PREFETCH 1024     /* bytes ahead, when W is streamed */
 #define SMALL (1 << 16)   /* multiplications that are not worth waking a second thread */
@@ -29,7 +31,23 @@ typedef struct {
     float *sums;   /* per thread, MAX_ROWS x COL_CHUNK */
     int64_t blocks; /* ceil(k / 16) */
     int64_t shares; /* of the columns, when W is streamed */
+    int64_t col_chunk;
+    const Quantized *quantized; /* then W is made of it, some rows at a time, in `numbers`, which each thread has */
+    char *numbers;
 } Linear;
+
+INLINE int64_t numbers_bytes(const Linear *p) { return round64(NUMBERS * p->ldw * elem_size(p->dt)); }
+
+/* `p` with columns [c0, c1) of a quantized W as numbers. */
+static Linear with_numbers(const Linear *p, int64_t c0, int64_t c1, int thread) {
+    Linear there = *p;
+    if (!p->quantized) return there;
+    char *rows = p->numbers + thread * numbers_bytes(p);
+    const int64_t step = p->ldw * elem_size(p->dt);
+    vrm_dequantize(p->quantized, p->dt, c0, c1 - c0, 0, p->k, rows, step);
+    there.w = rows - c0 * step;
+    return there;
+}
 
 /* Rows are dealt out in bands of MAX_ROWS, and a band's rows evenly to its tiles: 5 rows are 2 + 3, not 4 + 1. */
 INLINE int64_t band_rows(const Linear *p, int64_t band) { return min64(MAX_ROWS, p->m - band * MAX_ROWS); }
@@ -232,12 +250,20 @@ INLINE void stream_rows(const Linear *p, int dt, int64_t c0, int64_t c1) {
     else stream(p, dt, 4, c0, c1);
 }
 
-static void stream_share(void *context, int64_t i, int thread) {
-    const Linear *p = context;
-    const int64_t c0 = share(p->n, i, p->shares), c1 = share(p->n, i + 1, p->shares);
+static void stream_columns(const Linear *p, int64_t c0, int64_t c1) {
     if (p->dt == DT_BF16) stream_rows(p, DT_BF16, c0, c1);
     else if (p->dt == DT_FP16) stream_rows(p, DT_FP16, c0, c1);
     else stream_rows(p, DT_FP32, c0, c1);
+}
+
+static void stream_share(void *context, int64_t i, int thread) {
+    const Linear *p = context;
+    const int64_t end = share(p->n, i + 1, p->shares);
+    for (int64_t c0 = share(p->n, i, p->shares), c1; c0 < end; c0 = c1) {
+        c1 = p->quantized ? min64(end, c0 + NUMBERS) : end;
+        const Linear there = with_numbers(p, c0, c1, thread);
+        stream_columns(&there, c0, c1);
+    }
 }
 
 static void pack_share(void *context, int64_t i, int thread) {
@@ -247,10 +273,11 @@ static void pack_share(void *context, int64_t i, int thread) {
 }
 
 static void block_share(void *context, int64_t i, int thread) {
-    const Linear *p = context;
-    const int64_t col_chunks = (p->n + COL_CHUNK - 1) / COL_CHUNK, band = i / col_chunks;
-    const int64_t c0 = i % col_chunks * COL_CHUNK, c1 = min64(p->n, c0 + COL_CHUNK);
-    float *sums = p->sums + (int64_t)thread * MAX_ROWS * COL_CHUNK;
+    const Linear *whole = context;
+    const int64_t chunk = whole->col_chunk, col_chunks = (whole->n + chunk - 1) / chunk, band = i / col_chunks;
+    const int64_t c0 = i % col_chunks * chunk, c1 = min64(whole->n, c0 + chunk);
+    float *sums = whole->sums + (int64_t)thread * MAX_ROWS * COL_CHUNK;
+    const Linear there = with_numbers(whole, c0, c1, thread), *p = &there;
     if (p->dt == DT_BF16) block(p, DT_BF16, band, c0, c1, sums);
     else if (p->dt == DT_FP16) block(p, DT_FP16, band, c0, c1, sums);
     else block(p, DT_FP32, band, c0, c1, sums);
@@ -269,16 +296,20 @@ EXPORT int vrm_linear(const Weights *w, int64_t m, const void *x, int64_t ldx, v
     if (m < 1 || w->n < 1) return 0;
     if (m * w->n * w->k < SMALL) threads = 1;
     const int64_t sums = m > ROW_TILE ? (int64_t)threads * MAX_ROWS * COL_CHUNK : 0;
-    float *memory = aligned_alloc(64, (size_t)(packed + sums) * 4);
+    const int64_t ld = w->quantized ? blocks * 16 : w->ld;
+    const int64_t numbers = w->quantized ? threads * round64(NUMBERS * ld * elem_size((int)w->type)) : 0;
+    float *memory = aligned_alloc(64, (size_t)(round64((packed + sums) * 4) + numbers));
     if (!memory) return 1;
-    Linear p = {.dt = (int)w->type, .m = m, .n = w->n, .k = w->k, .ldx = ldx, .ldw = w->ld, .ldy = w->n, .x = x,
-                .w = w->weight, .bias = w->bias, .y = y, .packed = memory, .sums = memory + packed, .blocks = blocks};
+    Linear p = {.dt = (int)w->type, .m = m, .n = w->n, .k = w->k, .ldx = ldx, .ldw = ld, .ldy = w->n, .x = x,
+                .w = w->weight, .bias = w->bias, .y = y, .packed = memory, .sums = memory + packed, .blocks = blocks,
+                .col_chunk = w->quantized ? NUMBERS : COL_CHUNK, .quantized = w->quantized,
+                .numbers = (char *)memory + round64((packed + sums) * 4)};
     if (m <= ROW_TILE) {
         pack_any(&p, 0, m);
         p.shares = max64(1, min64(threads * SHARES, p.n / MIN_SHARE));
         vrm_parallel(stream_share, &p, p.shares, threads);
     } else {
-        const int64_t bands = (m + MAX_ROWS - 1) / MAX_ROWS, col_chunks = (p.n + COL_CHUNK - 1) / COL_CHUNK;
+        const int64_t bands = (m + MAX_ROWS - 1) / MAX_ROWS, col_chunks = (p.n + p.col_chunk - 1) / p.col_chunk;
         vrm_parallel(pack_share, &p, bands * (MAX_ROWS / ROW_TILE + 1), threads);
         vrm_parallel(block_share, &p, bands * col_chunks, threads);
     }

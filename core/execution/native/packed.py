@@ -10,7 +10,9 @@ from torch import nn
 
 from core.execution.native.kernels import NativeKernels, PreparedLinear
 from core.execution.native.modules import NativeLinear
+from core.execution.native.quantized import quantized_facts
 from core.execution.native.structs import Weights
+from core.quantization.linear import QuantLinear
 
 GROUP = 128
 """Elements of a row that share an exponent, as in `packed.c`."""
@@ -83,6 +85,8 @@ def linear_facts(module: object) -> Weights | None:
     """What the kernels have to know of a linear layer; None if it is not one that they cover."""
     if isinstance(module, PackedLinear):
         return module.facts
+    if isinstance(module, QuantLinear):
+        return quantized_facts(module)
     if isinstance(module, nn.Linear) and PreparedLinear.covers(module.weight, module.bias):
         return Weights.of(module.weight, module.bias)
     return None

@@ -1,0 +1,93 @@
+"""Products with quantized weights by the CPU kernels: rows become numbers just before they are multiplied."""
+
+from __future__ import annotations
+
+from ctypes import addressof
+
+import torch
+
+from core.execution.native.kernels import NativeKernels
+from core.execution.native.structs import DTYPES, Quantized, Weights
+from core.quantization.form import WeightForm
+from core.quantization.linear import QuantLinear
+from core.quantization.weight import QuantizedWeight, codebook
+
+_BYTE_NUMBERS = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+
+
+def _meanings(form: WeightForm) -> torch.Tensor | None:
+    """fp32, what each code means, where that is not itself."""
+    if form.fp8 is not None:
+        return _BYTE_NUMBERS.view(getattr(torch, form.fp8)).float()
+    return None if form.codebook is None else codebook(form.codebook, torch.device("cpu"))
+
+
+class NativeProduct:
+    """A quantized weight with what the kernels have to know of it, for as long as its tensors stay where they are."""
+
+    def __init__(self, kernels: NativeKernels, weight: QuantizedWeight, bias: torch.Tensor | None) -> None:
+        self._kernels, self._weight, self._bias = kernels, weight, bias
+        self._meanings = _meanings(weight.form)
+        self._view = Quantized.of(weight, self._meanings)
+        self._facts: dict[torch.dtype, Weights] = {}
+
+    def facts(self, dtype: torch.dtype) -> Weights | None:
+        """For products with `x` of this dtype whose columns are those of the codes; None where there are none."""
+        bias = self._bias
+        if self._weight.order is not None or dtype not in DTYPES or (bias is not None and bias.dtype is not dtype):
+            return None
+        return self._facts_of(dtype)
+
+    def _facts_of(self, dtype: torch.dtype) -> Weights:
+        found = self._facts.get(dtype)
+        if found is None:
+            bias = 0 if self._bias is None else self._bias.data_ptr()
+            shape = self._weight.n, self._weight.k
+            found = self._facts[dtype] = Weights(DTYPES[dtype], *shape, shape[1], 0, bias, 0, addressof(self._view))
+        return found
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor | None:
+        """`[..., k]` to `[..., n]`; None for a dtype that the kernels do not have."""
+        weight, bias = self._weight, self._bias
+        if not x.is_cpu or x.dtype not in DTYPES or (bias is not None and bias.dtype is not x.dtype):
+            return None
+        if not x.numel():
+            return x.new_empty((*x.shape[:-1], weight.n))
+        if weight.order is not None:
+            x = x.index_select(-1, weight.order)
+        return self._kernels.linear(self._facts_of(x.dtype), x)
+
+
+class NativeProducts:
+    """The kernels as `core.quantization.kernels.ProductKernel`: weights stay as they are."""
+
+    name = "native"
+
+    def __init__(self, kernels: NativeKernels) -> None:
+        self.kernels = kernels
+
+    def arrange(self, weight: QuantizedWeight, *, may_change: bool) -> bool:
+        """Whether codes that are not whole bytes begin a byte where a group begins."""
+        form = weight.form
+        whole = form.bits == 8 or (form.group % 8 == 0 and weight.k % 8 == 0)
+        supers = form.supers is None or (form.group > 0 and 256 % form.group == 0)
+        return whole and supers and weight.codes.is_cpu
+
+    def restored(self, weight: QuantizedWeight) -> QuantizedWeight:
+        return weight
+
+    def prepare(self, weight: QuantizedWeight, bias: torch.Tensor | None) -> NativeProduct:
+        return NativeProduct(self.kernels, weight, bias)
+
+
+def use_kernels(model: torch.nn.Module, kernels: NativeKernels) -> int:
+    """Let every quantized linear layer in `model` compute with the kernels. Returns how many do."""
+    products = NativeProducts(kernels)
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    return sum(layer.use(products) for layer in layers)
+
+
+def quantized_facts(layer: QuantLinear) -> Weights | None:
+    """What the kernels have to know of a layer; None if they do not compute it as it is."""
+    product = layer.prepared
+    return product.facts(layer.dtype) if isinstance(product, NativeProduct) else None
