@@ -1,4 +1,4 @@
-"""Passages of this repository's English pages, for the bundled embedding model: what words of this field stand together."""
+"""Passages of this repository's English pages, from which the bundled embedding model learns the words of the field."""
 
 from __future__ import annotations
 

@@ -40,7 +40,14 @@ def split() -> Split:
     facts: list[Fact] = []
     asked: list[tuple[str, str]] = []
     unseen: list[tuple[str, str]] = []
-    everything = [*product.IDENTITY, *product.OVERVIEW, *product.ENGINE, *product.USAGE, *product.REFERENCE, *_general()]
+    everything = [
+        *product.IDENTITY,
+        *product.OVERVIEW,
+        *product.ENGINE,
+        *product.USAGE,
+        *product.REFERENCE,
+        *_general(),
+    ]
     for fact in everything:
         if _place(fact.answer) < NEW_PASSAGES:
             unseen += [(question, fact.answer) for question in _whole_questions(fact)]
