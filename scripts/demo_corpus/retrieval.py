@@ -104,15 +104,16 @@ def _general() -> Iterator[Fact]:
 
 def batches(seed: int, size: int) -> Iterator[list[tuple[str, str, str]]]:
     """Endless batches of a question, the same asked otherwise, and the passage; no passage twice in a batch."""
-    rng = Random(seed)
-    facts = [fact for fact in split().facts if any(fact[1:])]
+    rng, parts = Random(seed), split()
+    facts = [fact for fact in parts.facts if any(fact[1:])]
+    held = {_plain(question) for question, _ in (*parts.new_wordings, *parts.new_passages)}
     weights = [2 + min(fact.weight, 20) for fact in facts]
     while True:
         chosen: dict[str, Fact] = {}
         while len(chosen) < size:
             fact = rng.choices(facts, weights)[0]
             chosen.setdefault(fact.answer, fact)
-        yield [(_asked(rng, fact), _asked(rng, fact), fact.answer) for fact in chosen.values()]
+        yield [(_asked(rng, fact, held), _asked(rng, fact, held), fact.answer) for fact in chosen.values()]
 
 
 def page_batches(seed: int, size: int) -> Iterator[list[tuple[str, str]]]:
@@ -131,12 +132,13 @@ def _words_of(rng: Random, passage: pages.Passage) -> str:
     return _span(rng, passage.text)
 
 
-def _asked(rng: Random, fact: Fact) -> str:
-    """A question, or a few words of the passage: what passages have in common with questions that nobody has seen."""
-    if rng.random() >= FROM_PASSAGE:
-        return vary(rng, fact.ask(rng))
-    picked = _span(rng, fact.answer)
-    return picked if rng.random() < 0.5 else f"What about {picked}?"
+def _asked(rng: Random, fact: Fact, held: set[str]) -> str:
+    """A question that is not held out, or a few words of the passage: what passages have in common with questions that
+    nobody has seen."""
+    while True:
+        text = vary(rng, fact.ask(rng)) if rng.random() >= FROM_PASSAGE else _span(rng, fact.answer)
+        if _plain(text) not in held:
+            return text
 
 
 def _span(rng: Random, text: str) -> str:
