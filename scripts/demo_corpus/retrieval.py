@@ -136,7 +136,11 @@ def _asked(rng: Random, fact: Fact, held: set[str]) -> str:
     """A question that is not held out, or a few words of the passage: what passages have in common with questions that
     nobody has seen."""
     while True:
-        text = vary(rng, fact.ask(rng)) if rng.random() >= FROM_PASSAGE else _span(rng, fact.answer)
+        if rng.random() >= FROM_PASSAGE:
+            text = vary(rng, fact.ask(rng))
+        else:
+            text = _span(rng, fact.answer)
+            text = text if rng.random() < 0.5 else f"What about {text}?"
         if _plain(text) not in held:
             return text
 
