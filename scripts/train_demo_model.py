@@ -26,7 +26,15 @@ from typing import Any
 import torch
 from demo_training.batches import IGNORED, Batch, Lessons
 from demo_training.checkpoint import State, read_checkpoint, write_checkpoint
-from demo_training.evaluation import WANTED, answer_cases, answer_groups, answerer, page
+from demo_training.evaluation import (
+    WANTED,
+    answer_calls,
+    answer_cases,
+    answer_groups,
+    answerer,
+    count_calls,
+    page,
+)  # fmt: skip
 from demo_training.network import build_model, build_tokenizer, save, wrap
 from demo_training.optimizers import build_optimizers, learning_rate, update
 from tokenizers import Tokenizer
@@ -36,9 +44,6 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ".training/demo/checkpoint.pt"
 REPORT_EVERY = 20
-STARTED = 0.7
-"""Where in the schedule a training begins that starts with trained weights: the rate falls, the mix leans to what is
-hard."""
 
 
 class Training:
@@ -65,7 +70,7 @@ class Training:
     def start(cls, limits: argparse.Namespace) -> Training:
         """One that keeps the tokenizer and the weights in `limits.start`."""
         tokenizer = Tokenizer.from_file(str(limits.start / "tokenizer.json"))
-        training = cls(State(limits.seed, limits.tokens, began=STARTED), wrap(tokenizer), limits)
+        training = cls(State(limits.seed, limits.tokens, began=limits.began), wrap(tokenizer), limits)
         training.model.load_state_dict(LlamaForCausalLM.from_pretrained(limits.start).state_dict())
         return training
 
@@ -154,15 +159,19 @@ def evaluate(limits: argparse.Namespace) -> None:
     """Ask the model in --out, print answers and score, and write both beside it."""
     torch.set_num_threads(limits.threads)
     model = LlamaForCausalLM.from_pretrained(limits.out)
-    answers = answerer(model, PreTrainedTokenizerFast.from_pretrained(limits.out))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(limits.out)
+    answers, calls = answerer(model, tokenizer), answer_calls(model, tokenizer)
     answered = answer_cases(answers)
-    for case, answer in answered:
-        print(
-            f"{'ok   ' if case.rule.holds(answer) else 'WRONG'} {' / '.join(case.turns)}\n      {answer!r}", flush=True
-        )
+    for good, asked, answer in [
+        *((case.rule.holds(answer), " / ".join(case.turns), answer) for case, answer in answered),
+        *((case.right(answer), f"{case.messages[-1].text} -> {case.wanted}", answer) for case, answer in calls),
+    ]:
+        print(f"{'ok   ' if good else 'WRONG'} {asked}\n      {answer!r}", flush=True)
+    for name, (right, of) in count_calls(calls).items():
+        print(f"{name}: {right} of {of}", flush=True)
     good = sum(case.rule.holds(answer) for case, answer in answered)
     print(f"{good} of {len(answered)} sensible ({WANTED} wanted)", flush=True)
-    (limits.out / "ANSWERS.md").write_text(page(answered, answer_groups(answers)), encoding="utf-8")
+    (limits.out / "ANSWERS.md").write_text(page(answered, answer_groups(answers), calls), encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -177,6 +186,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--save-every", type=float, default=4.0, help="minutes between checkpoints (%(default)s)")
     parser.add_argument("--checkpoint", type=Path, default=ROOT / KEPT, help="file to keep for --resume")
     parser.add_argument("--start", type=Path, default=None, help="folder of a trained model to start with")
+    parser.add_argument(
+        "--began", type=float, default=0.7, metavar="SHARE",
+        help="where in the schedule --start begins, 0 to 1: later is gentler, for small changes (default %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     parser.add_argument("--evaluate", action="store_true", help="measure the model in --out instead of training one")
     return parser
@@ -188,6 +201,8 @@ def main() -> None:
     limits = parser.parse_args()
     if limits.minutes <= 0 or (limits.steps is not None and limits.steps < 1) or limits.tokens < 1:
         parser.error("--minutes must be above 0, --steps and --tokens at least 1")
+    if not 0 <= limits.began < 1:
+        parser.error("--began must be from 0 up to 1")
     if limits.evaluate:
         evaluate(limits)
     elif limits.resume and limits.start:

@@ -87,7 +87,7 @@ def load_encoder(
     with Checkpoint(path) as checkpoint:
         stored = checkpoint.tensors()
         refuse_quantized(resolved.name, raw, {name: tensor.get_dtype() for name, tensor in stored.items()})
-        config = read_config(path, raw, stored)
+        config = read_config(path, raw, stored, may_lack_layers=True)
         dtype = served_dtype(config, "auto", stored)
         weight_bytes = sum(math.prod(tensor.get_shape()) for tensor in stored.values()) * dtype.itemsize
     kind = _kind(resolved.name, config)

@@ -180,8 +180,11 @@ def _left_out(architecture: Architecture, names: Iterable[str]) -> frozenset[str
     return frozenset(name for name, match in found if match and int(match[1]) >= architecture.num_layers)
 
 
-def read_config(path: Path, raw: dict[str, Any], stored: Mapping[str, AnyTensor]) -> PreTrainedConfig:
-    """A `config.json`'s fields, checked, as the class of its model type has them. `stored` are the files' tensors."""
+def read_config(
+    path: Path, raw: dict[str, Any], stored: Mapping[str, AnyTensor], *, may_lack_layers: bool = False
+) -> PreTrainedConfig:
+    """A `config.json`'s fields, checked, as the class of its model type has them. `stored` are the files' tensors;
+    `may_lack_layers`: as in `check_raw`."""
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise field_error("model_type", model_type, "the name of an architecture")
@@ -193,7 +196,7 @@ def read_config(path: Path, raw: dict[str, Any], stored: Mapping[str, AnyTensor]
         raise UnsupportedModelError(f"config.json of {path.name}: model_type {model_type!r} is not known.")
     config_class = CONFIG_MAPPING[model_type]
     sizes = Sizes.of({name: tensor.get_shape() for name, tensor in stored.items()}) if stored else None
-    check_raw(raw, config_class.attribute_map, sizes)
+    check_raw(raw, config_class.attribute_map, sizes, may_lack_layers=may_lack_layers)
     try:
         config: PreTrainedConfig = config_class.from_dict(raw)
     except StrictDataclassFieldValidationError as error:

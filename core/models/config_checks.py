@@ -49,14 +49,18 @@ class Sizes:
         return self.dimension or None if field in ("hidden_size", "vocab_size") else None
 
 
-def check_raw(config: dict[str, Any], aliases: Mapping[str, str], sizes: Sizes | None) -> None:
+def check_raw(
+    config: dict[str, Any], aliases: Mapping[str, str], sizes: Sizes | None, *, may_lack_layers: bool = False
+) -> None:
     """Types and bounds of the fields, as they are in the file; `aliases` are names that a model type has for them.
-    Old names of rotary types are replaced. Raises `CheckpointError` with the field."""
+    Old names of rotary types are replaced. `may_lack_layers`: it may be embeddings alone. Raises `CheckpointError` with
+    the field."""
     _check_finite("", config)
     for where, part in _parts(config):
         for name, most in LIMITS.items():
             given = next((key for key in (aliases.get(name, name), name) if key in part), None)
-            if given is not None:
+            lacks_layers = name == "num_hidden_layers" and given is not None and repr(part[given]) == "0"
+            if given is not None and not (lacks_layers and may_lack_layers):
                 _check_count(where + given, name, part[given], most, sizes)
         _check_experts(where, part, aliases)
         for name in ("dtype", "torch_dtype"):

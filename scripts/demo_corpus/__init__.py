@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from random import Random
 
-from . import dialogs, general, heldout, numbers, poems, product, stories, tables
+from . import calling, dialogs, general, heldout, heldout_calls, numbers, poems, product, stories, tables
 
 BOS, PAD, END = "<|bos|>", "<|pad|>", "<|end|>"
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
 SPECIAL_TOKENS = [PAD, BOS, END, SYSTEM, USER, ASSISTANT]
 
 Segments = list[tuple[str, bool]]
+TOOL_SHARE = 0.34
+"""Of the documents: conversations in which functions are offered."""
 
 _POLITE = ("Please", "Hi,", "Hello,", "Hey,", "Quick question:", "Tell me,", "I want to know:", "So,", "Ok,")
 
@@ -54,6 +56,11 @@ def vary(rng: Random, text: str) -> str:
     return text.lower() if "VRM_" not in text else text
 
 
+def is_held_out(question: str) -> bool:
+    """Whether it is kept out of training, to be asked afterwards."""
+    return heldout.is_held_out(question) or heldout_calls.is_held_out(question)
+
+
 def render(system: str | None, turns: list[tuple[str, str]]) -> Segments:
     """A conversation in the chat format; the assistant's words are what is learnt."""
     segments: Segments = [(BOS, False)]
@@ -70,8 +77,17 @@ def chat(rng: Random, turns: int | None = None, focus: bool = False) -> Segments
     while True:
         system, parts = dialogs.conversation(rng, turns, focus)
         asked = [(vary(rng, question), answer) for question, answer in parts]
-        if not any(heldout.is_held_out(question) for question, _ in parts + asked):
+        if not any(is_held_out(question) for question, _ in parts + asked):
             return render(system, asked)
+
+
+def tool_chat(rng: Random) -> Segments:
+    """One conversation with functions in which no question is held out."""
+    while True:
+        tools, messages = calling.talk(rng, vary)
+        asked = [message.text for message in messages if message.role == "user"]
+        if not any(map(is_held_out, asked)):
+            return calling.render_talk(tools, messages)
 
 
 def plain(rng: Random) -> Segments:
@@ -122,6 +138,8 @@ def documents(seed: int | str, focus: bool = False) -> Iterator[Segments]:
             yield drill(rng)
         elif roll < 0.11:
             yield plain(rng)
+        elif roll < 0.11 + TOOL_SHARE:
+            yield tool_chat(rng)
         else:
             yield chat(rng, focus=focus)
 

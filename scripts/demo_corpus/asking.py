@@ -100,6 +100,40 @@ ASKING: list[Fact] = [
         tasks=("connect an OpenAI client", "connect my app", "connect another program"),
     ),
     _fact(
+        "Yes. POST /v1/messages speaks Anthropic's Messages API; Claude's SDKs take http://127.0.0.1:5000 as their base"
+        " URL.",
+        "Does VRAMancer speak Anthropic's API?",
+        "Can I use the Anthropic SDK?",
+        topics=("the Messages API", "/v1/messages"),
+        tasks=("use the Anthropic client", "use Claude Code with VRAMancer"),
+    ),
+    _fact(
+        "Yes. POST /v1/responses speaks OpenAI's Responses API, with streams, functions and previous_response_id.",
+        "Does VRAMancer support the Responses API?",
+        topics=("the Responses API", "/v1/responses"),
+        tasks=("use the Responses API", "use codex with VRAMancer"),
+    ),
+    _fact(
+        "Yes. Ollama's clients find /api/chat, /api/generate and /api/tags on port 5000.",
+        "Do Ollama clients work?",
+        "Can I use Ollama's client?",
+        topics=("the Ollama API", "/api/chat"),
+        tasks=("use an Ollama client", "connect an Ollama client"),
+    ),
+    _fact(
+        "Yes. llama.cpp's clients find /completion, /infill, /props and /slots.",
+        "Do clients of llama.cpp work?",
+        topics=("the llama.cpp API", "/completion"),
+        tasks=("use a llama.cpp client",),
+    ),
+    _fact(
+        "Open http://127.0.0.1:5000/docs in a browser. /openapi.json is the same for programs.",
+        "Where is the API documented?",
+        "Which routes are there?",
+        topics=("/docs", "/openapi.json", "the OpenAPI description"),
+        tasks=("see all routes", "read the API documentation"),
+    ),
+    _fact(
         'Set "stream": true in the request. The answer then arrives as server-sent events.',
         "Does VRAMancer support streaming?",
         "How does streaming work?",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from . import general, numbers, poems, product, stories, tables, unknown
+from . import general, numbers, objects, poems, product, stories, tables, unknown
 
 _SYSTEM = (
     "You are a helpful assistant.",
@@ -77,8 +77,8 @@ def single(rng: Random, focus: bool = False) -> tuple[str, str]:
     """One question of any kind; with focus more of what takes longest to learn."""
     if rng.random() < (0.30 if focus else 0.26):
         return numbers.question(rng, focus)
-    makers = (about_product, general.question, unknown.question, stories.question, poems.question)
-    return rng.choices(makers, (42, 20, 16, 3, 5))[0](rng)
+    makers = (about_product, general.question, unknown.question, stories.question, poems.question, objects.question)
+    return rng.choices(makers, (42, 20, 16, 3, 5, 8))[0](rng)
 
 
 def _said(rng: Random) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -202,6 +202,8 @@ def conversation(rng: Random, turns: int | None = None, focus: bool = False) -> 
     kind = rng.random()
     if turns is None and kind < 0.02:
         return one_word(rng)
+    if turns is None and kind < 0.03:
+        return objects.by_system(rng)
     system = rng.choice(_SYSTEM) if rng.random() < 0.15 else None
     if turns is not None:
         parts = memory(rng, first=False) + follow_up(rng)

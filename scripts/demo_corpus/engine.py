@@ -51,8 +51,8 @@ _MEMORY: list[Fact] = [
         tasks=("turn off lending", "switch lending off", "disable lending"),
     ),
     _fact(
-        "There are six memory tiers: L1 own memory, L2 lent memory, L3 main memory, L4 another machine's memory (not "
-        "in this version), L5 a local disk, L6 remote storage.",
+        "There are six memory tiers: L1 own memory, L2 lent memory, L3 main memory, L4 another "
+        "machine's memory, L5 a local disk, L6 remote storage.",
         "How many memory tiers are there?",
         "What are the names of the six tiers?",
         "Can you list the six tiers?",
@@ -74,7 +74,9 @@ _MEMORY: list[Fact] = [
     _fact("L2 is memory that other devices lend.", topics=("L2", "tier L2", "the second tier")),
     _fact("L3 is main memory, pinned for GPUs.", topics=("L3", "tier L3", "the third tier")),
     _fact(
-        "L4 is the memory of another machine. It is not in this version.", topics=("L4", "tier L4", "the fourth tier")
+        "L4 is the main memory of another machine. A worker offers it with --cluster-memory-bytes.",
+        topics=("L4", "tier L4", "the fourth tier", "--cluster-memory-bytes"),
+        tasks=("keep KV in the memory of another machine",),
     ),
     _fact("L5 is a directory on a local disk.", topics=("L5", "tier L5", "the fifth tier")),
     _fact("L6 is remote storage.", topics=("L6", "tier L6", "the sixth tier")),
@@ -176,19 +178,49 @@ _SERVING: list[Fact] = [
         "Is my request lost when a GPU fails?",
     ),
     _fact(
-        "Only safetensors files are read. Pickled weights and code from model repositories are refused.",
+        "Yes. Weights are read as data: pickled weights and code from model repositories are refused.",
         "Is it safe to load a model?",
         "Does VRAMancer run code from a model?",
         "Can I load pickled weights?",
         topics=("safetensors",),
     ),
     _fact(
-        "Tools and structured output are not in this version. Such requests are refused with a message.",
+        "Send tools in a chat request. The answer then has tool_calls; tool_choice says whether it must.",
         "Does VRAMancer support tools?",
         "Does it support function calling?",
+        topics=("tool calling", "function calling", "tool_choice"),
+        tasks=("use tools", "call functions"),
+    ),
+    _fact(
+        "Set response_format to json_object or to a json_schema. The answer then always keeps to it.",
         "Can I get structured output?",
-        topics=("tool calling", "structured output", "response_format"),
-        tasks=("use tools", "call functions", "get JSON output from the API"),
+        "Can the answer keep to a JSON schema?",
+        topics=("structured output", "response_format"),
+        tasks=("get JSON output from the API", "force JSON", "use a JSON schema"),
+    ),
+    _fact(
+        "What a model thinks before it answers comes as reasoning_content, apart from the answer.",
+        "Does VRAMancer support reasoning models?",
+        topics=("reasoning_content", "reasoning"),
+        tasks=("see what the model thinks",),
+    ),
+    _fact(
+        "POST /v1/embeddings turns texts into vectors. --embedding-model names a model for it; a tiny one is bundled.",
+        "Does VRAMancer support embeddings?",
+        topics=("embeddings", "--embedding-model"),
+        tasks=("get embeddings", "use an embedding model", "turn text into vectors"),
+    ),
+    _fact(
+        "POST /v1/rerank orders documents by how well they answer a query. --reranker-model names a model for it.",
+        "Does VRAMancer support reranking?",
+        topics=("reranking", "a reranker", "--reranker-model"),
+        tasks=("rerank documents", "sort documents by a query"),
+    ),
+    _fact(
+        "Entries of --upstreams with the same name are replicas. Requests go where the answer is expected first.",
+        "Can several servers share the load?",
+        topics=("replicas", "a replica", "a fleet"),
+        tasks=("use replicas", "share the load between servers"),
     ),
 ]
 
@@ -242,6 +274,13 @@ _CLUSTER: list[Fact] = [
         "How does a worker find its master?",
         topics=("a worker", "--cluster-worker", "a cluster worker"),
         tasks=("start a worker", "join a cluster", "join a master"),
+    ),
+    _fact(
+        "Add --cluster-tls on all machines. It is TLS 1.3; the cluster's token proves both ends.",
+        "Is the traffic between machines encrypted?",
+        "Is a cluster safe?",
+        topics=("--cluster-tls", "TLS", "encryption"),
+        tasks=("encrypt a cluster", "encrypt the traffic between machines", "use TLS"),
     ),
     _fact(
         "VRM_CLUSTER_MASTER is the master's host and port, for a worker that does not find it by itself.",

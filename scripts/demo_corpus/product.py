@@ -42,8 +42,8 @@ IDENTITY: list[Fact] = [
         "Tell me your name.",
     ),
     _fact(
-        "I can answer questions about VRAMancer, add numbers up to 100, count to 20, make short lists, write a haiku, "
-        "tell a story and remember your name. For anything else, load a larger model.",
+        "I can answer questions about VRAMancer, add numbers up to 100, count to 20, make short lists, write a haiku "
+        "or small JSON, and call simple tools. For anything else, load a larger model.",
         "What can you do?",
         "How can you help me?",
         "What are you able to do?",
@@ -150,7 +150,7 @@ OVERVIEW: list[Fact] = [
     ),
     _fact(
         "Cards of different sizes, ages and speeds work together, also with the CPU. VRAMancer runs on CUDA, ROCm, "
-        "Apple MPS and the CPU; NVIDIA and AMD cards in one model are not in this version.",
+        "Apple MPS and the CPU.",
         "Which GPUs are supported?",
         "Which cards work together?",
         "Which cards can be used together?",
@@ -160,7 +160,6 @@ OVERVIEW: list[Fact] = [
         "Can a 3090 and a 2060 work together?",
         "Do an RTX 4090 and an old card fit together?",
         "Which GPUs go together?",
-        "Can cards of different makers be mixed?",
         "What combinations of cards are possible?",
         "Which GPUs can work together?",
         "Which graphics cards can I combine?",
@@ -168,8 +167,6 @@ OVERVIEW: list[Fact] = [
         "Does VRAMancer support AMD?",
         "Does VRAMancer work on a Mac?",
         "Which hardware does VRAMancer support?",
-        "Can I mix NVIDIA and AMD cards?",
-        "Can an NVIDIA and an AMD card work together?",
         "What vendors does VRAMancer support?",
         "Does it work with ROCm?",
         "Do my GPUs have to match?",
@@ -177,7 +174,17 @@ OVERVIEW: list[Fact] = [
         "Can an old card work with a new card?",
         "Is my GPU supported?",
         topics=("the supported GPUs", "the supported cards"),
-        tasks=("use an AMD GPU", "mix different vendors", "use VRAMancer on a Mac", "use an old card"),
+        tasks=("use an AMD GPU", "use VRAMancer on a Mac", "use an old card"),
+    ),
+    _fact(
+        "Cards of two vendors work together as two processes: one serves with --cluster-master, a worker in the other "
+        "vendor's environment joins it.",
+        "Can I mix NVIDIA and AMD cards?",
+        "Can an NVIDIA and an AMD card work together?",
+        "Can cards of different makers be mixed?",
+        "I have an NVIDIA and an AMD card.",
+        topics=("two vendors in one machine",),
+        tasks=("mix different vendors", "use an NVIDIA and an AMD card together"),
     ),
     _fact(
         "No. VRAMancer also runs on the CPU, only slower.",
@@ -189,11 +196,8 @@ OVERVIEW: list[Fact] = [
         "Must I have a graphics card?",
     ),
     _fact(
-        "It runs Hugging Face models from safetensors files with its own engine, in bf16, fp16 or fp32. GGUF files, "
-        "vLLM and Ollama are not in this version.",
-        "Which backends are there?",
-        "Does VRAMancer work with Ollama?",
-        "Does VRAMancer support vLLM?",
+        "It runs Hugging Face models from safetensors files with its own engine, in bf16, fp16 or fp32. Other formats "
+        "that it reads are listed in the documentation.",
         "Can I use Hugging Face models?",
         "Which models can I run?",
         "Which models are supported?",
@@ -202,7 +206,18 @@ OVERVIEW: list[Fact] = [
         "Can VRAMancer run quantized models?",
         "Does it run GGUF files?",
         topics=("the supported models", "the supported formats"),
-        tasks=("use a GGUF file", "use Ollama", "use vLLM"),
+        tasks=("use a GGUF file",),
+    ),
+    _fact(
+        "Start with --upstreams qwen=http://gpu2:8000. Models of vLLM, Ollama, llama.cpp and other servers are then "
+        "served beside the own one.",
+        "Which backends are there?",
+        "Does VRAMancer work with Ollama?",
+        "Does VRAMancer support vLLM?",
+        "Can VRAMancer serve the models of another server?",
+        "I already have a vLLM server.",
+        topics=("upstreams", "an upstream", "--upstreams"),
+        tasks=("use Ollama", "use vLLM", "use llama.cpp", "put a vLLM server behind VRAMancer", "add another server"),
     ),
 ]
 

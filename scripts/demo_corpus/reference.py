@@ -24,6 +24,7 @@ ENDPOINTS: dict[str, str] = {
     "/v1/completions": "completes a text and can stream the answer",
     "/v1/chat/completions": "answers a chat and can stream the answer",
     "/v1/batch/completions": "takes many prompts in one request",
+    "/v1/score": "scores pairs of texts",
     "/v1/models": "lists the model in the OpenAI format",
     "/api/models": "lists the models that could be loaded",
     "/api/models/unload": "frees the memory of the model",

@@ -8,7 +8,7 @@ from . import general
 
 UNKNOWN = "I am a small demo model and do not know that. Load a larger model to get a real answer."
 
-_TOPICS = (
+TOPICS = (
     "quantum physics", "the French Revolution", "black holes", "photosynthesis", "the stock market", "inflation",
     "machine learning", "evolution", "gravity", "the Roman Empire", "blockchain", "democracy", "electricity", "jazz",
     "World War II", "chess openings", "relativity", "climate change", "the immune system", "Buddhism", "opera",
@@ -188,7 +188,7 @@ _PATTERNS = (
 
 def question(rng: Random) -> tuple[str, str]:
     """A question beyond the model, and the answer that says so."""
-    topic, topic2 = rng.sample(_TOPICS, 2)
+    topic, topic2 = rng.sample(TOPICS, 2)
     thing, word = rng.choice(_THINGS), general.invented(rng)
     text = rng.choice(_PATTERNS).format(
         topic=topic,

@@ -12,12 +12,31 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 VOCABULARY = 2048
 CONTEXT = 2048
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] in ['system', 'developer'] %}{{ '<|system|>' }}"
-    "{% elif message['role'] == 'assistant' %}{{ '<|assistant|>' }}{% else %}{{ '<|user|>' }}{% endif %}"
-    "{{ (message['content'] or '') | trim + '<|end|>' }}{% endfor %}"
+    "{{ bos_token }}{% if tools %}{{ '<|system|>' }}"
+    "{% if messages[0]['role'] in ['system', 'developer'] %}"
+    "{{ (messages[0]['content'] or '') | trim + '\n' }}{% endif %}"
+    "{{ 'Tools:' }}{% for tool in tools %}{% set f = tool['function'] or tool %}{% set p = f['parameters'] or {} %}"
+    "{{ '\n' + f['name'] + '(' }}{% for name, of in (p['properties'] or {}).items() %}"
+    "{{ name }}{% if name not in (p['required'] or []) %}{{ '?' }}{% endif %}"
+    "{% if of['type'] is string %}{{ ': ' + of['type'] }}{% endif %}{% if not loop.last %}{{ ', ' }}{% endif %}"
+    "{% endfor %}{{ ')' }}{% if f['description'] %}{{ ': ' + f['description'] }}{% endif %}"
+    "{% endfor %}{{ '<|end|>' }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] in ['system', 'developer'] %}{% if not (tools and loop.first) %}"
+    "{{ '<|system|>' + (message['content'] or '') | trim + '<|end|>' }}{% endif %}"
+    "{% elif message['role'] == 'assistant' %}{{ '<|assistant|>' + (message['content'] or '') | trim }}"
+    "{% for call in message['tool_calls'] or [] %}{% set f = call['function'] or call %}"
+    "{% if message['content'] or not loop.first %}{{ '\n' }}{% endif %}"
+    "{{ '<tool_call>\n{\"name\": \"' + f['name'] + '\", \"arguments\": ' }}"
+    "{{ f['arguments'] if f['arguments'] is string else f['arguments'] | tojson }}{{ '}\n</tool_call>' }}"
+    "{% endfor %}{{ '<|end|>' }}"
+    "{% elif message['role'] == 'tool' %}"
+    "{{ '<|user|><tool_response>\n' + (message['content'] or '') | trim + '\n</tool_response><|end|>' }}"
+    "{% else %}{{ '<|user|>' + (message['content'] or '') | trim + '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+"""A tool is a line, `name(parameter: type, optional?: type): description`; a small model reads that before schemas.
+Calls and results are written as Hermes and Qwen write them. `demo_corpus.calling` writes the same."""
 
 
 def build_tokenizer(seed: int, documents: int = 20_000) -> PreTrainedTokenizerFast:
