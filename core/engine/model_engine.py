@@ -16,7 +16,7 @@ from core.engine.stages import EngineStage
 from core.engine.submission import LoadedModel
 from core.errors import UnsupportedParameterError, VRAMancerError
 from core.execution.model_runner import ModelRunner
-from core.execution.native import do_all_products
+from core.execution.native import covers, do_all_products
 from core.grammars.compiler import Grammars
 from core.kv_cache.manager import KVCacheManager
 from core.logs import get_logger
@@ -115,7 +115,8 @@ class ModelEngine:
 
 def products_are_native(backends: Sequence[str], plan: ModelPlan, settings: Settings) -> bool:
     """Whether torch has no larger products to compute here."""
-    if plan.architecture.quantization is not None:
+    quantization = plan.architecture.quantization
+    if quantization is not None and not all(covers(each.form, each.k) for each in quantization.modules.values()):
         return False
     instructions = settings.engine.cpu_instructions
     placed = zip(backends, plan.placement.stages, strict=True)

@@ -8,7 +8,7 @@ import torch
 
 from core.execution.native.kernels import NativeKernels
 from core.execution.native.structs import DTYPES, Quantized, Weights
-from core.quantization.form import WeightForm
+from core.quantization.form import SUPER_GROUP, WeightForm
 from core.quantization.linear import QuantLinear
 from core.quantization.weight import QuantizedWeight, codebook
 
@@ -20,6 +20,13 @@ def _meanings(form: WeightForm) -> torch.Tensor | None:
     if form.fp8 is not None:
         return _BYTE_NUMBERS.view(getattr(torch, form.fp8)).float()
     return None if form.codebook is None else codebook(form.codebook, torch.device("cpu"))
+
+
+def covers(form: WeightForm, k: int) -> bool:
+    """Whether the kernels compute with weights of `k` columns in this form: codes that are not whole bytes begin a byte
+    where a group begins, and super scales where another one does."""
+    whole = form.bits == 8 or (form.group % 8 == 0 and k % 8 == 0)
+    return whole and (form.supers is None or (form.group > 0 and SUPER_GROUP % form.group == 0))
 
 
 class NativeProduct:
@@ -67,11 +74,7 @@ class NativeProducts:
         self.kernels = kernels
 
     def arrange(self, weight: QuantizedWeight, *, may_change: bool) -> bool:
-        """Whether codes that are not whole bytes begin a byte where a group begins."""
-        form = weight.form
-        whole = form.bits == 8 or (form.group % 8 == 0 and weight.k % 8 == 0)
-        supers = form.supers is None or (form.group > 0 and 256 % form.group == 0)
-        return whole and supers and weight.codes.is_cpu
+        return covers(weight.form, weight.k) and weight.codes.is_cpu
 
     def restored(self, weight: QuantizedWeight) -> QuantizedWeight:
         return weight
