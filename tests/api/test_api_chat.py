@@ -124,7 +124,6 @@ def test_template_that_fails(client: ApiClient) -> None:
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
-        ({"json_schema": {}}, "json_schema"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto"}, "tools"),
         ({"functions": [{"name": "f"}], "tool_choice": "none"}, "functions"),
     ],

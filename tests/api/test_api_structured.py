@@ -99,7 +99,7 @@ def test_what_cannot_be_kept_to_is_left_out_where_the_schema_is_not_strict(
         ({"response_format": {"type": "json_object", "schema": {"type": "hiccup"}}}, "response_format.schema", "/type"),
         ({"json_schema": {"type": 3}}, "json_schema", "/type"),
         ({"grammar": "root ::= ("}, "grammar", ""),
-        ({"grammar": "root ::= x", "json_schema": {}}, "grammar", "one form only"),
+        ({"grammar": 'root ::= "x"', "json_schema": {}}, "grammar", "one form only"),
         ({"guided_regex": "(?=a)b"}, "guided_regex", "look"),
         ({"guided_regex": ["a"]}, "guided_regex", "text"),
         ({"guided_choice": []}, "guided_choice", "list"),

@@ -166,7 +166,7 @@ def test_embeddings_of_the_bundled_model_are_alike_for_like_questions(client: op
     texts = ["How do I start the server?", "Which command starts the API server?", "What is the capital of France?"]
     answer = client.embeddings.create(model="vramancer-demo-embedding", input=texts)
     start, command, capital = (each.embedding for each in answer.data)
-    assert sum(a * b for a, b in zip(start, command, strict=True)) > 0.3
+    assert sum(a * b for a, b in zip(start, command, strict=True)) > 0.2
     assert sum(a * b for a, b in zip(start, command, strict=True)) > sum(
         a * b for a, b in zip(start, capital, strict=True)
     )

@@ -283,6 +283,7 @@ def test_a_model_that_cannot_leave_a_lost_device_says_so_until_one_is_loaded(
     assert told in pipeline.ready()[1]
     with pytest.raises(UnavailableError, match=told):
         submit(pipeline, 1)
+    until(lambda: not pipeline.loading, "the attempt to move has ended")
     pipeline.load()
     assert pipeline.ready() == (True, "ready")
     assert results(submit(pipeline, 1))

@@ -50,6 +50,8 @@ Given = Prompt | PromptObject
 def _prompts(value: Any) -> Any:
     """One prompt, or a list of them; objects as their text. Raises ValueError."""
     value = whole(value)
+    if not isinstance(value, (str, list, dict)):
+        raise ValueError("must be a text, token ids, a list of both, or a list of such prompts")
     if not isinstance(value, list) or any(isinstance(part, int) for part in value):
         return _prompt(value)
     return [_prompt(part) for part in value]
