@@ -50,8 +50,6 @@ Given = Prompt | PromptObject
 def _prompts(value: Any) -> Any:
     """One prompt, or a list of them; objects as their text. Raises ValueError."""
     value = whole(value)
-    if not isinstance(value, (str, list, dict)):
-        raise ValueError("must be a text, token ids, a list of both, or a list of such prompts")
     if not isinstance(value, list) or any(isinstance(part, int) for part in value):
         return _prompt(value)
     return [_prompt(part) for part in value]
@@ -62,8 +60,9 @@ def _prompt(value: Any) -> Any:
         if value.get("multimodal_data"):
             raise ValueError("multimodal_data is not read by this server")
         return value["prompt_string"]
-    parts = value if isinstance(value, list) else [value]
-    if not all(isinstance(part, (int, str)) and not isinstance(part, bool) for part in parts):
+    parts = value if isinstance(value, list) else []
+    known = all(isinstance(part, (int, str)) and not isinstance(part, bool) for part in parts)
+    if not (known and isinstance(value, (str, list))):
         raise ValueError("must be a text, token ids, a list of both, or a list of such prompts")
     return value
 
