@@ -6,8 +6,10 @@ import pytest
 import torch
 from execution.kernel_variants import VARIANTS, load_variant
 
+from core.execution.attention.select import LinearAdapter
 from core.execution.native import NativeKernels, NativeProducts, use_kernels
-from core.execution.native.quantized import quantized_facts
+from core.execution.native.packed import linear_facts
+from core.execution.native.quantized import NativeProduct, quantized_facts
 from core.quantization.form import SUPER_GROUP, WeightForm
 from core.quantization.linear import QuantLinear
 from core.quantization.weight import DTYPES, QuantizedWeight
@@ -113,6 +115,15 @@ def test_what_the_kernels_do_not_cover_is_left_alone(kernels: NativeKernels) -> 
     assert quantized_facts(plain) is None, "no kernel was given"
     plain.use(NativeProducts(kernels))
     assert quantized_facts(plain) is not None
+
+
+def test_a_stage_on_the_cpu_is_given_the_kernels(kernels: NativeKernels) -> None:
+    """By the adapter that stages of a device get; whole parts of a layer then know its quantized projections."""
+    layer = random_layer(FORMS["q4_0"], 32, 64, torch.bfloat16)
+    LinearAdapter(kernels)(torch.nn.Sequential(layer))
+    assert isinstance(layer.prepared, NativeProduct)
+    facts = linear_facts(layer)
+    assert facts is not None and facts.quantized and (facts.n, facts.k) == (32, 64)
 
 
 def test_tensors_that_moved_are_looked_up_again(kernels: NativeKernels) -> None:
