@@ -137,13 +137,34 @@ def recall(rng: Random) -> Segments:
     def word() -> str:
         return rng.choice((general.invented, general.name, lambda rng: str(rng.randint(0, 9999)), _spelt))(rng)
 
-    if rng.random() < 0.3:
+    form = rng.random()
+    if form < 0.35:
+        return _signatures(rng)
+    if form < 0.55:
         said = " ".join(word() for _ in range(rng.randint(4, 9)))
         return [(f"{BOS}{said}\n", False), (said + END, True)]
     pairs = {word(): word() for _ in range(rng.randint(3, 6))}
     segments: Segments = [(BOS + "".join(f"{key}: {value}\n" for key, value in pairs.items()), False)]
     for key in rng.sample(list(pairs), len(pairs)):
         segments += [(f"{key}:", False), (f" {pairs[key]}\n", True)]
+    return segments
+
+
+def _signatures(rng: Random) -> Segments:
+    """Functions as they are offered, and calls, of which the names of the parameters are learnt."""
+    offered = {
+        rng.choice((general.invented, _spelt))(rng): [
+            rng.choice((general.invented, general.invented, _spelt))(rng) for _ in range(rng.choice((1, 1, 2)))
+        ]
+        for _ in range(rng.randint(1, 4))
+    }
+    lines = (f"\n{name}({', '.join(f'{each}: string' for each in of)})" for name, of in offered.items())
+    segments: Segments = [(f"{BOS}{SYSTEM}Tools:{''.join(lines)}{END}", False)]
+    for name in rng.sample(list(offered), len(offered)):
+        segments.append((f'{ASSISTANT}<tool_call>\n{{"name": "{name}", "arguments": ', False))
+        for number, each in enumerate(offered[name]):
+            segments += [(', "' if number else '{"', False), (f'{each}":', True), (f" {rng.randint(0, 99)}", False)]
+        segments.append(("}}\n</tool_call>" + END, False))
     return segments
 
 
