@@ -237,6 +237,59 @@ class DropRegion(Message, frozen=True, tag=True):
     answer: ClassVar[type[Nothing]] = Nothing
 
 
+class LayerPages(Message, frozen=True):
+    """What a layer keeps of each token, as in `KVShape`."""
+
+    layer: Number
+    kv_heads: Annotated[int, msgspec.Meta(ge=1, le=0xFFFF)]
+    key_dim: Annotated[int, msgspec.Meta(ge=1, le=0xFFFF)]
+    value_dim: Annotated[int, msgspec.Meta(ge=1, le=0xFFFF)]
+
+
+class AddGuest(Message, frozen=True, tag=True):
+    """Have memory of `device` for so many pages of a stage of another machine, which is guest number `guest` here. As
+    with `AddRegion`, a region of this number that is there already goes. `engine` are the settings that it is served
+    with."""
+
+    guest: Number
+    region: Region
+    device: Name
+    pages: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+    layers: Annotated[tuple[LayerPages, ...], msgspec.Meta(min_length=1, max_length=4096)]
+    block_size: Annotated[int, msgspec.Meta(ge=1, le=1024)]
+    dtype: Name
+    engine: dict[str, Any]
+    answer: ClassVar[type[Nothing]] = Nothing
+
+
+class DropGuest(Message, frozen=True, tag=True):
+    """Give that memory back. Nothing in flight uses it, and one that is not there is none any more."""
+
+    guest: Number
+    region: Region
+    answer: ClassVar[type[Nothing]] = Nothing
+
+
+class WorkerPlace(Message, frozen=True):
+    """Where a worker listens for others."""
+
+    node: NodeId
+    host: Text
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+
+
+class Borrow(Message, frozen=True, tag=True):
+    """Use pages that another machine has for a stage, as a region of it: on `lender`, its name in the cluster, of the
+    worker that is `at` some place, or, with None, of the master. `DropRegion` ends it."""
+
+    stage: Number
+    region: Region
+    pages: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+    lender: Name
+    at: WorkerPlace | None
+    answer: ClassVar[type[Nothing]] = Nothing
+
+
 class Connect(Message, frozen=True, tag=True):
     """Where a stage's results go: to stage `next` on `node`, of which `Reach` has made a link, or, with `node` None, to
     the master; `feeds`: as hidden states for a stage there. The stage's device is `called` so in the cluster."""
@@ -376,6 +429,9 @@ Call: TypeAlias = (
     | Allocate
     | AddRegion
     | DropRegion
+    | AddGuest
+    | DropGuest
+    | Borrow
     | Connect
     | Keep
     | Lend
