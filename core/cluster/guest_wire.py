@@ -79,7 +79,7 @@ class Pages(NamedTuple):
 
 def pages_head(wanted: Pages) -> bytes:
     """Which pages."""
-    numbers = np.array((*wanted.pages, *wanted.layers), dtype=_INT)
+    numbers = np.array((*wanted.pages, *wanted.layers), dtype="<u4")
     return _PAGES.pack(len(wanted.pages), wanted.region, len(wanted.layers)) + numbers.tobytes()
 
 

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from cluster.machines import WorkerThread
 from engine.lending_cases import reclaim_something, remote_blocks, scatter, tight_devices
-from steering import LONGEST_WAIT_S, arriving_together, between_steps
+from steering import LONGEST_WAIT_S, arriving_together, between_steps, until, with_each_step
 from tiny_models import VOCAB, build_tiny
 
 from core.batching.output import RequestHandle
-from core.cluster.guests import Guest
+from core.cluster.guests import Guest, Guests
+from core.cluster.hosting import StageHost
 from core.cluster.master import Master
 from core.cluster.measuring import ClusterProfiler
 from core.costs import LinkProfile
+from core.engine.carrying import Carrier
 from core.engine.model_engine import ModelEngine
+from core.errors import InsufficientMemoryError, LinkLostError, OutOfDeviceMemoryError
 from core.inference_pipeline import InferencePipeline
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.lending.overflow import KVOverflow
@@ -138,3 +143,231 @@ def test_a_stage_borrows_from_another_machine_and_tokens_stay_the_same(
     borrows = overflow_of(engine).lending.stats().borrows
     assert {pair: count > 0 for pair, count in borrows.items()} == {(borrower, lender): True}
     assert max(attended) > OWN_TOKENS, "more than there is room for at home"
+
+
+def hosted_by(worker: WorkerThread) -> StageHost:
+    session = worker.worker._session
+    assert session is not None
+    return session._host
+
+
+def lenders_guests(pipeline_master: Master, workers: dict[str, WorkerThread], lender: str) -> Guests:
+    machine = lender.partition("/")[0]
+    return hosted_by(workers[machine]).guests if machine in workers else pipeline_master.guests
+
+
+def check_books(engine: ModelEngine, workers: dict[str, WorkerThread], lender: str) -> None:
+    """Nobody holds more than its device has, and the master's ledgers are the nodes'."""
+    overflow_of(engine).check_invariants()
+    used = engine.budgets[lender].used_by_purpose()
+    leases = overflow_of(engine).lending.leases(lender=lender)
+    assert used.get(PagedKVCache.LENT, 0) == sum(lease.nbytes for lease in leases)
+    machine, _, there = lender.rpartition("/")
+    if machine:
+        assert hosted_by(workers[machine]).used_by_purpose()[there] == used
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_blocks_may_be_anywhere_and_move_at_any_time(
+    open_tight: Callable[..., InferencePipeline], tiny: Tiny, way: str, workers: dict[str, WorkerThread], master: Master
+) -> None:
+    pipeline = open_tight(way)
+    engine, rng, away, (_, lender) = pipeline.engine, random.Random(7), [], WAYS[way]
+
+    def stir() -> None:
+        check_books(engine, workers, lender)
+        scatter(engine, rng, 0.5)
+        reclaim_something(engine, rng)
+        away.append(remote_blocks(engine))
+
+    with between_steps(pipeline, stir):
+        assert answers(ask(pipeline)) == tiny[1]
+    assert max(away) > 0
+    assert sum(overflow_of(engine).lending.stats().reclaims.values()) > 0, (
+        "and the lender has got back what it asked for"
+    )
+    assert answers(ask(pipeline)) == tiny[1], "prefixes are where they were left"
+    queries = master.traffic().sent_queries + master.traffic().received_queries
+    assert (queries > 0) == (way != "worker from worker"), "which do not pass the master"
+    guests = lenders_guests(master, workers, lender)
+    assert len(guests) == 1
+    pipeline.unload()
+    assert len(guests) == 0, "all of it goes back"
+    assert all(budget.used_bytes == 0 for budget in engine.budgets.values())
+    assert not any(node.lends for node in master.nodes)
+    if "/" in lender:
+        assert hosted_by(workers[lender.partition("/")[0]]).used_by_purpose()["cpu"] == {}
+
+
+@pytest.mark.parametrize("lacking", ["attention", "pages"])
+def test_what_is_done_there_has_to_be_done(
+    open_tight: Callable[..., InferencePipeline], tiny: Tiny, monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    """Tokens are wrong if the lender leaves out what it holds, or forgets what it was sent."""
+    pipeline = open_tight()
+    attend = Guest.attend
+    if lacking == "attention":
+        monkeypatch.setattr(Guest, "attend", lambda self, query: nothing(attend(self, query)))
+    else:
+        monkeypatch.setattr(Guest, "write", lambda self, wanted, data: None)
+    assert answers(ask(pipeline)) != tiny[1]
+
+
+def nothing(part: torch.Tensor) -> torch.Tensor:
+    """What no key gives."""
+    part[..., :-1], part[..., -1] = 0.0, float("-inf")
+    return part
+
+
+@pytest.mark.parametrize("options", [{"link": SLOW}, {"lending__between_machines": False}], ids=["slow", "off"])
+def test_where_the_network_is_slow_or_it_is_not_wanted_nobody_lends(
+    open_tight: Callable[..., InferencePipeline], options: dict[str, Any], workers: dict[str, WorkerThread]
+) -> None:
+    pipeline = open_tight(model__max_model_len=OWN_TOKENS, **options)
+    engine = pipeline.engine
+    assert engine.plan.pooled.far == ()
+    assert engine.kv.capacity_tokens == OWN_TOKENS and engine.memory.overflow is None
+    assert pipeline.submit(prompts()[0], GREEDY).result(LONGEST_WAIT_S).completions[0].token_ids
+    assert len(hosted_by(workers["desk"]).guests) == 0
+
+
+def test_a_context_that_no_machine_holds_is_refused_where_the_network_is_slow(
+    open_tight: Callable[..., InferencePipeline],
+) -> None:
+    with pytest.raises(InsufficientMemoryError):
+        open_tight(link=SLOW, devices__stream_weights="off")
+
+
+@pytest.mark.parametrize("way", ["master from worker", "worker from worker"])
+def test_a_lender_that_is_lost_changes_no_token(
+    open_tight: Callable[..., InferencePipeline], tiny: Tiny, way: str, workers: dict[str, WorkerThread],
+    master: Master, add_worker: AddWorker,
+) -> None:  # fmt: skip
+    """What it held is computed again on a machine that has room."""
+    pipeline = open_tight(way)
+    engine, lost, lender = pipeline.engine, threading.Event(), WAYS[way][1].partition("/")[0]
+    add_worker("spare", "cpu=8MiB")
+
+    def lose() -> None:
+        if remote_blocks(engine) and not lost.is_set():
+            lost.set()
+            workers[lender].worker.stop()
+
+    with with_each_step(pipeline, lose):
+        assert answers(ask(pipeline)) == tiny[1]
+    assert lost.is_set()
+    until(lambda: pipeline.current_engine not in (None, engine), "the model has moved")
+    assert WAYS[way][1] not in {device.name for device in pipeline.engine.plan.devices}
+    assert not overflow_of(engine).lending.leases()
+    assert all(budget.used_bytes == 0 for budget in engine.budgets.values())
+    assert len(master.guests) == 0 and not any(node.lends for node in master.nodes)
+    assert answers(ask(pipeline)) == tiny[1]
+
+
+def test_a_borrower_that_is_lost_leaves_nothing_with_its_lender(
+    open_tight: Callable[..., InferencePipeline], tiny: Tiny, workers: dict[str, WorkerThread]
+) -> None:
+    pipeline = open_tight("worker from worker")
+    engine, lost = pipeline.engine, threading.Event()
+    guests = hosted_by(workers["attic"]).guests
+
+    def lose() -> None:
+        if remote_blocks(engine) and not lost.is_set():
+            lost.set()
+            workers["desk"].worker.stop()
+
+    with with_each_step(pipeline, lose):
+        assert answers(ask(pipeline)) == tiny[1]
+    until(lambda: pipeline.current_engine not in (None, engine), "the model has moved")
+    assert len(guests) == 0
+    assert answers(ask(pipeline)) == tiny[1]
+
+
+def test_a_lender_that_is_idle_when_it_goes_is_left(
+    open_tight: Callable[..., InferencePipeline], tiny: Tiny, workers: dict[str, WorkerThread], add_worker: AddWorker
+) -> None:
+    """Nothing runs that could notice: the plan counts on its memory all the same."""
+    pipeline = open_tight()
+    engine = pipeline.engine
+    add_worker("spare", "cpu=8MiB")
+    workers["desk"].worker.stop()
+    until(lambda: pipeline.current_engine not in (None, engine), "the model has moved")
+    assert answers(ask(pipeline)) == tiny[1]
+
+
+def test_a_lender_that_wants_to_go_is_let_go_once_its_memory_is_free(
+    open_tight: Callable[..., InferencePipeline], tiny: Tiny, workers: dict[str, WorkerThread], master: Master,
+    add_worker: AddWorker,
+) -> None:  # fmt: skip
+    pipeline = open_tight()
+    assert answers(ask(pipeline)) == tiny[1]
+    assert master.nodes[0].lends
+    add_worker("spare", "cpu=8MiB")
+    handles = ask(pipeline)
+    workers["desk"].worker.leave()
+    workers["desk"].join()
+    assert answers(handles) == tiny[1]
+    assert [node.name for node in master.nodes] == ["spare"]
+
+
+def test_a_lender_pressed_by_other_programs_gets_its_memory_back(
+    open_tight: Callable[..., InferencePipeline], tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker says so in its report."""
+    pipeline = open_tight()
+    engine = pipeline.engine
+    assert answers(ask(pipeline)) == tiny[1]
+    overflow = overflow_of(engine)
+    on_engine(engine, lambda: scatter(engine, random.Random(1), 0.5))
+    assert remote_blocks(engine)
+    monkeypatch.setattr(StageHost, "external_bytes", lambda self: {"cpu": 8 << 20})
+    until(lambda: not on_engine(engine, lambda: overflow.lending.leases(lender="desk/cpu")), "it is back")
+    assert sum(overflow.lending.stats().reclaims.values()) > 0
+
+
+def test_what_is_lent_goes_along_when_the_model_moves(
+    open_tight: Callable[..., InferencePipeline], tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages are read from wherever they are."""
+    monkeypatch.setattr(Carrier, "_is_quicker", lambda self, blocks: True)
+    pipeline = open_tight()
+    assert answers(ask(pipeline)) == tiny[1]
+    engine = pipeline.engine
+    on_engine(engine, lambda: scatter(engine, random.Random(3), 0.8))
+    assert remote_blocks(engine)
+    monkeypatch.setattr(Guest, "read", counted := Counted(Guest.read))
+    moved = pipeline.place(devices="cpu=32MiB", layers=None, placement="balanced")
+    assert moved.carried_kv_tokens is not None and moved.carried_kv_tokens > 0 and counted.times > 0
+    assert answers(ask(pipeline)) == tiny[1]
+
+
+class Counted:
+    """A method, and how often it was called."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.method, self.times = method, 0
+
+    def __get__(self, owner: object, kind: type) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            self.times += 1
+            return self.method(owner, *given)
+
+        return call
+
+
+def test_memory_that_cannot_be_had_is_refused(
+    open_tight: Callable[..., InferencePipeline], workers: dict[str, WorkerThread], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is kept on either side, and the ledgers stay the same."""
+    pipeline = open_tight()
+    engine = pipeline.engine
+    host, regions = hosted_by(workers["desk"]), engine.memory.regions
+    assert regions is not None
+    with pytest.raises(OutOfDeviceMemoryError, match="desk/cpu"):
+        regions.add(0, 99, "desk/cpu", 1 << 20)
+    monkeypatch.setattr(Master, "_connect", Mock(side_effect=LinkLostError("no way there")))
+    with pytest.raises(OutOfDeviceMemoryError, match="desk/cpu: no way there"):
+        regions.add(0, 99, "desk/cpu", 4)
+    assert len(host.guests) == 0 and host.used_by_purpose()["cpu"] == {}
+    assert engine.budgets["desk/cpu"].used_by_purpose() == {}
+    monkeypatch.undo()
