@@ -120,7 +120,7 @@ MAX_PAYLOAD_BYTES: dict[Opcode, int] = {
     Opcode.PASS: 0,
     Opcode.GROUP: 4 * MIB,
     Opcode.KV_PAGES: 256 * MIB,
-    Opcode.KV_WANTED: KIB,
+    Opcode.KV_WANTED: MIB,
     Opcode.KV_ANSWER: 256 * MIB,
     Opcode.WEIGHTS: 16 * MIB,
     Opcode.WEIGHTS_WANTED: MIB,

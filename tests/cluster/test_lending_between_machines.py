@@ -264,6 +264,59 @@ def test_a_lender_that_is_lost_changes_no_token(
     assert answers(ask(pipeline)) == tiny[1]
 
 
+def test_a_way_to_a_lender_that_is_gone_is_a_lender_that_is_lost(
+    open_tight: Callable[..., InferencePipeline], tiny: Tiny, workers: dict[str, WorkerThread], add_worker: AddWorker
+) -> None:
+    """Both machines are there, and the master sees them. It is the lender's device that is left."""
+    pipeline = open_tight("worker from worker")
+    engine, cut, left = pipeline.engine, threading.Event(), list[str]()
+    add_worker("spare", "cpu=8MiB")
+    hear = engine.batcher.on_lost
+    engine.batcher.on_lost = lambda error: (left.append(error.device), hear(error))[1]
+    session = workers["desk"].worker._session
+    assert session is not None
+
+    def lose() -> None:
+        if remote_blocks(engine) and not cut.is_set():
+            cut.set()
+            for calls in session._borrowed.values():
+                calls.link.abort("the cable is out")
+
+    with with_each_step(pipeline, lose):
+        assert answers(ask(pipeline)) == tiny[1]
+    assert cut.is_set() and left[0] == "attic/cpu"
+    until(lambda: pipeline.current_engine not in (None, engine), "the model has moved")
+    assert answers(ask(pipeline)) == tiny[1]
+
+
+def test_two_stages_in_flight_borrow_from_one_machine(
+    serve: Serve, add_worker: AddWorker, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, workers: dict[str, WorkerThread]
+) -> None:
+    """Each is a guest of its own there, and steps of two cohorts ask at the same time."""
+    monkeypatch.setattr(ClusterProfiler, "_between", lambda self, source, target: QUICK)
+    own = tight_devices(tiny[0], "2,2", [OWN_TOKENS, OWN_TOKENS]).split(",")
+    add_worker("desk", own[1])
+    workers["attic"] = add_worker("attic", "cpu=8MiB")
+    pipeline = serve(
+        model__name=str(tiny[0]), devices__devices=f"{own[0]},desk/cpu,attic/cpu", devices__layers="2,2,0",
+        devices__plan_streams=1, engine__block_size=4, engine__kv_cache_tokens=512, model__max_model_len=128,
+        engine__cohorts=2, devices__placement="profiled", lending__extent_blocks=8, lending__lend_ratio=1.0,
+        lending__reclaim_threshold=1.0, lending__host_bytes=0,
+    )  # fmt: skip
+    engine, away = pipeline.engine, list[int]()
+
+    def stir() -> None:
+        check_books(engine, workers, "attic/cpu")
+        scatter(engine, random.Random(5), 0.5)
+        away.append(len(hosted_by(workers["attic"]).guests))
+
+    with between_steps(pipeline, stir):
+        assert answers(ask(pipeline)) == tiny[1]
+    assert max(away) == 2
+    borrows = overflow_of(engine).lending.stats().borrows
+    assert set(borrows) == {("cpu", "attic/cpu"), ("desk/cpu", "attic/cpu")}
+
+
 def test_a_borrower_that_is_lost_leaves_nothing_with_its_lender(
     open_tight: Callable[..., InferencePipeline], tiny: Tiny, workers: dict[str, WorkerThread]
 ) -> None:
