@@ -42,26 +42,9 @@ from core.cluster.guest_wire import read_pages as read_guest_pages
 from core.cluster.guests import GuestForm, Guests, GuestsEnd
 from core.cluster.hosted_stage import NodeEnd
 from core.cluster.kept_blocks import BlocksEnd, KeptBlocks
-from core.cluster.messages import (
-    AddGuest,
-    Ask,
-    Borrow,
-    Call,
-    Connect,
-    DropGuest,
-    Epoch,
-    Keep,
-    LayerPages,
-    Leave,
-    Lend,
-    Nothing,
-    Reach,
-    ReadFile,
-    Refuse,
-    Release,
-    Report,
-    WorkerPlace,
-)
+from core.cluster.lending_messages import AddGuest, Borrow, DropGuest, LayerPages, WorkerPlace
+from core.cluster.message_types import Nothing
+from core.cluster.messages import Ask, Call, Connect, Epoch, Keep, Leave, Lend, Reach, ReadFile, Refuse, Release, Report
 from core.cluster.remote_stage import MasterEnd
 from core.cluster.stage_wire import read_results, read_step
 from core.config import LoggingSettings, Settings

@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 
 from core.cluster.guest_calls import FarDevice
 from core.cluster.guests import GuestForm, Pace
+from core.cluster.lending_messages import AddGuest, Borrow, DropGuest, DropRegion, LayerPages, WorkerPlace
 from core.cluster.master import Master
-from core.cluster.messages import AddGuest, Borrow, DropGuest, DropRegion, LayerPages, WorkerPlace
 from core.cluster.node import Node
 from core.cluster.placed_stage import PlacedRemoteStage
 from core.devices import DeviceBudget

@@ -16,16 +16,13 @@ from core.cluster.guest_calls import FarDevice, GuestCalls
 from core.cluster.guests import GuestForm, Guests
 from core.cluster.hosted_stage import HostedStage, Outlet, ToMaster, ToNextStage
 from core.cluster.kept_blocks import KeptBlocks, StageParts
+from core.cluster.lending_messages import AddGuest, AddRegion, Borrow, DropRegion
 from core.cluster.messages import (
-    AddGuest,
-    AddRegion,
     Allocate,
     Allocated,
-    Borrow,
     Connect,
     CopyPages,
     DeviceInfo,
-    DropRegion,
     Keep,
     Load,
     Loaded,

@@ -10,43 +10,30 @@ from typing import Annotated, Any, ClassVar, TypeAlias
 
 import msgspec
 
+from core.cluster.lending_messages import AddGuest, AddRegion, Borrow, DropGuest, DropRegion
+from core.cluster.message_types import (
+    MAX_CHUNK_BYTES,
+    MAX_PAGE_BYTES,
+    Bytes,
+    DeviceName,
+    Digest,
+    FileName,
+    Layers,
+    Message,
+    Name,
+    NodeId,
+    NodeName,
+    Nothing,
+    Number,
+    PageNumbers,
+    Place,
+    Seconds,
+    Text,
+)
 from core.costs import DeviceProfile, LayerCosts, LinkProfile
 from core.devices.device import DeviceKind
 from core.devices.readings import DeviceReading
 from core.grammars.vocabulary import Vocabulary
-
-Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024)]
-Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
-Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
-Bytes: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
-Digest: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
-NodeId: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
-FileName: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}$")]
-Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0.0)]
-
-Layers: TypeAlias = Annotated[tuple[Number, ...], msgspec.Meta(min_length=1, max_length=4096)]
-PageNumbers: TypeAlias = Annotated[tuple[Bytes, ...], msgspec.Meta(min_length=1, max_length=1 << 20)]
-Region: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=0x7FFF)]
-"""Memory that another device lends a stage."""
-Place: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=0x7FFF)]
-"""A region, or 0: the stage's own device."""
-MAX_PAGE_BYTES = 15 << 20
-"""Of a message, which has other fields beside."""
-MAX_CHUNK_BYTES = 1 << 20
-"""Of a file at once: a sign of life has to come between two, also on a slow network."""
-
-
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of either side."""
-
-
-class Nothing(Message, frozen=True):
-    """The answer to what only has to be done."""
-
-
-NodeName: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]{0,62}$")]
-DeviceName: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9.:#_-]{0,63}$")]
-"""Both stand in specifications of devices, and on people's screens."""
 
 
 class DeviceInfo(Message, frozen=True):
@@ -216,78 +203,6 @@ class Allocate(Message, frozen=True, tag=True):
     table_width: Bytes
     lenders: Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)] = ()
     answer: ClassVar[type[Allocated]] = Allocated
-
-
-class AddRegion(Message, frozen=True, tag=True):
-    """Have memory of `device`, another one of the node or its main memory ("host"), for so many pages of a stage. A
-    region of this number that is there already goes: the master has not heard of it."""
-
-    stage: Number
-    region: Region
-    device: Name
-    pages: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
-    answer: ClassVar[type[Nothing]] = Nothing
-
-
-class DropRegion(Message, frozen=True, tag=True):
-    """Give that memory back. Nothing in flight uses it, and one that is not there is none any more."""
-
-    stage: Number
-    region: Region
-    answer: ClassVar[type[Nothing]] = Nothing
-
-
-class LayerPages(Message, frozen=True):
-    """What a layer keeps of each token, as in `KVShape`."""
-
-    layer: Number
-    kv_heads: Annotated[int, msgspec.Meta(ge=1, le=0xFFFF)]
-    key_dim: Annotated[int, msgspec.Meta(ge=1, le=0xFFFF)]
-    value_dim: Annotated[int, msgspec.Meta(ge=1, le=0xFFFF)]
-
-
-class AddGuest(Message, frozen=True, tag=True):
-    """Have memory of `device` for so many pages of a stage of another machine, which is guest number `guest` here. As
-    with `AddRegion`, a region of this number that is there already goes. `engine` are the settings that it is served
-    with."""
-
-    guest: Number
-    region: Region
-    device: Name
-    pages: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
-    layers: Annotated[tuple[LayerPages, ...], msgspec.Meta(min_length=1, max_length=4096)]
-    block_size: Annotated[int, msgspec.Meta(ge=1, le=1024)]
-    dtype: Name
-    engine: dict[str, Any]
-    answer: ClassVar[type[Nothing]] = Nothing
-
-
-class DropGuest(Message, frozen=True, tag=True):
-    """Give that memory back. Nothing in flight uses it, and one that is not there is none any more."""
-
-    guest: Number
-    region: Region
-    answer: ClassVar[type[Nothing]] = Nothing
-
-
-class WorkerPlace(Message, frozen=True):
-    """Where a worker listens for others."""
-
-    node: NodeId
-    host: Text
-    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
-
-
-class Borrow(Message, frozen=True, tag=True):
-    """Use pages that another machine has for a stage, as a region of it: on `lender`, its name in the cluster, of the
-    worker that is `at` some place, or, with None, of the master. `DropRegion` ends it."""
-
-    stage: Number
-    region: Region
-    pages: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
-    lender: Name
-    at: WorkerPlace | None
-    answer: ClassVar[type[Nothing]] = Nothing
 
 
 class Connect(Message, frozen=True, tag=True):

@@ -16,6 +16,7 @@ from core.cluster.checkpoints import read_chunk
 from core.cluster.group_path import GroupPath, Means, means_for
 from core.cluster.guest_calls import GuestCalls
 from core.cluster.guests import Guests, GuestsEnd
+from core.cluster.message_types import Nothing
 from core.cluster.messages import (
     Ask,
     Chunk,
@@ -23,7 +24,6 @@ from core.cluster.messages import (
     FileRef,
     Leave,
     NodeInfo,
-    Nothing,
     Reach,
     ReadFile,
     Refuse,

@@ -16,17 +16,14 @@ from core.cluster.guests import GuestsEnd
 from core.cluster.hosted_stage import NodeEnd
 from core.cluster.hosting import StageHost
 from core.cluster.kept_blocks import BlocksEnd
+from core.cluster.lending_messages import AddGuest, AddRegion, Borrow, DropGuest, DropRegion
+from core.cluster.message_types import Nothing
 from core.cluster.messages import (
-    AddGuest,
-    AddRegion,
     Allocate,
-    Borrow,
     Call,
     Chunk,
     Connect,
     CopyPages,
-    DropGuest,
-    DropRegion,
     Epoch,
     Keep,
     Leave,
@@ -35,7 +32,6 @@ from core.cluster.messages import (
     Measure,
     MeasurePaths,
     NodeInfo,
-    Nothing,
     Reach,
     Reached,
     ReadFile,
@@ -151,7 +147,7 @@ class Session:
         link.epoch = self._epoch
         end.attach(link)
         with self._lock:
-            self._lent = [*(each for each in self._lent if each.error is None), link]
+            self._lent.append(link)
         link.start()
 
     def leave(self, reason: str) -> None:
@@ -306,7 +302,10 @@ class Session:
         host, port = (asked.at.host, asked.at.port) if asked.at is not None else self._master_at
         with self._lock:
             calls = self._borrowed.get(node)
-        if calls is None or calls.link.error is not None:
+        if calls is not None and calls.link.error is not None:
+            calls.link.close()
+            calls = None
+        if calls is None:
             try:
                 sock = self._worker.connect(host, port, "guests")
             except OSError as error:
@@ -326,8 +325,12 @@ class Session:
             self._epoch = epoch
             links = [self._data, *self._lent, *(link for link, _ in (*self._in, *self._out.values()))]
             borrowed = list(self._borrowed.values())
+            ended = [link for link in self._lent if link.error is not None]
+            self._lent = [link for link in self._lent if link.error is None]
         for link in links:
             link.epoch = epoch
+        for link in ended:
+            link.close()
         for calls in borrowed:
             calls.begin_epoch(epoch)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +15,11 @@ import torch
 from steering import until
 
 from core.cluster.guest_calls import FarDevice, GuestCalls
-from core.cluster.guest_wire import Pages, pages_head, query_head
+from core.cluster.guest_wire import Pages, Query, pages_head, query_head, read_site, site_tables
 from core.cluster.guests import MAX_SITES, GuestForm, Guests, GuestsEnd
 from core.devices import Device, DeviceBudget
+from core.devices.device import DeviceSpeed
+from core.emulation import GuestTime
 from core.errors import (
     DeviceLostError,
     InvalidRequestError,
@@ -103,6 +107,22 @@ def test_attention_there_is_attention_here(pair: Pair) -> None:
         assert torch.equal(both, torch.cat((out, lse[..., None]), dim=-1))
     assert pair.here.stats.sent_queries == pair.there.stats.received_queries == 2
     assert pair.there.stats.received_frames == 4, "the step is told once: pages, the step, and two layers"
+
+
+def test_an_emulated_lender_takes_as_long_as_its_card_would() -> None:
+    device, guests, spent = replace(LENDER, kind="sim", speed=DeviceSpeed(1e6, 1e12)), Guests(), GuestTime()
+    guests.add(
+        GUEST, REGION, PAGES, device, DeviceBudget(device), FORM, lambda device: TorchPagedAttention(),
+        TransferManager(), spent.pace,
+    )  # fmt: skip
+    guest = guests.get(GUEST)
+    assert guest is not None
+    guest.tell(1, read_site(memoryview(bytearray(site_tables(site().regions)))))
+    began_s = time.perf_counter()
+    guest.attend(Query(1, 3, SPEC, torch.randn(2, 4, 8)))
+    reading_s = 6 * 2 * 24 * 4 / 1e6
+    assert time.perf_counter() - began_s >= reading_s, "six keys of 192 bytes"
+    assert spent.take("cpu#1") == pytest.approx(reading_s), "by which its own work is late"
 
 
 def test_what_is_not_there_fails_and_the_link_goes_on(pair: Pair) -> None:

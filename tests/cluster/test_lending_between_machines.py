@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
-from cluster.machines import WorkerThread
+from cluster.machines import WorkerThread, open_master
 from engine.lending_cases import reclaim_something, remote_blocks, scatter, tight_devices
 from steering import LONGEST_WAIT_S, arriving_together, between_steps, until, with_each_step
 from tiny_models import VOCAB, build_tiny
 
 from core.batching.output import RequestHandle
+from core.cluster.guest_calls import GuestCalls
 from core.cluster.guests import Guest, Guests
 from core.cluster.hosting import StageHost
 from core.cluster.master import Master
@@ -28,6 +29,8 @@ from core.errors import InsufficientMemoryError, LinkLostError, OutOfDeviceMemor
 from core.inference_pipeline import InferencePipeline
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.lending.overflow import KVOverflow
+from core.network.link import Link
+from core.network.tls import TlsConnection
 from core.request import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True, detokenize=False)
@@ -67,6 +70,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
             )
         found.append(out[0, len(prompt) :].tolist())
     return path, found
+
+
+@pytest.fixture
+def master(request: pytest.FixtureRequest) -> Iterator[Master]:
+    """With a parameter that is true, all links are encrypted."""
+    made = open_master(tls=getattr(request, "param", False))
+    yield made
+    made.close()
 
 
 @pytest.fixture
@@ -197,6 +208,19 @@ def test_blocks_may_be_anywhere_and_move_at_any_time(
     assert not any(node.lends for node in master.nodes)
     if "/" in lender:
         assert hosted_by(workers[lender.partition("/")[0]]).used_by_purpose()["cpu"] == {}
+
+
+@pytest.mark.parametrize("master", [True], indirect=True, ids=["tls"])
+@pytest.mark.parametrize("way", WAYS)
+def test_where_links_are_encrypted_those_of_guests_are(
+    open_tight: Callable[..., InferencePipeline], tiny: Tiny, way: str, master: Master, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert master.tls
+    opened: list[Link] = []
+    attach = GuestCalls.attach
+    monkeypatch.setattr(GuestCalls, "attach", lambda self, link: (opened.append(link), attach(self, link))[1])
+    assert answers(ask(open_tight(way))) == tiny[1]
+    assert len(opened) == 1 and isinstance(opened[0]._socket, TlsConnection)
 
 
 @pytest.mark.parametrize("lacking", ["attention", "pages"])
