@@ -42,7 +42,7 @@ from core.cluster.guest_wire import read_pages as read_guest_pages
 from core.cluster.guests import GuestForm, Guests, GuestsEnd
 from core.cluster.hosted_stage import NodeEnd
 from core.cluster.kept_blocks import BlocksEnd, KeptBlocks
-from core.cluster.lending_messages import AddGuest, Borrow, DropGuest, LayerPages, WorkerPlace
+from core.cluster.lending_messages import AddGuest, Borrow, DropGuest, ExpectGuests, LayerPages, WorkerPlace
 from core.cluster.message_types import Nothing
 from core.cluster.messages import Ask, Call, Connect, Epoch, Keep, Leave, Lend, Reach, ReadFile, Refuse, Release, Report
 from core.cluster.remote_stage import MasterEnd
@@ -126,7 +126,8 @@ def payloads() -> list[Payload]:
     calls = [Epoch(3), Release((1, 2)), Reach("b" * 32, "10.0.0.2", 5041), Connect(1, "desk/cpu", True, None, 0, False),
              Refuse("no"), Keep(2, 1, 64), Lend(3), DropGuest(4, 1), Borrow(4, 1, 8, "desk/cpu", None),
              Borrow(4, 1, 8, "desk/cpu", WorkerPlace("b" * 32, "10.0.0.2", 5041)),
-             AddGuest(4, 1, "cpu", 8, (LayerPages(0, 2, 8, 8),), 4, "float32", {})]  # fmt: skip
+             AddGuest(4, 1, "cpu", 8, (LayerPages(0, 2, 8, 8),), 4, "float32", {}),
+             ExpectGuests(("cpu",), (LayerPages(0, 2, 8, 8),), 4, False, 4, "float32", {})]  # fmt: skip
     asked = [ReadFile("c" * 32, "model.safetensors", 0, 1 << 20), Leave()]
     part = encode(StagePart((PageCopy((0, 1), (0, 2)),), np.array([[1, 0, 2]], np.int32)))
     output = encode(StepOutput(step=1))

@@ -6,18 +6,19 @@ The ledger of the lender is the master's for a node's device, as for all that it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from core.cluster.guest_calls import FarDevice
 from core.cluster.guests import GuestForm, Pace
-from core.cluster.lending_messages import AddGuest, Borrow, DropGuest, DropRegion, LayerPages, WorkerPlace
+from core.cluster.lending_messages import AddGuest, Borrow, DropGuest, DropRegion, ExpectGuests, LayerPages, WorkerPlace
 from core.cluster.master import Master
 from core.cluster.node import Node
 from core.cluster.placed_stage import PlacedRemoteStage
-from core.devices import DeviceBudget
+from core.devices import Device, DeviceBudget
 from core.errors import OutOfDeviceMemoryError, VRAMancerError
+from core.execution.attention.warm_up import warm_up_lender
 from core.execution.site_attention import BackendOf
 from core.execution.stage import Stage
 from core.kv_cache.paged_kv_cache import PagedKVCache
@@ -63,6 +64,24 @@ class FarRegions:
         self._guests: dict[int, int] = {}
         self._far: dict[tuple[int, str], FarDevice] = {}
 
+    def prepare(self, stages: Sequence[Borrower], pairs: Iterable[tuple[str, str]], devices: Sequence[Device]) -> None:
+        """Have lenders make ready what attention they will be asked for; `pairs` are devices of borrowers and lenders.
+        Raises `DeviceError` if a card refuses a kernel, and what calls raise."""
+        borrowers = {stage.device.name: stage for stage in stages}
+        lenders = {device.name: device for device in devices}
+        softcap = bool(getattr(self._architecture.config.get_text_config(), "attn_logit_softcapping", None))
+        for borrower, lender in pairs:
+            form, device = self._form(borrowers[borrower]), lenders[lender]
+            if device.is_here:
+                warm_up_lender(device, form.kinds(self._architecture.num_heads, softcap=softcap), self._here.backend_of)
+                continue
+            node, (layers, dtype) = self._master.node_of(device), _told(form)
+            asked = ExpectGuests(
+                (node.own_name(lender),), layers, self._architecture.num_heads, softcap, form.block_size, dtype,
+                self._engine,
+            )  # fmt: skip
+            node.call(asked, timeout_s=None)
+
     def add(self, index: int, stage: Borrower, region_id: int, pages: int, budget: DeviceBudget) -> None:
         """Memory for pages of stage number `index`, on a device of another machine whose ledger is `budget`. Raises
         `OutOfDeviceMemoryError`, with nothing kept, also if somebody does not answer."""
@@ -95,10 +114,7 @@ class FarRegions:
             )  # fmt: skip
             return loan
         budget.reserve(PagedKVCache.LENT, loan.nbytes)
-        layers = tuple(
-            LayerPages(layer, each.num_kv_heads, each.key_dim, each.value_dim) for layer, each in form.shapes.items()
-        )
-        dtype = str(form.dtype).removeprefix("torch.")
+        layers, dtype = _told(form)
         asked = AddGuest(
             guest, region_id, node.own_name(budget.device.name), pages, layers, form.block_size, dtype, self._engine
         )
@@ -170,6 +186,14 @@ class FarRegions:
         for region_id, loan in self._loans.items():
             self._let_go(region_id, loan)
         self._loans.clear()
+
+
+def _told(form: GuestForm) -> tuple[tuple[LayerPages, ...], str]:
+    """As nodes are told it."""
+    layers = tuple(
+        LayerPages(layer, each.num_kv_heads, each.key_dim, each.value_dim) for layer, each in form.shapes.items()
+    )
+    return layers, str(form.dtype).removeprefix("torch.")
 
 
 def _try(node: Node, asked: DropRegion | DropGuest) -> None:

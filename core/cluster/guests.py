@@ -25,6 +25,7 @@ from core.devices import Device, DeviceBudget, host_device
 from core.errors import InvalidRequestError, NetworkError, NotFoundError, ProtocolError
 from core.execution.attention.merge import combine
 from core.execution.attention.metadata import SiteBatch, build_site_batch
+from core.execution.attention.triton_variants import AttentionKind, Heads
 from core.execution.site_attention import BackendOf
 from core.kv_cache.page_ops import LOCAL
 from core.kv_cache.paged_kv_cache import PagedKVCache
@@ -50,6 +51,16 @@ class GuestForm:
     shapes: Mapping[int, KVShape]
     block_size: int
     dtype: torch.dtype
+
+    def kinds(self, heads: int, *, softcap: bool) -> frozenset[AttentionKind]:
+        """What attention there is asked for, by stages of so many query heads."""
+        return frozenset(
+            AttentionKind(
+                Heads(each.num_kv_heads, max(1, heads // each.num_kv_heads), each.key_dim, each.value_dim, self.dtype),
+                self.block_size, has_window=False, has_softcap=softcap, sinks=None,
+            )
+            for each in self.shapes.values()
+        )  # fmt: skip
 
 
 @dataclass(slots=True)

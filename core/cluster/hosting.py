@@ -16,7 +16,7 @@ from core.cluster.guest_calls import FarDevice, GuestCalls
 from core.cluster.guests import GuestForm, Guests
 from core.cluster.hosted_stage import HostedStage, Outlet, ToMaster, ToNextStage
 from core.cluster.kept_blocks import KeptBlocks, StageParts
-from core.cluster.lending_messages import AddGuest, AddRegion, Borrow, DropRegion
+from core.cluster.lending_messages import AddGuest, AddRegion, Borrow, DropRegion, ExpectGuests
 from core.cluster.messages import (
     Allocate,
     Allocated,
@@ -47,7 +47,7 @@ from core.devices.pressure import CardWatch
 from core.emulation import EmulatedStage, GuestTime
 from core.errors import CheckpointError, InvalidRequestError, NotFoundError
 from core.execution.attention.select import AttentionBackends
-from core.execution.attention.warm_up import warm_up_attention
+from core.execution.attention.warm_up import warm_up_attention, warm_up_lender
 from core.execution.stage import KVSetup, Stage
 from core.execution.threads import CpuThreads
 from core.grammars.compiler import Grammars
@@ -233,22 +233,30 @@ class StageHost:
 
     def add_guest(self, asked: AddGuest) -> None:
         """Raises `OutOfDeviceMemoryError`, with nothing kept, `CheckpointError` for a dtype that no model has."""
-        device = self._device(asked.device)
-        if asked.dtype not in DTYPES:
-            raise CheckpointError(f"{asked.dtype} is no dtype that models are served in.")
-        backends = self._lender_backends
-        if backends is None or backends[0] != asked.engine:
-            threads = CpuThreads(self._cpu_threads)
-            made = AttentionBackends(self._as_served(asked.engine, asked.dtype), threads)
-            backends = self._lender_backends = asked.engine, made
-        shapes = {each.layer: KVShape(each.kv_heads, each.key_dim, each.value_dim) for each in asked.layers}
-        form = GuestForm(shapes, asked.block_size, DTYPES[asked.dtype])
+        device, (form, backends) = self._device(asked.device), self._guest_form(asked)
         self.guests.add(
-            asked.guest, asked.region, asked.pages, device, self._ledgers[device.name], form, backends[1],
+            asked.guest, asked.region, asked.pages, device, self._ledgers[device.name], form, backends,
             self._transfer, self._guest_time.pace,
         )  # fmt: skip
         if device.name not in self._watched:
             self._watch_cards()
+
+    def expect_guests(self, asked: ExpectGuests) -> None:
+        """Raises `DeviceError` if a card refuses a kernel."""
+        form, backends = self._guest_form(asked)
+        for name in asked.devices:
+            warm_up_lender(self._device(name), form.kinds(asked.heads, softcap=asked.softcap), backends)
+
+    def _guest_form(self, asked: AddGuest | ExpectGuests) -> tuple[GuestForm, AttentionBackends]:
+        """What guests have, and what attends for them."""
+        if asked.dtype not in DTYPES:
+            raise CheckpointError(f"{asked.dtype} is no dtype that models are served in.")
+        backends = self._lender_backends
+        if backends is None or backends[0] != asked.engine:
+            made = AttentionBackends(self._as_served(asked.engine, asked.dtype), CpuThreads(self._cpu_threads))
+            backends = self._lender_backends = asked.engine, made
+        shapes = {each.layer: KVShape(each.kv_heads, each.key_dim, each.value_dim) for each in asked.layers}
+        return GuestForm(shapes, asked.block_size, DTYPES[asked.dtype]), backends[1]
 
     def keep(self, asked: Keep) -> None:
         """Raises `OutOfDeviceMemoryError`, and `InvalidRequestError` for a stage without pages."""

@@ -53,6 +53,20 @@ class AddGuest(Message, frozen=True, tag=True):
     answer: ClassVar[type[Nothing]] = Nothing
 
 
+class ExpectGuests(Message, frozen=True, tag=True):
+    """Be ready to attend on `devices` for guests with such layers, whose stages have `heads` query heads and, with
+    `softcap`, bound their scores. Takes as long as kernels take to compile."""
+
+    devices: Annotated[tuple[Name, ...], msgspec.Meta(min_length=1, max_length=64)]
+    layers: Annotated[tuple[LayerPages, ...], msgspec.Meta(min_length=1, max_length=4096)]
+    heads: Annotated[int, msgspec.Meta(ge=1, le=0xFFFF)]
+    softcap: bool
+    block_size: Annotated[int, msgspec.Meta(ge=1, le=1024)]
+    dtype: Name
+    engine: dict[str, Any]
+    answer: ClassVar[type[Nothing]] = Nothing
+
+
 class DropGuest(Message, frozen=True, tag=True):
     """Give that memory back. Nothing in flight uses it, and one that is not there is none any more."""
 

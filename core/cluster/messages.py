@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, TypeAlias
 
 import msgspec
 
-from core.cluster.lending_messages import AddGuest, AddRegion, Borrow, DropGuest, DropRegion
+from core.cluster.lending_messages import AddGuest, AddRegion, Borrow, DropGuest, DropRegion, ExpectGuests
 from core.cluster.message_types import (
     MAX_CHUNK_BYTES,
     MAX_PAGE_BYTES,
@@ -344,6 +344,7 @@ Call: TypeAlias = (
     | Allocate
     | AddRegion
     | DropRegion
+    | ExpectGuests
     | AddGuest
     | DropGuest
     | Borrow

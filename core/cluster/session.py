@@ -16,7 +16,7 @@ from core.cluster.guests import GuestsEnd
 from core.cluster.hosted_stage import NodeEnd
 from core.cluster.hosting import StageHost
 from core.cluster.kept_blocks import BlocksEnd
-from core.cluster.lending_messages import AddGuest, AddRegion, Borrow, DropGuest, DropRegion
+from core.cluster.lending_messages import AddGuest, AddRegion, Borrow, DropGuest, DropRegion, ExpectGuests
 from core.cluster.message_types import Nothing
 from core.cluster.messages import (
     Allocate,
@@ -254,6 +254,8 @@ class Session:
             self._host.drop_region(request)
         elif isinstance(request, AddGuest):
             self._host.add_guest(request)
+        elif isinstance(request, ExpectGuests):
+            self._host.expect_guests(request)
         elif isinstance(request, DropGuest):
             self._host.guests.drop(request.guest, request.region)
         elif isinstance(request, Borrow):

@@ -95,6 +95,7 @@ def open_kv(
     far = None
     if cluster is not None and lender_here is not None and plan.pooled.far:
         far = FarRegions(cluster, plan.architecture, block_size, settings.engine.model_dump(mode="json"), lender_here)
+        far.prepare(stages, plan.pooled.far, plan.devices)
     regions = Regions(stages, budgets, far)
 
     def lender(kv: KVCacheManager) -> KVOverflow | None:

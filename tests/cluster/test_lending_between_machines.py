@@ -6,7 +6,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import Mock
 
 import pytest
@@ -26,6 +26,7 @@ from core.costs import LinkProfile
 from core.engine.carrying import Carrier
 from core.engine.model_engine import ModelEngine
 from core.errors import InsufficientMemoryError, LinkLostError, OutOfDeviceMemoryError
+from core.execution.stage import Stage
 from core.inference_pipeline import InferencePipeline
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.lending.overflow import KVOverflow
@@ -154,6 +155,20 @@ def test_a_stage_borrows_from_another_machine_and_tokens_stay_the_same(
     borrows = overflow_of(engine).lending.stats().borrows
     assert {pair: count > 0 for pair, count in borrows.items()} == {(borrower, lender): True}
     assert max(attended) > OWN_TOKENS, "more than there is room for at home"
+
+
+@pytest.mark.parametrize(("way", "where"), [("master from worker", "hosting"), ("worker from master", "far_regions")])
+def test_lenders_are_ready_before_they_are_asked(
+    open_tight: Callable[..., InferencePipeline], way: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card compiles its kernels when the model is loaded, and not while streams wait."""
+    made_ready = Mock()
+    monkeypatch.setattr(f"core.cluster.{where}.warm_up_lender", made_ready)
+    engine = open_tight(way).engine
+    ((device, kinds, _),) = (call.args for call in made_ready.call_args_list)
+    assert device.name == "cpu" and len(kinds) == 1
+    if way == "master from worker":
+        assert kinds == cast(Stage, engine.stages[0]).attention_kinds()
 
 
 def hosted_by(worker: WorkerThread) -> StageHost:
