@@ -24,6 +24,8 @@ from core.network.link import Link
 ANSWER_S = 30.0
 """That an answer may take. Whoever is gone is noticed long before."""
 
+STALE = "what was asked for belongs to an epoch that is over"
+
 Answer = torch.Tensor | memoryview | Failure
 _NUMBERS = itertools.count(1)
 
@@ -93,12 +95,12 @@ class GuestCalls:
             self.link.wait_for(lambda: self._is_over(number, asked), self._changed, ANSWER_S)
         finally:
             with self._changed:
-                self._asked.pop(number, None)
+                is_stale = self._asked.pop(number, None) is None
                 error = self._error
         if asked.answer is None:
             if error is not None:
                 raise LinkLostError(error.message) from error
-            raise LinkLostError(f"{self.link.name}: no answer, or none that is of use any more")
+            raise LinkLostError(STALE if is_stale else f"{self.link.name}: no answer within {ANSWER_S:g} s")
         if isinstance(asked.answer, Failure):
             raise error_of(asked.answer)
         return asked.answer
@@ -220,7 +222,7 @@ class FarDevice:
         """A link that has ended is a device that is gone. In a new epoch, the stage's steps have failed elsewhere."""
         try:
             if self._calls.epoch != self._epoch:
-                raise LinkLostError("what is asked for belongs to an epoch that is over")
+                raise LinkLostError(STALE)
             return self._calls.ask(send, shape, most_bytes)
         except NetworkError as error:
             name = self._device.name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import Mock
@@ -22,7 +22,8 @@ from core.cluster.guests import Guest, Guests
 from core.cluster.hosting import StageHost
 from core.cluster.master import Master
 from core.cluster.measuring import ClusterProfiler
-from core.costs import LinkProfile
+from core.costs import DeviceProfile, LinkProfile
+from core.devices import Device
 from core.engine.carrying import Carrier
 from core.engine.model_engine import ModelEngine
 from core.errors import InsufficientMemoryError, LinkLostError, OutOfDeviceMemoryError
@@ -30,6 +31,7 @@ from core.execution.stage import Stage
 from core.inference_pipeline import InferencePipeline
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.lending.overflow import KVOverflow
+from core.models.architecture import Architecture
 from core.network.link import Link
 from core.network.tls import TlsConnection
 from core.request import SamplingParams
@@ -48,6 +50,18 @@ WAYS = {
     "worker from master": ("desk/cpu", "cpu"),
     "worker from worker": ("desk/cpu", "attic/cpu"),
 }
+
+
+def with_speeds(patch: pytest.MonkeyPatch, link: LinkProfile) -> None:
+    """Devices and network as if they had been measured so."""
+
+    def devices(
+        self: ClusterProfiler, found: Sequence[Device], architecture: Architecture
+    ) -> tuple[DeviceProfile, ...]:
+        return tuple(DeviceProfile(device.name, 1e9, ((1, 1e9),), layer_overhead_s=1e-3) for device in found)
+
+    patch.setattr(ClusterProfiler, "devices", devices)
+    patch.setattr(ClusterProfiler, "_between", lambda self, source, target: link)
 
 
 def prompts() -> list[list[int]]:
@@ -94,7 +108,7 @@ def open_tight(
     """The borrower has all layers, and room for `OWN_TOKENS` tokens; the lender has none."""
 
     def start(way: str = "master from worker", link: LinkProfile = QUICK, **options: Any) -> InferencePipeline:
-        monkeypatch.setattr(ClusterProfiler, "_between", lambda self, source, target: link)
+        with_speeds(monkeypatch, link)
         borrower, lender = WAYS[way]
         own = tight_devices(tiny[0], "4", [OWN_TOKENS])
         for name in (borrower, lender):
@@ -332,7 +346,7 @@ def test_two_stages_in_flight_borrow_from_one_machine(
     serve: Serve, add_worker: AddWorker, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, workers: dict[str, WorkerThread]
 ) -> None:
     """Each is a guest of its own there, and steps of two cohorts ask at the same time."""
-    monkeypatch.setattr(ClusterProfiler, "_between", lambda self, source, target: QUICK)
+    with_speeds(monkeypatch, QUICK)
     own = tight_devices(tiny[0], "2,2", [OWN_TOKENS, OWN_TOKENS]).split(",")
     add_worker("desk", own[1])
     workers["attic"] = add_worker("attic", "cpu=8MiB")
