@@ -36,23 +36,15 @@ from core.cluster.block_wire import ANSWER_BYTES, HEAD_BYTES, read_answer, read_
 from core.cluster.calls import CallEnd, Fault
 from core.cluster.failures import Failure, decode_failure, encode_failure
 from core.cluster.group_path import Has
+from core.cluster.guest_calls import GuestCalls
+from core.cluster.guest_wire import Pages, pages_head, query_head, read_query, read_site, site_tables
+from core.cluster.guest_wire import read_pages as read_guest_pages
+from core.cluster.guests import GuestForm, Guests, GuestsEnd
 from core.cluster.hosted_stage import NodeEnd
 from core.cluster.kept_blocks import BlocksEnd, KeptBlocks
-from core.cluster.messages import (
-    Ask,
-    Call,
-    Connect,
-    Epoch,
-    Keep,
-    Leave,
-    Lend,
-    Nothing,
-    Reach,
-    ReadFile,
-    Refuse,
-    Release,
-    Report,
-)
+from core.cluster.lending_messages import AddGuest, Borrow, DropGuest, ExpectGuests, LayerPages, WorkerPlace
+from core.cluster.message_types import Nothing
+from core.cluster.messages import Ask, Call, Connect, Epoch, Keep, Leave, Lend, Reach, ReadFile, Refuse, Release, Report
 from core.cluster.remote_stage import MasterEnd
 from core.cluster.stage_wire import read_results, read_step
 from core.config import LoggingSettings, Settings
@@ -60,10 +52,13 @@ from core.decoding import UNREADABLE
 from core.devices import DeviceBudget, host_device
 from core.devices.readings import DeviceReading
 from core.errors import NetworkError
+from core.execution.attention.metadata import AttentionSpec, build_site_batch
+from core.execution.attention.torch_paged import TorchPagedAttention
 from core.execution.codec import encode
 from core.execution.records import StepOutput
 from core.kv_cache.page_ops import PageCopy, StagePart
 from core.logs import configure_logging
+from core.models.architecture import KVShape
 from core.network.frames import HEADER_BYTES, Flag, Header, Opcode, checksum, read_header, write_header
 from core.network.greeting import answer, frame, greet
 from core.network.handshake import (
@@ -77,6 +72,7 @@ from core.network.handshake import (
     new_nonce,
 )
 from core.network.link import Link
+from core.transfer import TransferManager
 
 KEY, NODE = derive_key("only for this measurement"), "a" * 32
 STAGE = 1
@@ -87,7 +83,23 @@ LENDING = Settings.model_validate({"cluster": {"memory_bytes": 1024}})
 PATIENCE_S = 60.0
 _INTERESTING = (0, 1, 0x7F, 0x80, 0xFF)
 
+REGION = 1
+FORM = GuestForm({0: KVShape(2, 8, 8)}, 4, torch.float32)
+FORM_BYTES = 4 * 2 * 16 * 4
+"""Of a page."""
+ONE_KEY = build_site_batch(
+    [np.array([2], np.int32)], [np.array([0], np.int32)], [1], [1], np.array([0]), 4, torch.device("cpu")
+)
+
 Payload = tuple[Opcode, bytes, str, tuple[int, ...]]
+
+
+def one_guest() -> Guests:
+    """A lender with four pages of one layer."""
+    guests, device = Guests(), host_device(1 << 20)
+    backend = TorchPagedAttention()
+    guests.add(STAGE, REGION, 4, device, DeviceBudget(device), FORM, lambda device: backend, TransferManager())
+    return guests
 
 
 class Deaf:
@@ -112,7 +124,10 @@ def payloads() -> list[Payload]:
     """What frames have in use."""
     pack = msgspec.msgpack.encode
     calls = [Epoch(3), Release((1, 2)), Reach("b" * 32, "10.0.0.2", 5041), Connect(1, "desk/cpu", True, None, 0, False),
-             Refuse("no"), Keep(2, 1, 64), Lend(3)]  # fmt: skip
+             Refuse("no"), Keep(2, 1, 64), Lend(3), DropGuest(4, 1), Borrow(4, 1, 8, "desk/cpu", None),
+             Borrow(4, 1, 8, "desk/cpu", WorkerPlace("b" * 32, "10.0.0.2", 5041)),
+             AddGuest(4, 1, "cpu", 8, (LayerPages(0, 2, 8, 8),), 4, "float32", {}),
+             ExpectGuests(("cpu",), (LayerPages(0, 2, 8, 8),), 4, False, 4, "float32", {})]  # fmt: skip
     asked = [ReadFile("c" * 32, "model.safetensors", 0, 1 << 20), Leave()]
     part = encode(StagePart((PageCopy((0, 1), (0, 2)),), np.array([[1, 0, 2]], np.int32)))
     output = encode(StepOutput(step=1))
@@ -130,6 +145,11 @@ def payloads() -> list[Payload]:
         (Opcode.KV_PAGES, bytes(HEAD_BYTES + 64), "bytes", ()),
         (Opcode.KV_WANTED, bytes(HEAD_BYTES), "bytes", ()),
         (Opcode.KV_ANSWER, bytes(ANSWER_BYTES), "bytes", ()),
+        (Opcode.KV_PAGES, pages_head(Pages(REGION, (0, 3), ())) + bytes(2 * FORM_BYTES), "bytes", ()),
+        (Opcode.KV_WANTED, pages_head(Pages(REGION, (1,), (0,))), "bytes", ()),
+        (Opcode.SITE, site_tables(((REGION, ONE_KEY),)), "bytes", ()),
+        (Opcode.QUERY, query_head(1, 0, torch.zeros(1, 2, 8), AttentionSpec(1.0)) + bytes(64), "bytes", ()),
+        (Opcode.PARTIAL, bytes(72), "float32", (1, 2, 9)),
         (Opcode.HEARTBEAT, b"", "bytes", ()),
         (Opcode.CREDIT, b"", "bytes", ()),
         (Opcode.BYE, b"bye", "bytes", ()),
@@ -200,6 +220,9 @@ def decoders() -> dict[str, Callable[[bytes], Any]]:
         "blocks": lambda data: read_pages(memoryview(data)),
         "wanted blocks": lambda data: read_wanted(memoryview(data)),
         "answers of blocks": lambda data: read_answer(memoryview(data)),
+        "pages of guests": lambda data: read_guest_pages(memoryview(data)),
+        "sites": lambda data: read_site(memoryview(data)),
+        "queries": lambda data: read_query(memoryview(bytearray(data))),
     }
     greetings: tuple[Any, ...] = (Hello, Challenge, Proof, Refused)
     for kind in greetings:
@@ -221,7 +244,7 @@ def over_links(stream: bytes, dice: random.Random) -> str | None:
         over.set()
 
     stage: Any = Deaf()
-    kind = dice.randrange(5)
+    kind = dice.randrange(7)
     handler: Any
     if kind == 0:
         handler = CallEnd(Call, lambda call: Nothing(), lost, "fuzz", lambda report: None)
@@ -231,6 +254,10 @@ def over_links(stream: bytes, dice: random.Random) -> str | None:
         kept = KeptBlocks(LENDING, DeviceBudget(host_device()), has_cards=False)
         kept.lend(STAGE)
         handler = BlocksEnd(kept.memories, lost)
+    elif kind == 5:
+        handler = GuestsEnd(one_guest(), lost)
+    elif kind == 6:
+        handler = GuestCalls(lost)
     else:
         handler = MasterEnd({STAGE: stage}) if kind == 1 else NodeEnd({STAGE: stage}, lost)
         if kind == 1:

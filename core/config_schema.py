@@ -228,6 +228,12 @@ class LendingSettings(Section):
         flag="lending-host-bytes",
         ge=0,
     )
+    between_machines: bool = setting(
+        True,
+        "Devices also lend to stages on other machines of a cluster, where attention over the network costs less than "
+        "fetching KV or computing it again.",
+        flag="lending-between-machines",
+    )
     extent_blocks: int = setting(
         32, "Blocks that are borrowed and given back together.", flag="lending-extent-blocks", ge=1, le=65536
     )

@@ -6,7 +6,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from core.cluster.messages import MAX_CHUNK_BYTES, Chunk, FileRef, ModelRef, ReadFile
+from core.cluster.message_types import MAX_CHUNK_BYTES
+from core.cluster.messages import Chunk, FileRef, ModelRef, ReadFile
 from core.defaults import DEMO_NAME
 from core.devices import format_bytes
 from core.errors import CheckpointError, NotFoundError, VRAMancerError

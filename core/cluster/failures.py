@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from core.decoding import UNREADABLE
+from core.devices import machine_of
 from core.devices.exhaustion import is_out_of_memory
 from core.errors import DeviceLostError, OutOfDeviceMemoryError, PageMoveError, ProtocolError, StepFailedError
 
@@ -23,12 +24,14 @@ class Failure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def failure_of(error: BaseException, device: str) -> Failure:
-    """What to tell other nodes of an error; `device` is where it happened, by the name that the cluster has for it."""
+    """What to tell other nodes of an error; `device` is where it happened, by the name that the cluster has for it. A
+    device of another machine that is lost is told by its own."""
     kind: Kind = "failed"
     if isinstance(error, PageMoveError):
         kind = "pages"
     elif isinstance(error, DeviceLostError):
         kind = "device_lost"
+        device = error.device if machine_of(error.device) else device
     elif isinstance(error, OutOfDeviceMemoryError) or is_out_of_memory(error):
         kind = "out_of_memory"
     return Failure(kind, (str(error) or type(error).__name__)[:_LONGEST], device)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -11,16 +12,17 @@ import torch
 
 from core.cluster.checkpoints import Ask, CheckpointStore
 from core.cluster.group_path import Way
+from core.cluster.guest_calls import FarDevice, GuestCalls
+from core.cluster.guests import GuestForm, Guests
 from core.cluster.hosted_stage import HostedStage, Outlet, ToMaster, ToNextStage
 from core.cluster.kept_blocks import KeptBlocks, StageParts
+from core.cluster.lending_messages import AddGuest, AddRegion, Borrow, DropRegion, ExpectGuests
 from core.cluster.messages import (
-    AddRegion,
     Allocate,
     Allocated,
     Connect,
     CopyPages,
     DeviceInfo,
-    DropRegion,
     Keep,
     Load,
     Loaded,
@@ -45,14 +47,14 @@ from core.devices.pressure import CardWatch
 from core.emulation import EmulatedStage, GuestTime
 from core.errors import CheckpointError, InvalidRequestError, NotFoundError
 from core.execution.attention.select import AttentionBackends
-from core.execution.attention.warm_up import warm_up_attention
+from core.execution.attention.warm_up import warm_up_attention, warm_up_lender
 from core.execution.stage import KVSetup, Stage
 from core.execution.threads import CpuThreads
 from core.grammars.compiler import Grammars
 from core.grammars.vocabulary import Vocabulary
 from core.kv_cache.paged_kv_cache import PagedKVCache
 from core.logs import get_logger
-from core.models.architecture import DTYPES, Architecture, read_architecture
+from core.models.architecture import DTYPES, Architecture, KVShape, read_architecture
 from core.models.stage_model import StageSlice
 from core.profiling.link_profiler import LinkProfiler
 from core.profiling.profiler import LayerProfiler
@@ -67,13 +69,15 @@ WORKSPACE = "workspace"
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """A stage and what belongs to it. `budget` is its part of its device's ledger."""
+    """A stage and what belongs to it. `budget` is its part of its device's ledger, `far` are devices of other machines
+    that lend to it."""
 
     stage: Stage
     budget: DeviceBudget
     backends: AttentionBackends
     device: Device
     parts: StageParts
+    far: dict[str, FarDevice] = field(default_factory=dict)
 
 
 def _same(vocabulary: Vocabulary) -> Vocabulary:
@@ -91,7 +95,7 @@ class StageHost:
     """See the module. `hosted` has the stages that are connected, by number, for the links' ends.
 
     `main` is the ledger of main memory; `way_to` gives the link and the path to a node that was reached before, or
-    (None) to the master. Called in one thread, but for `add_region` and `drop_region`, which have another.
+    (None) to the master. Called in one thread, but for regions, guests and what is borrowed, which have another.
     """
 
     def __init__(
@@ -104,6 +108,9 @@ class StageHost:
         self._devices = {device.name: device for device in devices}
         self._ledgers = {device.name: DeviceBudget(device) for device in devices}
         self._main = main
+        self._watched: frozenset[str] = frozenset()
+        self._lenders: tuple[Device, ...] = ()
+        self._watching = threading.Lock()
         self._watch = CardWatch((), self._ledgers, PagedKVCache.LENT)
         self._unwatched = ""
         self._transfer = transfer
@@ -111,7 +118,9 @@ class StageHost:
         self._ask = ask
         self._checkpoints = CheckpointStore(settings.runtime.cache_dir)
         self._placed: dict[int, _Placed] = {}
-        self._guests = GuestTime()
+        self._guest_time = GuestTime()
+        self.guests = Guests()
+        self._lender_backends: tuple[dict[str, Any], AttentionBackends] | None = None
         self._cpu_threads = settings.devices.cpu_threads or torch.get_num_threads()
 
     # -- calls ------------------------------------------------------------------------------------------------------
@@ -170,7 +179,7 @@ class StageHost:
             link = asked.host_link or FREE_LINK
             timer = StageTimer(asked.costs, asked.profile, asked.first, asked.last, asked.streamed, link)
         if device.is_emulated:
-            return EmulatedStage(architecture, part, device, budget, timer, guests=self._guests)
+            return EmulatedStage(architecture, part, device, budget, timer, guests=self._guest_time)
         return Stage(architecture, part, device, budget, timer)
 
     def allocate(self, asked: Allocate) -> Allocated:
@@ -183,11 +192,18 @@ class StageHost:
         placed.stage.allocate_kv(asked.pages, setup)
         lenders = [self._device(name) for name in asked.lenders]
         warm_up_attention([(placed.device, placed.stage.attention_kinds())], lenders, placed.backends)
-        watched = {each.device.name: each.device for each in self._placed.values()}
-        watched |= {lender.name: lender for lender in lenders}  # no others: looking at a card takes some of its memory
-        self._watch = CardWatch(tuple(watched.values()), self._ledgers, PagedKVCache.LENT)
+        self._watch_cards(lenders)
         assert placed.stage.kv is not None
         return Allocated(placed.stage.kv.page_bytes, placed.backends(placed.device).name, keeps_bytes)
+
+    def _watch_cards(self, lenders: Sequence[Device] | None = None) -> None:
+        """Those in use, and no others: looking at a card takes some of its memory."""
+        with self._watching:
+            self._lenders = tuple(lenders) if lenders is not None else self._lenders
+            used = (*(each.device for each in list(self._placed.values())), *self._lenders, *self.guests.devices())
+            devices = {device.name: device for device in used}
+            self._watched = frozenset(devices)
+            self._watch = CardWatch(tuple(devices.values()), self._ledgers, PagedKVCache.LENT)
 
     def add_region(self, asked: AddRegion) -> None:
         """Raises `OutOfDeviceMemoryError`, with nothing kept, and `InvalidRequestError` for a stage without pages."""
@@ -202,6 +218,45 @@ class StageHost:
         kv = self._pages(asked.stage)
         if asked.region in kv.regions:
             kv.drop_region(asked.region)
+
+    def borrow(self, asked: Borrow, calls: GuestCalls) -> None:
+        """Over the link that `calls` is an end of. Raises `InvalidRequestError` for a stage without pages."""
+        placed, kv = self._stage(asked.stage), self._pages(asked.stage)
+        far = placed.far.get(asked.lender)
+        if far is None or far.is_over:
+            shapes = {layer: placed.stage.architecture.kv_shapes[layer] for layer in kv.layer_bytes}
+            far = FarDevice(calls, asked.stage, asked.lender, shapes, kv.block_size, kv.dtype)
+            placed.far[asked.lender] = far
+        if asked.region in kv.regions:
+            kv.drop_region(asked.region)
+        placed.stage.borrow_far(asked.region, asked.pages, far)
+
+    def add_guest(self, asked: AddGuest) -> None:
+        """Raises `OutOfDeviceMemoryError`, with nothing kept, `CheckpointError` for a dtype that no model has."""
+        device, (form, backends) = self._device(asked.device), self._guest_form(asked)
+        self.guests.add(
+            asked.guest, asked.region, asked.pages, device, self._ledgers[device.name], form, backends,
+            self._transfer, self._guest_time.pace,
+        )  # fmt: skip
+        if device.name not in self._watched:
+            self._watch_cards()
+
+    def expect_guests(self, asked: ExpectGuests) -> None:
+        """Raises `DeviceError` if a card refuses a kernel."""
+        form, backends = self._guest_form(asked)
+        for name in asked.devices:
+            warm_up_lender(self._device(name), form.kinds(asked.heads, softcap=asked.softcap), backends)
+
+    def _guest_form(self, asked: AddGuest | ExpectGuests) -> tuple[GuestForm, AttentionBackends]:
+        """What guests have, and what attends for them."""
+        if asked.dtype not in DTYPES:
+            raise CheckpointError(f"{asked.dtype} is no dtype that models are served in.")
+        backends = self._lender_backends
+        if backends is None or backends[0] != asked.engine:
+            made = AttentionBackends(self._as_served(asked.engine, asked.dtype), CpuThreads(self._cpu_threads))
+            backends = self._lender_backends = asked.engine, made
+        shapes = {each.layer: KVShape(each.kv_heads, each.key_dim, each.value_dim) for each in asked.layers}
+        return GuestForm(shapes, asked.block_size, DTYPES[asked.dtype]), backends[1]
 
     def keep(self, asked: Keep) -> None:
         """Raises `OutOfDeviceMemoryError`, and `InvalidRequestError` for a stage without pages."""
@@ -270,6 +325,7 @@ class StageHost:
         """Free everything: there is no master any more."""
         for number in list(self._placed):
             self._free(number)
+        self.guests.close()
         self.blocks.close()
 
     def uses(self) -> tuple[StageUse, ...]:

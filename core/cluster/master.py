@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import threading
 import time
 import uuid
@@ -10,16 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from core.cluster.guest_calls import GuestCalls
+from core.cluster.guests import Guests
 from core.cluster.messages import Epoch
 from core.cluster.node import Node, SharedCheckpoints
 from core.cluster.remote_stage import RecordEncoder
 from core.config import ClusterSettings
 from core.devices import Device
 from core.devices.readings import DeviceReading
-from core.errors import ClusterRefusedError, DeviceLostError, NetworkError, VRAMancerError
+from core.errors import ClusterRefusedError, DeviceLostError, LinkLostError, NetworkError, VRAMancerError
 from core.logs import get_logger
 from core.network.certificates import new_identity
 from core.network.connection import Connection
+from core.network.greeting import GREETING_S, introduce
 from core.network.handshake import Hello
 from core.network.listener import Listener
 from core.network.traffic import LinkStats
@@ -72,6 +76,8 @@ class Master:
         self.node, self.name, self.version = uuid.uuid4().hex, name, version
         self.checkpoints = SharedCheckpoints()
         self.encoder = RecordEncoder()
+        self.guests = Guests()
+        """What devices here hold for stages of nodes."""
         self.on_change: list[Callable[[Change, Node], None]] = []
         self._settings = settings
         self._lock = threading.Lock()
@@ -82,10 +88,10 @@ class Master:
         self._stage_numbers = itertools.cycle(range(1, 0x10000))
         self._epoch = 0
         self._threads: list[threading.Thread] = []
+        self._key, self._identity = key, new_identity() if settings.tls else None
         self._listener = Listener(
-            host, settings.port, key, self.node, self._welcomed, self._admit, self._refused,
-            new_identity() if settings.tls else None,
-        )  # fmt: skip
+            host, settings.port, key, self.node, self._welcomed, self._admit, self._refused, self._identity
+        )
         self._watch = Watch(settings.silence_s)
         self._advertiser: Advertiser | None = None
         self._closing = threading.Event()
@@ -209,6 +215,22 @@ class Master:
     def _staying(self) -> list[Node]:
         return [node for node in self.nodes if not node.leaving]
 
+    def borrow_from(self, node: Node) -> GuestCalls:
+        """What a node's devices hold for stages here is reached so. Raises `LinkLostError`."""
+        return node.borrow_from(self._connect)
+
+    def _connect(self, host: str, port: int) -> Connection:
+        """To a worker, which listens for others that borrow from it."""
+        try:
+            sock = socket.create_connection((host, port), timeout=GREETING_S, source_address=(self._listener.host, 0))
+        except OSError as error:
+            raise LinkLostError(f"{host}:{port} cannot be reached: {error.strerror or error}") from error
+        try:
+            return introduce(sock, self._key, self.node, "guests", self._identity)
+        except BaseException:
+            sock.close()
+            raise
+
     def new_stage(self) -> int:
         """A number that no stage of this master has had for a long time."""
         with self._lock:
@@ -228,7 +250,7 @@ class Master:
     def _tell_epoch(self, node: Node, epoch: int) -> None:
         try:
             node.call(Epoch(epoch))
-            node.data.epoch = epoch
+            node.begin_epoch(epoch)
         except VRAMancerError as error:
             logger.warning("a node does not hear of a new epoch", node=node.name, reason=error.message)
 
@@ -237,11 +259,23 @@ class Master:
     async def _admit(self, hello: Hello, address: str) -> None:
         if hello.kind == "probe":
             raise ClusterRefusedError("nothing is measured by connecting")
+        if hello.kind == "guests":
+            if hello.node not in self._nodes:
+                raise ClusterRefusedError("only nodes of the cluster are lent memory")
+            return
         if len(self._nodes) >= MAX_NODES:
             raise ClusterRefusedError(f"the cluster has {MAX_NODES} nodes already")
 
     def _welcomed(self, sock: Connection, hello: Hello, address: str) -> None:
-        """In the listener's loop. A worker is complete with all its connections."""
+        """In the listener's loop. A worker is complete with all its connections, but for what it borrows later."""
+        if hello.kind == "guests":
+            with self._lock:
+                node = self._nodes.get(hello.node)
+            if node is None:
+                sock.close()
+            else:
+                node.lend_to(sock, self.guests)
+            return
         now_s = time.monotonic()
         with self._lock:
             for old in [name for name, each in self._pending.items() if now_s - each.since_s > _PENDING_S]:
@@ -330,7 +364,7 @@ class Master:
                 told_of = self._changes
                 self._tell("leaving", node)
                 told_s = time.monotonic()
-            if not node.remotes and not node.kept:
+            if not node.remotes and not node.kept and not node.lends:
                 node.close("nothing of it is in use")
                 return
             self._closing.wait(_LOOK_S)

@@ -10,43 +10,30 @@ from typing import Annotated, Any, ClassVar, TypeAlias
 
 import msgspec
 
+from core.cluster.lending_messages import AddGuest, AddRegion, Borrow, DropGuest, DropRegion, ExpectGuests
+from core.cluster.message_types import (
+    MAX_CHUNK_BYTES,
+    MAX_PAGE_BYTES,
+    Bytes,
+    DeviceName,
+    Digest,
+    FileName,
+    Layers,
+    Message,
+    Name,
+    NodeId,
+    NodeName,
+    Nothing,
+    Number,
+    PageNumbers,
+    Place,
+    Seconds,
+    Text,
+)
 from core.costs import DeviceProfile, LayerCosts, LinkProfile
 from core.devices.device import DeviceKind
 from core.devices.readings import DeviceReading
 from core.grammars.vocabulary import Vocabulary
-
-Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024)]
-Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
-Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
-Bytes: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
-Digest: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
-NodeId: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
-FileName: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}$")]
-Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0.0)]
-
-Layers: TypeAlias = Annotated[tuple[Number, ...], msgspec.Meta(min_length=1, max_length=4096)]
-PageNumbers: TypeAlias = Annotated[tuple[Bytes, ...], msgspec.Meta(min_length=1, max_length=1 << 20)]
-Region: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=0x7FFF)]
-"""Memory that another device lends a stage."""
-Place: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=0x7FFF)]
-"""A region, or 0: the stage's own device."""
-MAX_PAGE_BYTES = 15 << 20
-"""Of a message, which has other fields beside."""
-MAX_CHUNK_BYTES = 1 << 20
-"""Of a file at once: a sign of life has to come between two, also on a slow network."""
-
-
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of either side."""
-
-
-class Nothing(Message, frozen=True):
-    """The answer to what only has to be done."""
-
-
-NodeName: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]{0,62}$")]
-DeviceName: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9.:#_-]{0,63}$")]
-"""Both stand in specifications of devices, and on people's screens."""
 
 
 class DeviceInfo(Message, frozen=True):
@@ -218,25 +205,6 @@ class Allocate(Message, frozen=True, tag=True):
     answer: ClassVar[type[Allocated]] = Allocated
 
 
-class AddRegion(Message, frozen=True, tag=True):
-    """Have memory of `device`, another one of the node or its main memory ("host"), for so many pages of a stage. A
-    region of this number that is there already goes: the master has not heard of it."""
-
-    stage: Number
-    region: Region
-    device: Name
-    pages: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
-    answer: ClassVar[type[Nothing]] = Nothing
-
-
-class DropRegion(Message, frozen=True, tag=True):
-    """Give that memory back. Nothing in flight uses it, and one that is not there is none any more."""
-
-    stage: Number
-    region: Region
-    answer: ClassVar[type[Nothing]] = Nothing
-
-
 class Connect(Message, frozen=True, tag=True):
     """Where a stage's results go: to stage `next` on `node`, of which `Reach` has made a link, or, with `node` None, to
     the master; `feeds`: as hidden states for a stage there. The stage's device is `called` so in the cluster."""
@@ -376,6 +344,10 @@ Call: TypeAlias = (
     | Allocate
     | AddRegion
     | DropRegion
+    | ExpectGuests
+    | AddGuest
+    | DropGuest
+    | Borrow
     | Connect
     | Keep
     | Lend

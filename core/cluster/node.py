@@ -14,6 +14,9 @@ from core.cluster.block_calls import BlockCalls
 from core.cluster.calls import CALL_S, CallEnd
 from core.cluster.checkpoints import read_chunk
 from core.cluster.group_path import GroupPath, Means, means_for
+from core.cluster.guest_calls import GuestCalls
+from core.cluster.guests import Guests, GuestsEnd
+from core.cluster.message_types import Nothing
 from core.cluster.messages import (
     Ask,
     Chunk,
@@ -21,7 +24,6 @@ from core.cluster.messages import (
     FileRef,
     Leave,
     NodeInfo,
-    Nothing,
     Reach,
     ReadFile,
     Refuse,
@@ -90,6 +92,11 @@ class Node:
         self.remotes: dict[int, RemoteStage] = {}
         self.kept: set[int] = set()
         """Memories there that an engine counts on: parts of its blocks."""
+        self.lends: set[tuple[int, int]] = set()
+        """Guests there, with their regions."""
+        self._guest_links: list[Link] = []
+        self._borrowed: GuestCalls | None = None
+        self._borrowing = threading.Lock()
         self.lost: NetworkError | None = None
         self.leaving = False
         self.speed = LinkSpeed(0.0, 0.0)
@@ -140,7 +147,7 @@ class Node:
 
     @property
     def _links(self) -> tuple[Link, ...]:
-        return self.control, self.data, self._blocks
+        return self.control, self.data, self._blocks, *self._guest_links
 
     @property
     def is_alive(self) -> bool:
@@ -215,6 +222,38 @@ class Node:
             found = self.call(Reach(other.id, other.address, other.info.port))
             self.reached[other.id] = LinkSpeed(found.latency_s, found.bandwidth_bytes_s)
         return self.reached[other.id]
+
+    def lend_to(self, sock: Connection, guests: Guests) -> None:
+        """It has connected, to use what devices here hold for its stages. Does not wait."""
+        end = GuestsEnd(guests, self._other_lost)
+        link = Link(sock, 0, self.number, end, name=f"guests of {self.name}", heartbeat_s=HEARTBEAT_S)
+        end.attach(link)
+        self._add_guest_link(link)
+
+    def borrow_from(self, connect: Callable[[str, int], Connection]) -> GuestCalls:
+        """The link by which stages here use what its devices hold for them. Raises `LinkLostError`."""
+        with self._borrowing:
+            if self._borrowed is None:
+                calls = GuestCalls(self._other_lost)
+                sock = connect(self.address, self.info.port)
+                calls.attach(Link(sock, 0, self.number, calls, name=f"lender {self.name}"))
+                self._add_guest_link(calls.link)
+                self._borrowed = calls
+            return self._borrowed
+
+    def _add_guest_link(self, link: Link) -> None:
+        link.epoch = self.data.epoch
+        self._guest_links = [*self._guest_links, link]
+        link.start()
+        if self.lost is not None:  # before it could be told
+            link.close(self.lost.message)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """On all links that steps use."""
+        for link in (self.data, *self._guest_links):
+            link.epoch = epoch
+        if self._borrowed is not None:
+            self._borrowed.begin_epoch(epoch)
 
     def close(self, reason: str = "") -> None:
         """Not in one of its links' threads."""

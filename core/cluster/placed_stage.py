@@ -10,19 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from core.cluster.checkpoints import model_ref
+from core.cluster.lending_messages import AddRegion, DropRegion
 from core.cluster.master import Master
-from core.cluster.messages import (
-    AddRegion,
-    Allocate,
-    Connect,
-    CopyPages,
-    DropRegion,
-    Load,
-    ModelRef,
-    ReadPages,
-    Release,
-    WritePages,
-)
+from core.cluster.messages import Allocate, Connect, CopyPages, Load, ModelRef, ReadPages, Release, WritePages
 from core.cluster.node import Node
 from core.cluster.remote_stage import RemoteStage
 from core.config import Settings

@@ -11,17 +11,19 @@ import msgspec
 
 from core.cluster.calls import CallEnd
 from core.cluster.group_path import Way, means_for
+from core.cluster.guest_calls import GuestCalls
+from core.cluster.guests import GuestsEnd
 from core.cluster.hosted_stage import NodeEnd
 from core.cluster.hosting import StageHost
 from core.cluster.kept_blocks import BlocksEnd
+from core.cluster.lending_messages import AddGuest, AddRegion, Borrow, DropGuest, DropRegion, ExpectGuests
+from core.cluster.message_types import Nothing
 from core.cluster.messages import (
-    AddRegion,
     Allocate,
     Call,
     Chunk,
     Connect,
     CopyPages,
-    DropRegion,
     Epoch,
     Keep,
     Leave,
@@ -30,7 +32,6 @@ from core.cluster.messages import (
     Measure,
     MeasurePaths,
     NodeInfo,
-    Nothing,
     Reach,
     Reached,
     ReadFile,
@@ -56,6 +57,10 @@ REPORT_S = 1.0
 """Between two reports on how this node is."""
 UNHEARD_S = 3.0
 """After which a master that has begun no new epoch has not noticed that a link between two workers is gone."""
+
+
+_URGENT = (AddRegion, DropRegion, AddGuest, DropGuest, Borrow)
+"""Calls that streams wait for."""
 
 
 class Home(Protocol):
@@ -84,14 +89,17 @@ class Session:
         self.reason = ""
         self.refused: str | None = None
         self._worker = worker
+        self._master_at = host, port
         self._lock = threading.Lock()
         self._number = 0
         self._epoch = 0
         self._out: dict[str, tuple[Link, NodeEnd]] = {}
         self._in: list[tuple[Link, NodeEnd]] = []
+        self._lent: list[Link] = []
+        self._borrowed: dict[str | None, GuestCalls] = {}
         self._timers: list[threading.Timer] = []
         self._closed = False
-        self._calls = CallEnd(Call, self._serve, self._lost, "master", urgent=(AddRegion, DropRegion))
+        self._calls = CallEnd(Call, self._serve, self._lost, "master", urgent=_URGENT)
         self._host = worker.host(self._way_to, self._ask)
         with contextlib.ExitStack() as opened:
             control = opened.enter_context(contextlib.closing(worker.connect(host, port, "control")))
@@ -117,8 +125,11 @@ class Session:
         self._worker.watch(self._control)
         self._reporting.start()
 
-    def take(self, sock: Connection, node: str) -> None:
-        """Another worker has connected. Does not wait."""
+    def take(self, sock: Connection, node: str, kind: LinkKind) -> None:
+        """Another worker has connected, or the master to borrow. Does not wait."""
+        if kind == "guests":
+            self._lend(sock, node)
+            return
         end = NodeEnd(self._host.hosted, _note_lost, means_for(sock))
         link = Link(
             sock, self._number, 0, end, name=f"node {node[:8]}", heartbeat_s=HEARTBEAT_S, new_agent=agent_for(sock)
@@ -127,6 +138,16 @@ class Session:
         end.attach(link)
         with self._lock:
             self._in.append((link, end))
+        link.start()
+
+    def _lend(self, sock: Connection, node: str) -> None:
+        """To whoever has connected."""
+        end = GuestsEnd(self._host.guests, _note_lost)
+        link = Link(sock, self._number, 0, end, name=f"guests of {node[:8]}", heartbeat_s=HEARTBEAT_S)
+        link.epoch = self._epoch
+        end.attach(link)
+        with self._lock:
+            self._lent.append(link)
         link.start()
 
     def leave(self, reason: str) -> None:
@@ -145,11 +166,12 @@ class Session:
         """Once it has ended: free the stages, close the links."""
         with self._lock:
             others = [*self._in, *self._out.values()]
+            guests = [*self._lent, *(calls.link for calls in self._borrowed.values())]
             self._closed, timers = True, self._timers
         for timer in timers:
             timer.cancel()
             timer.join()
-        for link in (self._control, self._data, self._blocks, *(link for link, _ in others)):
+        for link in (self._control, self._data, self._blocks, *guests, *(link for link, _ in others)):
             link.close(self.reason)
         for end in (self._end, *(end for _, end in others)):
             end.path.close()
@@ -203,7 +225,7 @@ class Session:
     def _ask(self, asked: ReadFile) -> Chunk:
         return self._calls.call(asked, Chunk)
 
-    # -- calls, one after the other, but for regions: streams wait for those ------------------------------------------
+    # -- calls, one after the other, but for lent memory: streams wait for that --------------------------------------
 
     def _serve(self, request: msgspec.Struct) -> msgspec.Struct:
         if isinstance(request, Welcome):
@@ -230,6 +252,14 @@ class Session:
             self._host.add_region(request)
         elif isinstance(request, DropRegion):
             self._host.drop_region(request)
+        elif isinstance(request, AddGuest):
+            self._host.add_guest(request)
+        elif isinstance(request, ExpectGuests):
+            self._host.expect_guests(request)
+        elif isinstance(request, DropGuest):
+            self._host.guests.drop(request.guest, request.region)
+        elif isinstance(request, Borrow):
+            self._host.borrow(request, self._borrow_from(request))
         elif isinstance(request, Keep):
             self._host.keep(request)
         elif isinstance(request, Lend):
@@ -268,12 +298,43 @@ class Session:
         speed = end.echo.measure()
         return Reached(speed.latency_s, speed.bandwidth_bytes_s)
 
+    def _borrow_from(self, asked: Borrow) -> GuestCalls:
+        """A link to whoever lends, which may be there already. Raises `LinkLostError`."""
+        node = asked.at.node if asked.at is not None else None
+        host, port = (asked.at.host, asked.at.port) if asked.at is not None else self._master_at
+        with self._lock:
+            calls = self._borrowed.get(node)
+        if calls is not None and calls.link.error is not None:
+            calls.link.close()
+            calls = None
+        if calls is None:
+            try:
+                sock = self._worker.connect(host, port, "guests")
+            except OSError as error:
+                raise LinkLostError(f"{host}:{port} cannot be reached: {error.strerror or error}") from error
+            calls = GuestCalls(self._other_lost if node is None else _note_lost)
+            link = Link(sock, self._number, 0, calls, name=f"lender {(node or 'master')[:8]}")
+            calls.attach(link)
+            with self._lock:
+                link.epoch = self._epoch
+                self._borrowed[node] = calls
+            link.start()
+            self._worker.watch(link)
+        return calls
+
     def _set_epoch(self, epoch: int) -> None:
         with self._lock:
             self._epoch = epoch
-            links = [self._data, *(link for link, _ in (*self._in, *self._out.values()))]
+            links = [self._data, *self._lent, *(link for link, _ in (*self._in, *self._out.values()))]
+            borrowed = list(self._borrowed.values())
+            ended = [link for link in self._lent if link.error is not None]
+            self._lent = [link for link in self._lent if link.error is None]
         for link in links:
             link.epoch = epoch
+        for link in ended:
+            link.close()
+        for calls in borrowed:
+            calls.begin_epoch(epoch)
 
 
 def _note_lost(error: NetworkError) -> None:

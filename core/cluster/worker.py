@@ -197,15 +197,17 @@ class Worker:
             return
 
     async def _admit(self, hello: Hello, address: str) -> None:
-        if hello.kind != "data" or self._session is None:
-            raise ClusterRefusedError("this node is a worker: it takes what other workers compute, nothing else")
+        if hello.kind not in ("data", "guests") or self._session is None:
+            raise ClusterRefusedError(
+                "this node is a worker: it takes what other workers compute, and whom its master has it lend to"
+            )
 
     def _welcomed(self, sock: Connection, hello: Hello, address: str) -> None:
         session = self._session
         if session is None:
             sock.close()
         else:
-            session.take(sock, hello.node)
+            session.take(sock, hello.node, hello.kind)
 
     # -- for sessions -----------------------------------------------------------------------------------------------
 

@@ -177,6 +177,7 @@ class PlacementProblem:
         block_size: KV is counted in whole blocks of so many tokens; both bounds are rounded up.
         layers: by hand: a number for each device, 0 to leave it out; those without a number are left out.
         host_bytes: of main memory for layers that do not fit on the devices (see `core.placement.streaming`).
+        far_extent_blocks: blocks that devices lend those of other machines at once; 0: they lend to none.
         node_host_bytes: of that of other machines, by their name. A layer stays in the memory of the machine that
             computes it.
 
@@ -194,6 +195,7 @@ class PlacementProblem:
     max_kv_tokens: int = 2048
     block_size: int = 16
     layers: tuple[int, ...] | None = None
+    far_extent_blocks: int = 0
     host_bytes: int = 0
     node_host_bytes: Mapping[str, int] = field(default_factory=dict)
 

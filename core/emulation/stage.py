@@ -33,6 +33,13 @@ class GuestTime:
         with self._lock:
             self._seconds[device] += seconds
 
+    def pace(self, device: Device, nbytes: int, since_s: float) -> None:
+        """A device has read so many bytes for another one since then; returns when an emulated one would have."""
+        if device.speed is not None:
+            reading_s = nbytes / device.speed.bandwidth_bytes_s
+            self.add(device.name, reading_s)
+            wait_until(since_s + reading_s)
+
     def take(self, device: str) -> float:
         """What has been added since the last call: the device's own work is late by that."""
         with self._lock:

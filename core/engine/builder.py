@@ -13,6 +13,7 @@ from core.batching.intake import CircuitBreaker
 from core.batching.running import RunningSequences
 from core.batching.scheduler import Scheduler
 from core.batching.step import SchedulerLimits
+from core.cluster.far_regions import LenderHere
 from core.cluster.lent_memory import LentMemories
 from core.cluster.placed_stage import RemoteStages, StageOrder, connect_stages
 from core.config import Settings
@@ -108,10 +109,11 @@ class EngineBuilder:
         self.backends = AttentionBackends(settings, partial(getattr, self._threads, "current"))
         self._blocks = StepBlocks()
         self._grammars = grammars_of(plan, tokenizer)
+        self._guest_time = GuestTime()
         known = KnownSequences()  # what this process knows of sequences is shared
         self._make_stage: Callable[..., Stage] = partial(Stage, known=known)
         if any(device.is_emulated for device in plan.devices):  # all keep to what those take of each other's time
-            self._make_stage = partial(EmulatedStage, known=known, guests=GuestTime())
+            self._make_stage = partial(EmulatedStage, known=known, guests=self._guest_time)
         self.stages: dict[int, EngineStage] = {}
 
     def slice_of(self, index: int) -> StageSlice:
@@ -227,7 +229,8 @@ class EngineBuilder:
         salt = f"{model.path}:{weights}:{model.dtype}{f':{quantized.key}' if quantized else ''}".encode()
         running = RunningSequences()
         cluster = self._nodes.master if self._nodes is not None else None
-        memory = open_kv(plan, settings, stages, self.budgets, salt, self._blocks, running, cluster)
+        here = LenderHere(self.backends, self._transfer, self._guest_time.pace)
+        memory = open_kv(plan, settings, stages, self.budgets, salt, self._blocks, running, cluster, here)
         try:
             torch_threads = 1 if products_are_native(backends, plan, settings) else self._threads.together
             timed = settings.tracing.enabled

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from core.batching.running import RunningSequences
+from core.cluster.far_regions import FarRegions, LenderHere
 from core.cluster.master import Master
-from core.cluster.placed_stage import PlacedRemoteStage
 from core.config import Settings
 from core.costs.profile import DATASHEET_LINK
 from core.devices import HOST, Device, DeviceBudget, host_of, machine_of
 from core.devices.pressure import CardWatch
 from core.engine.block_tiers import BlockTiers
 from core.engine.model_plan import ModelPlan
+from core.engine.regions import Regions
 from core.engine.stages import EngineStage
 from core.kv_cache.manager import KVCacheManager
 from core.kv_cache.paged_kv_cache import PagedKVCache
@@ -53,6 +54,7 @@ class KVMemory:
     kv: KVCacheManager
     salt: bytes
     overflow: KVOverflow | None = None
+    regions: Regions | None = None
     below: BlockTiers = field(default_factory=BlockTiers)
 
     @property
@@ -63,6 +65,8 @@ class KVMemory:
         """The engine has ended and the stages' pages are free."""
         if self.overflow is not None:
             self.overflow.close()
+        if self.regions is not None:
+            self.regions.close()
         self.below.close()
         self.kv.disconnect()
 
@@ -70,10 +74,11 @@ class KVMemory:
 def open_kv(
     plan: ModelPlan, settings: Settings, stages: Sequence[EngineStage], budgets: Mapping[str, DeviceBudget],
     salt: bytes, blocks: StepBlocks, running: RunningSequences, cluster: Master | None = None,
+    lender_here: LenderHere | None = None,
 ) -> KVMemory:  # fmt: skip
     """The blocks of a model whose stages have allocated their local pages, and find in `blocks` what tiers keep.
     `budgets` has main memory's too; `running` is the list that the scheduler will keep; machines of the `cluster` may
-    have memory for blocks."""
+    have memory for blocks. With `lender_here` devices of this process attend for stages there."""
     block_size = settings.engine.block_size
     num_blocks = plan.pooled.tokens // block_size
     mapped = [
@@ -87,8 +92,14 @@ def open_kv(
         below.open(plan, settings, kv, budgets[HOST], blocks, stages, cluster)
         return below.tiers
 
+    far = None
+    if cluster is not None and lender_here is not None and plan.pooled.far:
+        far = FarRegions(cluster, plan.architecture, block_size, settings.engine.model_dump(mode="json"), lender_here)
+        far.prepare(stages, plan.pooled.far, plan.devices)
+    regions = Regions(stages, budgets, far)
+
     def lender(kv: KVCacheManager) -> KVOverflow | None:
-        return None if kv.pages.is_trivial else _open_overflow(plan, settings, stages, budgets, kv, cluster)
+        return None if kv.pages.is_trivial else _open_overflow(plan, settings, stages, budgets, kv, cluster, regions)
 
     try:
         kv = KVCacheManager(
@@ -99,12 +110,12 @@ def open_kv(
         below.close()
         raise
     assert kv.lender is None or isinstance(kv.lender, KVOverflow)
-    return KVMemory(kv, salt, kv.lender, below)
+    return KVMemory(kv, salt, kv.lender, regions, below)
 
 
 def _open_overflow(
     plan: ModelPlan, settings: Settings, stages: Sequence[EngineStage], budgets: Mapping[str, DeviceBudget],
-    kv: KVCacheManager, cluster: Master | None,
+    kv: KVCacheManager, cluster: Master | None, regions: Regions,
 ) -> KVOverflow:  # fmt: skip
     watch = DeviceWatch(plan.devices, stages, budgets, cluster)
     lending = VRAMLendingPool(
@@ -113,13 +124,14 @@ def _open_overflow(
         lend_ratio=settings.lending.lend_ratio,
         reclaim_threshold=settings.lending.reclaim_threshold,
         clock=time.monotonic,
+        far=plan.pooled.far,
     )
     page_bytes = tuple(stage.kv.page_bytes if stage.kv is not None else 0 for stage in stages)
     homecoming = Homecoming(kv, site_speeds(plan, stages), page_bytes) if plan.is_measured else None
     return KVOverflow(
         kv,
         lending,
-        Regions(stages, budgets),
+        regions,
         page_bytes,
         extent_blocks=settings.lending.extent_blocks,
         observe=watch.observe,
@@ -170,32 +182,6 @@ def _lenders(plan: ModelPlan, settings: Settings, budgets: Mapping[str, DeviceBu
         if lent > 0:
             found.append(GPUBudget(host, lent, lent, last_resort=True))
     return found
-
-
-class Regions:
-    """Allocates regions on the devices that lend them, or has a stage's node do so."""
-
-    def __init__(self, stages: Sequence[EngineStage], budgets: Mapping[str, DeviceBudget]) -> None:
-        self._stages = stages
-        self._budgets = budgets
-
-    def add(self, stage: int, region_id: int, device: str, pages: int) -> None:
-        """Raises `OutOfDeviceMemoryError`, with nothing kept."""
-        budget, placed = self._budgets[device], self._stages[stage]
-        if isinstance(placed, PlacedRemoteStage):
-            placed.add_region(region_id, pages, budget)
-        else:
-            assert placed.kv is not None
-            placed.kv.add_region(region_id, pages, budget.device, budget)
-
-    def drop(self, stage: int, region_id: int) -> None:
-        """Give a region's memory back."""
-        placed = self._stages[stage]
-        if isinstance(placed, PlacedRemoteStage):
-            placed.drop_region(region_id)
-        else:
-            assert placed.kv is not None
-            placed.kv.drop_region(region_id)
 
 
 class DeviceWatch:

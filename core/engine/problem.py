@@ -35,7 +35,8 @@ def make_problem(
     most = engine.max_batch_size * max_model_len
     wanted = engine.kv_cache_tokens or (_kv_cap(costs, devices, most) if shares_cpu else most)
     least = least_kv_tokens(settings, max_model_len, wanted)
-    if settings.lending.enabled and any_neighbours(devices):
+    far_blocks = settings.lending.extent_blocks if _lends_far(settings, devices, links) else 0
+    if settings.lending.enabled and (any_neighbours(devices) or far_blocks):
         least = min(least, MIN_LOCAL_BLOCKS * engine.block_size)  # the rest may be lent; `pool_devices` checks it
     return PlacementProblem(
         model_name=name,
@@ -49,6 +50,7 @@ def make_problem(
         max_kv_tokens=wanted,
         block_size=engine.block_size,
         layers=parse_layers(placed.layers) if placed.layers is not None else None,
+        far_extent_blocks=far_blocks,
     )
 
 
@@ -98,6 +100,13 @@ def any_neighbours(devices: Sequence[PlacementDevice]) -> bool:
     """Whether some device has another beside it, in the same machine."""
     machines = [machine_of(device.name) for device in devices]
     return len(set(machines)) < len(machines)
+
+
+def _lends_far(settings: Settings, devices: Sequence[PlacementDevice], links: LinkTopology) -> bool:
+    """Whether a device may lend to those of other machines, if that is worth its cost: which has to have been
+    measured."""
+    several = len({machine_of(device.name) for device in devices}) > 1
+    return settings.lending.enabled and settings.lending.between_machines and several and bool(links.links)
 
 
 def with_hosts(

@@ -81,7 +81,7 @@ class Recovery:
             if self.missing is not None:
                 self._leave(engine, "", self._lost)
             return
-        used = {stage.device_name for stage in engine.plan.placement.stages}
+        used = {device.name for device in _used(engine)}
         for name in node.devices:
             if name in used:  # also if nothing runs that could notice
                 self.device_lost(DeviceLostError(f"{name}: {node.name} is lost", device=name))
@@ -220,5 +220,7 @@ def _numbered(devices: tuple[Device, ...]) -> tuple[Device, ...]:
 
 
 def _used(engine: ModelEngine) -> list[Device]:
-    """Those that hold layers."""
-    return [engine.plan.devices[stage.device_index] for stage in engine.plan.placement.stages]
+    """Those that hold layers, or lend to those of other machines that do."""
+    plan = engine.plan
+    used = {stage.device_name for stage in plan.placement.stages} | {lender for _, lender in plan.pooled.far}
+    return [device for device in plan.devices if device.name in used]

@@ -2,7 +2,8 @@
 
 The owner of a sequence sends its query rows to every device that holds pages of it, computes its own part meanwhile,
 and merges what comes back. A borrowed page therefore costs one small query per layer and step, never its own transfer.
-GPUs wait for each other through events; no thread waits for a GPU.
+GPUs wait for each other through events; no thread waits for a GPU. A device of another machine is asked over the
+network; its part comes back the same way.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -17,14 +19,22 @@ from core.devices import Device
 from core.execution.attention.interface import AttentionBackend
 from core.execution.attention.merge import Part, combine
 from core.execution.attention.metadata import AttentionMetadata, AttentionSpec, Site
-from core.kv_cache.paged_kv_cache import PagedKVCache
+from core.kv_cache.paged_kv_cache import FarPages, PagedKVCache
 from core.transfer import TransferManager
 
 BackendOf = Callable[[Device], AttentionBackend]
 
 
+class FarSite(FarPages, Protocol):
+    """A device of another machine that lends to a stage, and attends there."""
+
+    def attend(self, layer: int, query: torch.Tensor, site: Site, spec: AttentionSpec) -> torch.Tensor:
+        """`query` `[R, Hq, D]`, the site's rows, to fp32 `[R, Hq, Dv + 1]`, out and then lse; both in main memory.
+        Raises `DeviceLostError`, and what attention there raised."""
+
+
 class SiteAttention:
-    """One stage's."""
+    """One stage's. `far` are devices of other machines, by name."""
 
     def __init__(self, owner: Device, kv: PagedKVCache, backend_of: BackendOf, transfer: TransferManager) -> None:
         self._owner = owner
@@ -32,6 +42,7 @@ class SiteAttention:
         self._backend_of = backend_of
         self._transfer = transfer
         self._workers: dict[str, ThreadPoolExecutor] = {}
+        self.far: dict[str, FarSite] = {}
 
     def attend(self, layer: int, query: torch.Tensor, metadata: AttentionMetadata, spec: AttentionSpec) -> torch.Tensor:
         """`query` `[T, Hq, D]` to `[T, Hq, Dv]`, over all sites of the step; this step's K and V are in the pages."""
@@ -69,8 +80,12 @@ class SiteAttention:
             device = self._kv.region(site.regions[0][0]).device
             there = self._transfer.send(query[site.rows], self._owner, device)
             bare = AttentionSpec(spec.scale, spec.window, spec.softcap)  # sinks are not there: they join at the merge
-            out, lse = self._attend_there(layer, there, site, device, bare)
-            back = self._transfer.send(torch.cat((out, lse[..., None]), dim=-1), device, self._owner)
+            if (far := self.far.get(site.device_name)) is not None:
+                both = far.attend(layer, there, site, bare)
+            else:
+                out, lse = self._attend_there(layer, there, site, device, bare)
+                both = torch.cat((out, lse[..., None]), dim=-1)
+            back = self._transfer.send(both, device, self._owner)
             return _scatter(back, site.rows, query.shape[0])
 
     def _attend_there(self, layer: int, query: torch.Tensor, site: Site, device: Device, spec: AttentionSpec) -> Part:

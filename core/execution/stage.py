@@ -31,7 +31,7 @@ from core.execution.page_sites import sites_of
 from core.execution.records import StageReport, StepOutput, StepRecord
 from core.execution.results import ResultMaker
 from core.execution.rotary import TokenRope, rope_lengths, token_ropes
-from core.execution.site_attention import BackendOf, SiteAttention
+from core.execution.site_attention import BackendOf, FarSite, SiteAttention
 from core.execution.step_buffers import InputBatch, PageDirectory, StepBuffers
 from core.execution.step_times import StepTimes
 from core.grammars.compiler import Grammars
@@ -200,6 +200,12 @@ class Stage:
         windows = self.architecture.sliding_windows
         bound = {i: LayerAttention(self._context, i, *self.kv.layer(i), windows[i]) for i in layers}
         bind(self._model, bound)
+
+    def borrow_far(self, region_id: int, num_pages: int, far: FarSite) -> None:
+        """Use pages of another machine as a region, between steps that do."""
+        assert self.kv is not None and self._sites is not None
+        self._sites.far[far.device.name] = far
+        self.kv.add_far_region(region_id, num_pages, far)
 
     def attention_kinds(self) -> frozenset[AttentionKind]:
         """How the layers attend, as far as kernels differ; there are pages by then."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -28,14 +29,28 @@ from core.models.architecture import KVShape
 Pages = tuple[torch.Tensor, torch.Tensor]
 
 
+class FarPages(Protocol):
+    """Pages on a device of another machine. All may raise `DeviceLostError`."""
+
+    @property
+    def device(self) -> Device:
+        """Where what is packed is, and what is unpacked has to be: main memory here, by the other device's name."""
+
+    def pack(self, region_id: int, pages: Sequence[int], layers: Sequence[int]) -> torch.Tensor: ...
+
+    def unpack(self, region_id: int, pages: Sequence[int], data: torch.Tensor, layers: Sequence[int]) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class PageRegion:
-    """Pages in one place: K and V by layer, and the device and ledger they are on."""
+    """Pages in one place: K and V by layer, and the device and ledger they are on; or, if they are `far`, on another
+    machine, neither tensors nor a ledger."""
 
     device: Device
-    budget: DeviceBudget
+    budget: DeviceBudget | None
     num_pages: int
     layers: Mapping[int, Pages]
+    far: FarPages | None = None
 
 
 class PagedKVCache:
@@ -111,10 +126,16 @@ class PagedKVCache:
         ]
         return dict(zip(self._shapes, zip(views[::2], views[1::2], strict=True), strict=True))
 
+    def add_far_region(self, region_id: int, num_pages: int, far: FarPages) -> None:
+        """Use pages of another machine, which are there."""
+        self._regions[region_id] = PageRegion(far.device, None, num_pages, {}, far)
+
     def drop_region(self, region_id: int) -> None:
         """Give a region's memory back to the device that lent it, and what the allocator keeps of it to other
-        programs."""
+        programs. One on another machine is that machine's to give back."""
         region = self._regions.pop(region_id)
+        if region.budget is None:
+            return
         region.budget.release(self._purpose(region_id), self.page_bytes * region.num_pages)
         if region_id != LOCAL and region.device.is_gpu:
             del region
@@ -137,15 +158,21 @@ class PagedKVCache:
 
     def copy_within(self, region_id: int, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy pages inside a region. No page may be both source and target."""
-        where = self._regions[region_id].device.torch_device
+        region = self._regions[region_id]
+        if region.far is not None:
+            region.far.unpack(region_id, targets, region.far.pack(region_id, sources, ()), ())
+            return
+        where = region.device.torch_device
         source, target = torch.tensor(sources, device=where), torch.tensor(targets, device=where)
-        for pages in self._regions[region_id].layers.values():
+        for pages in region.layers.values():
             for tensor in pages:
                 tensor.index_copy_(0, target, tensor.index_select(0, source))
 
     def pack(self, region_id: int, pages: Sequence[int], layers: Sequence[int] = ()) -> torch.Tensor:
         """The pages' bytes, uint8 `[n, page_bytes]`, on the region's device; with `layers`, of those layers alone."""
         region = self._regions[region_id]
+        if region.far is not None:
+            return region.far.pack(region_id, pages, layers)
         index = torch.tensor(pages, device=region.device.torch_device)
         parts = [
             tensor.index_select(0, index).view(len(pages), -1)
@@ -157,6 +184,9 @@ class PagedKVCache:
     def unpack(self, region_id: int, pages: Sequence[int], data: torch.Tensor, layers: Sequence[int] = ()) -> None:
         """Write bytes made by `pack` into pages; with `layers`, those layers alone, and `data` holds no others."""
         region = self._regions[region_id]
+        if region.far is not None:
+            region.far.unpack(region_id, pages, data, layers)
+            return
         index = torch.tensor(pages, device=region.device.torch_device)
         elements = data.view(self.dtype)
         first = 0

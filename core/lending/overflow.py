@@ -186,8 +186,8 @@ class KVOverflow:
             logger.warning("a lender turned out to have no memory", lender=lease.lender, reason=str(error))
             self.lending.refuse(lease.lease_id)
             return self._add_region(index, pages, blocks)
-        last_resort = self.lending.budget(lease.lender).last_resort
-        pages.add(region_id, lease.lender, lease.blocks, rank=float(last_resort))
+        kind = self.lending.kind(pages.site, lease.lender)
+        pages.add(region_id, lease.lender, lease.blocks, rank=float(kind or 0))
         loan = self._loans[region_id] = _Loan(index, pages, region_id, lease)
         self.lending.activate(lease.lease_id)
         logger.info(

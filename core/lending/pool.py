@@ -15,8 +15,9 @@ for as long.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from enum import IntEnum
 
 from core.costs import LinkTopology
 from core.devices.device import machine_of
@@ -28,6 +29,17 @@ from core.lending.score import Candidate, scores
 
 REFUSED_S = 5.0
 """How long a lender is not asked that has memory on paper and could not allocate it: a card's may be in pieces."""
+
+
+class Kind(IntEnum):
+    """What a lender is to a borrower, the nearest first."""
+
+    BESIDE = 0
+    """A device of the same machine."""
+    FAR = 1
+    """A device of another one."""
+    MAIN_MEMORY = 2
+    """That of the same machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +60,8 @@ class VRAMLendingPool:
     """The leases between `budgets`. Used by the engine thread alone.
 
     Devices do not lend to each other in pairs: one that has lent asks for its memory back (`request_reclaim`) before it
-    can borrow from its own borrower. Nor do they lend to devices of other machines: see `machine_of`.
+    can borrow from its own borrower. They lend to devices of other machines (see `machine_of`) only where `far` says
+    so: what is worth its cost is for whoever plans to say. Main memory never does.
 
     Args:
         budgets: of all devices that may borrow or lend, main memory (`last_resort`) included; nothing is lent yet.
@@ -57,6 +70,7 @@ class VRAMLendingPool:
         reclaim_threshold: utilisation at and above which a lender lends nothing and wants back what it lent, above 0,
             at most 1 (`VRM_RECLAIM_THRESHOLD`).
         clock: seconds, never going back.
+        far: pairs of a borrower and a lender of another machine.
 
     Raises `ValueError` for a share out of its range, the same name twice, or a budget that has lent.
     """
@@ -69,6 +83,7 @@ class VRAMLendingPool:
         lend_ratio: float,
         reclaim_threshold: float,
         clock: Callable[[], float],
+        far: Collection[tuple[str, str]] = (),
     ) -> None:
         if not (0 <= lend_ratio <= 1 and 0 < reclaim_threshold <= 1):
             raise ValueError(f"lend ratio {lend_ratio}, reclaim threshold {reclaim_threshold}")
@@ -81,6 +96,7 @@ class VRAMLendingPool:
         self._lend_ratio = lend_ratio
         self._threshold = reclaim_threshold
         self._clock = clock
+        self._far = frozenset(far)
         self._leases: dict[int, Lease] = {}
         self._last_id = 0
         self._borrows: Counter[tuple[str, str]] = Counter()
@@ -143,32 +159,33 @@ class VRAMLendingPool:
     # -- borrowing --------------------------------------------------------------------------------------------------
 
     def lenders(self, borrower: str, nbytes: int) -> tuple[str, ...]:
-        """Those with room for `nbytes`, best score first (ties: in the order of `budgets`), main memory last."""
-        rated = [scores(self._candidates(borrower, nbytes, last_resort)) for last_resort in (False, True)]
+        """Those with room for `nbytes`, best score first (ties: in the order of `budgets`): devices of the same
+        machine, then of others, main memory last."""
+        rated = [scores(self._candidates(borrower, nbytes, kind)) for kind in Kind]
         return tuple(name for group in rated for name in sorted(group, key=lambda name: -group[name]))
 
     def offers(self, borrower: str, unit_bytes: int) -> dict[str, int]:
-        """How many pages of `unit_bytes` each lender has room for, largest first, main memory last; only those with
-        room. Their sum is what the borrower can get at most.
+        """How many pages of `unit_bytes` each lender has room for, largest first, devices of other machines behind
+        those of the same, main memory last; only those with room. Their sum is what the borrower can get at most.
 
         Raises `ValueError` for a borrower that is unknown or main memory, or pages without bytes.
         """
         if unit_bytes < 1:
             raise ValueError(f"pages of {unit_bytes} bytes")
-        rooms = [self._candidates(borrower, unit_bytes, last_resort) for last_resort in (False, True)]
+        rooms = [self._candidates(borrower, unit_bytes, kind) for kind in Kind]
         ordered = [lender for room in rooms for lender in sorted(room, key=lambda lender: -lender.lendable_bytes)]
         return {lender.name: lender.lendable_bytes // unit_bytes for lender in ordered}
 
     def largest_offer(self, borrower: str, unit_bytes: int) -> tuple[str, int] | None:
-        """The GPU with room for most pages of `unit_bytes`, and for how many; main memory if no GPU has room for one;
-        else None."""
+        """The GPU with room for most pages of `unit_bytes`, and for how many; one of another machine if none of the
+        same has room for one, then main memory; else None."""
         return next(iter(self.offers(borrower, unit_bytes).items()), None)
 
     def borrow(self, borrower: str, nbytes: int, blocks: int, priority: int = 0) -> Lease | None:
         """Set `nbytes`, room for `blocks` pages, aside at the best lender: a lease that is GRANTED.
 
-        All or nothing, from one lender: None if nobody has as much (`borrow_at_most` takes less). Main memory lends
-        only if no GPU has room for one page.
+        All or nothing, from one lender: None if nobody has as much (`borrow_at_most` takes less). Another machine lends
+        only if no GPU of the same has room for one page, and main memory only if no GPU has.
 
         Raises `ValueError` for a borrower that is unknown or main memory, or no bytes or blocks.
         """
@@ -178,7 +195,9 @@ class VRAMLendingPool:
         if best is None:
             return None
         lender = self._lenders[best]
-        if lender.budget.last_resort and self._candidates(borrower, -(-nbytes // blocks), last_resort=False):
+        kind = self.kind(borrower, best)
+        assert kind is not None
+        if any(self._candidates(borrower, -(-nbytes // blocks), nearer) for nearer in Kind if nearer < kind):
             return None
         self._last_id += 1
         lease = Lease(self._last_id, borrower, best, nbytes, blocks, priority, self._clock())
@@ -290,8 +309,17 @@ class VRAMLendingPool:
             raise ValueError(f"unknown device {device!r}, there are {', '.join(self._lenders)}")
         return self._lenders[device]
 
-    def _candidates(self, borrower: str, nbytes: int, last_resort: bool) -> list[Candidate]:
-        """Those of its machine that can lend `nbytes`: not those that borrow from the borrower themselves."""
+    def kind(self, borrower: str, lender: str) -> Kind | None:
+        """What a lender is to a borrower; None if it does not lend to it."""
+        beside = machine_of(lender) == machine_of(borrower)
+        if self._lenders[lender].budget.last_resort:
+            return Kind.MAIN_MEMORY if beside else None
+        if beside:
+            return Kind.BESIDE
+        return Kind.FAR if (borrower, lender) in self._far else None
+
+    def _candidates(self, borrower: str, nbytes: int, kind: Kind) -> list[Candidate]:
+        """Those of a kind that can lend `nbytes`: not those that borrow from the borrower themselves."""
         if self._lender(borrower).budget.last_resort:
             raise ValueError(f"{borrower} is main memory, it does not borrow")
         indebted = {lease.borrower for lease in self._leases.values() if lease.lender == borrower}
@@ -304,9 +332,8 @@ class VRAMLendingPool:
                 lender.budget.idle_s,
             )
             for name, lender in self._lenders.items()
-            if lender.budget.last_resort == last_resort
-            and name != borrower
-            and machine_of(name) == machine_of(borrower)
+            if name != borrower
+            and self.kind(borrower, name) is kind
             and name not in indebted
             and lender.refused_until_s <= now_s
             and lender.lendable_bytes(self._lend_ratio) >= max(1, nbytes)

@@ -82,6 +82,7 @@ class Opcode(enum.IntEnum):
     KV_ANSWER = 30
     WEIGHTS = 32
     WEIGHTS_WANTED = 33
+    SITE = 35
     QUERY = 36
     PARTIAL = 37
     ECHO = 40
@@ -119,10 +120,11 @@ MAX_PAYLOAD_BYTES: dict[Opcode, int] = {
     Opcode.PASS: 0,
     Opcode.GROUP: 4 * MIB,
     Opcode.KV_PAGES: 256 * MIB,
-    Opcode.KV_WANTED: KIB,
+    Opcode.KV_WANTED: MIB,
     Opcode.KV_ANSWER: 256 * MIB,
     Opcode.WEIGHTS: 16 * MIB,
     Opcode.WEIGHTS_WANTED: MIB,
+    Opcode.SITE: 64 * MIB,
     Opcode.QUERY: 256 * MIB,
     Opcode.PARTIAL: 256 * MIB,
     Opcode.ECHO: 64 * MIB,

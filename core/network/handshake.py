@@ -34,7 +34,7 @@ from core.errors import ClusterRefusedError, ProtocolError
 NONCE_BYTES = 32
 _SALT = b"vramancer cluster token, version 1"
 
-LinkKind = Literal["control", "data", "blocks", "probe"]
+LinkKind = Literal["control", "data", "blocks", "guests", "probe"]
 Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 Mac = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 NodeId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]

@@ -14,7 +14,8 @@ _SIGNS = frozenset({Opcode.HEARTBEAT, Opcode.REPORT})
 class LinkStats:
     """Since a link began, or of several together; payload bytes alone. `stale` are frames of another epoch, which are
     dropped. What went by RDMA is among the bytes, too. Tensors are frames with a dtype; signs are heartbeats and
-    reports; blocks are what carries KV, counted by whoever sends and asks for it."""
+    reports; blocks are what carries KV, counted by whoever sends and asks for it. Queries are rows that the other end
+    is to attend with."""
 
     sent_frames: int = 0
     sent_bytes: int = 0
@@ -31,6 +32,8 @@ class LinkStats:
     sent_gpudirect: int = 0
     sent_blocks: int = 0
     received_blocks: int = 0
+    sent_queries: int = 0
+    received_queries: int = 0
 
     def sent(self, opcode: Opcode, nbytes: int, *, tensor: bool, rdma: bool) -> None:
         """Count a frame; not what only measures."""
@@ -45,6 +48,8 @@ class LinkStats:
             self.sent_tensor_bytes += nbytes
         elif opcode in _SIGNS:
             self.sent_signs += 1
+        elif opcode is Opcode.QUERY:
+            self.sent_queries += 1
 
     def received(self, header: Header, *, rdma: bool) -> None:
         """Count a frame."""
@@ -58,6 +63,8 @@ class LinkStats:
             self.received_tensors += 1
         elif header.opcode in _SIGNS:
             self.received_signs += 1
+        elif header.opcode is Opcode.QUERY:
+            self.received_queries += 1
 
     def add(self, other: LinkStats) -> None:
         """Count what another one has counted."""

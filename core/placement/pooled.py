@@ -11,16 +11,20 @@ a step reads has the lender with most to spare attend to them, at the same time 
     and one of the lender's stage, if it has one, by   a / lender rate
 
 for a cohort's share of the KV; a round is then as long as the longest way or the busiest device, as without lending.
+
+A device lends to one of another machine only where the network is quick enough: where attending to an extent there
+takes less of a step than fetching it each step would, and less than computing it again. What its own machine lends
+comes first.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from core.costs import PlacementDevice, PlacementProblem
-from core.costs.cost import at_once, best_cohorts, decode_tok_s
+from core.costs.cost import Batch, at_once, best_cohorts, decode_tok_s, pipeline_s
 from core.costs.plan import PlacementPlan, StagePlan
 from core.devices.device import machine_of
 from core.errors import InsufficientMemoryError
@@ -35,10 +39,12 @@ _ABOUT_ALL = 0.95
 
 @dataclass(frozen=True, slots=True)
 class PooledKV:
-    """`tokens` in all; `local_tokens[i]` of them have room on the device of stage `i` itself, the others are lent."""
+    """`tokens` in all; `local_tokens[i]` of them have room on the device of stage `i` itself, the others are lent.
+    `far` are borrowers and lenders of different machines that this takes."""
 
     tokens: int
     local_tokens: tuple[int, ...]
+    far: tuple[tuple[str, str], ...] = ()
 
 
 def pooled_bound(stages: Sequence[StagePlan], idle_limits: Sequence[int] = ()) -> int:
@@ -88,30 +94,88 @@ def pool_of(request: PlacementProblem, plan: PlacementPlan, lend_ratio: float) -
 
         sum over i of max(0, T k_i - F_i)  <=  sum over j of min(share_j, F_j - T k_j)   over j without a deficit
 
-    Devices that hold no layers take part with all their memory. The sums are those of each machine: devices lend to
-    those beside them.
+    Devices that hold no layers take part with all their memory. The sums are those of each machine, since devices lend
+    to those beside them first; what a machine lacks then comes from devices of others that `_far_lenders` allows.
     """
     stages, block = plan.stages, request.block_size
     idle = [device for device in request.devices if device.name in plan.unused_devices]
     free = [stage.limit_bytes - stage.weight_bytes - stage.workspace_bytes for stage in stages]
     page_bytes = [stage.kv_bytes_per_token * block for stage in stages]
+    allowed = _far_lenders(request, plan)
+
+    def far_loans(blocks: int) -> list[tuple[str, str]] | None:
+        """Who borrows from whom on another machine; None if somebody lacks more than there is."""
+        spare = Counter({device.name: int(lend_ratio * device.limit_bytes) for device in idle})
+        lacking = list[tuple[StagePlan, int]]()
+        for stage, room, page in zip(stages, free, page_bytes, strict=True):
+            left = room - blocks * page
+            if left < 0:  # whole pages; one of a stage that borrows stays empty, for blocks to change places through
+                lacking.append((stage, (blocks + 1 - room // page) * page))
+            else:
+                spare[stage.device_name] += min(int(lend_ratio * stage.limit_bytes), left)
+        lacking.sort(key=lambda each: len(allowed.get(each[0].device_name, ())))
+        still = [(stage, _take(spare, _beside(stage, spare), nbytes)[1]) for stage, nbytes in lacking]
+        loans = list[tuple[str, str]]()
+        for stage, nbytes in still:
+            taken, lacks = _take(spare, allowed.get(stage.device_name, ()), nbytes)
+            if lacks:
+                return None
+            loans += [(stage.device_name, lender) for lender in taken]
+        return loans
 
     def fits(blocks: int) -> bool:
-        spare = defaultdict[str, int](int)
-        for device in idle:
-            spare[machine_of(device.name)] += int(lend_ratio * device.limit_bytes)
-        for stage, room, page in zip(stages, free, page_bytes, strict=True):
-            left, machine = room - blocks * page, machine_of(stage.device_name)
-            if left < 0:  # whole pages; one of a stage that borrows stays empty, for blocks to change places through
-                spare[machine] -= (blocks + 1 - room // page) * page
-            else:
-                spare[machine] += min(int(lend_ratio * stage.limit_bytes), left)
-        return min(spare.values()) >= 0
+        return far_loans(blocks) is not None
 
     wanted = request.wanted_kv_tokens if lend_ratio > 0 else plan.kv_tokens
     most = largest(fits, plan.kv_tokens // block, max(plan.kv_tokens, wanted) // block)
     local = [most if page == 0 else min(most, room // page) for room, page in zip(free, page_bytes, strict=True)]
-    return PooledKV(most * block, tuple(blocks * block for blocks in local))
+    return PooledKV(most * block, tuple(blocks * block for blocks in local), tuple(far_loans(most) or ()))
+
+
+def _beside(stage: StagePlan, names: Iterable[str]) -> list[str]:
+    """Those of the stage's own machine."""
+    return [name for name in names if machine_of(name) == machine_of(stage.device_name)]
+
+
+def _take(spare: Counter[str], lenders: Iterable[str], nbytes: int) -> tuple[list[str], int]:
+    """Take so many bytes off what lenders have to spare, most from those that have most: who gives, and what lacks."""
+    taken = []
+    for name in sorted(lenders, key=lambda name: -spare[name]):
+        part = min(nbytes, spare[name])
+        if part > 0:
+            spare[name] -= part
+            nbytes -= part
+            taken.append(name)
+    return taken, nbytes
+
+
+def _far_lenders(request: PlacementProblem, plan: PlacementPlan) -> dict[str, tuple[str, ...]]:
+    """Devices of other machines that may lend to each stage, by the stage's device."""
+    tokens = request.far_extent_blocks * request.block_size
+    if not tokens:
+        return {}
+    computing, hops = pipeline_s(request.costs, stage_costs(plan, request), request.links, Batch(tokens, tokens, 0))
+    again_s = sum(computing) + sum(hops)
+    return {
+        stage.device_name: tuple(
+            device.name for device in request.devices
+            if machine_of(device.name) != machine_of(stage.device_name) and _lends_far(request, stage, device, again_s)
+        )
+        for stage in plan.stages
+    }  # fmt: skip
+
+
+def _lends_far(request: PlacementProblem, stage: StagePlan, lender: PlacementDevice, again_s: float) -> bool:
+    """Whether a stage may borrow from a device of another machine: whether attending to an extent there takes less of a
+    step than fetching it would, and less than computing its tokens again, which takes `again_s`. Not where the way has
+    not been measured."""
+    own = stage.device_name
+    if not {(own, lender.name), (lender.name, own)} <= request.links.links.keys():
+        return False
+    nbytes = request.far_extent_blocks * request.block_size * stage.kv_bytes_per_token
+    there_s = _rounds_s(request, stage, lender, request.streams) + nbytes / lender.profile.kv_bytes_s
+    fetching_s = request.links.copying(lender.name, own).transfer_s(nbytes)
+    return there_s < min(fetching_s, again_s)
 
 
 def pooled_tok_s(request: PlacementProblem, plan: PlacementPlan, pooled: PooledKV) -> float:
@@ -143,7 +207,7 @@ def _late_s(
     for number, (stage, local) in enumerate(zip(plan.stages, pooled.local_tokens, strict=True)):
         if local >= read:
             continue
-        lender = _lender(request, plan, stage)
+        lender = _lender(request, plan, stage, pooled.far)
         at = index.get(lender.name)
         lender_rate = (lender.profile if at is None else stages[at].device).kv_bytes_s
         own_rate, per_cohort = stages[number].device.kv_bytes_s, stage.kv_bytes_per_token / cohorts
@@ -165,13 +229,16 @@ def _rounds_s(request: PlacementProblem, stage: StagePlan, lender: PlacementDevi
     return stage.num_layers * (out.transfer_s(query_bytes) + home.transfer_s(2 * query_bytes))
 
 
-def _lender(request: PlacementProblem, plan: PlacementPlan, stage: StagePlan) -> PlacementDevice:
-    """The device with most to spare beside the stage's own, of the same machine."""
+def _lender(
+    request: PlacementProblem, plan: PlacementPlan, stage: StagePlan, far: Collection[tuple[str, str]]
+) -> PlacementDevice:
+    """The device with most to spare beside the stage's own: of those of other machines that lend to it, if there are
+    some, for they are slowest; else of the same machine."""
     spare = {device.name: device.limit_bytes for device in request.devices}
     for other in plan.stages:
         spare[other.device_name] -= other.weight_bytes + other.workspace_bytes + other.kv_bytes
-    others = (
+    others = [device for device in request.devices if (stage.device_name, device.name) in far] or [
         device for device in request.devices
         if device.name != stage.device_name and machine_of(device.name) == machine_of(stage.device_name)
-    )  # fmt: skip
+    ]  # fmt: skip
     return max(others, key=lambda device: spare[device.name])

@@ -24,6 +24,11 @@ _SENT_RECEIVED = ("sent", "received")
 _DIRECTIONS = (
     ("telemetry_packets", "Heartbeats and reports between machines.", ("sent_signs", "received_signs")),
     ("vtp_kv_cache_ops", "Blocks of KV, or parts of them, between machines.", ("sent_blocks", "received_blocks")),
+    (
+        "vtp_attention_queries",
+        "Queries for attention over KV that one machine lends another, one for each layer and lender of a step.",
+        ("sent_queries", "received_queries"),
+    ),
 )
 """Name, help text, fields of what was sent and what was received."""
 

@@ -14,7 +14,8 @@ from steering import LONGEST_WAIT_S, until
 
 from core import errors
 from core.cluster.calls import CallEnd, fault_of, raised_by
-from core.cluster.messages import Call, Chunk, Epoch, Nothing, ReadFile, Refuse, Report, StageUse
+from core.cluster.message_types import Nothing
+from core.cluster.messages import Call, Chunk, Epoch, ReadFile, Refuse, Report, StageUse
 from core.devices.readings import DeviceReading
 from core.errors import (
     DeviceLostError,

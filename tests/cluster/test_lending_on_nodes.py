@@ -19,8 +19,9 @@ from tiny_models import VOCAB, build_tiny
 
 from core.batching.output import RequestHandle
 from core.cluster.hosting import StageHost
+from core.cluster.lending_messages import AddRegion, DropRegion
 from core.cluster.master import Master
-from core.cluster.messages import AddRegion, DropRegion, Measure, ModelRef, ReadPages
+from core.cluster.messages import Measure, ModelRef, ReadPages
 from core.cluster.placed_stage import PlacedRemoteStage
 from core.engine.carrying import Carrier
 from core.engine.kv_memory import Regions

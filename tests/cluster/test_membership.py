@@ -114,6 +114,16 @@ def test_half_a_worker_is_let_go(master: Master, monkeypatch: pytest.MonkeyPatch
         each.close()
 
 
+def test_the_master_lends_to_nodes_of_its_cluster_alone(master: Master, worker: WorkerThread) -> None:
+    with socket.create_connection(master.address) as sock, pytest.raises(ClusterRefusedError, match="are lent memory"):
+        greet(sock, derive_key(TOKEN), "a" * 32, "guests")
+    (node,) = master.nodes
+    with socket.create_connection(master.address) as sock:
+        greet(sock, derive_key(TOKEN), node.id, "guests")
+        until(lambda: len(node._guest_links) == 1, "it may borrow")
+    until(lambda: not master.nodes, "a link of its that ends is a node that is lost")
+
+
 def test_workers_take_what_workers_send_alone(master: Master, worker: WorkerThread) -> None:
     with socket.create_connection((HOST, worker.worker.port)) as sock, pytest.raises(ClusterRefusedError):
         greet(sock, derive_key(TOKEN), "a" * 32, "control")

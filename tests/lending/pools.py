@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from core.costs import LinkProfile, LinkTopology
 from core.lending import GPUBudget, VRAMLendingPool
 
@@ -30,9 +32,10 @@ def make_pool(
     lend_ratio: float = 0.7,
     reclaim_threshold: float = 0.8,
     clock: Clock | None = None,
+    far: Collection[tuple[str, str]] = (),
 ) -> VRAMLendingPool:
     return VRAMLendingPool(
-        budgets, links, lend_ratio=lend_ratio, reclaim_threshold=reclaim_threshold, clock=clock or Clock()
+        budgets, links, lend_ratio=lend_ratio, reclaim_threshold=reclaim_threshold, clock=clock or Clock(), far=far
     )
 
 

@@ -65,6 +65,24 @@ def test_only_devices_of_the_same_machine_lend() -> None:
     pool.check_invariants()
 
 
+def test_devices_of_other_machines_lend_to_whom_they_may() -> None:
+    """Behind those of the same machine, before its main memory; and never their own main memory."""
+    other_host = GPUBudget("desk/host", 1000, 1000, last_resort=True)
+    far = {("a", "desk/a"), ("a", "desk/host"), ("desk/a", "b")}
+    pool = make_pool(gpu("a"), gpu("b", limit=200), gpu("desk/a", limit=9000), host(), other_host, far=far)
+    assert pool.lenders("a", 100) == ("b", "desk/a", "host")
+    assert pool.lenders("b", 100) == ("a", "host")
+    assert pool.lenders("desk/a", 100) == ("b", "desk/host")
+    assert pool.offers("a", 100) == {"b": 1, "desk/a": 63, "host": 10}
+    assert pool.borrow("a", 200, 2) is None, "what is beside it goes first, as little as it is"
+    near, *others = (pool.borrow_at_most("a", 100, 40) for _ in range(4))
+    assert near is not None and (near.lender, near.blocks) == ("b", 1)
+    taken = [(lease.lender, lease.blocks) for lease in others if lease is not None]
+    assert taken == [("desk/a", 40), ("desk/a", 23), ("host", 10)]
+    assert pool.lenders("desk/a", 100) == ("desk/host",), "not to its own lender, nor is there room elsewhere"
+    pool.check_invariants()
+
+
 def test_links_inside_a_machine_are_those_that_copies_take() -> None:
     hop, copy = LinkProfile(100.0), LinkProfile(1000.0)
     ways = {("m/b", "m/x"): hop, ("m/x", "m/b"): hop, ("m/b", "m/y"): hop, ("m/y", "m/b"): hop}

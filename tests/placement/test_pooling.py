@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import permutations
 
 import pytest
 from hypothesis import given
@@ -11,13 +12,14 @@ from hypothesis import strategies as st
 from core.costs import (
     DeviceProfile,
     LayerCosts,
+    LinkProfile,
     LinkTopology,
     PlacementDevice,
     PlacementPlan,
     PlacementProblem,
     StagePlan,
 )
-from core.placement.pooled import PooledKV, pool_of, pooled_bound
+from core.placement.pooled import PooledKV, _late_s, pool_of, pooled_bound
 
 BLOCK = 16
 COSTS = LayerCosts(0, (1,), 0, 0, False, (1,))
@@ -76,6 +78,41 @@ def test_devices_lend_to_those_of_their_machine(idle: str, tokens: int, local: t
     request = PlacementProblem("any", COSTS, devices, LinkTopology(), max_kv_tokens=1 << 40, block_size=BLOCK)
     pooled = pool_of(request, PlacementPlan("any", "any", stages, 160, (idle,)), 1.0)
     assert (pooled.tokens, pooled.local_tokens) == (tokens, local)
+
+
+QUICK, SLOW = LinkProfile(1e3, 1e-6), LinkProfile(1e3, 0.5)
+"""An extent of 64 bytes takes 0.06 s over the network. One of them answers at once, the other in a second."""
+
+
+@pytest.mark.parametrize(
+    ("link", "flops", "extent", "idle", "tokens", "far"),
+    [
+        pytest.param(QUICK, 10**8, 4, {"desk/idle": 160}, 304, ["desk/idle"], id="attention there is quickest"),
+        pytest.param(SLOW, 10**8, 4, {"desk/idle": 160}, 160, [], id="fetching is quicker"),
+        pytest.param(QUICK, 0, 4, {"desk/idle": 160}, 160, [], id="computing is quicker"),
+        pytest.param(None, 10**8, 4, {"desk/idle": 160}, 160, [], id="it has not been measured"),
+        pytest.param(QUICK, 10**8, 0, {"desk/idle": 160}, 160, [], id="it is not wanted"),
+        pytest.param(QUICK, 10**8, 4, {"idle": 160, "desk/idle": 160}, 464, ["desk/idle"], id="beside it first"),
+        pytest.param(QUICK, 10**8, 4, {"idle": 4800, "desk/idle": 160}, 4960 - 16 + 160, ["desk/idle"], id="all of it"),
+        pytest.param(
+            QUICK, 10**8, 4, {"desk/idle": 160, "attic/idle": 320}, 624, ["attic/idle", "desk/idle"], id="of several"
+        ),
+    ],
+)
+def test_devices_lend_to_other_machines_where_the_network_is_quick(
+    link: LinkProfile | None, flops: int, extent: int, idle: dict[str, int], tokens: int, far: list[str]
+) -> None:
+    sizes = {"gpu": 160, **idle}
+    devices = tuple(PlacementDevice(name, limit, SPEED) for name, limit in sizes.items())
+    ways = {pair: link for pair in permutations(sizes, 2) if link is not None}
+    costs = replace(COSTS, layer_flops=(flops,))
+    request = PlacementProblem(
+        "any", costs, devices, LinkTopology(ways), max_kv_tokens=1 << 40, block_size=BLOCK, far_extent_blocks=extent
+    )
+    plan = PlacementPlan("any", "any", (stage(160, 1),), 160, tuple(idle))
+    pooled = pool_of(request, plan, 1.0)
+    assert (pooled.tokens, pooled.far) == (tokens, tuple(("gpu", name) for name in far))
+    assert not far or _late_s(request, plan, pooled, tokens, (1, 1))[0][0] > 0, "which is part of predictions"
 
 
 def test_no_more_than_is_of_use() -> None:

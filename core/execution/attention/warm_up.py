@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from core.devices import Device
 from core.errors import DeviceError, VRAMancerError
+from core.execution.attention.interface import AttentionBackend
 from core.execution.attention.select import AttentionBackends
 from core.execution.attention.triton_variants import AttentionKind
 from core.logs import get_logger
@@ -37,7 +38,16 @@ def warm_up_attention(
             _warm_up(device, everything, backends, partial=True)
 
 
-def _warm_up(device: Device, kinds: Iterable[AttentionKind], backends: AttentionBackends, *, partial: bool) -> None:
+def warm_up_lender(
+    device: Device, kinds: Iterable[AttentionKind], backend_of: Callable[[Device], AttentionBackend]
+) -> None:
+    """The kernels of partial attention alone, for stages that are not here. Raises as `warm_up_attention` does."""
+    _warm_up(device, kinds, backend_of, partial=True)
+
+
+def _warm_up(
+    device: Device, kinds: Iterable[AttentionKind], backends: Callable[[Device], AttentionBackend], *, partial: bool
+) -> None:
     started_s = time.perf_counter()
 
     def on_kernel(done: int, total: int) -> None:
