@@ -7,6 +7,7 @@ are reordered to match.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ OUTER_NAMES = {
     "lm_head.weight": "output.weight",
 }
 DTYPES = ("bf16", "f16", "f32")
+QUANTIZED = {"q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0", "q4_k_m": "MOSTLY_Q4_K_M"}
+"""What llama.cpp's quantizer makes of a file, by the end of its own name for it."""
 
 
 def interleave_rotary(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -109,14 +112,18 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, dtype:
         writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
 
 
+def _is_newer(target: Path, model_dir: Path) -> bool:
+    newest = max(file.stat().st_mtime for file in model_dir.glob("*.safetensors"))
+    return target.is_file() and target.stat().st_mtime >= newest
+
+
 def export_gguf(model_dir: Path, target: Path, dtype: str = "bf16") -> Path:
     """Write ``target`` unless it is there already and newer than the checkpoint. Needs the ``gguf`` package."""
     import gguf
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    newest = max(file.stat().st_mtime for file in model_dir.glob("*.safetensors"))
-    if target.is_file() and target.stat().st_mtime >= newest:
+    if _is_newer(target, model_dir):
         return target
     config = llama_config(model_dir)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -136,6 +143,35 @@ def export_gguf(model_dir: Path, target: Path, dtype: str = "bf16") -> Path:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        staging.replace(target)
+    finally:
+        staging.unlink(missing_ok=True)
+    return target
+
+
+def gguf_of(model_dir: Path, folder: Path, dtype: str, threads: int = 1) -> Path:
+    """The checkpoint as a GGUF file of one of `DTYPES` or `QUANTIZED` in `folder`, written if it is not there.
+
+    Quantized ones are made by llama.cpp from the checkpoint's own numbers. Needs `gguf`, and llama-cpp-python for them.
+    """
+    target = folder / f"{model_dir.name}-{dtype}.gguf"
+    if dtype not in QUANTIZED:
+        return export_gguf(model_dir, target, dtype)
+    if _is_newer(target, model_dir):
+        return target
+    import llama_cpp
+
+    stored = json.loads((model_dir / "config.json").read_text()).get("dtype", "float32")
+    own = {"bfloat16": "bf16", "float16": "f16"}.get(stored, "f32")
+    source = export_gguf(model_dir, folder / f"{model_dir.name}-{own}.gguf", own)
+    staging = target.with_name(f"{target.name}.{os.getpid()}.part")
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_{QUANTIZED[dtype]}")
+    parameters.nthread = threads
+    try:
+        status = llama_cpp.llama_model_quantize(str(source).encode(), str(staging).encode(), ctypes.byref(parameters))
+        if status:
+            raise RuntimeError(f"llama.cpp could not make {dtype} of {source} (status {status})")
         staging.replace(target)
     finally:
         staging.unlink(missing_ok=True)
