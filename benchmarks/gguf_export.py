@@ -1,6 +1,7 @@
 """Writes a Hugging Face Llama checkpoint as GGUF, so that llama.cpp is measured on the very same weights.
 
-Only what plain Llama needs: no rope scaling, no biases, no tokenizer (the benchmarks feed token ids).
+Only what plain Llama needs: no rope scaling, no biases; of tokenizers, the tokens and merges of byte-level BPE. How it
+splits text is put down as GPT-2's way, whatever it is: the benchmarks feed token ids.
 llama.cpp rotates neighbouring pairs where Hugging Face rotates halves, so the rows of the query and key projections
 are reordered to match.
 """
@@ -95,9 +96,26 @@ def _write_header(writer: gguf.GGUFWriter, config: dict[str, Any], dtype: str) -
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("none")
     file_type = {"bf16": "MOSTLY_BF16", "f16": "MOSTLY_F16", "f32": "ALL_F32"}[dtype]
     writer.add_file_type(gguf.LlamaFileType[file_type])
+
+
+def _write_tokenizer(writer: gguf.GGUFWriter, model_dir: Path, config: dict[str, Any]) -> None:
+    """VRAMancer reads no file without a tokenizer."""
+    import gguf
+
+    tokenizer = json.loads((model_dir / "tokenizer.json").read_text())
+    special = {each["id"]: each["content"] for each in tokenizer["added_tokens"]}
+    vocabulary = {number: token for token, number in tokenizer["model"]["vocab"].items()} | special
+    kinds = [gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL for i in range(config["vocab_size"])]
+    merges = tokenizer["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([vocabulary[i] for i in range(config["vocab_size"])])
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in merges])
+    writer.add_bos_token_id(config["bos_token_id"])
+    writer.add_eos_token_id(config["eos_token_id"])
 
 
 def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, dtype: str) -> None:
@@ -113,7 +131,7 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, dtype:
 
 
 def _is_newer(target: Path, model_dir: Path) -> bool:
-    newest = max(file.stat().st_mtime for file in model_dir.glob("*.safetensors"))
+    newest = max(file.stat().st_mtime for file in (*model_dir.glob("*.safetensors"), Path(__file__)))
     return target.is_file() and target.stat().st_mtime >= newest
 
 
@@ -131,6 +149,7 @@ def export_gguf(model_dir: Path, target: Path, dtype: str = "bf16") -> Path:
     writer = gguf.GGUFWriter(staging, "llama")
     try:
         _write_header(writer, config, dtype)
+        _write_tokenizer(writer, model_dir, config)
         heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
         for name, tensor in checkpoint_tensors(model_dir):
             if name == "lm_head.weight" and config.get("tie_word_embeddings"):
@@ -168,6 +187,8 @@ def gguf_of(model_dir: Path, folder: Path, dtype: str, threads: int = 1) -> Path
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_{QUANTIZED[dtype]}")
     parameters.nthread = threads
+    silence = llama_cpp.llama_log_callback(lambda _level, _text, _data: None)
+    llama_cpp.llama_log_set(silence, None)
     try:
         status = llama_cpp.llama_model_quantize(str(source).encode(), str(staging).encode(), ctypes.byref(parameters))
         if status:

@@ -5,8 +5,8 @@
     python -m benchmarks.quantized --part perplexity
 
 Speed: a random 443M-parameter model. Engines take turns as in `benchmarks.run`, and ratios are medians of those within
-a round. "head" is the output layer, which `--quantize` leaves in bf16 by default and llama.cpp quantizes; where types
-are compared, ours does, too.
+a round. Q8_0, Q4_0 and Q4_K_M are the very files that llama.cpp serves. int8 and int4 are what `--quantize` makes, with
+the output layer in bf16.
 
 Perplexity: the bundled demo model on conversations of its own kind, from a seed that it was not trained with.
 """
@@ -22,14 +22,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from benchmarks.gguf_export import gguf_of
 from benchmarks.machine import machine_info
 from benchmarks.models import resolve_model
 from benchmarks.peers.base import PeerUnavailable
@@ -45,35 +46,35 @@ TEXTS, TEXT_SEED, LONGEST = 200, "perplexity", 1024
 
 @dataclass(frozen=True)
 class Engine:
-    """A peer by the name that tables have, and what it is told."""
+    """A peer by the name that tables have, and what it is told. With `file`, one of `gguf_export.QUANTIZED`, it serves
+    the very file that llama.cpp does."""
 
     peer: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-
-
-def _ours(kind: str, *, head: bool = False) -> Engine:
-    settings: dict[str, Any] = {"model.dtype": "bfloat16", "model.quantize": kind}
-    if kind != "none" and head:
-        settings["model.quantize_keep"] = ()
-    return Engine("ours", settings)
+    file: str = ""
 
 
 ENGINES = {
-    "bf16": _ours("none"),
-    "int8": _ours("int8"),
-    "int4": _ours("int4"),
-    "int8, head too": _ours("int8", head=True),
-    "int4, head too": _ours("int4", head=True),
+    "bf16": Engine("ours", {"model.dtype": "bfloat16"}),
+    "int8": Engine("ours", {"model.dtype": "bfloat16", "model.quantize": "int8"}),
+    "int4": Engine("ours", {"model.dtype": "bfloat16", "model.quantize": "int4"}),
+    "Q8_0": Engine("ours", file="q8_0"),
+    "Q4_0": Engine("ours", file="q4_0"),
+    "Q4_K_M": Engine("ours", file="q4_k_m"),
     "llama.cpp bf16": Engine("llama.cpp"),
     "llama.cpp Q8_0": Engine("llama.cpp-q8_0"),
     "llama.cpp Q4_0": Engine("llama.cpp-q4_0"),
     "llama.cpp Q4_K_M": Engine("llama.cpp-q4_k_m"),
 }
 PAIRS = (
-    ("bf16", "llama.cpp bf16"), ("int4", "bf16"), ("int4, head too", "bf16"), ("int8", "bf16"),
-    ("int8, head too", "bf16"),
-    ("int8, head too", "llama.cpp Q8_0"), ("int4, head too", "llama.cpp Q4_0"), ("int4, head too", "llama.cpp Q4_K_M"),
+    ("int8", "bf16"), ("int4", "bf16"), ("Q8_0", "bf16"), ("Q4_0", "bf16"), ("Q4_K_M", "bf16"),
+    ("bf16", "llama.cpp bf16"), ("Q8_0", "llama.cpp Q8_0"), ("Q4_0", "llama.cpp Q4_0"), ("Q4_K_M", "llama.cpp Q4_K_M"),
 )  # fmt: skip
+
+
+def chosen(arguments: argparse.Namespace) -> list[str]:
+    """Names of engines, all if none were asked for."""
+    return [name for name in ENGINES if arguments.engines is None or name in arguments.engines]
 
 
 def open_engines(
@@ -87,7 +88,10 @@ def open_engines(
         extra = {"settings": dict(engine.settings)} if engine.settings else {}
         try:
             with console.status(f"loading {name}"):
-                worker.load(model_dir, arguments.threads, streams, context, **extra)
+                path = model_dir
+                if engine.file:
+                    path = gguf_of(model_dir, model_dir.parent / "gguf", engine.file, arguments.threads)
+                worker.load(path, arguments.threads, streams, context, **extra)
         except PeerUnavailable as reason:
             console.print(f"[yellow]{name}: skipped, {reason}[/]", highlight=False)
             worker.close()
@@ -131,8 +135,7 @@ def speed(arguments: argparse.Namespace, progress: Console, console: Console) ->
     model_dir = resolve_model(arguments.model, arguments.workdir)
     vocab_size = json.loads((model_dir / "config.json").read_text())["vocab_size"]
     context = arguments.prompt_tokens + arguments.new_tokens
-    names = [name for name in ENGINES if arguments.engines is None or name in arguments.engines]
-    workers = open_engines(names, model_dir, arguments, max(arguments.streams), context, progress)
+    workers = open_engines(chosen(arguments), model_dir, arguments, max(arguments.streams), context, progress)
     series: list[Series] = []
     try:
         for so_far in measure(workers, arguments.streams, vocab_size, arguments, progress):
@@ -148,11 +151,12 @@ def speed(arguments: argparse.Namespace, progress: Console, console: Console) ->
 def unseen_texts(model_dir: Path) -> tuple[list[list[int]], list[list[bool]]]:
     """Token ids of conversations that the demo model was not trained with, and which of them are its own to write."""
     sys.path.insert(0, str(ROOT / "scripts"))
-    documents = import_module("demo_corpus").documents
+    chat, rng = import_module("demo_corpus").chat, Random(TEXT_SEED)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     texts: list[list[int]] = []
     counted: list[list[bool]] = []
-    for segments in islice(documents(TEXT_SEED), TEXTS):
+    for _ in range(TEXTS):
+        segments = chat(rng)
         parts = [(tokenizer.encode(text, add_special_tokens=False), written) for text, written in segments]
         texts.append([token for tokens, _ in parts for token in tokens][:LONGEST])
         counted.append([written for tokens, written in parts for _ in tokens][:LONGEST])
@@ -168,7 +172,7 @@ def perplexity(arguments: argparse.Namespace, progress: Console, console: Consol
     for column in ("engine", "perplexity", "to bf16"):
         table.add_column(column, justify="right" if column != "engine" else "left")
     first: float | None = None
-    for name in ENGINES:
+    for name in chosen(arguments):
         workers = open_engines([name], model_dir, arguments, 1, LONGEST + 8, progress)
         for worker in workers.values():
             try:
@@ -191,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     parser.prog, parser.description = "python -m benchmarks.quantized", (__doc__ or "").splitlines()[0]
     parser.add_argument("--part", choices=("speed", "perplexity"), help="one alone")
-    parser.add_argument("--engines", type=lambda text: text.split(";"), help="for speed: names as in tables, by ;")
+    parser.add_argument("--engines", type=lambda text: text.split(";"), help="names as in tables, separated by ;")
     arguments = parser.parse_args(argv)
     progress, console = Console(stderr=True), Console(width=None if sys.stdout.isatty() else 140)
     print_machine(console, machine_info(), arguments.threads)

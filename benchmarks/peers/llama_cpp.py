@@ -68,7 +68,7 @@ class LlamaCppPeer:
         )
         return params
 
-    def _decode(self, tokens: list[tuple[int, int, int, bool]]) -> dict[int, npt.NDArray[np.float32]]:
+    def decode(self, tokens: list[tuple[int, int, int, bool]]) -> dict[int, npt.NDArray[np.float32]]:
         """Process (token, position, sequence, wants logits) records; returns views of the logits by sequence."""
         batch, lib = self._batch, self._lib
         batch.n_tokens = len(tokens)
@@ -85,9 +85,13 @@ class LlamaCppPeer:
             if wants_logits
         }
 
+    def forget(self) -> None:
+        """Empty the KV cache."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), False)
+
     def run(self, prompts: list[list[int]], max_tokens: int) -> RunResult:
         """Prefill every prompt, then decode all sequences in lockstep."""
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), False)
+        self.forget()
         start_s = time.perf_counter()
         traces = [RequestTrace() for _ in prompts]
 
@@ -102,10 +106,10 @@ class LlamaCppPeer:
             for position, token in enumerate(prompt)
         ]
         for first in range(0, len(queue), BATCH_TOKENS):
-            take(self._decode(queue[first : first + BATCH_TOKENS]))
+            take(self.decode(queue[first : first + BATCH_TOKENS]))
         for step in range(max_tokens - 1):
             take(
-                self._decode(
+                self.decode(
                     [
                         (trace.token_ids[-1], len(prompt) + step, sequence, True)
                         for sequence, (prompt, trace) in enumerate(zip(prompts, traces, strict=True))
@@ -118,10 +122,10 @@ class LlamaCppPeer:
         """One text after another, in batches that give the logits of every token."""
         found = Score(0.0, 0)
         for text, counts in zip(texts, counted, strict=True):
-            self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), False)
+            self.forget()
             for first in range(0, len(text) - 1, BATCH_TOKENS):
                 part = text[first : min(first + BATCH_TOKENS, len(text) - 1)]
-                self._decode([(token, first + i, 0, True) for i, token in enumerate(part)])
+                self.decode([(token, first + i, 0, True) for i, token in enumerate(part)])
                 for i, following in enumerate(text[first + 1 : first + 1 + len(part)]):
                     if counts[first + 1 + i]:
                         row = self._lib.llama_get_logits_ith(self._context, i)
