@@ -1,6 +1,6 @@
 """Embeddings beside sentence-transformers, on the same random BERT, the same texts and threads, in one process.
 
-    pip install sentence-transformers
+    pip install -e '.[bench]'
     python -m benchmarks.embeddings           # equal lengths, mixed lengths, and mixed ones as many small requests
     python -m benchmarks.embeddings --size base --turns 9
 
@@ -172,7 +172,10 @@ def main() -> None:
         "--clock", choices=CLOCKS, default="wall", help="processor: of all threads, where others use the machine"
     )
     limits = parser.parse_args()
-    from sentence_transformers import SentenceTransformer
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ModuleNotFoundError as error:
+        parser.error(f"there is no {error.name} to compare with: pip install -e '.[bench]'")
 
     torch.set_num_threads(limits.threads)
     with tempfile.TemporaryDirectory() as folder:

@@ -92,16 +92,18 @@ def measure_streams(number: int, steps: int = _STEPS) -> MasterCost:
 
 
 def measure_nodes(number: int, seconds: float = _WATCHED_S) -> MasterCost:
-    """CPU seconds of the master's process for each second, with `number` nodes that have nothing to do."""
+    """CPU seconds of the master's process for each second, with `number` nodes that have nothing to do. Raises
+    `NetworkError` if one of them is lost, as on a machine too busy for heartbeats."""
     with socket.create_server(("127.0.0.1", 0), backlog=2 * number) as server:
         server.settimeout(_PATIENCE_S)
         port = server.getsockname()[1]
         far = subprocess.Popen([sys.executable, "-m", "benchmarks.fleet_master", str(port), str(number)])
         sockets = [server.accept()[0] for _ in range(2 * number)]
     reports = threading.Semaphore(0)
+    lost: list[NetworkError] = []
     watch, links, ends = Watch(), [], []
     for index, sock in enumerate(sockets):
-        end = CallEnd(Ask, _nothing_to_serve, _gone, f"n{index}", lambda report: reports.release())
+        end = CallEnd(Ask, _nothing_to_serve, lost.append, f"n{index}", lambda report: reports.release())
         heartbeat_s = HEARTBEAT_S if index < number else None  # a control and a data link for each
         link = Link(sock, 0, 1, end, name=f"n{index}", heartbeat_s=heartbeat_s)
         end.attach(link)
@@ -111,10 +113,14 @@ def measure_nodes(number: int, seconds: float = _WATCHED_S) -> MasterCost:
     for link in links[:number]:
         watch.add(link)
     for _ in range(number):
-        reports.acquire()  # all are under way
+        while not reports.acquire(timeout=1.0):  # all are under way
+            if lost:
+                raise lost[0]
     before_cpu_s, before_s = time.process_time(), time.perf_counter()
     time.sleep(seconds)
     share = (time.process_time() - before_cpu_s) / (time.perf_counter() - before_s)
+    if lost:
+        raise lost[0]
     watch.close()
     for link in links:
         link.close()
@@ -126,10 +132,6 @@ def measure_nodes(number: int, seconds: float = _WATCHED_S) -> MasterCost:
 
 def _nothing_to_serve(call: object) -> msgspec.Struct:
     raise NotImplementedError(f"nobody asks here, but {call}")
-
-
-def _gone(error: NetworkError) -> None:
-    """Links end when the measurement does."""
 
 
 def _far_ends(port: int, number: int) -> None:

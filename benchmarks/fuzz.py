@@ -46,6 +46,8 @@ GREETING = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8,
 ANTHROPIC_PATHS = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
 OLLAMA_PATHS = frozenset({"/api/chat", "/api/embed", "/api/tags", "/api/show", "/api/ps", "/api/version"})
 """Whose errors have another shape than OpenAI's."""
+UNROUTED = ("This is not a valid HTTP request.", "The path and query of a request", "The headers of a request")
+"""Errors from before there is a route; they have OpenAI's shape."""
 SLACK = {"threads": 12, "files": 12}
 """A pool that had a free thread by chance before; a connection that is closing."""
 
@@ -210,7 +212,7 @@ def trouble_of(sent: Sent, status: int, kind: str, data: bytes) -> str | None:
         path = sent.path.partition("?")[0]
         try:
             error = json.loads(data)["error"]
-            if path in OLLAMA_PATHS:
+            if path in OLLAMA_PATHS and not (isinstance(error, dict) and error["message"].startswith(UNROUTED)):
                 return None if isinstance(error, str) else f"{status} is no error of Ollama's shape: {data[:300]!r}"
             missing = ({"message", "type"} if path in ANTHROPIC_PATHS else {"message", "type", "param", "code"}) - set(
                 error

@@ -88,6 +88,7 @@ class Near:
         self._buffer = memoryview(bytearray(max(LARGE)))
         self._changed = threading.Condition()
         self._missing = 0
+        self._lost: NetworkError | None = None
         self.link = Link(sock, 0, 1, self, name="near", new_agent=new_agent)
         self.link.start()
         self.link.ask_for_rdma(RDMA_ASKED_S)
@@ -103,13 +104,16 @@ class Near:
 
     def lost(self, error: NetworkError) -> None:
         with self._changed:
-            self._missing = 0
+            self._lost = error
             self._changed.notify_all()
 
     def _ask(self, opcode: Opcode, data: memoryview) -> None:
-        self._missing += 1
+        with self._changed:
+            self._missing += 1
         self.link.send(opcode, [data])
-        self.link.wait_for(lambda: self._missing <= 0, self._changed)
+        self.link.wait_for(lambda: self._missing <= 0 or self._lost is not None, self._changed)
+        if self._lost is not None:
+            raise self._lost
 
     def large(self, data: memoryview) -> None:
         """One way, and an answer without a payload."""

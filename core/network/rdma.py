@@ -171,7 +171,8 @@ class RemoteMemory:
 
     def takes(self, nbytes: int) -> bool:
         """Whether a payload can go this way now."""
-        return self._uses and nbytes >= LEAST_BYTES and self._outgoing is not None and self._outgoing.has_room(nbytes)
+        outgoing = self._outgoing  # another thread may give it up
+        return self._uses and nbytes >= LEAST_BYTES and outgoing is not None and outgoing.has_room(nbytes)
 
     def put(self, parts: Sequence[memoryview]) -> bytes | None:
         """Write a payload that is taken; what follows its header. None if it did not get there: it has to go another

@@ -11,57 +11,42 @@ V3.1:
 
 from __future__ import annotations
 
-from core.parsers.calls import CallParser
-from core.parsers.reader import MAX_NAME, Markers, Steps
+from core.parsers.reader import MAX_NAME, Steps
+from core.parsers.sections import SectionParser
 from core.parsers.shapes import CallShape
 
-FIRST, LAST = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
-OPEN, SEPARATOR, CLOSE = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
 FENCE = "```"
 
 
-class DeepSeekV31Parser(CallParser):
+class DeepSeekV31Parser(SectionParser):
     """Reads both forms."""
 
-    openings = (FIRST, OPEN)
-    markup = (FIRST, LAST, OPEN, SEPARATOR, CLOSE)
-    shape = CallShape(first=FIRST, begin=OPEN, middle=SEPARATOR, end=CLOSE, last=LAST)
-    _closing = Markers((CLOSE, LAST))
+    first, last = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+    opening, separator, closing = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+    shape = CallShape(first=first, begin=opening, middle=separator, end=closing, last=last)
 
-    def _calls(self, marker: str) -> Steps[bool]:
-        name = yield from self._attempt(self._head(is_open=marker == OPEN))
-        if name is None:
-            return False
-        while name is not None:
-            self._emit_start(name)
-            yield from self._json_arguments(self._closing)
-            yield from self._is_next(FENCE)
-            yield from self._is_next(CLOSE)
-            name = yield from self._attempt(self._head(is_open=False))
-        yield from self._is_next(LAST)
-        return True
-
-    def _head(self, *, is_open: bool) -> Steps[str]:
-        """A call up to its arguments."""
+    def _named(self, head: str) -> Steps[str]:
+        if head != "function" or (yield from self._peek()) == "{":
+            return head
+        name = (yield from self._until("\n", MAX_NAME)).strip()
         yield from self._skip_space()
-        if not is_open:
-            yield from self._literal(OPEN)
-        name = (yield from self._until(SEPARATOR, MAX_NAME)).strip()
-        if name == "function" and (yield from self._peek()) != "{":
-            name = (yield from self._until("\n", MAX_NAME)).strip()
-            yield from self._skip_space()
-            yield from self._literal(FENCE)
-            if (yield from self._peek()) == "j":
-                yield from self._literal("json")
-        if (yield from self._skip_space()) != "{":
-            yield from self._literal("{")
-        return self._known(name)
+        yield from self._literal(FENCE)
+        if (yield from self._peek()) == "j":
+            yield from self._literal("json")
+        return name
+
+    def _after_arguments(self) -> Steps[None]:
+        yield from self._is_next(FENCE)
 
 
 class DeepSeekV3Parser(DeepSeekV31Parser):
     """The same for models whose template writes the first form."""
 
     shape = CallShape(
-        first=FIRST, begin=f"{OPEN}function{SEPARATOR}", middle=f"\n{FENCE}json\n", end=f"\n{FENCE}{CLOSE}",
-        between="\n", last=LAST,
-    )  # fmt: skip
+        first=DeepSeekV31Parser.first,
+        begin=f"{DeepSeekV31Parser.opening}function{DeepSeekV31Parser.separator}",
+        middle=f"\n{FENCE}json\n",
+        end=f"\n{FENCE}{DeepSeekV31Parser.closing}",
+        between="\n",
+        last=DeepSeekV31Parser.last,
+    )

@@ -18,6 +18,7 @@ SPECIAL_TOKENS = [PAD, BOS, END, SYSTEM, USER, ASSISTANT]
 Segments = list[tuple[str, bool]]
 TOOL_SHARE = 0.34
 """Of the documents: conversations in which functions are offered."""
+RECALL_SHARE = 0.12
 
 _POLITE = ("Please", "Hi,", "Hello,", "Hey,", "Quick question:", "Tell me,", "I want to know:", "So,", "Ok,")
 
@@ -129,6 +130,49 @@ def drill(rng: Random) -> Segments:
     return segments
 
 
+def recall(rng: Random) -> Segments:
+    """Words without a meaning that have to be copied, by their place or by what stands before them: the quickest way to
+    names and numbers that come back as they were said."""
+
+    def word() -> str:
+        return rng.choice((general.invented, general.name, lambda rng: str(rng.randint(0, 9999)), _spelt))(rng)
+
+    form = rng.random()
+    if form < 0.35:
+        return _signatures(rng)
+    if form < 0.55:
+        said = " ".join(word() for _ in range(rng.randint(4, 9)))
+        return [(f"{BOS}{said}\n", False), (said + END, True)]
+    pairs = {word(): word() for _ in range(rng.randint(3, 6))}
+    segments: Segments = [(BOS + "".join(f"{key}: {value}\n" for key, value in pairs.items()), False)]
+    for key in rng.sample(list(pairs), len(pairs)):
+        segments += [(f"{key}:", False), (f" {pairs[key]}\n", True)]
+    return segments
+
+
+def _signatures(rng: Random) -> Segments:
+    """Functions as they are offered, and calls, of which the names of the parameters are learnt."""
+    offered = {
+        rng.choice((general.invented, _spelt))(rng): [
+            rng.choice((general.invented, general.invented, _spelt))(rng) for _ in range(rng.choice((1, 1, 2)))
+        ]
+        for _ in range(rng.randint(1, 4))
+    }
+    lines = (f"\n{name}({', '.join(f'{each}: string' for each in of)})" for name, of in offered.items())
+    segments: Segments = [(f"{BOS}{SYSTEM}Tools:{''.join(lines)}{END}", False)]
+    for name in rng.sample(list(offered), len(offered)):
+        segments.append((f'{ASSISTANT}<tool_call>\n{{"name": "{name}", "arguments": ', False))
+        for number, each in enumerate(offered[name]):
+            segments += [(', "' if number else '{"', False), (f'{each}":', True), (f" {rng.randint(0, 99)}", False)]
+        segments.append(("}}\n</tool_call>" + END, False))
+    return segments
+
+
+def _spelt(rng: Random) -> str:
+    """A name as functions and their parameters have them."""
+    return f"{general.invented(rng)}_{general.invented(rng)}"
+
+
 def documents(seed: int | str, focus: bool = False) -> Iterator[Segments]:
     """Endless conversations and plain texts; with focus more of what takes longest to learn."""
     rng = Random(seed)
@@ -138,7 +182,9 @@ def documents(seed: int | str, focus: bool = False) -> Iterator[Segments]:
             yield drill(rng)
         elif roll < 0.11:
             yield plain(rng)
-        elif roll < 0.11 + TOOL_SHARE:
+        elif roll < 0.11 + RECALL_SHARE:
+            yield recall(rng)
+        elif roll < 0.11 + RECALL_SHARE + TOOL_SHARE:
             yield tool_chat(rng)
         else:
             yield chat(rng, focus=focus)

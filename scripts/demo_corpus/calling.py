@@ -154,13 +154,19 @@ def _calculated(a: str, sign: str, b: str) -> str:
 
 
 def make_tool(rng: Random, kind: Kind) -> Tool:
-    """A function of this kind; one in seven has a name that says nothing."""
+    """A function of this kind; one in three has a name that says nothing, and so has one parameter in three: what
+    stands in a call has to be read, it cannot be guessed."""
     name = rng.choice(kind.names)
-    if rng.random() < 0.14:
+    if rng.random() < 0.33:
         name = rng.choice((general.invented(rng), f"{general.invented(rng)}_{rng.choice(kind.names).split('_')[-1]}"))
-    picked, number = [], rng.randrange(6)
+    picked: list[tuple[str, str]] = []
+    number = rng.randrange(6)
     for names in kind.parameters:
         parameter, _, type_ = names[number % len(names)].partition(":")
+        if rng.random() < 0.33:
+            parameter = rng.choice((general.invented(rng), f"{general.invented(rng)}_{parameter}"))
+        while parameter in (taken for taken, _ in picked):
+            parameter = general.invented(rng)
         picked.append((parameter, type_ or "string"))
     return Tool(name, rng.choice(kind.about), tuple(picked))
 

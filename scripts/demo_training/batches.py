@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 IGNORED = -100
 """The label of a token that is not learnt."""
-SHORT, LONG = 256, 1024
+SHORT, LONG = 320, 1024
 """Tokens of a row; most conversations are short."""
 LONG_EVERY = 16
 FOCUS_FROM = 0.5

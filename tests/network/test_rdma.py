@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from network.cards import Here
+from network.ends import Ends
 from network.recorder import Recorder
 from steering import LONGEST_WAIT_S, until
 
@@ -48,30 +49,14 @@ class Stalls(Here):
         return lambda: False
 
 
-class Ends:
-    """Two links in this process, between different addresses."""
+class DistantEnds(Ends):
+    """Between different addresses."""
 
     def __init__(self, near: Callable[[], Agent] = Here, far: Callable[[], Agent] = Here) -> None:
         with socket.create_server(("127.0.0.1", 0)) as server:
             caller = socket.create_connection(server.getsockname(), source_address=("127.0.0.2", 0))
             listener = server.accept()[0]
-        self.here, self.there = Recorder(), Recorder()
-        self.near = Link(caller, 1, 2, self.here, name="near", new_agent=near)
-        self.far = Link(listener, 2, 1, self.there, name="far", new_agent=far)
-        self.near.start()
-        self.far.start()
-
-    def send(self, data: bytes, opcode: Opcode = Opcode.KV_PAGES) -> tuple[int, bytes]:
-        """How the payload came, and what came."""
-        count = len(self.there.frames)
-        self.near.send(opcode, [data])
-        until(lambda: len(self.there.frames) > count or bool(self.there.errors), "the payload")
-        header, came = self.there.frames[-1]
-        return header.flags, came
-
-    def close(self) -> None:
-        self.near.close()
-        self.far.close()
+        super().__init__((caller, listener), near, far)
 
 
 @pytest.fixture(autouse=True)
@@ -88,14 +73,14 @@ def quicker(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 @pytest.fixture
-def ends() -> Iterator[Ends]:
-    pair = Ends()
+def ends() -> Iterator[DistantEnds]:
+    pair = DistantEnds()
     assert pair.near.ask_for_rdma(LONGEST_WAIT_S)
     yield pair
     pair.close()
 
 
-def test_large_payloads_arrive_as_they_were(ends: Ends) -> None:
+def test_large_payloads_arrive_as_they_were(ends: DistantEnds) -> None:
     """The region is gone round more than once."""
     for nbytes in (LEAST_BYTES + 1, MIB - 1, 3 * MIB + 77, REGION_BYTES, 40 * MIB, 40 * MIB + 1):
         data = (os.urandom(999_983) * 70)[:nbytes]
@@ -104,7 +89,7 @@ def test_large_payloads_arrive_as_they_were(ends: Ends) -> None:
     assert ends.far.stats.received_rdma_bytes == ends.near.stats.sent_rdma_bytes > 2 * REGION_BYTES, "without probes"
 
 
-def test_parts_that_follow_each_other_are_one_payload(ends: Ends) -> None:
+def test_parts_that_follow_each_other_are_one_payload(ends: DistantEnds) -> None:
     parts = [os.urandom(700_001), os.urandom(3), os.urandom(2 * MIB)]
     ends.near.send(Opcode.KV_PAGES, parts, step=3, layer=4, dtype="uint8", shape=(sum(map(len, parts)),))
     until(lambda: bool(ends.there.frames), "the payload")
@@ -112,13 +97,13 @@ def test_parts_that_follow_each_other_are_one_payload(ends: Ends) -> None:
     assert came == b"".join(parts) and (header.step, header.layer, header.flags) == (3, 4, BY_RDMA)
 
 
-def test_what_is_small_or_has_no_room_goes_over_the_connection(ends: Ends) -> None:
+def test_what_is_small_or_has_no_room_goes_over_the_connection(ends: DistantEnds) -> None:
     assert ends.send(b"small") == (Flag.CHECKED, b"small")
     data = bytes(REGION_BYTES + 1)
     assert ends.send(data) == (BY_TCP, data)
 
 
-def test_the_end_that_was_asked_asks_too(ends: Ends) -> None:
+def test_the_end_that_was_asked_asks_too(ends: DistantEnds) -> None:
     until(lambda: ends.far._remote.takes(MIB), "the other direction")
     data = os.urandom(MIB)
     ends.far.send(Opcode.KV_PAGES, [data])
@@ -126,7 +111,7 @@ def test_the_end_that_was_asked_asks_too(ends: Ends) -> None:
     assert (ends.here.frames[0][0].flags, ends.here.frames[0][1]) == (BY_RDMA, data)
 
 
-def test_frames_of_another_epoch_are_dropped_and_their_room_is_free_again(ends: Ends) -> None:
+def test_frames_of_another_epoch_are_dropped_and_their_room_is_free_again(ends: DistantEnds) -> None:
     ends.near.epoch = 1
     for _ in range(4):
         ends.near.send(Opcode.KV_PAGES, [bytes(REGION_BYTES // 2)])
@@ -139,7 +124,7 @@ def test_frames_of_another_epoch_are_dropped_and_their_room_is_free_again(ends: 
 
 def test_the_slower_way_is_not_taken(quicker: list[bool]) -> None:
     quicker[0] = False
-    pair = Ends()
+    pair = DistantEnds()
     assert not pair.near.ask_for_rdma(LONGEST_WAIT_S)
     data = os.urandom(MIB)
     assert pair.send(data) == (BY_TCP, data)
@@ -154,7 +139,7 @@ def no_card() -> Agent:
     ("near", "far"), [(Here, no_agent), (Here, no_card), (no_agent, Here), (no_card, Here), (Damages, Here)]
 )
 def test_where_one_end_cannot_all_goes_over_the_connection(near: Callable[[], Agent], far: Callable[[], Agent]) -> None:
-    pair = Ends(near, far)
+    pair = DistantEnds(near, far)
     assert not pair.near.ask_for_rdma(LONGEST_WAIT_S)
     data = os.urandom(MIB)
     assert pair.send(data) == (BY_TCP, data)
@@ -163,7 +148,7 @@ def test_where_one_end_cannot_all_goes_over_the_connection(near: Callable[[], Ag
 
 def test_a_card_that_fails_costs_no_payload() -> None:
     agent = Fails()
-    pair = Ends(lambda: agent)
+    pair = DistantEnds(lambda: agent)
     assert pair.near.ask_for_rdma(LONGEST_WAIT_S)
     data = os.urandom(MIB)
     assert pair.send(data) == (BY_RDMA, data)
@@ -177,7 +162,7 @@ def test_a_card_that_fails_costs_no_payload() -> None:
 
 def test_a_write_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rdma, "_PATIENCE_S", 0.2)
-    pair = Ends(Stalls)
+    pair = DistantEnds(Stalls)
     assert not pair.near.ask_for_rdma(LONGEST_WAIT_S)
     data = os.urandom(MIB)
     assert pair.send(data) == (BY_TCP, data)
@@ -185,7 +170,7 @@ def test_a_write_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_link_that_ends_keeps_nobody_waiting() -> None:
-    pair = Ends(Stalls)
+    pair = DistantEnds(Stalls)
     assert not pair.near.ask_for_rdma(0.01)
     pair.close()
 
@@ -250,14 +235,14 @@ def test_who_does_not_keep_to_it_is_left(said: bytes, complaint: str) -> None:
 
 
 @pytest.mark.parametrize(("offset", "nbytes"), [(REGION_BYTES, MIB), (0, REGION_BYTES + 1)])
-def test_what_is_not_within_the_region_is_refused(ends: Ends, offset: int, nbytes: int) -> None:
+def test_what_is_not_within_the_region_is_refused(ends: DistantEnds, offset: int, nbytes: int) -> None:
     header = Header(Opcode.KV_PAGES, int(BY_RDMA), nbytes=nbytes, sequence=ends.near._sequence, source=1, destination=2)
     ends.near._socket.sendall(write_header(header) + offset.to_bytes(8, "little"))
     until(lambda: bool(ends.there.errors), "the objection")
     assert "not within a region" in ends.there.errors[0].message
 
 
-def test_what_did_not_arrive_as_it_was_ends_the_link(ends: Ends) -> None:
+def test_what_did_not_arrive_as_it_was_ends_the_link(ends: DistantEnds) -> None:
     header = Header(Opcode.KV_PAGES, int(BY_RDMA), nbytes=MIB, sequence=ends.near._sequence, source=1, destination=2,
                     checksum=1)  # fmt: skip
     ends.near._socket.sendall(write_header(header) + bytes(8))
@@ -272,7 +257,7 @@ def test_what_did_not_arrive_as_it_was_ends_the_link(ends: Ends) -> None:
 def test_by_nixl(monkeypatch: pytest.MonkeyPatch) -> None:
     """By whichever way UCX has on this machine."""
     monkeypatch.setenv("UCX_NET_DEVICES", "lo")
-    pair = Ends(lambda: NixlAgent(()), lambda: NixlAgent(()))
+    pair = DistantEnds(lambda: NixlAgent(()), lambda: NixlAgent(()))
     assert pair.near.ask_for_rdma(LONGEST_WAIT_S)
     for nbytes in (LEAST_BYTES + 1, 3 * MIB + 77, 40 * MIB, 40 * MIB + 1):
         data = os.urandom(nbytes)

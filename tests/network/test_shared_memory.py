@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from network.ends import Ends
 from network.recorder import Recorder
 from steering import until
 
@@ -46,49 +47,28 @@ link.close()
 """
 
 
-class Ends:
-    """Two links in this process."""
-
-    def __init__(self, sockets: tuple[socket.socket, socket.socket]) -> None:
-        self.here, self.there = Recorder(), Recorder()
-        self.near = Link(sockets[0], 1, 2, self.here, name="near")
-        self.far = Link(sockets[1], 2, 1, self.there, name="far")
-        self.near.start()
-        self.far.start()
-
-    def send(self, data: bytes, opcode: Opcode = Opcode.KV_PAGES) -> tuple[int, bytes]:
-        """How the payload came, and what came."""
-        count = len(self.there.frames)
-        self.near.send(opcode, [data])
-        until(lambda: len(self.there.frames) > count or bool(self.there.errors), "the payload")
-        header, came = self.there.frames[-1]
-        return header.flags, came
-
+class SharingEnds(Ends):
     def agree(self) -> None:
         """The first large payload brings the offer; until it is answered, payloads go through the kernel."""
         until(lambda: self.send(os.urandom(LEAST_BYTES + 1))[0] == Flag.SHARED, "shared memory")
 
-    def close(self) -> None:
-        self.near.close()
-        self.far.close()
-
 
 @pytest.fixture
-def ends() -> Iterator[Ends]:
-    pair = Ends(socket.socketpair())
+def ends() -> Iterator[SharingEnds]:
+    pair = SharingEnds(socket.socketpair())
     yield pair
     pair.close()
 
 
 @pytest.mark.parametrize("nbytes", [LEAST_BYTES + 1, MIB - 1, MIB, 3 * MIB + 77, 40 * MIB, RING_BYTES])
-def test_large_payloads_arrive_as_they_were(ends: Ends, nbytes: int) -> None:
+def test_large_payloads_arrive_as_they_were(ends: SharingEnds, nbytes: int) -> None:
     ends.agree()
     for _ in range(3):
         data = os.urandom(nbytes)
         assert ends.send(data) == (Flag.SHARED, data)
 
 
-def test_parts_that_follow_each_other_are_one_payload(ends: Ends) -> None:
+def test_parts_that_follow_each_other_are_one_payload(ends: SharingEnds) -> None:
     ends.agree()
     parts = [os.urandom(700_001), os.urandom(3), os.urandom(2 * MIB)]
     ends.near.send(Opcode.KV_PAGES, parts, step=3, layer=4, dtype="uint8", shape=(sum(map(len, parts)),))
@@ -97,12 +77,12 @@ def test_parts_that_follow_each_other_are_one_payload(ends: Ends) -> None:
     assert came == b"".join(parts) and header.layer == 4 and header.flags == Flag.SHARED
 
 
-def test_what_is_small_goes_over_the_connection(ends: Ends) -> None:
+def test_what_is_small_goes_over_the_connection(ends: SharingEnds) -> None:
     ends.agree()
     assert ends.send(b"small") == (Flag.CHECKED, b"small")
 
 
-def test_payloads_that_wait_share_the_ring(ends: Ends) -> None:
+def test_payloads_that_wait_share_the_ring(ends: SharingEnds) -> None:
     """Several are under way at once, so the ring is gone round, and none writes over another one."""
     ends.agree()
     count, sent = len(ends.there.frames), [os.urandom(9 * MIB + index) for index in range(20)]
@@ -114,15 +94,15 @@ def test_payloads_that_wait_share_the_ring(ends: Ends) -> None:
     assert Flag.SHARED in {header.flags for header, _ in ends.there.frames[count:]}
 
 
-def test_a_payload_larger_than_the_ring_goes_over_the_connection(ends: Ends) -> None:
+def test_a_payload_larger_than_the_ring_goes_over_the_connection(ends: SharingEnds) -> None:
     ends.agree()
     data = bytes(RING_BYTES + 1)
     assert ends.send(data) == (Flag.TRAILED, data)
 
 
-def test_both_directions_have_their_own(ends: Ends) -> None:
+def test_both_directions_have_their_own(ends: SharingEnds) -> None:
     ends.agree()
-    backwards = Ends.__new__(Ends)
+    backwards = SharingEnds.__new__(SharingEnds)
     backwards.near, backwards.far, backwards.here, backwards.there = ends.far, ends.near, ends.there, ends.here
     backwards.agree()
     data = os.urandom(5 * MIB)
@@ -130,7 +110,7 @@ def test_both_directions_have_their_own(ends: Ends) -> None:
     assert ends.send(data) == (Flag.SHARED, data)
 
 
-def test_frames_of_another_epoch_are_dropped_and_their_room_is_free_again(ends: Ends) -> None:
+def test_frames_of_another_epoch_are_dropped_and_their_room_is_free_again(ends: SharingEnds) -> None:
     ends.agree()
     ends.near.epoch = 1
     for _ in range(4):
@@ -146,7 +126,7 @@ def test_frames_of_another_epoch_are_dropped_and_their_room_is_free_again(ends: 
 def test_ends_with_different_addresses_do_not_look_for_memory() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         caller = socket.create_connection(server.getsockname(), source_address=("127.0.0.2", 0))
-        pair = Ends((caller, server.accept()[0]))
+        pair = SharingEnds((caller, server.accept()[0]))
     data = os.urandom(2 * MIB)
     assert [pair.send(data) for _ in range(3)] == [(Flag.TRAILED, data)] * 3
     pair.close()
@@ -179,7 +159,7 @@ def test_nothing_is_left_open_or_mapped() -> None:
         return sum("vramancer-link" in each for each in [*mapped, *opened])
 
     before = held()
-    pair = Ends(socket.socketpair())
+    pair = SharingEnds(socket.socketpair())
     pair.agree()
     assert held() > before
     pair.close()
@@ -319,7 +299,7 @@ def test_who_does_not_keep_to_it_is_left(said: Callable[[bytes], bytes], complai
     ours.close()
 
 
-def test_an_end_that_claims_to_have_copied_more_than_there_was_gets_no_more(ends: Ends) -> None:
+def test_an_end_that_claims_to_have_copied_more_than_there_was_gets_no_more(ends: SharingEnds) -> None:
     ends.agree()
     outgoing = ends.near._memory._outgoing
     assert outgoing is not None
