@@ -66,17 +66,26 @@ class Section(BaseModel):
                 return tuple(part.strip() for part in value.split(",") if part.strip())
             if Path in kinds:
                 return Path(value).expanduser()
+            return _read_choice(value, cls.model_fields[info.field_name or ""])
         return value
 
 
 def field_kinds(field: FieldInfo) -> tuple[Any, ...]:
     """The plain types that a field's annotation is made of: `int | None` gives `(int, NoneType)`."""
+    return tuple(typing.get_origin(member) or member for member in _members(field))
+
+
+def _members(field: FieldInfo) -> tuple[Any, ...]:
     annotation = field.annotation
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        members = typing.get_args(annotation)
-    else:
-        members = (annotation,)
-    return tuple(typing.get_origin(member) or member for member in members)
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _read_choice(text: str, field: FieldInfo) -> str | int:
+    """One of the numbers that a field allows, if the text is one."""
+    choices = [each for member in _members(field) for each in typing.get_args(member) if isinstance(each, int)]
+    return next((number for number in choices if str(number) == text.strip()), text)
 
 
 def _read_bool(value: Any) -> bool:

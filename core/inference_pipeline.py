@@ -140,6 +140,8 @@ class InferencePipeline:
         dtype: str | None = None,
         devices: str | None = None,
         max_model_len: int | None = None,
+        quantize: str | None = None,
+        quantize_group: int | None = None,
         tool_parser: ToolParserName | None = None,
         reasoning_parser: ReasoningParserName | None = None,
     ) -> LoadedModel:
@@ -151,7 +153,8 @@ class InferencePipeline:
         again either.
         """
         parsers = {"tool_parser": tool_parser, "reasoning_parser": reasoning_parser}
-        settings = self._load_settings(model, num_gpus, dtype, devices, max_model_len, parsers)
+        weights = {"dtype": dtype, "quantize": quantize, "quantize_group": quantize_group}
+        settings = self._load_settings(model, num_gpus, devices, max_model_len, weights, parsers)
         with self._keeper.exclusive(), self.metrics.tasks.run("load", settings.model.name or DEMO_NAME):
             self.encoders.open()
             self._keeper.swap(settings)
@@ -173,13 +176,13 @@ class InferencePipeline:
             self.monitor.start()
 
     def _load_settings(
-        self, model: str | None, num_gpus: int | None, dtype: str | None, devices: str | None,
-        max_model_len: int | None, parsers: Mapping[str, str | None],
+        self, model: str | None, num_gpus: int | None, devices: str | None, max_model_len: int | None,
+        weights: Mapping[str, str | int | None], parsers: Mapping[str, str | None],
     ) -> Settings:  # fmt: skip
         base = self.settings
         if model is None and base.model.name == NO_MODEL:
             raise InvalidRequestError("The settings name no model; say which one to load.", param="model")
-        changes: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
+        changes: dict[str, Any] = {key: value for key, value in weights.items() if value is not None}
         if model is not None:
             changes |= {"name": model, "max_model_len": max_model_len}
             if model != (base.model.name or DEMO_NAME):

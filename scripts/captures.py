@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from core.config import Settings, load_settings  # noqa: E402
 from core.costs import DeviceProfile  # noqa: E402
+from core.engine.best_fit import best_fit  # noqa: E402
 from core.engine.preview import Preview, preview  # noqa: E402
 from core.profiling.diagnosis import (  # noqa: E402
     Datasheet,
@@ -47,6 +48,7 @@ from vramancer.cli.chat.conversation import Conversation  # noqa: E402
 from vramancer.cli.chat.screen import Screen  # noqa: E402
 from vramancer.cli.chat.talk import talk  # noqa: E402
 from vramancer.cli.doctor import print_diagnosis  # noqa: E402
+from vramancer.cli.fit_view import print_fit  # noqa: E402
 from vramancer.cli.live.canvas import Canvas  # noqa: E402
 from vramancer.cli.live.controls import Controls  # noqa: E402
 from vramancer.cli.live.frame import frame  # noqa: E402
@@ -280,6 +282,25 @@ def planned(more: Sequence[str] = ()) -> tuple[Preview, Settings]:
         return preview(settings, ["3090", "5070ti"], more=more), settings
 
 
+LLAMA_32B = LLAMA_8B | {
+    "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
+    "max_position_embeddings": 32768,
+}  # fmt: skip
+
+
+def fit_capture(width: int) -> str:
+    """`vramancer plan ./llama-32b --gpu 3090 --gpu 5070ti --max-model-len 8192 --fit`, its first lines."""
+    terminal = Terminal(width)
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "llama-32b"
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps(LLAMA_32B))
+        overrides = {"model.name": str(model), "model.max_model_len": 8192}
+        settings = load_settings(Path(os.devnull), {"HOME": folder}, overrides=overrides)
+        print_fit(best_fit(settings, ["3090", "5070ti"]), terminal.console())
+    return terminal.text
+
+
 def plan_capture(width: int) -> str:
     """`vramancer plan ./llama-8b --gpu 3090 --gpu 5070ti --more 3060`."""
     terminal = Terminal(width)
@@ -347,7 +368,7 @@ def _card(
 def captures() -> dict[str, str]:
     """Name of each file, and its text."""
     drawn = {"status": status_capture, "run": run_capture, "plan": plan_capture, "doctor": doctor_capture}
-    drawn |= {"banner": banner_capture, "dashboard": dashboard_capture}
+    drawn |= {"banner": banner_capture, "dashboard": dashboard_capture, "fit": fit_capture}
     return {f"{name}-{width}.txt": draw(width) for name, draw in drawn.items() for width in WIDTHS}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from core.batching.batcher import ContinuousBatcher
 from core.inference_pipeline import InferencePipeline
 from core.request import RequestOutput
 
@@ -75,3 +76,27 @@ class OnEngineThread(queue.SimpleQueue):  # type: ignore[type-arg]
     def put(self, item: tuple[int, RequestOutput]) -> None:
         self._look(item[1])
         super().put(item)
+
+
+class Brake:
+    """Lets the engine that serves take so many steps as it is given, and wait for more."""
+
+    def __init__(self, pipeline: InferencePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.steps = 0
+        fill = ContinuousBatcher._fill
+
+        def braked(batcher: ContinuousBatcher) -> None:
+            if batcher is not pipeline.engine.batcher or not batcher.scheduler.has_work:
+                fill(batcher)
+            elif self.steps > 0:
+                self.steps -= 1
+                fill(batcher)
+            else:
+                time.sleep(0.001)
+
+        monkeypatch.setattr(ContinuousBatcher, "_fill", braked)
+
+    def go_on(self, steps: int) -> None:
+        """Wait until these have been taken."""
+        self.steps = steps
+        until(lambda: self.steps <= 0, "the engine takes its steps")

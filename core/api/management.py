@@ -44,6 +44,8 @@ class LoadRequest(RequestModel):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = None
     devices: str | None = Field(None, min_length=1, max_length=4096)
     max_model_len: Integer | None = Field(None, ge=1, le=MAX_COUNT)
+    quantize: Literal["none", "int8", "int4"] | None = None
+    quantize_group: Literal[32, 64, 128, 256] | None = None
     tool_parser: ToolParserName | None = None
     reasoning_parser: ReasoningParserName | None = None
 
@@ -118,8 +120,11 @@ def load_model() -> Response:
         return _load_upstream()
     model = api_context().pipeline.load(**read_request(LoadRequest).model_dump())
     return json_response(
-        {**model_card(model, model.name), "dtype": model.dtype, "num_parameters": model.num_parameters}
-    )
+        {
+            **model_card(model, model.name), "dtype": model.dtype, "quantization": model.quantization,
+            "num_parameters": model.num_parameters,
+        }
+    )  # fmt: skip
 
 
 def _load_upstream() -> Response:

@@ -23,17 +23,20 @@ from core.models.served_dtype import ELEMENT_BYTES, choose_dtype
 from core.placement.pooled import PooledKV
 from core.placement.predict import DeviceEffect, Prediction, one_more, predict
 from core.placement.streaming import place_or_stream
+from core.quantization.choice import QuantizeChoice
 
 _ANY_MACHINE_BYTES = 1 << 60
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
-    """Of the model that is planned for: `dtype` it would be served in, and the longest sequence, prompt and answer."""
+    """Of the model that is planned for: `dtype` it would be served in, the longest sequence, prompt and answer, and how
+    its weights are quantized, if they are."""
 
     num_parameters: int
     dtype: str
     max_model_len: int
+    quantization: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,20 +93,21 @@ def _describe(
 ) -> tuple[PlannedModel, LayerCosts, tuple[str, ...]]:
     """A model on cards: by the arithmetic of its family, else from its class."""
     lacking, engine = [card.name for card in cards if lacks_bf16(card)], settings.engine
-    # What is quantized, and how, is told by the modules of the class.
-    family = read_family(resolved.path, settings.model.dtype) if settings.model.quantize == "none" else None
+    quantize = QuantizeChoice.of(settings.model)
+    family, title = read_family(resolved.path, settings.model.dtype, quantize), quantize.title
     if family is None:
         from core.engine.model_plan import described_model
 
         architecture, weights, costs, notes = described_model(resolved, settings, lacking)
         dtype, most = str(architecture.dtype).removeprefix("torch."), architecture.max_position
+        title = architecture.quantization.title if architecture.quantization is not None else ""
     else:
         dtype, notes = choose_dtype(family.dtype, settings.model.dtype, lacking)
         weights, most = family.weights(dtype), family.max_position
         tokens = engine.max_num_batched_tokens
         workspace = family.workspace(dtype, tokens, min(engine.max_batch_size, tokens))
         costs = costs_of(weights, workspace, family.kv_bytes_per_token(dtype), family.hidden_size, ELEMENT_BYTES[dtype])
-    model = PlannedModel(weights.num_parameters, dtype, served_length(resolved.name, most, settings))
+    model = PlannedModel(weights.num_parameters, dtype, served_length(resolved.name, most, settings), title)
     return model, costs, notes
 
 
@@ -112,7 +116,9 @@ def _on_this_machine(resolved: ResolvedModel, settings: Settings) -> Preview:
 
     plan = plan_here(resolved, settings)
     dtype = str(plan.architecture.dtype).removeprefix("torch.")
-    model = PlannedModel(plan.weights.num_parameters, dtype, plan.max_model_len)
+    quantized = plan.architecture.quantization
+    title = quantized.title if quantized is not None else ""
+    model = PlannedModel(plan.weights.num_parameters, dtype, plan.max_model_len, title)
     return Preview(
         model, plan.problem, plan.placement, plan.pooled, plan.prediction, notes=plan.notes,
         reserved_bytes=(0,) * len(plan.devices),

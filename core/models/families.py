@@ -19,15 +19,20 @@ from core.errors import CheckpointError
 from core.models.bounds import LIMITS, MOST_EXPERTS
 from core.models.json_files import read_json_object
 from core.models.served_dtype import ELEMENT_BYTES
+from core.quantization.choice import AS_IT_IS, QuantizeChoice
+from core.quantization.form import TILE_BYTES
 
 _INVERSE_BYTES = 4
 """Of a rotary frequency; modules keep two of each pair of a head's numbers."""
 _SAMPLING_BYTES = 54
 """Per row and token of the vocabulary, with every parameter of sampling in use."""
+_DEQUANTIZING_BYTES = 8.1
+"""Per number of a quantized weight that is multiplied with: fp32, and the scales spread over it."""
 
 _ACTIVATIONS = frozenset({"silu", "swish", "swiglu", "gelu", "gelu_pytorch_tanh"})
 _ROPES = frozenset({"default", "linear", "llama3", "yarn", "longrope", "su"})
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_HEAD = "lm_head"
 _ELSEWHERE = ("quantization_config", "compression_config", "text_config", "auto_map", "use_bidirectional_attention")
 """Fields whose models are not planned by arithmetic."""
 
@@ -81,7 +86,8 @@ _FAMILIES: Mapping[str, _Family] = {
 
 @dataclass(frozen=True, slots=True)
 class FamilyModel:
-    """A model of a known family. `dtype` is that of its checkpoint, or the one that was asked for."""
+    """A model of a known family. `dtype` is that of its checkpoint, or the one that was asked for; `quantize` is what
+    its weights become when they are loaded."""
 
     family: _Family
     dtype: str
@@ -99,6 +105,7 @@ class FamilyModel:
     rotary_share: float
     experts: int
     experts_per_token: int
+    quantize: QuantizeChoice = AS_IT_IS
 
     @property
     def _query(self) -> int:
@@ -118,15 +125,23 @@ class FamilyModel:
         table, routed = self.vocab_size * self.hidden_size, self._routed_parameters()
         layer = self._attention_parameters() + self._mlp_parameters()
         frequencies = int(self.head_dim * self.rotary_share) * _INVERSE_BYTES
+        head = table * element - self._saved(_HEAD, self.vocab_size, self.hidden_size, element)
         experts = None
         if self.experts:
             nbytes, number = (routed * element,) * self.num_layers, (self.experts,) * self.num_layers
             experts = Experts(nbytes, number, self.experts_per_token)
         return ModelBytes(
-            embedding=table * element + frequencies,
-            layers=(layer * element,) * self.num_layers,
+            embedding=(head if self.tied else table * element) + frequencies,
+            layers=tuple(
+                layer * element
+                - sum(
+                    self._saved(f"model.layers.{index}.{name}", n, k, element)
+                    for name, (n, k) in self._linears().items()
+                )
+                for index in range(self.num_layers)
+            ),
             after=self.hidden_size * element,
-            head=table * element,
+            head=head,
             tied=self.tied,
             num_parameters=table * (1 if self.tied else 2) + layer * self.num_layers + self.hidden_size,
             layer_parameters=(layer,) * self.num_layers,
@@ -146,11 +161,61 @@ class FamilyModel:
         else:
             mlp = 4 * hidden + (4 if self.family.joint else 3) * inner
         each = (max(attention, mlp) + 2 * self.head_dim) * ELEMENT_BYTES[dtype]
+        layers = max(tokens * each, self._dequantizing(tokens * ELEMENT_BYTES[dtype]))
         whole = tokens * hidden * ELEMENT_BYTES[dtype] + rows * self.vocab_size * ELEMENT_BYTES[dtype]
         sampling = _SAMPLING_BYTES * rows * self.vocab_size
-        return Workspace(
-            int(ALLOCATOR_MARGIN * tokens * each), int(ALLOCATOR_MARGIN * (max(0, whole - tokens * each) + sampling))
-        )
+        return Workspace(int(ALLOCATOR_MARGIN * layers), int(ALLOCATOR_MARGIN * (max(0, whole - layers) + sampling)))
+
+    def can_quantize(self) -> bool:
+        """Whether every layer that is to be quantized can be, and there is one."""
+        taken = {
+            (n, k) for index in range(self.num_layers) for name, (n, k) in self._linears().items()
+            if self.quantize.takes(f"model.layers.{index}.{name}")
+        }  # fmt: skip
+        if self.quantize.takes(_HEAD, is_head=True):
+            taken.add((self.vocab_size, self.hidden_size))
+        return bool(taken) and all(self.quantize.form.covers(n, k) for n, k in taken)
+
+    def _linears(self) -> dict[str, tuple[int, int]]:
+        """The linear layers of a layer but for routers: shapes `[n, k]` of their weights."""
+        hidden, query, key, inner = self.hidden_size, self._query, self._key, self.inner_size
+        found = {"self_attn.o_proj": (hidden, query)}
+        if self.family.joint:
+            found["self_attn.qkv_proj"] = (query + 2 * key, hidden)
+        else:
+            found |= {"self_attn.q_proj": (query, hidden), "self_attn.k_proj": (key, hidden)}
+            found["self_attn.v_proj"] = (key, hidden)
+        if self.experts:
+            return found
+        if self.family.joint:
+            found["mlp.gate_up_proj"] = (2 * inner, hidden)
+        else:
+            found |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)}
+        return found | {"mlp.down_proj": (hidden, inner)}
+
+    def _saved(self, name: str, n: int, k: int, element: int) -> int:
+        """Bytes that quantizing a linear layer's weight `[n, k]` saves."""
+        if not self.quantize.takes(name, is_head=name == _HEAD):
+            return 0
+        return n * k * element - self.quantize.form.nbytes(n, k)
+
+    def _dequantizing(self, row_bytes: int) -> float:
+        """The most that lives at one time around a product with a quantized weight, where `row_bytes` are those of a
+        number of each token."""
+        hidden, query, key, inner = self.hidden_size, self._query, self._key, self.inner_size
+        beside = {  # what else lives then, in numbers of a token
+            "qkv_proj": 3 * hidden, "q_proj": 3 * hidden, "k_proj": 3 * hidden + query,
+            "v_proj": 3 * hidden + query + key,
+            "o_proj": 3 * hidden + query, "gate_proj": 4 * hidden, "up_proj": 4 * hidden + inner,
+            "gate_up_proj": 3 * hidden, "down_proj": 4 * hidden + (3 if self.family.joint else 1) * inner,
+        }  # fmt: skip
+        most = 0.0
+        for name, (n, k) in self._linears().items():
+            if any(self.quantize.takes(f"model.layers.{index}.{name}") for index in range(self.num_layers)):
+                rows = max(1, TILE_BYTES // (4 * k))
+                numbers = beside[name.rpartition(".")[2]] + 2 * self.head_dim + (n if n > rows else 0)
+                most = max(most, numbers * row_bytes + _DEQUANTIZING_BYTES * min(n, rows) * k)
+        return most
 
     def _attention_parameters(self) -> int:
         family, hidden = self.family, self.hidden_size
@@ -176,8 +241,9 @@ class FamilyModel:
         return 3 * self.hidden_size * self.inner_size + biases
 
 
-def read_family(path: Path, asked_dtype: str = "auto") -> FamilyModel | None:
-    """The model in a directory, if it is one of a known family and plain; None leaves it to the model's own class."""
+def read_family(path: Path, asked_dtype: str = "auto", quantize: QuantizeChoice = AS_IT_IS) -> FamilyModel | None:
+    """The model in a directory, if it is one of a known family and plain; None leaves it to the model's own class,
+    which also knows what to say of a layer that `quantize` does not cover."""
     try:
         config = read_json_object(path / "config.json")
     except (CheckpointError, OSError):
@@ -191,7 +257,7 @@ def read_family(path: Path, asked_dtype: str = "auto") -> FamilyModel | None:
     if dtype not in ELEMENT_BYTES or (tied and _may_have_head(path)):
         return None
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    return FamilyModel(
+    found = FamilyModel(
         family=family,
         dtype=dtype,
         num_layers=config["num_hidden_layers"],
@@ -208,7 +274,9 @@ def read_family(path: Path, asked_dtype: str = "auto") -> FamilyModel | None:
         rotary_share=float(config.get("partial_rotary_factor", 1.0)),
         experts=_experts(config, family) or 0,
         experts_per_token=config["num_experts_per_tok"] if family.experts else 0,
+        quantize=quantize,
     )
+    return found if not quantize.text or found.can_quantize() else None
 
 
 def _is_plain(config: Mapping[str, Any], family: _Family) -> bool:

@@ -48,15 +48,20 @@ class QuantizeChoice:
         return "" if self.kind == "none" else ":".join((self.kind, str(self.group), *self.keep))
 
     @property
+    def title(self) -> str:
+        """For people, such as `int4, groups of 64`; empty if nothing is quantized."""
+        return "" if self.kind == "none" else f"{self.kind}, groups of {self.group}"
+
+    @property
     def form(self) -> WeightForm:
         """What a quantized weight becomes."""
         if self.kind == "int8":
             return WeightForm(8, self.group, offset=128)
         return WeightForm(4, self.group, zero="float16")
 
-    def takes(self, name: str, n: int, k: int, *, is_head: bool = False) -> bool:
-        """Whether the linear layer of this name, with a weight `[n, k]`, is quantized."""
-        if self.kind == "none" or not self.form.covers(n, k) or name.rpartition(".")[2] in ROUTERS:
+    def takes(self, name: str, *, is_head: bool = False) -> bool:
+        """Whether the linear layer of this name is quantized."""
+        if self.kind == "none" or name.rpartition(".")[2] in ROUTERS:
             return False
         if is_head and HEAD in self.keep:
             return False

@@ -11,6 +11,9 @@ SUPER_GROUP = 256
 CODE_WIDTH = 8
 """Columns of packed codes come in so many, so that a plane of single bits fills its bytes."""
 
+TILE_BYTES = 8 << 20
+"""Of a weight, dequantized to fp32 at one time."""
+
 DTYPE_BYTES = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "int32": 4}
 
 CODEBOOKS: dict[str, tuple[float, ...]] = {

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from core.errors import CheckpointError
-from core.quantization.choice import QuantizeChoice
-from core.quantization.form import WeightForm
+from core.errors import CheckpointError, UnsupportedModelError
+from core.quantization.choice import HEAD, QuantizeChoice
+from core.quantization.form import CODE_WIDTH, WeightForm
 from core.quantization.reader import Role
 from core.quantization.weight import QuantizedWeight, pack
 
@@ -26,11 +26,21 @@ class Quantizer:
     def __init__(self, choice: QuantizeChoice) -> None:
         self._choice = choice
         self.names = frozenset[str]()
-        self.title = f"{choice.kind}, groups of {choice.group}"
+        self.title = choice.title
 
     def form(self, name: str, n: int, k: int, role: Role) -> WeightForm | None:
-        takes = role != "embedding" and self._choice.takes(name, n, k, is_head=role == "head")
-        return self._choice.form if takes else None
+        """Raises `UnsupportedModelError` for a layer that cannot be quantized so."""
+        form = self._choice.form
+        if role == "embedding" or not self._choice.takes(name, is_head=role == "head"):
+            return None
+        if not form.covers(n, k):
+            part = HEAD if role == "head" else name
+            raise UnsupportedModelError(
+                f"{name} has {k} columns; {self._choice.kind} takes multiples of {CODE_WIDTH}. Leave it as it is "
+                f"(quantize_keep={part}), or quantize to int8.",
+                param="quantize",
+            )
+        return form
 
     def parts(self, name: str) -> tuple[str, ...]:
         return (f"{name}.weight",)

@@ -8,16 +8,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from core.quantization.form import CODEBOOKS, SUPER_GROUP, WeightForm, planes
+from core.quantization.form import CODEBOOKS, SUPER_GROUP, TILE_BYTES, WeightForm, planes
 
 DTYPES: dict[str, torch.dtype] = {
     "uint8": torch.uint8, "int8": torch.int8, "float16": torch.float16, "bfloat16": torch.bfloat16,
     "float32": torch.float32, "int32": torch.int32, "float8_e4m3fn": torch.float8_e4m3fn,
     "float8_e5m2": torch.float8_e5m2,
 }  # fmt: skip
-
-TILE_BYTES = 8 << 20
-"""Of a weight, dequantized at one time."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -178,8 +178,8 @@ def test_openai_models(client: ApiClient, pipeline: FakePipeline) -> None:
 
 def test_load_list_unload(client: ApiClient, pipeline: FakePipeline) -> None:
     options = {
-        "num_gpus": 2, "dtype": "float32", "devices": "cpu=1GiB", "max_model_len": 99, "tool_parser": "hermes",
-        "reasoning_parser": "none",
+        "num_gpus": 2, "dtype": "float32", "devices": "cpu=1GiB", "max_model_len": 99, "quantize": "int4",
+        "quantize_group": 32, "tool_parser": "hermes", "reasoning_parser": "none",
     }  # fmt: skip
     assert client.post("/api/models/load", {"model": "other", **options}).get_json()["id"] == "other"
     assert pipeline.loads == [("other", options)]
@@ -227,7 +227,10 @@ def test_place_needs_a_model_and_no_load_under_way(client: ApiClient, pipeline: 
     assert not pipeline.placements
 
 
-@pytest.mark.parametrize("extra", [{"num_gpus": 0}, {"dtype": "int3"}, {"devices": 3}, {"max_model_len": 0}])
+@pytest.mark.parametrize("extra", [
+    {"num_gpus": 0}, {"dtype": "int3"}, {"devices": 3}, {"max_model_len": 0}, {"quantize": "int3"},
+    {"quantize": 4}, {"quantize_group": 48}, {"quantize_group": "64"},
+])  # fmt: skip
 def test_load_checks_its_parameters(client: ApiClient, pipeline: FakePipeline, extra: Any) -> None:
     assert client.error("/api/models/load", {"model": "m", **extra}, status=400)["param"] == next(iter(extra))
     client.error("/api/models/load", {}, status=400)

@@ -13,6 +13,7 @@ from core.api import ERROR_SHAPES
 from core.api.body import body_of
 from core.api.openai.schemas import ChatRequest
 from core.api.openapi.document import ERRORS
+from core.config_schema import ModelSettings
 from core.errors import UnsupportedParameterError
 from core.security.access import policy_of
 
@@ -87,6 +88,20 @@ def test_schemas_are_json_schemas(shown: dict[str, Any]) -> None:
     assert not re.search(r"'(ge|le|gt|lt)':", str(shown))
     messages = shown["components"]["schemas"]["MessagesRequest"]
     assert set(messages["required"]) == {"model", "messages", "max_tokens"}
+
+
+def test_a_load_takes_what_the_settings_take(shown: dict[str, Any]) -> None:
+    fields = shown["components"]["schemas"]["LoadRequest"]["properties"]
+    settings = ModelSettings.model_json_schema()["properties"]
+    for name in ("dtype", "quantize", "quantize_group", "tool_parser", "reasoning_parser"):
+        taken, known = (
+            [each for each in _choices(field) if each is not None] for field in (fields[name], settings[name])
+        )
+        assert taken == known, name
+
+
+def _choices(field: dict[str, Any]) -> list[Any]:
+    return [each for part in (field, *field.get("anyOf", ())) for each in part.get("enum", ())]
 
 
 def test_what_is_not_supported_takes_what_it_says(shown: dict[str, Any]) -> None:

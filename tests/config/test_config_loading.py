@@ -73,6 +73,7 @@ def test_each_source_wins_over_the_one_before(environ: dict[str, str], tmp_path:
         ("VRM_LENDING_ENABLED", "0", "lending.enabled", False),
         ("VRM_LEND_RATIO", "0.5", "lending.lend_ratio", 0.5),
         ("VRM_RECLAIM_THRESHOLD", "0.9", "lending.reclaim_threshold", 0.9),
+        ("VRM_MODEL_QUANTIZE_GROUP", "128", "model.quantize_group", 128),
         ("VRM_LENDING_HOST_BYTES", "0", "lending.host_bytes", 0),
     ],
 )
@@ -129,6 +130,7 @@ def test_unknown_override_is_refused(environ: dict[str, str]) -> None:
         ("api", "port: 80.5", "integer"),
         ("api", "drain_timeout_s: .nan", "finite"),
         ("model", "dtype: int8", "auto, bfloat16, float16, float32"),
+        ("model", "quantize_group: 48", "32, 64, 128 or 256"),
         ("security", "production: sure", "1, 0, true or false"),
         ("devices", "memory_fraction: 0", "above 0"),
         ("lending", "lend_ratio: 1.1", "at most 1"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +9,9 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from steering import LONGEST_WAIT_S, arriving_together, until
+from steering import LONGEST_WAIT_S, Brake, arriving_together, until
 from tiny_models import VOCAB, build_tiny
 
-from core.batching.batcher import ContinuousBatcher
 from core.batching.output import RequestHandle
 from core.engine import relocation
 from core.engine.builder import EngineBuilder
@@ -77,30 +75,6 @@ def same(found: list[GenerationResult], expected: list[GenerationResult]) -> Non
             [None if p is None else p.logprob for p in each.prompt_logprobs or ()] for each in (result, reference)
         )
         assert mine[1:] == pytest.approx(theirs[1:], abs=2e-4)
-
-
-class Brake:
-    """Lets the engine that serves take so many steps as it is given, and wait for more."""
-
-    def __init__(self, pipeline: InferencePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.steps = 0
-        fill = ContinuousBatcher._fill
-
-        def braked(batcher: ContinuousBatcher) -> None:
-            if batcher is not pipeline.engine.batcher or not batcher.scheduler.has_work:
-                fill(batcher)
-            elif self.steps > 0:
-                self.steps -= 1
-                fill(batcher)
-            else:
-                time.sleep(0.001)
-
-        monkeypatch.setattr(ContinuousBatcher, "_fill", braked)
-
-    def go_on(self, steps: int) -> None:
-        """Wait until these have been taken."""
-        self.steps = steps
-        until(lambda: self.steps <= 0, "the engine takes its steps")
 
 
 @pytest.mark.slow

@@ -11,19 +11,21 @@ import pytest
 from cluster.nodes import move_to_nodes
 from quantization import written
 from quantization.gguf_files import write_gguf
-from steering import LONGEST_WAIT_S
+from steering import LONGEST_WAIT_S, Brake
 from streamed_models import ENGINE, build_deep, weight_bytes
 from test_golden_architectures import BLOCK, DEVICES, GREEDY, Reference, check, reference_of, submit_all
 from tiny_models import build_tiny
 from torch import nn
 from transformers import PreTrainedModel
 
+from core.engine.model_engine import ModelEngine
 from core.inference_pipeline import InferencePipeline
 from core.models.architecture import read_architecture
 from core.models.stage_model import measure_bytes
 from core.quantization.choice import QuantizeChoice
 from core.quantization.linear import QuantLinear
 from core.quantization.quantize import quantize
+from core.quantization.readers.gguf import BLOCK_TYPES
 from core.request import GenerationResult
 
 CASES = {
@@ -39,11 +41,16 @@ def make_reference(name: str, path: Path) -> Reference:
     """A plain checkpoint, and what a model with quantized and dequantized weights makes of the prompts."""
     kind, group, keep, _ = CASES[name]
     model, choice = build_tiny(name, path), QuantizeChoice(kind, group, keep)
+    dequantize(model, choice)
+    return reference_of(model, path)
+
+
+def dequantize(model: PreTrainedModel, choice: QuantizeChoice) -> None:
+    """Give a model what its weights mean once they are quantized."""
     head = model.get_output_embeddings()
     for module_name, module in model.named_modules():
-        if type(module) is nn.Linear and choice.takes(module_name, *module.weight.shape, is_head=module is head):
+        if type(module) is nn.Linear and choice.takes(module_name, is_head=module is head):
             module.weight.data.copy_(quantize(module.weight.data, choice.form).dequantize())
-    return reference_of(model, path)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -66,56 +73,101 @@ def test_quantized_on_load(name: str, tmp_path: Path, open_pipeline: Callable[..
             assert stage.weight_bytes == planned.weight_bytes  # what was planned is what is there
 
 
-WRITTEN: dict[str, tuple[Callable[[Path], PreTrainedModel], int]] = {
-    "gptq act-order": (partial(written.gptq, bits=4, group=32, act_order=True), 2),
-    "awq": (partial(written.awq, group=64), 3),
-    "compressed-tensors": (partial(written.compressed, bits=4, group=32, symmetric=False), 1),
-    "fp8": (partial(written.fp8, rows=128, columns=128), 2),
-    "nf4": (partial(written.nf4, nested=True), 3),
-    "llm.int8": (written.llm_int8, 1),
-    "hqq": (partial(written.hqq, bits=4, group=64), 2),
+EVERYWHERE = {
+    "engine__block_size": BLOCK, "engine__kv_cache_tokens": 128, "engine__max_num_batched_tokens": 16,
+    "engine__max_batch_size": 8, "model__max_model_len": 128, "model__dtype": "float32",
 }  # fmt: skip
+"""Settings with which KV and workspace are small beside weights of few bits."""
 
 
 def serve(open_pipeline: Callable[..., InferencePipeline], path: Path, stages: int, **more: Any) -> InferencePipeline:
-    return open_pipeline(
-        path, devices__devices=DEVICES[stages], engine__block_size=BLOCK, engine__kv_cache_tokens=512, **more
-    )
+    return open_pipeline(path, devices__devices=DEVICES[stages], **{**EVERYWHERE, **more})
 
 
 def answers(pipeline: InferencePipeline, reference: Reference) -> list[GenerationResult]:
     return [handle.result(LONGEST_WAIT_S) for handle in submit_all(pipeline, reference, GREEDY)]
 
 
-@pytest.mark.parametrize("name", WRITTEN)
-def test_quantized_checkpoints(name: str, tmp_path: Path, open_pipeline: Callable[..., InferencePipeline]) -> None:
-    write, stages = WRITTEN[name]
-    reference = reference_of(write(tmp_path), tmp_path)
-    pipeline = serve(open_pipeline, tmp_path, stages)
-    assert len(pipeline.engine.stages) == stages
-    check(reference, answers(pipeline, reference))
+Written = tuple[PreTrainedModel, Path, dict[str, Any]]
 
 
-def test_gguf_moves_while_it_serves(tmp_path: Path, open_pipeline: Callable[..., InferencePipeline]) -> None:
-    """A tied head and an embedding of blocks, on one stage, on two and three, and back."""
-    model = build_tiny("llama", tmp_path / "hf", hidden_size=256, intermediate_size=256, head_dim=64)
-    file = write_gguf(model, tmp_path / "tiny.gguf", "llama", "Q4_K", kinds={"token_embd.weight": "Q6_K"})
-    reference = reference_of(model, file)
-    pipeline = serve(open_pipeline, file, 1, model__dtype="float32")
-    check(reference, answers(pipeline, reference))
-    for stages in (2, 3, 1):
-        moved = pipeline.place(devices=DEVICES[stages], layers={1: None, 2: "2,2", 3: "1,2,1"}[stages])
-        assert len(pipeline.engine.stages) == stages
-        assert stages != 3 or moved.kept_bytes > 0  # the first two parts are there already
+def write_format(directory: Path, name: str) -> Written:
+    return written.FORMATS[name](directory), directory, {}
+
+
+def write_blocks(directory: Path, kinds: dict[str, str]) -> Written:
+    """A GGUF file whose head is its embedding."""
+    model = build_tiny("llama", directory / "hf", hidden_size=256, intermediate_size=256, head_dim=64)
+    return model, write_gguf(model, directory / "tiny.gguf", "llama", kinds=kinds), {}
+
+
+def write_plain(directory: Path, kind: str, group: int) -> Written:
+    """What is quantized on load."""
+    model = build_tiny("qwen2", directory, **{**written.SHAPE, "hidden_size": 256})
+    dequantize(model, QuantizeChoice(kind, group, ("head",)))
+    return model, directory, {"model__quantize": kind, "model__quantize_group": group}
+
+
+WEIGHTS = ("token_embd", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+TYPES = (*BLOCK_TYPES, "F16", "BF16")
+FORMATS: dict[str, Callable[[Path], Written]] = {
+    **{name: partial(write_format, name=name) for name in written.FORMATS},
+    **{
+        f"gguf {' '.join(part)}": partial(
+            write_blocks, kinds={f"{weight}.weight": part[i % len(part)] for i, weight in enumerate(WEIGHTS)}
+        )
+        for part in (TYPES[0::2], TYPES[1::2])
+    },
+    **{
+        f"{kind} on load, {group}": partial(write_plain, kind=kind, group=group)
+        for kind in ("int8", "int4") for group in (32, 64, 128, 256)
+    },
+}  # fmt: skip
+READERS = ("gptq 4 bits, 64", "gptq act-order", "awq 64", "compressed int4 asymmetric", "compressed int8",
+           "compressed fp8", "fp8 blocks", "nf4 nested", "llm.int8", "hqq 4 bits, 64", "int8 on load, 128",
+           "int4 on load, 64", *(name for name in FORMATS if name.startswith("gguf")))  # fmt: skip
+"""Those that go everywhere; other group sizes spare two of the moves."""
+NAMES = [pytest.param(name, marks=() if name in READERS else pytest.mark.slow) for name in FORMATS]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_format_on_all_placements(
+    name: str, tmp_path: Path, open_pipeline: Callable[..., InferencePipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one stage, then moved to two, to three, and to one whose layers stream in, each time amid the answers."""
+    model, path, settings = FORMATS[name](tmp_path)
+    reference = reference_of(model, path)
+    pipeline = serve(open_pipeline, path, 1 if name in READERS else 3, **settings)
+    assert pipeline.engine.plan.architecture.quantization is not None
+    brake = Brake(pipeline, monkeypatch)
+    places = [DEVICES[2], DEVICES[3]] if name in READERS else []
+    for place in (*places, None):
+        if place is None:
+            place = f"cpu={_too_little(pipeline.engine)}B"
+        brake.steps = 0
+        handles = submit_all(pipeline, reference, GREEDY)
+        brake.go_on(3)
+        assert not any(handle.finished for handle in handles), "nothing is left to be moved"
+        pipeline.place(devices=place)
+        brake.steps = 1 << 30
+        check(reference, [handle.result(LONGEST_WAIT_S) for handle in handles])
         check(reference, answers(pipeline, reference))
+        stages = pipeline.engine.stages
+        assert len(stages) == place.count("=")
+        assert (stages[0].stream is not None) == (place not in DEVICES.values())
+
+
+def _too_little(engine: ModelEngine) -> int:
+    """Bytes that lack those of a layer."""
+    costs, stages = engine.plan.problem.costs, engine.plan.placement.stages
+    weights, kv = sum(stage.weight_bytes for stage in stages), sum(stage.kv_bytes for stage in stages)
+    return weights + kv + max(stage.workspace_bytes for stage in stages) - min(costs.layer_bytes)
 
 
 def test_quantized_layers_stream(tmp_path: Path, open_pipeline: Callable[..., InferencePipeline]) -> None:
     """The device holds less than the quantized model takes, and much less than the plain one."""
     model, choice = build_deep("llama", tmp_path), QuantizeChoice("int8", 32, ("head",))
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear and name != "lm_head":
-            module.weight.data.copy_(quantize(module.weight.data, choice.form).dequantize())
+    dequantize(model, choice)
     reference = reference_of(model, tmp_path)
     weights = measure_bytes(read_architecture(tmp_path, quantize=choice))
     whole = weights.embedding + sum(weights.layers) + weights.after

@@ -15,6 +15,7 @@ from core.models.architecture import read_architecture
 from core.models.families import _FAMILIES, read_family
 from core.models.stage_model import measure_bytes
 from core.profiling.workspace import measure_workspace
+from core.quantization.choice import QuantizeChoice
 
 CONFIG = {
     "hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
@@ -64,6 +65,49 @@ def test_a_familys_arithmetic_is_what_its_class_has(tmp_path: Path, family: str,
     assert workspace is not None
     assert found.workspace(dtype, TOKENS, ROWS).layers_bytes == pytest.approx(workspace.layers_bytes, rel=0.03)
     assert found.workspace(dtype, TOKENS, ROWS).head_bytes == pytest.approx(workspace.head_bytes, rel=0.03)
+
+
+WIDE = {
+    "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4,
+    "moe_intermediate_size": 384,
+}  # fmt: skip
+QUANTIZED: list[tuple[str, dict[str, Any], QuantizeChoice]] = [
+    *((family, WIDE, QuantizeChoice("int4", 64, ("head",))) for family in sorted(_FAMILIES)),
+    *((family, {}, QuantizeChoice("int8", 128, ("head",))) for family in ("llama", "phi3", "gemma2", "gpt_oss")),
+    ("llama", {**WIDE, "tie_word_embeddings": True, "attention_bias": True}, QuantizeChoice("int8", 64)),
+    ("qwen2", WIDE, QuantizeChoice("int4", 128, ("model.layers.0.*", "model.layers.3.mlp.*"))),
+    ("qwen2", WIDE, QuantizeChoice("int4", 256, ("head", "down_proj", "*up_proj"))),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "changed", "quantize"), QUANTIZED, ids=[f"{each[0]}{index}" for index, each in enumerate(QUANTIZED)]
+)
+def test_what_is_quantized_on_load_is_known_too(
+    tmp_path: Path, family: str, changed: dict[str, Any], quantize: QuantizeChoice
+) -> None:
+    found = read_family(write(tmp_path, family, **changed), "auto", quantize)
+    assert found is not None
+    architecture = read_architecture(tmp_path, quantize=quantize)
+    ours, wanted = found.weights(found.dtype), measure_bytes(architecture)
+    for part in ("layers", "after", "head", "tied", "num_parameters", "layer_parameters", "head_parameters", "experts"):
+        assert getattr(ours, part) == getattr(wanted, part), part
+    assert ours.embedding == pytest.approx(wanted.embedding, abs=1024), "a table of frequencies more or less"
+    workspace = measure_workspace(architecture, TOKENS, ROWS, wanted.experts)
+    assert workspace is not None
+    assert found.workspace(found.dtype, TOKENS, ROWS).layers_bytes == pytest.approx(workspace.layers_bytes, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("changed", "quantize"),
+    [({"intermediate_size": 690}, QuantizeChoice("int4", 64)), ({}, QuantizeChoice("int8", 64, ("head", "*_proj")))],
+)
+def test_what_cannot_be_quantized_is_left_to_the_models_class(
+    tmp_path: Path, changed: dict[str, Any], quantize: QuantizeChoice
+) -> None:
+    write(tmp_path, "llama", **changed)
+    assert read_family(tmp_path) is not None
+    assert read_family(tmp_path, "auto", quantize) is None
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tiny_models import build_tiny
 from core.engine.preview import preview
 from core.errors import CheckpointError, UnsupportedModelError
 from core.models.architecture import read_architecture
-from core.models.stage_model import measure_bytes
+from core.models.stage_model import StageSlice, load_stage, measure_bytes
 from core.quantization.choice import QuantizeChoice
 from core.quantization.quantize import quantize
 
@@ -61,12 +62,11 @@ def test_odd_weights(choice: QuantizeChoice) -> None:
 def test_which_layers_are_taken() -> None:
     choice = QuantizeChoice("int4", 64, ("head", "down_proj", "model.layers.0.*"))
     taken = {
-        name: choice.takes(name, 64, 64, is_head=name == "lm_head")
+        name: choice.takes(name, is_head=name == "lm_head")
         for name in ("model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj", "model.layers.0.mlp.up_proj",
                      "model.layers.1.mlp.gate", "lm_head")
     }  # fmt: skip
     assert [name for name, is_taken in taken.items() if is_taken] == ["model.layers.1.mlp.up_proj"]
-    assert not choice.takes("model.layers.1.mlp.up_proj", 64, 63)
     assert QuantizeChoice.parse(choice.text) == choice
     assert QuantizeChoice.parse("") == QuantizeChoice()
     with pytest.raises(ValueError, match="no way to quantize"):
@@ -79,9 +79,32 @@ def test_a_model_without_linear_layers_is_refused(tmp_path: Path) -> None:
         read_architecture(tmp_path, quantize=QuantizeChoice("int4", 64, ("head",)))
 
 
+def test_a_layer_that_cannot_be_quantized_is_named(tmp_path: Path) -> None:
+    """Unless it is to stay as it is; int8 takes any number of columns."""
+    build_tiny("llama", tmp_path, intermediate_size=52)
+    with pytest.raises(UnsupportedModelError, match=r"down_proj has 52 columns; int4 takes multiples of 8") as refused:
+        read_architecture(tmp_path, quantize=INT4)
+    assert refused.value.param == "quantize"
+    kept = read_architecture(tmp_path, quantize=QuantizeChoice("int4", 64, ("head", "down_proj"))).quantization
+    whole = read_architecture(tmp_path, quantize=INT8).quantization
+    assert kept is not None and whole is not None
+    down = {name for name in whole.modules if name.endswith("down_proj")}
+    assert len(down) == 4 and kept.modules.keys() == whole.modules.keys() - down
+
+
+def resident_bytes(path: Path, choice: QuantizeChoice) -> list[int]:
+    """Of each layer, in memory."""
+    architecture = read_architecture(path, quantize=choice)
+    part = StageSlice(0, architecture.num_layers, architecture.num_layers)
+    model: Any = load_stage(architecture, path, part, torch.device("cpu"), attention="eager")
+    return [sum(t.nbytes for t in (*layer.parameters(), *layer.buffers())) for layer in model.model.layers]
+
+
 def test_int4_layers_take_less_than_a_third(tmp_path: Path) -> None:
     build_tiny("llama", tmp_path, dtype=torch.bfloat16, hidden_size=512, intermediate_size=1024, head_dim=128)
     plain, small = (measure_bytes(read_architecture(tmp_path, quantize=each)) for each in (QuantizeChoice(), INT4))
+    assert resident_bytes(tmp_path, QuantizeChoice()) == list(plain.layers)
+    assert resident_bytes(tmp_path, INT4) == list(small.layers)
     assert max(small.layers) <= 0.32 * min(plain.layers)
     assert small.num_parameters == plain.num_parameters and small.layer_parameters == plain.layer_parameters
     assert (small.embedding, small.head) == (plain.embedding, plain.head)

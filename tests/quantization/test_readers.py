@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from quantization import written
+from quantization.written import FORMATS
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel
 
 from core.errors import CheckpointError, InvalidRequestError, UnsupportedModelError
 from core.models.architecture import read_architecture
@@ -21,30 +19,6 @@ from core.models.fit import checked_notes
 from core.models.stage_model import StageSlice, load_stage, measure_bytes
 from core.quantization.choice import QuantizeChoice
 from core.quantization.linear import QuantLinear
-
-FORMATS: dict[str, Callable[[Path], PreTrainedModel]] = {
-    **{f"gptq {bits} bits, {group}": partial(written.gptq, bits=bits, group=group)
-       for bits, group in ((2, 32), (3, 64), (4, 32), (4, 64), (4, 128), (8, 128))},
-    "gptq act-order": partial(written.gptq, bits=4, group=32, act_order=True),
-    "gptq v2": partial(written.gptq, bits=4, group=64, v2=True),
-    **{f"awq {group}": partial(written.awq, group=group) for group in (32, 64, 128)},
-    **{f"compressed int4 {group}": partial(written.compressed, bits=4, group=group) for group in (32, 64, 128, None)},
-    "compressed int4 asymmetric": partial(written.compressed, bits=4, group=32, symmetric=False),
-    "compressed int4 act-order": partial(written.compressed, bits=4, group=64, ordered=True),
-    "compressed int8 packed": partial(written.compressed, bits=8, group=128),
-    "compressed int8": partial(written.compressed, bits=8, group=None, packed=False),
-    "compressed int8 asymmetric": partial(written.compressed, bits=8, group=None, packed=False, symmetric=False),
-    "compressed fp8": partial(written.fp8_scaled, method="compressed-tensors"),
-    "fp8 blocks": partial(written.fp8, rows=128, columns=128),
-    "fp8 small blocks": partial(written.fp8, rows=48, columns=64),
-    "fp8 tensor": partial(written.fp8_scaled, method="fp8"),
-    "fp8 rows": partial(written.fp8_scaled, method="fbgemm_fp8"),
-    "nf4": partial(written.nf4, nested=False),
-    "nf4 nested": partial(written.nf4, nested=True),
-    "llm.int8": written.llm_int8,
-    **{f"hqq {bits} bits, {group}": partial(written.hqq, bits=bits, group=group)
-       for bits, group in ((2, 32), (4, 64), (8, 128))},
-}  # fmt: skip
 
 
 def load(path: Path) -> Any:

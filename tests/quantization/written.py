@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +277,28 @@ def hqq(path: Path, bits: int, group: int) -> PreTrainedModel:
 
     params = {"nbits": bits, "group_size": group, "axis": 1, "channel_wise": True}
     return write_quantized(path, {"quant_method": "hqq", "quant_config": {"weight_quant_params": params}}, write)
+
+
+FORMATS: dict[str, Callable[[Path], PreTrainedModel]] = {
+    **{f"gptq {bits} bits, {group}": partial(gptq, bits=bits, group=group)
+       for bits, group in ((2, 32), (3, 64), (4, 32), (4, 64), (4, 128), (8, 128))},
+    "gptq act-order": partial(gptq, bits=4, group=32, act_order=True),
+    "gptq v2": partial(gptq, bits=4, group=64, v2=True),
+    **{f"awq {group}": partial(awq, group=group) for group in (32, 64, 128)},
+    **{f"compressed int4 {group}": partial(compressed, bits=4, group=group) for group in (32, 64, 128, None)},
+    "compressed int4 asymmetric": partial(compressed, bits=4, group=32, symmetric=False),
+    "compressed int4 act-order": partial(compressed, bits=4, group=64, ordered=True),
+    "compressed int8 packed": partial(compressed, bits=8, group=128),
+    "compressed int8": partial(compressed, bits=8, group=None, packed=False),
+    "compressed int8 asymmetric": partial(compressed, bits=8, group=None, packed=False, symmetric=False),
+    "compressed fp8": partial(fp8_scaled, method="compressed-tensors"),
+    "fp8 blocks": partial(fp8, rows=128, columns=128),
+    "fp8 small blocks": partial(fp8, rows=48, columns=64),
+    "fp8 tensor": partial(fp8_scaled, method="fp8"),
+    "fp8 rows": partial(fp8_scaled, method="fbgemm_fp8"),
+    "nf4": partial(nf4, nested=False),
+    "nf4 nested": partial(nf4, nested=True),
+    "llm.int8": llm_int8,
+    **{f"hqq {bits} bits, {group}": partial(hqq, bits=bits, group=group)
+       for bits, group in ((2, 32), (4, 64), (8, 128))},
+}  # fmt: skip

@@ -12,6 +12,9 @@ from core.config import Settings
 from vramancer.cli.options import settings_command
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from core.engine.best_fit import Verdict
     from core.engine.preview import Preview
 
 
@@ -29,26 +32,36 @@ def plan(
     more: Annotated[
         list[str] | None, typer.Option("--more", metavar="CARD", help="Also say what one more card would bring.")
     ] = None,
+    fit: Annotated[
+        bool,
+        typer.Option("--fit", help="Try the weights as they are, int8 and int4, and plan the best of them that fits."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Print the placement of a model over devices and its predicted speed, without loading its weights."""
     from rich.console import Console
 
+    from core.engine.best_fit import best_fit
     from core.engine.preview import preview
     from core.logs import configure_logging
+    from vramancer.cli.fit_view import print_fit
     from vramancer.cli.plan_view import print_plan
 
     configure_logging(settings.logging)
-    shown = preview(settings, gpu or (), more=more or ())
+    console, gpus, others = Console(), gpu or (), more or ()
+    verdicts = best_fit(settings, gpus, more=others) if fit else ()
+    shown = (verdicts[0].shown if verdicts else None) or preview(settings, gpus, more=others)
     if as_json:
-        typer.echo(json.dumps(as_dict(shown), indent=2))
-    else:
-        print_plan(shown, Console())
+        typer.echo(json.dumps(as_dict(shown, verdicts), indent=2))
+        return
+    if verdicts:
+        print_fit(verdicts, console)
+    print_plan(shown, console)
 
 
-def as_dict(shown: Preview) -> dict[str, Any]:
+def as_dict(shown: Preview, verdicts: Sequence[Verdict] = ()) -> dict[str, Any]:
     """The placement's own fields, then `model`, `pooled`, `prediction`, `one_more`, `assumed`, `reserved_bytes` of each
-    device and `notes`."""
+    device and `notes`; `fit` if there are verdicts, the chosen one first."""
     from vramancer.cli.plan_view import assumptions
 
     result = dataclasses.asdict(shown.placement) | {"pooled": dataclasses.asdict(shown.pooled)}
@@ -63,4 +76,14 @@ def as_dict(shown: Preview) -> dict[str, Any]:
     result["model"] = dataclasses.asdict(shown.model)
     result["reserved_bytes"] = list(shown.reserved_bytes)
     result["notes"] = list(shown.notes)
+    if verdicts:
+        result["fit"] = [
+            {
+                "quantize": verdict.quantize, "title": verdict.title, "fits": verdict.fits,
+                "streamed_layers": verdict.streamed_layers,
+                "kv_tokens": verdict.shown.pooled.tokens if verdict.shown is not None else 0,
+                "tok_s": verdict.tok_s, "reason": verdict.reason,
+            }
+            for verdict in verdicts
+        ]  # fmt: skip
     return result

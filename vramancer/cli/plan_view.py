@@ -69,7 +69,8 @@ def _verdict(shown: Preview) -> Iterator[Text]:
     )
     line = Text(verdict, style="bold yellow" if streamed else "bold green")
     yield line.append(
-        f" {placement.model_name}: {size} parameters, {gib(weights)} in {model.dtype}", style="not bold default"
+        f" {placement.model_name}: {size} parameters, {gib(weights)} in {model.quantization or model.dtype}",
+        style="not bold default",
     )
     per_token = sum(stage.kv_bytes_per_token for stage in placement.stages)
     own = f", {placement.kv_tokens:,} without lending" if shown.pooled.tokens > placement.kv_tokens else ""
@@ -227,6 +228,11 @@ def assumptions(shown: Preview) -> list[str]:
             f"{gib(DESKTOP_BYTES)} for a desktop on cards that drive screens"
         )
     on_gpus = [by_datasheet or stage.device_name.startswith(tuple(GPU_KINDS)) for stage in shown.placement.stages]
+    if shown.model.quantization and any(on_gpus):
+        lines.append(
+            "assumed: that products read quantized weights as they are; on GPUs torch makes numbers of them first, "
+            "which is slower than plain weights"
+        )
     if sum(on_gpus) > 1:
         lines.append(
             "predicted, not measured: that cards whose work one process launches overlap; the interpreter's lock may "

@@ -9,7 +9,7 @@ import { tasks } from "./overview.js";
 
 export const title = "Models";
 
-const local = { list: null, trouble: "", form: { model: "", dtype: "", devices: "", length: "" }, job: null, error: "" };
+const local = { list: null, trouble: "", form: { model: "", dtype: "", quantize: "", devices: "", length: "" }, job: null, error: "" };
 
 export function enter() {
   refresh();
@@ -63,6 +63,8 @@ function form() {
       "A hub id, or a directory with config.json and safetensors"),
     field("Number format", h("select", { name: "dtype", value: local.form.dtype, onchange: typed("dtype") },
       [["", "As the settings say"], ["auto", "The checkpoint's own"], ["bfloat16", "bfloat16"], ["float16", "float16"], ["float32", "float32"]].map(([value, text]) => h("option", { key: value, value }, text)))),
+    field("Quantize", h("select", { name: "quantize", value: local.form.quantize, onchange: typed("quantize") },
+      [["", "As the settings say"], ["none", "No"], ["int8", "int8"], ["int4", "int4"]].map(([value, text]) => h("option", { key: value, value }, text))), "While it is loaded; not for a model that is quantized already"),
     field("Longest context", h("input", { name: "length", type: "number", min: 1, value: local.form.length, oninput: typed("length"), placeholder: "the model's own" }), "Tokens of prompt and answer"),
     field("Devices", h("input", { name: "devices", value: local.form.devices, oninput: typed("devices"), placeholder: "as the settings say", autocomplete: "off", spellcheck: "false" }), "Such as cuda:0=24GiB,cuda:1=16GiB"),
     h("div", { class: "actions" }, h("button", { type: "submit", class: "button primary", disabled: Boolean(busy()), title: busy() }, "Load"),
@@ -70,10 +72,11 @@ function form() {
 }
 
 function submit() {
-  const { model, dtype, devices, length } = local.form;
+  const { model, dtype, quantize, devices, length } = local.form;
   if (!model.trim()) return;
   const wanted = { model: model.trim() };
   if (dtype) wanted.dtype = dtype;
+  if (quantize) wanted.quantize = quantize;
   if (devices.trim()) wanted.devices = devices.trim();
   if (length) wanted.max_model_len = Number(length);
   load(wanted);
