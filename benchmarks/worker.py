@@ -15,10 +15,11 @@ import subprocess
 import sys
 import time
 import traceback
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
-from benchmarks.peers.base import PeerUnavailable, RunResult
+from benchmarks.peers.base import PeerUnavailable, RunResult, Score, ScoringPeer
 
 HERE = Path(__file__).resolve().parent.parent
 _OF_CHECKOUT = """
@@ -93,6 +94,10 @@ class Worker:
         answer = self._call(do="run", prompts=prompts, max_tokens=max_tokens)
         return RunResult.from_json(answer["result"]), answer["cpu_s"]
 
+    def score(self, texts: list[list[int]], counted: list[list[bool]]) -> Score:
+        """How likely the engine, a `ScoringPeer`, finds texts."""
+        return Score(**self._call(do="score", texts=texts, counted=counted)["score"])
+
     def close(self) -> None:
         """Ask the process to leave, and see that it does."""
         if self._process.stdin is not None:
@@ -119,6 +124,9 @@ def _serve(peer_name: str, commands: IO[str], answers: IO[str]) -> None:
             if action == "load":
                 peer = create_peer(peer_name)
                 answer = {"info": peer.load(Path(command.pop("model_dir")), **command)}
+            elif action == "score":
+                assert peer is not None, "load comes first"
+                answer = {"score": asdict(cast("ScoringPeer", peer).score(**command))}
             else:
                 assert peer is not None, "load comes first"
                 cpu_before = time.process_time()

@@ -14,6 +14,9 @@ PEERS = {
     "transformers-cb-f32": "benchmarks.peers.transformers_cb:ContinuousBatchingF32Peer",
     "llama.cpp": "benchmarks.peers.llama_cpp:LlamaCppPeer",
     "llama.cpp-f16": "benchmarks.peers.llama_cpp:LlamaCppF16Peer",
+    "llama.cpp-q8_0": "benchmarks.peers.llama_cpp:LlamaCppQ80Peer",
+    "llama.cpp-q4_0": "benchmarks.peers.llama_cpp:LlamaCppQ40Peer",
+    "llama.cpp-q4_k_m": "benchmarks.peers.llama_cpp:LlamaCppQ4KMPeer",
 }
 DEFAULT_PEERS = ("ours", "generate", "transformers-cb", "llama.cpp")
 

@@ -46,6 +46,14 @@ class RunResult:
         return cls(wall_s=data["wall_s"], requests=[RequestTrace(**request) for request in data["requests"]])
 
 
+@dataclass
+class Score:
+    """How likely an engine finds texts: the sum of natural logs of probabilities over the tokens that count."""
+
+    log_probability: float
+    tokens: int
+
+
 class Peer(Protocol):
     """An engine under test. ``load`` once, then ``run`` as often as wanted.
 
@@ -64,4 +72,13 @@ class Peer(Protocol):
 
     def close(self) -> None:
         """Free what was loaded."""
+        ...
+
+
+class ScoringPeer(Peer, Protocol):
+    """An engine that also says how likely a text is."""
+
+    def score(self, texts: list[list[int]], counted: list[list[bool]]) -> Score:
+        """All texts together, by token ids, each on its own and no longer than the context. `counted` says which tokens
+        count; the first of a text never does."""
         ...

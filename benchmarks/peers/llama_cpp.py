@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.peers.base import PeerUnavailable, RequestTrace, RunResult
+from benchmarks.peers.base import PeerUnavailable, RequestTrace, RunResult, Score
 
 BATCH_TOKENS = 512
 
@@ -26,10 +26,9 @@ class LlamaCppPeer:
         try:
             import llama_cpp
 
-            from benchmarks.gguf_export import export_gguf
+            from benchmarks.gguf_export import gguf_of
 
-            target = model_dir.parent / "gguf" / f"{model_dir.name}-{self.dtype}.gguf"
-            path = export_gguf(model_dir, target, self.dtype)
+            path = gguf_of(model_dir, model_dir.parent / "gguf", self.dtype, threads)
         except ImportError as error:
             raise PeerUnavailable(f"{error.name} is not installed (pip install llama-cpp-python gguf)") from error
         except ValueError as error:
@@ -69,7 +68,7 @@ class LlamaCppPeer:
         )
         return params
 
-    def _decode(self, tokens: list[tuple[int, int, int, bool]]) -> dict[int, npt.NDArray[np.float32]]:
+    def decode(self, tokens: list[tuple[int, int, int, bool]]) -> dict[int, npt.NDArray[np.float32]]:
         """Process (token, position, sequence, wants logits) records; returns views of the logits by sequence."""
         batch, lib = self._batch, self._lib
         batch.n_tokens = len(tokens)
@@ -86,9 +85,13 @@ class LlamaCppPeer:
             if wants_logits
         }
 
+    def forget(self) -> None:
+        """Empty the KV cache."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), False)
+
     def run(self, prompts: list[list[int]], max_tokens: int) -> RunResult:
         """Prefill every prompt, then decode all sequences in lockstep."""
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), False)
+        self.forget()
         start_s = time.perf_counter()
         traces = [RequestTrace() for _ in prompts]
 
@@ -103,10 +106,10 @@ class LlamaCppPeer:
             for position, token in enumerate(prompt)
         ]
         for first in range(0, len(queue), BATCH_TOKENS):
-            take(self._decode(queue[first : first + BATCH_TOKENS]))
+            take(self.decode(queue[first : first + BATCH_TOKENS]))
         for step in range(max_tokens - 1):
             take(
-                self._decode(
+                self.decode(
                     [
                         (trace.token_ids[-1], len(prompt) + step, sequence, True)
                         for sequence, (prompt, trace) in enumerate(zip(prompts, traces, strict=True))
@@ -114,6 +117,23 @@ class LlamaCppPeer:
                 )
             )
         return RunResult(time.perf_counter() - start_s, traces)
+
+    def score(self, texts: list[list[int]], counted: list[list[bool]]) -> Score:
+        """One text after another, in batches that give the logits of every token."""
+        found = Score(0.0, 0)
+        for text, counts in zip(texts, counted, strict=True):
+            self.forget()
+            for first in range(0, len(text) - 1, BATCH_TOKENS):
+                part = text[first : min(first + BATCH_TOKENS, len(text) - 1)]
+                self.decode([(token, first + i, 0, True) for i, token in enumerate(part)])
+                for i, following in enumerate(text[first + 1 : first + 1 + len(part)]):
+                    if counts[first + 1 + i]:
+                        row = self._lib.llama_get_logits_ith(self._context, i)
+                        logits = np.ctypeslib.as_array(row, shape=(self._vocab,)).astype(np.float64)
+                        most = logits.max()
+                        found.log_probability += float(logits[following] - most - np.log(np.exp(logits - most).sum()))
+                        found.tokens += 1
+        return found
 
     def close(self) -> None:
         """Free the batch, the context and the model."""
@@ -127,3 +147,24 @@ class LlamaCppF16Peer(LlamaCppPeer):
 
     name = "llama.cpp-f16"
     dtype = "f16"
+
+
+class LlamaCppQ80Peer(LlamaCppPeer):
+    """8.5 bits a weight, which its own quantizer makes of the same weights; activations are rounded to 8 bits."""
+
+    name = "llama.cpp-q8_0"
+    dtype = "q8_0"
+
+
+class LlamaCppQ40Peer(LlamaCppPeer):
+    """4.5 bits a weight; the output layer takes 6.6 (Q6_K)."""
+
+    name = "llama.cpp-q4_0"
+    dtype = "q4_0"
+
+
+class LlamaCppQ4KMPeer(LlamaCppPeer):
+    """4.5 to 6.6 bits a weight: Q4_K, and Q6_K for some of them; others where a row is no multiple of 256."""
+
+    name = "llama.cpp-q4_k_m"
+    dtype = "q4_k_m"

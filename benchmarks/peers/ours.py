@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.base import PeerUnavailable, RequestTrace, RunResult
+from benchmarks.peers.base import PeerUnavailable, RequestTrace, RunResult, Score
 
 BLOCK_SLACK_TOKENS = 64
 """KV room beyond a request's own tokens, since whole blocks are given out."""
@@ -74,6 +74,25 @@ class OursPeer:
                 traces[index].times_s.extend([now_s] * len(delta.token_ids))
             unfinished -= message.finished
         return RunResult(time.perf_counter() - start_s, traces)
+
+    def score(self, texts: list[list[int]], counted: list[list[bool]]) -> Score:
+        """By the log-probabilities of prompts."""
+        from core.request import RequestOutput, SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        arrivals: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._pipeline.submit_many([(text, params) for text in texts], sink=arrivals)
+        unfinished, found = len(texts), Score(0.0, 0)
+        while unfinished:
+            index, message = arrivals.get()
+            if not isinstance(message, RequestOutput):
+                raise message
+            for each, counts in zip(message.prompt_logprobs or (), counted[index], strict=False):
+                if each is not None and counts:
+                    found.log_probability += each.logprob
+                    found.tokens += 1
+            unfinished -= message.finished
+        return found
 
     def close(self) -> None:
         """Shut the pipeline down."""

@@ -8,7 +8,7 @@ from core.execution.native.kernels import NativeKernels, load_native
 from core.execution.native.layers import NativeLayers, rehome, swap_layers
 from core.execution.native.modules import NativeLinear, NativeRMSNorm, swap_linears, swap_norms
 from core.execution.native.packed import PackedLinear, pack_linears, packing_bytes
-from core.execution.native.quantized import NativeProducts, covers, use_kernels
+from core.execution.native.quantized import NativeProducts, PanelProducts, covers, covers_panels, use_kernels
 
 __all__ = [
     "Instructions",
@@ -18,7 +18,9 @@ __all__ = [
     "NativeProducts",
     "NativeRMSNorm",
     "PackedLinear",
+    "PanelProducts",
     "covers",
+    "covers_panels",
     "do_all_products",
     "load_native",
     "pack_linears",

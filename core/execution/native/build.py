@@ -21,9 +21,13 @@ from core.logs import get_logger
 logger = get_logger(__name__)
 
 SOURCES = (
-    "linear.c", "halves.c", "packed.c", "quantized.c", "attention.c", "merge.c", "elementwise.c", "layer.c", "pool.c",
+    "linear.c", "halves.c", "packed.c", "quantized.c", "panel_order.c", "panels.c", "attention.c", "merge.c",
+    "elementwise.c", "layer.c", "pool.c",
 )  # fmt: skip
-HEADERS = ("attention_inner.h", "common.h", "kernels.h", "quantized.h", "pool.h")
+HEADERS = (
+    "attention_inner.h", "common.h", "integers.h", "kernels.h", "panel_codes.h", "panel_lines.h", "panels.h",
+    "quantized.h", "pool.h",
+)  # fmt: skip
 _BASE_FLAGS = ("-O3", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fvisibility=hidden", "-pthread", "-w")
 _TIMEOUT_S = 180
 

@@ -27,6 +27,15 @@ int vrm_pack(int64_t n, int64_t k, void *w, void *exponents, int threads);
 int vrm_packed_linears(const Weights *const *weights, int count, int64_t m, const void *x, int64_t ldx, char *const *y,
                        int threads);
 
+/* Whether this processor has what panels of quantized weights are for. */
+int vrm_has_panels(void);
+/* Brings the n rows of a quantized weight, all its tensors, into the order of `panels.c` where they are, or `back`. n is a
+ * multiple of 16 and k of 32. Returns 0, or 1 when scratch memory could not be had. */
+int vrm_arrange(const Quantized *q, int64_t n, int back, int threads);
+/* `vrm_linears` for weights in this order. Groups are of 16, 32, 64 or a multiple of 128 columns. */
+int vrm_panel_linears(const Weights *const *weights, int count, int64_t m, const void *x, int64_t ldx, char *const *y,
+                      int threads);
+
 /* Whether this processor multiplies bf16 itself: 0 no, 1 by AVX-512, 2 by tiles (AMX). */
 int vrm_half_products(void);
 /* `vrm_linears` for bf16 weights as they are, where it does. */

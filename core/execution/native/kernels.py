@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from core.execution.native.build import build_library, is_safe
 from core.execution.native.instructions import Instructions, compiler_flags, max_rows
-from core.execution.native.structs import DTYPES, Weights
+from core.execution.native.structs import DTYPES, Quantized, Weights
 from core.logs import get_logger
 
 logger = get_logger(__name__)
@@ -96,6 +96,7 @@ class NativeKernels:
 
         self._linear = bind("vrm_linear", _ptr, _i64, _ptr, _i64, _ptr, _int)
         self._pack = bind("vrm_pack", _i64, _i64, _ptr, _ptr, _int)
+        self._arrange = bind("vrm_arrange", _ptr, _i64, _int, _int)
         self._attention = bind("vrm_paged_attention", _int, *[_ptr] * 11, _float, _float, _ptr, _ptr, _int)
         self._merge = bind("vrm_merge_partials", _int, *[_ptr] * 5, _int, status=False)
         self._write_kv = bind("vrm_write_kv", *[_ptr] * 6, status=False)
@@ -107,6 +108,11 @@ class NativeKernels:
     def packs(self) -> bool:
         """Whether the library has the kernels for packed bf16 weights."""
         return bool(self._library.vrm_packs())
+
+    @property
+    def has_panels(self) -> bool:
+        """Whether panels are what the library multiplies quantized weights from fastest."""
+        return bool(self._library.vrm_has_panels()) and not self.half_products
 
     @property
     def half_products(self) -> int:
@@ -124,6 +130,11 @@ class NativeKernels:
         if self._pack(n, k, weight.data_ptr(), exponents.data_ptr(), self.num_threads()):
             raise MemoryError(_NO_MEMORY)
         return exponents
+
+    def arrange(self, weight: Quantized, n: int, *, back: bool = False) -> None:
+        """Bring the tensors of a quantized weight of `n` rows into the order of `panels.c`, in place, or `back`."""
+        if self._arrange(addressof(weight), n, back, self.num_threads()):
+            raise MemoryError(_NO_MEMORY)
 
     def paged_attention(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,

@@ -288,6 +288,10 @@ EXPORT int vrm_linear(const Weights *w, int64_t m, const void *x, int64_t ldx, v
         char *to = y;
         return vrm_packed_linears(&w, 1, m, x, ldx, &to, threads);
     }
+    if (w->quantized && w->quantized->panels) {
+        char *to = y;
+        return vrm_panel_linears(&w, 1, m, x, ldx, &to, threads);
+    }
     if (w->type == DT_BF16 && vrm_half_products()) {
         char *to = y;
         return vrm_half_linears(&w, 1, m, x, ldx, &to, threads);
@@ -318,11 +322,13 @@ EXPORT int vrm_linear(const Weights *w, int64_t m, const void *x, int64_t ldx, v
 }
 
 int vrm_linears(const Weights *const *w, int count, int64_t m, const void *x, int64_t ldx, char *const *y, int threads) {
-    int packed = 0, halves = 0, status = 0;
+    int packed = 0, halves = 0, panels = 0, status = 0;
     for (int i = 0; i < count; i++) {
+        panels += w[i]->quantized && w[i]->quantized->panels;
         packed += w[i]->exponents != NULL;
         halves += w[i]->exponents == NULL && w[i]->type == DT_BF16;
     }
+    if (panels == count) return vrm_panel_linears(w, count, m, x, ldx, y, threads);
     if (halves == count && vrm_half_products()) return vrm_half_linears(w, count, m, x, ldx, y, threads);
     if (packed == count) return vrm_packed_linears(w, count, m, x, ldx, y, threads);
     for (int i = 0; i < count && !status; i++) status = vrm_linear(w[i], m, x, ldx, y[i], threads);

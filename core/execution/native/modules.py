@@ -85,3 +85,18 @@ def swap_norms(model: nn.Module, kernels: NativeKernels) -> int:
                 setattr(parent, name, NativeRMSNorm(child, kernels))
                 count += 1
     return count
+
+
+def shared_tensors(model: nn.Module) -> set[torch.Tensor]:
+    """Parameters and buffers whose memory overlaps that of another module's."""
+    held = (item for each in model.modules() for item in (*each._parameters.values(), *each._buffers.values()))
+    tensors = sorted((t for t in held if t is not None and t.is_cpu), key=lambda t: t.data_ptr())
+    shared: set[torch.Tensor] = set()
+    end, last = 0, None
+    for tensor in tensors:
+        if last is not None and tensor.data_ptr() < end:
+            shared.update((last, tensor))
+        stop = tensor.data_ptr() + tensor.nbytes
+        if stop >= end:
+            end, last = stop, tensor
+    return shared

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from core.execution.native.kernels import NativeKernels, PreparedLinear
-from core.execution.native.modules import NativeLinear
+from core.execution.native.modules import NativeLinear, shared_tensors
 from core.execution.native.quantized import quantized_facts
 from core.execution.native.structs import Weights
 from core.quantization.linear import QuantLinear
@@ -100,7 +100,7 @@ def pack_linears(model: nn.Module, kernels: NativeKernels) -> int:
     """
     if not kernels.packs:
         return 0
-    shared = _shared_weights(model)
+    shared = shared_tensors(model)
     replaced: dict[nn.Module, PackedLinear] = {}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
@@ -119,18 +119,3 @@ def _can_pack(weight: torch.Tensor) -> bool:
         return False
     low, high = weight.detach().aminmax()  # NaN if there is one
     return -_MOST < float(low) <= float(high) < _MOST
-
-
-def _shared_weights(model: nn.Module) -> set[torch.Tensor]:
-    """Parameters whose memory overlaps that of another module's."""
-    held = (item for each in model.modules() for item in (*each._parameters.values(), *each._buffers.values()))
-    tensors = sorted((t for t in held if t is not None and t.is_cpu), key=lambda t: t.data_ptr())
-    shared: set[torch.Tensor] = set()
-    end, last = 0, None
-    for tensor in tensors:
-        if last is not None and tensor.data_ptr() < end:
-            shared.update((last, tensor))
-        stop = tensor.data_ptr() + tensor.nbytes
-        if stop >= end:
-            end, last = stop, tensor
-    return shared

@@ -23,8 +23,6 @@ static void numbers(int type, const char *p, int64_t count, float *out) {
     }
 }
 
-INLINE int64_t number_size(int type) { return type >= DT_UINT8 ? 1 : elem_size(type); }
-
 #define RUN 128 /* groups whose numbers are brought to fp32 at a time */
 
 /* Groups [first, first + count) of a row. */

@@ -1,6 +1,6 @@
 /* A quantized weight, as `core/quantization/__init__.py` describes it. */
 #pragma once
-#include <stdint.h>
+#include "common.h"
 
 #define SUPER_GROUP 256 /* columns that share a super scale */
 
@@ -14,7 +14,10 @@ typedef struct {
     int64_t scale_type, zero_type, minimum_type, super_type;
     const char *codes, *scale, *zero, *minimum, *super_scale, *super_minimum;
     const float *codebook; /* what a code means, where that is not itself: 16 entries, or 256 */
+    int64_t panels;        /* whether all of it is in the order of `panels.c` */
 } Quantized;
+
+INLINE int64_t number_size(int type) { return type >= DT_UINT8 ? 1 : elem_size(type); }
 
 /* Columns [from, to) of rows [row, row + rows) as numbers of type `dt`, `step` bytes from a row to the next. `from` is a
  * multiple of 32 where codes are not bytes. */

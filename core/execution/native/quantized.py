@@ -1,12 +1,16 @@
-"""Products with quantized weights by the CPU kernels: rows become numbers just before they are multiplied."""
+"""Products with quantized weights by the CPU kernels: from panels, or by rows that become numbers just before they are
+multiplied."""
 
 from __future__ import annotations
 
 from ctypes import addressof
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 
 from core.execution.native.kernels import NativeKernels
+from core.execution.native.modules import shared_tensors
 from core.execution.native.structs import DTYPES, Quantized, Weights
 from core.quantization.form import SUPER_GROUP, WeightForm
 from core.quantization.linear import QuantLinear
@@ -29,13 +33,32 @@ def covers(form: WeightForm, k: int) -> bool:
     return whole and (form.supers is None or (form.group > 0 and SUPER_GROUP % form.group == 0))
 
 
+_PANEL, _BLOCK, _MOST_SPAN = 16, 32, 128
+"""Rows of a panel, columns that a word of every plane is part of, and the most columns of x that share a power of two:
+as in `panels.c`."""
+
+_WHOLE_CODEBOOKS = ("iq4_nl",)
+
+
+def covers_panels(form: WeightForm, n: int, k: int) -> bool:
+    """Whether a weight `[n, k]` in this form can be arranged in panels: its values are whole numbers, and its groups
+    end where those of x do."""
+    whole = form.fp8 is None and (form.codebook is None or form.codebook in _WHOLE_CODEBOOKS)
+    group = 0 if form.group >= k else form.group
+    spans = group in (0, 16, 32, 64) or group % _MOST_SPAN == 0
+    rows = form.rows in (0, 1) or form.rows % _PANEL == 0
+    return whole and spans and rows and n % _PANEL == 0 and k % _BLOCK == 0 and covers(form, k)
+
+
 class NativeProduct:
     """A quantized weight with what the kernels have to know of it, for as long as its tensors stay where they are."""
 
-    def __init__(self, kernels: NativeKernels, weight: QuantizedWeight, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, kernels: NativeKernels, weight: QuantizedWeight, bias: torch.Tensor | None, *, panels: bool = False
+    ) -> None:
         self._kernels, self._weight, self._bias = kernels, weight, bias
         self._meanings = _meanings(weight.form)
-        self._view = Quantized.of(weight, self._meanings)
+        self._view = Quantized.of(weight, self._meanings, panels=panels)
         self._facts: dict[torch.dtype, Weights] = {}
 
     def facts(self, dtype: torch.dtype) -> Weights | None:
@@ -83,11 +106,47 @@ class NativeProducts:
         return NativeProduct(self.kernels, weight, bias)
 
 
+class PanelProducts:
+    """The kernels as `core.quantization.kernels.ProductKernel`: weights are arranged in panels, where they are."""
+
+    name = "panels"
+
+    def __init__(self, kernels: NativeKernels) -> None:
+        self.kernels = kernels
+
+    def arrange(self, weight: QuantizedWeight, *, may_change: bool) -> bool:
+        covered = self.kernels.has_panels and covers_panels(weight.form, weight.n, weight.k)
+        tensors = _tensors(weight).values()
+        if not (covered and may_change and all(each.is_cpu and each.is_contiguous() for each in tensors)):
+            return False
+        self.kernels.arrange(Quantized.of(weight, None), weight.n)
+        return True
+
+    def restored(self, weight: QuantizedWeight) -> QuantizedWeight:
+        copy = replace(weight, **{name: tensor.clone() for name, tensor in _tensors(weight).items()})
+        self.kernels.arrange(Quantized.of(copy, None), copy.n, back=True)
+        return copy
+
+    def prepare(self, weight: QuantizedWeight, bias: torch.Tensor | None) -> NativeProduct:
+        return NativeProduct(self.kernels, weight, bias, panels=True)
+
+
+def _tensors(weight: QuantizedWeight) -> dict[str, Any]:
+    values = {field.name: getattr(weight, field.name) for field in fields(weight)}
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+
 def use_kernels(model: torch.nn.Module, kernels: NativeKernels) -> int:
-    """Let every quantized linear layer in `model` compute with the kernels. Returns how many do."""
-    products = NativeProducts(kernels)
+    """Let every quantized linear layer in `model` compute with the kernels, from panels where that is possible and
+    nobody else reads its tensors. Returns how many do."""
+    panels, products = PanelProducts(kernels), NativeProducts(kernels)
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    return sum(layer.use(products) for layer in layers)
+    shared = shared_tensors(model)
+    done = 0
+    for layer in layers:
+        alone = shared.isdisjoint(layer.buffers())
+        done += layer.use(panels, may_change=alone) or layer.use(products)
+    return done
 
 
 def quantized_facts(layer: QuantLinear) -> Weights | None:

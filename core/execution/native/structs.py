@@ -30,12 +30,13 @@ class Quantized(ctypes.Structure):
 
     _fields_ = _fields(
         "bits group rows offset k row_bytes groups supers scale_type zero_type minimum_type super_type "
-        "codes scale zero minimum super_scale super_minimum codebook"
+        "codes scale zero minimum super_scale super_minimum codebook panels"
     )
 
     @classmethod
-    def of(cls, weight: QuantizedWeight, meanings: torch.Tensor | None) -> Quantized:
-        """`meanings` are what codes mean, fp32 `[16]` or `[256]`, where that is not themselves."""
+    def of(cls, weight: QuantizedWeight, meanings: torch.Tensor | None, *, panels: bool = False) -> Quantized:
+        """`meanings` are what codes mean, fp32 `[16]` or `[256]`, where that is not themselves; `panels`: whether the
+        tensors are in the order of `panels.c`."""
         form, k = weight.form, weight.k
         parts = (weight.scale, weight.zero, weight.minimum, weight.super_scale)
         types = [0 if part is None else _NUMBERS[part.dtype] for part in parts]
@@ -44,7 +45,7 @@ class Quantized(ctypes.Structure):
         rows = 0 if form.rows == 0 else form.rows
         group = 0 if form.group >= k else form.group
         counts = k, weight.codes.shape[1], weight.scale.shape[1], -(-k // SUPER_GROUP)
-        return cls(form.bits, group, rows, form.offset, *counts, *types, *addresses)
+        return cls(form.bits, group, rows, form.offset, *counts, *types, *addresses, panels)
 
 
 class Weights(ctypes.Structure):
