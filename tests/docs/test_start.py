@@ -20,13 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 from doc_pages import REPOSITORY, Block, blocks
 from tiny_models import build_tiny, word_tokenizer
 
 PAGE = REPOSITORY / "docs" / "start.md"
 TOKEN_FILE = Path(".local", "state", "vramancer", "api-token")
 PATIENCE_S = 600
-TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+TEMPLATE = "w3 w9 w27 {% for message in messages %}{{ message['content'] }} {% endfor %}w5"
 
 SAID = {
     "vramancer doctor": "Devices, for layers of",
@@ -77,7 +78,11 @@ class Reader:
         self.programs.mkdir()
         write_program(self.programs / "vramancer", "-m vramancer.main")
         write_program(self.programs / "python", "")
-        build_tiny("llama", self.folder / "my-model")
+        model = build_tiny("llama", self.folder / "my-model", tie_word_embeddings=False)
+        with torch.no_grad():  # an answer has words: it neither is nor begins with what is no text
+            model.get_output_embeddings().weight[:3] = 0.0
+        model.save_pretrained(self.folder / "my-model")
+        (self.folder / "my-model" / "generation_config.json").write_text('{"do_sample": false}')
         tokenizer = word_tokenizer()
         tokenizer.chat_template = TEMPLATE
         tokenizer.save_pretrained(self.folder / "my-model")
