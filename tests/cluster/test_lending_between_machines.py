@@ -11,10 +11,10 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from cluster.greedy import prompts, tiny_with_answers
 from cluster.machines import WorkerThread, open_master
 from engine.lending_cases import reclaim_something, remote_blocks, scatter, tight_devices
 from steering import LONGEST_WAIT_S, arriving_together, between_steps, until, with_each_step
-from tiny_models import VOCAB, build_tiny
 
 from core.batching.output import RequestHandle
 from core.cluster.guest_calls import GuestCalls
@@ -64,27 +64,11 @@ def with_speeds(patch: pytest.MonkeyPatch, link: LinkProfile) -> None:
     patch.setattr(ClusterProfiler, "_between", lambda self, source, target: link)
 
 
-def prompts() -> list[list[int]]:
-    return [
-        torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-        for length in LENGTHS
-    ]
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """A model, and what `generate()` says."""
     path = tmp_path_factory.mktemp("qwen3")
-    model = build_tiny("qwen3", path)
-    found = []
-    for prompt in prompts():
-        ids = torch.tensor([prompt])
-        with torch.inference_mode():
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=GREEDY.max_tokens, do_sample=False
-            )
-        found.append(out[0, len(prompt) :].tolist())
-    return path, found
+    return path, tiny_with_answers(path, LENGTHS, GREEDY.max_tokens)
 
 
 @pytest.fixture
@@ -131,7 +115,7 @@ def open_tight(
 
 def ask(pipeline: InferencePipeline) -> list[RequestHandle]:
     with arriving_together(pipeline):
-        return [pipeline.submit(prompt, GREEDY) for prompt in prompts()]
+        return [pipeline.submit(prompt, GREEDY) for prompt in prompts(LENGTHS)]
 
 
 def answers(handles: list[RequestHandle]) -> list[list[int]]:
@@ -280,7 +264,7 @@ def test_where_the_network_is_slow_or_it_is_not_wanted_nobody_lends(
     engine = pipeline.engine
     assert engine.plan.pooled.far == ()
     assert engine.kv.capacity_tokens == OWN_TOKENS and engine.memory.overflow is None
-    assert pipeline.submit(prompts()[0], GREEDY).result(LONGEST_WAIT_S).completions[0].token_ids
+    assert pipeline.submit(prompts(LENGTHS)[0], GREEDY).result(LONGEST_WAIT_S).completions[0].token_ids
     assert len(hosted_by(workers["desk"]).guests) == 0
 
 

@@ -11,11 +11,10 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-import torch
+from cluster.greedy import prompts, tiny_with_answers
 from cluster.machines import WorkerThread
 from engine.lending_cases import reclaim_something, remote_blocks, scatter, tight_devices
 from steering import LONGEST_WAIT_S, arriving_together, between_steps, until, with_each_step
-from tiny_models import VOCAB, build_tiny
 
 from core.batching.output import RequestHandle
 from core.cluster.hosting import StageHost
@@ -43,27 +42,11 @@ AddWorker = Callable[..., WorkerThread]
 Tiny = tuple[Path, list[list[int]]]
 
 
-def prompts() -> list[list[int]]:
-    return [
-        torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-        for length in LENGTHS
-    ]
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """A model, and what `generate()` says."""
     path = tmp_path_factory.mktemp("qwen3")
-    model = build_tiny("qwen3", path)
-    found = []
-    for prompt in prompts():
-        ids = torch.tensor([prompt])
-        with torch.inference_mode():
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=GREEDY.max_tokens, do_sample=False
-            )
-        found.append(out[0, len(prompt) :].tolist())
-    return path, found
+    return path, tiny_with_answers(path, LENGTHS, GREEDY.max_tokens)
 
 
 @pytest.fixture
@@ -93,7 +76,7 @@ def open_tight(
 
 def ask(pipeline: InferencePipeline) -> list[RequestHandle]:
     with arriving_together(pipeline):
-        return [pipeline.submit(prompt, GREEDY) for prompt in prompts()]
+        return [pipeline.submit(prompt, GREEDY) for prompt in prompts(LENGTHS)]
 
 
 def answers(handles: list[RequestHandle]) -> list[list[int]]:
@@ -257,9 +240,9 @@ def test_what_is_lent_goes_along_when_the_model_moves(
     """Pages are read from wherever they are on the node."""
     monkeypatch.setattr(Carrier, "_is_quicker", lambda self, blocks: True)
     long = SamplingParams(max_tokens=30, temperature=0.8, seed=5, ignore_eos=True)
-    expected = lent.submit(prompts()[2], long).result(LONGEST_WAIT_S).completions[0].token_ids
+    expected = lent.submit(prompts(LENGTHS)[2], long).result(LONGEST_WAIT_S).completions[0].token_ids
     engine = lent.engine
-    handle = lent.submit(prompts()[2], long)
+    handle = lent.submit(prompts(LENGTHS)[2], long)
     until(lambda: engine.batcher.stats.running == 1, "it runs")
     on_engine(engine, lambda: scatter(engine, random.Random(3), 0.8))
     moved = lent.place(devices="cpu=32MiB", layers=None, placement="balanced")
